@@ -1,0 +1,212 @@
+"""Rank 0's part of a save: from the reports of all ranks to a committed checkpoint, and what precedes and follows.
+
+Ranks speak through the file system alone: no collective can be delayed or hung by a save. A rank reports with its
+index, or with a failure file in its place. Rank 0 answers with the rename that commits, or with a failure note beside
+the partial directory and its removal.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from checkpoint.format import Manifest, ShardIndex, decode_index, decode_manifest, digest, encode_manifest
+from checkpoint.names import (
+    FAILED,
+    FENCE,
+    MANIFEST,
+    PARTIAL,
+    REMOVED,
+    STATE,
+    CheckpointMismatch,
+    DamagedCheckpoint,
+    SaveFailed,
+    committed,
+    data_name,
+    failure_note,
+    index_name,
+    one_line,
+    rank_failure_name,
+)
+from checkpoint.storage import discard, read_json_bytes, sync_directory, write_durably
+from checkpoint.tiling import assemble
+
+log = logging.getLogger(__name__)
+
+_ABANDONED = ".abandoned"
+_POLL_SECONDS = (0.002, 0.5)  # at first, at most
+
+
+def fence(directory: Path, attempt: int) -> None:
+    """Shut out the writers of attempts before `attempt`. Called by rank 0 before any rank of `attempt` saves.
+
+    An orphan that begins a save from now on sees the fence; one that has begun finds its directory renamed away. Also
+    deletes what earlier attempts left unfinished.
+    """
+    write_durably(directory / FENCE, json.dumps({"attempt": attempt}).encode())
+    sync_directory(directory)
+    for entry in list(directory.iterdir()):
+        if entry.name.endswith(PARTIAL):
+            discard(entry, _ABANDONED)
+        elif entry.name.endswith((_ABANDONED, REMOVED)):
+            discard(entry)
+        elif entry.name.endswith(FAILED):
+            entry.unlink(missing_ok=True)
+
+
+def check_fence(directory: Path, attempt: int) -> None:
+    """Raises SaveFailed when a newer attempt has begun."""
+    try:
+        newest = json.loads((directory / FENCE).read_bytes())["attempt"]
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError) as error:
+        raise SaveFailed(f"{directory / FENCE} cannot be read: {one_line(error)}") from None
+    if newest > attempt:
+        raise SaveFailed(f"attempt {newest} of this run has begun: attempt {attempt} may not save any more")
+
+
+def await_reports(partial: Path, world: int, deadline: float, proceed: Callable[[], None]) -> None:
+    """Returns as soon as all ranks have reported. Raises SaveFailed when one reports a failure, or at the deadline.
+
+    `deadline` is a time.monotonic(); `proceed` is called while waiting and may raise.
+    """
+    waiting = set(range(world))
+    for _ in _polls(deadline, proceed):
+        present = {entry.name for entry in os.scandir(partial)}
+        for rank in sorted(waiting):
+            if rank_failure_name(rank) in present:
+                raise SaveFailed(f"rank {rank}: {_reason_in(partial / rank_failure_name(rank))}")
+        waiting = {rank for rank in waiting if index_name(rank) not in present}
+        if not waiting:
+            return
+    missing = ", ".join(map(str, sorted(waiting)[:8])) + (", ..." if len(waiting) > 8 else "")
+    raise SaveFailed(f"no report in time from {len(waiting)} of {world} ranks: {missing}")
+
+
+def commit(partial: Path, final: Path, step: int, attempt: int, world: int, proceed: Callable[[], None]) -> None:
+    """Turns `partial`, in which every rank has reported and the state stands, into `final`.
+
+    Raises SaveFailed when the tensors are not whole or the run has been fenced, OSError when storage fails.
+    """
+    reports = [read_json_bytes(partial / index_name(rank)) for rank in range(world)]
+    try:
+        indexes = [_checked_index(partial, rank, step, attempt, report) for rank, report in enumerate(reports)]
+        tensors = assemble(indexes)
+    except ValueError as error:
+        raise SaveFailed(one_line(error)) from None
+    files = {index_name(rank): digest(report) for rank, report in enumerate(reports)}
+    files[STATE] = digest(read_json_bytes(partial / STATE))
+    size = sum(index.file_bytes for index in indexes)
+    manifest = Manifest(step, attempt, time.time(), size, len(tensors), files)
+    write_durably(partial / MANIFEST, encode_manifest(manifest))
+    sync_directory(partial)
+    proceed()
+    check_fence(partial.parent, attempt)
+    if os.path.lexists(final):
+        raise SaveFailed(f"{final} exists already; a checkpoint is never overwritten")
+    partial.rename(final)
+    sync_directory(final.parent)
+
+
+def _checked_index(partial: Path, rank: int, step: int, attempt: int, data: bytes) -> ShardIndex:
+    index = decode_index(data, index_name(rank))
+    if (index.rank, index.step, index.attempt) != (rank, step, attempt):
+        raise SaveFailed(f"{index_name(rank)} is a report of another save")
+    size = (partial / data_name(rank)).stat().st_size
+    if size != index.file_bytes:
+        raise SaveFailed(f"{data_name(rank)} has {size} bytes, not the {index.file_bytes} that rank {rank} wrote")
+    return index
+
+
+def give_up(partial: Path, reason: str) -> None:
+    """Tell all ranks why the save in `partial` is not going to be committed, and remove it."""
+    note = failure_note(partial)
+    told = _try_to(lambda: write_durably(note, json.dumps({"reason": reason}).encode()))
+    _try_to(lambda: discard(partial, _ABANDONED))
+    if not told:  # perhaps a full disk, on which there is room now
+        _try_to(lambda: write_durably(note, json.dumps({"reason": reason}).encode()))
+
+
+def report_failure(partial: Path, rank: int, reason: str) -> None:
+    """Tell rank 0 that `rank` cannot write its part. Room for the message is made by removing that part."""
+    _try_to(lambda: (partial / data_name(rank)).unlink(missing_ok=True))
+    _try_to(lambda: partial.mkdir(exist_ok=True))
+    _try_to(lambda: write_durably(partial / rank_failure_name(rank), json.dumps({"reason": reason}).encode()))
+
+
+def reason_given(partial: Path) -> str | None:
+    """Why rank 0 has given the save in `partial` up; None if it has not."""
+    reason = _reason_in(failure_note(partial))
+    if reason is not None:
+        _try_to(lambda: discard(partial, _ABANDONED))  # made anew by a rank that came after its removal
+    elif not partial.exists():
+        return "rank 0 gave this save up, or a newer attempt has begun"
+    return reason
+
+
+def await_outcome(partial: Path, final: Path, deadline: float, proceed: Callable[[], None]) -> None:
+    """Returns when rank 0 has committed. Raises SaveFailed when it gave up, was fenced, or at the deadline."""
+    for _ in _polls(deadline, proceed):
+        reason = reason_given(partial)
+        if final.exists():  # looked for second: the commit may have come between
+            return
+        if reason is not None:
+            raise SaveFailed(reason_given(partial) or reason)
+    raise SaveFailed(f"rank 0 has neither committed nor given up {final.name} in time")
+
+
+def retain(directory: Path, keep: int) -> None:
+    """Removes the oldest valid checkpoints beyond the newest `keep`. Damaged ones do not count and stay."""
+    valid = [checkpoint for checkpoint in committed(directory) if is_valid(checkpoint)]
+    for checkpoint in reversed(valid[keep:]):
+        discard(checkpoint)
+
+
+def clear_failures(directory: Path) -> None:
+    """Removes the notes on failed saves. Right after a commit: all ranks reported, so none still waits for a note."""
+    for note in directory.glob(f"*{FAILED}"):
+        note.unlink(missing_ok=True)
+
+
+def is_valid(checkpoint: Path) -> bool:
+    """Does it have a manifest that is byte for byte as written? (`checkpoint.audit.verify` proves the rest.)"""
+    try:
+        decode_manifest(read_json_bytes(checkpoint / MANIFEST), MANIFEST)
+    except (DamagedCheckpoint, CheckpointMismatch):
+        return False
+    return True
+
+
+def _polls(deadline: float, proceed: Callable[[], None]) -> Iterator[None]:
+    pause, longest = _POLL_SECONDS
+    while True:
+        proceed()
+        yield
+        if time.monotonic() > deadline:
+            return
+        time.sleep(pause)
+        pause = min(pause * 1.5, longest)
+
+
+def _reason_in(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_bytes())["reason"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return "for a reason that cannot be read"
+
+
+def _try_to(act: Callable[[], object]) -> bool:
+    """Whether `act` worked. For what is done after a failure, which must not hide the failure itself."""
+    try:
+        act()
+    except OSError as error:
+        log.warning("while giving up a save: %s", one_line(error))
+        return False
+    return True

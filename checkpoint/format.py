@@ -1,0 +1,271 @@
+"""What the files of a checkpoint hold, as values, and their bytes. Nothing here touches a file.
+
+A shard file is a safetensors file. Its index lists the pieces in it and the CRC32 of each block of the FILE, header
+included. The manifest holds the SHA-256 of every index and of the state, and of itself: so each byte of a checkpoint
+is covered by a checksum that is covered by the manifest. All JSON is written in one canonical form, and the manifest
+is read only if it is byte for byte what we would write: not even a changed space goes unseen.
+
+Everything decoded here may come from a stranger. Decoders check each value and raise DamagedCheckpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from checkpoint.names import STATE, CheckpointMismatch, DamagedCheckpoint, rank_of_index
+from parallel.shards import Rectangle
+
+FORMAT = 1
+BLOCK_BYTES = 4 << 20  # of a shard file under one CRC32
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_LARGEST = 1 << 62  # of any number read: what an int64 can count
+_LEAST_BLOCK_BYTES = 1 << 10
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a global tensor, stored from byte `start` of a shard file, row-major."""
+
+    name: str
+    kind: str
+    dtype: str  # a key of DTYPES
+    shape: tuple[int, ...]  # of the global tensor
+    rectangle: Rectangle
+    start: int
+
+    @property
+    def tensor(self) -> str:
+        """Which tensor this is a piece of, as people write it: `param/layers.0.w`."""
+        return f"{self.kind}/{self.name}"
+
+    @property
+    def key(self) -> str:
+        """Its name in the safetensors header."""
+        return f"{self.tensor}@{','.join(map(str, self.rectangle.offset))}"
+
+    @property
+    def bytes(self) -> int:
+        return self.rectangle.numel * DTYPES[self.dtype].itemsize
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.bytes
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What one rank wrote. As a file, it is this rank's report that its data are on storage."""
+
+    rank: int
+    step: int
+    attempt: int
+    file_bytes: int
+    block_bytes: int
+    blocks: tuple[int, ...]  # CRC32 of each block
+    pieces: tuple[Piece, ...]  # in the order of the file
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What makes a directory a checkpoint."""
+
+    step: int
+    attempt: int
+    time: float  # of the commit, seconds since the epoch
+    bytes: int  # of all shard files
+    tensors: int
+    files: dict[str, FileDigest]  # every index and the state
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that wrote it."""
+        return sorted(rank for name in self.files if (rank := rank_of_index(name)) is not None)
+
+
+def digest(data: bytes) -> FileDigest:
+    return FileDigest(hashlib.sha256(data).hexdigest(), len(data))
+
+
+def safetensors_header(pieces: Sequence[Piece]) -> bytes:
+    """The first bytes of a safetensors file that holds `pieces` one after the other, padded to a multiple of 8.
+
+    Of `pieces` only order, dtype and rectangle count: their `start` follows from the header's length.
+    """
+    entries: dict[str, Any] = {}
+    offset = 0
+    for piece in pieces:
+        end = offset + piece.bytes
+        if piece.key in entries:
+            raise ValueError(f"{piece.key} stands twice among the shards of this rank")
+        entries[piece.key] = {
+            "dtype": piece.dtype,
+            "shape": list(piece.rectangle.size),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = _canonical(entries)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def encode_index(index: ShardIndex) -> bytes:
+    pieces = [
+        {
+            "name": piece.name,
+            "kind": piece.kind,
+            "dtype": piece.dtype,
+            "shape": piece.shape,
+            "offset": piece.rectangle.offset,
+            "size": piece.rectangle.size,
+            "bytes": [piece.start, piece.stop],
+        }
+        for piece in index.pieces
+    ]
+    return _canonical({"format": FORMAT, **vars(index), "pieces": pieces})
+
+
+def decode_index(data: bytes, where: str) -> ShardIndex:
+    """The inverse of `encode_index`. Raises DamagedCheckpoint, naming `where`, for anything else."""
+    try:
+        values = _object(_parse(data))
+        file_bytes = _number(values["file_bytes"])
+        block_bytes = _number(values["block_bytes"])
+        blocks = tuple(_number(crc) for crc in _list(values["blocks"]))
+        if block_bytes < _LEAST_BLOCK_BYTES or block_bytes % 8 or len(blocks) != -(-file_bytes // block_bytes):
+            raise ValueError(f"{len(blocks)} checksums of blocks of {block_bytes} bytes for {file_bytes} bytes")
+        pieces = tuple(_decode_piece(_object(piece), file_bytes) for piece in _list(values["pieces"]))
+        rank, step, attempt = (_number(values[key]) for key in ("rank", "step", "attempt"))
+        return ShardIndex(rank, step, attempt, file_bytes, block_bytes, blocks, pieces)
+    except (ValueError, KeyError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{where}: no index of a shard file: {_reason(error)}") from None
+
+
+def _decode_piece(values: dict[str, Any], file_bytes: int) -> Piece:
+    dtype = _text(values["dtype"])
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}")
+    shape, offset, size = (tuple(map(_number, _list(values[key]))) for key in ("shape", "offset", "size"))
+    start, stop = map(_number, _list(values["bytes"]))
+    piece = Piece(_text(values["name"]), _text(values["kind"]), dtype, shape, Rectangle(offset, size), start)
+    inside = len(shape) == len(offset) == len(size) and all(
+        begin + length <= whole for begin, length, whole in zip(offset, size, shape, strict=True)
+    )
+    if not inside:
+        raise ValueError(f"{piece.tensor}: offset {offset} and size {size} do not fit in shape {shape}")
+    if stop != piece.stop or stop > file_bytes or start % DTYPES[dtype].itemsize:
+        raise ValueError(f"{piece.tensor}: bytes {start} to {stop} do not hold {size} of {dtype}")
+    return piece
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    body = {"format": FORMAT, **asdict(manifest)}
+    return _canonical(body | {"digest": digest(_canonical(body)).sha256})
+
+
+def decode_manifest(data: bytes, where: str) -> Manifest:
+    """The inverse of `encode_manifest`.
+
+    Raises DamagedCheckpoint, naming `where`, when a byte is not as written, and CheckpointMismatch for a sound
+    manifest of a format that this version does not read.
+    """
+    try:
+        body = _object(_parse(data))
+        claimed = body.pop("digest")
+        if claimed != digest(_canonical(body)).sha256 or _canonical(body | {"digest": claimed}) != data:
+            raise ValueError("its digest does not fit")
+        if body.pop("format") != FORMAT:
+            raise CheckpointMismatch(f"{where}: another format than {FORMAT}: written by another version of Stoker")
+        files = {_text(name): _decode_digest(_object(value)) for name, value in _object(body["files"]).items()}
+        strange = [name for name in files if name != STATE and rank_of_index(name) is None]
+        if strange or STATE not in files:
+            raise ValueError(f"it lists {strange[0]!r}" if strange else f"it does not list {STATE}")
+        if not isinstance(body["time"], float):
+            raise ValueError("its time is no number")
+        step, attempt, size, tensors = (_number(body[key]) for key in ("step", "attempt", "bytes", "tensors"))
+        return Manifest(step, attempt, body["time"], size, tensors, files)
+    except CheckpointMismatch:
+        raise
+    except (ValueError, KeyError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{where}: no valid manifest: {_reason(error)}") from None
+
+
+def _decode_digest(values: dict[str, Any]) -> FileDigest:
+    return FileDigest(_text(values["sha256"]), _number(values["bytes"]))
+
+
+def encode_state(state: dict[str, Any]) -> bytes:
+    """Raises TypeError for a value that JSON does not have."""
+    return _canonical(state)
+
+
+def decode_state(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        return _object(_parse(data))
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{where}: no state: {_reason(error)}") from None
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _parse(data: bytes) -> Any:
+    return json.loads(data.decode())
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, not {_short(value)}")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"expected a list, not {_short(value)}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a text, not {_short(value)}")
+    return value
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= _LARGEST:
+        raise ValueError(f"expected a count, not {_short(value)}")
+    return value
+
+
+def _short(value: Any) -> str:
+    try:
+        return repr(value)[:80]
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in a list in a list ...
+        return type(value).__name__
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)

@@ -1,0 +1,79 @@
+"""What a rank writes: its pieces and the layout of its shard file, as pure functions of its shards."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from checkpoint.format import DTYPE_NAMES, DTYPES, Piece, safetensors_header
+from parallel.shards import Rectangle, Shard
+
+SPLIT_ELEMENTS = 1 << 14  # a replicated shard with fewer is written whole by one replica
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A shard file before its data: where each piece goes, and the position of the shard that it is cut from."""
+
+    header: bytes
+    pieces: tuple[Piece, ...]
+    sources: tuple[int, ...]
+    file_bytes: int
+
+
+def pieces_to_write(shard: Shard) -> list[Rectangle]:
+    """The parts of `shard.rectangle` that this replica writes; those of all its replicas tile the rectangle.
+
+    A large shard is cut along dim 0 over its replicas. Who begins is drawn by the tensor's name, so that the many
+    small ones, and what does not divide, spread evenly too.
+    """
+    rectangle = shard.rectangle
+    if not rectangle.numel:
+        # An empty tensor must not be lost; an empty share of a tensor is nothing.
+        return [rectangle] if 0 in shard.shape and shard.replica == 0 else []
+    rows = rectangle.size[0] if rectangle.size else 1
+    parts = min(rows, shard.replicas) if rectangle.numel >= SPLIT_ELEMENTS else 1
+    turn = zlib.crc32(f"{shard.kind}/{shard.name}@{rectangle.offset}".encode())
+    part = (shard.replica - turn) % shard.replicas
+    if part >= parts:
+        return []
+    return [rectangle.rows(rows * part // parts, rows * (part + 1) // parts)] if parts > 1 else [rectangle]
+
+
+def plan_file(shards: Sequence[Shard]) -> FilePlan:
+    """The shard file of a rank that holds `shards`.
+
+    Raises ValueError, naming the tensor, for a shard that contradicts itself or has a dtype no checkpoint can hold.
+    """
+    cut = []
+    for position, shard in enumerate(shards):
+        _check(shard)
+        dtype = DTYPE_NAMES[shard.data.dtype]
+        for rectangle in pieces_to_write(shard):
+            cut.append((Piece(shard.name, shard.kind, dtype, shard.shape, rectangle, start=0), position))
+    # Wide elements first: as the header is a multiple of 8 bytes, each piece is then aligned to its elements.
+    cut.sort(key=lambda entry: -DTYPES[entry[0].dtype].itemsize)
+    header = safetensors_header([piece for piece, _ in cut])
+    pieces, start = [], len(header)
+    for piece, _ in cut:
+        pieces.append(replace(piece, start=start))
+        start += piece.bytes
+    return FilePlan(header, tuple(pieces), tuple(position for _, position in cut), start)
+
+
+def _check(shard: Shard) -> None:
+    label, rectangle = f"{shard.kind}/{shard.name}", shard.rectangle
+    if shard.data.dtype not in DTYPE_NAMES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
+        raise ValueError(f"{label} has dtype {shard.data.dtype}; a checkpoint holds {known}")
+    if tuple(shard.data.shape) != rectangle.size:
+        raise ValueError(f"{label}: data of shape {tuple(shard.data.shape)} for a rectangle of {rectangle.size}")
+    inside = len(shard.shape) == len(rectangle.offset) == len(rectangle.size) and all(
+        0 <= start <= start + length <= whole
+        for start, length, whole in zip(rectangle.offset, rectangle.size, shard.shape, strict=True)
+    )
+    if not inside:
+        raise ValueError(f"{label}: {rectangle} does not lie in a tensor of shape {shard.shape}")
+    if not 0 <= shard.replica < shard.replicas:
+        raise ValueError(f"{label}: replica {shard.replica} of {shard.replicas}")

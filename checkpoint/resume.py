@@ -1,0 +1,102 @@
+"""Resuming: all ranks adopt the newest checkpoint that all of them can read, or none does."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from checkpoint.commit import is_valid
+from checkpoint.names import DAMAGED, CheckpointMismatch, DamagedCheckpoint, committed, one_line
+from checkpoint.reader import Stored, load, mismatches, open_checkpoint, refuse, unused
+from checkpoint.storage import sync_directory
+from parallel.shards import Shard
+
+log = logging.getLogger(__name__)
+
+Exchange = Callable[[str], list[str]]
+T = TypeVar("T")
+
+_TOLD = 20  # mismatches that a rank tells the others of
+
+
+def newest(directory: Path) -> list[Path]:
+    """The checkpoints in `directory` that have a valid manifest, newest first; none if there is no such directory."""
+    return [checkpoint for checkpoint in committed(Path(directory)) if is_valid(checkpoint)]
+
+
+def resume(directory: Path, shards: Iterable[Shard], exchange: Exchange, rank: int) -> dict[str, Any] | None:
+    """Load the newest sound checkpoint into `shards` on all ranks and return its state; None if there is none.
+
+    Called by all ranks together. `exchange` gives every rank the texts of all ranks, in rank order. What rank 0 sees
+    in `directory` decides on the candidates. One that any rank finds damaged is moved to `damaged/`, and all fall back
+    to the one before it. Raises CheckpointMismatch when the checkpoint is sound but not one of this model, and OSError
+    when a rank cannot read it for another reason than damage: on all ranks alike, with nothing adopted.
+    """
+    directory, shards = Path(directory), list(shards)
+    names = [checkpoint.name for checkpoint in committed(directory)] if rank == 0 else []
+    for name in json.loads(exchange(json.dumps(names))[0]):
+        checkpoint = directory / name
+        try:
+            stored = _together(functools.partial(open_checkpoint, checkpoint), exchange)
+            _refuse_together(stored, shards, exchange)
+            loaded = _together(functools.partial(load, stored, shards), exchange)
+        except DamagedCheckpoint as damage:
+            if rank == 0:
+                set_aside(checkpoint, one_line(damage))
+            continue
+        loaded.adopt()
+        return loaded.state
+    return None
+
+
+def set_aside(checkpoint: Path, reason: str) -> Path:
+    """Moves a damaged checkpoint to `damaged/`, where it stays for people to look at. Returns its new place."""
+    shelf = checkpoint.parent / DAMAGED
+    shelf.mkdir(exist_ok=True)
+    target, count = shelf / checkpoint.name, 1
+    while target.exists():
+        target, count = shelf / f"{checkpoint.name}.{count}", count + 1
+    checkpoint.rename(target)
+    sync_directory(shelf)
+    sync_directory(checkpoint.parent)
+    log.error("damaged checkpoint moved to %s: %s", target, reason)
+    return target
+
+
+def _together(act: Callable[[], T], exchange: Exchange) -> T:
+    """What `act` returns here, if it worked on all ranks. Else raises the same on all of them."""
+    result: T | None = None
+    kind, reason = "", ""
+    try:
+        result = act()
+    except DamagedCheckpoint as error:
+        kind, reason = "damaged", one_line(error)
+    except CheckpointMismatch as error:
+        kind, reason = "mismatch", one_line(error)
+    except Exception as error:  # the others wait in the exchange: whatever it is, they must hear of it
+        kind, reason = "unreadable", f"{type(error).__name__}: {one_line(error)}"
+    outcomes = [tuple(json.loads(text)) for text in exchange(json.dumps([kind, reason]))]
+    # What is not damage comes first: a checkpoint is not set aside because one node cannot reach it.
+    for wanted, raised in (("unreadable", OSError), ("mismatch", CheckpointMismatch), ("damaged", DamagedCheckpoint)):
+        for rank, (kind, reason) in enumerate(outcomes):
+            if kind == wanted:
+                raise raised(f"{reason} (seen by rank {rank})")
+    assert result is not None
+    return result
+
+
+def _refuse_together(stored: Stored, shards: list[Shard], exchange: Exchange) -> None:
+    """Raises CheckpointMismatch on all ranks, naming what is wrong on any and what no rank has a place for."""
+    spare = sum(1 << place for place, idle in enumerate(unused(stored, shards)) if idle)
+    finding = {"problems": mismatches(stored, shards)[:_TOLD], "unused": f"{spare:x}"}
+    findings = [json.loads(text) for text in exchange(json.dumps(finding))]
+    problems = [problem for other in findings for problem in other["problems"]]
+    for other in findings:
+        spare &= int(other["unused"], 16)
+    labels = (tensor.label for tensor in stored.tensors.values())
+    problems += [f"{label} is not in the model" for place, label in enumerate(labels) if spare >> place & 1]
+    refuse(stored.path, problems)

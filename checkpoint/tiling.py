@@ -1,0 +1,85 @@
+"""Whole tensors from their pieces: the proof that the pieces of a tensor cover it, once each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from checkpoint.format import Piece, ShardIndex
+from parallel.shards import Rectangle
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    rank: int  # whose shard file holds it
+    piece: Piece
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A global tensor and where its pieces stand. They tile it exactly."""
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[StoredPiece, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind}/{self.name}"
+
+
+def assemble(indexes: Iterable[ShardIndex]) -> dict[tuple[str, str], StoredTensor]:
+    """The tensors that `indexes` hold together, by (kind, name), in the order of the first rank that has each.
+
+    Raises ValueError, naming the tensor, when pieces differ in shape or dtype, overlap, or leave a gap.
+    """
+    found: dict[tuple[str, str], list[StoredPiece]] = {}
+    for index in indexes:
+        for piece in index.pieces:
+            found.setdefault((piece.kind, piece.name), []).append(StoredPiece(index.rank, piece))
+    return {key: _tensor(pieces) for key, pieces in found.items()}
+
+
+def _tensor(pieces: list[StoredPiece]) -> StoredTensor:
+    first = pieces[0]
+    for other in pieces:
+        if (other.piece.shape, other.piece.dtype) != (first.piece.shape, first.piece.dtype):
+            raise ValueError(
+                f"{first.piece.tensor}: {first.piece.dtype} {first.piece.shape} for rank {first.rank}, "
+                f"{other.piece.dtype} {other.piece.shape} for rank {other.rank}"
+            )
+    problem = tiling_problem(first.piece.shape, [stored.piece.rectangle for stored in pieces])
+    if problem:
+        ranks = sorted({stored.rank for stored in pieces})
+        raise ValueError(f"{first.piece.tensor} of shape {first.piece.shape}, written by ranks {ranks}: {problem}")
+    piece = first.piece
+    return StoredTensor(piece.name, piece.kind, piece.dtype, piece.shape, tuple(pieces))
+
+
+def tiling_problem(shape: tuple[int, ...], rectangles: Sequence[Rectangle]) -> str | None:
+    """Why `rectangles`, each inside `shape`, do not cover each of its elements exactly once; None if they do.
+
+    Rectangles that do not overlap and have together as many elements as the whole can leave none out. The sweep
+    compares each only with those that reach into it along the most finely cut dim.
+    """
+    solid = [rectangle for rectangle in rectangles if rectangle.numel]
+    if shape and solid:
+        dim = max(range(len(shape)), key=lambda d: len({rectangle.offset[d] for rectangle in solid}))
+        solid.sort(key=lambda rectangle: rectangle.offset[dim])
+        reaching: list[Rectangle] = []
+        for rectangle in solid:
+            reaching = [r for r in reaching if r.offset[dim] + r.size[dim] > rectangle.offset[dim]]
+            for other in reaching:
+                if rectangle.intersection(other):
+                    return f"{_describe(other)} and {_describe(rectangle)} overlap"
+            reaching.append(rectangle)
+    total, covered = math.prod(shape), sum(rectangle.numel for rectangle in solid)
+    return None if covered == total else f"{covered} of its {total} elements are written"
+
+
+def _describe(rectangle: Rectangle) -> str:
+    ends = (start + length for start, length in zip(rectangle.offset, rectangle.size, strict=True))
+    return f"[{', '.join(f'{start}:{end}' for start, end in zip(rectangle.offset, ends, strict=True))}]"

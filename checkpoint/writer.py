@@ -1,0 +1,218 @@
+"""Saving, as a rank sees it: `Checkpoints` takes a snapshot and does the rest in a background thread."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint import commit
+from checkpoint.format import BLOCK_BYTES, ShardIndex, encode_index, encode_state
+from checkpoint.names import (
+    STATE,
+    SaveFailed,
+    data_name,
+    index_name,
+    one_line,
+    partial_directory,
+    step_directory,
+)
+from checkpoint.staging import Snapshot, StagingPool
+from checkpoint.storage import require_space, write_blocks, write_durably
+from parallel.shards import Shard
+
+log = logging.getLogger(__name__)
+
+_EXIT_SECONDS = 2.0  # a process that ends waits so long for its writer to stop between two blocks
+
+
+@dataclass
+class SaveReport:
+    """How a save ended, as this rank saw it. Seconds count from the call of `save`; 0.0: it did not get so far."""
+
+    step: int
+    bytes: int = 0  # of this rank's shard file
+    staged_seconds: float = 0.0  # the live data were free to change
+    written_seconds: float = 0.0  # this rank's part was on storage
+    seconds: float = 0.0  # committed on all ranks, or failed
+    error: str | None = None  # one line
+
+
+@dataclass
+class _Save:
+    step: int
+    partial: Path
+    final: Path
+    shards: Sequence[Shard]
+    state: bytes
+    snapshot: Snapshot
+    began: float  # time.monotonic()
+
+
+class Checkpoints:
+    """One rank's writer of the checkpoints of a run. Every rank makes the same calls in the same order.
+
+    `directory` is on a file system that all ranks share; `attempt` is the start of the run that these ranks belong to,
+    and rank 0 has called `fence` for it. `keep` valid checkpoints are kept. With mode `sync`, `save` returns after the
+    commit. A save that is not committed `timeout_seconds` after its data were written fails.
+
+    The writer is a daemon thread: it never keeps a process alive. One that ends in the middle of a save stops it at
+    the next block; what is on storage then is garbage that the next attempt removes.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        rank: int,
+        world: int,
+        attempt: int,
+        keep: int,
+        mode: str = "async",
+        timeout_seconds: float = 1800.0,
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"checkpoint.keep={keep}: at least the newest checkpoint must be kept")
+        if mode not in ("async", "sync"):
+            raise ValueError(f"checkpoint.mode={mode!r}: choose async or sync")
+        self._directory = Path(directory)
+        self._rank, self._world, self._attempt = rank, world, attempt
+        self._keep, self._mode, self._timeout = keep, mode, timeout_seconds
+        self._pool = StagingPool()
+        self._snapshot: Snapshot | None = None
+        self._writer: threading.Thread | None = None
+        self._ended: deque[SaveReport] = deque()
+        self._trials: dict[int, int] = {}
+        self._leaving = threading.Event()
+
+    def prepare(self, shards: Iterable[Shard]) -> None:
+        """Allocate the staging pool before the first save. Raises ValueError for shards that cannot be stored."""
+        self._join()
+        self._pool.prepare(list(shards))
+
+    def save(self, step: int, shards: Iterable[Shard], state: dict[str, Any]) -> None:
+        """Start saving the present values of `shards` and `state` as the checkpoint of `step`.
+
+        Waits for the save in flight first; a step that is committed already is not saved again. The tensors must not
+        be changed until `await_staged`; `state` (rank 0's is stored) may. What goes wrong later is told by `finished`.
+        Raises TypeError for a state that JSON cannot hold.
+        """
+        self._join()
+        encoded = encode_state(state) if self._rank == 0 else b""
+        final = step_directory(self._directory, step)
+        if commit.is_valid(final):
+            return
+        trial = self._trials[step] = self._trials.get(step, 0) + 1
+        partial = partial_directory(self._directory, step, self._attempt, trial)
+        shards = list(shards)
+        self._snapshot = Snapshot(shards)
+        save = _Save(step, partial, final, shards, encoded, self._snapshot, time.monotonic())
+        self._writer = threading.Thread(target=self._run, args=(save,), name=f"checkpoint {step}", daemon=True)
+        self._writer.start()
+        if self._mode == "sync":
+            self._join()
+
+    def await_staged(self) -> None:
+        """Return when the live data may change: the snapshot in flight, if any, has been copied.
+
+        On CUDA the copies may still be queued; what the caller queues on its current stream runs after them.
+        """
+        if self._snapshot is not None:
+            self._snapshot.await_staged()
+            self._snapshot = None
+
+    def finished(self) -> list[SaveReport]:
+        """The saves that ended since the last call, well or not, oldest first. Does not wait."""
+        reports = []
+        while self._ended:
+            reports.append(self._ended.popleft())
+        return reports
+
+    def wait(self) -> list[SaveReport]:
+        """Return when no save is in flight: committed, visible to this rank, or failed.
+
+        Gives the reports that `finished` will give next, without taking them.
+        """
+        self._join()
+        return list(self._ended)
+
+    def _join(self) -> None:
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def _run(self, save: _Save) -> None:
+        report = SaveReport(save.step)
+        atexit.register(self._leave, threading.current_thread())
+        try:
+            self._write(save, report)
+        except Exception as error:  # whatever it is: it must reach the reports, not die with this thread
+            report.error = self._fail(save, error, reported=report.written_seconds > 0)
+        finally:
+            save.snapshot.give_up()
+            report.seconds = time.monotonic() - save.began
+            self._ended.append(report)
+            atexit.unregister(self._leave)
+
+    def _write(self, save: _Save, report: SaveReport) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        save.partial.mkdir(exist_ok=True)
+        # After the mkdir: a newer attempt raises its fence first and clears partial directories second, so either
+        # we see the fence or it sees our directory.
+        commit.check_fence(self._directory, self._attempt)
+        plan = self._pool.fill(save.shards, save.snapshot)
+        save.shards = ()
+        report.staged_seconds = time.monotonic() - save.began
+
+        image = self._pool.image()
+        require_space(save.partial, len(image))
+        blocks = write_blocks(save.partial / data_name(self._rank), image, BLOCK_BYTES, self._proceed)
+        if self._rank == 0:
+            write_durably(save.partial / STATE, save.state)
+        index = ShardIndex(self._rank, save.step, self._attempt, len(image), BLOCK_BYTES, tuple(blocks), plan.pieces)
+        write_durably(save.partial / index_name(self._rank), encode_index(index))
+        report.bytes = len(image)
+        report.written_seconds = time.monotonic() - save.began
+
+        deadline = time.monotonic() + self._timeout
+        if self._rank == 0:
+            commit.await_reports(save.partial, self._world, deadline, self._proceed)
+            commit.commit(save.partial, save.final, save.step, self._attempt, self._world, self._proceed)
+            self._tidy()
+        else:
+            commit.await_outcome(save.partial, save.final, deadline, self._proceed)
+
+    def _tidy(self) -> None:
+        try:
+            commit.retain(self._directory, self._keep)
+            commit.clear_failures(self._directory)
+        except OSError as error:  # the new checkpoint stands, and the next commit tidies again
+            log.warning("%s could not be tidied: %s", self._directory, one_line(error))
+
+    def _fail(self, save: _Save, error: Exception, reported: bool) -> str:
+        """Tell the other ranks of a failure here. Returns the reason, which may be what rank 0 told us."""
+        reason = one_line(error)
+        if self._rank == 0:
+            reason = reason if isinstance(error, SaveFailed) else f"rank 0: {reason}"
+            commit.give_up(save.partial, reason)
+            return reason
+        if not reported:
+            told = commit.reason_given(save.partial)
+            if told is not None:
+                return told
+            commit.report_failure(save.partial, self._rank, reason)
+        return reason if reported else f"rank {self._rank}: {reason}"
+
+    def _proceed(self) -> None:
+        if self._leaving.is_set():
+            raise SaveFailed("the process is ending")
+
+    def _leave(self, writer: threading.Thread) -> None:
+        self._leaving.set()
+        writer.join(_EXIT_SECONDS)

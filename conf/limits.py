@@ -1,0 +1,129 @@
+"""What each single value may be, whatever the others are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from conf.overrides import closest
+from conf.schema import Config, lookup
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The values that one key may have. Null, where the type allows it, is always allowed."""
+
+    key: str
+    rule: str  # completes "must be ..."
+    why: str
+    holds: Callable[[Any], bool]
+    choices: tuple[str, ...] = ()
+
+    def broken(self, config: Config) -> str | None:
+        """What to tell the user about this key, or None when its value is allowed."""
+        value = lookup(config, self.key)
+        if value is None or self.holds(value):
+            return None
+        if self.choices:
+            return f"{self.key}={value}: choose from {', '.join(closest(str(value), list(self.choices)))}"
+        return f"{self.key}={value}: must be {self.rule}, because {self.why}"
+
+
+def _at_least(key: str, least: float, why: str) -> Limit:
+    return Limit(key, f"at least {least}", why, lambda value: least <= value < math.inf)
+
+
+def _above_zero(key: str, why: str) -> Limit:
+    return Limit(key, "above 0", why, lambda value: 0 < value < math.inf)
+
+
+def _choice(key: str, *names: str) -> Limit:
+    return Limit(key, "one of " + ", ".join(names), "nothing else is known", names.__contains__, names)
+
+
+LIMITS = (
+    _at_least("steps", 1, "a run takes steps"),
+    _at_least("seq_len", 2, "one token has no other to predict"),
+    _at_least("batch.rows", 1, "an update needs rows"),
+    _at_least("batch.micro", 1, "a micro-batch needs rows"),
+    _at_least("parallel.tp", 1, "it counts ranks"),
+    _at_least("parallel.pp", 1, "it counts stages"),
+    Limit("parallel.zero", "0, 1, 2 or 3", "these are the stages of ZeRO", range(4).__contains__),
+    _at_least("parallel.replicas", 1, "it counts copies of the shards"),
+    _choice("parallel.schedule", "1f1b", "gpipe", "interleaved"),
+    _at_least("parallel.stages_per_rank", 1, "it counts stages"),
+    _choice("parallel.engine", "fsdp", "deepspeed"),
+    _choice("parallel.offload", "none", "cpu", "nvme"),
+    _above_zero("parallel.timeout_seconds", "no collective ends at once"),
+    _at_least("model.vocab_size", 2, "with one token there is nothing to predict"),
+    _at_least("model.width", 1, "it counts channels"),
+    _at_least("model.layers", 1, "it counts layers"),
+    _at_least("model.heads", 1, "it counts heads"),
+    _at_least("model.kv_heads", 1, "it counts heads"),
+    Limit(
+        "model.head_dim",
+        "an even number above 0",
+        "rotary embeddings turn pairs of channels",
+        lambda value: value > 0 and value % 2 == 0,
+    ),
+    _at_least("model.hidden", 1, "it counts channels"),
+    _above_zero("model.norm_eps", "it keeps a norm of zeros finite"),
+    _above_zero("model.rope_theta", "wavelengths are its powers"),
+    _at_least("model.rope_scaling.factor", 1, "it extends the context"),
+    _at_least("model.rope_scaling.original_context", 1, "it counts tokens"),
+    _above_zero("model.init_std", "weights that all start at 0 cannot learn"),
+    _at_least("model.loss_chunk", 1, "it counts tokens"),
+    _choice("data.tokenizer", "byte", "bpe"),
+    _at_least("data.bpe_vocab", 257, "256 bytes and the end of a document come first"),
+    _at_least("data.epochs", 1, "a run reads something"),
+    Limit(
+        "data.validation",
+        "from 0 to 0.5",
+        "most documents must be left to train on",
+        lambda value: 0 <= value <= 0.5,
+    ),
+    _at_least("data.workers", 0, "it counts processes"),
+    _at_least("data.prefetch", 1, "the batch in use is read ahead too"),
+    _choice("optim.name", "adamw", "sgd"),
+    _above_zero("optim.lr", "an update must go downhill"),
+    _at_least("optim.weight_decay", 0, "weights would grow"),
+    Limit(
+        "optim.betas",
+        "two numbers from 0 up to but not including 1",
+        "a moment that never decays never starts",
+        lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
+    ),
+    _above_zero("optim.eps", "it keeps the first update finite"),
+    Limit(
+        "optim.momentum",
+        "from 0 up to but not including 1",
+        "the velocity would grow without end",
+        lambda value: 0 <= value < 1,
+    ),
+    _choice("schedule.name", "constant", "cosine", "wsd"),
+    _at_least("schedule.warmup_steps", 0, "it counts steps"),
+    _at_least("schedule.total_steps", 1, "it counts steps"),
+    Limit("schedule.decay_fraction", "above 0 and at most 1", "it is a share", lambda value: 0 < value <= 1),
+    Limit("schedule.final", "from 0 to 1", "it is a share of the peak", lambda value: 0 <= value <= 1),
+    _above_zero("clip_norm", "gradients clipped to 0 teach nothing (null switches clipping off)"),
+    _choice("precision", "fp32", "bf16", "fp16"),
+    _choice("activation_checkpoint", "none", "selective", "full"),
+    _choice("nonfinite.action", "skip"),
+    _at_least("nonfinite.limit", 1, "it counts steps"),
+    _at_least("checkpoint.every", 0, "it counts steps"),
+    _at_least("checkpoint.keep", 1, "a run without a checkpoint cannot resume"),
+    _choice("checkpoint.mode", "async", "sync"),
+    _at_least("eval.every", 0, "it counts steps"),
+    _at_least("eval.rows", 0, "it counts rows"),
+    _choice("tracker.name", "none", "wandb", "tensorboard"),
+    _choice("tracker.mode", "online", "offline"),
+    _choice("launch.name", "local"),
+    _at_least("launch.nproc", 1, "it counts ranks"),
+    _at_least("launch.max_restarts", 0, "it counts restarts"),
+    _at_least("launch.threads", 1, "a rank computes on at least one"),
+    _choice("launch.device", "cpu", "cuda"),
+    _at_least("log.every", 1, "it counts steps"),
+    _choice("log.progress", "auto", "live", "plain"),
+)

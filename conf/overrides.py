@@ -1,0 +1,170 @@
+"""Overrides as a user types them: `KEY=VALUE`, checked against the schema and quoted for Hydra's grammar.
+
+Hydra reads `a,b` as a sweep, `int(3)` as a function, and rejects `s-{000..099}.tar`, `?x=1` and `~/x`. Here a value is
+what it looks like: a number, a boolean, null, a list, a dictionary, a quoted string, or else the text itself. For a key
+that the schema declares as text it is always the text (`run.name=1e5`), except null and a quoted string.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.schema import GROUPS, leaves
+from conf.values import ConfigError, expected, fits, options
+
+GROUPS_FOLDER = Path(__file__).resolve().parent
+_TYPES = {key: hint for key, _, hint in leaves()}
+_OPEN = {key for key, hint in _TYPES.items() if dict[str, Any] in options(hint)}  # below these any key goes
+_SECTIONS = {key.rpartition(".")[0] for key in _TYPES} - {""}
+
+
+@dataclass(frozen=True)
+class Override:
+    """One checked override."""
+
+    key: str  # dotted
+    value: Any  # plain value; for a group the name of the choice
+    group: bool  # does it choose a file of a group?
+    hydra: str  # the same in Hydra's grammar
+
+
+def parse(override: str) -> Override:
+    """`override` checked and quoted. Raises ConfigError when the key is unknown or the value does not fit it."""
+    typed_key, separator, text = override.partition("=")
+    key = typed_key.lstrip("+")
+    if key.startswith("~"):
+        raise ConfigError(f"{override}: keys cannot be removed; set the key to null, or to its default")
+    if not separator:
+        raise ConfigError(f"{override!r} is not an override: expected KEY=VALUE")
+    if "${" in text:
+        raise ConfigError(
+            f"{override}: an interpolation would be resolved anew by every rank and every restart; write the value out"
+        )
+    if key in GROUPS:
+        _check_choice(key, text)
+        return Override(key, text, True, f"{key}={text}")
+    below = next((name for name in _OPEN if key.startswith(f"{name}.")), None)
+    _check_key(key, below, added=typed_key != key)
+    hint = Any if below else _TYPES[key]
+    quoted = f"{key}={_quoted_value(text, hint)}"
+    value = _parsed(quoted).value()
+    if not fits(value, hint):
+        raise ConfigError(f"{key}={text}: expected {expected(hint)}")
+    return Override(key, value, False, f"++{quoted}" if below or key in _OPEN else quoted)
+
+
+def quote(override: str) -> str:
+    """`override` with its value quoted where Hydra would reject it or take it for something else than it looks."""
+    key, separator, text = override.partition("=")
+    return f"{key}={_quoted_value(text, _TYPES.get(key.lstrip('+'), Any))}" if separator else override
+
+
+def choices(group: str) -> list[str]:
+    """What `group=...` may be: the names of the group's files."""
+    return sorted(file.stem for file in (GROUPS_FOLDER / group).glob("*.yaml"))
+
+
+def closest(word: str, known: list[str]) -> list[str]:
+    """`known` with the most similar to `word` first."""
+    return sorted(known, key=lambda name: -difflib.SequenceMatcher(None, word, name).ratio())
+
+
+def _check_choice(group: str, text: str) -> None:
+    known = choices(group)
+    if text not in known:
+        raise ConfigError(f"unknown {group} {text!r}: choose from {', '.join(closest(text, known))}")
+
+
+def _check_key(key: str, below: str | None, added: bool) -> None:
+    if key in _TYPES or below:
+        return
+    if key in _SECTIONS:
+        example = next(name for name in _TYPES if name.startswith(f"{key}."))
+        raise ConfigError(f"{key!r} is a section: set its keys one by one, such as {example}=...")
+    found = _similar(key)
+    message = f"unknown key {key!r}"
+    if found:
+        message += f": did you mean {' or '.join(map(repr, found))}?"
+    else:
+        message += ": `stoker config` prints every key"
+    if added:
+        message += f" (+ adds keys only below {', '.join(sorted(_OPEN))})"
+    raise ConfigError(message)
+
+
+def _similar(key: str) -> list[str]:
+    """Known keys of the same last part, at most three, or else the one key or group that reads most alike."""
+    last = key.rpartition(".")[2]
+    same = [known for known in _TYPES if known.rpartition(".")[2] == last]
+    if same:
+        return same[:3]
+
+    def ratios(known: str) -> tuple[float, float]:
+        pairs = ((key, known), (last, known.rpartition(".")[2]))
+        whole, part = (difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
+        return whole, part
+
+    best = max([*_TYPES, *GROUPS], key=lambda known: sum(ratios(known)))
+    return [best] if max(ratios(best)) >= 0.6 else []
+
+
+def _quoted_value(text: str, hint: Any) -> str:
+    if _reads_as_it_looks(text, hint):
+        return text
+    if text.startswith("[") and text.endswith("]") and str not in options(hint):
+        items = "[" + ",".join(_quoted_value(item.strip(), Any) for item in _items(text[1:-1])) + "]"
+        if _reads_as_it_looks(items, hint):
+            return items
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def _reads_as_it_looks(text: str, hint: Any) -> bool:
+    from hydra.core.override_parser.types import QuotedString
+    from hydra.errors import HydraException
+
+    try:
+        parsed = _parsed(f"key={text}")
+    except HydraException:
+        return False
+    value = parsed.value()
+    if parsed.is_sweep_override():
+        return False
+    if isinstance(value, str):
+        return value == text or isinstance(parsed._value, QuotedString)
+    is_function_call = text.rstrip().endswith(")")
+    return not is_function_call and (value is None or str not in options(hint))
+
+
+def _items(text: str) -> list[str]:
+    """`text` split at the commas that stand outside brackets and quotes."""
+    items, depth, quote_mark, start = [], 0, "", 0
+    for at, letter in enumerate(text):
+        if quote_mark:
+            quote_mark = "" if letter == quote_mark else quote_mark
+        elif letter in "'\"":
+            quote_mark = letter
+        elif letter in "[{(":
+            depth += 1
+        elif letter in "]})":
+            depth -= 1
+        elif letter == "," and depth == 0:
+            items.append(text[start:at])
+            start = at + 1
+    return [*items, text[start:]]
+
+
+def _parsed(override: str) -> Any:
+    return _parser().parse_override(override)
+
+
+@functools.cache
+def _parser() -> Any:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create()

@@ -1,0 +1,144 @@
+"""The run directory: its names, its one-time resolution, and the config written in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import yaml
+
+from conf.schema import Config, from_dict, lasting, to_dict
+from conf.values import ConfigError
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where things stand in the directory of a run. Only names: nothing is created or read."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The composed config."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per optimizer step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def stop(self) -> Path:
+        """A file whose existence asks the run to stop."""
+        return self.path / "STOP"
+
+    @property
+    def loss_plot(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts"
+
+    def attempt(self, number: int) -> Path:
+        """The directory of one start of the run's ranks, counted from 1."""
+        return self.attempts / str(number)
+
+    def log(self, number: int, rank: int) -> Path:
+        """What the rank of this global number wrote to stdout and stderr in an attempt."""
+        return self.attempt(number) / f"rank-{rank}.log"
+
+    def outcome(self, number: int) -> Path:
+        """How an attempt ended, as JSON."""
+        return self.attempt(number) / "outcome.json"
+
+    def attempt_numbers(self) -> list[int]:
+        """The attempts there are, oldest first."""
+        if not self.attempts.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in self.attempts.iterdir() if entry.name.isdecimal())
+
+
+def resolve(config: Config, now: datetime) -> Config:
+    """`config` with `run.name` and an absolute `run.dir`. Done once, before ranks start: a clock differs by rank.
+
+    Raises ConfigError for a name that is no name of a directory.
+    """
+    name = config.run.name
+    if name is None:
+        name = f"{config.model.name}-{now:%Y%m%d-%H%M%S}"
+    if not name or name in (".", "..") or "/" in name:
+        raise ConfigError(f"run.name={name!r}: it names a directory, so it cannot be empty, '.', '..' or hold '/'")
+    directory = Path(config.run.dir or Path("runs") / name).expanduser().absolute()
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name, dir=str(directory)))
+
+
+def next_attempt(run: RunDirectory) -> int:
+    """Creates the directory of a new attempt and returns its number. Two callers never get the same one."""
+    run.attempts.mkdir(parents=True, exist_ok=True)
+    number = max(run.attempt_numbers(), default=0) + 1
+    while True:
+        try:
+            run.attempt(number).mkdir()
+            return number
+        except FileExistsError:
+            number += 1
+
+
+def to_yaml(config: Config) -> str:
+    """`config` as YAML, the keys in the order of the schema. `read_config` gives back an equal config."""
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def write_config(run: RunDirectory, config: Config) -> None:
+    """Writes `config.yaml`, whole or not at all. `run.fresh` and `run.change` are not kept: they are for one start."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    temporary = run.config.with_name(f".{run.config.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(to_yaml(lasting(config)))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(run.config)
+
+
+def read_config(run: RunDirectory) -> Config:
+    """The stored config. Raises ConfigError, of one line, when there is none or somebody broke it."""
+    try:
+        values = yaml.load(run.config.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{run.path} is not a run directory: it has no {run.config.name}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{run.config} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{run.config} holds no config")
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{run.config}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads `1e-3` as the number it is in YAML 1.2; PyYAML alone takes it for text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text so that it is read back as the same text: `1e-3`, and Unicode's own line ends, need quotes."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = '"' if _LINE_ENDS & set(text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_LINE_ENDS = set("\x85\u2028\u2029")
+_FLOAT = re.compile(r"[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)\Z")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Dumper.add_representer(str, _Dumper.represent_text)

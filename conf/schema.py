@@ -1,0 +1,268 @@
+"""The typed config: every key a run understands, its unit, and how free it is.
+
+Each field is of one of three kinds, which decide what may change when a run is resumed:
+
+- `free`: where and how the run runs (layout, engine, launch, logging). Change it at will.
+- `maths`: what the run computes from here on. Shown as a difference, allowed with `run.change=true`.
+- `fixed`: what the run *is* (model shape, tokenizer, seed). Refused.
+
+`Config` is composed from the YAML groups beside this file by `conf.compose`; ranks that our own launcher starts
+receive it ready-made as JSON (`to_dict` / `from_dict`), so that they need no Hydra.
+"""
+
+# ruff: noqa: RUF009 (free, maths and fixed return dataclasses.field)
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from conf.values import ConfigError, expected, fits, options
+
+
+def _kind(kind: str, default: Any) -> Any:
+    metadata = {"kind": kind}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def free(default: Any = None) -> Any:
+    """A field that may change at every start of a run."""
+    return _kind("free", default)
+
+
+def maths(default: Any = None) -> Any:
+    """A field that changes the run's numbers: needs `run.change=true` on resume."""
+    return _kind("maths", default)
+
+
+def fixed(default: Any = None) -> Any:
+    """A field that cannot change within a run."""
+    return _kind("fixed", default)
+
+
+@dataclass
+class RunConfig:
+    dir: str | None = free()  # run directory; default runs/<run.name>
+    name: str | None = free()  # default <model>-<start time>
+    seed: int = fixed(0)  # seeds initial weights and the order of the data
+    fresh: bool = free(False)  # refuse to resume: the directory must hold no checkpoint
+    change: bool = free(False)  # allow `maths` keys to change on resume
+
+
+@dataclass
+class BatchConfig:
+    rows: int = maths(32)  # rows per optimizer step over all ranks (the global batch)
+    micro: int | None = free()  # rows per micro-batch per data-parallel rank; default: as many as divide, at most 8
+
+
+@dataclass
+class ParallelConfig:
+    tp: int = free(1)  # ranks that share each layer
+    pp: int = free(1)  # pipeline stages (times stages_per_rank)
+    zero: int = free(1)  # 0 replicate | 1 shard optimizer state | 2 and gradients | 3 and parameters
+    replicas: int | None = free()  # size of dp_replicate (hybrid sharding); derived for ZeRO 0, else 1
+    schedule: str = free("1f1b")  # pipeline schedule: 1f1b | gpipe | interleaved
+    stages_per_rank: int = free(1)  # pipeline stages per rank, > 1 with schedule=interleaved
+    engine: str = free("fsdp")  # fsdp | deepspeed
+    offload: str = free("none")  # none | cpu | nvme: where optimizer state lives
+    timeout_seconds: float = free(600.0)  # of every process group's collectives
+
+
+@dataclass
+class RopeScalingConfig:
+    """Llama-3 frequency scaling (Llama 3.1 model card); off when factor is 1."""
+
+    factor: float = fixed(1.0)  # context extension
+    low_frequency_factor: float = fixed(1.0)  # original_context / wavelength below which all is scaled
+    high_frequency_factor: float = fixed(4.0)  # and above which nothing is
+    original_context: int = fixed(8192)  # tokens the base model was trained at
+
+
+@dataclass
+class ModelConfig:
+    target: str = fixed("models.decoder:build")  # import path pkg.mod:function of the builder
+    name: str = free("model")  # for people: run names and tables
+    vocab_size: int | None = fixed()  # tokens; default: the tokenizer's
+    width: int = fixed(256)  # channels of the residual stream
+    layers: int = fixed(6)  # transformer blocks
+    heads: int = fixed(8)  # query heads
+    kv_heads: int | None = fixed()  # key and value heads; default: heads
+    head_dim: int | None = fixed()  # channels per head; default: width / heads
+    hidden: int = fixed(704)  # channels inside the SwiGLU MLP
+    norm_eps: float = fixed(1e-5)  # added to the mean square in RMSNorm
+    rope_theta: float = fixed(10000.0)  # base of the rotary wavelengths, in tokens
+    rope_scaling: RopeScalingConfig = fixed(RopeScalingConfig)
+    qk_norm: bool = fixed(False)  # RMSNorm on queries and keys per head (Qwen3)
+    qkv_bias: bool = fixed(False)  # biases on the query, key and value projections (Qwen2)
+    tie_embeddings: bool = fixed(False)  # one matrix for the embedding and the head
+    init_std: float = fixed(0.02)  # standard deviation of initial weights
+    loss_chunk: int = free(1024)  # tokens whose logits exist at one time
+    args: dict[str, Any] = fixed({})  # for a user's own model.target
+
+
+@dataclass
+class DataConfig:
+    target: str = fixed("data.stdlib:open_source")  # import path pkg.mod:function of the source
+    name: str = free("data")  # for people
+    path: str | None = fixed()  # file or directory for sources that read one
+    tokenizer: str = fixed("byte")  # byte | bpe (trained on this data at first use)
+    bpe_vocab: int = fixed(8192)  # vocabulary of tokenizer=bpe
+    epochs: int | None = maths()  # passes over the data after which it ends; default: no end
+    validation: float = fixed(0.02)  # share of the documents kept for validation
+    document_mask: bool = fixed(False)  # keep attention inside documents
+    workers: int = free(1)  # reader processes per rank; 0 reads in the rank itself
+    prefetch: int = free(4)  # global batches read ahead per worker
+    cache: str | None = free()  # tokenised data; default $XDG_CACHE_HOME/stoker
+    args: dict[str, Any] = fixed({})  # for a user's own data.target
+
+
+@dataclass
+class OptimConfig:
+    name: str = maths("adamw")  # adamw | sgd
+    target: str | None = maths()  # import path pkg.mod:function of a user's own torch optimizer
+    lr: float = maths(1e-3)  # peak learning rate
+    weight_decay: float = maths(0.1)  # decoupled: share of lr x weight taken off per step
+    betas: list[float] = maths([0.9, 0.95])  # adamw: decay per step of the two moments
+    eps: float = maths(1e-8)  # adamw: added to the root of the second moment
+    momentum: float = maths(0.0)  # sgd: decay per step of the velocity
+    decay_all: bool = maths(False)  # decay norms, biases and embeddings too
+    args: dict[str, Any] = maths({})  # for a user's own optim.target
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = maths("cosine")  # constant | cosine | wsd (warmup-stable-decay)
+    warmup_steps: int = maths(0)  # steps of linear rise to the peak
+    total_steps: int | None = maths()  # default: `steps` of the first start, then pinned
+    decay_fraction: float = maths(0.2)  # wsd: share of total_steps in the final decay
+    final: float = maths(0.1)  # learning rate at the end, as a share of the peak
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = free(200)  # steps between checkpoints; 0: only at the end
+    keep: int = free(3)  # newest valid checkpoints kept
+    mode: str = free("async")  # async | sync
+
+
+@dataclass
+class EvalConfig:
+    every: int = free(0)  # steps between evaluations; 0: only at the end if rows > 0
+    rows: int = free(0)  # validation rows per evaluation; 0: none
+
+
+@dataclass
+class NonfiniteConfig:
+    action: str = maths("skip")  # skip: leave the update out
+    limit: int = free(10)  # skipped steps in a row after which the run ends
+
+
+@dataclass
+class TrackerConfig:
+    name: str = free("none")  # none | wandb | tensorboard
+    project: str = free("stoker")  # wandb: project of the run
+    entity: str | None = free()  # wandb: user or team; default: the key's own
+    mode: str | None = free()  # wandb: online | offline; default online with a key, else offline
+
+
+@dataclass
+class LaunchConfig:
+    name: str = free("local")  # local: processes on this machine
+    nproc: int | None = free()  # ranks on this machine; default: its GPUs, else 2
+    max_restarts: int = free(3)  # restarts after a failure
+    threads: int | None = free()  # CPU threads per rank; default: cores / ranks
+    device: str | None = free()  # cpu | cuda; default: cuda where there is one
+
+
+@dataclass
+class LogConfig:
+    every: int = free(10)  # steps between plain progress lines
+    progress: str = free("auto")  # auto (live on a terminal) | live | plain
+
+
+@dataclass
+class Config:
+    run: RunConfig = free(RunConfig)
+    steps: int = free(200)  # optimizer steps of the whole run
+    seq_len: int = fixed(512)  # tokens per row
+    batch: BatchConfig = free(BatchConfig)
+    parallel: ParallelConfig = free(ParallelConfig)
+    model: ModelConfig = fixed(ModelConfig)
+    data: DataConfig = fixed(DataConfig)
+    optim: OptimConfig = maths(OptimConfig)
+    schedule: ScheduleConfig = maths(ScheduleConfig)
+    clip_norm: float | None = maths(1.0)  # largest gradient norm; null: no clipping
+    precision: str = maths("bf16")  # fp32 | bf16 | fp16
+    activation_checkpoint: str = free("none")  # none | selective | full
+    compile: bool = free(False)  # torch.compile per block
+    deterministic: bool = free(False)  # bitwise equal repeats on GPUs too
+    nonfinite: NonfiniteConfig = free(NonfiniteConfig)
+    checkpoint: CheckpointConfig = free(CheckpointConfig)
+    eval: EvalConfig = free(EvalConfig)
+    tracker: TrackerConfig = free(TrackerConfig)
+    launch: LaunchConfig = free(LaunchConfig)
+    log: LogConfig = free(LogConfig)
+
+
+GROUPS = ("model", "data", "optim", "schedule", "tracker", "launch")
+PER_START = ("run.fresh", "run.change")  # they speak of one start, and a run does not keep them
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """`config` as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], kind: type = Config, prefix: str = "") -> Any:
+    """The inverse of `to_dict`. Raises ConfigError, naming the dotted key, for an unknown key or a wrong type."""
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise ConfigError(f"unknown key {key!r}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{key}={value!r}: expected a section of keys")
+            value = from_dict(value, typing.cast(type, hint), f"{key}.")
+        elif not fits(value, hint):
+            raise ConfigError(f"{key}={value!r}: expected {expected(hint)}")
+        elif type(value) is int and float in options(hint):
+            value = float(value)
+        arguments[name] = value
+    return kind(**arguments)
+
+
+def lasting(config: Config) -> Config:
+    """`config` without what speaks of one start only: the form in which a run keeps it."""
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=False, change=False))
+
+
+def leaves(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Every leaf key, dotted, with its field and its type, in the order of the schema."""
+    hints = typing.get_type_hints(kind)
+    for entry in dataclasses.fields(kind):
+        hint = hints[entry.name]
+        if dataclasses.is_dataclass(hint):
+            yield from leaves(typing.cast(type, hint), f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, entry, hint
+
+
+def kinds(kind: type = Config) -> dict[str, str]:
+    """Every leaf key with its kind: `{"run.seed": "fixed", ...}`."""
+    return {key: entry.metadata["kind"] for key, entry, _ in leaves(kind)}
+
+
+def lookup(config: Any, key: str) -> Any:
+    """The value at a dotted key: `lookup(config, "parallel.tp")`."""
+    return functools.reduce(getattr, key.split("."), config)

@@ -1,0 +1,37 @@
+"""Data: from texts to the rows that this rank trains on.
+
+    source     an ordered list of documents              stdlib.py, text.py, or a user's data.target
+    tokens     tokenised once, mapped from files         manifest.py, tokenizer.py, cache.py
+    RowPlan    global row number -> row                  rows.py (the protocol), index.py, shuffle.py
+    RowStream  this rank's rows of each global batch     stream.py, readers.py
+
+The order of the rows is a pure function of (texts, tokenizer, seq_len, seed): `IndexPlan` answers "what is row n?" in
+closed form, for any n, with no list of rows anywhere. So the whole state of the data is one row number. Ranks, reader
+processes, prefetching and restarts only decide who reads a row and when, never which row it is: data-parallel rank r of
+dp takes the rows first + r, first + r + dp, ... of a global batch. The end of the data is arithmetic on the row number
+too, so all ranks agree on it without a word.
+
+A row is `seq_len` tokens and the label of each, its next token. Rows are cut out of the documents laid end to end, each
+closed by an end-of-document token; consecutive rows share one token, which is the last label of one and the first token
+of the next. Every row of an epoch is read once before the next epoch, in another order, begins.
+
+The state carries a fingerprint of everything that the rows depend on. A state whose fingerprint differs is refused, with
+what differs: continuing on other rows than the run began with must be somebody's decision.
+
+What a launcher does once per machine (`prepare`) makes the ranks' `open_rows` cheap: it reads file stamps, no texts.
+"""
+
+from data.opening import open_rows, open_tokenizer, prepare, vocabulary
+from data.rows import RowPlan, read_rows
+from data.stream import EndOfData, RowStream
+
+__all__ = [
+    "EndOfData",
+    "RowPlan",
+    "RowStream",
+    "open_rows",
+    "open_tokenizer",
+    "prepare",
+    "read_rows",
+    "vocabulary",
+]

@@ -1,0 +1,159 @@
+"""Processes that read ahead, into memory that they share with the rank.
+
+A reader holds no state: it is asked for an item, writes it to a slot and says so. Asking, order and resuming stay with
+the rank, so a reader can be killed at any time and loses nothing. The shared memory is anonymous: it has no name in
+/dev/shm that could be left behind. A reader never outlives its rank, and leaves signals to it: Ctrl-C and a scheduler's
+warning reach the whole process group, and the rank still needs rows for the steps before its last save.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import multiprocessing
+import os
+import signal
+import struct
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from multiprocessing.connection import Connection
+from typing import NoReturn
+
+import numpy as np
+
+_LIBC = ctypes.CDLL(None)  # loaded before any fork: the loader's lock may be held in a forked process
+_PR_SET_PDEATHSIG = 1
+_REQUEST = struct.Struct("qq")  # item, slot
+_DONE = b""
+_LEFT_TO_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+Read = Callable[[int, np.ndarray], None]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    pid: int
+    pipe: Connection
+
+
+class Readers:
+    """`workers` forked processes that run `read(item, out)` for the items asked for, in the order asked.
+
+    Make it early and in the main thread: a forked process keeps alive what memory its parent had, and is killed when
+    the thread that made it ends.
+    """
+
+    def __init__(self, read: Read, shape: tuple[int, ...], workers: int, ahead: int) -> None:
+        """`shape`: of the int32 array that one item fills; `ahead`: items that each process may be ahead."""
+        memory = mmap.mmap(-1, workers * ahead * prod(shape) * 4)
+        self._slots = np.frombuffer(memory, np.int32).reshape(workers * ahead, *shape)
+        self._free = deque(range(len(self._slots)))
+        self._asked: deque[tuple[_Reader, int]] = deque()
+        self._readers: deque[_Reader] = deque()
+        for _ in range(workers):
+            self._readers.append(self._start(read))
+
+    @property
+    def free(self) -> int:
+        """How many more items can be asked for."""
+        return len(self._free)
+
+    def ask(self, item: int) -> None:
+        """Have `item` read by the process whose turn it is."""
+        reader, slot = self._readers[0], self._free.popleft()
+        self._readers.rotate(-1)
+        try:
+            reader.pipe.send_bytes(_REQUEST.pack(item, slot))
+        except OSError:
+            self._lost(reader)
+        self._asked.append((reader, slot))
+
+    def take(self) -> np.ndarray:
+        """The item asked for longest ago, int32 of `shape`; to be used up before the next `ask`.
+
+        Raises RuntimeError when its process died or failed; the others are ended.
+        """
+        reader, slot = self._asked.popleft()
+        try:
+            reply = reader.pipe.recv_bytes()
+        except (EOFError, OSError):
+            self._lost(reader)
+        if reply != _DONE:
+            self.close()
+            raise RuntimeError(f"a data reader failed (pid {reader.pid}):\n{reply.decode()}")
+        self._free.append(slot)
+        return self._slots[slot]
+
+    def close(self) -> None:
+        """End the processes at once. They hold nothing that could be lost."""
+        while self._readers:
+            reader = self._readers.pop()
+            with suppress(ProcessLookupError):
+                os.kill(reader.pid, signal.SIGKILL)
+            _wait_for(reader.pid)
+            reader.pipe.close()
+
+    def _start(self, read: Read) -> _Reader:
+        ours, theirs = multiprocessing.Pipe()
+        rank = os.getpid()
+        # No signal may arrive in the new process while it still has the rank's handlers.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_RANK)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _settle(rank, mask)
+                for pipe in (ours, *(reader.pipe for reader in self._readers)):
+                    pipe.close()
+                self._serve(theirs, read)
+            finally:
+                os._exit(0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+        return _Reader(pid, ours)
+
+    def _serve(self, pipe: Connection, read: Read) -> None:
+        while True:
+            item, slot = _REQUEST.unpack(pipe.recv_bytes())
+            try:
+                read(item, self._slots[slot])
+                pipe.send_bytes(_DONE)
+            except Exception:
+                pipe.send_bytes(traceback.format_exc()[-8000:].encode())
+
+    def _lost(self, reader: _Reader) -> NoReturn:
+        self._readers.remove(reader)
+        reader.pipe.close()
+        end = _wait_for(reader.pid)
+        self.close()
+        hint = {
+            -signal.SIGKILL: "; most often the machine ran out of memory: lower data.workers or data.prefetch",
+            -signal.SIGBUS: "; a file it reads was cut short or its disk failed",
+        }.get(signal.Signals(end) if end and end > 0 else end, "") if end is not None else ""
+        raise RuntimeError(f"a data reader (pid {reader.pid}) {_describe(end)}{hint}")
+
+
+def _settle(rank: int, mask: set[int]) -> None:
+    """Make the forked process a reader: bound to its rank, deaf to signals, and never tidying up what it inherited."""
+    gc.freeze()
+    for number in _LEFT_TO_THE_RANK:
+        signal.signal(number, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != rank:  # it died before the kernel was told
+        os._exit(1)
+
+
+def _wait_for(pid: int) -> int | None:
+    """The exit status of a child, negative for a signal; None when somebody else collected it."""
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except ChildProcessError:
+        return None

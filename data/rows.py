@@ -1,0 +1,67 @@
+"""The row interface: what a planner must answer, and rows as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from parallel.rows import Rows
+
+# Between processes rows are one int32 array [4, rows, seq_len] of these planes.
+TOKENS, LABELS, POSITIONS, DOCUMENTS = range(4)
+
+
+class RowPlan(Protocol):
+    """The global sequence of rows, as a function of the row number alone. Plain arrays and files: it can be forked."""
+
+    @property
+    def seq_len(self) -> int: ...
+
+    @property
+    def rows_per_epoch(self) -> int: ...
+
+    @property
+    def total_rows(self) -> int | None:
+        """How many rows there are; None when the data never end."""
+        ...
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Everything that the rows depend on, as JSON values by name."""
+        ...
+
+    def read(self, numbers: np.ndarray, out: np.ndarray) -> None:
+        """Write the rows `numbers` (int64 `[rows]`, each in `range(total_rows)`) to `out`, int32 `[4, rows, seq_len]`.
+
+        The planes are TOKENS, LABELS (IGNORE where there is nothing to learn), POSITIONS and DOCUMENTS.
+        """
+        ...
+
+    def counts(self, row: int) -> dict[str, dict[str, int]]:
+        """How far each source is read when the rows before `row` are: `{name: {"rows": rows, "epoch": epoch}}`."""
+        ...
+
+
+def read_rows(plan: RowPlan, numbers: Sequence[int], pin: bool = False) -> Rows:
+    """The rows `numbers` of `plan`, read here and now; in page-locked memory if `pin`."""
+    packed = np.empty((4, len(numbers), plan.seq_len), np.int32)
+    plan.read(np.asarray(numbers, np.int64), packed)
+    return unpack(packed, pin)
+
+
+def unpack(packed: np.ndarray, pin: bool = False) -> Rows:
+    """A copy of `packed` (int32 `[4, rows, seq_len]`) as tensors; in page-locked memory if `pin`."""
+    planes = torch.from_numpy(packed)
+
+    def plane(number: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(planes.shape[1:], dtype=dtype, pin_memory=pin).copy_(planes[number])
+
+    return Rows(
+        tokens=plane(TOKENS, torch.int64),
+        labels=plane(LABELS, torch.int64),
+        positions=plane(POSITIONS, torch.int64),
+        documents=plane(DOCUMENTS, torch.int32),
+    )

@@ -1,0 +1,11 @@
+"""From a command line to running ranks.
+
+`cli`       the command `stoker`: reads the words, prints one line when they are wrong
+`local`     ranks on this machine, through the elastic agent that torchrun uses
+`generate`  text from a run's newest checkpoint
+`show`      tables of checkpoints
+
+`stoker train` settles the whole config first (`trainer.start`), so that everything that can be known to be wrong is
+said before a process is spawned. The ranks it starts are `python -P -m trainer`, the same program that torchrun starts;
+ours get the settled config through the environment instead of composing it again.
+"""

@@ -1,0 +1,126 @@
+"""The command `stoker`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+
+from trainer.rooms import shadowed_rooms
+
+DESCRIPTION = "Distributed training of language models: where a run runs does not change what it computes."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status. What is wrong with the user's words is one line on stderr, status 2."""
+    shadows = shadowed_rooms()
+    if shadows:
+        print(f"stoker: {shadows[0]}", file=sys.stderr)
+        return 2
+    from conf.values import ConfigError
+
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except ConfigError as error:
+        print(f"stoker: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"stoker: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers an unknown command with the closest known one."""
+
+    def error(self, message: str):  # type: ignore[no-untyped-def]
+        if "invalid choice" in message:
+            word = message.split("'")[1]
+            known = [choice for action in self._actions for choice in (action.choices or ())]
+            close = difflib.get_close_matches(word, known, 1, 0.3)
+            message = f"there is no command {word!r}" + (f": did you mean {close[0]!r}?" if close else "")
+        self.exit(2, f"stoker: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="stoker", description=DESCRIPTION)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=run)
+        return command
+
+    overrides = "what differs from the defaults, as key=value: model=small steps=1000 parallel.zero=3 ..."
+    train = add("train", _train, "Train on this machine, or resume the run in run.dir.")
+    train.add_argument("overrides", nargs="*", help=overrides)
+
+    config = add("config", _config, "Print the composed, validated config and exit.")
+    config.add_argument("overrides", nargs="*", help=overrides)
+
+    generate = add("generate", _generate, "Continue a text with a run's newest checkpoint.")
+    generate.add_argument("run", help="run directory")
+    generate.add_argument("--prompt", required=True, help="text to continue")
+    generate.add_argument("--tokens", type=int, default=200, help="how many tokens at most (default 200)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 < t; smaller is more certain (default 0.8)")
+    generate.add_argument("--top-k", type=int, help="only the k likeliest tokens")
+    generate.add_argument("--top-p", type=float, help="only the likeliest tokens that together have this probability")
+    generate.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    generate.add_argument("--step", type=int, help="of this step's checkpoint instead of the newest")
+
+    checkpoint = add("checkpoint", lambda _: 2, "Look at and prove checkpoints.")
+    checkpoint_commands = checkpoint.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("ls", _checkpoint_ls, "List a run's checkpoints: step, size, layout, validity, loss."),
+        ("verify", _checkpoint_verify, "Read every block of a run's checkpoints and prove them whole."),
+    ):
+        command = checkpoint_commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=run)
+        command.add_argument("run", help="run directory")
+        if name == "verify":
+            command.add_argument("--step", type=int, help="only this step's checkpoint")
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from launch.train import train
+
+    return train(options.overrides)
+
+
+def _config(options: argparse.Namespace) -> int:
+    from conf.compose import compose
+    from conf.rundir import to_yaml
+    from launch.train import gpus, ranks_for
+    from parallel.refusals import refuse
+
+    config = compose(options.overrides)
+    refuse(config, ranks_for(config), gpus(config))
+    print(to_yaml(config), end="")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from launch.generate import speak
+
+    return speak(options)
+
+
+def _checkpoint_ls(options: argparse.Namespace) -> int:
+    from launch.show import list_checkpoints
+
+    return list_checkpoints(options.run)
+
+
+def _checkpoint_verify(options: argparse.Namespace) -> int:
+    from launch.show import verify_checkpoints
+
+    return verify_checkpoints(options.run, options.step)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

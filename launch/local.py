@@ -1,0 +1,193 @@
+"""Ranks on this machine, through torch's elastic agent.
+
+What differs from torchrun: survivors of a dead rank are killed at once instead of after 30 s (with a peer gone there is
+nothing left for them to save), a failure that a new attempt could not mend is not retried, a killed rank is named, and
+what a person sees is one line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.rendezvous import RendezvousInfo
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+from conf.rundir import RunDirectory
+from conf.schema import Config, to_dict
+from trainer.main import CONFIG_VARIABLE
+from trainer.outcome import Ending, Outcome, read_ending, write_ending
+from trainer.start import run_directory
+
+MONITOR_SECONDS = 0.05
+GRACE_SECONDS = 600.0  # for a final save after a signal
+EXIT_SECONDS = 5.0  # for processes to end after the outcome is written
+
+
+def default_ranks(config: Config) -> int:
+    """`launch.nproc`, else one rank per GPU, else 2."""
+    return config.launch.nproc or torch.cuda.device_count() or 2
+
+
+def launch(config: Config, ranks: int, say: Callable[[str], None]) -> int:
+    """Run `ranks` ranks of a settled config until they end; the exit status for the shell.
+
+    A failed attempt is followed by another, up to `launch.max_restarts` times. SIGTERM and SIGINT are passed on and the
+    ranks save before they end; a second SIGINT kills.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it ourselves, in one line
+    run = run_directory(config)
+    threads = config.launch.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+    os.environ |= {
+        CONFIG_VARIABLE: json.dumps(to_dict(config)),
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONSAFEPATH": "1",
+    }
+    with tempfile.TemporaryDirectory(prefix="stoker-") as folder:
+        spec = WorkerSpec(
+            role="rank",
+            local_world_size=ranks,
+            rdzv_handler=_LocalRendezvous(),
+            entrypoint=sys.executable,
+            args=("-P", "-m", "trainer"),
+            max_restarts=config.launch.max_restarts,
+            monitor_interval=MONITOR_SECONDS,
+            master_addr="127.0.0.1",
+        )
+        agent = _Agent(spec, DefaultLogsSpecs(log_dir=folder), run, say)
+        try:
+            agent.run()
+        except SignalException as interrupt:
+            return 128 + int(interrupt.sigval)
+        except KeyboardInterrupt:
+            say("killed")
+            return 128 + signal.SIGINT
+        finally:
+            agent.kill()
+    ending = _last_ending(run)
+    return 0 if ending is not None and ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED) else 1
+
+
+class _LocalRendezvous(StaticTCPRendezvous):
+    """One machine, one agent: a store on a port that the system picks."""
+
+    def __init__(self) -> None:
+        super().__init__("127.0.0.1", 0, rank=0, world_size=1, run_id="stoker", timeout=60)
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        if self._store is None:
+            self._store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True, multi_tenant=True)
+            self.master_port = self._store.port
+        return super().next_rendezvous()
+
+
+class _Agent(LocalElasticAgent):
+    def __init__(
+        self, spec: WorkerSpec, logs: DefaultLogsSpecs, run: RunDirectory, say: Callable[[str], None]
+    ) -> None:
+        super().__init__(spec, logs)
+        self._run, self._say = run, say
+        self._attempts_before = 0
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._attempts_before = len(self._run.attempt_numbers())
+        pids = super()._start_workers(worker_group)
+        assert self._pcontext is not None
+        close = self._pcontext.close
+
+        def close_at_once(death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+            close(death_sig or signal.SIGKILL, timeout)
+
+        self._pcontext.close = close_at_once  # type: ignore[method-assign]
+        return pids
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._shutdown(signal.SIGKILL)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        """Pass a signal on and wait: as long as it takes to save, and a little for processes to end after that."""
+        if self._pcontext is None:
+            return
+        if death_sig != signal.SIGKILL and any(_is_alive(pid) for pid in self._pcontext.pids().values()):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._say(f"{signal.Signals(death_sig).name}: saving, then ending (Ctrl-C again kills)")
+            for pid in self._pcontext.pids().values():
+                if _is_alive(pid):
+                    os.kill(pid, signal.SIGTERM)
+            self._wait_for_save()
+        self._pcontext.close(signal.SIGKILL)
+
+    def _wait_for_save(self) -> None:
+        assert self._pcontext is not None
+        deadline = time.monotonic() + GRACE_SECONDS
+        told = False
+        while time.monotonic() < deadline and self._pcontext.wait(0) is None:
+            if not told and self._ending() is not None:
+                told, deadline = True, time.monotonic() + EXIT_SECONDS
+            time.sleep(MONITOR_SECONDS)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.FAILED:
+            self._book_failure(result)
+        return result
+
+    def _book_failure(self, result: RunResult) -> None:
+        """Write the outcome of ranks that could not, and say what happens next."""
+        ending = self._ending()
+        if ending is None:
+            killed = {rank: -f.exitcode for rank, f in result.failures.items() if f.exitcode < 0}
+            rank = min(result.failures, key=lambda rank: (rank not in killed, result.failures[rank].timestamp))
+            status = result.failures[rank].exitcode
+            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            ending = Ending(Outcome.FAILED, f"rank {rank} {how}", rank=rank, retry=True)
+            number = self._attempt()
+            if number is not None:
+                write_ending(self._run, number, ending)
+            self._say(ending.message)
+        if not ending.retry:
+            self._remaining_restarts = 0
+        elif self._remaining_restarts > 0:
+            spec = self._worker_group.spec
+            self._say(f"restarting ({spec.max_restarts - self._remaining_restarts + 1} of {spec.max_restarts})")
+        else:
+            self._say(f"giving up after {self._worker_group.spec.max_restarts} restarts")
+
+    def _attempt(self) -> int | None:
+        """The attempt of the present ranks, once one of them has made it."""
+        numbers = self._run.attempt_numbers()
+        return numbers[-1] if len(numbers) > self._attempts_before else None
+
+    def _ending(self) -> Ending | None:
+        number = self._attempt()
+        return read_ending(self._run, number) if number is not None else None
+
+    def kill(self) -> None:
+        """Make sure that nobody is left, however we got here."""
+        if self._pcontext is not None:
+            self._pcontext.close(signal.SIGKILL)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _last_ending(run: RunDirectory) -> Ending | None:
+    numbers = run.attempt_numbers()
+    return read_ending(run, numbers[-1]) if numbers else None

@@ -1,0 +1,74 @@
+"""Tables of a run's checkpoints."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from checkpoint import Summary, describe, verify
+from conf.rundir import RunDirectory
+
+
+def run_at(path: str) -> RunDirectory:
+    """The run directory at `path`. Raises ValueError when it is none."""
+    run = RunDirectory(Path(path).expanduser().absolute())
+    if not run.config.is_file():
+        raise ValueError(f"{run.path} is not a run directory: it has no {run.config.name}")
+    return run
+
+
+def checkpoints_of(run: RunDirectory, step: int | None = None) -> list[Summary]:
+    """The run's checkpoints, oldest first, or the one of `step`. Raises ValueError when there is none."""
+    found = describe(run.checkpoints)
+    if not found:
+        raise ValueError(f"{run.path} has no checkpoints yet")
+    if step is None:
+        return found
+    chosen = [summary for summary in found if summary.step == step]
+    if not chosen:
+        steps = ", ".join(str(summary.step) for summary in found)
+        raise ValueError(f"{run.path} has no checkpoint of step {step}; there are {steps}")
+    return chosen
+
+
+def list_checkpoints(path: str) -> int:
+    """Print a table; status 1 if one of them is damaged."""
+    from rich.console import Console
+    from rich.table import Table
+
+    found = checkpoints_of(run_at(path))
+    table = Table("step", "saved", "size", "layout", "ranks", "loss", "state", box=None, header_style="bold")
+    for summary in found:
+        table.add_row(
+            f"{summary.step:,}",
+            "" if summary.time is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(summary.time)),
+            "" if summary.bytes is None else f"{summary.bytes / 2**20:,.1f} MiB",
+            summary.layout or "",
+            "" if summary.ranks is None else str(summary.ranks),
+            "" if summary.loss is None else f"{summary.loss:.4f}",
+            "valid" if summary.problem is None else f"[red]damaged: {summary.problem}",
+        )
+    Console().print(table)
+    return int(any(summary.problem for summary in found))
+
+
+def verify_checkpoints(path: str, step: int | None) -> int:
+    """Read every byte of the checkpoints and say what is wrong; status 1 if anything is."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    found = checkpoints_of(run_at(path), step)
+    console = Console()
+    problems: dict[int, list[str]] = {}
+    columns = (TextColumn("step {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        for summary in found:
+            task = progress.add_task(str(summary.step), total=summary.bytes)
+            problems[summary.step] = verify(
+                summary.path, lambda done, total, task=task: progress.update(task, completed=done, total=total)
+            )
+    for at, lines in problems.items():
+        console.print(f"step {at}: " + ("valid, every byte read" if not lines else f"{len(lines)} problems"))
+        for line in lines:
+            console.print(f"  {line}", highlight=False)
+    return int(any(problems.values()))

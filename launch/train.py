@@ -1,0 +1,44 @@
+"""`stoker train`: settle the config, then start the ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from conf.schema import Config
+
+
+def ranks_for(config: Config) -> int:
+    """How many ranks `stoker train` starts: `launch.nproc`, else one per GPU, else 2."""
+    return config.launch.nproc or gpus(config) or 2
+
+
+def gpus(config: Config) -> int:
+    """CUDA devices that the ranks may use; none with `launch.device=cpu`."""
+    if config.launch.device == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def train(overrides: Sequence[str]) -> int:
+    """Train, or resume, on this machine; the exit status. Raises ConfigError before a rank is spawned."""
+    from trainer.start import run_directory, settle_config
+
+    from conf.compose import compose
+
+    asked = compose(overrides)
+    config, changes = settle_config(overrides, ranks_for(asked), gpus(asked))
+    run_directory(config).attempts.mkdir(parents=True, exist_ok=True)
+    say(f"run directory {config.run.dir}")
+    for change in changes:
+        say(f"changed since the last start: {change}")
+    from launch.local import launch
+
+    return launch(config, ranks_for(config), say)
+
+
+def say(line: str) -> None:
+    """One line for the person who started this."""
+    print(f"stoker: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,19 @@
+"""The decoder family: Llama, Qwen2, Qwen3 and their relatives, from one set of modules that are made to be cut.
+
+`decoder`     the blocks, the part of them that a pipeline stage holds, and what an engine asks of a model
+`attention`   queries, keys and values, and the one function that attends; masks are made once per micro-batch
+`rope`        rotary angles for given positions, with Llama 3's scaling
+`embedding`   tokens to activations; its gradient is summed in fp32
+`loss`        activations to the summed loss, a chunk of tokens at a time, so that the logits never exist at once
+`generate`    sampling one token at a time over a cache of keys and values
+`flops`       the arithmetic of a token, for utilisation
+
+Two shapes run through all of it. Between blocks activations are flat, `[tokens, width]`, row after row: a sequence-
+parallel engine can gather them on dim 0 and nothing but attention knows of rows. What attention has to know of a
+micro-batch (its rows, rotary tables and mask) is computed once and handed to every block as one `Geometry`.
+
+Nothing here depends on where it runs. There are no buffers, so `to_empty` leaves nothing wrong; layers go by their
+global number, so a stage has the names of the whole; the number of heads is read off the weights, so a rank may hold
+some of them. Activations have the dtype of the weights, without autocast: an engine that wants bf16 hands in bf16
+weights. Norms, softmax, rotary angles and losses are fp32 inside.
+"""

@@ -1,0 +1,136 @@
+"""Attention: the projections, the one function that attends, and what it has to know of a micro-batch."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conf.schema import ModelConfig
+from models.cache import LayerCache
+from models.cpu_attention import attend_in_blocks
+from models.rope import frequencies, rotary_tables, rotate
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What attention knows of a micro-batch, computed once and handed to every block.
+
+    `cos` and `signed_sin` are the tables of `models.rope`. `mask` is None for causal attention within a row, else
+    what `document_mask` made, or a tensor that is added to the scores, `[rows or 1, 1, queries, keys]`.
+    """
+
+    rows: int
+    seq_len: int
+    cos: Tensor
+    signed_sin: Tensor
+    mask: Tensor | BlockMask | None
+
+
+def geometry_of(config: ModelConfig, positions: Tensor, mask: Tensor | BlockMask | None) -> Geometry:
+    """The geometry of tokens at `positions` `[rows, seq_len]`."""
+    radians = frequencies(head_dim_of(config), config.rope_theta, config.rope_scaling, positions.device)
+    rows, seq_len = positions.shape
+    return Geometry(rows, seq_len, *rotary_tables(positions, radians), mask)
+
+
+def head_dim_of(config: ModelConfig) -> int:
+    return config.head_dim or config.width // config.heads
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023). How many heads it has is read off the weights."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        head_dim = self.head_dim = head_dim_of(config)
+        queries, keys = config.heads * head_dim, (config.kv_heads or config.heads) * head_dim
+        self.q = nn.Linear(config.width, queries, bias=config.qkv_bias)
+        self.k = nn.Linear(config.width, keys, bias=config.qkv_bias)
+        self.v = nn.Linear(config.width, keys, bias=config.qkv_bias)
+        self.o = nn.Linear(queries, config.width, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, geometry: Geometry, cache: LayerCache | None = None) -> Tensor:
+        """Activations `[tokens, width]` to the same. With a cache, keys and values of earlier tokens are seen too."""
+        by_head = (geometry.rows, geometry.seq_len, -1, self.head_dim)
+        q = rotate(self.q_norm(self.q(x).view(by_head)), geometry.cos, geometry.signed_sin)
+        k = rotate(self.k_norm(self.k(x).view(by_head)), geometry.cos, geometry.signed_sin)
+        v = self.v(x).view(by_head)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        return self.o(attend(q, k, v, geometry.mask).flatten(2).flatten(0, 1))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+    """Softmax attention of queries `[rows, queries, heads, head_dim]`, in the same shape.
+
+    `k` and `v` are `[rows, keys, kv_heads, head_dim]`; kv_heads divides heads, neighbouring queries share one.
+    `mask` as in `Geometry`; None means causal attention, where there are as many keys as queries.
+    """
+    if mask is not None and not isinstance(mask, Tensor):
+        return _flex_attention()(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, enable_gqa=True
+        ).transpose(1, 2)
+    in_blocks = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] == k.shape[1]
+    if in_blocks and not torch.compiler.is_compiling():
+        return attend_in_blocks(q, k, v, mask)
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=True,
+    ).transpose(1, 2)
+
+
+def document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor | BlockMask:
+    """Causal attention that stays inside documents, for int32 document numbers `[rows, seq_len]`.
+
+    On CUDA a block mask for FlexAttention, which skips the blocks that are masked whole; elsewhere a tensor in
+    `dtype` that is added to the scores, `[rows, 1, seq_len, seq_len]`.
+    """
+    rows, seq_len = documents.shape
+    if documents.is_cuda:
+
+        def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query >= key) & (documents[row, query] == documents[row, key])
+
+        return _create_block_mask()(allowed, rows, None, seq_len, seq_len, device=documents.device)
+    mask = torch.full((rows, 1, seq_len, seq_len), float("-inf"), dtype=dtype, device=documents.device)
+    mask.masked_fill_((documents[:, :, None] == documents[:, None, :])[:, None], 0.0)
+    return mask.masked_fill_(_future(seq_len, seq_len, documents.device), float("-inf"))
+
+
+def cached_mask(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Causal attention of the last `queries` of `keys` tokens, as a tensor that is added to the scores."""
+    zeros = torch.zeros(1, 1, queries, keys, dtype=dtype, device=device)
+    return zeros.masked_fill_(_future(queries, keys, device), float("-inf"))
+
+
+def _future(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Which keys lie after each of the last `queries` tokens: bool `[queries, keys]`."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu_(keys - queries + 1)
+
+
+@functools.cache
+def _flex_attention() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)  # uncompiled it holds all scores
+
+
+@functools.cache
+def _create_block_mask() -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask)  # uncompiled it holds the mask of every pair of tokens

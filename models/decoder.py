@@ -1,0 +1,127 @@
+"""The decoder: pre-norm blocks of attention and a SwiGLU MLP, whole or the part of it that a pipeline stage holds."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conf.schema import ModelConfig
+from models.attention import Attention, Geometry, cached_mask, document_mask, geometry_of, head_dim_of
+from models.cache import Cache, LayerCache
+from models.embedding import Embedding
+from models.loss import Head
+from parallel.model import Constant, Normal, Part
+
+
+def build(config: ModelConfig, part: Part) -> nn.Module:
+    """The `part` of the decoder that `config` describes, uninitialised, on torch's default device.
+
+    Raises ValueError for a shape that cannot be built.
+    """
+    _check(config)
+    return Decoder(config, part)
+
+
+class Mlp(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.mlp = Mlp(config.width, config.hidden)
+
+    def forward(self, x: Tensor, geometry: Geometry, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), geometry, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """A `parallel.model.CuttableModel`. Tied, it holds one matrix under the name `embedding.weight`."""
+
+    def __init__(self, config: ModelConfig, part: Part) -> None:
+        super().__init__()
+        assert config.vocab_size is not None
+        self.config, self.part = config, part
+        if part.embedding or (part.head and config.tie_embeddings):
+            self.embedding = Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleDict({str(number): Block(config) for number in part.layers})
+        if part.head:
+            tied = config.tie_embeddings
+            weight = self.embedding.weight if tied else nn.Parameter(torch.empty(config.vocab_size, config.width))
+            self.norm = nn.RMSNorm(config.width, config.norm_eps)
+            self.head = Head(weight, config.loss_chunk)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None
+    ) -> Tensor:
+        """See `CuttableModel`. The part with the head gives fp32 logits `[tokens, vocab]` if there are no labels."""
+        if self.part.embedding:
+            x = self.embedding(x)
+        mask = None if documents is None else document_mask(documents, x.dtype)
+        geometry = geometry_of(self.config, positions, mask)
+        for block in self.layers.values():
+            x = block(x, geometry)
+        return self.head(self.norm(x), labels) if self.part.head else x
+
+    def next_logits(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """What may follow `tokens`, int64 `[rows, new]`, which follow those in `cache`: fp32 logits `[rows, vocab]`.
+
+        The whole model only. Adds the tokens to the cache.
+        """
+        rows, new = tokens.shape
+        total = cache.length + new
+        x = self.embedding(tokens)
+        positions = torch.arange(cache.length, total, device=x.device).expand(rows, new)
+        geometry = geometry_of(self.config, positions, cached_mask(new, total, x.dtype, x.device))
+        for number, block in self.layers.items():
+            x = block(x, geometry, cache.layers[number])
+        cache.length = total
+        return self.head(self.norm(x.view(rows, new, -1)[:, -1]))
+
+    def blocks(self) -> dict[str, nn.Module]:
+        return dict(self.layers.items())
+
+    def initial(self, name: str) -> Normal | Constant:
+        """Normal, and what is added to the residual stream smaller, the more layers add (GPT-2, section 2.3)."""
+        if name.endswith("norm.weight"):
+            return Constant(1.0)
+        if name.endswith(".bias"):
+            return Constant(0.0)
+        if name.endswith(("attention.o.weight", "mlp.down.weight")):
+            return Normal(self.config.init_std / math.sqrt(2 * self.config.layers))
+        return Normal(self.config.init_std)
+
+    def rebuild_buffers(self) -> None:
+        """There are no buffers; but `to_empty` unties what is tied."""
+        if self.part.head and self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+
+def _check(config: ModelConfig) -> None:
+    heads, kv_heads = config.heads, config.kv_heads or config.heads
+    if config.vocab_size is None:
+        raise ValueError("model.vocab_size is not known: give it, or take the tokenizer's")
+    if config.head_dim is None and config.width % heads:
+        raise ValueError(f"model.width={config.width} does not divide into {heads} heads: give model.head_dim")
+    if head_dim_of(config) % 2:
+        raise ValueError(f"model.head_dim={head_dim_of(config)} is odd: rotary embedding turns pairs of channels")
+    if heads % kv_heads:
+        raise ValueError(f"model.heads={heads} do not divide into groups for model.kv_heads={kv_heads}")
+    if config.loss_chunk < 1:
+        raise ValueError(f"model.loss_chunk={config.loss_chunk}: at least one token has logits at a time")

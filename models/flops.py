@@ -1,0 +1,17 @@
+"""The arithmetic of a token."""
+
+from __future__ import annotations
+
+from conf.schema import ModelConfig
+from models.attention import head_dim_of
+
+
+def flops_per_token(config: ModelConfig, seq_len: int, parameters: int) -> int:
+    """Floating-point operations of training on one token, forward and backward.
+
+    As published utilisations count them (Chowdhery et al. 2022, PaLM, appendix B): 6 for each of the `parameters` of
+    the whole model that multiplies, which a looked-up embedding does not, and attention as if it were not causal.
+    """
+    looked_up = 0 if config.tie_embeddings else (config.vocab_size or 0) * config.width
+    attention = 12 * config.layers * config.heads * head_dim_of(config) * seq_len
+    return 6 * (parameters - looked_up) + attention

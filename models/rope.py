@@ -1,0 +1,44 @@
+"""Rotary position embedding (Su et al. 2021, RoFormer, section 3.2) in the layout of Hugging Face's models.
+
+Channel i of a head is paired with channel i + head_dim / 2, so published weights fit without a permutation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from conf.schema import RopeScalingConfig
+
+
+def frequencies(
+    head_dim: int, theta: float, scaling: RopeScalingConfig, device: torch.device | None = None
+) -> Tensor:
+    """Radians per position of each channel pair: fp32 `[head_dim / 2]`.
+
+    With `scaling.factor` > 1 waves longer than the original context are slowed down by the factor, waves that fit
+    into it often are left alone, and those between are blended (Llama 3.1's reference code, `apply_scaling`).
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    radians = 1.0 / theta**exponents
+    if scaling.factor == 1.0:
+        return radians
+    turns = scaling.original_context * radians / (2 * math.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return radians * (kept + (1.0 - kept) / scaling.factor)
+
+
+def rotary_tables(positions: Tensor, radians: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines for `rotate`, both fp32 `[rows, seq_len, 1, head_dim]`, of positions `[rows, seq_len]`."""
+    angles = (positions.to(torch.float32)[..., None] * radians)[:, :, None]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """`x` `[rows, seq_len, heads, head_dim]` turned by the tables' angles, in fp32 inside."""
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, swapped, signed_sin).to(x.dtype)

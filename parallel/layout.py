@@ -1,0 +1,122 @@
+"""Layout: the sizes of the mesh axes and what follows from them, as pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from conf.schema import Config
+
+AXES = ("pp", "dp_replicate", "dp_shard", "tp")  # outermost first: tp ranks are neighbours
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """Where a rank stands on each axis."""
+
+    pp: int
+    dp_replicate: int
+    dp_shard: int
+    tp: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of the axes, and the ZeRO stage and engine that run on them."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+    pp: int = 1
+    zero: int = 0
+    engine: str = "fsdp"
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel degree: how many different sets of rows a step reads."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def world(self) -> int:
+        return self.dp * self.tp * self.pp
+
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    def coordinate(self, rank: int) -> Coordinate:
+        """Place of `rank` in the grid, row-major over AXES."""
+        assert 0 <= rank < self.world
+        places = []
+        for size in reversed(self.sizes()):
+            rank, place = divmod(rank, size)
+            places.append(place)
+        return Coordinate(*reversed(places))
+
+    def rank(self, at: Coordinate) -> int:
+        """The inverse of `coordinate`."""
+        rank = 0
+        for axis, size in zip(AXES, self.sizes(), strict=True):
+            rank = rank * size + getattr(at, axis)
+        return rank
+
+    def dp_rank(self, rank: int) -> int:
+        """Which of the `dp` sets of rows `rank` reads."""
+        at = self.coordinate(rank)
+        return at.dp_replicate * self.dp_shard + at.dp_shard
+
+    def groups(self, *axes: str) -> list[list[int]]:
+        """The groups of ranks that differ only along `axes`, each in rank order, every rank in exactly one."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world):
+            at = self.coordinate(rank)
+            key = tuple(getattr(at, axis) for axis in AXES if axis not in axes)
+            found.setdefault(key, []).append(rank)
+        return list(found.values())
+
+    def __str__(self) -> str:
+        axes = " x ".join(f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1)
+        return f"{axes or '1 rank'}, ZeRO {self.zero}, {self.engine}"
+
+
+def layout_of(config: Config, world: int) -> Layout:
+    """The layout that `config` asks for on `world` ranks.
+
+    Raises ValueError when the axes do not multiply to `world`; `parallel.refusals` says so in more detail.
+    """
+    wanted = config.parallel
+    dp, rest = divmod(world, wanted.tp * wanted.pp)
+    if rest or not dp:
+        raise ValueError(f"{world} ranks do not divide into tp {wanted.tp} x pp {wanted.pp}")
+    replicas = dp if wanted.zero == 0 else (wanted.replicas or 1)
+    if wanted.replicas is not None and wanted.replicas != replicas:
+        raise ValueError(
+            f"ZeRO 0 keeps a replica on each of the {dp} data-parallel ranks, not {wanted.replicas}"
+        )
+    if dp % replicas:
+        raise ValueError(f"{dp} data-parallel ranks do not divide into {replicas} replicas")
+    return Layout(replicas, dp // replicas, wanted.tp, wanted.pp, wanted.zero, wanted.engine)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one global batch is split: rows of each data-parallel rank, cut into micro-batches."""
+
+    rows: int  # the global batch
+    rank_rows: int
+    micro_rows: int
+
+    @property
+    def micro_batches(self) -> int:
+        """Accumulation steps."""
+        return self.rank_rows // self.micro_rows
+
+
+def batch_plan(config: Config, layout: Layout) -> BatchPlan:
+    """The split of `batch.rows` over `layout`. Raises ValueError when it does not divide."""
+    rows = config.batch.rows
+    rank_rows, rest = divmod(rows, layout.dp)
+    if rest or not rank_rows:
+        raise ValueError(f"batch.rows={rows} does not divide over {layout.dp} data-parallel ranks")
+    micro = config.batch.micro or next(n for n in range(min(8, rank_rows), 0, -1) if rank_rows % n == 0)
+    if micro < 1 or rank_rows % micro:
+        raise ValueError(f"{rank_rows} rows per rank do not divide into micro-batches of {micro}")
+    return BatchPlan(rows, rank_rows, micro)

@@ -1,0 +1,130 @@
+"""torch optimizers on local shards.
+
+The optimizer sees plain tensors, one per parameter, whatever the ZeRO stage: on DTensors its host time is several
+times higher. The scale that clips and normalises is handed to the fused kernels, which skip the update on the device
+when `found_inf` is set.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conf.schema import OptimConfig
+
+
+def is_decayed(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether weight decay applies by default: to matrices, not to norms, biases and embeddings."""
+    return len(shape) > 1 and "embed" not in name
+
+
+class LocalOptimizer:
+    """An optimizer over this rank's part of every parameter, its state made before the first step.
+
+    `tensors` are the float32 local parts by global name, updated in place; a part may be empty. `shapes` are the
+    global shapes, which decide on weight decay.
+    """
+
+    def __init__(
+        self, config: OptimConfig, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
+    ) -> None:
+        self._parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items() if tensor.numel()}
+        decayed = [n for n in self._parameters if config.decay_all or is_decayed(n, shapes[n])]
+        others = [n for n in self._parameters if n not in set(decayed)]
+        groups = [
+            {"params": [self._parameters[n] for n in names], "weight_decay": decay}
+            for names, decay in ((decayed, config.weight_decay), (others, 0.0))
+            if names
+        ]
+        self._optimizer = _builder(config)(groups) if groups else None
+        self._make_state()
+
+    def _make_state(self) -> None:
+        """Let the optimizer create its state now: memory is known before step 1, and a checkpoint can be read into it.
+
+        A step of zero gradients on zero parameters at learning rate zero leaves every moment at zero. The parameters
+        are filled afterwards.
+        """
+        with torch.no_grad():
+            for parameter in self._parameters.values():
+                parameter.zero_()
+        zeros = {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
+        device = next(iter(zeros.values())).device if zeros else torch.device("cpu")
+        self.step(zeros, 0.0, torch.ones((), device=device), torch.zeros((), device=device))
+        self.load_scalars(dict.fromkeys(self.scalars(), 0.0))
+
+    def step(self, gradients: dict[str, Tensor], lr: float, divisor: Tensor, found_inf: Tensor) -> None:
+        """Update with `gradients / divisor` (float32, by name), or leave everything as it is where found_inf is 1."""
+        optimizer = self._optimizer
+        if optimizer is None:
+            return
+        for name, parameter in self._parameters.items():
+            parameter.grad = gradients[name]
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale, optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]
+            optimizer.step()
+        elif not found_inf.item():  # an optimizer without fused kernels costs a synchronisation
+            torch._foreach_div_([gradients[name] for name in self._parameters], divisor)
+            optimizer.step()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """State of a parameter's own shape: (parameter's name, key, live tensor)."""
+        for name, key, value in self._state():
+            if key != "step":
+                parameter = self._parameters[name]
+                if not isinstance(value, Tensor) or value.shape != parameter.shape:
+                    raise ValueError(
+                        f"optimizer state {key!r} of {name} is not shaped like its parameter: it cannot be checkpointed"
+                    )
+                yield name, key, value
+
+    def scalars(self) -> dict[str, float]:
+        """State that is one number for all parameters, such as the count of updates in Adam's bias correction."""
+        return {key: float(value) for _, key, value in self._state() if key == "step"}
+
+    def load_scalars(self, values: dict[str, float]) -> None:
+        for _, key, value in self._state():
+            if key in values:
+                value.fill_(values[key])
+
+    def _state(self) -> Iterator[tuple[str, str, Any]]:
+        if self._optimizer is not None:
+            for name, parameter in self._parameters.items():
+                for key, value in self._optimizer.state[parameter].items():
+                    if value is not None:
+                        yield name, key, value
+
+
+def _builder(config: OptimConfig) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+    if config.target is not None:
+        build = import_target(config.target)
+        return lambda groups: build(groups, lr=config.lr, **config.args)
+    if config.name == "adamw":
+        beta1, beta2 = config.betas
+        return lambda groups: torch.optim.AdamW(
+            groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True
+        )
+    if config.name == "sgd":
+        return lambda groups: torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    raise ValueError(f"unknown optimizer {config.name!r}: adamw, sgd, or optim.target=pkg.mod:build")
+
+
+def import_target(target: str) -> Any:
+    """The object that an import path `pkg.mod:name` names. Raises ValueError saying what is wrong with it."""
+    module_name, _, attribute = target.partition(":")
+    if not attribute:
+        raise ValueError(f"{target!r} is not an import path of the form pkg.mod:name")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise ValueError(f"cannot import {module_name!r} named by {target!r}: {error}") from error
+    except AttributeError:
+        raise ValueError(f"module {module_name!r} has no {attribute!r}, named by {target!r}") from None

@@ -1,0 +1,377 @@
+"""What Stoker refuses to start, and why: one table, printed in docs/refusals.md.
+
+A start is judged as a whole before any rank is spawned. `conf.limits` judges each value alone; the refusals here judge
+values together, with the number of ranks and GPUs. Every message names the values and the nearest that work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from conf.limits import LIMITS
+from conf.schema import Config, ModelConfig, lookup
+from conf.values import ConfigError
+from parallel.layout import BatchPlan, Layout, batch_plan
+from parallel.nearest import around, divisors, either, multiples_around
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is about to start: `config` on `world` ranks, which may use `gpus` GPUs over all machines."""
+
+    config: Config
+    world: int
+    gpus: int
+
+    @property
+    def cuda(self) -> bool:
+        """Whether the ranks compute on GPUs."""
+        device = self.config.launch.device
+        return device == "cuda" or (device is None and self.gpus > 0)
+
+    @property
+    def built_in_model(self) -> bool:
+        """Whether the shape in `config.model` describes the model; a user's own model may read none of it."""
+        return self.config.model.target == ModelConfig().target
+
+    @property
+    def dp(self) -> int | None:
+        """The data-parallel degree, or None where the axes do not fit the ranks, which is refused by its own entry."""
+        wanted = self.config.parallel
+        if min(self.world, wanted.tp, wanted.pp) < 1 or self.world % (wanted.tp * wanted.pp):
+            return None
+        return self.world // (wanted.tp * wanted.pp)
+
+    @property
+    def plan(self) -> BatchPlan | None:
+        """The split of the rows, or None where they do not divide, which is refused by its own entry."""
+        if self.dp is None:
+            return None
+        try:
+            return batch_plan(self.config, Layout(dp_replicate=self.dp))
+        except ValueError:
+            return None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An entry of the table. `check` returns what to tell the user, or None when there is nothing to refuse."""
+
+    name: str
+    what: str
+    why: str
+    check: Callable[[Start], str | None]
+
+
+@dataclass(frozen=True)
+class NotYet:
+    """A key of the contract whose values this version knows but cannot run all."""
+
+    key: str
+    asks: Callable[[Any], bool]
+    what: str
+    instead: str
+
+    def asked_for(self, config: Config) -> str | None:
+        """What to tell the user when `config` asks for it."""
+        value = lookup(config, self.key)
+        if not self.asks(value):
+            return None
+        return f"{self.key}={value}: {self.what} is not available yet; {self.key}={self.instead} works"
+
+
+REFUSALS: list[Refusal] = []
+
+
+def _refuses(name: str, what: str, why: str) -> Callable[[Callable[[Start], str | None]], Callable]:
+    def enter(check: Callable[[Start], str | None]) -> Callable[[Start], str | None]:
+        REFUSALS.append(Refusal(name, what, why, check))
+        return check
+
+    return enter
+
+
+@_refuses("axes", "ranks that are no multiple of tp x pp", "the grid of ranks must be full")
+def _axes(start: Start) -> str | None:
+    wanted = start.config.parallel
+    block = wanted.tp * wanted.pp
+    if start.world < 1:
+        return f"{start.world} ranks: launch.nproc=1 is the least"
+    if block < 1 or start.world % block == 0:
+        return None
+    ranks = either(multiples_around(start.world, block))
+    return f"{start.world} ranks do not divide into tp {wanted.tp} x pp {wanted.pp}: launch.nproc={ranks} does"
+
+
+@_refuses("replicas of ZeRO 0", "parallel.replicas other than dp under ZeRO 0", "ZeRO 0 shards nothing")
+def _replicas_of_zero_0(start: Start) -> str | None:
+    dp, replicas = start.dp, start.config.parallel.replicas
+    if not dp or start.config.parallel.zero != 0 or replicas in (None, dp):
+        return None
+    return (
+        f"parallel.replicas={replicas}: ZeRO 0 keeps a replica on each of the {dp} data-parallel ranks; "
+        f"leave it out, or shard with parallel.zero=1"
+    )
+
+
+@_refuses("replicas", "parallel.replicas that does not divide dp", "every replica is sharded over as many ranks")
+def _replicas(start: Start) -> str | None:
+    dp, replicas = start.dp, start.config.parallel.replicas
+    if not dp or start.config.parallel.zero == 0 or not replicas or replicas < 1 or dp % replicas == 0:
+        return None
+    return (
+        f"parallel.replicas={replicas} does not divide {dp} data-parallel ranks: "
+        f"{either(around(replicas, divisors(dp)))} does"
+    )
+
+
+@_refuses("rows over ranks", "batch.rows that is no multiple of dp", "every data-parallel rank reads as many rows")
+def _rows(start: Start) -> str | None:
+    dp, rows = start.dp, start.config.batch.rows
+    if not dp or rows < 1 or rows % dp == 0:
+        return None
+    ranks = either(n * (start.world // dp) for n in around(dp, divisors(rows)))
+    return (
+        f"batch.rows={rows} does not divide over {dp} data-parallel ranks: "
+        f"batch.rows={either(multiples_around(rows, dp))} does, or launch.nproc={ranks}"
+    )
+
+
+@_refuses("micro-batches", "batch.micro that does not divide the rows of a rank", "micro-batches are equally large")
+def _micro(start: Start) -> str | None:
+    rows, micro, dp = start.config.batch.rows, start.config.batch.micro, start.dp
+    if not dp or rows < 1 or rows % dp or not micro or micro < 1 or (rows // dp) % micro == 0:
+        return None
+    return (
+        f"batch.micro={micro} does not divide the {rows // dp} rows of a rank "
+        f"(batch.rows={rows} over {dp}): {either(around(micro, divisors(rows // dp)))} does"
+    )
+
+
+@_refuses(
+    "tensor parallelism",
+    "parallel.tp that does not divide heads, kv_heads, width and hidden (the vocabulary is padded)",
+    "every rank holds as many heads and channels",
+)
+def _tensor_parallel(start: Start) -> str | None:
+    tp, model = start.config.parallel.tp, start.config.model
+    sizes = {"heads": model.heads, "kv_heads": model.kv_heads, "width": model.width, "hidden": model.hidden}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if not start.built_in_model or tp < 1 or min(given.values()) < 1:
+        return None
+    uneven = [f"model.{name}={size}" for name, size in given.items() if size % tp]
+    if not uneven:
+        return None
+    fitting = around(tp, divisors(math.gcd(*given.values())))
+    return f"parallel.tp={tp} does not divide {', '.join(uneven)}: {either(fitting)} does"
+
+
+@_refuses("stages", "more pipeline stages than layers", "a stage holds at least one layer")
+def _stages(start: Start) -> str | None:
+    wanted, layers = start.config.parallel, start.config.model.layers
+    stages = wanted.pp * wanted.stages_per_rank
+    if not start.built_in_model or stages <= max(layers, 1):
+        return None
+    return (
+        f"parallel.pp={wanted.pp} x parallel.stages_per_rank={wanted.stages_per_rank} are {stages} stages for "
+        f"model.layers={layers}: at most {layers} stages work"
+    )
+
+
+@_refuses(
+    "interleaving",
+    "stages_per_rank > 1 without schedule=interleaved, or the reverse, or either without a pipeline",
+    "interleaving is what several stages on a rank are for",
+)
+def _interleaving(start: Start) -> str | None:
+    wanted = start.config.parallel
+    interleaved, several = wanted.schedule == "interleaved", wanted.stages_per_rank > 1
+    seen = f"parallel.schedule={wanted.schedule} with parallel.stages_per_rank={wanted.stages_per_rank}"
+    if several and not interleaved:
+        return f"{seen}: several stages on a rank need parallel.schedule=interleaved"
+    if interleaved and not several:
+        return f"{seen}: interleaving needs parallel.stages_per_rank=2 or more, otherwise use 1f1b"
+    if several and wanted.pp == 1:
+        return f"{seen} and parallel.pp=1: a pipeline needs parallel.pp=2 or more"
+    return None
+
+
+@_refuses("full pipeline", "fewer micro-batches than pipeline stages", "some schedules hang, all of them idle")
+def _full_pipeline(start: Start) -> str | None:
+    wanted, plan = start.config.parallel, start.plan
+    stages = wanted.pp * wanted.stages_per_rank
+    if plan is None or wanted.pp == 1 or plan.micro_batches >= stages:
+        return None
+    advice = f"batch.micro={plan.rank_rows // stages}" if plan.rank_rows % stages == 0 else None
+    advice = advice or f"batch.rows={stages * plan.micro_rows * plan.rows // plan.rank_rows}"
+    return f"{plan.micro_batches} micro-batches do not fill {stages} pipeline stages: {advice} does"
+
+
+@_refuses(
+    "interleaved rounds",
+    "micro-batches that do not split into rounds of about pp each under schedule=interleaved",
+    "the schedule visits all stages of a rank once a round",
+)
+def _interleaved_rounds(start: Start) -> str | None:
+    wanted, plan = start.config.parallel, start.plan
+    if plan is None or wanted.schedule != "interleaved" or _whole_rounds(plan.micro_batches, wanted.pp):
+        return None
+    counts = [n for n in divisors(plan.rank_rows) if _whole_rounds(n, wanted.pp)]
+    micro = either(plan.rank_rows // n for n in around(plan.micro_batches, counts))
+    return (
+        f"{plan.micro_batches} micro-batches do not split into rounds over parallel.pp={wanted.pp}: "
+        f"batch.micro={micro} does"
+    )
+
+
+@_refuses("GPUs", "more ranks than GPUs when they compute on GPUs", "NCCL wants a GPU for each rank")
+def _gpus(start: Start) -> str | None:
+    if not start.cuda or start.world <= start.gpus:
+        return None
+    if start.gpus == 0:
+        return "launch.device=cuda: there is no GPU here; launch.device=cpu works"
+    return (
+        f"{start.world} ranks on {start.gpus} {'GPU' if start.gpus == 1 else 'GPUs'}: "
+        f"launch.nproc={start.gpus} works, or launch.device=cpu"
+    )
+
+
+@_refuses("fp16 on CPUs", "precision=fp16 on CPUs", "it is slow and narrow there, and bf16 is neither")
+def _fp16_on_cpus(start: Start) -> str | None:
+    if start.config.precision != "fp16" or start.cuda:
+        return None
+    return "precision=fp16 on CPUs: precision=bf16 works"
+
+
+@_refuses("query groups", "model.heads that is no multiple of model.kv_heads", "query heads share kv heads evenly")
+def _query_groups(start: Start) -> str | None:
+    heads, kv_heads = start.config.model.heads, start.config.model.kv_heads
+    if not start.built_in_model or not kv_heads or min(heads, kv_heads) < 1 or heads % kv_heads == 0:
+        return None
+    return (
+        f"model.kv_heads={kv_heads} does not divide model.heads={heads}: "
+        f"{either(around(kv_heads, divisors(heads)))} does"
+    )
+
+
+@_refuses(
+    "width of a head",
+    "model.width that does not split into heads of an even width, with head_dim null",
+    "rotary embeddings turn pairs of channels",
+)
+def _head_width(start: Start) -> str | None:
+    model = start.config.model
+    if not start.built_in_model or model.head_dim is not None or min(model.heads, model.width) < 1:
+        return None
+    if model.width % (2 * model.heads) == 0:
+        return None
+    return (
+        f"model.width={model.width} does not split into model.heads={model.heads} of an even width: "
+        f"model.width={either(multiples_around(model.width, 2 * model.heads))} does, or set model.head_dim"
+    )
+
+
+@_refuses("context extension", "rope_scaling whose frequency factors are not in order", "it divides by their distance")
+def _context_extension(start: Start) -> str | None:
+    scaling = start.config.model.rope_scaling
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    if not start.built_in_model or scaling.factor == 1 or 0 < low < high:
+        return None
+    return (
+        f"model.rope_scaling: low_frequency_factor={low} must be above 0 and below high_frequency_factor={high}; "
+        f"Llama 3.1 has 1 and 4"
+    )
+
+
+@_refuses("warmup", "a warmup, with wsd also the decay, longer than the schedule", "the peak is never reached")
+def _warmup(start: Start) -> str | None:
+    schedule = start.config.schedule
+    total = start.config.steps if schedule.total_steps is None else schedule.total_steps
+    decay = round(schedule.decay_fraction * total) if schedule.name == "wsd" else 0
+    if schedule.warmup_steps + decay <= max(total, 1):
+        return None
+    also = f" and a decay of {decay} steps" if decay else ""
+    return (
+        f"schedule.warmup_steps={schedule.warmup_steps}{also} do not fit into {total} steps: "
+        f"schedule.warmup_steps={max(total - decay, 0)} does"
+    )
+
+
+@_refuses("evaluation", "eval.every without eval.rows, or eval.rows with data.validation=0", "it evaluates nothing")
+def _evaluation(start: Start) -> str | None:
+    every, rows = start.config.eval.every, start.config.eval.rows
+    if every > 0 and rows == 0:
+        return (
+            f"eval.every={every} with eval.rows=0 evaluates nothing: set eval.rows, such as {start.config.batch.rows}"
+        )
+    if rows > 0 and start.config.data.validation == 0:
+        return f"eval.rows={rows} with data.validation=0: no document is kept for validation; 0.02 keeps some"
+    return None
+
+
+NOT_YET = (
+    NotYet("parallel.tp", lambda value: value > 1, "tensor parallelism", "1"),
+    NotYet("parallel.pp", lambda value: value > 1, "pipeline parallelism", "1"),
+    NotYet("parallel.engine", lambda value: value == "deepspeed", "the DeepSpeed engine", "fsdp"),
+    NotYet("parallel.offload", lambda value: value in ("cpu", "nvme"), "offload of optimizer state", "none"),
+    NotYet("precision", lambda value: value == "fp16", "the dynamic loss scale of fp16", "bf16 or fp32"),
+)
+
+
+def refuse(config: Config, world: int, gpus: int) -> None:
+    """Raises ConfigError with everything that forbids this start, one line each.
+
+    `world` counts the ranks, `gpus` the GPUs that they may use, both over all machines.
+    """
+    start = Start(config, world, gpus)
+    found = [
+        *(limit.broken(config) for limit in LIMITS),
+        *(refusal.check(start) for refusal in REFUSALS),
+        *(feature.asked_for(config) for feature in NOT_YET),
+    ]
+    messages = [message for message in found if message is not None]
+    if messages:
+        raise ConfigError("\n".join(messages))
+
+
+def table_markdown() -> str:
+    """The whole table, as docs/refusals.md prints it."""
+    together = ((entry.name, entry.what, entry.why) for entry in REFUSALS)
+    single = ((f"`{limit.key}`", limit.rule, limit.why) for limit in LIMITS)
+    later = ((f"`{feature.key}`", feature.what, feature.instead) for feature in NOT_YET)
+    return "\n".join(
+        [
+            "# What Stoker refuses to start",
+            "",
+            "Printed from `parallel/refusals.py` and `conf/limits.py`. A start is judged as a whole before any rank is",
+            "spawned; each message names the values it saw and the nearest that work.",
+            "",
+            "## Values that do not go together",
+            "",
+            *_table(("", "refused", "why"), together),
+            "",
+            "## Values that are impossible alone",
+            "",
+            *_table(("key", "must be", "why"), single),
+            "",
+            "## Not available yet",
+            "",
+            *_table(("key", "missing", "what works"), later),
+            "",
+        ]
+    )
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+
+
+def _whole_rounds(micro_batches: int, pp: int) -> bool:
+    return micro_batches % max(1, micro_batches // pp) == 0
+
+
+if __name__ == "__main__":
+    print(table_markdown(), end="")

@@ -1,0 +1,133 @@
+"""Weights that every data-parallel rank holds whole: ZeRO 0, and a run on a single rank.
+
+Parameters, gradients and the compute copy are three flat buffers that the module's parameters are views of. That
+makes casting the parameters one copy, zeroing the gradients one fill, and the all-reduce a few large messages that
+start, bucket by bucket, as backward completes them. It computes what `fully_shard` over a replicate axis computes
+and costs less than DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from parallel.registry import Held
+from parallel.shards import whole
+from parallel.weights import materialise, replace_parameters
+
+ALIGNMENT = 16  # elements: keeps every view on a 64-byte boundary
+BUCKET_NUMEL = 1 << 21  # elements per all-reduce: 8 MiB of float32
+
+
+class ReplicatedWeights:
+    """See `parallel.weights.Weights`. `group` are the ranks that hold the same, None if this is the only one."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self._group = group
+        replica, replicas = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
+        # Backward meets the parameters in the reverse order of their use, so that is their order in the buffers.
+        ordered = list(model.named_parameters())[::-1]
+        offsets, end = {}, 0
+        for name, parameter in ordered:
+            offsets[name] = end
+            end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        self._master = torch.zeros(end, device=device)
+        self._gradients = torch.zeros(end, device=device)
+        casts = compute_dtype != torch.float32
+        self._compute = torch.zeros(end, device=device, dtype=compute_dtype) if casts else self._master
+
+        def view(buffer: Tensor, name: str, like: Tensor) -> Tensor:
+            return buffer[offsets[name] : offsets[name] + like.numel()].view(like.shape)
+
+        self.tensors = {name: view(self._master, name, p) for name, p in ordered}
+        self._by_name = {name: view(self._gradients, name, p) for name, p in ordered}
+        self.held = {name: Held(whole(tuple(p.shape)), replica, replicas) for name, p in ordered}
+        parameters = replace_parameters(
+            model, lambda name, old: nn.Parameter(view(self._compute, name, old), old.requires_grad)
+        )
+        materialise(model, device)  # what is left: buffers
+        self._buckets = _Buckets(self._gradients, offsets, group)
+        for name, parameter in parameters.items():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        gradient = self._by_name[name]
+
+        def accumulate(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient.add_(parameter.grad)
+            parameter.grad = None
+            self._buckets.completed(name)
+
+        return accumulate
+
+    def begin(self, *, last: bool) -> None:
+        self._buckets.begin(reduce=last and self._group is not None)
+
+    def gradients(self) -> dict[str, Tensor]:
+        self._buckets.wait()
+        return self._by_name
+
+    def updated(self) -> None:
+        self._gradients.zero_()
+        if self._compute is not self._master:
+            self._compute.copy_(self._master)
+
+
+class _Buckets:
+    """All-reduces of a flat buffer, started in a fixed order as the parameters inside them are complete."""
+
+    def __init__(self, buffer: Tensor, offsets: dict[str, int], group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self._spans: list[Tensor] = []
+        self._bucket_of: dict[str, int] = {}
+        self._sizes: list[int] = []
+        start = 0
+        names = list(offsets)
+        for name, end in zip(names, [*list(offsets.values())[1:], buffer.numel()], strict=True):
+            if len(self._sizes) == len(self._spans):
+                self._sizes.append(0)
+            self._bucket_of[name] = len(self._spans)
+            self._sizes[-1] += 1
+            if end - start >= BUCKET_NUMEL or name == names[-1]:
+                self._spans.append(buffer[start:end])
+                start = end
+        self._missing: list[int] = []
+        self._next = 0
+        self._works: list[dist.Work] = []
+        self._reduce = False
+
+    def begin(self, *, reduce: bool) -> None:
+        self._reduce, self._next, self._missing = reduce, 0, list(self._sizes)
+
+    def completed(self, name: str) -> None:
+        if self._reduce:
+            self._missing[self._bucket_of[name]] -= 1
+            while self._next < len(self._spans) and self._missing[self._next] == 0:
+                self._start_next()
+
+    def wait(self) -> None:
+        """Start what backward left out (parameters without a gradient), then wait for all."""
+        while self._reduce and self._next < len(self._spans):
+            self._start_next()
+        for work in self._works:
+            work.wait()
+        self._works.clear()
+        self._reduce = False
+
+    def _start_next(self) -> None:
+        # Every rank starts the buckets in the same order, so no order of completion can cross two all-reduces.
+        work = dist.all_reduce(self._spans[self._next], group=self._group, async_op=True)
+        assert work is not None
+        self._works.append(work)
+        self._next += 1

@@ -1,0 +1,44 @@
+"""Rows: what the data room hands to an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a label that carries no loss
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training rows, all `[rows, seq_len]`.
+
+    `tokens` and `labels` are int64; a label of IGNORE is not trained on. `positions` (int64) counts from 0 within
+    each document; `documents` (int32) numbers the documents of a row, so that attention can be kept inside them.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    documents: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, rows: slice) -> Rows:
+        return Rows(self.tokens[rows], self.labels[rows], self.positions[rows], self.documents[rows])
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on `device`, copied without waiting where the memory is pinned."""
+        parts = (self.tokens, self.labels, self.positions, self.documents)
+        return Rows(*(part.to(device, non_blocking=True) for part in parts))
+
+    def pin(self) -> Rows:
+        """The same rows in page-locked memory."""
+        parts = (self.tokens, self.labels, self.positions, self.documents)
+        return Rows(*(part.pin_memory() for part in parts))
+
+    def valid_tokens(self) -> Tensor:
+        """How many labels carry a loss: int64 scalar on the rows' device."""
+        return (self.labels != IGNORE).sum()

@@ -1,0 +1,84 @@
+"""Weights that are sharded over `dp_shard` by torch's `fully_shard`: ZeRO 1, 2 and 3.
+
+The three stages differ in two switches: when gradients are reduce-scattered (after the last micro-batch, or after
+each) and when gathered parameters are given back (after the step's last backward, or after every use). With
+`dp_replicate` > 1 shards are summed over the replicas once, on the last micro-batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from parallel.mesh import Mesh
+from parallel.model import CuttableModel
+from parallel.registry import Held
+from parallel.shards import Rectangle
+from parallel.weights import materialise
+
+
+class ShardedWeights:
+    """See `parallel.weights.Weights`. `stage` is 1, 2 or 3."""
+
+    def __init__(self, model: nn.Module, mesh: Mesh, compute_dtype: torch.dtype, stage: int) -> None:
+        cuttable: CuttableModel = model  # type: ignore[assignment]
+        policy = MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        device_mesh = mesh.sharding_mesh()
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        full_shapes = {name: tuple(parameter.shape) for parameter, name in names.items()}
+        # One block is materialised at a time, so that no rank ever holds the whole model.
+        for block in [*cuttable.blocks().values(), model]:
+            materialise(block, mesh.device)
+            fully_shard(block, mesh=device_mesh, reshard_after_forward=stage == 3, mp_policy=policy)
+        assert isinstance(model, FSDPModule)
+        self._model = model
+        self._stage = stage
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)  # gradients are summed, never averaged
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+        self._set_prefetch(list(cuttable.blocks().values()))
+
+        self._parameters = dict(model.named_parameters())
+        self.tensors = {name: _local(parameter) for name, parameter in self._parameters.items()}
+        at, layout = mesh.at, mesh.layout
+        self.held = {}
+        for name, tensor in self.tensors.items():
+            # `fully_shard` cuts dim 0 as torch.chunk does: equal chunks, the last ones short or empty
+            chunk = -(-full_shapes[name][0] // layout.dp_shard)
+            start = min(chunk * at.dp_shard, full_shapes[name][0])
+            box = Rectangle((start, *(0 for _ in full_shapes[name][1:])), tuple(tensor.shape))
+            self.held[name] = Held(box, at.dp_replicate, layout.dp_replicate)
+
+    def _set_prefetch(self, blocks: list[nn.Module]) -> None:
+        """Gather the next block while this one computes, in both directions."""
+        for this, following in itertools.pairwise(blocks):
+            this.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
+            following.set_modules_to_backward_prefetch([this])  # type: ignore[operator]
+
+    def begin(self, *, last: bool) -> None:
+        self._model.set_requires_gradient_sync(last or self._stage >= 2)
+        self._model.set_requires_all_reduce(last)
+        self._model.set_reshard_after_backward(last or self._stage == 3)
+        self._model.set_is_last_backward(last)
+
+    def gradients(self) -> dict[str, Tensor]:
+        found = {}
+        for name, parameter in self._parameters.items():
+            tensor = self.tensors[name]
+            found[name] = torch.zeros_like(tensor) if parameter.grad is None else _local(parameter.grad)
+        return found
+
+    def updated(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The local shard of a DTensor, sharing its memory."""
+    return tensor._local_tensor.detach()  # type: ignore[attr-defined]

@@ -1,0 +1,92 @@
+"""What happens between backward and the optimizer: one message, one all-reduce, all arithmetic on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parallel.mesh import Mesh
+
+VOTES = ("stop",)  # what ranks agree on, one step late
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """The result of a step on the host, equal on all ranks."""
+
+    loss: float  # mean over the valid tokens of the global batch, nats
+    grad_norm: float  # L2 norm of that mean's gradient, before clipping
+    tokens: int  # valid tokens of the global batch
+    skipped: bool  # no update was made: loss or norm not finite, or not one valid token
+    votes: frozenset[str]  # those of VOTES that at least one rank cast
+
+
+class StepResult:
+    """The result of a step, on its way from the device. `read` waits for it; nothing else does."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if values.device.type == "cuda":
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values = host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = values
+
+    def read(self) -> Agreed:
+        if self._event is not None:
+            self._event.synchronize()
+        loss, grad_norm, tokens, skipped, *votes = self._values.tolist()
+        cast = frozenset(name for name, count in zip(VOTES, votes, strict=True) if count > 0)
+        return Agreed(loss, grad_norm, int(tokens), bool(skipped), cast)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the reduced message means for the update. All scalars on the device; nothing here waits for it."""
+
+    result: StepResult
+    gradient_divisor: Tensor  # float32: the accumulated gradient over this is the clipped mean gradient
+    found_inf: Tensor  # float32: 1 where the update must be left out
+
+
+def agree(
+    mesh: Mesh,
+    gradients: Sequence[Tensor],
+    loss_sum: Tensor,
+    valid_tokens: Tensor,
+    votes: frozenset[str],
+    *,
+    nominal_tokens: int,
+    clip_norm: float | None,
+) -> Verdict:
+    """Reduce one step's message over all ranks and draw the conclusions.
+
+    `gradients` are those this rank counts (each element of the global gradient is counted by exactly one rank),
+    accumulated from losses scaled by 1 / nominal_tokens; `loss_sum` and `valid_tokens` are float64 scalars, zero on
+    ranks whose numbers another rank of the same replica reports.
+    """
+    unknown = votes - set(VOTES)
+    assert not unknown, unknown
+    norms = torch._foreach_norm(list(gradients)) if gradients else []
+    squares = torch.stack(list(norms)).double().square().sum() if norms else torch.zeros_like(loss_sum)
+    cast = torch.tensor([float(name in votes) for name in VOTES], dtype=torch.float64)
+    message = torch.cat([torch.stack([squares, loss_sum, valid_tokens]), cast.to(loss_sum.device)])
+    mesh.sum(message)
+
+    tokens = message[2]
+    counted = tokens.clamp(min=1.0)
+    loss = message[1] / counted
+    grad_norm = message[0].sqrt() * (nominal_tokens / counted)
+    sound = torch.isfinite(loss) & torch.isfinite(grad_norm) & (tokens > 0)
+    scale = nominal_tokens / counted
+    if clip_norm is not None:
+        scale = scale * (clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+    divisor = torch.where(sound, 1.0 / scale, torch.ones_like(scale)).float()
+    skipped = (~sound).double()
+    values = torch.cat([torch.stack([loss, grad_norm, tokens, skipped]), message[3:]])
+    return Verdict(StepResult(values), divisor, skipped.float())

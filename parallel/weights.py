@@ -1,0 +1,58 @@
+"""What the native engine asks of a store of weights; `replicated` and `sharded` are the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from parallel.registry import Held
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Weights(Protocol):
+    """Parameters in float32 (the truth), a copy in the compute dtype, and gradients accumulated in float32."""
+
+    held: dict[str, Held]  # by global name: which part of the module's tensor this rank updates
+    tensors: dict[str, Tensor]  # by global name: that part, float32, live
+
+    def begin(self, *, last: bool) -> None:
+        """A micro-batch begins; `last` says that its gradients complete the step's."""
+        ...
+
+    def gradients(self) -> dict[str, Tensor]:
+        """After the last micro-batch: the summed float32 gradients of `tensors`. Waits for reductions in flight."""
+        ...
+
+    def updated(self) -> None:
+        """`tensors` have changed: drop the gradients and renew what is derived."""
+        ...
+
+
+def replace_parameters(
+    model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Put `make(name, old)` in the place of every parameter, tied ones once and in all their places."""
+    new: dict[nn.Parameter, nn.Parameter] = {}
+    named = {}
+    for name, old in model.named_parameters():
+        named[name] = new[old] = make(name, old)
+    for module in model.modules():
+        for attribute, old_parameter in module.named_parameters(recurse=False):
+            setattr(module, attribute, new[old_parameter])
+    return named
+
+
+def materialise(module: nn.Module, device: torch.device) -> None:
+    """Give real, uninitialised memory to parameters and buffers that are still on the meta device."""
+    replace_parameters(
+        module,
+        lambda _, old: nn.Parameter(torch.empty_like(old, device=device)) if old.is_meta else old,
+    )
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(part, name, torch.empty_like(buffer, device=device))

@@ -1,0 +1,149 @@
+"""Real runs for tests: `stoker train` as a process, small enough for seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from conf.rundir import RunDirectory
+from trainer.metrics import read
+
+SMALL = [
+    "model.width=32", "model.layers=2", "model.heads=2", "model.kv_heads=1", "model.hidden=64",
+    "seq_len=32", "batch.rows=8", "batch.micro=2", "steps=30", "launch.nproc=2", "parallel.zero=2",
+    "precision=fp32", "optim.lr=1e-2", "checkpoint.every=5", "data=text", "launch.threads=1", "log.every=1",
+]  # fmt: skip
+COMPARED = ("step", "updates", "loss", "grad_norm", "lr", "tokens")  # what "bitwise" speaks of
+
+
+def write_text(folder: Path, documents: int = 40) -> Path:
+    """A folder of small documents of very unequal length."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(documents):
+        words = (f"document {number} says {n * n % 97} and {n}" for n in range(1 + number * number % 61))
+        (folder / f"{number:03}.txt").write_text("\n".join(words) + "\n")
+    return folder
+
+
+def overrides(run: Path, data: Path, *more: str) -> list[str]:
+    """The words of a small run; `more` comes last and wins."""
+    chosen = {word.split("=")[0]: word for word in (*SMALL, f"data.path={data}", f"run.dir={run}", *more)}
+    return list(chosen.values())
+
+
+def environment(home: Path) -> dict[str, str]:
+    return {**os.environ, "XDG_CACHE_HOME": str(home / "cache"), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "launch.cli", *words]
+
+
+@contextmanager
+def started(home: Path, words: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own session, ended with everything it started when the block ends."""
+    process = subprocess.Popen(
+        words, env=environment(home), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True, cwd=options.pop("cwd", home), **options,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        for pid in descendants(process.pid):
+            kill(pid)
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def finish(home: Path, words: list[str], timeout: float = 90.0, **options: Any) -> tuple[int, str]:
+    """Run to the end; (exit status, all output)."""
+    with started(home, words, **options) as process:
+        output, _ = process.communicate(timeout=timeout)
+        return process.returncode, output
+
+
+def steps_of(run: Path) -> list[tuple[Any, ...]]:
+    """The part of metrics.jsonl that must not depend on where and how a run ran."""
+    return [tuple(step[key] for key in COMPARED) for step in read(RunDirectory(run).metrics)]
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60.0) -> Any:
+    """What `condition` returns once it is true. Raises AssertionError when the process ends or the time is up first."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        assert process.poll() is None, f"ended early:\n{process.communicate()[0]}"
+        time.sleep(0.01)
+    raise AssertionError(f"not within {seconds} s")
+
+
+def last_step(run: Path) -> int:
+    steps = read(RunDirectory(run).metrics)
+    return steps[-1]["step"] if steps else 0
+
+
+def rank_pids(run: Path) -> dict[int, int]:
+    """Process ids of the ranks of the newest attempt that are alive, by rank."""
+    directory = RunDirectory(run)
+    numbers = directory.attempt_numbers()
+    found = {}
+    for stamp in directory.attempt(numbers[-1]).glob("rank-*.stamp") if numbers else ():
+        words = stamp.read_text().split()
+        if len(words) == 4 and is_alive(int(words[3])):
+            found[int(stamp.stem.removeprefix("rank-"))] = int(words[3])
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`, children first."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found, queue = [], [pid]
+    while queue:
+        below = children.get(queue.pop(0), [])
+        found += below
+        queue += below
+    return found
+
+
+def session_processes(session: int) -> list[int]:
+    """Living processes that were started in a session, orphans included."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass

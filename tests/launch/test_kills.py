@@ -1,0 +1,129 @@
+"""kill -9 of anything at any moment: what is left is a run that goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.rundir import RunDirectory
+from tests.launch.runs import (
+    command,
+    finish,
+    kill,
+    last_step,
+    overrides,
+    rank_pids,
+    session_processes,
+    started,
+    steps_of,
+    wait_until,
+    write_text,
+)
+from trainer.outcome import Outcome, read_ending
+
+STEPS = 60
+LONG = [f"steps={STEPS}", "checkpoint.every=2", "launch.max_restarts=20", "tracker=none"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kills")
+    write_text(folder / "text")
+    return folder
+
+
+def is_saving(run: Path) -> bool:
+    return any(RunDirectory(run).checkpoints.glob("*.partial"))
+
+
+class Killer:
+    """Kills at moments that come from a seed, and always after some progress, so that the run ends."""
+
+    def __init__(self, run: Path, seed: int) -> None:
+        self.run, self.random = run, random.Random(seed)
+        self.kills: list[str] = []
+
+    def strike(self, process: subprocess.Popen[str], victim: str) -> None:
+        before = last_step(self.run)
+        wait_until(lambda: last_step(self.run) >= min(before + self.random.randrange(1, 4), STEPS - 8), process)
+        ranks = wait_until(lambda: len(found := rank_pids(self.run)) == 2 and found, process)
+        if victim == "rank in mid-save":
+            wait_until(lambda: is_saving(self.run), process)
+        else:
+            time.sleep(self.random.random() * 0.1)
+        victims = {
+            "launcher": [process.pid],
+            "all ranks": list(ranks.values()),
+        }.get(victim, [ranks[self.random.randrange(2)]])
+        for pid in victims:
+            kill(pid)
+        self.kills.append(victim)
+        if victim != "launcher":
+            attempts = len(RunDirectory(self.run).attempt_numbers())
+            wait_until(lambda: len(RunDirectory(self.run).attempt_numbers()) > attempts, process)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_run_killed_at_random_moments_is_bitwise_the_undisturbed_one(home: Path, zero: int) -> None:
+    layout = [*LONG, f"parallel.zero={zero}"]
+    reference, run = home / f"undisturbed-{zero}", home / f"killed-{zero}"
+    status, output = finish(home, command("train", *overrides(reference, home / "text", *layout)))
+    assert status == 0, output
+    words = command("train", *overrides(run, home / "text", *layout))
+    killer = Killer(run, seed=zero)
+    for victims in (["rank", "rank in mid-save", "launcher"], ["all ranks", "rank in mid-save", "rank", None]):
+        with started(home, words) as process:
+            for victim in victims:
+                if victim is not None:
+                    killer.strike(process, victim)
+            output, _ = process.communicate(timeout=120)
+            wait_until_gone(process.pid)
+    assert process.returncode == 0, output
+    assert len(killer.kills) == 6
+    assert steps_of(run) == steps_of(reference)
+    ending = read_ending(RunDirectory(run), RunDirectory(run).attempt_numbers()[-1])
+    assert ending is not None and ending.outcome is Outcome.COMPLETED
+    for attempt in RunDirectory(run).attempt_numbers():
+        assert read_ending(RunDirectory(run), attempt) is not None, f"attempt {attempt} has no outcome"
+    assert not list(RunDirectory(run).checkpoints.glob("*.partial"))
+
+
+def wait_until_gone(session: int, seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while (left := session_processes(session)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left, f"left behind: {left}"
+
+
+def test_a_killed_rank_is_named_in_one_line(home: Path) -> None:
+    run = home / "named"
+    words = overrides(run, home / "text", "launch.max_restarts=0", "steps=100000", "schedule.total_steps=30")
+    with started(home, command("train", *words)) as process:
+        wait_until(lambda: last_step(run) >= 3, process)
+        kill(rank_pids(run)[1])
+        output, _ = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "rank 1 was killed by SIGKILL" in output
+    ending = read_ending(RunDirectory(run), 1)
+    assert ending is not None and (ending.outcome, ending.rank) == (Outcome.FAILED, 1)
+
+
+def test_kill_of_a_foreign_torchrun_leaves_nobody_and_the_next_start_goes_on(home: Path) -> None:
+    run = home / "torchrun"
+    words = overrides(run, home / "text", f"steps={STEPS}", "checkpoint.every=2")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
+    with started(home, [*torchrun, *words]) as process:
+        wait_until(lambda: last_step(run) >= 5, process)
+        kill(process.pid, signal.SIGKILL)
+        process.communicate(timeout=20)
+        wait_until_gone(process.pid)
+    assert finish(home, command("train", *words))[0] == 0
+    ending = read_ending(RunDirectory(run), 1)
+    assert ending is not None and ending.outcome is Outcome.FAILED and "without a word" in ending.message
+    assert [step[0] for step in steps_of(run)] == list(range(1, STEPS + 1))

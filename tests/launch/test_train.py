@@ -1,0 +1,155 @@
+"""A run from the command line to its end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.rundir import RunDirectory
+from tests.launch.runs import (
+    command,
+    finish,
+    last_step,
+    overrides,
+    session_processes,
+    started,
+    steps_of,
+    wait_until,
+    write_text,
+)
+from trainer.metrics import read
+from trainer.outcome import Outcome, read_ending
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_text(folder / "text")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home: Path) -> Path:
+    run = home / "undisturbed"
+    status, output = finish(home, command("train", *overrides(run, home / "text")))
+    assert status == 0, output
+    return run
+
+
+def test_a_run_leaves_everything_in_its_directory(undisturbed: Path) -> None:
+    run = RunDirectory(undisturbed)
+    steps = read(run.metrics)
+    assert [step["step"] for step in steps] == list(range(1, 31))
+    for key in ("loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "data_seconds"):
+        assert all(key in step for step in steps), key
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert steps[-1]["tokens"] == 30 * 8 * 32
+    ending = read_ending(run, 1)
+    assert ending is not None and (ending.outcome, ending.step) == (Outcome.COMPLETED, 30)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [f"step-{n:08}" for n in (20, 25, 30)]
+    assert run.log(1, 0).read_text() and run.log(1, 1).exists()
+    assert run.loss_plot.read_bytes().startswith(b"\x89PNG")
+    assert run.config.exists()
+
+
+def test_another_layout_computes_the_same(home: Path, undisturbed: Path) -> None:
+    run = home / "one"
+    status, output = finish(home, command("train", *overrides(run, home / "text", "launch.nproc=1", "batch.micro=8")))
+    assert status == 0, output
+    for one, two in zip(read(RunDirectory(run).metrics), read(RunDirectory(undisturbed).metrics), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+        assert one["tokens"] == two["tokens"]
+
+
+def test_torchrun_runs_the_same_program_bitwise(home: Path, undisturbed: Path) -> None:
+    run = home / "torchrun"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
+    status, output = finish(home, [*torchrun, *overrides(run, home / "text")])
+    assert status == 0, output
+    assert steps_of(run) == steps_of(undisturbed)
+    ending = read_ending(RunDirectory(run), 1)
+    assert ending is not None and ending.outcome is Outcome.COMPLETED
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_every_process_within_ten_seconds(
+    home: Path, undisturbed: Path, number: signal.Signals
+) -> None:
+    run = home / number.name
+    words = command("train", *overrides(run, home / "text", "steps=100000", "schedule.total_steps=30"))
+    with started(home, words) as process:
+        wait_until(lambda: last_step(run) >= 7, process)
+        asked = time.monotonic()
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+        assert time.monotonic() - asked < 10.0
+        assert process.returncode == 128 + number, output
+        assert session_processes(process.pid) == []
+    ending = read_ending(RunDirectory(run), 1)
+    assert ending is not None and ending.outcome is Outcome.STOPPED and ending.signal is not None
+    assert ending.step == last_step(run)
+    assert (RunDirectory(run).checkpoints / f"step-{ending.step:08}" / "MANIFEST.json").exists()
+    shorter = min(30, len(steps_of(run)))
+    assert steps_of(run)[:shorter] == steps_of(undisturbed)[:shorter]
+
+
+def test_a_stop_file_ends_the_run_after_a_save_and_it_resumes(home: Path, undisturbed: Path) -> None:
+    run = home / "stopped"
+    words = overrides(run, home / "text", "steps=100000", "schedule.total_steps=30", "checkpoint.every=0")
+    with started(home, command("train", *words)) as process:
+        wait_until(lambda: last_step(run) >= 5, process)
+        RunDirectory(run).stop.touch()
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 0, output
+    stopped_at = last_step(run)
+    status, output = finish(home, command("train", f"run.dir={run}", f"steps={stopped_at + 4}"))
+    assert status == 0, output
+    assert [step[0] for step in steps_of(run)] == list(range(1, stopped_at + 5))
+
+
+def test_a_finished_run_goes_on_elsewhere_with_more_steps(home: Path, undisturbed: Path) -> None:
+    """8 -> 12 steps on other layouts, against an undisturbed run of 30 whose schedule it shares."""
+    run = home / "moved"
+    first = overrides(run, home / "text", "steps=8", "schedule.total_steps=30")
+    status, output = finish(home, command("train", *first))
+    assert status == 0, output
+    for steps, layout in ((10, ["launch.nproc=1", "parallel.zero=0"]), (12, ["launch.nproc=4", "parallel.zero=3"])):
+        status, output = finish(home, command("train", f"run.dir={run}", f"steps={steps}", *layout))
+        assert status == 0, output
+    moved, expected = read(RunDirectory(run).metrics), read(RunDirectory(undisturbed).metrics)[:12]
+    assert [step["step"] for step in moved] == list(range(1, 13))
+    for here, there in zip(moved, expected, strict=True):
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
+        assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-4)
+        assert (here["lr"], here["tokens"]) == (there["lr"], there["tokens"])
+
+
+def test_a_change_of_the_maths_is_shown_and_needs_consent(home: Path) -> None:
+    run = home / "changed"
+    assert finish(home, command("train", *overrides(run, home / "text", "steps=2")))[0] == 0
+    status, output = finish(home, command("train", f"run.dir={run}", "steps=3", "optim.lr=1e-3"))
+    assert status == 2 and "optim.lr: 0.01 -> 0.001" in output
+    status, output = finish(home, command("train", f"run.dir={run}", "steps=3", "run.seed=1"))
+    assert status == 2 and "run.seed" in output
+    status, output = finish(home, command("train", f"run.dir={run}", "steps=3", "optim.lr=1e-3", "run.change=true"))
+    assert status == 0 and "optim.lr: 0.01 -> 0.001" in output
+    assert finish(home, command("train", f"run.dir={run}", "run.fresh=true"))[0] == 2
+
+
+def test_a_run_that_is_not_finite_ends_by_itself_and_is_not_retried(home: Path) -> None:
+    run = home / "nonfinite"
+    more = ["model.target=tests.launch.broken:build", "nonfinite.limit=3"]
+    status, output = finish(home, command("train", *overrides(run, home / "text", *more)), cwd=Path.cwd())
+    assert status == 1, output
+    ending = read_ending(RunDirectory(run), 1)
+    assert ending is not None and ending.outcome is Outcome.NONFINITE
+    assert RunDirectory(run).attempt_numbers() == [1]
+    assert "3 steps in a row" in output or "4 steps in a row" in output
+    assert [step["skipped"] for step in read(RunDirectory(run).metrics)] == [True] * ending.step
+    assert json.loads((RunDirectory(run).metrics).read_text().splitlines()[0])["loss"] is None

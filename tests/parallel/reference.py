@@ -1,0 +1,126 @@
+"""What every engine is compared with: one process, one model, plain torch, no line of an engine's code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conf.schema import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig
+from parallel.initialize import initialize
+from parallel.model import whole_model
+from parallel.optimizer import import_target, is_decayed
+from parallel.registry import Held, uncut
+from parallel.rows import IGNORE, Rows
+from parallel.shards import PARAMETER, Shard, whole
+
+VOCABULARY = 50
+
+
+def small_config(**changes: Any) -> Config:
+    """A toy model in fp32 whose odd sizes do not divide over ranks, with weights that ZeRO leaves ranks without."""
+    model = ModelConfig(target="tests.toy:build", vocab_size=VOCABULARY, width=18, layers=2)
+    config = Config(model=model, data=DataConfig(), batch=BatchConfig(rows=8), seq_len=12, precision="fp32")
+    config.optim = OptimConfig(name="adamw", lr=1e-2)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return config
+
+
+def global_rows(config: Config, step: int, seed: int = 0) -> Rows:
+    """The rows of a global batch: documents of very unequal length, and not one valid token in every fourth row."""
+    count, length = config.batch.rows, config.seq_len
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    tokens = torch.randint(VOCABULARY, (count, length), generator=generator)
+    labels = torch.randint(VOCABULARY, (count, length), generator=generator)
+    for row in range(count):
+        valid = 0 if row % 4 == 3 else int(torch.randint(1, length + 1, (1,), generator=generator))
+        labels[row, valid:] = IGNORE
+    documents = (torch.rand(count, length, generator=generator) < 0.2).cumsum(1).int()
+    positions = torch.arange(length).expand(count, length).contiguous()
+    return Rows(tokens, labels, positions, documents)
+
+
+@dataclass
+class Trace:
+    """What a run computed: per step loss, gradient norm and valid tokens; at the end every tensor, whole, by name."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    skipped: list[bool] = field(default_factory=list)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+
+def one_process(config: Config, steps: int, poison: int | None = None) -> Trace:
+    """Train for `steps` steps in plain torch; at step `poison` the loss is infinite and the step is left out."""
+    model: nn.Module = import_target(config.model.target)(config.model, whole_model(config.model.layers))
+    registry = uncut(model)
+    shards: list[Shard] = []
+    for name, parameter in model.named_parameters():
+        held = Held(whole(tuple(parameter.shape)))
+        shards += registry.shards(name, PARAMETER, held, parameter.detach())
+    initialize(shards, model.initial, config.run.seed)  # type: ignore[arg-type]
+    named = list(model.named_parameters())
+    decayed = [p for n, p in named if is_decayed(n, tuple(p.shape))]
+    others = [p for n, p in named if not is_decayed(n, tuple(p.shape))]
+    groups = [
+        {"params": decayed, "weight_decay": config.optim.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer: torch.optim.Optimizer
+    if config.optim.name == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=config.optim.lr, momentum=config.optim.momentum)
+    else:
+        betas = (config.optim.betas[0], config.optim.betas[1])
+        optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=betas, eps=config.optim.eps, foreach=False)
+    trace = Trace()
+    for step in range(1, steps + 1):
+        rows = global_rows(config, step)
+        documents = rows.documents if config.data.document_mask else None
+        total = model(rows.tokens, rows.positions, documents, rows.labels)
+        valid = int(rows.valid_tokens())
+        loss = total / valid
+        optimizer.zero_grad()
+        loss.backward()
+        limit = config.clip_norm if config.clip_norm is not None else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        trace.tokens.append(valid)
+        trace.skipped.append(step == poison)
+        if step == poison:
+            trace.losses.append(float("inf"))
+            trace.norms.append(float("inf"))
+            continue
+        trace.losses.append(loss.item())
+        trace.norms.append(norm.item())
+        optimizer.step()
+    trace.parameters = {name: parameter.detach().clone() for name, parameter in named}
+    return trace
+
+
+def assemble(ranks: list[list[Shard]], kind: str = PARAMETER) -> dict[str, Tensor]:
+    """Whole tensors from the shards of all ranks. Raises AssertionError where replicas differ or elements are missing."""
+    found: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    for shards in ranks:
+        for shard in shards:
+            if shard.kind != kind:
+                continue
+            tensor = found.setdefault(shard.name, torch.zeros(shard.shape, dtype=shard.data.dtype))
+            count = seen.setdefault(shard.name, torch.zeros(shard.shape))
+            index = shard.rectangle.within(whole(shard.shape))
+            if count[index].any():
+                assert torch.equal(tensor[index], shard.data), f"replicas of {shard.name} differ"
+            tensor[index] = shard.data
+            count[index] += 1.0 / shard.replicas
+    for name, count in seen.items():
+        assert torch.allclose(count, torch.ones_like(count)), f"{name} is not tiled by its shards"
+    return found
+
+
+def normwise(a: Tensor, b: Tensor) -> float:
+    """Relative difference |a - b| / |b| in float64."""
+    a, b = a.double(), b.double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))

@@ -1,0 +1,221 @@
+"""One suite for every engine: it computes what one process in plain torch computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
+from parallel.engine import Engine
+from parallel.layout import BatchPlan, Layout, batch_plan, layout_of
+from parallel.mesh import Mesh, mesh_over_default_group
+from parallel.rows import IGNORE
+from parallel.shards import PARAMETER, Shard
+from tests import world
+from tests.parallel.reference import Trace, assemble, global_rows, normwise, one_process, small_config
+from tests.parallel.toy_engine import ToyEngine
+from trainer.cut import cut
+
+STEPS = 10
+SGD = OptimConfig(name="sgd", lr=0.5, momentum=0.9)
+
+BUILDERS: dict[str, Callable[[Config, Mesh, BatchPlan], Engine]] = {"fsdp": cut, "toy": ToyEngine}
+
+
+def train(config: Config, engine_name: str = "fsdp", steps: int = STEPS, poison: int | None = None) -> tuple[Trace, list[Shard]]:
+    """On a rank: train and return the trace and this rank's shards."""
+    engine, mesh = build(config, engine_name)
+    trace = Trace()
+    for step in range(1, steps + 1):
+        rows = global_rows(config, step)[mesh.dp_rank :: mesh.layout.dp]
+        if step == poison and mesh.rank == mesh.layout.world - 1:
+            with torch.no_grad():  # an infinite weight on one rank only: its loss and gradients are not finite
+                saved = [shard.data.clone() for shard in engine.shards()]
+                engine.shards()[0].data.fill_(float("inf"))
+                engine.shards_written()
+        engine.forward_backward(rows)
+        if step == poison and mesh.rank == mesh.layout.world - 1:
+            with torch.no_grad():
+                for shard, value in zip(engine.shards(), saved, strict=True):
+                    shard.data.copy_(value)
+        result = engine.update(config.optim.lr).read()
+        trace.losses.append(result.loss)
+        trace.norms.append(result.grad_norm)
+        trace.tokens.append(result.tokens)
+        trace.skipped.append(result.skipped)
+    return trace, [replace(shard, data=shard.data.clone()) for shard in engine.shards()]
+
+
+def build(config: Config, engine_name: str = "fsdp") -> tuple[Engine, Mesh]:
+    ranks = torch.distributed.get_world_size()
+    layout = layout_of(config, ranks) if engine_name != "toy" else Layout(dp_replicate=ranks)
+    mesh = mesh_over_default_group(layout, torch.device("cpu"), 60.0)
+    return BUILDERS[engine_name](config, mesh, batch_plan(config, layout)), mesh
+
+
+@cache
+def reference(optimizer: str) -> Trace:
+    return one_process(small_config(optim=SGD) if optimizer == "sgd" else small_config(), STEPS)
+
+
+def assert_same(trace: Trace, expected: Trace, parameters: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert trace.tokens == expected.tokens
+    assert trace.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert trace.norms == pytest.approx(expected.norms, rel=1e-5)
+    for name, value in expected.parameters.items():
+        assert normwise(parameters[name], value) < tolerance, name
+
+
+LAYOUTS = [
+    *[(1, 0, None, micro) for micro in (1, 2, 4, 8)],
+    *[(2, zero, None, micro) for zero in (0, 1, 2, 3) for micro in (1, 2, 4)],
+    *[(4, zero, None, micro) for zero in (0, 1, 2, 3) for micro in (1, 2)],
+    *[(4, zero, 2, micro) for zero in (1, 2, 3) for micro in (1, 2)],
+]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("ranks", "zero", "replicas", "micro"), LAYOUTS)
+def test_every_layout_computes_what_one_process_computes(
+    ranks: int, zero: int, replicas: int | None, micro: int, optimizer: str
+) -> None:
+    parallel = ParallelConfig(zero=zero, replicas=replicas)
+    config = small_config(parallel=parallel, batch=BatchConfig(rows=8, micro=micro))
+    if optimizer == "sgd":
+        config.optim = SGD
+    results = world.run(train, ranks, config)
+    assert all(trace == results[0][0] for trace, _ in results), "ranks disagree about the result of a step"
+    parameters = assemble([shards for _, shards in results])
+    assert_same(results[0][0], reference(optimizer), parameters, 1e-6 if optimizer == "sgd" else 1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_toy_engine_conforms_too(optimizer: str) -> None:
+    config = small_config(optim=SGD) if optimizer == "sgd" else small_config()
+    config.batch = BatchConfig(rows=8, micro=2)
+    results = world.run(train, 2, config, "toy")
+    parameters = assemble([shards for _, shards in results])
+    assert_same(results[0][0], reference(optimizer), parameters, 1e-6 if optimizer == "sgd" else 1e-4)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_every_gradient_is_that_of_one_process(zero: int) -> None:
+    """With plain SGD the change of a parameter over the learning rate is its gradient."""
+    plain = OptimConfig(name="sgd", lr=64.0, weight_decay=0.0)
+    config = small_config(optim=plain, clip_norm=None, parallel=ParallelConfig(zero=zero))
+    config.batch = BatchConfig(rows=8, micro=1)
+    before = one_process(config, 0).parameters
+    expected = one_process(config, 1).parameters
+    after = assemble([shards for _, shards in world.run(train, 2, config, "fsdp", 1)])
+    for name in before:
+        assert normwise(after[name] - before[name], expected[name] - before[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize(("ranks", "zero"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_a_layout_run_twice_is_bitwise_equal(ranks: int, zero: int) -> None:
+    config = small_config(parallel=ParallelConfig(zero=zero), precision="bf16")
+    first, second = (world.run(train, ranks, config) for _ in range(2))
+    for (trace, shards), (trace_again, shards_again) in zip(first, second, strict=True):
+        assert trace == trace_again
+        assert all(torch.equal(a.data, b.data) for a, b in zip(shards, shards_again, strict=True))
+
+
+@pytest.mark.parametrize(("ranks", "zero"), [(1, 0), (2, 0), (2, 1), (2, 3)])
+def test_a_step_that_is_not_finite_on_one_rank_is_left_out_by_all(ranks: int, zero: int) -> None:
+    config = small_config(parallel=ParallelConfig(zero=zero))
+    results = world.run(train, ranks, config, "fsdp", 4, 2)
+    expected = one_process(config, 4, poison=2)
+    for trace, _ in results:
+        assert trace.skipped == [False, True, False, False]
+        assert not math.isfinite(trace.norms[1])
+        assert [trace.losses[n] for n in (0, 2, 3)] == pytest.approx([expected.losses[n] for n in (0, 2, 3)], rel=1e-5)
+    parameters = assemble([shards for _, shards in results])
+    for name, value in expected.parameters.items():
+        assert normwise(parameters[name], value) < 1e-4, name
+
+
+def agreed_votes() -> list[frozenset[str]]:
+    engine, mesh = build(small_config(parallel=ParallelConfig(zero=0)))
+    found = []
+    for votes in (frozenset(), frozenset({"stop"}) if mesh.rank == 1 else frozenset()):
+        engine.forward_backward(global_rows(small_config(), 1)[mesh.dp_rank :: mesh.layout.dp])
+        found.append(engine.update(1e-3, votes).read().votes)
+    return found
+
+
+def test_a_vote_of_one_rank_reaches_all() -> None:
+    expected = [frozenset(), {"stop"}]
+    assert world.run(agreed_votes, 2) == [expected, expected]
+
+
+def step_without_a_valid_token() -> tuple[bool, int, bool]:
+    config = small_config(parallel=ParallelConfig(zero=1))
+    engine, mesh = build(config)
+    before = [shard.data.clone() for shard in engine.shards()]
+    rows = global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp]
+    rows.labels.fill_(IGNORE)
+    engine.forward_backward(rows)
+    result = engine.update(1e-2).read()
+    unchanged = all(torch.equal(a, s.data) for a, s in zip(before, engine.shards(), strict=True))
+    return result.skipped, result.tokens, unchanged
+
+
+def test_a_batch_without_a_valid_token_changes_nothing() -> None:
+    assert world.run(step_without_a_valid_token, 2) == [(True, 0, True)] * 2
+
+
+def evaluated(zero: int) -> tuple[float, float]:
+    config = small_config(parallel=ParallelConfig(zero=zero), batch=BatchConfig(rows=8, micro=1))
+    engine, mesh = build(config)
+    total = mesh.sum(engine.evaluate(global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp]))
+    engine.forward_backward(global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp])
+    return float(total[0] / total[1]), engine.update(0.0).read().loss
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_evaluation_gives_the_loss_of_training_and_leaves_no_gradient(zero: int) -> None:
+    for evaluation, training in world.run(evaluated, 2, zero):
+        assert evaluation == pytest.approx(reference("adamw").losses[0], rel=1e-5)
+        assert training == pytest.approx(evaluation, rel=1e-6)
+
+
+def moved_through_shards(zero: int) -> bool:
+    """Shards are live: what is written into them is what the next step computes with."""
+    config = small_config(parallel=ParallelConfig(zero=zero))
+    engine, mesh = build(config)
+    rows = global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp]
+    saved, state = [shard.data.clone() for shard in engine.shards()], engine.state()
+    engine.forward_backward(rows)
+    first = engine.update(1e-2).read()
+    engine.forward_backward(rows)
+    assert engine.update(1e-2).read().loss != first.loss
+    for shard, value in zip(engine.shards(), saved, strict=True):
+        shard.data.copy_(value)
+    engine.load_state(state)
+    engine.shards_written()
+    engine.forward_backward(rows)
+    again = engine.update(1e-2).read()
+    engine.forward_backward(rows)
+    return first == again and engine.state() == {"step": 1.0} and any(s.kind == "optim.exp_avg" for s in engine.shards())
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_shards_are_the_live_state(zero: int) -> None:
+    assert all(world.run(moved_through_shards, 2, zero))
+
+
+def initial_shards(zero: int) -> list[Shard]:
+    engine, _ = build(small_config(parallel=ParallelConfig(zero=zero)))
+    return [shard for shard in engine.shards() if shard.kind == PARAMETER]
+
+
+@pytest.mark.parametrize(("ranks", "zero"), [(1, 0), (2, 0), (2, 1), (4, 3)])
+def test_initial_weights_are_bitwise_equal_on_every_layout(ranks: int, zero: int) -> None:
+    expected = one_process(small_config(), 0).parameters
+    for name, value in assemble(world.run(initial_shards, ranks, zero)).items():
+        assert torch.equal(value, expected[name]), name

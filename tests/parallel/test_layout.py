@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from conf.schema import Config
+from parallel.layout import AXES, Coordinate, Layout, batch_plan, layout_of
+
+SIZE = st.integers(1, 5)
+LAYOUTS = st.builds(Layout, SIZE, SIZE, SIZE, SIZE)
+AXIS_SETS = st.sets(st.sampled_from(AXES)).map(tuple)
+
+
+@given(LAYOUTS)
+def test_a_coordinate_is_the_inverse_of_a_rank(layout):
+    places = [layout.coordinate(rank) for rank in range(layout.world)]
+    assert [layout.rank(at) for at in places] == list(range(layout.world))
+    assert len(set(places)) == layout.world
+    assert all(0 <= getattr(at, axis) < size for at in places for axis, size in zip(AXES, layout.sizes(), strict=True))
+
+
+@given(LAYOUTS)
+def test_tensor_parallel_ranks_are_neighbours_and_stages_are_far_apart(layout):
+    assert all(group == list(range(group[0], group[0] + layout.tp)) for group in layout.groups("tp"))
+    assert all(b - a == layout.world // layout.pp for g in layout.groups("pp") for a, b in itertools.pairwise(g))
+
+
+@given(LAYOUTS, AXIS_SETS)
+def test_groups_partition_the_ranks_and_differ_only_along_their_axes(layout, axes):
+    groups = layout.groups(*axes)
+    assert sorted(rank for group in groups for rank in group) == list(range(layout.world))
+    for group in groups:
+        assert group == sorted(group)
+        fixed = {tuple(getattr(layout.coordinate(rank), axis) for axis in AXES if axis not in axes) for rank in group}
+        assert len(fixed) == 1
+    assert {tuple(group) for group in groups} == set(map(tuple, groups)) and len({len(g) for g in groups}) == 1
+
+
+@given(LAYOUTS)
+def test_every_set_of_rows_is_read_by_one_replica_of_tp_and_pp_ranks(layout):
+    read_by: dict[int, list[int]] = {}
+    for rank in range(layout.world):
+        read_by.setdefault(layout.dp_rank(rank), []).append(rank)
+    assert sorted(read_by) == list(range(layout.dp))
+    assert sorted(read_by.values()) == sorted(layout.groups("tp", "pp"))
+
+
+def test_rank_order_is_the_documented_one():
+    layout = Layout(dp_replicate=2, dp_shard=2, tp=2, pp=2)
+    assert layout.coordinate(11) == Coordinate(pp=1, dp_replicate=0, dp_shard=1, tp=1)
+    assert layout.groups("tp")[0] == [0, 1]
+    assert layout.groups("dp_shard")[0] == [0, 2]
+    assert layout.groups("dp_replicate")[0] == [0, 4]
+    assert layout.groups("pp")[0] == [0, 8]
+
+
+def test_16384_ranks_are_grouped_without_a_noticeable_wait():
+    layout = Layout(dp_replicate=8, dp_shard=64, tp=8, pp=4)
+    start = time.process_time()
+    for axis in AXES:
+        layout.groups(axis)
+    assert time.process_time() - start < 2.0
+
+
+def asked(**parallel: object) -> Config:
+    config = Config()
+    for key, value in parallel.items():
+        setattr(config.parallel, key, value)
+    return config
+
+
+@given(SIZE, SIZE, SIZE, SIZE, st.integers(1, 3))
+def test_the_layout_asked_for_has_as_many_ranks_as_there_are(replicas, shards, tp, pp, zero):
+    world = replicas * shards * tp * pp
+    layout = layout_of(asked(tp=tp, pp=pp, zero=zero, replicas=replicas), world)
+    assert layout == Layout(replicas, shards, tp, pp, zero, "fsdp") and layout.world == world
+
+
+@given(SIZE, SIZE)
+def test_zero_0_replicates_and_the_others_shard_over_all_unless_told(dp, tp):
+    assert layout_of(asked(tp=tp, zero=0), dp * tp) == Layout(dp, 1, tp, 1, 0)
+    assert layout_of(asked(tp=tp, zero=0, replicas=dp), dp * tp) == Layout(dp, 1, tp, 1, 0)
+    assert layout_of(asked(tp=tp, zero=3), dp * tp) == Layout(1, dp, tp, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "words"),
+    [
+        ({"tp": 3}, 4, "4 ranks do not divide into tp 3 x pp 1"),
+        ({"tp": 2, "pp": 2}, 2, "2 ranks do not divide into tp 2 x pp 2"),
+        ({"zero": 0, "replicas": 2}, 4, "ZeRO 0 keeps a replica on each of the 4"),
+        ({"zero": 1, "replicas": 3}, 4, "4 data-parallel ranks do not divide into 3 replicas"),
+    ],
+)
+def test_axes_that_do_not_fit_the_ranks_raise(parallel, world, words):
+    with pytest.raises(ValueError, match=words):
+        layout_of(asked(**parallel), world)
+
+
+@given(LAYOUTS, st.integers(1, 40), st.integers(1, 40), st.booleans())
+def test_a_plan_covers_the_global_batch_exactly(layout, rank_rows, micro, given_micro):
+    config = Config()
+    config.batch.rows = layout.dp * rank_rows
+    if given_micro:
+        assume(rank_rows % micro == 0)
+        config.batch.micro = micro
+    plan = batch_plan(config, layout)
+    assert plan.rank_rows == rank_rows
+    assert layout.dp * plan.micro_batches * plan.micro_rows == plan.rows == config.batch.rows
+    assert plan.micro_rows == micro if given_micro else plan.micro_rows <= 8
+
+
+def test_the_default_micro_batch_is_the_largest_divisor_up_to_eight():
+    expected = {1: 1, 7: 7, 8: 8, 9: 3, 11: 1, 12: 6, 32: 8}
+    for rows, micro in expected.items():
+        config = Config()
+        config.batch.rows = rows
+        assert batch_plan(config, Layout()).micro_rows == micro
+
+
+@given(LAYOUTS, st.integers(0, 60), st.integers(1, 20))
+def test_rows_that_do_not_divide_raise(layout, rows, micro):
+    config = Config()
+    config.batch.rows, config.batch.micro = rows, micro
+    assume(rows == 0 or rows % layout.dp or rows // layout.dp % micro)
+    with pytest.raises(ValueError, match="divide"):
+        batch_plan(config, layout)
+
+
+def test_a_layout_prints_what_is_more_than_one():
+    assert str(Layout(dp_shard=4, tp=2, zero=3)) == "dp_shard 4 x tp 2, ZeRO 3, fsdp"
+    assert str(Layout()) == "1 rank, ZeRO 0, fsdp"

@@ -1,0 +1,349 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conf.compose import compose
+from conf.limits import LIMITS
+from conf.overrides import choices, parse
+from conf.schema import GROUPS, Config, kinds, lookup
+from conf.values import ConfigError
+from parallel.layout import batch_plan, layout_of
+from parallel.nearest import around, divisors, either, multiples_around
+from parallel.refusals import NOT_YET, REFUSALS, Start, refuse, table_markdown
+
+DOC = Path(__file__).resolve().parents[2] / "docs" / "refusals.md"
+
+
+def with_values(*overrides: str) -> Config:
+    config = Config()
+    for override in map(parse, overrides):
+        *sections, name = override.key.split(".")
+        setattr(lookup(config, ".".join(sections)) if sections else config, name, override.value)
+    return config
+
+
+def refused(*overrides: str, world: int = 1, gpus: int = 0) -> str:
+    with pytest.raises(ConfigError) as error:
+        refuse(with_values(*overrides), world, gpus)
+    return str(error.value)
+
+
+# entry -> (overrides, world, gpus, what the message says), each at the edge of what is refused
+TOGETHER = {
+    "axes": [
+        (["parallel.tp=2"], 3, 0, "3 ranks do not divide into tp 2 x pp 1: launch.nproc=2 or 4 does"),
+        (["parallel.tp=2", "parallel.pp=2"], 1, 0, "launch.nproc=4 does"),
+        ([], 0, 0, "0 ranks: launch.nproc=1 is the least"),
+    ],
+    "replicas of ZeRO 0": [
+        (["parallel.zero=0", "parallel.replicas=2"], 4, 0, "ZeRO 0 keeps a replica on each of the 4"),
+    ],
+    "replicas": [
+        (["parallel.replicas=3"], 4, 0, "parallel.replicas=3 does not divide 4 data-parallel ranks: 2 or 4 does"),
+    ],
+    "rows over ranks": [
+        (["batch.rows=10"], 4, 0, "batch.rows=8 or 12 does, or launch.nproc=2 or 5"),
+        (["batch.rows=10", "parallel.tp=2"], 8, 0, "batch.rows=8 or 12 does, or launch.nproc=4 or 10"),
+        (["batch.rows=2"], 3, 0, "batch.rows=3 does, or launch.nproc=2"),
+    ],
+    "micro-batches": [
+        (["batch.micro=5"], 2, 0, "batch.micro=5 does not divide the 16 rows of a rank (batch.rows=32 over 2): 4 or 8"),
+        (["batch.micro=33"], 1, 0, ": 32 does"),
+    ],
+    "tensor parallelism": [
+        (["parallel.tp=3"], 3, 0, "parallel.tp=3 does not divide model.heads=8, model.width=256, model.hidden=704: 2"),
+        (["parallel.tp=4", "model.kv_heads=2"], 4, 0, "does not divide model.kv_heads=2: 2 does"),
+    ],
+    "stages": [
+        (["parallel.pp=7", "batch.micro=1"], 7, 0, "are 7 stages for model.layers=6: at most 6 stages work"),
+        (
+            ["parallel.pp=4", "parallel.stages_per_rank=2", "parallel.schedule=interleaved", "batch.micro=1"],
+            4,
+            0,
+            "are 8 stages for model.layers=6",
+        ),
+    ],
+    "interleaving": [
+        (["parallel.pp=2", "parallel.stages_per_rank=2"], 2, 0, "need parallel.schedule=interleaved"),
+        (["parallel.pp=2", "parallel.schedule=interleaved"], 2, 0, "needs parallel.stages_per_rank=2 or more"),
+        (["parallel.schedule=interleaved", "parallel.stages_per_rank=2"], 1, 0, "needs parallel.pp=2 or more"),
+    ],
+    "full pipeline": [
+        (["parallel.pp=4", "batch.micro=16"], 4, 0, "2 micro-batches do not fill 4 pipeline stages: batch.micro=8"),
+        (["parallel.pp=4", "batch.rows=3"], 4, 0, "1 micro-batches do not fill 4 pipeline stages: batch.rows=12"),
+    ],
+    "interleaved rounds": [
+        (
+            [
+                "parallel.pp=2",
+                "parallel.stages_per_rank=2",
+                "parallel.schedule=interleaved",
+                "batch.rows=30",
+                "batch.micro=6",
+            ],
+            2,
+            0,
+            "5 micro-batches do not split into rounds over parallel.pp=2: batch.micro=10 or 5 does",
+        ),
+    ],
+    "GPUs": [
+        ([], 4, 1, "4 ranks on 1 GPU: launch.nproc=1 works, or launch.device=cpu"),
+        (["launch.device=cuda"], 2, 0, "launch.device=cuda: there is no GPU here"),
+    ],
+    "fp16 on CPUs": [
+        (["precision=fp16"], 1, 0, "precision=fp16 on CPUs: precision=bf16 works"),
+        (["precision=fp16", "launch.device=cpu"], 1, 1, "precision=fp16 on CPUs"),
+    ],
+    "query groups": [(["model.kv_heads=3"], 1, 0, "model.kv_heads=3 does not divide model.heads=8: 2 or 4 does")],
+    "width of a head": [
+        (["model.width=250"], 1, 0, "model.width=240 or 256 does, or set model.head_dim"),
+        (["model.width=248"], 1, 0, "does not split into model.heads=8 of an even width"),
+    ],
+    "context extension": [
+        (
+            ["model.rope_scaling.factor=8", "model.rope_scaling.low_frequency_factor=4"],
+            1,
+            0,
+            "low_frequency_factor=4 must be above 0 and below high_frequency_factor=4",
+        )
+    ],
+    "warmup": [
+        (["schedule.warmup_steps=201"], 1, 0, "do not fit into 200 steps: schedule.warmup_steps=200 does"),
+        (["schedule.warmup_steps=51", "schedule.total_steps=50"], 1, 0, "do not fit into 50 steps"),
+        (["schedule.name=wsd", "schedule.warmup_steps=161"], 1, 0, "and a decay of 40 steps do not fit"),
+    ],
+    "evaluation": [
+        (["eval.every=10"], 1, 0, "eval.every=10 with eval.rows=0 evaluates nothing: set eval.rows, such as 32"),
+        (["eval.rows=8", "data.validation=0"], 1, 0, "no document is kept for validation"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "world", "gpus", "words"),
+    [(name, *case) for name, cases in TOGETHER.items() for case in cases],
+)
+def test_values_that_do_not_go_together_are_refused_by_their_entry(name, overrides, world, gpus, words):
+    start = Start(with_values(*overrides), world, gpus)
+    said = {entry.name: message for entry in REFUSALS if (message := entry.check(start))}
+    assert list(said) == [name]
+    assert words in said[name] and "\n" not in said[name]
+    assert said[name] in refused(*overrides, world=world, gpus=gpus).splitlines()
+
+
+def test_every_entry_is_tried():
+    assert list(TOGETHER) == [entry.name for entry in REFUSALS]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "gpus"),
+    [
+        ([], 1, 0),
+        ([], 4, 4),
+        (["launch.device=cpu"], 4, 1),
+        (["parallel.zero=0", "parallel.replicas=4"], 4, 0),
+        (["parallel.zero=3", "parallel.replicas=2"], 4, 0),
+        (["batch.rows=12", "batch.micro=3"], 4, 0),
+        (["model.kv_heads=2"], 1, 0),
+        (["model.width=250", "model.head_dim=32"], 1, 0),
+        (["model.target=mine:build", "model.width=7", "model.kv_heads=3"], 1, 0),
+        (["schedule.warmup_steps=200"], 1, 0),
+        (["schedule.name=wsd", "schedule.warmup_steps=160"], 1, 0),
+        (["eval.every=10", "eval.rows=8"], 1, 0),
+        (["data.validation=0"], 1, 0),
+        (["clip_norm=null", "activation_checkpoint=full", "compile=true", "optim.name=sgd"], 1, 0),
+        (["model.rope_scaling.factor=8"], 1, 0),
+    ],
+)
+def test_what_works_is_not_refused(overrides, world, gpus):
+    refuse(with_values(*overrides), world, gpus)
+
+
+def test_pipelines_and_tensor_parallelism_that_fit_miss_nothing_but_the_code():
+    fitting = ["parallel.tp=2", "parallel.pp=2", "parallel.stages_per_rank=2", "parallel.schedule=interleaved"]
+    fitting.append("batch.micro=4")
+    lines = refused(*fitting, world=8).splitlines()
+    assert lines == [
+        "parallel.tp=2: tensor parallelism is not available yet; parallel.tp=1 works",
+        "parallel.pp=2: pipeline parallelism is not available yet; parallel.pp=1 works",
+    ]
+
+
+BEYOND = [
+    "steps=0",
+    "seq_len=1",
+    "batch.rows=0",
+    "batch.micro=0",
+    "parallel.tp=0",
+    "parallel.pp=0",
+    "parallel.zero=4",
+    "parallel.replicas=0",
+    "parallel.schedule=zb",
+    "parallel.stages_per_rank=0",
+    "parallel.engine=ddp",
+    "parallel.offload=disk",
+    "parallel.timeout_seconds=0",
+    "model.vocab_size=1",
+    "model.width=0",
+    "model.layers=0",
+    "model.heads=0",
+    "model.kv_heads=0",
+    "model.head_dim=33",
+    "model.hidden=0",
+    "model.norm_eps=0",
+    "model.rope_theta=0",
+    "model.rope_scaling.factor=0.5",
+    "model.rope_scaling.original_context=0",
+    "model.init_std=0",
+    "model.loss_chunk=0",
+    "data.tokenizer=words",
+    "data.bpe_vocab=256",
+    "data.epochs=0",
+    "data.validation=0.51",
+    "data.workers=-1",
+    "data.prefetch=0",
+    "optim.name=adam",
+    "optim.lr=0",
+    "optim.weight_decay=-0.1",
+    "optim.betas=[0.9,1.0]",
+    "optim.eps=0",
+    "optim.momentum=1.0",
+    "schedule.name=cosin",
+    "schedule.warmup_steps=-1",
+    "schedule.total_steps=0",
+    "schedule.decay_fraction=0",
+    "schedule.final=1.1",
+    "clip_norm=0",
+    "precision=fp8",
+    "activation_checkpoint=some",
+    "nonfinite.action=stop",
+    "nonfinite.limit=0",
+    "checkpoint.every=-1",
+    "checkpoint.keep=0",
+    "checkpoint.mode=later",
+    "eval.every=-1",
+    "eval.rows=-1",
+    "tracker.name=mlflow",
+    "tracker.mode=dark",
+    "launch.name=slurm",
+    "launch.nproc=0",
+    "launch.max_restarts=-1",
+    "launch.threads=0",
+    "launch.device=tpu",
+    "log.every=0",
+    "log.progress=bar",
+]
+
+
+@pytest.mark.parametrize("override", BEYOND)
+def test_a_value_beyond_its_limit_is_named_with_what_would_work(override):
+    key, _, text = override.partition("=")
+    said = refused(override, world=1)
+    line = next(line for line in said.splitlines() if line.startswith(f"{key}="))
+    assert "must be" in line or "choose from" in line
+    assert text.strip("[]").split(",")[0] in line
+
+
+def test_every_limit_is_tried():
+    assert [override.partition("=")[0] for override in BEYOND] == [limit.key for limit in LIMITS]
+
+
+@pytest.mark.parametrize("override", ["optim.lr=nan", "optim.lr=inf", "clip_norm=nan", "optim.betas=[0.9]"])
+def test_numbers_that_are_none_are_refused(override):
+    assert override.partition("=")[0] in refused(override)
+
+
+def test_the_closest_choice_comes_first():
+    assert "precision=bf61: choose from bf16, " in refused("precision=bf61")
+    assert "schedule.name=cosin: choose from cosine, " in refused("schedule.name=cosin")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("parallel.engine=deepspeed", "the DeepSpeed engine is not available yet; parallel.engine=fsdp works"),
+        ("parallel.offload=cpu", "parallel.offload=cpu: offload of optimizer state is not available yet"),
+        ("precision=fp16", "is not available yet; precision=bf16 or fp32 works"),
+        ("parallel.tp=2", "tensor parallelism is not available yet"),
+        ("parallel.pp=2", "pipeline parallelism is not available yet"),
+    ],
+)
+def test_what_is_not_built_is_said_openly(override, words):
+    assert words in refused(override, world=2, gpus=2)
+    assert override.partition("=")[0] in {feature.key for feature in NOT_YET}
+
+
+def test_all_refusals_are_said_at_once_one_line_each():
+    said = refused("steps=0", "batch.rows=10", "optim.lr=-1", "model.kv_heads=3", "parallel.tp=2", world=8)
+    assert [line.split()[0].partition("=")[0] for line in said.splitlines()] == [
+        "steps",
+        "optim.lr",
+        "batch.rows",
+        "parallel.tp",
+        "model.kv_heads",
+        "parallel.tp",
+    ]
+
+
+SMALL = st.integers(-1, 9)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.fixed_dictionaries(dict.fromkeys(("tp", "pp", "zero", "stages_per_rank"), SMALL)),
+    st.none() | SMALL,
+    st.none() | SMALL,
+    SMALL,
+    SMALL,
+    SMALL,
+    st.sampled_from(["1f1b", "interleaved"]),
+)
+def test_whatever_is_asked_it_is_refused_in_words_or_it_has_a_layout_and_a_plan(
+    parallel, replicas, micro, rows, world, gpus, schedule
+):
+    config = Config()
+    for key, value in parallel.items():
+        setattr(config.parallel, key, value)
+    config.parallel.replicas, config.batch.micro, config.batch.rows = replicas, micro, rows
+    config.parallel.schedule = schedule
+    try:
+        refuse(config, world, gpus)
+    except ConfigError:
+        return
+    batch_plan(config, layout_of(config, world))
+
+
+def test_every_choice_of_every_group_may_start():
+    for group in GROUPS:
+        for name in choices(group):
+            refuse(compose([f"{group}={name}"]), world=1, gpus=0)
+
+
+def test_every_number_is_limited():
+    values = {key: lookup(Config(), key) for key in kinds()}
+    numbers = {key for key, value in values.items() if type(value) in (int, float)}
+    judged_together = {
+        "model.rope_scaling.low_frequency_factor",
+        "model.rope_scaling.high_frequency_factor",
+    }
+    assert numbers - {limit.key for limit in LIMITS} == {"run.seed", *judged_together}
+
+
+def test_the_printed_table_is_the_table():
+    assert DOC.read_text() == table_markdown(), "run: python -m parallel.refusals > docs/refusals.md"
+
+
+@given(st.integers(1, 3000))
+def test_divisors_are_all_the_divisors(number):
+    assert divisors(number) == [n for n in range(1, number + 1) if number % n == 0]
+
+
+def test_the_nearest_are_one_below_and_one_above():
+    assert around(5, [1, 2, 4, 8]) == [4, 8]
+    assert around(9, [1, 2, 4, 8]) == [8]
+    assert multiples_around(10, 4) == [8, 12] and multiples_around(2, 3) == [3]
+    assert either([8, 12]) == "8 or 12"

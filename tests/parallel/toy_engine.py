@@ -1,0 +1,80 @@
+"""The simplest engine that is right: the whole model on every rank, gradients all-reduced one by one after backward.
+
+It exists to show that the conformance suite tests the protocol and not one implementation.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from conf.schema import Config
+from parallel.initialize import initialize
+from parallel.layout import BatchPlan
+from parallel.mesh import Mesh
+from parallel.model import whole_model
+from parallel.optimizer import LocalOptimizer, import_target
+from parallel.registry import Held, uncut
+from parallel.rows import Rows
+from parallel.shards import PARAMETER, Shard, whole
+from parallel.update import StepResult, agree
+
+
+class ToyEngine:
+    def __init__(self, config: Config, mesh: Mesh, plan: BatchPlan) -> None:
+        self.config, self.mesh, self.plan = config, mesh, plan
+        self.model: nn.Module = import_target(config.model.target)(config.model, whole_model(config.model.layers))
+        self.registry = uncut(self.model)
+        self.parameters = dict(self.model.named_parameters())
+        tensors = {name: parameter.data for name, parameter in self.parameters.items()}
+        self.optimizer = LocalOptimizer(config.optim, tensors, {n: tuple(p.shape) for n, p in tensors.items()})
+        initialize(self.shards(), self.model.initial, config.run.seed)  # type: ignore[arg-type]
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self.tokens = torch.zeros((), dtype=torch.float64)
+
+    def forward_backward(self, rows: Rows) -> None:
+        for start in range(0, len(rows), self.plan.micro_rows):
+            micro = rows[start : start + self.plan.micro_rows]
+            loss = self.model(micro.tokens, micro.positions, None, micro.labels)
+            loss.backward()
+            self.loss_sum += loss.detach()
+            self.tokens += micro.valid_tokens()
+
+    def update(self, lr: float, votes: frozenset[str] = frozenset()) -> StepResult:
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        for gradient in gradients.values():
+            dist.all_reduce(gradient)
+        counted = list(gradients.values()) if self.mesh.rank == 0 else []
+        verdict = agree(
+            self.mesh, counted, self.loss_sum, self.tokens, votes, nominal_tokens=1, clip_norm=self.config.clip_norm
+        )
+        self.optimizer.step(gradients, lr, verdict.gradient_divisor, verdict.found_inf)
+        self.model.zero_grad()
+        self.loss_sum.zero_()
+        self.tokens.zero_()
+        return verdict.result
+
+    def evaluate(self, rows: Rows) -> Tensor:
+        with torch.no_grad():
+            loss = self.model(rows.tokens, rows.positions, None, rows.labels)
+        return torch.stack([loss.double(), rows.valid_tokens().double()])
+
+    def shards(self) -> list[Shard]:
+        tensors = [(name, PARAMETER, parameter.data) for name, parameter in self.parameters.items()]
+        tensors += [(name, f"optim.{key}", state) for name, key, state in self.optimizer.tensors()]
+        ranks = self.mesh.layout.world
+        return [
+            shard
+            for name, kind, tensor in tensors
+            for shard in self.registry.shards(name, kind, Held(whole(tuple(tensor.shape)), self.mesh.rank, ranks), tensor)
+        ]
+
+    def shards_written(self) -> None:
+        pass
+
+    def state(self) -> dict[str, float]:
+        return self.optimizer.scalars()
+
+    def load_state(self, state: dict[str, float]) -> None:
+        self.optimizer.load_scalars(state)

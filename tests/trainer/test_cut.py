@@ -1,0 +1,56 @@
+"""What the cut adds to a model does not change what it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conf.schema import BatchConfig, ModelConfig, ParallelConfig
+from parallel.layout import batch_plan, layout_of
+from parallel.mesh import mesh_over_default_group
+from tests import world
+from tests.parallel.reference import VOCABULARY, assemble, global_rows, normwise, one_process, small_config
+from trainer.cut import cut
+
+DECODER = ModelConfig(vocab_size=VOCABULARY, width=32, layers=3, heads=4, kv_heads=2, hidden=48)
+
+
+def losses(mode: str, compiled: bool, zero: int, tied: bool) -> tuple[list[tuple[float, float]], list]:
+    config = decoder_config(tied)
+    config.activation_checkpoint, config.compile, config.parallel = mode, compiled, ParallelConfig(zero=zero)
+    layout = layout_of(config, torch.distributed.get_world_size())
+    mesh = mesh_over_default_group(layout, torch.device("cpu"), 60.0)
+    engine = cut(config, mesh, batch_plan(config, layout))
+    found = []
+    for step in range(1, 6):
+        engine.forward_backward(global_rows(config, step)[mesh.dp_rank :: layout.dp])
+        result = engine.update(config.optim.lr).read()
+        found.append((result.loss, result.grad_norm))
+    return found, engine.shards()
+
+
+def decoder_config(tied: bool):  # type: ignore[no-untyped-def]
+    model = ModelConfig(**{**vars(DECODER), "tie_embeddings": tied})
+    config = small_config(model=model, batch=BatchConfig(rows=8, micro=2))
+    config.data.document_mask = True
+    return config
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_decoder_computes_the_same_whatever_it_recomputes(mode: str, zero: int, tied: bool) -> None:
+    expected = one_process(decoder_config(tied), 5)
+    results = world.run(losses, 2, mode, False, zero, tied)
+    for steps, _ in results:
+        assert [loss for loss, _ in steps] == pytest.approx(expected.losses, rel=1e-5)
+        assert [norm for _, norm in steps] == pytest.approx(expected.norms, rel=1e-5)
+    parameters = assemble([shards for _, shards in results])
+    for name, value in expected.parameters.items():
+        assert normwise(parameters[name], value) < 1e-4, name
+
+
+def test_compiled_blocks_compute_the_same() -> None:
+    expected = one_process(decoder_config(False), 5)
+    for steps, _ in world.run(losses, 2, "none", True, 1, False, timeout=240.0):
+        assert [loss for loss, _ in steps] == pytest.approx(expected.losses, rel=1e-4)

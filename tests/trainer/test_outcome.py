@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conf.rundir import RunDirectory, next_attempt
+from trainer.outcome import Ending, Outcome, close_dead_attempts, read_ending, write_ending
+
+
+def test_the_first_outcome_of_an_attempt_stands(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    number = next_attempt(run)
+    assert read_ending(run, number) is None
+    assert write_ending(run, number, Ending(Outcome.FAILED, "rank 1 ran out of memory", rank=1))
+    assert not write_ending(run, number, Ending(Outcome.FAILED, "rank 0 lost rank 1", rank=0))
+    ending = read_ending(run, number)
+    assert ending is not None and ending.rank == 1 and ending.time > 0
+    assert [path.name for path in run.attempt(number).iterdir()] == ["outcome.json"]
+
+
+def test_a_new_attempt_books_the_dead_ones_and_no_others(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    dead, done, current = next_attempt(run), next_attempt(run), next_attempt(run)
+    write_ending(run, done, Ending(Outcome.STOPPED, "stopped at step 3, saved", 3))
+    close_dead_attempts(run, current)
+    endings = [read_ending(run, attempt) for attempt in (dead, done, current)]
+    assert [ending and ending.outcome for ending in endings] == [Outcome.FAILED, Outcome.STOPPED, None]
+
+
+def test_a_broken_outcome_is_named(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    number = next_attempt(run)
+    run.outcome(number).write_text("{")
+    with pytest.raises(ValueError, match="outcome.json"):
+        read_ending(run, number)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.rundir import RunDirectory
+from trainer.process import Phases, Requests
+from trainer.rooms import shadowed_rooms
+
+
+def test_phases_stamp_the_step_and_add_up_seconds(tmp_path: Path) -> None:
+    stamp = tmp_path / "rank-0.stamp"
+    phase = Phases(stamp)
+    phase(7, "data")
+    time.sleep(0.02)
+    phase(7, "update")
+    step, name, at, pid = stamp.read_text().split()
+    assert (step, name, int(pid)) == ("7", "update", os.getpid())
+    assert abs(float(at) - time.time()) < 5
+    seconds = phase.take_seconds()
+    assert seconds["data"] >= 0.02
+    assert "data" not in phase.take_seconds()
+
+
+def test_a_signal_and_a_stop_file_become_votes(tmp_path: Path) -> None:
+    requests = Requests()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        requests.listen()
+        run = RunDirectory(tmp_path)
+        run.stop.touch()
+        requests.watch(run)
+        assert requests.votes() == frozenset(), "an old stop file asks for nothing"
+        run.stop.touch()
+        assert requests.votes() == {"stop"}
+        run.stop.unlink()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert requests.votes() == {"stop"}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("package", [True, False])
+def test_a_users_folder_in_the_place_of_a_room_is_named(tmp_path: Path, package: bool) -> None:
+    (tmp_path / "data").mkdir()
+    if package:
+        (tmp_path / "data" / "__init__.py").touch()
+    ended = subprocess.run(
+        [sys.executable, "-m", "trainer", "run.name=x"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"},
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1 and "'data'" in ended.stderr and str(tmp_path) in ended.stderr
+
+
+def test_our_own_rooms_are_our_own() -> None:
+    assert shadowed_rooms() == []

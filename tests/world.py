@@ -1,0 +1,97 @@
+"""Ranks for tests: processes forked from a server that has torch imported, over gloo, with short timeouts.
+
+    results = world.run(function, 4, argument)      # function(mesh-less) runs on 4 ranks; results in rank order
+
+`function` is module-level and runs after the default process group exists. A failing rank's traceback becomes the
+assertion's message; ranks that outlive the timeout are killed and named.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+# A server that has run no tensor code can fork safely; it pays for the imports once.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch.distributed.fsdp", "parallel.sharded", "parallel.native", "models", "checkpoint"])
+
+PR_SET_PDEATHSIG = 1
+
+
+def run(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 60.0) -> list[Any]:
+    """Run `function(*arguments)` on `ranks` ranks; what each returned, in rank order.
+
+    Raises AssertionError with the traceback of the first rank that failed, or naming those that did not end in time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(ranks):
+            ours, theirs = _context.Pipe(duplex=False)
+            work = (theirs, os.path.join(folder, "store"), rank, ranks, timeout, function, arguments)
+            process = _context.Process(target=_rank, args=work, daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        try:
+            return _collect(pipes, timeout)
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+
+
+def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
+    deadline = time.monotonic() + timeout
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+        if not ready:
+            late = [rank for rank in range(len(pipes)) if rank not in results]
+            raise AssertionError(f"ranks {late} did not end within {timeout:.0f} s")
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                succeeded, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+            except EOFError:
+                succeeded, value = False, "the process died without a word"
+            if not succeeded:
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank(
+    pipe: Connection, store: str, rank: int, ranks: int, timeout: float, function: Callable[..., Any], arguments: Any
+) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["LOCAL_RANK"] = str(rank)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
+        )
+        pipe.send_bytes(pickle.dumps((True, function(*arguments))))  # by value: torch would share memory
+        dist.barrier()  # nobody leaves while a peer still needs it
+        dist.destroy_process_group()
+    except BaseException:
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+    finally:
+        pipe.close()
+        os._exit(0)

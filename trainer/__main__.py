@@ -1,0 +1,13 @@
+"""`python -m trainer [overrides]`: one rank of a run, under torchrun or any launcher that sets its variables."""
+
+import sys
+
+from trainer.rooms import shadowed_rooms
+
+if __name__ == "__main__":
+    shadows = shadowed_rooms()  # before anything of another room is imported
+    if shadows:
+        sys.exit("stoker: " + shadows[0])
+    from trainer.main import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""Evaluation: the loss on rows that no training row comes from, in the layout of training."""
+
+from __future__ import annotations
+
+from parallel.engine import Engine
+from parallel.mesh import Mesh
+from parallel.rows import IGNORE, Rows
+
+
+class Evaluation:
+    """The first `count` validation rows, dealt over data-parallel ranks. Every rank makes equally many passes."""
+
+    def __init__(self, mesh: Mesh, rows: Rows | None, per_pass: int) -> None:
+        """`rows`: this rank's validation rows `[n, seq_len]`, n equal on all ranks; None for no evaluation."""
+        self._mesh, self._per_pass = mesh, per_pass
+        self.rows = rows
+
+    def loss(self, engine: Engine) -> float:
+        """Mean loss in nats per valid token over the rows of all ranks. Waits for the device."""
+        assert self.rows is not None
+        passes = [
+            engine.evaluate(self.rows[start : start + self._per_pass])
+            for start in range(0, len(self.rows), self._per_pass)
+        ]
+        loss_sum, tokens = self._mesh.sum(sum(passes[1:], start=passes[0])).tolist()
+        return loss_sum / max(tokens, 1.0)
+
+
+def without_labels(rows: Rows) -> Rows:
+    """`rows` as padding: read by the model, counted by nobody."""
+    rows.labels.fill_(IGNORE)
+    return rows

@@ -1,0 +1,94 @@
+"""The ledger: results of steps on their way from the device, and what ranks conclude from them.
+
+A result is read one step late, so that the host is always a step ahead of the device and never drains it. Only before
+something that needs the numbers (a save, the end) is everything settled at once. All ranks read the same results at
+the same steps, so they come to the same verdicts.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from conf.schema import Config
+from parallel.update import StepResult
+from trainer.observers import Observers, StepRecord
+from trainer.outcome import Outcome
+from trainer.process import Phases
+
+if TYPE_CHECKING:
+    from trainer.loop import Progress
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks do next: go on, or end with an outcome."""
+
+    outcome: Outcome | None = None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    step: int
+    lr: float
+    result: StepResult
+    val_loss: float | None
+    step_seconds: float
+    data_seconds: float
+
+
+class Ledger:
+    """Books steps into `progress` and, on global rank 0, tells the observers of them."""
+
+    def __init__(self, config: Config, progress: Progress, observers: Observers | None, phase: Phases) -> None:
+        self._limit = config.nonfinite.limit
+        self._progress, self._observers, self._phase = progress, observers, phase
+        self._open: list[_Entry] = []
+        self._last_entry = time.perf_counter()
+
+    def enter(self, step: int, lr: float, result: StepResult, val_loss: float | None) -> None:
+        """A step has been handed to the device."""
+        now = time.perf_counter()
+        data_seconds = self._phase.take_seconds().get("data", 0.0)
+        self._open.append(_Entry(step, lr, result, val_loss, now - self._last_entry, data_seconds))
+        self._last_entry = now
+
+    def settle(self, *, everything: bool) -> Verdict:
+        """Read the results that are due: all but the newest, or all."""
+        due = self._open if everything else self._open[:-1]
+        self._open = [] if everything else self._open[-1:]
+        stop = False
+        for entry in due:
+            stop |= self._book(entry)
+        if self._progress.skipped_in_a_row >= self._limit:
+            return Verdict(Outcome.NONFINITE)
+        return Verdict(Outcome.STOPPED if stop else None)
+
+    def _book(self, entry: _Entry) -> bool:
+        agreed = entry.result.read()
+        progress = self._progress
+        progress.step = entry.step
+        progress.updates += not agreed.skipped
+        progress.tokens += agreed.tokens
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if agreed.skipped else 0
+        progress.loss = agreed.loss
+        if entry.val_loss is not None:
+            progress.val_loss = entry.val_loss
+        if self._observers is not None:
+            self._observers.step(
+                StepRecord(
+                    step=entry.step,
+                    updates=progress.updates,
+                    loss=agreed.loss,
+                    grad_norm=agreed.grad_norm,
+                    lr=entry.lr,
+                    tokens=progress.tokens,
+                    tokens_per_second=agreed.tokens / max(entry.step_seconds, 1e-9),
+                    step_seconds=entry.step_seconds,
+                    data_seconds=entry.data_seconds,
+                    skipped=agreed.skipped,
+                    val_loss=entry.val_loss,
+                )
+            )
+        return "stop" in agreed.votes

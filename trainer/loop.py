@@ -1,0 +1,121 @@
+"""The loop: the table of contents of a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from checkpoint import Checkpoints
+from conf.schema import Config, to_dict
+from data import RowStream
+from parallel.engine import Engine
+from parallel.mesh import Mesh
+from trainer.evaluation import Evaluation
+from trainer.ledger import Ledger
+from trainer.observers import Observers
+from trainer.outcome import Outcome
+from trainer.process import Phases, Requests
+from trainer.schedule import learning_rate
+
+
+@dataclass
+class Progress:
+    """How far a run has come. `step` numbers the global batches attempted, `updates` the optimizer steps taken."""
+
+    step: int = 0
+    updates: int = 0
+    tokens: int = 0  # valid tokens of the steps so far
+    skipped_in_a_row: int = 0
+    loss: float | None = None  # of the last step
+    val_loss: float | None = None  # of the last evaluation
+
+
+@dataclass
+class Trainer:
+    """One rank's part of a training run. `trainer.assemble` puts one together from a config."""
+
+    config: Config
+    mesh: Mesh
+    engine: Engine
+    rows: RowStream
+    evaluation: Evaluation
+    checkpoints: Checkpoints
+    observers: Observers | None  # on global rank 0
+    requests: Requests
+    phase: Phases
+    progress: Progress
+
+    def fit(self) -> Outcome:
+        """Train until the last step, the end of the data, or a verdict of all ranks. The state is saved at the end."""
+        ledger = Ledger(self.config, self.progress, self.observers, self.phase)
+        outcome = Outcome.COMPLETED
+        last = min(self.config.steps, self.progress.step + self.rows.batches_left)
+        for step in range(self.progress.step + 1, last + 1):
+            self.phase(step, "data")
+            rows = self.rows.next()
+            self.phase(step, "forward_backward")
+            self.engine.forward_backward(rows)
+            self.phase(step, "await_staged")
+            self.checkpoints.await_staged()  # a snapshot in flight must not see the update
+            self.phase(step, "update")
+            lr = learning_rate(self.config.schedule, self.config.optim, step)
+            result = self.engine.update(lr, self.requests.votes())  # stays on the device
+            val_loss = self._evaluate(step, last)
+            ledger.enter(step, lr, result, val_loss)
+            saving = self._saves_at(step)
+            verdict = ledger.settle(everything=saving or step == last)  # else one step late: the host never waits
+            if verdict.outcome is not None:
+                outcome = verdict.outcome
+                break
+            if saving:
+                self.save()
+        ledger.settle(everything=True)
+        self.save()
+        return Outcome.COMPLETED if outcome is Outcome.STOPPED and self.progress.step == last else outcome
+
+    def save(self) -> None:
+        """Start saving the state after the last step done; metrics up to it are on disk before it can be committed."""
+        step = self.progress.step
+        self.phase(step, "save")
+        if self.observers is not None:
+            self.observers.metrics.flush()  # type: ignore[attr-defined]
+            self.observers.saving(step)
+        self.checkpoints.save(step, self.engine.shards(), self.state())
+        self.report_saves()
+
+    def report_saves(self) -> None:
+        """Tell the observers of the saves that ended."""
+        for report in self.checkpoints.finished():
+            if self.observers is not None:
+                self.observers.checkpoint(report)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that is not a tensor: equal on every rank and loadable by any layout."""
+        return {
+            "progress": asdict(self.progress),
+            "engine": self.engine.state(),
+            "data": self.rows.state(),
+            "layout": str(self.mesh.layout),
+            "loss": self.progress.loss,
+            "val_loss": self.progress.val_loss,
+            "config": to_dict(self.config),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`. Raises ValueError when the data are not those the state speaks of."""
+        self.rows.load_state(state["data"])
+        self.engine.load_state(state["engine"])
+        self.engine.shards_written()
+        self.progress = Progress(**state["progress"])
+
+    def _saves_at(self, step: int) -> bool:
+        every = self.config.checkpoint.every
+        return every > 0 and step % every == 0
+
+    def _evaluate(self, step: int, last: int) -> float | None:
+        every = self.config.eval.every
+        if not self.evaluation.rows or not (step == last or (every > 0 and step % every == 0)):
+            return None
+        self.phase(step, "evaluate")
+        return self.evaluation.loss(self.engine)
+

@@ -1,0 +1,165 @@
+"""The rank program: config -> mesh -> model -> engine -> data -> Trainer.fit(), and how it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from checkpoint import fence
+from conf.rundir import RunDirectory, next_attempt, write_config
+from conf.schema import Config, from_dict
+from conf.values import ConfigError
+from parallel.layout import layout_of
+from parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
+from trainer.assemble import assemble
+from trainer.outcome import Ending, Outcome, close_dead_attempts, write_ending
+from trainer.process import Console, Phases, Requests, die_with_launcher
+from trainer.start import run_directory, settle_config
+
+log = logging.getLogger(__name__)
+
+CONFIG_VARIABLE = "STOKER_CONFIG"  # our launcher hands ranks the settled config, as JSON
+RENDEZVOUS_SECONDS = 300.0
+
+
+@dataclass
+class Attempt:
+    """What is known of this start when it fails."""
+
+    run: RunDirectory
+    number: int
+    rank: int
+    training: bool = False  # the first step has begun
+    step: int | None = None
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Run one rank; the exit status of the process."""
+    die_with_launcher()
+    requests = Requests()
+    requests.listen()
+    console = Console()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    attempt: Attempt | None = None
+    try:
+        config = _config(overrides, world)
+        run = run_directory(config)
+        store = _store(rank, world)
+        attempt = Attempt(run, _agree_on_attempt(store, run, rank), rank)
+        console.redirect(run.log(attempt.number, rank))
+        return _train(config, store, attempt, requests, console)
+    except BaseException as error:
+        status = _fail(error, attempt, rank, console)
+        sys.stderr.flush()
+        os._exit(status)  # peers may be gone: nothing on the way out may wait for them
+
+
+def _config(overrides: Sequence[str], world: int) -> Config:
+    given = os.environ.get(CONFIG_VARIABLE)
+    if given is not None:
+        return from_dict(json.loads(given))
+    if world > 1 and not any(o.startswith(("run.dir=", "run.name=")) for o in overrides):
+        raise ConfigError("say run.dir=... or run.name=...: every rank must find the same run directory")
+    config, _ = settle_config(overrides, world, torch.cuda.device_count())
+    return config
+
+
+def _store(rank: int, world: int) -> dist.Store:
+    if world == 1 and "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    from datetime import timedelta
+
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timedelta(seconds=RENDEZVOUS_SECONDS)))
+    return store
+
+
+def _agree_on_attempt(store: dist.Store, run: RunDirectory, rank: int) -> int:
+    if rank == 0:
+        number = next_attempt(run)
+        close_dead_attempts(run, number)
+        store.set("stoker/attempt", str(number))
+    return int(store.get("stoker/attempt"))
+
+
+def _train(config: Config, store: dist.Store, attempt: Attempt, requests: Requests, console: Console) -> int:
+    run, rank = attempt.run, attempt.rank
+    phase = Phases(run.attempt(attempt.number) / f"rank-{rank}.stamp")
+    if rank == 0:
+        run.checkpoints.mkdir(exist_ok=True)
+        fence(run.checkpoints, attempt.number)
+        requests.watch(run)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    use_threads(config.launch.threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    device = pick_device(config.launch.device, local_rank)
+    layout = layout_of(config, int(os.environ.get("WORLD_SIZE", 1)))
+    mesh = start_mesh(layout, device, store, rank, config.parallel.timeout_seconds)
+
+    trainer = assemble(config, mesh, run, attempt.number, requests, phase, console.screen)
+    if rank == 0:
+        write_config(run, config)  # after everybody has read the old one
+    attempt.training = True
+    try:
+        outcome = trainer.fit()
+    finally:
+        attempt.step = trainer.progress.step
+        trainer.rows.close()
+    ending = _end(trainer, outcome, requests)
+    if rank == 0:
+        write_ending(run, attempt.number, ending)
+        if trainer.observers is not None:
+            trainer.observers.finish(ending.outcome, trainer.progress.step)
+    stop_mesh()
+    return 0 if ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED) else 1
+
+
+def _end(trainer, outcome: Outcome, requests: Requests) -> Ending:  # type: ignore[no-untyped-def]
+    """Wait for the last save and agree on how the run ended."""
+    step = trainer.progress.step
+    trainer.phase(step, "last_save")
+    errors = [report.error for report in trainer.checkpoints.wait() if report.error and report.step == step]
+    trainer.report_saves()
+    errors = [error for error in trainer.mesh.exchange(errors[0] if errors else "") if error]
+    if errors:
+        return Ending(Outcome.FAILED, f"the last checkpoint could not be saved: {errors[0]}", step)
+    messages = {
+        Outcome.COMPLETED: f"completed at step {step}",
+        Outcome.STOPPED: f"stopped at step {step}, saved",
+        Outcome.NONFINITE: f"{trainer.progress.skipped_in_a_row} steps in a row, up to step {step}, "
+        "without a finite loss and gradient norm",
+    }
+    return Ending(outcome, messages[outcome], step, signal=requests.signal)
+
+
+def _fail(error: BaseException, attempt: Attempt | None, rank: int, console: Console) -> int:
+    """Say in one line what went wrong, once for all ranks; the traceback goes to the log."""
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if not isinstance(error, ConfigError):
+        line = line if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {line}"
+    if attempt is None:
+        if rank == 0:
+            console.errors.write(f"stoker: {error if isinstance(error, ConfigError) else line}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    log.error("rank %d failed", attempt.rank, exc_info=error)
+    if _is_loss_of_a_peer(error):
+        return 1  # who was lost says more than we can: its own last words, or its launcher's
+    retry = attempt.training or not isinstance(error, ValueError | OSError)
+    ending = Ending(Outcome.FAILED, line, attempt.step, attempt.rank, retry)
+    if write_ending(attempt.run, attempt.number, ending):
+        where = attempt.run.log(attempt.number, attempt.rank)
+        console.errors.write(f"stoker: rank {attempt.rank} failed: {line} (see {where})\n")
+    return 1
+
+
+def _is_loss_of_a_peer(error: BaseException) -> bool:
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

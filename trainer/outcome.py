@@ -1,0 +1,67 @@
+"""How an attempt ended: one small file per attempt, because launchers lose exit codes."""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from conf.rundir import RunDirectory
+
+
+class Outcome(enum.StrEnum):
+    COMPLETED = "completed"  # all steps done and saved
+    STOPPED = "stopped"  # asked to stop (signal, STOP file), saved
+    FAILED = "failed"  # an error, or a process that was killed
+    NONFINITE = "nonfinite"  # too many steps in a row without a finite loss and gradient norm
+
+
+@dataclass(frozen=True)
+class Ending:
+    """`outcome.json`."""
+
+    outcome: Outcome
+    message: str  # one line for people
+    step: int | None = None  # the last step done, where known
+    rank: int | None = None  # of the process that failed, where known
+    retry: bool = False  # would a new attempt have a chance?
+    signal: int | None = None  # the signal that asked for the stop
+    time: float = 0.0  # seconds since the epoch
+
+
+def write_ending(run: RunDirectory, attempt: int, ending: Ending) -> bool:
+    """Write the attempt's outcome unless it has one: the first rank that knows is right. True if this one was kept."""
+    path = run.outcome(attempt)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    ending = Ending(**{**asdict(ending), "time": ending.time or time.time()})
+    try:
+        temporary.write_text(json.dumps(asdict(ending)) + "\n", encoding="utf-8")
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def read_ending(run: RunDirectory, attempt: int) -> Ending | None:
+    """The outcome of an attempt, or None while there is none."""
+    path: Path = run.outcome(attempt)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Ending(**{**values, "outcome": Outcome(values["outcome"])})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not an outcome: {error}") from error
+
+
+def close_dead_attempts(run: RunDirectory, current: int) -> None:
+    """Fill in the outcome of earlier attempts whose processes could not write one."""
+    for attempt in run.attempt_numbers():
+        if attempt < current:
+            message = "ended without a word: killed, or its machine was lost"
+            write_ending(run, attempt, Ending(Outcome.FAILED, message, retry=True))

@@ -1,0 +1,111 @@
+"""A rank as a process: what it dies of, what it is asked, what it says and where.
+
+All of it works under any launcher that sets the usual torchrun variables, because it lives in the run directory:
+logs, progress stamps, the stop file and the outcome.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+from conf.rundir import RunDirectory
+
+_PR_SET_PDEATHSIG = 1
+_STAMP_BYTES = 64
+
+
+def die_with_launcher() -> None:
+    """Have the kernel kill this rank when its launcher dies, so that kill -9 of a launcher leaves nobody behind.
+
+    Only under an elastic launcher: a rank started by hand may outlive its shell.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before the kernel was told
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Requests:
+    """What this rank was asked from outside, to be agreed with the others: signals and files only set flags."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._stop_file: Path | None = None
+
+    def listen(self) -> None:
+        """SIGTERM, SIGINT and SIGUSR1 ask for a save and an orderly end."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def watch(self, run: RunDirectory) -> None:
+        """Have this rank look for the stop file (one rank is enough). An old one asks for nothing."""
+        self._stop_file = run.stop
+        self._stop_file.unlink(missing_ok=True)
+
+    def votes(self) -> frozenset[str]:
+        stop = self.signal is not None or (self._stop_file is not None and self._stop_file.exists())
+        return frozenset({"stop"}) if stop else frozenset()
+
+    def _ask(self, number: int, _frame: object) -> None:
+        self.signal = number
+
+
+class Phases:
+    """Stamps (step, phase, time, process id) where others can read them, and adds up the seconds of each phase."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
+        self._phase, self._since = "start", time.perf_counter()
+        self._seconds: dict[str, float] = {}
+        self._pid = os.getpid()
+        self(0, "start")
+
+    def __call__(self, step: int, phase: str) -> None:
+        """The rank enters `phase` of `step`."""
+        now = time.perf_counter()
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+        stamp = f"{step} {phase} {time.time():.3f} {self._pid}".ljust(_STAMP_BYTES - 1) + "\n"
+        os.pwrite(self._file, stamp.encode(), 0)
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds per phase since the last call, the present one included."""
+        now = time.perf_counter()
+        seconds, self._seconds = self._seconds, {}
+        seconds[self._phase] = seconds.get(self._phase, 0.0) + now - self._since
+        self._since = now
+        return seconds
+
+
+class Console:
+    """Where this rank writes: everything into its log, and what a person should see on the real terminal.
+
+    Before an attempt is known both are the terminal. Afterwards file descriptors 1 and 2 are the log, so that what C++
+    libraries print lands there too.
+    """
+
+    def __init__(self) -> None:
+        self.screen: TextIO = sys.stdout
+        self.errors: TextIO = sys.stderr
+
+    def redirect(self, log_file: Path) -> None:
+        self.screen = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
+        self.errors = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        file = os.open(log_file, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.close(file)
+        logging.basicConfig(
+            level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+        )
