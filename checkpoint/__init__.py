@@ -12,7 +12,7 @@ shards (`parallel.shards`), rectangles of global tensors, and leaves as shards: 
 `commit`   rank 0: reports -> proof that every tensor is whole -> manifest -> rename; retention, fencing
 `tiling`   that proof
 `reader`   byte ranges checked block by block, into fresh memory
-`resume`   all ranks agree on a checkpoint before any adopts it; a damaged one is set aside
+`resuming` all ranks agree on a checkpoint before any adopts it; a damaged one is set aside
 `audit`    lists and full verification
 
 The way of a save: `save` records the moment and returns; a thread copies this rank's pieces to the staging pool, and
@@ -26,7 +26,7 @@ from checkpoint.audit import Summary, describe, verify
 from checkpoint.commit import fence
 from checkpoint.names import CheckpointMismatch, DamagedCheckpoint
 from checkpoint.reader import load, open_checkpoint, read_state, read_tensors
-from checkpoint.resume import newest, resume
+from checkpoint.resuming import newest, resume
 from checkpoint.writer import Checkpoints, SaveReport
 
 __all__ = [

@@ -23,7 +23,7 @@ from checkpoint.tiling import assemble
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
 
-_NAMED = 3  # tensors that a message names
+_NAMED = 8  # tensors that a message names
 
 
 @dataclass(frozen=True)

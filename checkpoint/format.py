@@ -21,7 +21,7 @@ import torch
 from checkpoint.names import STATE, CheckpointMismatch, DamagedCheckpoint, rank_of_index
 from parallel.shards import Rectangle
 
-FORMAT = 1
+FORMAT = 1  # of all files of a checkpoint; stands in the manifest
 BLOCK_BYTES = 4 << 20  # of a shard file under one CRC32
 DTYPES = {
     "F64": torch.float64,
@@ -144,7 +144,7 @@ def encode_index(index: ShardIndex) -> bytes:
         }
         for piece in index.pieces
     ]
-    return _canonical({"format": FORMAT, **vars(index), "pieces": pieces})
+    return _canonical(vars(index) | {"pieces": pieces})
 
 
 def decode_index(data: bytes, where: str) -> ShardIndex:

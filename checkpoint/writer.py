@@ -202,12 +202,13 @@ class Checkpoints:
             reason = reason if isinstance(error, SaveFailed) else f"rank 0: {reason}"
             commit.give_up(save.partial, reason)
             return reason
-        if not reported:
-            told = commit.reason_given(save.partial)
-            if told is not None:
-                return told
+        if reported:
+            return reason
+        # Our directory may be gone because rank 0 gave up first: then its reason is the one to tell.
+        told = commit.reason_given(save.partial) if isinstance(error, FileNotFoundError) else None
+        if told is None:
             commit.report_failure(save.partial, self._rank, reason)
-        return reason if reported else f"rank {self._rank}: {reason}"
+        return told or f"rank {self._rank}: {reason}"
 
     def _proceed(self) -> None:
         if self._leaving.is_set():

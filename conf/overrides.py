@@ -51,7 +51,7 @@ def parse(override: str) -> Override:
     _check_key(key, below, added=typed_key != key)
     hint = Any if below else _TYPES[key]
     quoted = f"{key}={_quoted_value(text, hint)}"
-    value = _parsed(quoted).value()
+    value = _value(quoted)
     if not fits(value, hint):
         raise ConfigError(f"{key}={text}: expected {expected(hint)}")
     return Override(key, value, False, f"++{quoted}" if below or key in _OPEN else quoted)
@@ -110,6 +110,15 @@ def _similar(key: str) -> list[str]:
 
     best = max([*_TYPES, *GROUPS], key=lambda known: sum(ratios(known)))
     return [best] if max(ratios(best)) >= 0.6 else []
+
+
+def _value(quoted: str) -> Any:
+    from hydra.errors import HydraException
+
+    try:
+        return _parsed(quoted).value()
+    except HydraException:  # the value is quoted, so it is the key
+        raise ConfigError(f"{quoted}: a key is made of names with dots between them") from None
 
 
 def _quoted_value(text: str, hint: Any) -> str:

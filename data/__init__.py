@@ -15,8 +15,8 @@ A row is `seq_len` tokens and the label of each, its next token. Rows are cut ou
 closed by an end-of-document token; consecutive rows share one token, which is the last label of one and the first token
 of the next. Every row of an epoch is read once before the next epoch, in another order, begins.
 
-The state carries a fingerprint of everything that the rows depend on. A state whose fingerprint differs is refused, with
-what differs: continuing on other rows than the run began with must be somebody's decision.
+The state carries a fingerprint of everything that the rows depend on. A state with another fingerprint is refused, and
+told what differs: a run never goes on, without a word, on other rows than it began with.
 
 What a launcher does once per machine (`prepare`) makes the ranks' `open_rows` cheap: it reads file stamps, no texts.
 """

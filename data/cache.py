@@ -92,7 +92,9 @@ def open_cache(config: DataConfig) -> TokenCache:
                     _build(root, recipe, config, manifest)
                     ready = _open(root, recipe)
         except OSError as error:
-            raise ValueError(f"cannot keep tokens in {root}: {error.strerror}; name another data.cache") from error
+            raise ValueError(
+                f"cannot keep tokens in {root}: {error.strerror or error}; name another data.cache"
+            ) from error
         assert ready is not None
     memo.remember(manifest.fingerprint)
     return ready
@@ -170,6 +172,7 @@ def _lock(root: Path, recipe: dict[str, Any]) -> Iterator[None]:
 
 def _build(root: Path, recipe: dict[str, Any], config: DataConfig, manifest: Manifest) -> None:
     folder = _folder(root, recipe)
+    log.info("tokenising %d documents into %s", len(manifest.entries), folder)
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a builder that was killed
     unfinished.mkdir()

@@ -37,9 +37,7 @@ def open_source(config: DataConfig) -> list[Document]:
     return documents
 
 
-def file_documents(
-    root: Path, keep_folder: Callable[[str], bool], keep_file: Callable[[str], bool]
-) -> list[Document]:
+def file_documents(root: Path, keep_folder: Callable[[str], bool], keep_file: Callable[[str], bool]) -> list[Document]:
     """A document for each file under `root` whose own name and folders' names are kept, sorted by relative path.
 
     Symbolic links are followed. Raises ValueError for a folder that cannot be listed, a file that cannot be looked at

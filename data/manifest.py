@@ -44,7 +44,10 @@ class Manifest:
 
 def read(document: Document) -> tuple[str, bytes]:
     """The text of `document` and its SHA-256. Raises ValueError, naming the document, when it is no text."""
-    text = document.read()
+    try:
+        text = document.read()
+    except OSError as error:  # of a user's own source
+        raise ValueError(f"cannot read the document {document.name}: {error}") from error
     if not isinstance(text, str):
         raise ValueError(f"the document {document.name} reads as {type(text).__name__}, not as text (str)")
     try:

@@ -90,6 +90,11 @@ class Readers:
         self._free.append(slot)
         return self._slots[slot]
 
+    def discard(self) -> None:
+        """Forget what was asked for and not taken."""
+        while self._asked:
+            self.take()
+
     def close(self) -> None:
         """End the processes at once. They hold nothing that could be lost."""
         while self._readers:
@@ -131,11 +136,7 @@ class Readers:
         reader.pipe.close()
         end = _wait_for(reader.pid)
         self.close()
-        hint = {
-            -signal.SIGKILL: "; most often the machine ran out of memory: lower data.workers or data.prefetch",
-            -signal.SIGBUS: "; a file it reads was cut short or its disk failed",
-        }.get(signal.Signals(end) if end and end > 0 else end, "") if end is not None else ""
-        raise RuntimeError(f"a data reader (pid {reader.pid}) {_describe(end)}{hint}")
+        raise RuntimeError(f"a data reader (pid {reader.pid}) {_describe(end)}")
 
 
 def _settle(rank: int, mask: set[int]) -> None:
@@ -157,3 +158,14 @@ def _wait_for(pid: int) -> int | None:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     except ChildProcessError:
         return None
+
+
+def _describe(end: int | None) -> str:
+    if end is None or end >= 0:
+        return f"ended with exit status {end}"
+    hints = {
+        signal.SIGKILL: ": most often for want of memory; lower data.workers or data.prefetch",
+        signal.SIGBUS: ": a file it reads was cut short, or its disk failed",
+    }
+    number = signal.Signals(-end)
+    return f"was killed by {number.name}{hints.get(number, '')}"

@@ -18,7 +18,9 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     one-to-one. A square exceeds `size` by few elements, so second trips are rare.
     """
     side = np.uint64(isqrt(size - 1) + 1)
-    keys = np.frombuffer(hashlib.blake2b(f"rows {seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest(), "<u8")
+    keys: np.ndarray = np.frombuffer(
+        hashlib.blake2b(f"rows {seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest(), "<u8"
+    )
     found = _feistel(index.astype(np.uint64), side, keys)
     while (outside := found >= size).any():
         found[outside] = _feistel(found[outside], side, keys)
@@ -26,7 +28,8 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _feistel(value: np.ndarray, side: np.uint64, keys: np.ndarray) -> np.ndarray:
-    left, right = value // side, value % side
+    left: np.ndarray = value // side
+    right: np.ndarray = value % side
     for key in keys:
         left, right = right, (left + _mix(right + key) % side) % side
     return left * side + right

@@ -61,7 +61,10 @@ class BpeTokenizer:
         self._encoder.encode_special_tokens = True  # a text that spells the special token gets no special id
         self.json = json
         self.vocab_size = vocab_size
-        self.end_of_document: int = self._encoder.token_to_id(END_OF_DOCUMENT)
+        end = self._encoder.token_to_id(END_OF_DOCUMENT)
+        if end is None:
+            raise ValueError(f"this tokenizer has no token {END_OF_DOCUMENT}")
+        self.end_of_document = end
         self.fingerprint = f"bpe {vocab_size} {hashlib.sha256(json.encode()).hexdigest()[:16]}"
 
     @classmethod

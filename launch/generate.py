@@ -1,3 +1,86 @@
 """`stoker generate`: text from a run's newest valid checkpoint, streamed to the terminal."""
 
 from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from checkpoint import read_tensors
+from conf.rundir import read_config
+from conf.schema import Config
+from data import open_tokenizer
+from data.tokenizer import Tokenizer
+from launch.show import checkpoints_of, run_at
+from models.generate import generate
+from parallel.model import whole_model
+from parallel.optimizer import import_target
+from parallel.weights import materialise
+from trainer.assemble import with_vocabulary
+
+
+def speak(options: argparse.Namespace) -> int:
+    """Print the prompt and what the model makes of it. Raises ValueError for a run or values that cannot be used."""
+    run = run_at(options.run)
+    checkpoint = _checkpoint(options)
+    config = with_vocabulary(read_config(run))
+    tokenizer = open_tokenizer(config.data)
+    tokens = generate(
+        load_model(config, checkpoint),
+        tokenizer.encode(options.prompt),
+        limit=options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        greedy=options.greedy,
+        seed=options.seed,
+        stop=tokenizer.end_of_document,
+        context=config.seq_len,
+    )
+    sys.stdout.write(options.prompt)
+    for text in _as_text(tokenizer, tokens):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+def load_model(config: Config, checkpoint: Path) -> nn.Module:
+    """The whole model of a checkpoint, float32 on the CPU. `config.model.vocab_size` is known."""
+    with torch.device("meta"):
+        model: nn.Module = import_target(config.model.target)(config.model, whole_model(config.model.layers))
+    materialise(model, torch.device("cpu"))
+    model.rebuild_buffers()  # type: ignore[operator]
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in read_tensors(checkpoint):
+            parameters.pop(name).copy_(value)
+    if parameters:
+        raise ValueError(f"{checkpoint} lacks {', '.join(parameters)}")
+    return model.eval()
+
+
+def _checkpoint(options: argparse.Namespace) -> Path:
+    """The checkpoint that was asked for, else the newest that is sound."""
+    found = checkpoints_of(run_at(options.run), options.step)
+    sound = [summary.path for summary in found if summary.problem is None]
+    if not sound:
+        raise ValueError(f"{found[-1].path} is damaged: {found[-1].problem}")
+    return sound[-1]
+
+
+def _as_text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
+    """The text of a stream of tokens, as soon as its characters are whole."""
+    pending: list[int] = []
+    for token in tokens:
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        if text and (not text.endswith("\ufffd") or len(pending) > 8):
+            yield text
+            pending = []
+    if pending:
+        yield tokenizer.decode(pending)

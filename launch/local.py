@@ -80,15 +80,14 @@ def launch(config: Config, ranks: int, say: Callable[[str], None]) -> int:
 
 
 class _LocalRendezvous(StaticTCPRendezvous):
-    """One machine, one agent: a store on a port that the system picks."""
+    """One machine, one agent: for every attempt a new store, on a port that the system picks."""
 
     def __init__(self) -> None:
         super().__init__("127.0.0.1", 0, rank=0, world_size=1, run_id="stoker", timeout=60)
 
     def next_rendezvous(self) -> RendezvousInfo:
-        if self._store is None:
-            self._store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True, multi_tenant=True)
-            self.master_port = self._store.port
+        self._store = store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        self.master_port = store.port
         return super().next_rendezvous()
 
 
@@ -127,6 +126,10 @@ class _Agent(LocalElasticAgent):
                 if _is_alive(pid):
                     os.kill(pid, signal.SIGTERM)
             self._wait_for_save()
+            number = self._attempt()
+            if number is not None:  # where a rank has written an outcome, it stands
+                ending = Ending(Outcome.STOPPED, "stopped before the first step", signal=int(death_sig))
+                write_ending(self._run, number, ending)
         self._pcontext.close(signal.SIGKILL)
 
     def _wait_for_save(self) -> None:

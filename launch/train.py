@@ -24,12 +24,13 @@ def gpus(config: Config) -> int:
 
 def train(overrides: Sequence[str]) -> int:
     """Train, or resume, on this machine; the exit status. Raises ConfigError before a rank is spawned."""
-    from trainer.start import run_directory, settle_config
-
     from conf.compose import compose
+    from data import prepare
+    from trainer.start import run_directory, settle_config
 
     asked = compose(overrides)
     config, changes = settle_config(overrides, ranks_for(asked), gpus(asked))
+    prepare(config)
     run_directory(config).attempts.mkdir(parents=True, exist_ok=True)
     say(f"run directory {config.run.dir}")
     for change in changes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,14 +102,20 @@ def document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor | BlockMask:
     """
     rows, seq_len = documents.shape
     if documents.is_cuda:
-
-        def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (query >= key) & (documents[row, query] == documents[row, key])
-
+        allowed = same_document(documents)
         return _create_block_mask()(allowed, rows, None, seq_len, seq_len, device=documents.device)
     mask = torch.full((rows, 1, seq_len, seq_len), float("-inf"), dtype=dtype, device=documents.device)
     mask.masked_fill_((documents[:, :, None] == documents[:, None, :])[:, None], 0.0)
     return mask.masked_fill_(_future(seq_len, seq_len, documents.device), float("-inf"))
+
+
+def same_document(documents: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """What FlexAttention asks of every pair of tokens: row, head, query, key -> may the query see the key?"""
+
+    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (documents[row, query] == documents[row, key])
+
+    return allowed
 
 
 def cached_mask(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:

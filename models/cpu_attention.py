@@ -16,6 +16,8 @@ BLOCK = 128  # queries
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """`models.attention.attend` for as many keys as queries, and a mask that allows no key after its query."""
+    if mask is not None:
+        mask = mask.expand(len(q), -1, -1, -1)
     return _BlockedAttention.apply(q, k, v, mask)
 
 
@@ -33,7 +35,7 @@ class _BlockedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

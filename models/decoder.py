@@ -67,9 +67,7 @@ class Decoder(nn.Module):
             self.norm = nn.RMSNorm(config.width, config.norm_eps)
             self.head = Head(weight, config.loss_chunk)
 
-    def forward(
-        self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None) -> Tensor:
         """See `CuttableModel`. The part with the head gives fp32 logits `[tokens, vocab]` if there are no labels."""
         if self.part.embedding:
             x = self.embedding(x)

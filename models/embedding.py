@@ -34,7 +34,7 @@ class _Lookup(torch.autograd.Function):
         return F.embedding(tokens, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         (tokens,) = ctx.saved_tensors
         summed = torch.ops.aten.embedding_dense_backward(gradient.float(), tokens, ctx.vocab_size, -1, False)
         return None, summed.to(ctx.dtype)

@@ -13,9 +13,7 @@ from torch import Tensor
 from conf.schema import RopeScalingConfig
 
 
-def frequencies(
-    head_dim: int, theta: float, scaling: RopeScalingConfig, device: torch.device | None = None
-) -> Tensor:
+def frequencies(head_dim: int, theta: float, scaling: RopeScalingConfig, device: torch.device | None = None) -> Tensor:
     """Radians per position of each channel pair: fp32 `[head_dim / 2]`.
 
     With `scaling.factor` > 1 waves longer than the original context are slowed down by the factor, waves that fit
@@ -32,7 +30,7 @@ def frequencies(
 
 
 def rotary_tables(positions: Tensor, radians: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines for `rotate`, both fp32 `[rows, seq_len, 1, head_dim]`, of positions `[rows, seq_len]`."""
+    """Cosines and signed sines of positions `[rows, seq_len]` for `rotate`: fp32 `[rows, seq_len, 1, head_dim]`."""
     angles = (positions.to(torch.float32)[..., None] * radians)[:, :, None]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)

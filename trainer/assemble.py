@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from typing import TextIO
 
 from checkpoint import Checkpoints, resume
 from conf.rundir import RunDirectory
 from conf.schema import Config
-from data import RowStream, open_rows, prepare
+from data import RowStream, open_rows, prepare, read_rows, vocabulary
 from parallel.layout import batch_plan
 from parallel.mesh import Mesh
+from parallel.rows import IGNORE
 from trainer.cut import cut
 from trainer.evaluation import Evaluation
 from trainer.loop import Progress, Trainer
@@ -35,5 +37,68 @@ def assemble(
     `config` is settled (`trainer.start`). Raises ValueError for data or a checkpoint that do not fit it.
     """
     plan = batch_plan(config, mesh.layout)
-    phase(0, "prepare_data")
-    ...
+    phase(0, "open_data")
+    config = with_vocabulary(config)
+    stream, evaluation = _open_data(config, mesh)
+
+    phase(0, "build")
+    engine = cut(config, mesh, plan)
+    observers = open_observers(config, run.path, screen) if mesh.rank == 0 else None
+    checkpoints = Checkpoints(
+        run.checkpoints,
+        rank=mesh.rank,
+        world=mesh.layout.world,
+        attempt=attempt,
+        keep=config.checkpoint.keep,
+        mode=config.checkpoint.mode,
+    )
+    shards = engine.shards()
+    checkpoints.prepare(shards)
+    trainer = Trainer(
+        config, mesh, engine, stream, evaluation, checkpoints, observers, requests, phase, Progress()
+    )
+    phase(0, "resume")
+    state = resume(run.checkpoints, shards, mesh.exchange, mesh.rank)
+    if state is not None:
+        trainer.load_state(state)
+        log.info("resumed from step %d", trainer.progress.step)
+    if observers is not None:
+        resumed = trainer.progress.step if state is not None else None
+        facts = {"layout": str(mesh.layout), "device": str(mesh.device), "attempt": str(attempt)}
+        observers.start(config, resumed, config.steps, facts)
+    return trainer
+
+
+def with_vocabulary(config: Config) -> Config:
+    """`config` with `model.vocab_size` known: the tokenizer's, unless a larger one is asked for."""
+    needed = vocabulary(config)
+    given = config.model.vocab_size
+    if given is not None and given < needed:
+        raise ValueError(f"model.vocab_size={given}, but the tokenizer has {needed} tokens")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or needed))
+
+
+def _open_data(config: Config, mesh: Mesh) -> tuple[RowStream, Evaluation]:
+    """The rows this rank trains on and those it evaluates. The first rank of each machine tokenises, if need be."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        prepare(config)
+    mesh.exchange("the data are prepared")
+    dp_rank, dp = mesh.dp_rank, mesh.layout.dp
+    pin = mesh.device.type == "cuda"
+    stream = RowStream(
+        open_rows(config, "train"),
+        config.batch.rows,
+        dp_rank,
+        dp,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        pin=pin,
+    )
+    if not config.eval.rows:
+        return stream, Evaluation(mesh, None, 1)
+    # Every rank makes equally many passes: one that is short of rows reads its first again and counts nothing.
+    numbers = list(range(dp_rank, config.eval.rows, dp))
+    padding = -(-config.eval.rows // dp) - len(numbers)
+    rows = read_rows(open_rows(config, "validation"), numbers + [0] * padding, pin)
+    rows.labels[len(numbers) :] = IGNORE
+    return stream, Evaluation(mesh, rows, batch_plan(config, mesh.layout).micro_rows)

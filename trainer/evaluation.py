@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from parallel.engine import Engine
 from parallel.mesh import Mesh
-from parallel.rows import IGNORE, Rows
+from parallel.rows import Rows
 
 
 class Evaluation:
@@ -25,8 +25,3 @@ class Evaluation:
         loss_sum, tokens = self._mesh.sum(sum(passes[1:], start=passes[0])).tolist()
         return loss_sum / max(tokens, 1.0)
 
-
-def without_labels(rows: Rows) -> Rows:
-    """`rows` as padding: read by the model, counted by nobody."""
-    rows.labels.fill_(IGNORE)
-    return rows

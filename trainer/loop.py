@@ -69,6 +69,7 @@ class Trainer:
                 break
             if saving:
                 self.save()
+            self.report_saves()
         ledger.settle(everything=True)
         self.save()
         return Outcome.COMPLETED if outcome is Outcome.STOPPED and self.progress.step == last else outcome
@@ -78,10 +79,9 @@ class Trainer:
         step = self.progress.step
         self.phase(step, "save")
         if self.observers is not None:
-            self.observers.metrics.flush()  # type: ignore[attr-defined]
+            self.observers.metrics.flush()
             self.observers.saving(step)
         self.checkpoints.save(step, self.engine.shards(), self.state())
-        self.report_saves()
 
     def report_saves(self) -> None:
         """Tell the observers of the saves that ended."""
@@ -97,7 +97,6 @@ class Trainer:
             "data": self.rows.state(),
             "layout": str(self.mesh.layout),
             "loss": self.progress.loss,
-            "val_loss": self.progress.val_loss,
             "config": to_dict(self.config),
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from trainer.assemble import assemble
 from trainer.outcome import Ending, Outcome, close_dead_attempts, write_ending
 from trainer.process import Console, Phases, Requests, die_with_launcher
+from trainer.summary import summarize
 from trainer.start import run_directory, settle_config
 
 log = logging.getLogger(__name__)
@@ -43,8 +45,8 @@ class Attempt:
 def main(overrides: Sequence[str]) -> int:
     """Run one rank; the exit status of the process."""
     die_with_launcher()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the first step there is nothing to save: signals just end us
     requests = Requests()
-    requests.listen()
     console = Console()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     attempt: Attempt | None = None
@@ -108,6 +110,7 @@ def _train(config: Config, store: dist.Store, attempt: Attempt, requests: Reques
     if rank == 0:
         write_config(run, config)  # after everybody has read the old one
     attempt.training = True
+    requests.listen()
     try:
         outcome = trainer.fit()
     finally:
@@ -116,9 +119,10 @@ def _train(config: Config, store: dist.Store, attempt: Attempt, requests: Reques
     ending = _end(trainer, outcome, requests)
     if rank == 0:
         write_ending(run, attempt.number, ending)
-        if trainer.observers is not None:
-            trainer.observers.finish(ending.outcome, trainer.progress.step)
     stop_mesh()
+    if trainer.observers is not None:
+        trainer.observers.finish(ending.outcome, trainer.progress.step)
+        print(summarize(run.path, config, ending.message), file=console.screen)
     return 0 if ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED) else 1
 
 

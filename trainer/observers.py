@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from conf.rundir import RunDirectory
@@ -124,12 +125,13 @@ class Observers(Observer):
                 self.message(f"{other.name} switched off, training goes on: {reason}")
 
 
-def open_observers(config: Config, run: RunDirectory, screen: TextIO) -> Observers:
+def open_observers(config: Config, run_dir: Path, screen: TextIO) -> Observers:
     """The observers that `config` asks for. `screen` is where a person looks: a terminal, a pipe or a file."""
     from trainer.metrics import MetricsFile  # here, because the three build on this module
     from trainer.progress import open_progress
     from trainer.trackers import Tracker
 
+    run = RunDirectory(run_dir)
     observers = Observers(MetricsFile(run.metrics), [open_progress(config.log, screen)])
     if config.tracker.name != "none":
         observers.add(Tracker(config.tracker, run, say=observers.message))

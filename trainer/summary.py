@@ -16,11 +16,12 @@ LOG_STEPS_FROM = 1000  # runs this long are drawn over log steps: the start woul
 Steps = list[dict[str, Any]]
 
 
-def summarize(run: RunDirectory, config: Config, outcome: str) -> str:
+def summarize(run_dir: Path, config: Config, outcome: str) -> str:
     """Draw `loss.png` and return the table, both from what is in the run directory.
 
     A picture that cannot be drawn is a line in the table, never an error.
     """
+    run = RunDirectory(run_dir)
     steps = read(run.metrics)
     rows = table(steps, run, config)
     if len(steps) > 1:

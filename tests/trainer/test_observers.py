@@ -104,10 +104,9 @@ def test_errors_of_the_metrics_file_surface_and_the_terminal_is_still_put_in_ord
 def test_plain_observers_import_nothing_heavy(tmp_path):
     program = f"""
 import io, pathlib, sys
-from conf.rundir import RunDirectory
 from conf.schema import Config
 from trainer.observers import open_observers
-observers = open_observers(Config(), RunDirectory(pathlib.Path({str(tmp_path)!r})), io.StringIO())
+observers = open_observers(Config(), pathlib.Path({str(tmp_path)!r}), io.StringIO())
 observers.start(Config(), None, 1, {{}})
 observers.finish("completed", 0)
 import trainer.summary, trainer.trackers

@@ -39,7 +39,7 @@ def test_the_summary_says_how_the_run_went(tmp_path):
         directory.mkdir(parents=True)
         if committed:
             (directory / "MANIFEST.json").write_text("{}")
-    assert summarize(run, a_config(steps=10), "stopped").splitlines() == [
+    assert summarize(run.path, a_config(steps=10), "stopped").splitlines() == [
         "stopped",
         "  steps        4 of 10 (3 updates, 1 skipped)",
         "  tokens       4,000",
@@ -66,13 +66,13 @@ def test_the_summary_says_how_the_run_went(tmp_path):
 def test_every_run_can_be_drawn(tmp_path, records):
     run = a_run(tmp_path / "demo")
     write_steps(run, records)
-    assert f"picture      {run.loss_plot}" in summarize(run, a_config(), "completed")
+    assert f"picture      {run.loss_plot}" in summarize(run.path, a_config(), "completed")
     assert png_size(run.loss_plot) == (1152, 648)
 
 
 def test_a_run_without_a_step_has_a_summary_and_no_picture(tmp_path):
     run = a_run(tmp_path / "demo")
-    assert summarize(run, a_config(), "failed") == f"failed\n  checkpoints  0 kept\n  run          {run.path}"
+    assert summarize(run.path, a_config(), "failed") == f"failed\n  checkpoints  0 kept\n  run          {run.path}"
 
 
 def test_a_picture_that_cannot_be_drawn_is_one_line(tmp_path, monkeypatch):
@@ -84,7 +84,8 @@ def test_a_picture_that_cannot_be_drawn_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(summary, "draw", refuse)
     assert (
-        summarize(run, a_config(), "completed").splitlines()[-1] == "  picture      not drawn: RuntimeError: no fonts"
+        summarize(run.path, a_config(), "completed").splitlines()[-1]
+        == "  picture      not drawn: RuntimeError: no fonts"
     )
 
 
@@ -93,7 +94,7 @@ def test_a_torn_metrics_file_is_summarized(tmp_path):
     write_steps(run, [record(1)])
     with open(run.metrics, "a") as file:
         file.write(json.dumps({"step": 2})[:-1])
-    assert "1 of 200" in summarize(run, a_config(), "failed")
+    assert "1 of 200" in summarize(run.path, a_config(), "failed")
 
 
 def test_smoothing_keeps_steps_and_straight_lines():

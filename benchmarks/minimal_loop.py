@@ -1,0 +1,89 @@
+"""The peer of benchmarks/loop_overhead.py: a training loop as one would write it by hand, on torch alone.
+
+Same model, rows of the same shape, bf16, accumulation, gradient clipping and fused AdamW; DistributedDataParallel for
+ZeRO 0, `fully_shard` for 1 to 3. No checkpoints, no metrics, no exact data: random windows of a token file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from conf.schema import Config, from_dict
+from models.decoder import build
+from parallel.model import whole_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config", help="a Stoker config as JSON")
+    parser.add_argument("tokens", help="uint16 token file")
+    parser.add_argument("out", help="where rank 0 writes the seconds of each step, as JSON")
+    options = parser.parse_args()
+    config: Config = from_dict(json.loads(open(options.config).read()))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    torch.manual_seed(0)
+    model = build(config.model, whole_model(config.model.layers)).to(device)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
+    cast = contextlib.nullcontext
+    zero = config.parallel.zero
+    if world == 1 or zero == 0:
+        net = DistributedDataParallel(model) if world > 1 else model
+        cast = lambda: torch.autocast(device.type, torch.bfloat16)  # noqa: E731
+    else:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        mesh = init_device_mesh(device.type, (world,))
+        for block in model.layers.values():
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero == 3)
+        net = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=zero == 3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
+
+    tokens = np.memmap(options.tokens, np.uint16, "r")
+    random = np.random.default_rng(rank)
+    rank_rows, micro_rows, length = config.batch.rows // world, config.batch.micro, config.seq_len
+    positions = torch.arange(length, device=device).expand(micro_rows, length).contiguous()
+    seconds = []
+    for _ in range(config.steps):
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        for start in range(0, rank_rows, micro_rows):
+            last = start + micro_rows >= rank_rows
+            if world > 1 and zero == 0:
+                net.require_backward_grad_sync = last
+            elif world > 1 and zero == 1:
+                net.set_requires_gradient_sync(last)
+            starts = random.integers(0, len(tokens) - length - 1, micro_rows)
+            window = np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)
+            rows = torch.from_numpy(window).to(device)
+            with cast():
+                loss = net(rows[:, :-1].contiguous(), positions, None, rows[:, 1:].contiguous())
+            (loss / (rank_rows * length)).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+        seconds.append(time.perf_counter() - began)
+    if rank == 0:
+        with open(options.out, "w") as file:
+            json.dump(seconds, file)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

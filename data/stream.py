@@ -1,0 +1,125 @@
+"""The stream of rows that one rank trains on."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from data.readers import Readers
+from data.rows import RowPlan, unpack
+from parallel.rows import Rows
+
+log = logging.getLogger(__name__)
+
+
+class EndOfData(Exception):
+    """There is no further global batch. Every rank meets it at the same step."""
+
+
+class RowStream:
+    """This rank's rows of each global batch, from a row number on.
+
+    Of the global batch that begins at row n, data-parallel rank r reads rows n + r, n + r + dp, n + r + 2 dp, ...;
+    the last rows of finite data, if they do not fill a global batch, are left out. Reader processes are forked here:
+    make the stream before the model, so that they do not keep a second copy of it alive.
+    """
+
+    def __init__(
+        self,
+        plan: RowPlan,
+        batch_rows: int,
+        dp_rank: int = 0,
+        dp: int = 1,
+        *,
+        row: int = 0,
+        workers: int = 0,
+        prefetch: int = 4,
+        pin: bool = False,
+    ) -> None:
+        """`row`: global number of the first row; `prefetch`: global batches that each of `workers` reads ahead.
+
+        `pin` puts the rows into page-locked memory. Raises ValueError when `batch_rows` does not divide over `dp`.
+        """
+        if batch_rows % dp:
+            raise ValueError(f"batch.rows={batch_rows} does not divide over {dp} data-parallel ranks")
+        self._plan, self._batch_rows, self._pin = plan, batch_rows, pin
+        self._mine = np.arange(dp_rank, batch_rows, dp)  # places of this rank's rows in a global batch
+        self._row = self._ask_from = row
+        shape = (4, len(self._mine), plan.seq_len)
+        self._packed = np.empty(shape, np.int32)
+        self._readers = Readers(self._read, shape, workers, prefetch) if workers else None
+        self._ask()
+        left_out = self._rows_left % batch_rows if plan.total_rows is not None else 0
+        if left_out:
+            log.info("the data end with %d rows that fill no global batch of %d: left out", left_out, batch_rows)
+
+    @property
+    def row(self) -> int:
+        """Global number of the next row; all rows before it have been handed out."""
+        return self._row
+
+    @property
+    def batches_left(self) -> int:
+        """How many times `next` can be called; `sys.maxsize` when the data never end. Equal on all ranks."""
+        return self._rows_left // self._batch_rows
+
+    def next(self) -> Rows:
+        """This rank's rows of the next global batch, `[batch_rows / dp, seq_len]`.
+
+        Raises EndOfData after the last batch, and RuntimeError when a reader process died or failed.
+        """
+        if not self.batches_left:
+            raise EndOfData(
+                f"the data end after {self._plan.total_rows} rows, "
+                f"and {self._rows_left} are left at row {self._row}: too few for batch.rows={self._batch_rows}"
+            )
+        if self._readers is None:
+            self._read(self._row, self._packed)
+            rows = unpack(self._packed, self._pin)
+        else:
+            rows = unpack(self._readers.take(), self._pin)
+        self._row += self._batch_rows
+        self._ask()
+        return rows
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands after the rows handed out: JSON values, equal on every rank of every layout."""
+        return {"row": self._row, "fingerprint": dict(self._plan.fingerprint), "sources": self._plan.counts(self._row)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on after the rows that `state` has seen. Raises ValueError, with what differs, for other rows."""
+        ours, theirs = dict(self._plan.fingerprint), dict(state["fingerprint"])
+        if ours != theirs:
+            names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+            differences = ", ".join(f"{name} was {theirs.get(name)} and is {ours.get(name)}" for name in names)
+            raise ValueError(
+                f"these are not the data that the checkpoint has read {state['row']} rows of: {differences}"
+            )
+        if self._readers is not None:
+            self._readers.discard()
+        self._row = self._ask_from = state["row"]
+        self._ask()
+
+    def close(self) -> None:
+        """End the reader processes at once."""
+        if self._readers is not None:
+            self._readers.close()
+
+    @property
+    def _rows_left(self) -> int:
+        total = self._plan.total_rows
+        return sys.maxsize if total is None else max(0, total - self._row)
+
+    def _read(self, row: int, out: np.ndarray) -> None:
+        self._plan.read(row + self._mine, out)
+
+    def _ask(self) -> None:
+        """Keep the readers busy up to the last whole batch."""
+        last = self._row + self.batches_left * self._batch_rows
+        while self._readers is not None and self._readers.free and self._ask_from < last:
+            self._readers.ask(self._ask_from)
+            self._ask_from += self._batch_rows

@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+import pytest
+
+import checkpoint.plan
+import checkpoint.writer
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 1 KiB, and replicas share shards of few elements: what is for large tensors happens to small ones."""
+    monkeypatch.setattr(checkpoint.writer, "BLOCK_BYTES", 1024)
+    monkeypatch.setattr(checkpoint.plan, "SPLIT_ELEMENTS", 16)

@@ -1,0 +1,179 @@
+"""What a user gets wrong ends in one clear line, a status that is not zero, and nothing lost or left running."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conf.rundir import RunDirectory
+from tests.launch.runs import command, finish, last_step, overrides, started, steps_of, wait_until, write_text
+from trainer.metrics import read
+from trainer.outcome import Outcome, read_ending
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    write_text(folder / "text")
+    return folder
+
+
+def refused(home: Path, *words: str) -> str:
+    """The one line with which `stoker <words>` refuses."""
+    status, output = finish(home, command(*words), timeout=60)
+    assert status != 0, output
+    lines = output.strip().splitlines()
+    complaints = [line for line in lines if line.startswith("stoker: ") and "run directory " not in line]
+    assert len(complaints) == 1 and "Traceback" not in output, output
+    return complaints[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["parallel.zeros=3"], "parallel.zero"),
+        (["model=tinny"], "tiny"),
+        (["steps=many"], "steps"),
+        (["batch.rows=0"], "batch.rows"),
+        (["batch.rows=9"], "batch.rows"),
+        (["seq_len=1"], "seq_len"),
+        (["parallel.zero=7"], "parallel.zero"),
+        (["launch.device=cuda", "launch.nproc=64"], "GPU"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_before_a_rank_is_spawned(
+    home: Path, words: list[str], expected: str
+) -> None:
+    run = home / "refused"
+    assert expected in refused(home, "train", *overrides(run, home / "text", *words))
+    assert not run.exists()
+
+
+def test_an_unknown_command_gets_the_closest(home: Path) -> None:
+    status, output = finish(home, command("trian"))
+    assert status == 2 and "'train'" in output and len(output.strip().splitlines()) == 1
+
+
+def test_missing_and_empty_data_are_named(home: Path) -> None:
+    (home / "empty").mkdir()
+    (home / "binary").mkdir()
+    (home / "binary" / "a.txt").write_bytes(b"\xff\xfe\xfa")
+    for folder in ("nowhere", "empty", "binary"):
+        assert str(home / folder) in refused(home, "train", *overrides(home / f"run-{folder}", home / folder))
+
+
+def test_data_shorter_than_a_row_are_named(home: Path) -> None:
+    (home / "short").mkdir()
+    (home / "short" / "a.txt").write_text("few words")
+    assert "row" in refused(home, "train", *overrides(home / "run-short", home / "short"))
+
+
+def test_a_run_directory_that_cannot_be_written_is_named(home: Path) -> None:
+    (home / "file").touch()
+    assert str(home / "file") in refused(home, "train", *overrides(home / "file" / "run", home / "text"))
+
+
+def test_a_model_that_cannot_be_imported_is_named(home: Path) -> None:
+    words = overrides(home / "no-model", home / "text", "model.target=no_such_module:build")
+    assert "no_such_module" in refused(home, "train", *words)
+    assert RunDirectory(home / "no-model").attempt_numbers() == [1], "there is no point in another attempt"
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path) -> Path:
+    run = home / "trained"
+    status, output = finish(home, command("train", *overrides(run, home / "text", "steps=3")))
+    assert status == 0, output
+    return run
+
+
+def test_a_wrong_prompt_run_or_step_is_named(home: Path, trained: Path) -> None:
+    assert "prompt" in refused(home, "generate", str(trained), "--prompt", "")
+    assert "temperature" in refused(home, "generate", str(trained), "--prompt", "a", "--temperature", "0")
+    assert "step 99" in refused(home, "generate", str(trained), "--prompt", "a", "--step", "99")
+    assert "not a run directory" in refused(home, "generate", str(home / "nowhere"), "--prompt", "a")
+    assert "no checkpoints" in refused(home, "generate", str(home / "no-model"), "--prompt", "a")
+    assert "no checkpoints" in refused(home, "checkpoint", "ls", str(home / "no-model"))
+
+
+def test_the_model_speaks_and_the_same_seed_says_the_same(home: Path, trained: Path) -> None:
+    words = command("generate", str(trained), "--prompt", "document", "--tokens", "20", "--seed", "3")
+    (status, first), (_, second) = finish(home, words), finish(home, words)
+    assert status == 0 and first == second and first.startswith("document") and len(first) > len("document\n")
+
+
+def test_checkpoints_are_listed_and_proven_and_damage_is_found(home: Path, trained: Path) -> None:
+    status, output = finish(home, command("checkpoint", "ls", str(trained)))
+    assert status == 0 and "valid" in output
+    status, output = finish(home, command("checkpoint", "verify", str(trained)))
+    assert status == 0, output
+    run = home / "damaged"
+    subprocess.run(["cp", "-r", trained, run], check=True)
+    [checkpoint] = RunDirectory(run).checkpoints.glob("step-*")
+    file = checkpoint / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    status, output = finish(home, command("checkpoint", "verify", str(run)))
+    assert status == 1 and file.name in output
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(home: Path) -> None:
+    run = home / "fallback"
+    assert finish(home, command("train", *overrides(run, home / "text", "steps=10")))[0] == 0
+    before = steps_of(run)
+    newest = RunDirectory(run).checkpoints / "step-00000010" / "rank-00001.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-3] ^= 16
+    newest.write_bytes(content)
+    status, output = finish(home, command("train", f"run.dir={run}", "steps=11"))
+    assert status == 0, output
+    assert "step-00000010" in output and "damaged" in output
+    assert steps_of(run)[:10] == before and len(steps_of(run)) == 11
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB, where this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("cannot mount a tmpfs here")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_disk_fails_the_save_and_keeps_the_checkpoint_before(home: Path, small_disk: Path) -> None:
+    run = small_disk / "run"
+    words = overrides(run, home / "text", "steps=12", "checkpoint.every=4", "checkpoint.keep=20")
+    with started(home, command("train", *words, "launch.max_restarts=0")) as process:
+        wait_until(lambda: (RunDirectory(run).checkpoints / "step-00000004").exists(), process)
+        output, _ = process.communicate(timeout=60)
+    kept = sorted(path.name for path in RunDirectory(run).checkpoints.glob("step-*[0-9]"))
+    assert process.returncode != 0, output
+    assert "checkpoint" in output and "Traceback" not in output, output
+    assert kept and kept[-1] < "step-00000012", "the test's disk is too large"
+    ending = read_ending(RunDirectory(run), 1)
+    assert ending is None or ending.outcome is Outcome.FAILED
+    status, output = finish(home, command("checkpoint", "verify", str(run)))
+    assert status == 0, output
+
+
+def test_a_closed_terminal_does_not_end_a_run(home: Path) -> None:
+    run = home / "closed"
+    read_end, write_end = os.pipe()
+    words = command("train", *overrides(run, home / "text", "steps=12"))
+    from tests.launch.runs import environment
+
+    process = subprocess.Popen(
+        words, env=environment(home), cwd=home, stdout=write_end, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    os.close(write_end)
+    os.close(read_end)
+    assert process.wait(timeout=60) == 0
+    assert last_step(run) == 12 and len(read(RunDirectory(run).metrics)) == 12

@@ -1,0 +1,113 @@
+"""Who may look at whom, and that every way to attend gives the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.attention import attend, document_mask
+from models.cpu_attention import BLOCK, attend_in_blocks
+from tests.models.tiny import decoder, rows, shape
+
+DOCUMENTS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 14, [0] * 20], dtype=torch.int32)
+
+
+def test_documents_in_a_row_are_computed_as_if_each_stood_alone() -> None:
+    config = shape()
+    model = decoder(config)
+    tokens, _, _ = rows(config)
+    positions = torch.tensor([[*range(5), 0, *range(14)], [*range(20)]])
+    logits = model(tokens, positions, DOCUMENTS).view(2, 20, -1)
+    for row, start, stop in ((0, 0, 5), (0, 5, 6), (0, 6, 20), (1, 0, 20)):
+        alone = model(tokens[row : row + 1, start:stop], positions[row : row + 1, start:stop], None)
+        torch.testing.assert_close(logits[row, start:stop], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_gradient_crosses_rows_documents_or_time(masked: bool, dtype: torch.dtype) -> None:
+    config = shape()
+    model = decoder(config).to(dtype)
+    tokens, positions, _ = rows(config)
+    seen: list[Tensor] = []
+    model.embedding.register_forward_hook(lambda *call: seen.append(call[2]) or call[2].retain_grad())  # type: ignore[func-returns-value]
+    logits = model(tokens, positions, DOCUMENTS if masked else None).view(2, 20, -1)
+    logits[0, 10].sum().backward()
+    assert seen[0].grad is not None
+    reached = seen[0].grad.view(2, 20, -1).any(-1)
+    allowed = torch.zeros(2, 20, dtype=torch.bool)
+    allowed[0, 6 if masked else 0 : 11] = True
+    assert torch.equal(reached, allowed)
+
+
+def test_the_mask_is_made_once_per_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counting(*arguments: object) -> object:
+        made.append(1)
+        return document_mask(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("models.decoder.document_mask", counting)
+    config = shape()
+    tokens, positions, _ = rows(config)
+    decoder(config)(tokens, positions, DOCUMENTS)
+    assert made == [1]
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+    """Softmax attention by the book, in fp64."""
+    q, k, v = (x.double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("rqhd,rkhd->rhqk", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("rhqk,rkhd->rqhd", scores.masked_fill(~allowed, float("-inf")).softmax(-1), v)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("seq_len", [1, 40, BLOCK, 2 * BLOCK + 33])
+def test_every_way_to_attend_is_attention_by_the_book(seq_len: int, heads: tuple[int, int], masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, seq_len, n, 16) for n in (heads[0], heads[1], heads[1], heads[0])]
+    q, k, v, grad = (torch.randn(size, generator=generator) for size in shapes)
+    documents = torch.arange(seq_len).div(60, rounding_mode="floor").int() + torch.zeros(2, 1, dtype=torch.int32)
+    documents[1] = 0
+    mask = document_mask(documents, torch.float32) if masked else None
+    assert mask is None or isinstance(mask, Tensor)
+    allowed = torch.ones(seq_len, seq_len, dtype=torch.bool).tril().expand(2, 1, -1, -1)
+    if masked:
+        allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    expected = plain_attention(q, k, v, allowed)
+    wanted = torch.autograd.grad(expected, inputs, grad.double())
+    for way in (attend, attend_in_blocks):
+        out = way(q, k, v, mask)
+        found = torch.autograd.grad(out, inputs, grad)
+        for a, b in zip((out, *found), (expected, *wanted), strict=True):
+            torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_on_a_cpu_is_as_precise_as_bf16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 200, n, 16, generator=generator).bfloat16() for n in (4, 2, 2))
+    allowed = torch.ones(200, 200, dtype=torch.bool).tril()
+    expected = plain_attention(q, k, v, allowed)
+    error = (attend(q, k, v, None).double() - expected).norm() / expected.norm()
+    assert error < 0.01
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_block_mask_for_gpus_allows_what_the_tensor_for_cpus_allows() -> None:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    from models.attention import same_document
+
+    documents = torch.cat([DOCUMENTS] * 8, 1).sort(1).values
+    seq_len = documents.shape[1]
+    q, k, v = (torch.randn(2, seq_len, n, 16, generator=torch.Generator().manual_seed(n)) for n in (4, 2, 2))
+    block_mask = create_block_mask(same_document(documents), 2, None, seq_len, seq_len, device="cpu")
+    flex = flex_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=block_mask, enable_gqa=True
+    )
+    out = attend(q, k, v, document_mask(documents, torch.float32))
+    torch.testing.assert_close(flex.transpose(1, 2), out, rtol=1e-5, atol=1e-5)

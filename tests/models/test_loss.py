@@ -1,0 +1,89 @@
+"""The chunked loss against cross entropy of all logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from models.loss import Head, summed_loss
+from parallel.rows import IGNORE
+
+
+def inputs(tokens: int, ignored: float = 0.3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, 12, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(31, 12, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(31, (tokens,), generator=generator)
+    labels[torch.rand(tokens, generator=generator) < ignored] = IGNORE
+    return hidden, weight, labels
+
+
+def whole_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(hidden.double() @ weight.double().T, labels, ignore_index=IGNORE, reduction="sum")
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(1, 40), chunk=st.integers(1, 50), scale=st.floats(1e-3, 1e3))
+def test_any_chunk_gives_the_loss_and_gradients_of_cross_entropy(tokens: int, chunk: int, scale: float) -> None:
+    hidden, weight, labels = inputs(tokens, dtype=torch.float32)
+    expected = whole_loss(hidden, weight, labels)
+    wanted = torch.autograd.grad(expected * scale, (hidden, weight))
+    loss = summed_loss(hidden, weight, labels, chunk)
+    found = torch.autograd.grad(loss * scale, (hidden, weight))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_bf16_loses_no_more_than_its_inputs_do() -> None:
+    hidden, weight, labels = inputs(300, dtype=torch.bfloat16)
+    wanted = torch.autograd.grad(whole_loss(hidden, weight, labels), (hidden, weight))
+    loss = summed_loss(hidden, weight, labels, 64)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(whole_loss(hidden, weight, labels).item(), rel=1e-2)
+    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), wanted, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a.double() - b.double()).norm() / b.double().norm() < 1e-2
+
+
+def test_no_valid_label_is_a_loss_of_zero_with_gradients_of_zero() -> None:
+    hidden, weight, labels = inputs(20, ignored=1.1, dtype=torch.float32)
+    loss = summed_loss(hidden, weight, labels, 8)
+    loss.backward()
+    assert loss.item() == 0.0
+    for leaf in (hidden, weight):
+        assert leaf.grad is not None and not leaf.grad.any()
+
+
+def test_the_weight_gradient_of_many_tokens_does_not_overflow_fp16_when_it_is_scaled_down() -> None:
+    hidden = torch.full((4096, 2), 40.0, dtype=torch.float16)
+    weight = torch.zeros(4, 2, dtype=torch.float16, requires_grad=True)
+    loss = summed_loss(hidden, weight, torch.zeros(4096, dtype=torch.int64), 512)
+    (loss / 4096).backward()
+    assert weight.grad is not None
+    assert weight.grad[0].tolist() == [-30.0, -30.0]
+
+
+def test_without_gradients_only_the_loss_is_computed() -> None:
+    hidden, weight, labels = inputs(30, dtype=torch.float32)
+    expected = summed_loss(hidden, weight, labels, 8)
+    with torch.no_grad():
+        loss = summed_loss(hidden, weight, labels, 8)
+    assert not loss.requires_grad
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_frozen_weight_gets_no_gradient() -> None:
+    hidden, weight, labels = inputs(30, dtype=torch.float32)
+    summed_loss(hidden, weight.detach(), labels, 8).backward()
+    assert hidden.grad is not None and weight.grad is None
+
+
+def test_the_head_without_labels_gives_logits() -> None:
+    hidden, weight, _ = inputs(5, dtype=torch.bfloat16)
+    logits = Head(torch.nn.Parameter(weight), 8)(hidden)
+    assert logits.shape == (5, 31) and logits.dtype == torch.float32

@@ -1,0 +1,56 @@
+"""Small decoders with random weights, and rows to feed them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from conf.schema import ModelConfig
+from models.decoder import Decoder, build
+from parallel.model import Normal, Part, whole_model
+from parallel.rows import IGNORE
+
+
+def shape(**changes: object) -> ModelConfig:
+    values: dict[str, object] = {
+        "vocab_size": 96,
+        "width": 32,
+        "layers": 3,
+        "heads": 4,
+        "kv_heads": 2,
+        "hidden": 48,
+        "loss_chunk": 7,
+        "init_std": 0.2,
+    }
+    return ModelConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def decoder(config: ModelConfig, part: Part | None = None, seed: int = 0) -> Decoder:
+    """Weights are random by global name, norms too, so that equal parts are equal and nothing hides behind a one."""
+    model = build(config, part or whole_model(config.layers))
+    assert isinstance(model, Decoder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(seed + sum(i * ord(c) for i, c in enumerate(name)))
+            rule = model.initial(name)
+            mean, std = (0.0, rule.std) if isinstance(rule, Normal) else (rule.value, 0.3)
+            parameter.normal_(mean, std, generator=generator)
+    return model
+
+
+def rows(config: ModelConfig, count: int = 2, seq_len: int = 20) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, positions and labels; some labels are not trained on."""
+    assert config.vocab_size is not None
+    tokens = torch.randint(config.vocab_size, (count, seq_len), generator=torch.Generator().manual_seed(3))
+    labels = tokens.roll(-1, 1)
+    labels[:, -1] = IGNORE
+    labels[0, 4:7] = IGNORE
+    return tokens, torch.arange(seq_len).expand(count, seq_len), labels
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad
+    return found
