@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("tokens", help="uint16 token file")
     parser.add_argument("out", help="where rank 0 writes the seconds of each step, as JSON")
     options = parser.parse_args()
-    config: Config = from_dict(json.loads(open(options.config).read()))
+    config: Config = from_dict(json.loads(Path(options.config).read_text()))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -79,8 +80,7 @@ def main() -> None:
         loss.item()
         seconds.append(time.perf_counter() - began)
     if rank == 0:
-        with open(options.out, "w") as file:
-            json.dump(seconds, file)
+        Path(options.out).write_text(json.dumps(seconds))
     if world > 1:
         dist.destroy_process_group()
 

@@ -135,8 +135,8 @@ def give_up(partial: Path, reason: str) -> None:
 def report_failure(partial: Path, rank: int, reason: str) -> None:
     """Tell rank 0 that `rank` cannot write its part. Room for the message is made by removing that part."""
     _try_to(lambda: (partial / data_name(rank)).unlink(missing_ok=True))
-    _try_to(lambda: partial.mkdir(exist_ok=True))
     _try_to(lambda: write_durably(partial / rank_failure_name(rank), json.dumps({"reason": reason}).encode()))
+    reason_given(partial)  # rank 0 may be gone already: then nobody else clears the directory away
 
 
 def reason_given(partial: Path) -> str | None:
@@ -156,7 +156,9 @@ def await_outcome(partial: Path, final: Path, deadline: float, proceed: Callable
         if final.exists():  # looked for second: the commit may have come between
             return
         if reason is not None:
-            raise SaveFailed(reason_given(partial) or reason)
+            raise SaveFailed(
+                reason_given(partial) or reason
+            )  # again: the directory may have gone before the note was seen
     raise SaveFailed(f"rank 0 has neither committed nor given up {final.name} in time")
 
 

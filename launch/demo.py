@@ -25,7 +25,7 @@ CADENCE = ["checkpoint.every=40", "eval.every=80", "eval.rows=64", "log.every=20
 def main() -> int:
     run = RunDirectory(Path(tempfile.mkdtemp(prefix="stoker-demo-")) / "run")
     began = time.monotonic()
-    _say(f"A small language model learns Python from the standard library: 2 ranks, ZeRO 3, bf16, {STEPS} steps.")
+    _say(f"A small model learns to write Python from the standard library: 2 ranks, ZeRO 3, bf16, {STEPS} steps.")
     training = _start(["train", f"run.dir={run.path}", *TRAIN, *SETTINGS, *CADENCE])
     victim = _wait_for_step(run, training, STEPS // 2 + 5)
     _say(f"Half way. Now we kill rank 1 (process {victim}) with SIGKILL, as a failing machine would.")
@@ -35,7 +35,7 @@ def main() -> int:
     steps = [step["step"] for step in _metrics(run)]
     if steps != list(range(1, STEPS + 1)):
         return _fail("metrics.jsonl does not hold every step exactly once")
-    _say(f"It restarted from its newest checkpoint by itself, and every step from 1 to {STEPS} stands once in metrics.jsonl.")
+    _say(f"It restarted from its newest checkpoint by itself: metrics.jsonl holds each of its {STEPS} steps once.")
 
     _say("Its checkpoints:")
     if _start(["checkpoint", "ls", str(run.path)]).wait() != 0:
@@ -48,7 +48,9 @@ def main() -> int:
     if _start(["generate", str(run.path), "--prompt", "def ", "--tokens", "300"]).wait() != 0:
         return _fail("the model did not speak")
     loss = next(step["val_loss"] for step in reversed(_metrics(run)) if "val_loss" in step)
-    _say(f"Validation loss {loss:.3f} nats per byte, {time.monotonic() - began:.0f} s in all. Look around in {run.path}")
+    _say(
+        f"Validation loss {loss:.3f} nats per byte, {time.monotonic() - began:.0f} s in all. Look around in {run.path}"
+    )
     return 0 if loss < TARGET else _fail(f"the validation loss is not under {TARGET}")
 
 

@@ -13,12 +13,12 @@ from torch import nn
 from checkpoint import read_tensors
 from conf.rundir import read_config
 from conf.schema import Config
+from conf.targets import import_target
 from data import open_tokenizer
 from data.tokenizer import Tokenizer
 from launch.show import checkpoints_of, run_at
 from models.generate import generate
 from parallel.model import whole_model
-from parallel.optimizer import import_target
 from parallel.weights import materialise
 from trainer.assemble import with_vocabulary
 

@@ -46,7 +46,7 @@ def launch(config: Config, ranks: int, say: Callable[[str], None]) -> int:
     A failed attempt is followed by another, up to `launch.max_restarts` times. SIGTERM and SIGINT are passed on and the
     ranks save before they end; a second SIGINT kills.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it ourselves, in one line
+    logging.disable(logging.ERROR)  # the agent is talkative; what a person should know we say ourselves
     run = run_directory(config)
     threads = config.launch.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
     os.environ |= {
@@ -92,9 +92,7 @@ class _LocalRendezvous(StaticTCPRendezvous):
 
 
 class _Agent(LocalElasticAgent):
-    def __init__(
-        self, spec: WorkerSpec, logs: DefaultLogsSpecs, run: RunDirectory, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, run: RunDirectory, say: Callable[[str], None]) -> None:
         super().__init__(spec, logs)
         self._run, self._say = run, say
         self._attempts_before = 0

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.table import Table
 
 from checkpoint import Summary, describe, verify
 from conf.rundir import RunDirectory
@@ -12,8 +17,8 @@ from conf.rundir import RunDirectory
 def run_at(path: str) -> RunDirectory:
     """The run directory at `path`. Raises ValueError when it is none."""
     run = RunDirectory(Path(path).expanduser().absolute())
-    if not run.config.is_file():
-        raise ValueError(f"{run.path} is not a run directory: it has no {run.config.name}")
+    if not run.attempts.is_dir():
+        raise ValueError(f"{run.path} is not a run directory: it has no {run.attempts.name}")
     return run
 
 
@@ -33,9 +38,6 @@ def checkpoints_of(run: RunDirectory, step: int | None = None) -> list[Summary]:
 
 def list_checkpoints(path: str) -> int:
     """Print a table; status 1 if one of them is damaged."""
-    from rich.console import Console
-    from rich.table import Table
-
     found = checkpoints_of(run_at(path))
     table = Table("step", "saved", "size", "layout", "ranks", "loss", "state", box=None, header_style="bold")
     for summary in found:
@@ -54,9 +56,6 @@ def list_checkpoints(path: str) -> int:
 
 def verify_checkpoints(path: str, step: int | None) -> int:
     """Read every byte of the checkpoints and say what is wrong; status 1 if anything is."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
     found = checkpoints_of(run_at(path), step)
     console = Console()
     problems: dict[int, list[str]] = {}
@@ -64,11 +63,13 @@ def verify_checkpoints(path: str, step: int | None) -> int:
     with Progress(*columns, console=console, transient=True) as progress:
         for summary in found:
             task = progress.add_task(str(summary.step), total=summary.bytes)
-            problems[summary.step] = verify(
-                summary.path, lambda done, total, task=task: progress.update(task, completed=done, total=total)
-            )
+            problems[summary.step] = verify(summary.path, functools.partial(_advance, progress, task))
     for at, lines in problems.items():
         console.print(f"step {at}: " + ("valid, every byte read" if not lines else f"{len(lines)} problems"))
         for line in lines:
-            console.print(f"  {line}", highlight=False)
+            console.print(f"  {line}", highlight=False, soft_wrap=True)
     return int(any(problems.values()))
+
+
+def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)

@@ -2,6 +2,8 @@
 
 `decoder`     the blocks, the part of them that a pipeline stage holds, and what an engine asks of a model
 `attention`   queries, keys and values, and the one function that attends; masks are made once per micro-batch
+`cpu_attention` the same for CPUs in bf16, where torch's kernel is slow
+`cache`       keys and values already seen, for generation
 `rope`        rotary angles for given positions, with Llama 3's scaling
 `embedding`   tokens to activations; its gradient is summed in fp32
 `loss`        activations to the summed loss, a chunk of tokens at a time, so that the logits never exist at once

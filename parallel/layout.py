@@ -88,9 +88,7 @@ def layout_of(config: Config, world: int) -> Layout:
         raise ValueError(f"{world} ranks do not divide into tp {wanted.tp} x pp {wanted.pp}")
     replicas = dp if wanted.zero == 0 else (wanted.replicas or 1)
     if wanted.replicas is not None and wanted.replicas != replicas:
-        raise ValueError(
-            f"ZeRO 0 keeps a replica on each of the {dp} data-parallel ranks, not {wanted.replicas}"
-        )
+        raise ValueError(f"ZeRO 0 keeps a replica on each of the {dp} data-parallel ranks, not {wanted.replicas}")
     if dp % replicas:
         raise ValueError(f"{dp} data-parallel ranks do not divide into {replicas} replicas")
     return Layout(replicas, dp // replicas, wanted.tp, wanted.pp, wanted.zero, wanted.engine)

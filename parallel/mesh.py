@@ -59,10 +59,7 @@ class Mesh:
         at = self.at
         ranks = torch.tensor(
             [
-                [
-                    self.layout.rank(Coordinate(at.pp, replica, shard, at.tp))
-                    for shard in range(self.layout.dp_shard)
-                ]
+                [self.layout.rank(Coordinate(at.pp, replica, shard, at.tp)) for shard in range(self.layout.dp_shard)]
                 for replica in range(self.layout.dp_replicate)
             ]
         )

@@ -42,9 +42,7 @@ class Constant:
 class CuttableModel(Protocol):
     """What an engine asks of a model, besides being an `nn.Module` whose parameters carry global names."""
 
-    def forward(
-        self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None) -> Tensor:
         """One micro-batch through this part.
 
         `x` is int64 tokens `[rows, seq_len]` where the part has the embedding, else activations `[tokens, width]`

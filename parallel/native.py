@@ -102,9 +102,7 @@ class NativeEngine:
         return self._model(micro.tokens, micro.positions, documents, micro.labels)
 
 
-def build_native(
-    config: Config, mesh: Mesh, plan: BatchPlan, model: nn.Module, registry: Registry
-) -> NativeEngine:
+def build_native(config: Config, mesh: Mesh, plan: BatchPlan, model: nn.Module, registry: Registry) -> NativeEngine:
     """The engine over `model` (on the meta device), with memory for weights and optimizer but no values yet."""
     dtype = DTYPES[config.precision]
     layout = mesh.layout

@@ -7,7 +7,6 @@ when `found_inf` is set.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import OptimConfig
+from conf.targets import import_target
 
 
 def is_decayed(name: str, shape: tuple[int, ...]) -> bool:
@@ -29,9 +29,7 @@ class LocalOptimizer:
     global shapes, which decide on weight decay.
     """
 
-    def __init__(
-        self, config: OptimConfig, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
-    ) -> None:
+    def __init__(self, config: OptimConfig, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
         self._parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items() if tensor.numel()}
         decayed = [n for n in self._parameters if config.decay_all or is_decayed(n, shapes[n])]
         others = [n for n in self._parameters if n not in set(decayed)]
@@ -109,22 +107,7 @@ def _builder(config: OptimConfig) -> Callable[[list[dict[str, Any]]], torch.opti
         return lambda groups: build(groups, lr=config.lr, **config.args)
     if config.name == "adamw":
         beta1, beta2 = config.betas
-        return lambda groups: torch.optim.AdamW(
-            groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True
-        )
+        return lambda groups: torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
     if config.name == "sgd":
         return lambda groups: torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
     raise ValueError(f"unknown optimizer {config.name!r}: adamw, sgd, or optim.target=pkg.mod:build")
-
-
-def import_target(target: str) -> Any:
-    """The object that an import path `pkg.mod:name` names. Raises ValueError saying what is wrong with it."""
-    module_name, _, attribute = target.partition(":")
-    if not attribute:
-        raise ValueError(f"{target!r} is not an import path of the form pkg.mod:name")
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise ValueError(f"cannot import {module_name!r} named by {target!r}: {error}") from error
-    except AttributeError:
-        raise ValueError(f"module {module_name!r} has no {attribute!r}, named by {target!r}") from None

@@ -30,9 +30,7 @@ class Entry:
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
-    replica: int = (
-        0  # this rank's number among the ranks of the model-parallel axes that hold the same pieces
-    )
+    replica: int = 0  # this rank's number among the ranks of the model-parallel axes that hold the same pieces
     replicas: int = 1
 
 
@@ -66,9 +64,7 @@ class Registry:
                 continue
             offset = tuple(
                 there + here - start
-                for there, here, start in zip(
-                    piece.world.offset, part.offset, piece.local.offset, strict=True
-                )
+                for there, here, start in zip(piece.world.offset, part.offset, piece.local.offset, strict=True)
             )
             view = data[part.within(held.rectangle)]
             yield Shard(name, kind, entry.shape, Rectangle(offset, part.size), view, replica, replicas)

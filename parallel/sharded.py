@@ -25,9 +25,7 @@ class ShardedWeights:
 
     def __init__(self, model: nn.Module, mesh: Mesh, compute_dtype: torch.dtype, stage: int) -> None:
         cuttable: CuttableModel = model  # type: ignore[assignment]
-        policy = MixedPrecisionPolicy(
-            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         device_mesh = mesh.sharding_mesh()
         names = {parameter: name for name, parameter in model.named_parameters()}
         full_shapes = {name: tuple(parameter.shape) for parameter, name in names.items()}

@@ -32,10 +32,7 @@ class Rectangle:
     def intersection(self, other: Rectangle) -> Rectangle | None:
         """The elements in both, or None. For scalars the scalar itself."""
         offset = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
-        ends = (
-            min(a + m, b + n)
-            for a, m, b, n in zip(self.offset, self.size, other.offset, other.size, strict=True)
-        )
+        ends = (min(a + m, b + n) for a, m, b, n in zip(self.offset, self.size, other.offset, other.size, strict=True))
         size = tuple(end - start for start, end in zip(offset, ends, strict=True))
         return Rectangle(offset, size) if all(n > 0 for n in size) else None
 

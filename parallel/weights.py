@@ -32,9 +32,7 @@ class Weights(Protocol):
         ...
 
 
-def replace_parameters(
-    model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]
-) -> dict[str, nn.Parameter]:
+def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]) -> dict[str, nn.Parameter]:
     """Put `make(name, old)` in the place of every parameter, tied ones once and in all their places."""
     new: dict[nn.Parameter, nn.Parameter] = {}
     named = {}

@@ -29,9 +29,7 @@ class Toy(nn.Module):
         self.layers = nn.ModuleDict({str(n): Layer(config.width) for n in part.layers})
         self.head = nn.Linear(config.width, config.vocab_size) if part.head else None
 
-    def forward(
-        self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None) -> Tensor:
         if self.embedding is not None:
             hidden = self.embedding(x)
             steps = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=hidden.dtype)

@@ -54,9 +54,7 @@ def assemble(
     )
     shards = engine.shards()
     checkpoints.prepare(shards)
-    trainer = Trainer(
-        config, mesh, engine, stream, evaluation, checkpoints, observers, requests, phase, Progress()
-    )
+    trainer = Trainer(config, mesh, engine, stream, evaluation, checkpoints, observers, requests, phase, Progress())
     phase(0, "resume")
     state = resume(run.checkpoints, shards, mesh.exchange, mesh.rank)
     if state is not None:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from conf.schema import Config
+from conf.targets import import_target
 from parallel.engine import Engine
 from parallel.initialize import initialize
 from parallel.layout import BatchPlan
 from parallel.mesh import Mesh
 from parallel.model import CuttableModel, whole_model
 from parallel.native import build_native
-from parallel.optimizer import import_target
 from parallel.registry import uncut
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def _checkpoint_activations(block: nn.Module, mode: str) -> None:
         return
     from torch.utils import checkpoint
 
-    options = {}
+    options: dict[str, Any] = {}
     if mode == "selective":
         kept = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
         options["context_fn"] = functools.partial(checkpoint.create_selective_checkpoint_contexts, kept)

@@ -24,4 +24,3 @@ class Evaluation:
         ]
         loss_sum, tokens = self._mesh.sum(sum(passes[1:], start=passes[0])).tolist()
         return loss_sum / max(tokens, 1.0)
-

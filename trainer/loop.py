@@ -117,4 +117,3 @@ class Trainer:
             return None
         self.phase(step, "evaluate")
         return self.evaluation.loss(self.engine)
-

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,8 @@ from parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from trainer.assemble import assemble
 from trainer.outcome import Ending, Outcome, close_dead_attempts, write_ending
 from trainer.process import Console, Phases, Requests, die_with_launcher
-from trainer.summary import summarize
 from trainer.start import run_directory, settle_config
+from trainer.summary import summarize
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +57,26 @@ def main(overrides: Sequence[str]) -> int:
         store = _store(rank, world)
         attempt = Attempt(run, _agree_on_attempt(store, run, rank), rank)
         console.redirect(run.log(attempt.number, rank))
-        return _train(config, store, attempt, requests, console)
+        ending = _train(config, store, attempt, requests, console)
+        return 0 if ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED) else 1
     except BaseException as error:
         status = _fail(error, attempt, rank, console)
         sys.stderr.flush()
         os._exit(status)  # peers may be gone: nothing on the way out may wait for them
+
+
+def run(overrides: Sequence[str]) -> Ending:
+    """Train from Python, as `python -m trainer` does: in this process, which is the only rank unless the environment
+    says otherwise (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+
+    Returns how the run ended. Errors are raised, signals are left to the caller, and nothing is redirected.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    config = _config(overrides, world)
+    directory = run_directory(config)
+    store = _store(rank, world)
+    attempt = Attempt(directory, _agree_on_attempt(store, directory, rank), rank)
+    return _train(config, store, attempt, Requests(signals=()), Console())
 
 
 def _config(overrides: Sequence[str], world: int) -> Config:
@@ -90,7 +106,7 @@ def _agree_on_attempt(store: dist.Store, run: RunDirectory, rank: int) -> int:
     return int(store.get("stoker/attempt"))
 
 
-def _train(config: Config, store: dist.Store, attempt: Attempt, requests: Requests, console: Console) -> int:
+def _train(config: Config, store: dist.Store, attempt: Attempt, requests: Requests, console: Console) -> Ending:
     run, rank = attempt.run, attempt.rank
     phase = Phases(run.attempt(attempt.number) / f"rank-{rank}.stamp")
     if rank == 0:
@@ -106,13 +122,19 @@ def _train(config: Config, store: dist.Store, attempt: Attempt, requests: Reques
     layout = layout_of(config, int(os.environ.get("WORLD_SIZE", 1)))
     mesh = start_mesh(layout, device, store, rank, config.parallel.timeout_seconds)
 
-    trainer = assemble(config, mesh, run, attempt.number, requests, phase, console.screen)
+    with console.echoing_warnings() if rank == 0 else nullcontext():
+        trainer = assemble(config, mesh, run, attempt.number, requests, phase, console.screen)
     if rank == 0:
         write_config(run, config)  # after everybody has read the old one
     attempt.training = True
     requests.listen()
     try:
         outcome = trainer.fit()
+    except BaseException:
+        if trainer.observers is not None:
+            with suppress(Exception):  # what broke the run matters more than how its end is shown
+                trainer.observers.finish(Outcome.FAILED, trainer.progress.step)
+        raise
     finally:
         attempt.step = trainer.progress.step
         trainer.rows.close()
@@ -123,7 +145,7 @@ def _train(config: Config, store: dist.Store, attempt: Attempt, requests: Reques
     if trainer.observers is not None:
         trainer.observers.finish(ending.outcome, trainer.progress.step)
         print(summarize(run.path, config, ending.message), file=console.screen)
-    return 0 if ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED) else 1
+    return ending
 
 
 def _end(trainer, outcome: Outcome, requests: Requests) -> Ending:  # type: ignore[no-untyped-def]

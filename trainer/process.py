@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -37,13 +39,14 @@ def die_with_launcher() -> None:
 class Requests:
     """What this rank was asked from outside, to be agreed with the others: signals and files only set flags."""
 
-    def __init__(self) -> None:
+    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)) -> None:
+        """`signals` ask for a save and an orderly end, once `listen` is called."""
         self.signal: int | None = None
+        self._signals = signals
         self._stop_file: Path | None = None
 
     def listen(self) -> None:
-        """SIGTERM, SIGINT and SIGUSR1 ask for a save and an orderly end."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in self._signals:
             signal.signal(number, self._ask)
 
     def watch(self, run: RunDirectory) -> None:
@@ -109,3 +112,15 @@ class Console:
         logging.basicConfig(
             level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
         )
+
+    @contextmanager
+    def echoing_warnings(self) -> Iterator[None]:
+        """While a run starts, warnings and errors of the log are shown too: a damaged checkpoint set aside, say."""
+        handler = logging.StreamHandler(self.errors)
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(logging.Formatter("stoker: %(message)s"))
+        logging.getLogger().addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(handler)

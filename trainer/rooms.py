@@ -16,7 +16,7 @@ def shadowed_rooms() -> list[str]:
         spec = importlib.util.find_spec(room)
         found = Path(spec.origin).resolve().parent if spec and spec.origin else None
         if found != home / room:
-            other = found or (list(spec.submodule_search_locations or ["nothing"])[0] if spec else "nothing")
+            other = found or (next(iter(spec.submodule_search_locations or ()), "nothing") if spec else "nothing")
             lines.append(
                 f"the package {room!r} is {other}, not Stoker's own: start from another directory, "
                 "or set PYTHONSAFEPATH=1"

@@ -45,7 +45,10 @@ def test_a_killed_save_leaves_the_checkpoint_before_or_the_new_one(tmp_path):
         theirs.close()
         assert ours.poll(60)
         assert ours.recv() >= committed  # it went on from there
-        time.sleep(chance.uniform(0, 0.06))
+        for _ in range(chance.randrange(3)):
+            assert ours.poll(60)
+            committed = ours.recv()
+        time.sleep(chance.uniform(0, 0.02))
         process.kill()
         process.join()
         try:
@@ -63,4 +66,4 @@ def test_a_killed_save_leaves_the_checkpoint_before_or_the_new_one(tmp_path):
         assert holds(ranks, model_at(state["step"]))
         assert not (tmp_path / "damaged").exists()
         committed = state["step"]
-    assert committed > ROUNDS and unfinished > ROUNDS // 4  # it did save, and was killed in the middle of it
+    assert committed >= ROUNDS // 2 and unfinished  # it did save, and was killed in the middle of it

@@ -83,11 +83,12 @@ def test_a_changed_text_is_noticed(config, monkeypatch, fresh_seconds):
     assert open_rows(config, "train").fingerprint["content"] != before
 
 
-def test_neither_place_nor_time_nor_name_of_the_source_is_part_of_the_fingerprint(config, tmp_path, builds):
+def test_neither_places_nor_times_nor_names_are_part_of_the_fingerprint(config, tmp_path, builds):
     before = open_rows(config, "train").fingerprint
     shutil.copytree(config.data.path, tmp_path / "elsewhere")
-    for path in (tmp_path / "elsewhere").iterdir():
+    for path in list((tmp_path / "elsewhere").iterdir()):
         os.utime(path, (1, 1))
+        path.rename(path.with_name(f"renamed-{path.name}"))
     config.data.path, config.data.name = str(tmp_path / "elsewhere"), "copy"
     assert open_rows(config, "train").fingerprint == before
     assert len(builds) == 1

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,32 +43,42 @@ def soon(holds: Callable[[], bool], seconds: float = 5.0) -> bool:
     return holds()
 
 
-@pytest.fixture
-def rank():
+RANK = """
+    import os, signal, sys
+    from data import RowStream
+    from tests.data.plans import NumberPlan
+    asked = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: asked.append(number))
+    stream = RowStream(NumberPlan(seconds=float(sys.argv[1])), 4, workers=2, prefetch=2)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(stream.next().tokens[0, 0].item(), *asked, flush=True)
+    stream.close()
+"""
+
+
+@contextmanager
+def started_rank(seconds_per_batch: float = 0.0) -> Iterator[subprocess.Popen]:
     """A rank in a process group of its own, with the handlers of a trainer, that reads a batch when asked."""
-    program = """
-        import os, signal, sys
-        from data import RowStream
-        from tests.data.plans import NumberPlan
-        asked = []
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda number, frame: asked.append(number))
-        stream = RowStream(NumberPlan(), 4, workers=2, prefetch=2)
-        for line in sys.stdin:
-            print(stream.next().tokens[0, 0].item(), *asked, flush=True)
-        stream.close()
-    """
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)],
+        [sys.executable, "-c", textwrap.dedent(RANK), str(seconds_per_batch)],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+    assert process.stdout.readline() == "ready\n"
     yield process
     process.kill()
     process.communicate()
+
+
+@pytest.fixture
+def rank() -> Iterator[subprocess.Popen]:
+    with started_rank() as process:
+        yield process
 
 
 def ask(rank: subprocess.Popen) -> list[int]:
@@ -83,6 +93,14 @@ def test_kill_9_of_a_rank_leaves_no_reader(rank):
     assert len(readers) == 2 and all(map(alive, readers))
     os.kill(rank.pid, signal.SIGKILL)
     assert soon(lambda: not any(map(alive, readers)))
+
+
+def test_kill_9_of_a_rank_ends_readers_in_the_middle_of_a_read():
+    with started_rank(seconds_per_batch=120) as rank:
+        readers = children(rank.pid)
+        time.sleep(0.2)
+        os.kill(rank.pid, signal.SIGKILL)
+        assert soon(lambda: not any(map(alive, readers)))
 
 
 def test_signals_to_the_whole_group_leave_the_readers_reading(rank):
@@ -160,16 +178,16 @@ def test_closing_takes_no_time_even_while_readers_read():
     began = time.monotonic()
     stream.close()
     stream.close()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
     assert not any(map(alive, readers))
 
 
 def test_readers_work_at_the_same_time():
-    with closing(RowStream(NumberPlan(seconds=0.1), 4, workers=4, prefetch=1)) as stream:
+    with closing(RowStream(NumberPlan(seconds=0.5), 4, workers=4, prefetch=1)) as stream:
         began = time.monotonic()
         for _ in range(4):
             stream.next()
-        assert time.monotonic() - began < 0.35
+        assert time.monotonic() - began < 1.5
 
 
 def test_nothing_is_left_in_shared_memory(rank):

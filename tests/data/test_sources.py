@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from conf.schema import Config, DataConfig
 from data import open_rows, prepare
 from data.cache import open_cache
-from data.documents import Document, open_source
+from data.documents import Document, file_document, open_source
 from data.tokenizer import ByteTokenizer
 from tests.data.conftest import write_text
 
@@ -59,6 +60,19 @@ def test_a_linked_folder_is_read(config, tmp_path):
 def test_one_file_is_one_document(config):
     config.data.path += "/text-001.txt"
     assert [document.name for document in open_source(config.data)] == ["text-001.txt"]
+
+
+def test_stamps_tell_a_version_once_a_second_write_would_show(tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_text("one")
+    assert file_document("text.txt", path).version is None
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3)
+    version = file_document("text.txt", path).version
+    assert version is not None
+    path.write_text("two")
+    monkeypatch.setattr(time, "time", lambda: now + 6)
+    assert file_document("text.txt", path).version not in (None, version)
 
 
 def missing(folder: Path) -> str:

@@ -10,9 +10,7 @@ from tests.toy import Toy
 
 
 class Broken(Toy):
-    def forward(
-        self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None) -> Tensor:
         return super().forward(x, positions, documents, labels) * float("inf")
 
 

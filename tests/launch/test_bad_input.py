@@ -23,13 +23,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(home: Path, *words: str) -> str:
-    """The one line with which `stoker <words>` refuses."""
+    """What `stoker <words>` says when it refuses: one line, with the reasons below it where there are several."""
     status, output = finish(home, command(*words), timeout=60)
     assert status != 0, output
     lines = output.strip().splitlines()
     complaints = [line for line in lines if line.startswith("stoker: ") and "run directory " not in line]
     assert len(complaints) == 1 and "Traceback" not in output, output
-    return complaints[0]
+    return output
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_a_run_leaves_everything_in_its_directory(undisturbed: Path) -> None:
     assert steps[-1]["tokens"] == 30 * 8 * 32
     ending = read_ending(run, 1)
     assert ending is not None and (ending.outcome, ending.step) == (Outcome.COMPLETED, 30)
-    assert sorted(path.name for path in run.checkpoints.iterdir()) == [f"step-{n:08}" for n in (20, 25, 30)]
+    assert sorted(path.name for path in run.checkpoints.glob("step-*")) == [f"step-{n:08}" for n in (20, 25, 30)]
     assert run.log(1, 0).read_text() and run.log(1, 1).exists()
     assert run.loss_plot.read_bytes().startswith(b"\x89PNG")
     assert run.config.exists()

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig
+from conf.targets import import_target
 from parallel.initialize import initialize
 from parallel.model import whole_model
-from parallel.optimizer import import_target, is_decayed
+from parallel.optimizer import is_decayed
 from parallel.registry import Held, uncut
 from parallel.rows import IGNORE, Rows
 from parallel.shards import PARAMETER, Shard, whole
@@ -101,7 +102,7 @@ def one_process(config: Config, steps: int, poison: int | None = None) -> Trace:
 
 
 def assemble(ranks: list[list[Shard]], kind: str = PARAMETER) -> dict[str, Tensor]:
-    """Whole tensors from the shards of all ranks. Raises AssertionError where replicas differ or elements are missing."""
+    """Whole tensors from the shards of all ranks. Asserts that replicas are equal and that nothing is missing."""
     found: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
     for shards in ranks:

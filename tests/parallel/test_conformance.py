@@ -27,7 +27,9 @@ SGD = OptimConfig(name="sgd", lr=0.5, momentum=0.9)
 BUILDERS: dict[str, Callable[[Config, Mesh, BatchPlan], Engine]] = {"fsdp": cut, "toy": ToyEngine}
 
 
-def train(config: Config, engine_name: str = "fsdp", steps: int = STEPS, poison: int | None = None) -> tuple[Trace, list[Shard]]:
+def train(
+    config: Config, engine_name: str = "fsdp", steps: int = STEPS, poison: int | None = None
+) -> tuple[Trace, list[Shard]]:
     """On a rank: train and return the trace and this rank's shards."""
     engine, mesh = build(config, engine_name)
     trace = Trace()
@@ -201,7 +203,10 @@ def moved_through_shards(zero: int) -> bool:
     engine.forward_backward(rows)
     again = engine.update(1e-2).read()
     engine.forward_backward(rows)
-    return first == again and engine.state() == {"step": 1.0} and any(s.kind == "optim.exp_avg" for s in engine.shards())
+    kinds = {shard.kind for shard in engine.shards()}
+    return (
+        first == again and engine.state() == {"step": 1.0} and kinds == {PARAMETER, "optim.exp_avg", "optim.exp_avg_sq"}
+    )
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from conf.schema import Config
+from conf.targets import import_target
 from parallel.initialize import initialize
 from parallel.layout import BatchPlan
 from parallel.mesh import Mesh
 from parallel.model import whole_model
-from parallel.optimizer import LocalOptimizer, import_target
+from parallel.optimizer import LocalOptimizer
 from parallel.registry import Held, uncut
 from parallel.rows import Rows
 from parallel.shards import PARAMETER, Shard, whole
@@ -63,11 +64,12 @@ class ToyEngine:
     def shards(self) -> list[Shard]:
         tensors = [(name, PARAMETER, parameter.data) for name, parameter in self.parameters.items()]
         tensors += [(name, f"optim.{key}", state) for name, key, state in self.optimizer.tensors()]
-        ranks = self.mesh.layout.world
+
+        def held(tensor: Tensor) -> Held:
+            return Held(whole(tuple(tensor.shape)), self.mesh.rank, self.mesh.layout.world)
+
         return [
-            shard
-            for name, kind, tensor in tensors
-            for shard in self.registry.shards(name, kind, Held(whole(tuple(tensor.shape)), self.mesh.rank, ranks), tensor)
+            shard for name, kind, tensor in tensors for shard in self.registry.shards(name, kind, held(tensor), tensor)
         ]
 
     def shards_written(self) -> None:

@@ -32,5 +32,5 @@ def test_a_broken_outcome_is_named(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     number = next_attempt(run)
     run.outcome(number).write_text("{")
-    with pytest.raises(ValueError, match="outcome.json"):
+    with pytest.raises(ValueError, match=r"outcome\.json"):
         read_ending(run, number)

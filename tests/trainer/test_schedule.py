@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from conf.schema import OptimConfig, ScheduleConfig
@@ -25,7 +27,7 @@ def test_constant_stays() -> None:
 def test_cosine_falls_from_the_peak_to_the_final_share_and_stays_there() -> None:
     rate = rates(name="cosine", warmup_steps=20)
     assert rate[59] == pytest.approx(0.2 + 1.8 * 0.5)  # half way between warmup and the end
-    assert all(a >= b for a, b in zip(rate[19:], rate[20:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rate[19:]))
     assert rate[99:] == [pytest.approx(0.2)] * 21
 
 

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests import world
+from tests.launch.runs import overrides, steps_of, write_text
+
+
+def trained(words: list[str]) -> tuple[str, int | None]:
+    import torch.distributed as dist
+
+    import trainer
+
+    dist.destroy_process_group()  # tests/world.py made one; a user's process has none
+    ending = trainer.run(words)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return ending.outcome.value, ending.step
+
+
+def test_a_run_from_python_is_the_same_run(tmp_path: Path) -> None:
+    write_text(tmp_path / "text")
+    words = overrides(
+        tmp_path / "run", tmp_path / "text", "steps=3", "batch.micro=8", f"data.cache={tmp_path / 'cache'}"
+    )
+    assert world.run(trained, 1, words) == [("completed", 3)]
+    assert [step[0] for step in steps_of(tmp_path / "run")] == [1, 2, 3]
