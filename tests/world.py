@@ -23,7 +23,9 @@ from typing import Any
 
 # A server that has run no tensor code can fork safely; it pays for the imports once.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.fsdp", "parallel.sharded", "trainer.cut", "checkpoint"])
+_context.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.fsdp", "parallel.sharded", "trainer.cut", "checkpoint"]
+)
 
 PR_SET_PDEATHSIG = 1
 

@@ -22,7 +22,7 @@ from parallel.layout import layout_of
 from parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from trainer.assemble import assemble
 from trainer.outcome import Ending, Outcome, close_dead_attempts, write_ending
-from trainer.process import Console, Phases, Requests, die_with_launcher
+from trainer.process import Console, Phases, Requests, die_with_launcher, keep_freed_memory
 from trainer.start import run_directory, settle_config
 from trainer.summary import summarize
 
@@ -119,6 +119,8 @@ def _train(config: Config, store: dist.Store, attempt: Attempt, requests: Reques
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     device = pick_device(config.launch.device, local_rank)
+    if device.type == "cpu":
+        keep_freed_memory()
     layout = layout_of(config, int(os.environ.get("WORLD_SIZE", 1)))
     mesh = start_mesh(layout, device, store, rank, config.parallel.timeout_seconds)
 
