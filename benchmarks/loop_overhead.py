@@ -20,7 +20,7 @@ from pathlib import Path
 
 from conf.compose import compose
 from conf.schema import Config, to_dict
-from data import prepare, vocabulary
+from data import open_rows, prepare, vocabulary
 from trainer.metrics import read
 
 WARMUP = 8  # steps left out of the medians
@@ -66,15 +66,12 @@ def peer(config: Config, run: Path, ranks: int) -> float:
     """Median seconds of a step of the hand-written loop."""
     config.model.vocab_size = vocabulary(config)
     (run / "config.json").write_text(json.dumps(to_dict(config)))
-    tokens = max(cache_of(config).rglob("*.bin"), key=lambda path: path.stat().st_size)
-    script = [str(Path(__file__).with_name("minimal_loop.py")), str(run / "config.json"), str(tokens), str(run / "out")]
+    open_rows(config, "train").tokens.ids.tofile(run / "tokens")
+    files = [str(run / name) for name in ("config.json", "tokens", "out")]
+    script = [str(Path(__file__).with_name("minimal_loop.py")), *files]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     _run([sys.executable, *launcher, *script])
     return statistics.median(json.loads((run / "out").read_text())[WARMUP:])
-
-
-def cache_of(config: Config) -> Path:
-    return Path(config.data.cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "stoker")
 
 
 def _run(command: list[str]) -> None:

@@ -3,10 +3,13 @@
     python benchmarks/startup.py [--repeats 5] [--ranks 2] [overrides ...]
 
 The peer is `torchrun --standalone` of a script that only imports torch and builds a gloo process group; it has arrived
-when its last rank has. `stoker train` trains the tiny model on token files that are ready; it has arrived when the loss
-of step 1 is in metrics.jsonl. Each repeat starts both, in alternating order. The table says where our time goes, seen
-from outside: our own line on stderr, the kernel's record of when the ranks were started, their progress stamps, and the
-time of the last write to metrics.jsonl. The rows are of rank 0 and each is a median, so they need not add up.
+when its last rank has. `stoker train` trains the tiny model on token files that are ready, on one row per rank, so that
+it is the start that is measured and not the arithmetic of a step; it has arrived when the loss of step 1 is in
+metrics.jsonl. Each repeat starts both, in alternating order.
+
+The table says where our time goes, seen from outside: our own line on stderr, the kernel's record of when the ranks
+were started, their progress stamps, and the time of the last write to metrics.jsonl. Its rows are of rank 0 and each is
+a median, so they need not add up.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
-    overrides = ["model=tiny", *options.overrides]
+    overrides = ["model=tiny", f"batch.rows={options.ranks}", *options.overrides]
     prepare(compose(overrides))
     seconds: dict[str, list[float]] = {"stoker": [], "torchrun": []}
     phases: dict[str, list[float]] = {}
@@ -94,9 +97,9 @@ def ours(folder: Path, ranks: int, overrides: list[str]) -> dict[str, float]:
     """When each phase of `stoker train` began, in order, and its end."""
     run = folder / "run"
     began = time.time()
+    words = [f"run.dir={run}", "steps=1", f"launch.nproc={ranks}", *overrides]
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "launch.cli", "train", f"run.dir={run}", "steps=1", f"launch.nproc={ranks}"]
-        + overrides,
+        [sys.executable, "-P", "-m", "launch.cli", "train", *words],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -156,9 +156,8 @@ def await_outcome(partial: Path, final: Path, deadline: float, proceed: Callable
         if final.exists():  # looked for second: the commit may have come between
             return
         if reason is not None:
-            raise SaveFailed(
-                reason_given(partial) or reason
-            )  # again: the directory may have gone before the note was seen
+            # Asked again, because the directory may have gone before the note was looked for in vain.
+            raise SaveFailed(reason_given(partial) or reason)
     raise SaveFailed(f"rank 0 has neither committed nor given up {final.name} in time")
 
 

@@ -112,7 +112,7 @@ class ModelConfig:
 class DataConfig:
     target: str = fixed("data.stdlib:open_source")  # import path pkg.mod:function of the source
     name: str = free("data")  # for people
-    path: str | None = fixed()  # file or directory for sources that read one
+    path: str | None = free()  # file or directory for sources that read one
     tokenizer: str = fixed("byte")  # byte | bpe (trained on this data at first use)
     bpe_vocab: int = fixed(8192)  # vocabulary of tokenizer=bpe
     epochs: int | None = maths()  # passes over the data after which it ends; default: no end

@@ -11,6 +11,16 @@ from trainer.rooms import shadowed_rooms
 
 DESCRIPTION = "Distributed training of language models: where a run runs does not change what it computes."
 
+TRAIN_EXAMPLES = """\
+examples:
+  stoker train                                          a tiny model on Python's standard library
+  stoker train run.dir=runs/a steps=1000 eval.rows=64   a run with a name and a validation loss at its end
+  stoker train run.dir=runs/a launch.nproc=1            resume it, on one rank
+  stoker train data=text data.path=books model=small    your own text
+
+`stoker config` prints every key with its default; conf/schema.py says what each is for.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. What is wrong with the user's words is one line on stderr, status 2."""
@@ -26,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"stoker: {error}", file=sys.stderr)
         return 2
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        print(f"stoker: {f'{error.filename}: {error.strerror}' if error.filename else error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
         print(f"stoker: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -42,6 +55,8 @@ class _Parser(argparse.ArgumentParser):
             known = [choice for action in self._actions for choice in (action.choices or ())]
             close = difflib.get_close_matches(word, known, 1, 0.3)
             message = f"there is no command {word!r}" + (f": did you mean {close[0]!r}?" if close else "")
+        elif message.startswith("unrecognized"):
+            message += "; settings of a run are KEY=VALUE, such as steps=1000"
         self.exit(2, f"stoker: {message} (see {self.prog} --help)\n")
 
 
@@ -49,13 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="stoker", description=DESCRIPTION)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str, more: str = "") -> argparse.ArgumentParser:
+        layout = argparse.RawDescriptionHelpFormatter  # keeps the lines of `more`
+        command = commands.add_parser(name, help=text, description=text, epilog=more, formatter_class=layout)
         command.set_defaults(command=run)
         return command
 
     overrides = "what differs from the defaults, as key=value: model=small steps=1000 parallel.zero=3 ..."
-    train = add("train", _train, "Train on this machine, or resume the run in run.dir.")
+    train = add("train", _train, "Train on this machine, or resume the run in run.dir.", TRAIN_EXAMPLES)
     train.add_argument("overrides", nargs="*", help=overrides)
 
     config = add("config", _config, "Print the composed, validated config and exit.")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoint import read_tensors
+from checkpoint import DamagedCheckpoint, Summary, read_tensors
 from conf.rundir import read_config
 from conf.schema import Config
 from conf.targets import import_target
@@ -26,11 +26,11 @@ from trainer.assemble import with_vocabulary
 def speak(options: argparse.Namespace) -> int:
     """Print the prompt and what the model makes of it. Raises ValueError for a run or values that cannot be used."""
     run = run_at(options.run)
-    checkpoint = _checkpoint(options)
+    checkpoints = checkpoints_of(run, options.step)
     config = with_vocabulary(read_config(run))
     tokenizer = open_tokenizer(config.data)
     tokens = generate(
-        load_model(config, checkpoint),
+        _newest_model(config, checkpoints),
         tokenizer.encode(options.prompt),
         limit=options.tokens,
         temperature=options.temperature,
@@ -64,13 +64,16 @@ def load_model(config: Config, checkpoint: Path) -> nn.Module:
     return model.eval()
 
 
-def _checkpoint(options: argparse.Namespace) -> Path:
-    """The checkpoint that was asked for, else the newest that is sound."""
-    found = checkpoints_of(run_at(options.run), options.step)
-    sound = [summary.path for summary in found if summary.problem is None]
-    if not sound:
-        raise ValueError(f"{found[-1].path} is damaged: {found[-1].problem}")
-    return sound[-1]
+def _newest_model(config: Config, checkpoints: list[Summary]) -> nn.Module:
+    """The model of the newest checkpoint that is sound; damaged ones before it are named."""
+    for summary in reversed(checkpoints):
+        try:
+            if summary.problem is not None:
+                raise DamagedCheckpoint(f"{summary.path}: {summary.problem}")
+            return load_model(config, summary.path)
+        except DamagedCheckpoint as error:
+            print(f"stoker: damaged checkpoint passed over: {error}", file=sys.stderr)
+    raise ValueError("no sound checkpoint to generate from")
 
 
 def _as_text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from checkpoint import Summary, describe, verify
 from conf.rundir import RunDirectory
+from trainer.progress import size
 
 
 def run_at(path: str) -> RunDirectory:
@@ -39,12 +40,14 @@ def checkpoints_of(run: RunDirectory, step: int | None = None) -> list[Summary]:
 def list_checkpoints(path: str) -> int:
     """Print a table; status 1 if one of them is damaged."""
     found = checkpoints_of(run_at(path))
-    table = Table("step", "saved", "size", "layout", "ranks", "loss", "state", box=None, header_style="bold")
+    right = functools.partial(Column, justify="right", no_wrap=True)
+    columns = (right("step"), Column("saved", no_wrap=True), right("size"), Column("layout", no_wrap=True))
+    table = Table(*columns, right("ranks"), right("loss"), "state", box=None, pad_edge=False, header_style="bold")
     for summary in found:
         table.add_row(
             f"{summary.step:,}",
-            "" if summary.time is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(summary.time)),
-            "" if summary.bytes is None else f"{summary.bytes / 2**20:,.1f} MiB",
+            "" if summary.time is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(summary.time)),
+            "" if summary.bytes is None else size(summary.bytes),
             summary.layout or "",
             "" if summary.ranks is None else str(summary.ranks),
             "" if summary.loss is None else f"{summary.loss:.4f}",
@@ -60,12 +63,12 @@ def verify_checkpoints(path: str, step: int | None) -> int:
     console = Console()
     problems: dict[int, list[str]] = {}
     columns = (TextColumn("step {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         for summary in found:
             task = progress.add_task(str(summary.step), total=summary.bytes)
             problems[summary.step] = verify(summary.path, functools.partial(_advance, progress, task))
     for at, lines in problems.items():
-        console.print(f"step {at}: " + ("valid, every byte read" if not lines else f"{len(lines)} problems"))
+        console.print(f"step {at}: " + ("valid, every byte read" if not lines else "damaged"))
         for line in lines:
             console.print(f"  {line}", highlight=False, soft_wrap=True)
     return int(any(problems.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -24,10 +25,13 @@ def gpus(config: Config) -> int:
 
 def train(overrides: Sequence[str]) -> int:
     """Train, or resume, on this machine; the exit status. Raises ConfigError before a rank is spawned."""
+    gc.disable()  # see trainer/__main__.py
     from conf.compose import compose
     from data import prepare
     from trainer.start import run_directory, settle_config
 
+    gc.freeze()
+    gc.enable()
     asked = compose(overrides)
     config, changes = settle_config(overrides, ranks_for(asked), gpus(asked))
     prepare(config)

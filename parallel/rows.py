@@ -14,8 +14,9 @@ IGNORE = -100  # a label that carries no loss
 class Rows:
     """Training rows, all `[rows, seq_len]`.
 
-    `tokens` and `labels` are int64; a label of IGNORE is not trained on. `positions` (int64) counts from 0 within
-    each document; `documents` (int32) numbers the documents of a row, so that attention can be kept inside them.
+    `tokens` and `labels` are int64; a label of IGNORE is not trained on. `documents` (int32) numbers the documents of
+    a row, so that attention can be kept inside them. `positions` (int64) counts from 0 within the row, or within each
+    document where attention is kept inside documents.
     """
 
     tokens: Tensor

@@ -36,10 +36,10 @@ class ShardedWeights:
         assert isinstance(model, FSDPModule)
         self._model = model
         self._stage = stage
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)  # gradients are summed, never averaged
-                module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+        self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for module in self._modules:
+            module.set_gradient_divide_factor(1.0)  # gradients are summed, never averaged
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
         self._set_prefetch(list(cuttable.blocks().values()))
 
         self._parameters = dict(model.named_parameters())
@@ -75,6 +75,8 @@ class ShardedWeights:
     def updated(self) -> None:
         for parameter in self._parameters.values():
             parameter.grad = None
+        for module in self._modules:
+            module.reshard()  # what an evaluation gathered and kept (ZeRO 1 and 2) is of old values now
 
 
 def _local(tensor: Tensor) -> Tensor:

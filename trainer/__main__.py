@@ -1,5 +1,6 @@
 """`python -m trainer [overrides]`: one rank of a run, under torchrun or any launcher that sets its variables."""
 
+import gc
 import sys
 
 from trainer.rooms import shadowed_rooms
@@ -8,6 +9,9 @@ if __name__ == "__main__":
     shadows = shadowed_rooms()  # before anything of another room is imported
     if shadows:
         sys.exit("stoker: " + shadows[0])
+    gc.disable()  # torch is a quarter of a million objects that stay: looking for garbage there is a fifth of a start
     from trainer.main import main
 
+    gc.freeze()
+    gc.enable()
     sys.exit(main(sys.argv[1:]))

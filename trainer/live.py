@@ -116,7 +116,7 @@ class LiveProgress(Observer):
         line("loss", number(record.loss if record else None), norm=norm, lr=rate(record.lr) if record else "-")
         if self._evaluation:
             line("val loss", self._evaluation)
-        speed = f"{pace.tokens_per_second:,.0f} tok/s"
+        speed = f"{pace.tokens_per_second:,.0f} tok/s" if record else "-"
         line("speed", speed, data_wait=f"{pace.data_share:.0%}", memory=size(memory_bytes()))
         line("checkpoint", *self._save)
         if self._skipped:

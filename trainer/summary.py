@@ -85,7 +85,7 @@ def draw(steps: Steps, path: Path, title: str) -> Path:
     losses = [loss for _, loss in trained + validated]
     if losses and min(losses) > 0 and max(losses) > 2 * min(losses):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())
     if steps[-1]["step"] >= LOG_STEPS_FROM:
