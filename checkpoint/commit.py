@@ -88,8 +88,8 @@ def await_reports(partial: Path, world: int, deadline: float, proceed: Callable[
     raise SaveFailed(f"no report in time from {len(waiting)} of {world} ranks: {missing}")
 
 
-def commit(partial: Path, final: Path, step: int, attempt: int, world: int, proceed: Callable[[], None]) -> None:
-    """Turns `partial`, in which every rank has reported and the state stands, into `final`.
+def commit(partial: Path, final: Path, step: int, attempt: int, world: int, proceed: Callable[[], None]) -> int:
+    """Turns `partial`, in which every rank has reported and the state stands, into `final`. Returns its bytes.
 
     Raises SaveFailed when the tensors are not whole or the run has been fenced, OSError when storage fails.
     """
@@ -111,6 +111,7 @@ def commit(partial: Path, final: Path, step: int, attempt: int, world: int, proc
         raise SaveFailed(f"{final} exists already; a checkpoint is never overwritten")
     partial.rename(final)
     sync_directory(final.parent)
+    return size
 
 
 def _checked_index(partial: Path, rank: int, step: int, attempt: int, data: bytes) -> ShardIndex:

@@ -37,7 +37,7 @@ class SaveReport:
     """How a save ended, as this rank saw it. Seconds count from the call of `save`; 0.0: it did not get so far."""
 
     step: int
-    bytes: int = 0  # of this rank's shard file
+    bytes: int = 0  # of this rank's shard file; on rank 0, once committed, of all
     staged_seconds: float = 0.0  # the live data were free to change
     written_seconds: float = 0.0  # this rank's part was on storage
     seconds: float = 0.0  # committed on all ranks, or failed
@@ -183,7 +183,7 @@ class Checkpoints:
         deadline = time.monotonic() + self._timeout
         if self._rank == 0:
             commit.await_reports(save.partial, self._world, deadline, self._proceed)
-            commit.commit(save.partial, save.final, save.step, self._attempt, self._world, self._proceed)
+            report.bytes = commit.commit(save.partial, save.final, save.step, self._attempt, self._world, self._proceed)
             self._tidy()
         else:
             commit.await_outcome(save.partial, save.final, deadline, self._proceed)

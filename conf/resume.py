@@ -23,7 +23,8 @@ class Change:
     kind: str  # free | maths | fixed
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.old} -> {self.new}"
+        old, new = ("null" if value is None else value for value in (self.old, self.new))
+        return f"{self.key}: {old} -> {new}"
 
 
 def merge(stored: Config, overrides: Sequence[str]) -> tuple[Config, list[Change]]:

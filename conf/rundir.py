@@ -45,6 +45,11 @@ class RunDirectory:
         return self.path / "loss.png"
 
     @property
+    def tokenizer(self) -> Path:
+        """The tokenizer, where one was trained for the run: it outlives the cache and the texts."""
+        return self.path / "tokenizer.json"
+
+    @property
     def attempts(self) -> Path:
         return self.path / "attempts"
 
@@ -68,17 +73,24 @@ class RunDirectory:
 
 
 def resolve(config: Config, now: datetime) -> Config:
-    """`config` with `run.name` and an absolute `run.dir`. Done once, before ranks start: a clock differs by rank.
+    """`config` with `run.name` and absolute paths. Done once, before ranks start: a clock differs by rank.
 
-    Raises ConfigError for a name that is no name of a directory.
+    A run that is given a directory and no name is called like the directory. Raises ConfigError for a name that is no
+    name of a directory.
     """
     name = config.run.name
     if name is None:
-        name = f"{config.model.name}-{now:%Y%m%d-%H%M%S}"
+        name = Path(config.run.dir).name if config.run.dir else f"{config.model.name}-{now:%Y%m%d-%H%M%S}"
     if not name or name in (".", "..") or "/" in name:
         raise ConfigError(f"run.name={name!r}: it names a directory, so it cannot be empty, '.', '..' or hold '/'")
     directory = Path(config.run.dir or Path("runs") / name).expanduser().absolute()
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name, dir=str(directory)))
+    data = dataclasses.replace(config.data, path=_absolute(config.data.path))
+    return dataclasses.replace(config, data=data, run=dataclasses.replace(config.run, name=name, dir=str(directory)))
+
+
+def _absolute(path: str | None) -> str | None:
+    """A run goes on from any working directory. What has a scheme (`s3://...`) is not a path of this machine."""
+    return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
 
 
 def next_attempt(run: RunDirectory) -> int:

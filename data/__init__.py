@@ -21,7 +21,7 @@ told what differs: a run never goes on, without a word, on other rows than it be
 What a launcher does once per machine (`prepare`) makes the ranks' `open_rows` cheap: it reads file stamps, no texts.
 """
 
-from data.opening import open_rows, open_tokenizer, prepare, vocabulary
+from data.opening import keep_tokenizer, open_rows, open_tokenizer, prepare, vocabulary
 from data.rows import RowPlan, read_rows
 from data.stream import EndOfData, RowStream
 
@@ -29,6 +29,7 @@ __all__ = [
     "EndOfData",
     "RowPlan",
     "RowStream",
+    "keep_tokenizer",
     "open_rows",
     "open_tokenizer",
     "prepare",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from conf.schema import Config, DataConfig
 from data.cache import SPLITS, TokenCache, open_cache
 from data.index import IndexPlan
-from data.tokenizer import ByteTokenizer, Tokenizer
+from data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
 
 
 def prepare(config: Config) -> None:
@@ -53,9 +54,23 @@ def vocabulary(config: Config) -> int:
     return config.data.bpe_vocab if config.data.tokenizer == "bpe" else ByteTokenizer.vocab_size
 
 
-def open_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer of these data; `bpe` is trained on the training documents when nobody has done so yet."""
-    return open_cache(config).tokenizer if config.tokenizer == "bpe" else ByteTokenizer()
+def open_tokenizer(config: DataConfig, kept: Path | None = None) -> Tokenizer:
+    """The tokenizer of these data. `bpe` is read from the file `kept` if it is there, and else from the cache, trained
+    on the training documents when nobody has done so yet."""
+    if config.tokenizer != "bpe":
+        return ByteTokenizer()
+    if kept is not None and kept.exists():
+        return BpeTokenizer(kept.read_text(encoding="utf-8"), config.bpe_vocab)
+    return open_cache(config).tokenizer
+
+
+def keep_tokenizer(config: DataConfig, path: Path) -> None:
+    """Write a trained tokenizer to `path`, whole or not at all; the byte tokenizer needs no file."""
+    tokenizer = open_tokenizer(config, path)
+    if isinstance(tokenizer, BpeTokenizer) and not path.exists():
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text(tokenizer.json, encoding="utf-8")
+        temporary.replace(path)
 
 
 def _fingerprint(config: Config, cache: TokenCache, split: str) -> dict[str, Any]:

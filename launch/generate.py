@@ -28,7 +28,7 @@ def speak(options: argparse.Namespace) -> int:
     run = run_at(options.run)
     checkpoints = checkpoints_of(run, options.step)
     config = with_vocabulary(read_config(run))
-    tokenizer = open_tokenizer(config.data)
+    tokenizer = open_tokenizer(config.data, run.tokenizer)
     tokens = generate(
         _newest_model(config, checkpoints),
         tokenizer.encode(options.prompt),

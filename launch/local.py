@@ -119,7 +119,6 @@ class _Agent(LocalElasticAgent):
         if death_sig != signal.SIGKILL and any(_is_alive(pid) for pid in self._pcontext.pids().values()):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._say(f"{signal.Signals(death_sig).name}: saving, then ending (Ctrl-C again kills)")
             for pid in self._pcontext.pids().values():
                 if _is_alive(pid):
                     os.kill(pid, signal.SIGTERM)

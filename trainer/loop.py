@@ -44,12 +44,15 @@ class Trainer:
     requests: Requests
     phase: Phases
     progress: Progress
+    _told: bool = False  # has the person who watches been told that we stop?
 
     def fit(self) -> Outcome:
         """Train until the last step, the end of the data, or a verdict of all ranks. The state is saved at the end."""
         ledger = Ledger(self.config, self.progress, self.observers, self.phase)
         outcome = Outcome.COMPLETED
         last = min(self.config.steps, self.progress.step + self.rows.batches_left)
+        if self.progress.step >= last and self.observers is not None:
+            self.observers.message(f"nothing to do: step {self.progress.step} of {last} is done; steps=... goes on")
         for step in range(self.progress.step + 1, last + 1):
             self.phase(step, "data")
             rows = self.rows.next()
@@ -59,7 +62,7 @@ class Trainer:
             self.checkpoints.await_staged()  # a snapshot in flight must not see the update
             self.phase(step, "update")
             lr = learning_rate(self.config.schedule, self.config.optim, step)
-            result = self.engine.update(lr, self.requests.votes())  # stays on the device
+            result = self.engine.update(lr, self._votes())  # stays on the device
             val_loss = self._evaluate(step, last)
             ledger.enter(step, lr, result, val_loss)
             saving = self._saves_at(step)
@@ -106,6 +109,13 @@ class Trainer:
         self.engine.load_state(state["engine"])
         self.engine.shards_written()
         self.progress = Progress(**state["progress"])
+
+    def _votes(self) -> frozenset[str]:
+        votes = self.requests.votes()
+        if votes and self.observers is not None and not self._told:
+            self._told = True
+            self.observers.message("asked to stop: saving, then ending (Ctrl-C again kills)")
+        return votes
 
     def _saves_at(self, step: int) -> bool:
         every = self.config.checkpoint.every

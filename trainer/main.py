@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from checkpoint import fence
 from conf.rundir import RunDirectory, next_attempt, write_config
 from conf.schema import Config, from_dict
 from conf.values import ConfigError
+from data import keep_tokenizer
 from parallel.layout import layout_of
 from parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from trainer.assemble import assemble
@@ -128,6 +130,7 @@ def _train(config: Config, store: dist.Store, attempt: Attempt, requests: Reques
         trainer = assemble(config, mesh, run, attempt.number, requests, phase, console.screen)
     if rank == 0:
         write_config(run, config)  # after everybody has read the old one
+        keep_tokenizer(config.data, run.tokenizer)
     attempt.training = True
     requests.listen()
     try:
@@ -170,9 +173,7 @@ def _end(trainer, outcome: Outcome, requests: Requests) -> Ending:  # type: igno
 
 def _fail(error: BaseException, attempt: Attempt | None, rank: int, console: Console) -> int:
     """Say in one line what went wrong, once for all ranks; the traceback goes to the log."""
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if not isinstance(error, ConfigError):
-        line = line if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {line}"
+    line = _in_one_line(error)
     if attempt is None:
         if rank == 0:
             console.errors.write(f"stoker: {error if isinstance(error, ConfigError) else line}\n")
@@ -180,12 +181,21 @@ def _fail(error: BaseException, attempt: Attempt | None, rank: int, console: Con
     log.error("rank %d failed", attempt.rank, exc_info=error)
     if _is_loss_of_a_peer(error):
         return 1  # who was lost says more than we can: its own last words, or its launcher's
-    retry = attempt.training or not isinstance(error, ValueError | OSError)
+    retry = attempt.training or isinstance(error, RuntimeError)  # what else breaks a start breaks the next one too
     ending = Ending(Outcome.FAILED, line, attempt.step, attempt.rank, retry)
     if write_ending(attempt.run, attempt.number, ending):
         where = attempt.run.log(attempt.number, attempt.rank)
         console.errors.write(f"stoker: rank {attempt.rank} failed: {line} (see {where})\n")
     return 1
+
+
+def _in_one_line(error: BaseException) -> str:
+    """What went wrong; and where, when it is a defect of a program rather than something its user can mend."""
+    text = str(error).strip().partition("\n")[0]
+    if isinstance(error, ValueError | OSError):
+        return text or type(error).__name__
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({last.filename}:{last.lineno})"
 
 
 def _is_loss_of_a_peer(error: BaseException) -> bool:

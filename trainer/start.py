@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +10,7 @@ from checkpoint import newest
 from conf.compose import compose
 from conf.resume import Change, check_changes, merge, pin
 from conf.rundir import RunDirectory, read_config, resolve
-from conf.schema import Config
+from conf.schema import Config, lookup
 from conf.values import ConfigError
 from parallel.refusals import refuse
 
@@ -30,8 +29,9 @@ def settle_config(overrides: Sequence[str], world: int, gpus: int) -> tuple[Conf
             raise ConfigError(f"run.fresh=true, but {run.checkpoints} holds checkpoints: name another run.dir")
         stored = read_config(run)
         merged, changes = merge(stored, overrides)
-        merged.run = dataclasses.replace(merged.run, dir=config.run.dir)
-        changes = [change for change in changes if change.key != "run.dir"]
+        merged.run.dir = config.run.dir  # where we found it
+        merged = resolve(merged, datetime.now())
+        changes = [change for change in changes if lookup(merged, change.key) != lookup(stored, change.key)]
         check_changes(changes, config.run.change)
         config = merged
     refuse(config, world, gpus)

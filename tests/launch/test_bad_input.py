@@ -177,3 +177,31 @@ def test_a_closed_terminal_does_not_end_a_run(home: Path) -> None:
     os.close(read_end)
     assert process.wait(timeout=60) == 0
     assert last_step(run) == 12 and len(read(RunDirectory(run).metrics)) == 12
+
+
+def test_a_trained_tokenizer_outlives_the_texts(home: Path) -> None:
+    texts = write_text(home / "passing")
+    more = ["data.tokenizer=bpe", "data.bpe_vocab=320", "steps=2"]
+    assert finish(home, command("train", *overrides(home / "bpe", Path("passing"), *more)))[0] == 0
+    subprocess.run(["rm", "-r", texts], check=True)
+    status, output = finish(home, command("generate", str(home / "bpe"), "--prompt", "document", "--tokens", "5"))
+    assert status == 0 and output.startswith("document"), output
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_speaks(home: Path, trained: Path) -> None:
+    run = home / "speaks"
+    assert finish(home, command("train", *overrides(run, home / "text", "steps=10")))[0] == 0
+    file = RunDirectory(run).checkpoints / "step-00000010" / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    status, output = finish(home, command("generate", str(run), "--prompt", "a", "--tokens", "5"))
+    assert status == 0 and "step-00000010" in output and "damaged" in output
+
+
+def test_a_defect_in_a_users_model_is_located_and_not_retried(home: Path) -> None:
+    (home / "mine.py").write_text("def build(config, part):\n    return config.args['reach']\n")
+    run = home / "defect"
+    output = refused(home, "train", *overrides(run, home / "text", "model.target=mine:build"))
+    assert "KeyError: 'reach'" in output and "mine.py:2" in output
+    assert RunDirectory(run).attempt_numbers() == [1]
