@@ -87,3 +87,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # gloo's threads now and then hang in the interpreter's teardown

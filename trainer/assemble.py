@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from typing import TextIO
 
 from checkpoint import Checkpoints, resume
@@ -18,7 +17,7 @@ from trainer.cut import cut
 from trainer.evaluation import Evaluation
 from trainer.loop import Progress, Trainer
 from trainer.observers import open_observers
-from trainer.process import Phases, Requests
+from trainer.process import Phases, Place, Requests
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +25,7 @@ log = logging.getLogger(__name__)
 def assemble(
     config: Config,
     mesh: Mesh,
+    place: Place,
     run: RunDirectory,
     attempt: int,
     requests: Requests,
@@ -39,7 +39,7 @@ def assemble(
     plan = batch_plan(config, mesh.layout)
     phase(0, "open_data")
     config = with_vocabulary(config)
-    stream, evaluation = _open_data(config, mesh)
+    stream, evaluation = _open_data(config, mesh, place)
 
     phase(0, "build")
     engine = cut(config, mesh, plan)
@@ -76,9 +76,9 @@ def with_vocabulary(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or needed))
 
 
-def _open_data(config: Config, mesh: Mesh) -> tuple[RowStream, Evaluation]:
+def _open_data(config: Config, mesh: Mesh, place: Place) -> tuple[RowStream, Evaluation]:
     """The rows this rank trains on and those it evaluates. The first rank of each machine tokenises, if need be."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if place.local_rank == 0:
         prepare(config)
     mesh.exchange("the data are prepared")
     dp_rank, dp = mesh.dp_rank, mesh.layout.dp

@@ -23,8 +23,17 @@ from data import keep_tokenizer
 from parallel.layout import layout_of
 from parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from trainer.assemble import assemble
+from trainer.loop import Trainer
 from trainer.outcome import Ending, Outcome, close_dead_attempts, write_ending
-from trainer.process import Console, Phases, Requests, die_with_launcher, keep_freed_memory
+from trainer.process import (
+    Console,
+    Phases,
+    Place,
+    Requests,
+    die_with_launcher,
+    keep_freed_memory,
+    place_from_environment,
+)
 from trainer.start import run_directory, settle_config
 from trainer.summary import summarize
 
@@ -40,7 +49,7 @@ class Attempt:
 
     run: RunDirectory
     number: int
-    rank: int
+    place: Place
     training: bool = False  # the first step has begun
     step: int | None = None
 
@@ -51,18 +60,18 @@ def main(overrides: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the first step there is nothing to save: signals just end us
     requests = Requests()
     console = Console()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    place = place_from_environment()
     attempt: Attempt | None = None
     try:
-        config = _config(overrides, world)
+        config = _config(overrides, place)
         run = run_directory(config)
-        store = _store(rank, world)
-        attempt = Attempt(run, _agree_on_attempt(store, run, rank), rank)
-        console.redirect(run.log(attempt.number, rank))
+        store = _store(place)
+        attempt = Attempt(run, _agree_on_attempt(store, run, place), place)
+        console.redirect(run.log(attempt.number, place.rank))
         ending = _train(config, store, attempt, requests, console)
         return 0 if ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED) else 1
     except BaseException as error:
-        status = _fail(error, attempt, rank, console)
+        status = _fail(error, attempt, place, console)
         sys.stderr.flush()
         os._exit(status)  # peers may be gone: nothing on the way out may wait for them
 
@@ -73,35 +82,37 @@ def run(overrides: Sequence[str]) -> Ending:
 
     Returns how the run ended. Errors are raised, signals are left to the caller, and nothing is redirected.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    config = _config(overrides, world)
+    place = place_from_environment()
+    config = _config(overrides, place)
     directory = run_directory(config)
-    store = _store(rank, world)
-    attempt = Attempt(directory, _agree_on_attempt(store, directory, rank), rank)
+    store = _store(place)
+    attempt = Attempt(directory, _agree_on_attempt(store, directory, place), place)
     return _train(config, store, attempt, Requests(signals=()), Console())
 
 
-def _config(overrides: Sequence[str], world: int) -> Config:
+def _config(overrides: Sequence[str], place: Place) -> Config:
     given = os.environ.get(CONFIG_VARIABLE)
     if given is not None:
         return from_dict(json.loads(given))
-    if world > 1 and not any(o.startswith(("run.dir=", "run.name=")) for o in overrides):
+    if place.world > 1 and not any(o.startswith(("run.dir=", "run.name=")) for o in overrides):
         raise ConfigError("say run.dir=... or run.name=...: every rank must find the same run directory")
-    config, _ = settle_config(overrides, world, torch.cuda.device_count())
+    config, _ = settle_config(overrides, place.world, torch.cuda.device_count())
     return config
 
 
-def _store(rank: int, world: int) -> dist.Store:
-    if world == 1 and "MASTER_ADDR" not in os.environ:
+def _store(place: Place) -> dist.Store:
+    if place.world == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     from datetime import timedelta
 
-    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timedelta(seconds=RENDEZVOUS_SECONDS)))
+    store, _, _ = next(
+        dist.rendezvous("env://", place.rank, place.world, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
+    )
     return store
 
 
-def _agree_on_attempt(store: dist.Store, run: RunDirectory, rank: int) -> int:
-    if rank == 0:
+def _agree_on_attempt(store: dist.Store, run: RunDirectory, place: Place) -> int:
+    if place.rank == 0:
         number = next_attempt(run)
         close_dead_attempts(run, number)
         store.set("stoker/attempt", str(number))
@@ -109,25 +120,24 @@ def _agree_on_attempt(store: dist.Store, run: RunDirectory, rank: int) -> int:
 
 
 def _train(config: Config, store: dist.Store, attempt: Attempt, requests: Requests, console: Console) -> Ending:
-    run, rank = attempt.run, attempt.rank
+    run, place, rank = attempt.run, attempt.place, attempt.place.rank
     phase = Phases(run.attempt(attempt.number) / f"rank-{rank}.stamp")
     if rank == 0:
         run.checkpoints.mkdir(exist_ok=True)
         fence(run.checkpoints, attempt.number)
         requests.watch(run)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    use_threads(config.launch.threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    use_threads(config.launch.threads, place.local_world)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    device = pick_device(config.launch.device, local_rank)
+    device = pick_device(config.launch.device, place.local_rank)
     if device.type == "cpu":
         keep_freed_memory()
-    layout = layout_of(config, int(os.environ.get("WORLD_SIZE", 1)))
+    layout = layout_of(config, place.world)
     mesh = start_mesh(layout, device, store, rank, config.parallel.timeout_seconds)
 
     with console.echoing_warnings() if rank == 0 else nullcontext():
-        trainer = assemble(config, mesh, run, attempt.number, requests, phase, console.screen)
+        trainer = assemble(config, mesh, place, run, attempt.number, requests, phase, console.screen)
     if rank == 0:
         write_config(run, config)  # after everybody has read the old one
         keep_tokenizer(config.data, run.tokenizer)
@@ -149,11 +159,12 @@ def _train(config: Config, store: dist.Store, attempt: Attempt, requests: Reques
     stop_mesh()
     if trainer.observers is not None:
         trainer.observers.finish(ending.outcome, trainer.progress.step)
-        print(summarize(run.path, config, ending.message), file=console.screen)
+        with suppress(OSError):  # the terminal may have been closed
+            print(summarize(run.path, config, ending.message), file=console.screen)
     return ending
 
 
-def _end(trainer, outcome: Outcome, requests: Requests) -> Ending:  # type: ignore[no-untyped-def]
+def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:
     """Wait for the last save and agree on how the run ended."""
     step = trainer.progress.step
     trainer.phase(step, "last_save")
@@ -171,21 +182,21 @@ def _end(trainer, outcome: Outcome, requests: Requests) -> Ending:  # type: igno
     return Ending(outcome, messages[outcome], step, signal=requests.signal)
 
 
-def _fail(error: BaseException, attempt: Attempt | None, rank: int, console: Console) -> int:
+def _fail(error: BaseException, attempt: Attempt | None, place: Place, console: Console) -> int:
     """Say in one line what went wrong, once for all ranks; the traceback goes to the log."""
     line = _in_one_line(error)
     if attempt is None:
-        if rank == 0:
+        if place.rank == 0:
             console.errors.write(f"stoker: {error if isinstance(error, ConfigError) else line}\n")
         return 2 if isinstance(error, ConfigError) else 1
-    log.error("rank %d failed", attempt.rank, exc_info=error)
+    log.error("rank %d failed", place.rank, exc_info=error)
     if _is_loss_of_a_peer(error):
         return 1  # who was lost says more than we can: its own last words, or its launcher's
     retry = attempt.training or isinstance(error, RuntimeError)  # what else breaks a start breaks the next one too
-    ending = Ending(Outcome.FAILED, line, attempt.step, attempt.rank, retry)
+    ending = Ending(Outcome.FAILED, line, attempt.step, place.rank, retry)
     if write_ending(attempt.run, attempt.number, ending):
-        where = attempt.run.log(attempt.number, attempt.rank)
-        console.errors.write(f"stoker: rank {attempt.rank} failed: {line} (see {where})\n")
+        where = attempt.run.log(attempt.number, place.rank)
+        console.errors.write(f"stoker: rank {place.rank} failed: {line} (see {where})\n")
     return 1
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -22,6 +23,24 @@ from conf.rundir import RunDirectory
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _STAMP_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the ranks, as torchrun's variables say; alone where they are not set."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+
+def place_from_environment() -> Place:
+    rank, world, local_rank, local_world = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    return Place(rank, world, local_rank, local_world)
 
 
 def die_with_launcher() -> None:

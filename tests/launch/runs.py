@@ -48,7 +48,7 @@ def command(*words: str) -> list[str]:
 
 @contextmanager
 def started(home: Path, words: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A process of its own session, ended with everything it started when the block ends."""
+    """A process of its own session. When the block ends, it and everything that runs under `home` are ended."""
     process = subprocess.Popen(
         words, env=environment(home), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True, cwd=options.pop("cwd", home), **options,
@@ -56,7 +56,7 @@ def started(home: Path, words: list[str], **options: Any) -> Iterator[subprocess
     try:
         yield process
     finally:
-        for pid in descendants(process.pid):
+        for pid in processes_of(home):
             kill(pid)
         if process.poll() is None:
             process.kill()
@@ -103,36 +103,24 @@ def rank_pids(run: Path) -> dict[int, int]:
     return found
 
 
-def descendants(pid: int) -> list[int]:
-    """All processes below `pid`, children first."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (OSError, IndexError):
-                continue
-            children.setdefault(parent, []).append(int(entry.name))
-    found, queue = [], [pid]
-    while queue:
-        below = children.get(queue.pop(0), [])
-        found += below
-        queue += below
-    return found
-
-
-def session_processes(session: int) -> list[int]:
-    """Living processes that were started in a session, orphans included."""
+def processes_of(home: Path) -> list[int]:
+    """Living processes of the runs under `home`: all of them, orphans too, inherited its cache in their environment."""
+    mark = f"XDG_CACHE_HOME={home / 'cache'}".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.append(int(entry.name))
+            with suppress(OSError):
+                if mark in (entry / "environ").read_bytes().split(b"\0") and is_alive(int(entry.name)):
+                    found.append(int(entry.name))
     return found
+
+
+def wait_until_gone(home: Path, seconds: float = 5.0) -> None:
+    """Raises AssertionError naming the processes of `home` that are still there after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (left := processes_of(home)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left, f"left behind: {left}"
 
 
 def is_alive(pid: int) -> bool:

@@ -19,10 +19,10 @@ from tests.launch.runs import (
     last_step,
     overrides,
     rank_pids,
-    session_processes,
     started,
     steps_of,
     wait_until,
+    wait_until_gone,
     write_text,
 )
 from trainer.outcome import Outcome, read_ending
@@ -83,7 +83,7 @@ def test_a_run_killed_at_random_moments_is_bitwise_the_undisturbed_one(home: Pat
                 if victim is not None:
                     killer.strike(process, victim)
             output, _ = process.communicate(timeout=120)
-            wait_until_gone(process.pid)
+            wait_until_gone(home)
     assert process.returncode == 0, output
     assert len(killer.kills) == 6
     assert steps_of(run) == steps_of(reference)
@@ -92,13 +92,6 @@ def test_a_run_killed_at_random_moments_is_bitwise_the_undisturbed_one(home: Pat
     for attempt in RunDirectory(run).attempt_numbers():
         assert read_ending(RunDirectory(run), attempt) is not None, f"attempt {attempt} has no outcome"
     assert not list(RunDirectory(run).checkpoints.glob("*.partial"))
-
-
-def wait_until_gone(session: int, seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while (left := session_processes(session)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not left, f"left behind: {left}"
 
 
 def test_a_killed_rank_is_named_in_one_line(home: Path) -> None:
@@ -122,7 +115,7 @@ def test_kill_of_a_foreign_torchrun_leaves_nobody_and_the_next_start_goes_on(hom
         wait_until(lambda: last_step(run) >= 5, process)
         kill(process.pid, signal.SIGKILL)
         process.communicate(timeout=20)
-        wait_until_gone(process.pid)
+        wait_until_gone(home)
     assert finish(home, command("train", *words))[0] == 0
     ending = read_ending(RunDirectory(run), 1)
     assert ending is not None and ending.outcome is Outcome.FAILED and "without a word" in ending.message

@@ -16,10 +16,10 @@ from tests.launch.runs import (
     finish,
     last_step,
     overrides,
-    session_processes,
     started,
     steps_of,
     wait_until,
+    wait_until_gone,
     write_text,
 )
 from trainer.metrics import read
@@ -90,7 +90,7 @@ def test_a_signal_saves_and_ends_every_process_within_ten_seconds(
         output, _ = process.communicate(timeout=30)
         assert time.monotonic() - asked < 10.0
         assert process.returncode == 128 + number, output
-        assert session_processes(process.pid) == []
+        wait_until_gone(home, asked + 10.0 - time.monotonic())
     ending = read_ending(RunDirectory(run), 1)
     assert ending is not None and ending.outcome is Outcome.STOPPED and ending.signal is not None
     assert ending.step == last_step(run)
