@@ -139,6 +139,23 @@ def test_a_rank_that_begins_after_rank_0_gave_up_hears_why(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000002"]  # a commit clears the notes away
 
 
+def test_a_rank_that_fails_after_rank_0_gave_up_leaves_nothing_behind(tmp_path, monkeypatch):
+    writers, ranks = start(tmp_path, 2, timeout_seconds=0.1), cut(TENSORS, Grid(rows=2))
+    writers[0].save(1, ranks[0], {})
+    writers[0].wait()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10_000, 9_000, 1_000))
+    writers[1].save(1, ranks[1], {})
+    assert "1,000 are free" in (writers[1].wait()[0].error or "")
+    assert [entry.suffix for entry in tmp_path.iterdir()] == [".json"]
+
+
+def test_a_file_that_exists_is_never_written_over(tmp_path):
+    (tmp_path / "data").write_bytes(b"kept")
+    with pytest.raises(FileExistsError):
+        checkpoint.storage.write_blocks(tmp_path / "data", memoryview(b"new"), 1024, lambda: None)
+    assert (tmp_path / "data").read_bytes() == b"kept"
+
+
 def test_a_slow_rank_cannot_report_its_failed_save_as_the_next_one_of_that_step(tmp_path, monkeypatch):
     old, new = small_model(1), small_model(2)
     go = threading.Event()
