@@ -156,11 +156,12 @@ def _train(config: Config, store: dist.Store, attempt: Attempt, requests: Reques
     ending = _end(trainer, outcome, requests)
     if rank == 0:
         write_ending(run, attempt.number, ending)
-    stop_mesh()
     if trainer.observers is not None:
         trainer.observers.finish(ending.outcome, trainer.progress.step)
         with suppress(OSError):  # the terminal may have been closed
             print(summarize(run.path, config, ending.message), file=console.screen)
+    mesh.exchange("the end is told")  # ranks leave together: a launcher kills the others when one leaves with a failure
+    stop_mesh()
     return ending
 
 
