@@ -10,9 +10,9 @@ if __name__ == "__main__":
     shadows = shadowed_rooms()  # before anything of another room is imported
     if shadows:
         sys.exit("stoker: " + shadows[0])
-    # OpenMP threads that wait spin, and on a machine with other work 50 times longer than the work they wait for takes.
-    # This few rounds cost nothing on an idle machine. It is read when torch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # OpenMP threads spin while they wait, and beside another busy process for 50 times longer than the work takes. So
+    # few rounds cost nothing on an idle machine and keep that to a factor of 5. It is read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     gc.disable()  # torch is a quarter of a million objects that stay: looking for garbage there is a fifth of a start
     from trainer.main import main
 
