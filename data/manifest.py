@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.documents import Document
+
+log = logging.getLogger(__name__)
 
 _EMPTY = hashlib.sha256(b"").digest()
 
@@ -90,8 +93,8 @@ class Memo:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(fingerprint)
-        except OSError:
-            pass
+        except OSError as error:
+            log.info("%s not written, so the texts are read again at the next start: %s", self._path, error)
 
 
 def _versions(documents: Sequence[Document]) -> Iterator[str]:

@@ -7,6 +7,7 @@ the same steps, so they come to the same verdicts.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -72,7 +73,7 @@ class Ledger:
         progress.updates += not agreed.skipped
         progress.tokens += agreed.tokens
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if agreed.skipped else 0
-        progress.loss = agreed.loss
+        progress.loss = agreed.loss if math.isfinite(agreed.loss) else None  # JSON knows no infinity
         if entry.val_loss is not None:
             progress.val_loss = entry.val_loss
         if self._observers is not None:

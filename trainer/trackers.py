@@ -130,6 +130,8 @@ def wandb_mode(config: TrackerConfig, environ: Mapping[str, str]) -> tuple[str, 
     try:
         if netrc.netrc(path).authenticators(host):
             return "online", f"{path} has a key"
-    except (OSError, netrc.NetrcParseError):
-        pass
+    except FileNotFoundError:
+        pass  # most machines have none
+    except (OSError, netrc.NetrcParseError) as error:
+        return "offline", f"{path} cannot be read: {error}"
     return "offline", "no API key"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from checkpoint import fence, newest, resume
@@ -51,11 +52,9 @@ def test_a_killed_save_leaves_the_checkpoint_before_or_the_new_one(tmp_path):
         time.sleep(chance.uniform(0, 0.02))
         process.kill()
         process.join()
-        try:
+        with suppress(EOFError):  # until it has said all it had to say
             while True:
                 committed = ours.recv()
-        except EOFError:
-            pass
         unfinished += len(list(tmp_path.glob("*.partial")))
         if not committed:
             continue

@@ -153,3 +153,5 @@ def test_a_run_that_is_not_finite_ends_by_itself_and_is_not_retried(home: Path) 
     assert "3 steps in a row" in output or "4 steps in a row" in output
     assert [step["skipped"] for step in read(RunDirectory(run).metrics)] == [True] * ending.step
     assert json.loads((RunDirectory(run).metrics).read_text().splitlines()[0])["loss"] is None
+    [state] = RunDirectory(run).checkpoints.glob("*/state.json")
+    json.loads(state.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

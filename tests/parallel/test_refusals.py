@@ -32,6 +32,15 @@ def refused(*overrides: str, world: int = 1, gpus: int = 0) -> str:
     return str(error.value)
 
 
+def refusals_of(config: Config, world: int, gpus: int) -> str:
+    """What `config` is refused for, one line each; nothing if it may start."""
+    try:
+        refuse(config, world, gpus)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 # entry -> (overrides, world, gpus, what the message says), each at the edge of what is refused
 TOGETHER = {
     "axes": [
@@ -160,7 +169,7 @@ def test_every_entry_is_tried():
     ],
 )
 def test_what_works_is_not_refused(overrides, world, gpus):
-    refuse(with_values(*overrides), world, gpus)
+    assert refusals_of(with_values(*overrides), world, gpus) == ""
 
 
 def test_pipelines_and_tensor_parallelism_that_fit_miss_nothing_but_the_code():
@@ -310,17 +319,19 @@ def test_whatever_is_asked_it_is_refused_in_words_or_it_has_a_layout_and_a_plan(
         setattr(config.parallel, key, value)
     config.parallel.replicas, config.batch.micro, config.batch.rows = replicas, micro, rows
     config.parallel.schedule = schedule
-    try:
-        refuse(config, world, gpus)
-    except ConfigError:
+    if refusals_of(config, world, gpus):
         return
-    batch_plan(config, layout_of(config, world))
+    layout = layout_of(config, world)
+    plan = batch_plan(config, layout)
+    assert layout.world == world
+    assert plan.micro_batches * plan.micro_rows * layout.dp == rows
 
 
 def test_every_choice_of_every_group_may_start():
     for group in GROUPS:
+        assert choices(group)
         for name in choices(group):
-            refuse(compose([f"{group}={name}"]), world=1, gpus=0)
+            assert refusals_of(compose([f"{group}={name}"]), 1, 0) == ""
 
 
 def test_every_number_is_limited():

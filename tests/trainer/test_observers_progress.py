@@ -8,6 +8,7 @@ import pty
 import struct
 import termios
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -123,11 +124,9 @@ class Terminal:
         self._shown = b""
 
     def shown(self) -> str:
-        try:
+        with suppress(BlockingIOError):  # until there is no more for now
             while chunk := os.read(self._master, 65536):
                 self._shown += chunk
-        except BlockingIOError:
-            pass
         return self._shown.decode()
 
     def wait_for(self, text: str) -> str:

@@ -308,6 +308,9 @@ def test_wandb_is_online_with_a_key_and_offline_without(tmp_path):
     assert wandb_mode(config, nobody)[0] == "offline"
     assert wandb_mode(config, home)[0] == "online"
     assert wandb_mode(config, nobody | {"NETRC": str(tmp_path / ".netrc")})[0] == "online"
+    (tmp_path / "broken").write_text("nonsense")
+    mode, why = wandb_mode(config, nobody | {"NETRC": str(tmp_path / "broken")})
+    assert mode == "offline" and str(tmp_path / "broken") in why
     assert wandb_mode(config, home | {"WANDB_BASE_URL": "https://wandb.example.org"})[0] == "offline"
     assert wandb_mode(config, nobody | {"WANDB_API_KEY": "secret"})[0] == "online"
     assert wandb_mode(config, {"WANDB_API_KEY": "secret", "WANDB_MODE": "offline"})[0] == "offline"
