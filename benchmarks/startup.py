@@ -24,6 +24,8 @@ import threading
 import time
 from pathlib import Path
 
+from ranks import Others
+
 from conf.compose import compose
 from data import prepare
 
@@ -61,7 +63,7 @@ def main() -> None:
     prepare(compose(overrides))
     seconds: dict[str, list[float]] = {"stoker": [], "torchrun": []}
     phases: dict[str, list[float]] = {}
-    began, busy_before = time.monotonic(), _busy_seconds_of_others()
+    others = Others()
     for repeat in range(options.repeats):
         with tempfile.TemporaryDirectory(prefix="stoker-") as folder:
             for which in ("stoker", "torchrun") if repeat % 2 else ("torchrun", "stoker"):
@@ -72,12 +74,11 @@ def main() -> None:
                         phases.setdefault(phase, []).append(end - begin)
                 else:
                     seconds[which].append(peer(Path(folder), options.ranks))
-    others = (_busy_seconds_of_others() - busy_before) / (time.monotonic() - began)
     for which, values in seconds.items():
         print(f"{which:<8} {statistics.median(values):6.2f} s  ({min(values):.2f} to {max(values):.2f})")
     differences = [a - b for a, b in zip(seconds["stoker"], seconds["torchrun"], strict=True)]
     print(f"more     {statistics.median(differences):6.2f} s  ({min(differences):.2f} to {max(differences):.2f})")
-    print(f"meanwhile other processes kept {others:.2f} of {os.cpu_count()} cores busy\n")
+    print(f"{others}\n")
     for phase, text in PHASES.items():
         spent = statistics.median(phases.get(phase, [0.0]))
         if spent >= 0.005:
@@ -142,13 +143,6 @@ def _started(pid: int) -> float:
     """When the kernel started a process, to a hundredth of a second."""
     ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _busy_seconds_of_others() -> float:
-    """CPU seconds since boot of everything but this benchmark: on a busy machine its figures mean little."""
-    user, nice, system, _idle, _wait, *interrupts = map(int, Path("/proc/stat").read_text().split()[1:9])
-    busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
-    return busy - sum(os.times()[:4])
 
 
 if __name__ == "__main__":

@@ -39,8 +39,12 @@ def _above_zero(key: str, why: str) -> Limit:
     return Limit(key, "above 0", why, lambda value: 0 < value < math.inf)
 
 
-def _choice(key: str, *names: str) -> Limit:
-    return Limit(key, "one of " + ", ".join(names), "nothing else is known", names.__contains__, names)
+def _choice(key: str, *names: str, judged_elsewhere: tuple[str, ...] = ()) -> Limit:
+    known = (*names, *judged_elsewhere)
+    return Limit(key, "one of " + ", ".join(names), "nothing else is known", known.__contains__, names)
+
+
+ZERO_BUBBLE = ("zero_bubble", "zb1p", "zbv", "dualpipe", "dualpipev")  # schedules that `parallel.refusals` answers
 
 
 LIMITS = (
@@ -52,7 +56,7 @@ LIMITS = (
     _at_least("parallel.pp", 1, "it counts stages"),
     Limit("parallel.zero", "0, 1, 2 or 3", "these are the stages of ZeRO", range(4).__contains__),
     _at_least("parallel.replicas", 1, "it counts copies of the shards"),
-    _choice("parallel.schedule", "1f1b", "gpipe", "interleaved"),
+    _choice("parallel.schedule", "1f1b", "gpipe", "interleaved", judged_elsewhere=ZERO_BUBBLE),
     _at_least("parallel.stages_per_rank", 1, "it counts stages"),
     _choice("parallel.engine", "fsdp", "deepspeed"),
     _choice("parallel.offload", "none", "cpu", "nvme"),
@@ -125,5 +129,12 @@ LIMITS = (
     _at_least("launch.threads", 1, "a rank computes on at least one"),
     _choice("launch.device", "cpu", "cuda"),
     _at_least("log.every", 1, "it counts steps"),
-    _choice("log.progress", "auto", "live", "plain"),
+    _choice("log.progress", "auto", "live", "plain", "none"),
+    Limit(
+        "profile.steps",
+        "the first and the last step to trace, such as [10,13]",
+        "a trace is of steps in a row",
+        lambda value: len(value) == 2 and 1 <= value[0] <= value[1],
+    ),
+    _at_least("profile.phases_every", 0, "it counts steps"),
 )

@@ -65,6 +65,17 @@ class RunDirectory:
         """How an attempt ended, as JSON."""
         return self.attempt(number) / "outcome.json"
 
+    def trace(self, number: int, rank: int) -> Path:
+        """What the rank did in the steps of `profile.steps`, for Perfetto."""
+        return self._profiles(number) / f"rank-{rank}.trace.json.gz"
+
+    def memory_snapshot(self, number: int, rank: int) -> Path:
+        """Its GPU's memory over the same steps, for pytorch.org/memory_viz."""
+        return self._profiles(number) / f"rank-{rank}.memory.pickle"
+
+    def _profiles(self, number: int) -> Path:
+        return self.path / "profiles" / f"attempt-{number}"
+
     def attempt_numbers(self) -> list[int]:
         """The attempts there are, oldest first."""
         if not self.attempts.is_dir():

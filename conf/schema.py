@@ -66,13 +66,14 @@ class BatchConfig:
 @dataclass
 class ParallelConfig:
     tp: int = free(1)  # ranks that share each layer
+    sequence: bool = free(True)  # sequence parallelism: norms and residuals hold tokens / tp; with tp > 1
     pp: int = free(1)  # pipeline stages (times stages_per_rank)
     zero: int = free(1)  # 0 replicate | 1 shard optimizer state | 2 and gradients | 3 and parameters
     replicas: int | None = free()  # size of dp_replicate (hybrid sharding); derived for ZeRO 0, else 1
     schedule: str = free("1f1b")  # pipeline schedule: 1f1b | gpipe | interleaved
     stages_per_rank: int = free(1)  # pipeline stages per rank, > 1 with schedule=interleaved
     engine: str = free("fsdp")  # fsdp | deepspeed
-    offload: str = free("none")  # none | cpu | nvme: where optimizer state lives
+    offload: str = free("none")  # none | cpu | nvme: where fp32 parameters and optimizer state live
     timeout_seconds: float = free(600.0)  # of every process group's collectives
 
 
@@ -185,7 +186,13 @@ class LaunchConfig:
 @dataclass
 class LogConfig:
     every: int = free(10)  # steps between plain progress lines
-    progress: str = free("auto")  # auto (live on a terminal) | live | plain
+    progress: str = free("auto")  # auto (live on a terminal) | live | plain | none
+
+
+@dataclass
+class ProfileConfig:
+    steps: list[int] | None = free()  # first and last step traced into RUN/profiles, such as [10,13]; default: none
+    phases_every: int = free(0)  # steps between those whose phases stand in metrics.jsonl; 0: never
 
 
 @dataclass
@@ -201,6 +208,7 @@ class Config:
     schedule: ScheduleConfig = maths(ScheduleConfig)
     clip_norm: float | None = maths(1.0)  # largest gradient norm; null: no clipping
     precision: str = maths("bf16")  # fp32 | bf16 | fp16
+    fp32_modules: list[str] = maths([])  # compute in fp32 all the same; patterns of names: [layers.0, layers.*.mlp]
     activation_checkpoint: str = free("none")  # none | selective | full
     compile: bool = free(False)  # torch.compile per block
     deterministic: bool = free(False)  # bitwise equal repeats on GPUs too
@@ -210,6 +218,7 @@ class Config:
     tracker: TrackerConfig = free(TrackerConfig)
     launch: LaunchConfig = free(LaunchConfig)
     log: LogConfig = free(LogConfig)
+    profile: ProfileConfig = free(ProfileConfig)
 
 
 GROUPS = ("model", "data", "optim", "schedule", "tracker", "launch")

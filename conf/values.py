@@ -14,6 +14,7 @@ _WORDS = {
     types.NoneType: "null",
     dict[str, Any]: "a dictionary such as {key:value}",
     list[float]: "a list of numbers such as [0.9,0.95]",
+    list[int]: "a list of whole numbers such as [10,13]",
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -19,6 +21,22 @@ examples:
   stoker train data=text data.path=books model=small    your own text
 
 `stoker config` prints every key with its default; conf/schema.py says what each is for.
+"""
+
+CONFIG_EXAMPLES = """\
+examples:
+  stoker config model=small optim.lr=3e-4
+  stoker config --layout launch.nproc=4096 batch.rows=4096 parallel.zero=3 parallel.replicas=8
+"""
+
+CHECK_EXAMPLES = """\
+examples:
+  stoker check launch.nproc=4 parallel.tp=2 parallel.zero=3        against one process
+  stoker check model.target=mine:build launch.nproc=2 parallel.pp=2
+  stoker check parallel.zero=3 --against "parallel.zero=0"         one layout against another
+
+It computes in fp32, where a difference means something, unless you say precision=... . The status is 0 if both are
+the same run.
 """
 
 
@@ -74,8 +92,14 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "Train on this machine, or resume the run in run.dir.", TRAIN_EXAMPLES)
     train.add_argument("overrides", nargs="*", help=overrides)
 
-    config = add("config", _config, "Print the composed, validated config and exit.")
+    config = add("config", _config, "Print the composed, validated config and exit.", CONFIG_EXAMPLES)
     config.add_argument("overrides", nargs="*", help=overrides)
+    config.add_argument("--layout", action="store_true", help="print where every rank would stand instead")
+
+    check = add("check", _check, "Prove that a layout computes what one process computes.", CHECK_EXAMPLES)
+    check.add_argument("overrides", nargs="*", help=overrides)
+    check.add_argument("--against", metavar='"OVERRIDES"', help="compare with this layout instead of one process")
+    check.add_argument("--steps", type=int, default=5, help="how many steps (default 5)")
 
     generate = add("generate", _generate, "Continue a text with a run's newest checkpoint.")
     generate.add_argument("run", help="run directory")
@@ -115,9 +139,26 @@ def _config(options: argparse.Namespace) -> int:
     from parallel.refusals import refuse
 
     config = compose(options.overrides)
-    refuse(config, ranks_for(config), gpus(config))
-    print(to_yaml(config), end="")
+    world = ranks_for(config)
+    if not options.layout:
+        refuse(config, world, gpus(config))
+        print(to_yaml(config), end="")
+        return 0
+    from launch.layout import lines_of
+    from parallel.layout import batch_plan, layout_of
+
+    refuse(config, world, gpus=world)  # asked of ranks anywhere, not of the GPUs of this machine
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us in silence
+    layout = layout_of(config, world)
+    for line in lines_of(layout, batch_plan(config, layout), shutil.get_terminal_size((120, 24)).columns):
+        print(line)
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from launch.check import check
+
+    return check(options.overrides, options.against, options.steps)
 
 
 def _generate(options: argparse.Namespace) -> int:

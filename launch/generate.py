@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoint import DamagedCheckpoint, Summary, read_tensors
+from checkpoint import CheckpointMismatch, DamagedCheckpoint, Summary, read_tensors
 from conf.rundir import read_config
 from conf.schema import Config
 from conf.targets import import_target
@@ -50,7 +50,10 @@ def speak(options: argparse.Namespace) -> int:
 
 
 def load_model(config: Config, checkpoint: Path) -> nn.Module:
-    """The whole model of a checkpoint, float32 on the CPU. `config.model.vocab_size` is known."""
+    """The whole model of a checkpoint, float32 on the CPU. `config.model.vocab_size` is known.
+
+    Raises DamagedCheckpoint, and CheckpointMismatch naming a tensor that the config's model does not have so.
+    """
     with torch.device("meta"):
         model: nn.Module = import_target(config.model.target)(config.model, whole_model(config.model.layers))
     materialise(model, torch.device("cpu"))
@@ -58,9 +61,15 @@ def load_model(config: Config, checkpoint: Path) -> nn.Module:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in read_tensors(checkpoint):
-            parameters.pop(name).copy_(value)
+            parameter = parameters.pop(name, None)
+            if parameter is None or parameter.shape != value.shape:
+                ours = "has no such tensor" if parameter is None else f"has {tuple(parameter.shape)}"
+                problem = f"{name} has shape {tuple(value.shape)}, the model of the run's config {ours}"
+                raise CheckpointMismatch(f"{checkpoint} is not a checkpoint of this model: {problem}")
+            parameter.copy_(value)
     if parameters:
-        raise ValueError(f"{checkpoint} lacks {', '.join(parameters)}")
+        missing = ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in parameters.items())
+        raise CheckpointMismatch(f"{checkpoint} is not a checkpoint of this model: it lacks {missing}")
     return model.eval()
 
 

@@ -26,6 +26,7 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 
 from conf.rundir import RunDirectory
 from conf.schema import Config, to_dict
+from parallel.layout import threads_per_rank
 from trainer.main import CONFIG_VARIABLE
 from trainer.outcome import Ending, Outcome, read_ending, write_ending
 from trainer.start import run_directory
@@ -35,20 +36,15 @@ GRACE_SECONDS = 600.0  # for a final save after a signal
 EXIT_SECONDS = 5.0  # for processes to end after the outcome is written
 
 
-def default_ranks(config: Config) -> int:
-    """`launch.nproc`, else one rank per GPU, else 2."""
-    return config.launch.nproc or torch.cuda.device_count() or 2
-
-
-def launch(config: Config, ranks: int, say: Callable[[str], None]) -> int:
-    """Run `ranks` ranks of a settled config until they end; the exit status for the shell.
+def launch(config: Config, ranks: int, say: Callable[[str], None], *arguments: str) -> int:
+    """Run `ranks` ranks of a settled config until they end; the exit status for the shell. They get `arguments`.
 
     A failed attempt is followed by another, up to `launch.max_restarts` times. SIGTERM and SIGINT are passed on and the
     ranks save before they end; a second SIGINT kills.
     """
     logging.disable(logging.ERROR)  # the agent is talkative; what a person should know we say ourselves
     run = run_directory(config)
-    threads = config.launch.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+    threads = threads_per_rank(config.launch.threads, ranks)
     os.environ |= {
         CONFIG_VARIABLE: json.dumps(to_dict(config)),
         "OMP_NUM_THREADS": str(threads),
@@ -60,7 +56,7 @@ def launch(config: Config, ranks: int, say: Callable[[str], None]) -> int:
             local_world_size=ranks,
             rdzv_handler=_LocalRendezvous(),
             entrypoint=sys.executable,
-            args=("-P", "-m", "trainer"),
+            args=("-P", "-m", "trainer", *arguments),
             max_restarts=config.launch.max_restarts,
             monitor_interval=MONITOR_SECONDS,
             master_addr="127.0.0.1",
@@ -75,7 +71,7 @@ def launch(config: Config, ranks: int, say: Callable[[str], None]) -> int:
             return 128 + signal.SIGINT
         finally:
             agent.kill()
-    ending = _last_ending(run)
+    ending = agent.ending()
     return 0 if ending is not None and ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED) else 1
 
 
@@ -134,7 +130,7 @@ class _Agent(LocalElasticAgent):
         deadline = time.monotonic() + GRACE_SECONDS
         told = False
         while time.monotonic() < deadline and self._pcontext.wait(0) is None:
-            if not told and self._ending() is not None:
+            if not told and self.ending() is not None:
                 told, deadline = True, time.monotonic() + EXIT_SECONDS
             time.sleep(MONITOR_SECONDS)
 
@@ -146,7 +142,7 @@ class _Agent(LocalElasticAgent):
 
     def _book_failure(self, result: RunResult) -> None:
         """Write the outcome of ranks that could not, and say what happens next."""
-        ending = self._ending()
+        ending = self.ending()
         if ending is None:
             killed = {rank: -f.exitcode for rank, f in result.failures.items() if f.exitcode < 0}
             rank = min(result.failures, key=lambda rank: (rank not in killed, result.failures[rank].timestamp))
@@ -170,7 +166,8 @@ class _Agent(LocalElasticAgent):
         numbers = self._run.attempt_numbers()
         return numbers[-1] if len(numbers) > self._attempts_before else None
 
-    def _ending(self) -> Ending | None:
+    def ending(self) -> Ending | None:
+        """How the present ranks ended; None while, or if, nobody has said."""
         number = self._attempt()
         return read_ending(self._run, number) if number is not None else None
 
@@ -186,8 +183,3 @@ def _is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _last_ending(run: RunDirectory) -> Ending | None:
-    numbers = run.attempt_numbers()
-    return read_ending(run, numbers[-1]) if numbers else None

@@ -26,14 +26,12 @@ def gpus(config: Config) -> int:
 def train(overrides: Sequence[str]) -> int:
     """Train, or resume, on this machine; the exit status. Raises ConfigError before a rank is spawned."""
     gc.disable()  # see trainer/__main__.py
-    from conf.compose import compose
     from data import prepare
     from trainer.start import run_directory, settle_config
 
     gc.freeze()
     gc.enable()
-    asked = compose(overrides)
-    config, changes = settle_config(overrides, ranks_for(asked), gpus(asked))
+    config, changes = settle_config(overrides, lambda config: (ranks_for(config), gpus(config)))
     prepare(config)
     run_directory(config).attempts.mkdir(parents=True, exist_ok=True)
     say(f"run directory {config.run.dir}")

@@ -15,6 +15,7 @@ from conf.schema import ModelConfig
 from models.cache import LayerCache
 from models.cpu_attention import attend_in_blocks
 from models.rope import frequencies, rotary_tables, rotate
+from parallel.tensor.layers import ColumnLinear, Enter, HeadNorm, RowLinear
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -53,15 +54,17 @@ class Attention(nn.Module):
         super().__init__()
         head_dim = self.head_dim = head_dim_of(config)
         queries, keys = config.heads * head_dim, (config.kv_heads or config.heads) * head_dim
-        self.q = nn.Linear(config.width, queries, bias=config.qkv_bias)
-        self.k = nn.Linear(config.width, keys, bias=config.qkv_bias)
-        self.v = nn.Linear(config.width, keys, bias=config.qkv_bias)
-        self.o = nn.Linear(queries, config.width, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.enter = Enter()
+        self.q = ColumnLinear(config.width, queries, bias=config.qkv_bias, unit=head_dim)
+        self.k = ColumnLinear(config.width, keys, bias=config.qkv_bias, unit=head_dim)
+        self.v = ColumnLinear(config.width, keys, bias=config.qkv_bias, unit=head_dim)
+        self.o = RowLinear(queries, config.width, bias=False, unit=head_dim)
+        self.q_norm = HeadNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, geometry: Geometry, cache: LayerCache | None = None) -> Tensor:
         """Activations `[tokens, width]` to the same. With a cache, keys and values of earlier tokens are seen too."""
+        x = self.enter(x)
         by_head = (geometry.rows, geometry.seq_len, -1, self.head_dim)
         q = rotate(self.q_norm(self.q(x).view(by_head)), geometry.cos, geometry.signed_sin)
         k = rotate(self.k_norm(self.k(x).view(by_head)), geometry.cos, geometry.signed_sin)
@@ -81,6 +84,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> 
         return _flex_attention()(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, enable_gqa=True
         ).transpose(1, 2)
+    mask = None if mask is None else mask.to(q.dtype)  # a layer may compute in another than the rest
     in_blocks = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] == k.shape[1]
     if in_blocks and not torch.compiler.is_compiling():
         return attend_in_blocks(q, k, v, mask)

@@ -14,6 +14,7 @@ from models.cache import Cache, LayerCache
 from models.embedding import Embedding
 from models.loss import Head
 from parallel.model import Constant, Normal, Part
+from parallel.tensor.layers import ColumnLinear, Enter, RowLinear
 
 
 def build(config: ModelConfig, part: Part) -> nn.Module:
@@ -30,11 +31,13 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.enter = Enter()
+        self.gate = ColumnLinear(width, hidden, bias=False)
+        self.up = ColumnLinear(width, hidden, bias=False)
+        self.down = RowLinear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 

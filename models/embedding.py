@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.tensor.layers import VocabularyLayer
+from parallel.tensor.regions import leave
 
-class Embedding(nn.Module):
+
+class Embedding(VocabularyLayer):
     """`weight` is `[vocab, width]`. Int64 tokens of any shape give flat activations `[tokens, width]`."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
@@ -17,24 +20,34 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return _Lookup.apply(tokens.flatten(), self.weight)
+        tokens = tokens.flatten()
+        if self.vocabulary is None:
+            return _Lookup.apply(tokens, None, self.weight)
+        rows, mine = self.vocabulary.own(tokens)
+        return leave(_Lookup.apply(rows, ~mine, self.weight), self.vocabulary.axis)
 
 
 class _Lookup(torch.autograd.Function):
-    """A lookup whose gradient is summed in fp32.
+    """A lookup, zero for `foreign` tokens, whose gradient is summed in fp32.
 
     The stock gradient on CPUs is summed in the weight's dtype: in bf16 a token that occurs a few hundred times in a
     micro-batch then loses most of its gradient's digits.
     """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens)
+    def forward(ctx: Any, tokens: Tensor, foreign: Tensor | None, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, foreign)
         ctx.vocab_size, ctx.dtype = weight.shape[0], weight.dtype
-        return F.embedding(tokens, weight)
+        found = F.embedding(tokens, weight)
+        return found if foreign is None else found.masked_fill_(foreign[:, None], 0.0)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        (tokens,) = ctx.saved_tensors
-        summed = torch.ops.aten.embedding_dense_backward(gradient.float(), tokens, ctx.vocab_size, -1, False)
-        return None, summed.to(ctx.dtype)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor]:
+        tokens, foreign = ctx.saved_tensors
+        gradient, own = gradient.float(), ctx.vocab_size
+        backward = torch.ops.aten.embedding_dense_backward
+        if foreign is None:
+            summed = backward(gradient, tokens, own, -1, False)
+        else:  # into a row too many, which is left out
+            summed = backward(gradient, tokens.masked_fill(foreign, own), own + 1, own, False)[:own]
+        return None, None, summed.to(ctx.dtype)

@@ -3,6 +3,9 @@
 For a vocabulary of 128k the fp32 logits of 8192 tokens are 4 GB, several times over in backward. The gradient of a
 cross entropy is known as soon as its logits are, so it is taken in the forward pass, chunk by chunk, and backward only
 scales it (the fused linear cross entropy of Liger Kernel, Hsu et al. 2024, section 3.2).
+
+Where tensor-parallel ranks share the vocabulary no logit leaves its rank. Two numbers per token do: the logarithm of
+the rank's sum of exponentials, and the logit of the label if it is among the rank's.
 """
 
 from __future__ import annotations
@@ -10,13 +13,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.rows import IGNORE
+from parallel.tensor.layers import Vocabulary, VocabularyLayer
+from parallel.tensor.regions import all_gather, enter
 
 
-class Head(nn.Module):
+class Head(VocabularyLayer):
     """The output projection and the loss. `weight` is `[vocab, width]`; a tied model puts its embedding's there."""
 
     def __init__(self, weight: nn.Parameter, chunk: int) -> None:
@@ -25,38 +29,51 @@ class Head(nn.Module):
         self.chunk = chunk
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The summed loss (fp32 scalar) of activations `[tokens, width]`; without labels the fp32 logits."""
+        """The summed loss (fp32 scalar) of activations `[tokens, width]`; without labels the fp32 logits.
+
+        A head that is cut has a loss only.
+        """
+        if self.vocabulary is not None:
+            assert labels is not None, "tensor-parallel ranks hold no token's logits whole"
+            x = enter(x, self.vocabulary.axis)
         if labels is None:
             return (x @ self.weight.T).float()
-        return summed_loss(x, self.weight, labels.flatten(), self.chunk)
+        return summed_loss(x, self.weight, labels.flatten(), self.chunk, self.vocabulary)
 
 
-def summed_loss(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+def summed_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, vocabulary: Vocabulary | None = None
+) -> Tensor:
     """The sum over tokens of the cross entropy of `hidden @ weight.T`: fp32 scalar.
 
     `hidden` is `[tokens, width]`, `weight` `[vocab, width]`, `labels` int64 `[tokens]`, those that are IGNORE left
     out. Softmax and sums are fp32 whatever the dtype; `chunk` tokens have logits at one time. Between forward and
     backward it holds the gradients: one of the size of `hidden`, and one of `weight` in fp32.
+
+    With a `vocabulary` `weight` is this rank's share of it. All its ranks call with the same hidden and labels, and
+    get the same loss; the gradient of `hidden` is this rank's part of a sum over them.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _SummedLoss.apply(hidden, weight, labels, chunk)
+        return _SummedLoss.apply(hidden, weight, labels, chunk, vocabulary)
     total = torch.zeros((), device=hidden.device)
     for rows, wanted in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        total += _chunk_loss(_log_softmax(rows @ weight.T), wanted)
+        total += _cross_entropy(rows @ weight.T, wanted, vocabulary)[0]
     return total
 
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, vocabulary: Vocabulary | None
+    ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), chunk):
             rows, wanted = hidden[start : start + chunk], labels[start : start + chunk]
-            log_probabilities = _log_softmax(rows @ weight.T)
-            total += _chunk_loss(log_probabilities, wanted)
-            grad_logits = _chunk_gradient(log_probabilities, wanted).to(hidden.dtype)
+            loss, grad_logits = _cross_entropy(rows @ weight.T, wanted, vocabulary)
+            total += loss
+            grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[start : start + chunk])
             if grad_weight is not None:
@@ -73,20 +90,30 @@ class _SummedLoss(torch.autograd.Function):
         if grad_weight is not None:
             # Scaled before it is cast: a sum over many tokens need not fit into fp16.
             grad_weight = (grad_weight * grad_output).to(ctx.dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    """fp32 `[chunk, vocab]`."""
-    return logits.log_softmax(-1, dtype=torch.float32)
+def _cross_entropy(logits: Tensor, labels: Tensor, vocabulary: Vocabulary | None) -> tuple[Tensor, Tensor]:
+    """The summed loss of `labels` `[chunk]` (fp64 scalar) and its gradient by `logits` (fp32 `[chunk, vocab]`).
 
+    The gradient is softmax - onehot(labels), zero where the label is IGNORE.
+    """
+    valid = (labels != IGNORE)[:, None]
+    wanted = labels[:, None].masked_fill(~valid, 0)
+    wanted, mine = (wanted, valid) if vocabulary is None else vocabulary.own(wanted)
 
-def _chunk_loss(log_probabilities: Tensor, labels: Tensor) -> Tensor:
-    return F.nll_loss(log_probabilities, labels, ignore_index=IGNORE, reduction="sum")
+    softmax = logits.softmax(-1, dtype=torch.float32)
+    largest, at = logits.max(-1, keepdim=True)
+    # fp64: a loss is the small difference of large logits
+    own_log_sum = largest.double() - softmax.gather(-1, at).double().log()
+    log_sum, target = own_log_sum, logits.gather(-1, wanted).double()
+    if vocabulary is not None:
+        message = torch.cat([log_sum, target.where(mine, 0.0)], -1)
+        axis = vocabulary.axis
+        of_ranks = all_gather(message, axis.group_name, axis.size).view(axis.size, *message.shape)
+        log_sum = of_ranks[:, :, :1].logsumexp(0)
+        target = of_ranks[:, :, 1:].sum(0)
 
-
-def _chunk_gradient(log_probabilities: Tensor, labels: Tensor) -> Tensor:
-    """softmax - onehot(labels), zero where the label is IGNORE: fp32 `[chunk, vocab]`."""
-    valid = (labels != IGNORE).to(torch.float32)[:, None]
-    grad_output = torch.zeros_like(log_probabilities).scatter_(-1, labels.clamp(min=0)[:, None], -valid)
-    return torch._log_softmax_backward_data(grad_output, log_probabilities, -1, torch.float32)
+    loss = (log_sum - target).where(valid, 0.0).sum()
+    share = (own_log_sum - log_sum).exp().where(valid, 0.0).float()  # of all probability; 1 for a whole vocabulary
+    return loss, softmax.mul_(share).scatter_add_(-1, wanted, -(mine & valid).float())

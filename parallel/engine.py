@@ -38,6 +38,10 @@ class Engine(Protocol):
         """The data of `shards()` were changed from outside: bring whatever is derived from them up to date."""
         ...
 
+    def gradient_shards(self) -> list[Shard]:
+        """Between `forward_backward` and `update`: the gradients of the summed loss of the global batch, as copies."""
+        ...
+
     def state(self) -> dict[str, float]:
         """What is not a tensor per parameter, equal on all ranks and free of the layout (waits for the device)."""
         ...

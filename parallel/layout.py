@@ -1,7 +1,9 @@
-"""Layout: the sizes of the mesh axes and what follows from them, as pure arithmetic."""
+"""Layout: the sizes of the mesh axes and what follows from them, as pure arithmetic; last, a rank's share of cores."""
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 
 from conf.schema import Config
@@ -63,14 +65,20 @@ class Layout:
         at = self.coordinate(rank)
         return at.dp_replicate * self.dp_shard + at.dp_shard
 
+    def stride(self, axis: str) -> int:
+        """How far apart the ranks of neighbours on `axis` are."""
+        return math.prod(self.sizes()[AXES.index(axis) + 1 :])
+
     def groups(self, *axes: str) -> list[list[int]]:
         """The groups of ranks that differ only along `axes`, each in rank order, every rank in exactly one."""
-        found: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(self.world):
-            at = self.coordinate(rank)
-            key = tuple(getattr(at, axis) for axis in AXES if axis not in axes)
-            found.setdefault(key, []).append(rank)
-        return list(found.values())
+        firsts, members = [0], [0]
+        for axis, size in zip(AXES, self.sizes(), strict=True):
+            steps = [place * self.stride(axis) for place in range(size)]
+            if axis in axes:
+                members = [member + step for member in members for step in steps]
+            else:
+                firsts = [first + step for first in firsts for step in steps]
+        return [[first + member for member in members] for first in firsts]
 
     def __str__(self) -> str:
         axes = " x ".join(f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1)
@@ -118,3 +126,8 @@ def batch_plan(config: Config, layout: Layout) -> BatchPlan:
     if micro < 1 or rank_rows % micro:
         raise ValueError(f"{rank_rows} rows per rank do not divide into micro-batches of {micro}")
     return BatchPlan(rows, rank_rows, micro)
+
+
+def threads_per_rank(threads: int | None, local_world: int) -> int:
+    """`threads`, else a rank's share of the cores that this process may use, so that ranks do not fight for them."""
+    return threads or max(1, len(os.sched_getaffinity(0)) // local_world)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.layout import AXES, Coordinate, Layout
+from parallel.layout import AXES, Coordinate, Layout, threads_per_rank
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The groups of one rank. A group over an axis of size 1 is None: there is nobody to talk to."""
+    """The groups of one rank. A group in which this rank is alone is None: there is nobody to talk to."""
 
     layout: Layout
     rank: int
     device: torch.device
     world: dist.ProcessGroup  # all ranks, on the device's backend
     control: dist.ProcessGroup  # all ranks, on gloo: small texts between hosts
-    axes: dict[str, dist.ProcessGroup | None] = field(default_factory=dict)
+    timeout: timedelta  # of every group; torch does not pass the default group's on to new ones
+    groups: dict[str, dist.ProcessGroup | None] = field(default_factory=dict)  # the axes', and what `divide` added
 
     @property
     def at(self) -> Coordinate:
@@ -36,9 +37,35 @@ class Mesh:
     def dp_rank(self) -> int:
         return self.layout.dp_rank(self.rank)
 
-    def group(self, axis: str) -> dist.ProcessGroup | None:
-        """The ranks that differ from this one only along `axis`."""
-        return self.axes[axis]
+    def group(self, name: str) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one only along the axis `name`, or the group that `divide` made."""
+        return self.groups[name]
+
+    def divide(self, name: str, groups: Sequence[Sequence[int]]) -> None:
+        """Make the groups called `name`: lists of ranks that do not overlap. A collective: all ranks pass the same.
+
+        A name that exists already is left as it is.
+        """
+        if name in self.groups:
+            return
+        self.groups[name] = None
+        for ranks in groups:  # every rank makes every group, in the same order
+            if len(ranks) == self.layout.world > 1:
+                self.groups[name] = self.world
+            elif len(ranks) > 1:
+                group = dist.new_group(list(ranks), timeout=self.timeout)
+                if self.rank in ranks:
+                    self.groups[name] = group
+
+    def alone(self) -> dist.ProcessGroup:
+        """A group of this rank only, for code that takes None for all ranks. A collective, the first time."""
+        if self.layout.world == 1:
+            return self.world
+        if "alone" not in self.groups:
+            self.groups["alone"] = dist.new_group([self.rank], timeout=self.timeout, use_local_synchronization=True)
+        group = self.groups["alone"]
+        assert group is not None
+        return group
 
     def sum(self, values: Tensor) -> Tensor:
         """`values` summed in place over all ranks, on the device."""
@@ -55,7 +82,6 @@ class Mesh:
         """The torch device mesh that `fully_shard` takes: (dp_shard) or, hybrid, (dp_replicate, dp_shard)."""
         from torch.distributed.device_mesh import DeviceMesh
 
-        found = {axis: group for axis, group in self.axes.items() if axis in ("dp_replicate", "dp_shard") and group}
         at = self.at
         ranks = torch.tensor(
             [
@@ -63,10 +89,11 @@ class Mesh:
                 for replica in range(self.layout.dp_replicate)
             ]
         )
-        axes, groups = tuple(found), list(found.values())
-        if len(axes) == 1:
-            return DeviceMesh.from_group(groups[0], self.device.type, ranks.flatten(), mesh_dim_names=axes)
-        return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=axes)
+        groups = {axis: group for axis in ("dp_replicate", "dp_shard") if (group := self.groups[axis]) is not None}
+        axes, found = tuple(groups), list(groups.values())
+        if len(found) == 1:
+            return DeviceMesh.from_group(found[0], self.device.type, ranks.flatten(), mesh_dim_names=axes)
+        return DeviceMesh.from_group(found, self.device.type, ranks, mesh_dim_names=axes)
 
 
 def pick_device(wanted: str | None, local_rank: int) -> torch.device:
@@ -80,10 +107,7 @@ def pick_device(wanted: str | None, local_rank: int) -> torch.device:
 
 
 def start_mesh(layout: Layout, device: torch.device, store: dist.Store, rank: int, timeout_seconds: float) -> Mesh:
-    """Join the other ranks through `store` and make all groups.
-
-    The given timeout is put on every group: torch does not pass the default group's on to new ones.
-    """
+    """Join the other ranks through `store` and make all groups."""
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
@@ -105,17 +129,10 @@ def mesh_over_default_group(layout: Layout, device: torch.device, timeout_second
     world = dist.group.WORLD
     assert world is not None
     control = world if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
-    axes: dict[str, dist.ProcessGroup | None] = {}
-    for axis, axis_size in zip(AXES, layout.sizes(), strict=True):
-        axes[axis] = None
-        if axis_size == layout.world > 1:
-            axes[axis] = world
-        elif axis_size > 1:
-            for ranks in layout.groups(axis):  # every rank makes every group, in the same order
-                group = dist.new_group(ranks, timeout=timeout)
-                if rank in ranks:
-                    axes[axis] = group
-    return Mesh(layout, rank, device, world, control, axes)
+    mesh = Mesh(layout, rank, device, world, control, timeout)
+    for axis in AXES:
+        mesh.divide(axis, layout.groups(axis))
+    return mesh
 
 
 def stop_mesh() -> None:
@@ -125,8 +142,7 @@ def stop_mesh() -> None:
 
 
 def use_threads(threads: int | None, local_world: int) -> int:
-    """Give this rank its share of the machine's cores (or `threads`), so that ranks do not fight for them."""
-    cores = len(os.sched_getaffinity(0))
-    share = threads or max(1, cores // local_world)
+    """Give this rank `threads`, or its share of the machine's cores."""
+    share = threads_per_rank(threads, local_world)
     torch.set_num_threads(share)
     return share

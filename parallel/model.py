@@ -50,6 +50,8 @@ class CuttableModel(Protocol):
         `[rows, seq_len]`, or None when attention may cross documents (it never crosses rows). Returns the fp32 SUM of
         the token losses (labels int64 `[rows, seq_len]`, IGNORE left out) where the part has the head, else
         activations `[tokens, width]`.
+
+        Under sequence parallelism activations between parts are this tensor-parallel rank's share of the tokens.
         """
         ...
 

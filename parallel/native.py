@@ -2,119 +2,194 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from conf.schema import Config
 from parallel.layout import BatchPlan
+from parallel.loss_scale import LossScale
 from parallel.mesh import Mesh
 from parallel.optimizer import LocalOptimizer
-from parallel.registry import Registry
+from parallel.passes import Passes, StraightPasses
+from parallel.registry import Held, Registry
+from parallel.replicated import ReplicatedWeights
 from parallel.rows import Rows
-from parallel.shards import PARAMETER, Shard
+from parallel.shards import GRADIENT, PARAMETER, Shard
+from parallel.stages import stages_of
 from parallel.update import StepResult, agree
-from parallel.weights import DTYPES, Weights
+from parallel.weights import DTYPES, Precision, Weights
 
 
 class NativeEngine:
-    """`parallel.engine.Engine` over one of the two stores of weights."""
+    """`parallel.engine.Engine`: `passes` through this rank's stages, whose weights are `weights`, one for each."""
 
     def __init__(
-        self,
-        config: Config,
-        mesh: Mesh,
-        plan: BatchPlan,
-        model: nn.Module,
-        registry: Registry,
-        weights: Weights,
+        self, config: Config, mesh: Mesh, passes: Passes, registry: Registry, weights: Sequence[Weights]
     ) -> None:
-        self._mesh, self._plan, self._model = mesh, plan, model
-        self._registry, self._weights = registry, weights
-        self._document_mask = config.data.document_mask
+        self._mesh, self._passes, self._registry, self._weights = mesh, passes, registry, weights
         self._clip_norm = config.clip_norm
         self._nominal_tokens = config.batch.rows * config.seq_len
+        self._held: dict[str, Held] = {}
+        self._tensors: dict[str, Tensor] = {}
+        for stage in weights:
+            self._held |= stage.held
+            self._tensors |= stage.tensors
         shapes = {name: entry.shape for name, entry in registry.entries.items()}
-        self._optimizer = LocalOptimizer(config.optim, weights.tensors, shapes)
+        trained = {name: self._tensors[name] for name in registry.trainable()}
+        self._optimizer = LocalOptimizer(config.optim, trained, shapes)
+        self._loss_scale = LossScale(mesh.device) if config.precision == "fp16" else None
+        self._one = torch.ones((), device=mesh.device)
+        self._complete: dict[str, Tensor] | None = None  # gradients of this step after all sums, once asked for
+        # All ranks of a replica see the same rows; the first tensor-parallel rank of the last stage reports them.
+        self._reports = mesh.at.tp == 0 and mesh.at.pp == mesh.layout.pp - 1
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._tokens = torch.zeros((), dtype=torch.float64, device=mesh.device)
 
     def forward_backward(self, rows: Rows) -> None:
-        size = self._plan.micro_rows
-        for start in range(0, len(rows), size):
-            micro = rows[start : start + size].to(self._mesh.device)
-            self._weights.begin(last=start + size >= len(rows))
-            loss = self._loss(micro)
-            (loss / self._nominal_tokens).backward()
-            self._loss_sum += loss.detach()
-            self._tokens += micro.valid_tokens()
+        loss_sum = self._passes.train(rows, self._scale() / self._nominal_tokens)
+        if self._reports:
+            self._loss_sum += loss_sum
+            self._tokens += rows.valid_tokens().to(self._mesh.device, non_blocking=True)
 
     def update(self, lr: float, votes: frozenset[str] = frozenset()) -> StepResult:
-        gradients = self._weights.gradients()
-        held = self._weights.held
-        counted = [
-            gradients[name]
-            for index, name in enumerate(self._registry.entries)
-            if held[name].counted_by(index) and gradients[name].numel()
-        ]
-        verdict = agree(
-            self._mesh,
-            counted,
-            self._loss_sum,
-            self._tokens,
-            votes,
-            nominal_tokens=self._nominal_tokens,
-            clip_norm=self._clip_norm,
-        )
-        self._optimizer.step(gradients, lr, verdict.gradient_divisor, verdict.found_inf)
-        self._weights.updated()
-        self._loss_sum.zero_()
-        self._tokens.zero_()
+        with record_function("stoker.update"):
+            gradients = self._gradients()
+            counted = [
+                gradient
+                for name, gradient in gradients.items()
+                if gradient.numel() and self._registry.counted(name, self._held[name])
+            ]
+            verdict = agree(
+                self._mesh,
+                counted,
+                self._loss_sum,
+                self._tokens,
+                votes,
+                loss_scale=self._scale(),
+                nominal_tokens=self._nominal_tokens,
+                clip_norm=self._clip_norm,
+            )
+            self._optimizer.step(gradients, lr, verdict.gradient_divisor, verdict.found_inf)
+            self.shards_written()
+            if self._loss_scale is not None:
+                self._loss_scale.adjust(verdict.found_inf)
+            self._loss_sum.zero_()
+            self._tokens.zero_()
         return verdict.result
 
     def evaluate(self, rows: Rows) -> Tensor:
-        total = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
-        with torch.no_grad():
-            for start in range(0, len(rows), self._plan.micro_rows):
-                micro = rows[start : start + self._plan.micro_rows].to(self._mesh.device)
-                total += torch.stack([self._loss(micro).double(), micro.valid_tokens().double()])
-        return total
+        loss_sum = self._passes.evaluate(rows)
+        if not self._reports:
+            return torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
+        return torch.stack([loss_sum, rows.valid_tokens().to(self._mesh.device).double()])
 
     def shards(self) -> list[Shard]:
-        tensors = [(name, PARAMETER, tensor) for name, tensor in self._weights.tensors.items()]
+        tensors = [(name, PARAMETER, tensor) for name, tensor in self._tensors.items()]
         tensors += [(name, f"optim.{key}", state) for name, key, state in self._optimizer.tensors()]
-        return [
-            shard
-            for name, kind, tensor in tensors
-            for shard in self._registry.shards(name, kind, self._weights.held[name], tensor)
-        ]
+        return [shard for tensor in tensors for shard in self._described(*tensor)]
 
     def shards_written(self) -> None:
-        self._weights.updated()
+        self._complete = None
+        for stage in self._weights:
+            stage.updated()
+
+    def gradient_shards(self) -> list[Shard]:
+        scale = self._scale()
+        return [
+            shard
+            for name, gradient in self._gradients().items()
+            for shard in self._described(name, GRADIENT, gradient * (self._nominal_tokens / scale))
+        ]
 
     def state(self) -> dict[str, float]:
-        return self._optimizer.scalars()
+        scale = self._loss_scale.state() if self._loss_scale is not None else {}
+        return self._optimizer.scalars() | scale
 
     def load_state(self, state: dict[str, float]) -> None:
         self._optimizer.load_scalars(state)
+        if self._loss_scale is not None:
+            self._loss_scale.load_state(state)
 
-    def _loss(self, micro: Rows) -> Tensor:
-        documents = micro.documents if self._document_mask else None
-        return self._model(micro.tokens, micro.positions, documents, micro.labels)
+    def _scale(self) -> Tensor:
+        return self._one if self._loss_scale is None else self._loss_scale.value
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """The gradients of all that is trained, summed over everything: what `update` works with."""
+        if self._complete is None:
+            self._complete = {}
+            for stage in self._weights:
+                self._complete |= stage.gradients()
+            _sum_partial(self._mesh, self._registry, self._complete)
+        return self._complete
+
+    def _described(self, name: str, kind: str, data: Tensor) -> list[Shard]:
+        return list(self._registry.shards(name, kind, self._held[name], data))
 
 
-def build_native(config: Config, mesh: Mesh, plan: BatchPlan, model: nn.Module, registry: Registry) -> NativeEngine:
-    """The engine over `model` (on the meta device), with memory for weights and optimizer but no values yet."""
+def _sum_partial(mesh: Mesh, registry: Registry, gradients: dict[str, Tensor]) -> None:
+    """Sum gradients that are partial over a group, in place: one all-reduce for each group."""
+    by_group: dict[str, list[Tensor]] = {}
+    for name in sorted(gradients):  # the same order on all ranks of a group
+        for group in registry.entries[name].partial:
+            if gradients[name].numel():
+                by_group.setdefault(group, []).append(gradients[name])
+    for group in sorted(by_group):
+        parts = by_group[group]
+        flat = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(flat, group=mesh.group(group))
+        sums = flat.split([part.numel() for part in parts])
+        torch._foreach_copy_(parts, [total.view_as(part) for total, part in zip(sums, parts, strict=True)])
+
+
+def build_native(
+    config: Config,
+    mesh: Mesh,
+    plan: BatchPlan,
+    stages: Sequence[nn.Module],
+    full: Sequence[tuple[nn.Module, ...]],
+    registry: Registry,
+) -> NativeEngine:
+    """The engine over `stages` (on the meta device), with memory for weights and optimizer but no values yet.
+
+    Without a pipeline there is one stage, the whole model. `full` are those modules of each that compute in float32.
+    """
     dtype = DTYPES[config.precision]
-    layout = mesh.layout
-    weights: Weights
-    if layout.dp_shard == 1:
-        from parallel.replicated import ReplicatedWeights
-
-        weights = ReplicatedWeights(model, mesh.device, dtype, mesh.group("dp_replicate"))
+    precisions = [Precision(dtype, modules) for modules in full]
+    weights = [
+        _store(config, mesh, plan, registry, stage, precision)
+        for stage, precision in zip(stages, precisions, strict=True)
+    ]
+    mask = config.data.document_mask
+    passes: Passes
+    if mesh.layout.pp == 1:
+        passes = StraightPasses(weights[0], plan, mesh.device, mask)
     else:
-        from parallel.sharded import (
-            ShardedWeights,
-        )  # imports torch's FSDP: half a second that ZeRO 0 does not need
+        from parallel.pipeline import PipelinePasses, Stage  # a second of imports that only pipelines need
 
-        weights = ShardedWeights(model, mesh, dtype, layout.zero)
-    return NativeEngine(config, mesh, plan, model, registry, weights)
+        tokens = plan.micro_rows * config.seq_len
+        if config.parallel.sequence:
+            tokens //= mesh.layout.tp
+        numbers = stages_of(mesh.at.pp, mesh.layout.pp, config.parallel.stages_per_rank)
+        held = [Stage(number, stage.module, stage) for number, stage in zip(numbers, weights, strict=True)]
+        activation = torch.empty(tokens, config.model.width, dtype=dtype, device="meta")
+        passes = PipelinePasses(mesh, plan, held, config.parallel.schedule, mask, activation)
+    return NativeEngine(config, mesh, passes, registry, weights)
+
+
+def _store(
+    config: Config, mesh: Mesh, plan: BatchPlan, registry: Registry, model: nn.Module, precision: Precision
+) -> Weights:
+    if config.parallel.engine == "deepspeed":
+        from parallel.deepspeed_engine import DeepSpeedWeights  # half a second of imports, and seconds within them
+
+        return DeepSpeedWeights(config, mesh, plan, model, registry)
+    offload = config.parallel.offload == "cpu"
+    if mesh.layout.dp_shard == 1:
+        return ReplicatedWeights(model, mesh.device, precision, mesh.group("dp_replicate"), offload)
+    from parallel.sharded import ShardedWeights  # half a second of imports that ZeRO 0 does not need
+
+    return ShardedWeights(model, mesh, precision, mesh.layout.zero, offload)

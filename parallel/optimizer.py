@@ -39,6 +39,7 @@ class LocalOptimizer:
             if names
         ]
         self._optimizer = _builder(config)(groups) if groups else None
+        self._device = next(iter(self._parameters.values())).device if groups else torch.device("cpu")
         self._make_state()
 
     def _make_state(self) -> None:
@@ -51,8 +52,7 @@ class LocalOptimizer:
             for parameter in self._parameters.values():
                 parameter.zero_()
         zeros = {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
-        device = next(iter(zeros.values())).device if zeros else torch.device("cpu")
-        self.step(zeros, 0.0, torch.ones((), device=device), torch.zeros((), device=device))
+        self.step(zeros, 0.0, torch.ones((), device=self._device), torch.zeros((), device=self._device))
         self.load_scalars(dict.fromkeys(self.scalars(), 0.0))
 
     def step(self, gradients: dict[str, Tensor], lr: float, divisor: Tensor, found_inf: Tensor) -> None:
@@ -64,6 +64,7 @@ class LocalOptimizer:
             parameter.grad = gradients[name]
         for group in optimizer.param_groups:
             group["lr"] = lr
+        divisor, found_inf = divisor.to(self._device), found_inf.to(self._device)  # waits if it is offloaded
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.grad_scale, optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]
             optimizer.step()
@@ -89,16 +90,23 @@ class LocalOptimizer:
         return {key: float(value) for _, key, value in self._state() if key == "step"}
 
     def load_scalars(self, values: dict[str, float]) -> None:
-        for _, key, value in self._state():
-            if key in values:
+        """The inverse of `scalars`."""
+        for name, key, value in self._state():
+            if key in values and isinstance(value, Tensor):
                 value.fill_(values[key])
+            elif key in values:
+                assert self._optimizer is not None
+                self._optimizer.state[self._parameters[name]][key] = type(value)(values[key])
 
-    def _state(self) -> Iterator[tuple[str, str, Any]]:
-        if self._optimizer is not None:
-            for name, parameter in self._parameters.items():
-                for key, value in self._optimizer.state[parameter].items():
-                    if value is not None:
-                        yield name, key, value
+    def _state(self) -> list[tuple[str, str, Any]]:
+        if self._optimizer is None:
+            return []
+        return [
+            (name, key, value)
+            for name, parameter in self._parameters.items()
+            for key, value in self._optimizer.state[parameter].items()
+            if value is not None
+        ]
 
 
 def _builder(config: OptimConfig) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:

@@ -11,49 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from conf.limits import LIMITS
-from conf.schema import Config, ModelConfig, lookup
+from conf.limits import LIMITS, ZERO_BUBBLE
+from conf.schema import Config, lookup
 from conf.values import ConfigError
-from parallel.layout import BatchPlan, Layout, batch_plan
 from parallel.nearest import around, divisors, either, multiples_around
-
-
-@dataclass(frozen=True)
-class Start:
-    """What is about to start: `config` on `world` ranks, which may use `gpus` GPUs over all machines."""
-
-    config: Config
-    world: int
-    gpus: int
-
-    @property
-    def cuda(self) -> bool:
-        """Whether the ranks compute on GPUs."""
-        device = self.config.launch.device
-        return device == "cuda" or (device is None and self.gpus > 0)
-
-    @property
-    def built_in_model(self) -> bool:
-        """Whether the shape in `config.model` describes the model; a user's own model may read none of it."""
-        return self.config.model.target == ModelConfig().target
-
-    @property
-    def dp(self) -> int | None:
-        """The data-parallel degree, or None where the axes do not fit the ranks, which is refused by its own entry."""
-        wanted = self.config.parallel
-        if min(self.world, wanted.tp, wanted.pp) < 1 or self.world % (wanted.tp * wanted.pp):
-            return None
-        return self.world // (wanted.tp * wanted.pp)
-
-    @property
-    def plan(self) -> BatchPlan | None:
-        """The split of the rows, or None where they do not divide, which is refused by its own entry."""
-        if self.dp is None:
-            return None
-        try:
-            return batch_plan(self.config, Layout(dp_replicate=self.dp))
-        except ValueError:
-            return None
+from parallel.start import Start
 
 
 @dataclass(frozen=True)
@@ -153,20 +115,44 @@ def _micro(start: Start) -> str | None:
 
 @_refuses(
     "tensor parallelism",
-    "parallel.tp that does not divide heads, kv_heads, width and hidden (the vocabulary is padded)",
-    "every rank holds as many heads and channels",
+    "parallel.tp that does not divide heads and hidden, or that neither divides kv_heads nor is a multiple of it",
+    "every rank holds as many heads and channels, or one kv head that neighbours hold too; "
+    "width and vocabulary may be of any size",
 )
 def _tensor_parallel(start: Start) -> str | None:
     tp, model = start.config.parallel.tp, start.config.model
-    sizes = {"heads": model.heads, "kv_heads": model.kv_heads, "width": model.width, "hidden": model.hidden}
-    given = {name: size for name, size in sizes.items() if size is not None}
-    if not start.built_in_model or tp < 1 or min(given.values()) < 1:
+    heads, kv_heads, hidden = model.heads, model.kv_heads or model.heads, model.hidden
+    if not start.built_in_model or min(tp, heads, kv_heads, hidden) < 1:
         return None
-    uneven = [f"model.{name}={size}" for name, size in given.items() if size % tp]
+
+    def shares_kv_heads(ranks: int) -> bool:
+        return kv_heads % ranks == 0 or ranks % kv_heads == 0
+
+    uneven = [f"model.{name}={size}" for name, size in (("heads", heads), ("hidden", hidden)) if size % tp]
+    if model.kv_heads and not shares_kv_heads(tp):
+        uneven.append(f"model.kv_heads={kv_heads}")
     if not uneven:
         return None
-    fitting = around(tp, divisors(math.gcd(*given.values())))
-    return f"parallel.tp={tp} does not divide {', '.join(uneven)}: {either(fitting)} does"
+    fitting = around(tp, filter(shares_kv_heads, divisors(math.gcd(heads, hidden))))
+    return f"parallel.tp={tp} does not go with {', '.join(uneven)}: {either(fitting)} does"
+
+
+@_refuses(
+    "sequence parallelism",
+    "micro-batches whose tokens do not divide over parallel.tp under parallel.sequence",
+    "between regions every rank holds as many tokens",
+)
+def _sequence_parallel(start: Start) -> str | None:
+    tp, seq_len, plan = start.config.parallel.tp, start.config.seq_len, start.plan
+    if not start.config.parallel.sequence or plan is None or seq_len < 1 or plan.micro_rows * seq_len % tp == 0:
+        return None
+    micro = [n for n in divisors(plan.rank_rows) if n * seq_len % tp == 0]
+    rows = f"batch.micro={either(around(plan.micro_rows, micro))} does, or " if micro else ""
+    lengths = either(multiples_around(seq_len, tp // math.gcd(tp, plan.micro_rows)))
+    return (
+        f"micro-batches of {plan.micro_rows} x seq_len={seq_len} tokens do not divide over parallel.tp={tp}: "
+        f"{rows}seq_len={lengths}, or parallel.sequence=false"
+    )
 
 
 @_refuses("stages", "more pipeline stages than layers", "a stage holds at least one layer")
@@ -199,12 +185,28 @@ def _interleaving(start: Start) -> str | None:
     return None
 
 
-@_refuses("full pipeline", "fewer micro-batches than pipeline stages", "some schedules hang, all of them idle")
+@_refuses(
+    "zero bubble",
+    f"parallel.schedule={', '.join(ZERO_BUBBLE)}",
+    "torch's split backward adds weight gradients up in the compute dtype, past the hooks that reduce them",
+)
+def _zero_bubble(start: Start) -> str | None:
+    schedule = start.config.parallel.schedule
+    if schedule not in ZERO_BUBBLE:
+        return None
+    return (
+        f"parallel.schedule={schedule}: the split backward of zero-bubble schedules adds weight gradients up in the "
+        "compute dtype and past the hooks that reduce them; parallel.schedule=interleaved with "
+        "parallel.stages_per_rank=2 or more has a small bubble too"
+    )
+
+
+@_refuses("full pipeline", "fewer micro-batches than stages under schedule=1f1b", "it begins with one in each stage")
 def _full_pipeline(start: Start) -> str | None:
     wanted, plan = start.config.parallel, start.plan
-    stages = wanted.pp * wanted.stages_per_rank
-    if plan is None or wanted.pp == 1 or plan.micro_batches >= stages:
+    if plan is None or wanted.schedule != "1f1b" or wanted.pp == 1 or plan.micro_batches >= wanted.pp:
         return None
+    stages = wanted.pp
     advice = f"batch.micro={plan.rank_rows // stages}" if plan.rank_rows % stages == 0 else None
     advice = advice or f"batch.rows={stages * plan.micro_rows * plan.rows // plan.rank_rows}"
     return f"{plan.micro_batches} micro-batches do not fill {stages} pipeline stages: {advice} does"
@@ -312,12 +314,18 @@ def _evaluation(start: Start) -> str | None:
     return None
 
 
+@_refuses("traced steps", "profile.steps that begin after the last step", "nothing would be traced")
+def _traced_steps(start: Start) -> str | None:
+    traced, steps = start.config.profile.steps, start.config.steps
+    if not traced or len(traced) != 2 or steps < 1 or traced[0] <= steps or traced[1] < traced[0]:
+        return None
+    first = max(1, steps - (traced[1] - traced[0]))
+    return f"profile.steps={traced} with steps={steps}: no such step is taken; profile.steps=[{first},{steps}] works"
+
+
 NOT_YET = (
-    NotYet("parallel.tp", lambda value: value > 1, "tensor parallelism", "1"),
-    NotYet("parallel.pp", lambda value: value > 1, "pipeline parallelism", "1"),
     NotYet("parallel.engine", lambda value: value == "deepspeed", "the DeepSpeed engine", "fsdp"),
-    NotYet("parallel.offload", lambda value: value in ("cpu", "nvme"), "offload of optimizer state", "none"),
-    NotYet("precision", lambda value: value == "fp16", "the dynamic loss scale of fp16", "bf16 or fp32"),
+    NotYet("parallel.offload", lambda value: value == "nvme", "offload to NVMe", "cpu"),
 )
 
 

@@ -6,7 +6,8 @@ tensor, so this knowledge lives beside the model, keyed by global name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,52 +33,83 @@ class Entry:
     pieces: tuple[Piece, ...]
     replica: int = 0  # this rank's number among the ranks of the model-parallel axes that hold the same pieces
     replicas: int = 1
+    partial: tuple[str, ...] = ()  # groups of the mesh over which its gradient is still to be summed after backward
+    trainable: bool = True
 
 
 @dataclass(frozen=True)
 class Held:
-    """What ZeRO left of a parameter on this rank: a rectangle of the module's tensor, and who else holds it."""
+    """What ZeRO left of a parameter on this rank: a part of the module's tensor, and who else holds it.
 
-    rectangle: Rectangle
+    The data of one rectangle have its shape. Those of a flat range, which are several rectangles (see `flat_range`),
+    are one dim: the rectangles' elements, one rectangle after the other.
+    """
+
+    rectangles: tuple[Rectangle, ...]
     replica: int = 0
     replicas: int = 1
 
-    def counted_by(self, index: int) -> bool:
-        """Whether this rank counts parameter number `index` in sums over all ranks: one replica does, in turn."""
-        return index % self.replicas == self.replica
+    def views(self, data: Tensor) -> Iterator[tuple[Rectangle, Tensor]]:
+        """Each rectangle with its part of `data`, in its shape and in the same memory."""
+        start = 0
+        for rectangle in self.rectangles:
+            if data.shape == rectangle.size:
+                yield rectangle, data
+            else:
+                yield rectangle, data[start : start + rectangle.numel].view(rectangle.size)
+            start += rectangle.numel
 
 
 class Registry:
     """Entries by global name, in the model's order."""
 
-    def __init__(self, entries: list[Entry]) -> None:
+    def __init__(self, entries: Iterable[Entry]) -> None:
         self.entries = {entry.name: entry for entry in entries}
+
+    def trainable(self) -> list[str]:
+        return [entry.name for entry in self.entries.values() if entry.trainable]
+
+    def counted(self, name: str, held: Held) -> bool:
+        """Whether this rank counts its part of the parameter in sums over all ranks: of its replicas one does.
+
+        Which one is drawn by the name, so that the work is spread and no rank has to know the others' parameters.
+        """
+        replica, replicas = self._replica(name, held)
+        return zlib.crc32(name.encode()) % replicas == replica
+
+    def _replica(self, name: str, held: Held) -> tuple[int, int]:
+        entry = self.entries[name]
+        return entry.replica * held.replicas + held.replica, entry.replicas * held.replicas
 
     def shards(self, name: str, kind: str, held: Held, data: Tensor) -> Iterator[Shard]:
         """`data` (the `held` part of parameter `name`, or optimizer state of its shape) as global rectangles."""
         entry = self.entries[name]
-        replica = entry.replica * held.replicas + held.replica
-        replicas = entry.replicas * held.replicas
-        for piece in entry.pieces:
-            part = piece.local.intersection(held.rectangle)
-            if part is None:
-                continue
-            offset = tuple(
-                there + here - start
-                for there, here, start in zip(piece.world.offset, part.offset, piece.local.offset, strict=True)
-            )
-            view = data[part.within(held.rectangle)]
-            yield Shard(name, kind, entry.shape, Rectangle(offset, part.size), view, replica, replicas)
+        replica, replicas = self._replica(name, held)
+        for rectangle, values in held.views(data):
+            for piece in entry.pieces:
+                part = piece.local.intersection(rectangle)
+                if part is None:
+                    continue
+                offset = tuple(
+                    there + here - start
+                    for there, here, start in zip(piece.world.offset, part.offset, piece.local.offset, strict=True)
+                )
+                view = values[part.within(rectangle)]
+                yield Shard(name, kind, entry.shape, Rectangle(offset, part.size), view, replica, replicas)
+
+
+def whole_entry(name: str, parameter: nn.Parameter) -> Entry:
+    """The entry of a parameter that this rank's module holds whole.
+
+    Raises ValueError for another dtype than float32: what computes in fewer bits are copies.
+    """
+    if parameter.dtype != torch.float32:
+        raise ValueError(f"parameter {name} is {parameter.dtype}: build models in float32, `precision` does the rest")
+    shape = tuple(parameter.shape)
+    box = whole(shape)
+    return Entry(name, shape, (Piece(box, box),), trainable=parameter.requires_grad)
 
 
 def uncut(model: nn.Module) -> Registry:
     """The registry of a model that no tensor parallelism has cut: every tensor is whole. Tied tensors stand once."""
-    entries = []
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise ValueError(
-                f"parameter {name} is {parameter.dtype}: build models in float32, `precision` does the rest"
-            )
-        box = whole(tuple(parameter.shape))
-        entries.append(Entry(name, tuple(parameter.shape), (Piece(box, box),)))
-    return Registry(entries)
+    return Registry(whole_entry(name, parameter) for name, parameter in model.named_parameters())

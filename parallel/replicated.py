@@ -16,52 +16,69 @@ from torch import Tensor, nn
 
 from parallel.registry import Held
 from parallel.shards import whole
-from parallel.weights import materialise, replace_parameters
+from parallel.weights import Precision, materialise, replace_parameters
 
 ALIGNMENT = 16  # elements: keeps every view on a 64-byte boundary
 BUCKET_NUMEL = 1 << 21  # elements per all-reduce: 8 MiB of float32
 
 
 class ReplicatedWeights:
-    """See `parallel.weights.Weights`. `group` are the ranks that hold the same, None if this is the only one."""
+    """See `parallel.weights.Weights`. `group` are the ranks that hold the same, None if this is the only one.
+
+    With `offload` the float32 parameters, and so the optimizer, live in the CPU's memory: gradients are copied there
+    after their reduction, and the compute copy back after the update.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         device: torch.device,
-        compute_dtype: torch.dtype,
+        precision: Precision,
         group: dist.ProcessGroup | None,
+        offload: bool = False,
     ) -> None:
-        self._group = group
+        self.module, self._group = model, group
         replica, replicas = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
-        # Backward meets the parameters in the reverse order of their use, so that is their order in the buffers.
-        ordered = list(model.named_parameters())[::-1]
-        offsets, end = {}, 0
-        for name, parameter in ordered:
-            offsets[name] = end
-            end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-        self._master = torch.zeros(end, device=device)
+        # Backward meets the parameters in the reverse order of their use, so that is their order in the buffers. What
+        # is not trained comes last and has no gradients.
+        named = dict(reversed(list(model.named_parameters())))
+        trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        offsets, end = _layout(trained)
+        others, total = _layout({name: parameter for name, parameter in named.items() if name not in trained}, end)
+        places = offsets | others
+        home = torch.device("cpu") if offload else device
+        pinned = offload and device.type == "cuda"
+        self._master = torch.zeros(total, device=home, pin_memory=pinned)
         self._gradients = torch.zeros(end, device=device)
-        casts = compute_dtype != torch.float32
-        self._compute = torch.zeros(end, device=device, dtype=compute_dtype) if casts else self._master
+        self._home_gradients = torch.zeros(end, pin_memory=pinned) if offload else self._gradients
+        self._compute = self._master
+        if offload or precision.dtype != torch.float32:
+            self._compute = torch.zeros(total, device=device, dtype=precision.dtype)
+        # What computes in full has its own float32 copy where the masters are elsewhere.
+        full = {id(parameter) for module in precision.full for parameter in module.parameters()}
+        self._full = torch.zeros(total, device=device) if offload and full else self._master
 
-        def view(buffer: Tensor, name: str, like: Tensor) -> Tensor:
-            return buffer[offsets[name] : offsets[name] + like.numel()].view(like.shape)
+        def view(buffer: Tensor, name: str) -> Tensor:
+            shape = named[name].shape
+            return buffer[places[name] : places[name] + shape.numel()].view(shape)
 
-        self.tensors = {name: view(self._master, name, p) for name, p in ordered}
-        self._by_name = {name: view(self._gradients, name, p) for name, p in ordered}
-        self.held = {name: Held(whole(tuple(p.shape)), replica, replicas) for name, p in ordered}
+        self.tensors = {name: view(self._master, name) for name in places}
+        self._by_name = {name: view(self._home_gradients, name) for name in trained}
+        self._accumulated = {name: view(self._gradients, name) for name in trained}
+        self.held = {name: Held((whole(tuple(p.shape)),), replica, replicas) for name, p in named.items()}
         parameters = replace_parameters(
-            model, lambda name, old: nn.Parameter(view(self._compute, name, old), old.requires_grad)
+            model,
+            lambda name, old: nn.Parameter(
+                view(self._full if id(old) in full else self._compute, name), old.requires_grad
+            ),
         )
         materialise(model, device)  # what is left: buffers
         self._buckets = _Buckets(self._gradients, offsets, group)
-        for name, parameter in parameters.items():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._hook(name))
+        for name in trained:
+            parameters[name].register_post_accumulate_grad_hook(self._hook(name))
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
-        gradient = self._by_name[name]
+        gradient = self._accumulated[name]
 
         def accumulate(parameter: Tensor) -> None:
             assert parameter.grad is not None
@@ -76,12 +93,24 @@ class ReplicatedWeights:
 
     def gradients(self) -> dict[str, Tensor]:
         self._buckets.wait()
+        if self._home_gradients is not self._gradients:
+            self._home_gradients.copy_(self._gradients)
         return self._by_name
 
     def updated(self) -> None:
         self._gradients.zero_()
-        if self._compute is not self._master:
-            self._compute.copy_(self._master)
+        for copy in (self._compute, self._full):
+            if copy is not self._master:
+                copy.copy_(self._master, non_blocking=True)
+
+
+def _layout(parameters: dict[str, nn.Parameter], start: int = 0) -> tuple[dict[str, int], int]:
+    """Where each parameter begins in a flat buffer, from `start` on, and where the last one ends."""
+    offsets = {}
+    for name, parameter in parameters.items():
+        offsets[name] = start
+        start += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+    return offsets, start
 
 
 class _Buckets:

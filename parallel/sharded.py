@@ -2,7 +2,8 @@
 
 The three stages differ in two switches: when gradients are reduce-scattered (after the last micro-batch, or after
 each) and when gathered parameters are given back (after the step's last backward, or after every use). With
-`dp_replicate` > 1 shards are summed over the replicas once, on the last micro-batch.
+`dp_replicate` > 1 shards are summed over the replicas once, on the last micro-batch. In a pipeline several
+micro-batches are under way at once, so there gathered parameters are kept until the step's last backward.
 """
 
 from __future__ import annotations
@@ -11,31 +12,45 @@ import itertools
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from parallel.mesh import Mesh
 from parallel.model import CuttableModel
 from parallel.registry import Held
 from parallel.shards import Rectangle
-from parallel.weights import materialise
+from parallel.weights import Precision, materialise
 
 
 class ShardedWeights:
-    """See `parallel.weights.Weights`. `stage` is 1, 2 or 3."""
+    """See `parallel.weights.Weights`. `stage` is 1, 2 or 3; with `offload` the shards live in the CPU's memory."""
 
-    def __init__(self, model: nn.Module, mesh: Mesh, compute_dtype: torch.dtype, stage: int) -> None:
+    def __init__(self, model: nn.Module, mesh: Mesh, precision: Precision, stage: int, offload: bool = False) -> None:
         cuttable: CuttableModel = model  # type: ignore[assignment]
-        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        self.module = model
+        self._reduces_each = stage >= 2
+        self._gives_back = stage == 3 and mesh.layout.pp == 1
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        home = torch.device("cpu") if offload else mesh.device
         device_mesh = mesh.sharding_mesh()
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        full_shapes = {name: tuple(parameter.shape) for parameter, name in names.items()}
+        policy: OffloadPolicy = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
+
+        def shard(modules: list[nn.Module], dtype: torch.dtype) -> None:
+            materialise(nn.ModuleList(modules), home)  # together: they may be tied
+            fully_shard(
+                modules if len(modules) > 1 else modules[0],
+                mesh=device_mesh,
+                reshard_after_forward=self._gives_back,
+                mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+                offload_policy=policy,
+            )
+
         # One block is materialised at a time, so that no rank ever holds the whole model.
+        full = {id(module) for module in precision.full}
         for block in [*cuttable.blocks().values(), model]:
-            materialise(block, mesh.device)
-            fully_shard(block, mesh=device_mesh, reshard_after_forward=stage == 3, mp_policy=policy)
-        assert isinstance(model, FSDPModule)
-        self._model = model
-        self._stage = stage
+            inside = [m for m in block.modules() if id(m) in full and m is not block and not isinstance(m, FSDPModule)]
+            if inside:
+                shard(inside, torch.float32)
+            shard([block], torch.float32 if id(block) in full else precision.dtype)
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for module in self._modules:
             module.set_gradient_divide_factor(1.0)  # gradients are summed, never averaged
@@ -48,10 +63,10 @@ class ShardedWeights:
         self.held = {}
         for name, tensor in self.tensors.items():
             # `fully_shard` cuts dim 0 as torch.chunk does: equal chunks, the last ones short or empty
-            chunk = -(-full_shapes[name][0] // layout.dp_shard)
-            start = min(chunk * at.dp_shard, full_shapes[name][0])
-            box = Rectangle((start, *(0 for _ in full_shapes[name][1:])), tuple(tensor.shape))
-            self.held[name] = Held(box, at.dp_replicate, layout.dp_replicate)
+            chunk = -(-shapes[name][0] // layout.dp_shard)
+            start = min(chunk * at.dp_shard, shapes[name][0])
+            box = Rectangle((start, *(0 for _ in shapes[name][1:])), tuple(tensor.shape))
+            self.held[name] = Held((box,), at.dp_replicate, layout.dp_replicate)
 
     def _set_prefetch(self, blocks: list[nn.Module]) -> None:
         """Gather the next block while this one computes, in both directions."""
@@ -60,16 +75,19 @@ class ShardedWeights:
             following.set_modules_to_backward_prefetch([this])  # type: ignore[operator]
 
     def begin(self, *, last: bool) -> None:
-        self._model.set_requires_gradient_sync(last or self._stage >= 2)
-        self._model.set_requires_all_reduce(last)
-        self._model.set_reshard_after_backward(last or self._stage == 3)
-        self._model.set_is_last_backward(last)
+        assert isinstance(self.module, FSDPModule)
+        self.module.set_requires_gradient_sync(last or self._reduces_each)
+        self.module.set_requires_all_reduce(last)
+        self.module.set_reshard_after_backward(last or self._gives_back)
+        self.module.set_is_last_backward(last)
 
     def gradients(self) -> dict[str, Tensor]:
         found = {}
         for name, parameter in self._parameters.items():
-            tensor = self.tensors[name]
-            found[name] = torch.zeros_like(tensor) if parameter.grad is None else _local(parameter.grad)
+            if parameter.requires_grad:
+                if parameter.grad is None:  # no loss of this rank reached it
+                    parameter.grad = torch.zeros_like(parameter)
+                found[name] = _local(parameter.grad)
         return found
 
     def updated(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 PARAMETER = "param"  # the kind of the fp32 parameters; optimizer state is "optim.<key>", e.g. "optim.exp_avg"
+GRADIENT = "grad"  # of the summed loss of the global batch; never in a checkpoint of a run
 
 
 @dataclass(frozen=True, order=True)
@@ -47,6 +48,34 @@ def whole(shape: tuple[int, ...]) -> Rectangle:
     return Rectangle((0,) * len(shape), tuple(shape))
 
 
+def flat_range(shape: tuple[int, ...], start: int, stop: int) -> tuple[Rectangle, ...]:
+    """The rectangles that elements `start` to `stop` of a flattened (row-major) tensor of `shape` are, in their order.
+
+    Of a matrix at most three: the rest of the first row, whole rows, the beginning of the last one. Each further dim
+    adds two. An empty range has none.
+    """
+    if start >= stop:
+        return ()
+    if not shape:
+        return (Rectangle((), ()),)
+    row = math.prod(shape[1:])
+    first, begin = divmod(start, row)
+    last, end = divmod(stop, row)
+    if first == last:  # within one row
+        return _of_row(first, flat_range(shape[1:], begin, end))
+    found = []
+    if begin:
+        found += _of_row(first, flat_range(shape[1:], begin, row))
+        first += 1
+    if last > first:
+        found.append(Rectangle((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
+    return (*found, *_of_row(last, flat_range(shape[1:], 0, end)))
+
+
+def _of_row(row: int, inside: tuple[Rectangle, ...]) -> tuple[Rectangle, ...]:
+    return tuple(Rectangle((row, *part.offset), (1, *part.size)) for part in inside)
+
+
 @dataclass(frozen=True)
 class Shard:
     """One rectangle of one global tensor, with the live local tensor that holds it.
@@ -56,7 +85,7 @@ class Shard:
     """
 
     name: str  # global name of the parameter
-    kind: str  # PARAMETER or "optim.<key>"
+    kind: str  # PARAMETER, GRADIENT or "optim.<key>"
     shape: tuple[int, ...]  # of the global tensor
     rectangle: Rectangle
     data: Tensor

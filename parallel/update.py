@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from parallel.loss_scale import FLOOR
 from parallel.mesh import Mesh
 
 VOTES = ("stop",)  # what ranks agree on, one step late
@@ -22,6 +23,8 @@ class Agreed:
     tokens: int  # valid tokens of the global batch
     skipped: bool  # no update was made: loss or norm not finite, or not one valid token
     votes: frozenset[str]  # those of VOTES that at least one rank cast
+    loss_scale: float = 1.0  # what the loss was multiplied by, other than 1 in fp16 only
+    overflowed: bool = False  # skipped, but only as the loss scale was too large: it is lowered, and the next step fits
 
 
 class StepResult:
@@ -40,9 +43,9 @@ class StepResult:
     def read(self) -> Agreed:
         if self._event is not None:
             self._event.synchronize()
-        loss, grad_norm, tokens, skipped, *votes = self._values.tolist()
+        loss, grad_norm, tokens, skipped, loss_scale, overflowed, *votes = self._values.tolist()
         cast = frozenset(name for name, count in zip(VOTES, votes, strict=True) if count > 0)
-        return Agreed(loss, grad_norm, int(tokens), bool(skipped), cast)
+        return Agreed(loss, grad_norm, int(tokens), bool(skipped), cast, loss_scale, bool(overflowed))
 
 
 @dataclass(frozen=True)
@@ -61,32 +64,36 @@ def agree(
     valid_tokens: Tensor,
     votes: frozenset[str],
     *,
+    loss_scale: Tensor,
     nominal_tokens: int,
     clip_norm: float | None,
 ) -> Verdict:
     """Reduce one step's message over all ranks and draw the conclusions.
 
     `gradients` are those this rank counts (each element of the global gradient is counted by exactly one rank),
-    accumulated from losses scaled by 1 / nominal_tokens; `loss_sum` and `valid_tokens` are float64 scalars, zero on
-    ranks whose numbers another rank of the same replica reports.
+    accumulated from losses multiplied by `loss_scale` (fp32 scalar) / nominal_tokens; `loss_sum` and `valid_tokens`
+    are float64 scalars, zero on ranks whose numbers another rank of the same replica reports.
     """
     unknown = votes - set(VOTES)
     assert not unknown, unknown
     norms = torch._foreach_norm(list(gradients)) if gradients else []
     squares = torch.stack(list(norms)).double().square().sum() if norms else torch.zeros_like(loss_sum)
     cast = torch.tensor([float(name in votes) for name in VOTES], dtype=torch.float64)
-    message = torch.cat([torch.stack([squares, loss_sum, valid_tokens]), cast.to(loss_sum.device)])
+    squares, cast = squares.to(loss_sum.device), cast.to(loss_sum.device, non_blocking=True)
+    message = torch.cat([torch.stack([squares, loss_sum, valid_tokens]), cast])
     mesh.sum(message)
 
     tokens = message[2]
     counted = tokens.clamp(min=1.0)
     loss = message[1] / counted
-    grad_norm = message[0].sqrt() * (nominal_tokens / counted)
+    accumulated = loss_scale.double() * counted / nominal_tokens  # gradients are this times those of the mean loss
+    grad_norm = message[0].sqrt() / accumulated
     sound = torch.isfinite(loss) & torch.isfinite(grad_norm) & (tokens > 0)
-    scale = nominal_tokens / counted
+    divisor = accumulated
     if clip_norm is not None:
-        scale = scale * (clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
-    divisor = torch.where(sound, 1.0 / scale, torch.ones_like(scale)).float()
+        divisor = divisor / (clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
     skipped = (~sound).double()
-    values = torch.cat([torch.stack([loss, grad_norm, tokens, skipped]), message[3:]])
+    overflowed = skipped * (torch.isfinite(loss) & (tokens > 0) & (loss_scale > FLOOR))
+    values = torch.cat([torch.stack([loss, grad_norm, tokens, skipped, loss_scale.double(), overflowed]), message[3:]])
+    divisor = torch.where(sound, divisor, torch.ones_like(divisor)).float()
     return Verdict(StepResult(values), divisor, skipped.float())

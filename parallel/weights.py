@@ -1,8 +1,9 @@
-"""What the native engine asks of a store of weights; `replicated` and `sharded` are the two."""
+"""What the engine asks of a store of weights: `replicated`, `sharded` and `deepspeed_engine` are the three."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -10,21 +11,33 @@ from torch import Tensor, nn
 
 from parallel.registry import Held
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a store computes in. `full` are modules that compute in float32 whatever the rest does."""
+
+    dtype: torch.dtype
+    full: tuple[nn.Module, ...] = ()
 
 
 class Weights(Protocol):
-    """Parameters in float32 (the truth), a copy in the compute dtype, and gradients accumulated in float32."""
+    """Parameters of one stage in float32 (the truth), copies to compute with, and gradients summed in float32."""
 
+    module: nn.Module  # the stage, as it is to be called
     held: dict[str, Held]  # by global name: which part of the module's tensor this rank updates
     tensors: dict[str, Tensor]  # by global name: that part, float32, live
 
     def begin(self, *, last: bool) -> None:
-        """A micro-batch begins; `last` says that its gradients complete the step's."""
+        """The backward of a micro-batch is next; `last` says that its gradients complete the step's."""
         ...
 
     def gradients(self) -> dict[str, Tensor]:
-        """After the last micro-batch: the summed float32 gradients of `tensors`. Waits for reductions in flight."""
+        """After the last micro-batch: the summed float32 gradients of those `tensors` that are trained, live.
+
+        Waits for reductions in flight.
+        """
         ...
 
     def updated(self) -> None:
@@ -48,7 +61,7 @@ def materialise(module: nn.Module, device: torch.device) -> None:
     """Give real, uninitialised memory to parameters and buffers that are still on the meta device."""
     replace_parameters(
         module,
-        lambda _, old: nn.Parameter(torch.empty_like(old, device=device)) if old.is_meta else old,
+        lambda _, old: nn.Parameter(torch.empty_like(old, device=device), old.requires_grad) if old.is_meta else old,
     )
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):

@@ -1,50 +1,53 @@
-"""A user's own model, to show and test the protocol of `parallel.model`: a bag of previous tokens and two layers."""
+"""A user's own model, to show and test the protocol of `parallel.model`: two layers that average over past tokens."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
+from models.embedding import Embedding
+from models.loss import Head
 from parallel.model import Constant, Normal, Part
-from parallel.rows import IGNORE
+from parallel.tensor.layers import ColumnLinear, Enter, RowLinear
 
 
 class Layer(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.inner = nn.Linear(width, 2 * width)
-        self.outer = nn.Linear(2 * width, width)
+        self.norm = nn.RMSNorm(width)
+        self.enter = Enter()
+        self.inner = ColumnLinear(width, 2 * width)
+        self.outer = RowLinear(2 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.outer(torch.tanh(self.inner(x)))
+    def forward(self, x: Tensor, rows: int) -> Tensor:
+        hidden = torch.tanh(self.inner(self.enter(self.norm(x)))).unflatten(0, (rows, -1))
+        steps = torch.arange(1, hidden.shape[1] + 1, device=x.device, dtype=x.dtype)
+        return x + self.outer((hidden.cumsum(1) / steps[:, None]).flatten(0, 1))
 
 
 class Toy(nn.Module):
     def __init__(self, config: ModelConfig, part: Part) -> None:
         super().__init__()
         assert config.vocab_size is not None
-        self.embedding = nn.Embedding(config.vocab_size, config.width) if part.embedding else None
+        self.embedding = Embedding(config.vocab_size, config.width) if part.embedding else None
         self.layers = nn.ModuleDict({str(n): Layer(config.width) for n in part.layers})
-        self.head = nn.Linear(config.width, config.vocab_size) if part.head else None
+        weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.head = Head(weight, config.loss_chunk) if part.head else None
 
     def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None) -> Tensor:
         if self.embedding is not None:
-            hidden = self.embedding(x)
-            steps = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=hidden.dtype)
-            x = (hidden.cumsum(1) / steps[:, None]).flatten(0, 1)
+            x = self.embedding(x)
         for layer in self.layers.values():
-            x = layer(x)
-        if self.head is None:
-            return x
-        assert labels is not None
-        return F.cross_entropy(self.head(x).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+            x = layer(x, rows=len(positions))
+        return x if self.head is None else self.head(x, labels)
 
     def blocks(self) -> dict[str, nn.Module]:
         return dict(self.layers.items())
 
     def initial(self, name: str) -> Normal | Constant:
+        if name.endswith("norm.weight"):
+            return Constant(1.0)
         return Constant(0.0) if name.endswith("bias") else Normal(0.05)
 
     def rebuild_buffers(self) -> None:
@@ -53,3 +56,17 @@ class Toy(nn.Module):
 
 def build(config: ModelConfig, part: Part) -> nn.Module:
     return Toy(config, part)
+
+
+def build_frozen(config: ModelConfig, part: Part) -> nn.Module:
+    """The toy with its first layer and its head's matrix not trained."""
+    model = Toy(config, part)
+    assert model.head is not None
+    model.layers["0"].requires_grad_(False)
+    model.head.weight.requires_grad_(False)
+    return model
+
+
+def adamw_without_kernels(groups: list[dict[str, object]], lr: float, **settings: object) -> torch.optim.Optimizer:
+    """A user's own optimizer: it knows neither a gradient scale nor `found_inf`."""
+    return torch.optim.AdamW(groups, lr=lr, foreach=False, **settings)  # type: ignore[arg-type]

@@ -1,6 +1,9 @@
-"""Ranks for tests: processes forked from a server that has torch imported, over gloo, with short timeouts.
+"""Ranks for tests: processes forked from a server that has torch imported, with short timeouts.
 
     results = world.run(function, 4, argument)      # function(mesh-less) runs on 4 ranks; results in rank order
+
+They talk over gloo, and with `device="cuda"` over NCCL, each with a GPU of its own; `world.device()` says on a rank
+which device is its own.
 
 `function` is module-level and runs after the default process group exists. A failing rank's traceback becomes the
 assertion's message; ranks that outlive the timeout are killed and named.
@@ -24,13 +27,15 @@ from typing import Any
 # A server that has run no tensor code can fork safely; it pays for the imports once.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.fsdp", "parallel.sharded", "trainer.cut", "checkpoint"]
+    ["torch._dynamo", "torch.distributed.fsdp", "parallel.sharded", "parallel.pipeline", "trainer.cut", "checkpoint", "deepspeed"]
 )
 
 PR_SET_PDEATHSIG = 1
 
 
-def run(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 60.0) -> list[Any]:
+def run(
+    function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 60.0, device: str = "cpu"
+) -> list[Any]:
     """Run `function(*arguments)` on `ranks` ranks; what each returned, in rank order.
 
     Raises AssertionError with the traceback of the first rank that failed, or naming those that did not end in time.
@@ -39,7 +44,7 @@ def run(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: floa
         pipes, processes = [], []
         for rank in range(ranks):
             ours, theirs = _context.Pipe(duplex=False)
-            work = (theirs, os.path.join(folder, "store"), rank, ranks, timeout, function, arguments)
+            work = (theirs, os.path.join(folder, "store"), rank, ranks, timeout, device, function, arguments)
             process = _context.Process(target=_rank, args=work, daemon=True)
             process.start()
             theirs.close()
@@ -75,8 +80,23 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
+def device() -> Any:
+    """On a rank: the `torch.device` it is to compute on."""
+    import torch
+    import torch.distributed as dist
+
+    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
 def _rank(
-    pipe: Connection, store: str, rank: int, ranks: int, timeout: float, function: Callable[..., Any], arguments: Any
+    pipe: Connection,
+    store: str,
+    rank: int,
+    ranks: int,
+    timeout: float,
+    device: str,
+    function: Callable[..., Any],
+    arguments: Any,
 ) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     import torch
@@ -86,8 +106,14 @@ def _rank(
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["LOCAL_RANK"] = str(rank)
     try:
+        if device == "cuda":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
+            "nccl" if device == "cuda" else "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=ranks,
+            timeout=timedelta(seconds=timeout),
         )
         pipe.send_bytes(pickle.dumps((True, function(*arguments))))  # by value: torch would share memory
         dist.barrier()  # nobody leaves while a peer still needs it

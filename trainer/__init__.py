@@ -4,6 +4,7 @@
 `start`       from overrides to the config of this start; `assemble`: from that config to a `Trainer`
 `cut`         from a model on the meta device to an engine: the order in which a model is cut stands there only
 `loop`        the loop; `ledger`: results of steps, read one step late; `schedule`; `evaluation`
+`profile`     which steps are profiled, and `breakdown`: where the time of such a step goes
 `process`     a rank as a process: signals, stop file, progress stamps, logs; `outcome`: how an attempt ended
 `observers`   what a person sees: `metrics`, `progress` and `live`, `trackers`, `summary`
 

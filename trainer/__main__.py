@@ -1,4 +1,7 @@
-"""`python -m trainer [overrides]`: one rank of a run, under torchrun or any launcher that sets its variables."""
+"""`python -m trainer [overrides]`: one rank of a run, under torchrun or any launcher that sets its variables.
+
+With `--measure` instead of overrides it does what `stoker check` asks of a rank.
+"""
 
 import gc
 import os
@@ -18,7 +21,12 @@ if __name__ == "__main__":
 
     gc.freeze()
     gc.enable()
-    status = main(sys.argv[1:])
+    if sys.argv[1:] == ["--measure"]:
+        from trainer.checking import measure
+
+        status = main([], measure)
+    else:
+        status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # all is written; gloo's threads now and then hang in the interpreter's teardown

@@ -15,9 +15,11 @@ from parallel.mesh import Mesh
 from parallel.rows import IGNORE
 from trainer.cut import cut
 from trainer.evaluation import Evaluation
-from trainer.loop import Progress, Trainer
+from trainer.ledger import Progress
+from trainer.loop import Trainer
 from trainer.observers import open_observers
 from trainer.process import Phases, Place, Requests
+from trainer.profile import Profiler
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,16 @@ def assemble(
     )
     shards = engine.shards()
     checkpoints.prepare(shards)
-    trainer = Trainer(config, mesh, engine, stream, evaluation, checkpoints, observers, requests, phase, Progress())
+    profiler = Profiler(
+        config.profile,
+        mesh.device,
+        run.trace(attempt, mesh.rank),
+        run.memory_snapshot(attempt, mesh.rank),
+        observers.message if observers is not None else log.info,
+    )
+    trainer = Trainer(
+        config, mesh, engine, stream, evaluation, checkpoints, observers, requests, phase, profiler, Progress()
+    )
     phase(0, "resume")
     state = resume(run.checkpoints, shards, mesh.exchange, mesh.rank)
     if state is not None:

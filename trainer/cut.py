@@ -1,11 +1,13 @@
 """The one function that cuts a model: from a config and a mesh to an engine with initialised weights.
 
-The order matters and stands here only: parts (pipeline) -> tensor parallel -> activation checkpointing -> compile ->
-ZeRO -> memory -> initial values. Until ZeRO has cut it, the model lives on the meta device and costs nothing.
+The order matters and stands here only: stages (pipeline) -> tensor parallel -> fp32 modules -> activation
+checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has cut it, the model lives on the meta device
+and costs nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -14,15 +16,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from conf.schema import Config
+from conf.schema import Config, ModelConfig
 from conf.targets import import_target
 from parallel.engine import Engine
+from parallel.full_precision import compute_in_full
 from parallel.initialize import initialize
 from parallel.layout import BatchPlan
 from parallel.mesh import Mesh
-from parallel.model import CuttableModel, whole_model
+from parallel.model import CuttableModel, Part, whole_model
 from parallel.native import build_native
-from parallel.registry import uncut
+from parallel.registry import Registry
+from parallel.stages import costs_of, parts, stages_of
+from parallel.tensor import cut_tensors, enable_async_tensor_parallelism
+from parallel.weights import DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -30,40 +36,121 @@ log = logging.getLogger(__name__)
 def cut(config: Config, mesh: Mesh, plan: BatchPlan) -> Engine:
     """The engine for `config` on this rank, its weights a function of (seed, names) only.
 
-    `config.model.vocab_size` is known by now. Raises ValueError for a model target that cannot be imported.
+    `config.model.vocab_size` is known by now. Raises ValueError for a model target that cannot be imported, and for a
+    model that cannot be cut as asked.
     """
-    with torch.device("meta"):
-        model: CuttableModel = import_target(config.model.target)(config.model, whole_model(config.model.layers))
-    assert isinstance(model, nn.Module)
-    registry = uncut(model)
-    parameters = sum(math.prod(entry.shape) for entry in registry.entries.values())
-    log.info("model: %s, %s parameters", config.model.name, f"{parameters:,}")
+    whole = build_on_meta(config.model, whole_model(config.model.layers))
+    count = sum(math.prod(parameter.shape) for parameter in whole.parameters())
+    log.info("model: %s, %s parameters", config.model.name, f"{count:,}")
 
-    for block in model.blocks().values():
-        _checkpoint_activations(block, config.activation_checkpoint)
-        if config.compile:
-            block.forward = torch.compile(block.forward)
+    held = _parts(config, mesh, whole)
+    stages = [build_on_meta(config.model, part) for part in held] if mesh.layout.pp > 1 else [whole]
+    registry = _cut_tensors(config, mesh, stages)
+    if mesh.layout.pp > 1:
+        registry = _tie_stages(config, mesh, registry, stages)
+
+    dtype = DTYPES[config.precision]
+    full = [compute_in_full(stage, config.fp32_modules, dtype) if config.fp32_modules else () for stage in stages]
+    if config.fp32_modules:
+        log.info("fp32 modules: %s", ", ".join(config.fp32_modules))
+    for stage in stages:
+        for block in _cuttable(stage).blocks().values():
+            _checkpoint_activations(block, config.activation_checkpoint)
+            if config.compile:
+                block.forward = torch.compile(block.forward)
     if config.activation_checkpoint != "none":
         log.info("activation checkpointing: %s, per block", config.activation_checkpoint)
     if config.compile:
         log.info("compile: per block")
 
-    engine = build_native(config, mesh, plan, model, registry)
+    engine = build_native(config, mesh, plan, stages, full, registry)
     log.info("layout: %s; %d micro-batches of %d rows per rank", mesh.layout, plan.micro_batches, plan.micro_rows)
-    model.rebuild_buffers()
-    initialize(engine.shards(), model.initial, config.run.seed)
+    for stage in stages:
+        _cuttable(stage).rebuild_buffers()
+    initialize(engine.shards(), _cuttable(stages[0]).initial, config.run.seed)
     engine.shards_written()
     return engine
 
 
+def build_on_meta(config: ModelConfig, part: Part) -> nn.Module:
+    """The `part` of the model that `config` names, without memory."""
+    with torch.device("meta"):
+        model = import_target(config.target)(config, part)
+    assert isinstance(model, nn.Module), f"model.target={config.target} built a {type(model).__name__}"
+    return model
+
+
+def _parts(config: Config, mesh: Mesh, whole: nn.Module) -> list[Part]:
+    """The stages of this rank, in the order of the pipeline."""
+    if mesh.layout.pp == 1:
+        return [whole_model(config.model.layers)]
+    costs = costs_of(_cuttable(whole), functools.partial(build_on_meta, config.model))
+    every = parts(costs, mesh.layout.pp * config.parallel.stages_per_rank)
+    mine = [every[number] for number in stages_of(mesh.at.pp, mesh.layout.pp, config.parallel.stages_per_rank)]
+    spans = ", ".join(f"{part.layers.start}-{part.layers.stop - 1}" for part in every)
+    log.info("pipeline: %s, layers of the stages: %s", config.parallel.schedule, spans)
+    return mine
+
+
+def _cut_tensors(config: Config, mesh: Mesh, stages: list[nn.Module]) -> Registry:
+    """Cut the layers of all stages over tp; what lies where, and who still has to sum what."""
+    entries = [
+        entry for stage in stages for entry in cut_tensors(stage, mesh, config.parallel.sequence).entries.values()
+    ]
+    group = mesh.group("tp")
+    if group is not None:
+        kind = "tensor and sequence parallel" if config.parallel.sequence else "tensor parallel"
+        log.info("%s over %d ranks", kind, mesh.layout.tp)
+        if config.compile and mesh.device.type == "cuda":
+            enable_async_tensor_parallelism(group)
+    if not any(entry.trainable for entry in entries):
+        raise ValueError(f"model.target={config.model.target}: no parameter of this rank's part is to be trained")
+    return Registry(entries)
+
+
+def _tie_stages(config: Config, mesh: Mesh, registry: Registry, stages: list[nn.Module]) -> Registry:
+    """Parameters that the first and the last stage both hold (tied embeddings): the same gradient, counted once."""
+    last = config.model.layers - 1
+    ends = Part(range(1), embedding=True, head=False), Part(range(last, last + 1), embedding=False, head=True)
+    first_names, last_names = (
+        {name for name, _ in build_on_meta(config.model, end).named_parameters()} for end in ends
+    )
+    tied = first_names & last_names
+    if not tied:
+        return registry
+    mesh.divide("ends", [[ranks[0], ranks[-1]] for ranks in mesh.layout.groups("pp")])
+    log.info("tied over the ends of the pipeline: %s", ", ".join(sorted(tied)))
+    copy = 0 if mesh.at.pp == 0 else 1
+    return Registry(
+        dataclasses.replace(
+            entry,
+            replica=entry.replica + copy * entry.replicas,
+            replicas=2 * entry.replicas,
+            partial=(*entry.partial, "ends"),
+        )
+        if entry.name in tied
+        else entry
+        for entry in registry.entries.values()
+    )
+
+
+def _cuttable(model: nn.Module) -> CuttableModel:
+    return model  # type: ignore[return-value]
+
+
 def _checkpoint_activations(block: nn.Module, mode: str) -> None:
-    """Recompute a block's activations in backward: all of them (full), or all but the matrix products (selective)."""
+    """Recompute a block's activations in backward: all of them (full), or all but the matrix products (selective).
+
+    Selective keeps what collectives have reduced as well: what took a network is not asked for twice.
+    """
     if mode == "none":
         return
     from torch.utils import checkpoint
 
     options: dict[str, Any] = {}
     if mode == "selective":
-        kept = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
+        aten, collectives = torch.ops.aten, torch.ops._c10d_functional
+        kept = [aten.mm.default, aten.addmm.default, aten.bmm.default]
+        kept += [collectives.reduce_scatter_tensor.default, collectives.all_reduce.default]
         options["context_fn"] = functools.partial(checkpoint.create_selective_checkpoint_contexts, kept)
     block.forward = functools.partial(checkpoint.checkpoint, block.forward, use_reentrant=False, **options)

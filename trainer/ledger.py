@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from conf.schema import Config
 from parallel.update import StepResult
@@ -18,8 +18,17 @@ from trainer.observers import Observers, StepRecord
 from trainer.outcome import Outcome
 from trainer.process import Phases
 
-if TYPE_CHECKING:
-    from trainer.loop import Progress
+
+@dataclass
+class Progress:
+    """How far a run has come. `step` numbers the global batches attempted, `updates` the optimizer steps taken."""
+
+    step: int = 0
+    updates: int = 0
+    tokens: int = 0  # valid tokens of the steps so far
+    skipped_in_a_row: int = 0
+    loss: float | None = None  # of the last step
+    val_loss: float | None = None  # of the last evaluation
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class _Entry:
     val_loss: float | None
     step_seconds: float
     data_seconds: float
+    profiled: Mapping[str, float]
 
 
 class Ledger:
@@ -44,15 +54,18 @@ class Ledger:
 
     def __init__(self, config: Config, progress: Progress, observers: Observers | None, phase: Phases) -> None:
         self._limit = config.nonfinite.limit
+        self._scaled = config.precision == "fp16"
         self._progress, self._observers, self._phase = progress, observers, phase
         self._open: list[_Entry] = []
         self._last_entry = time.perf_counter()
 
-    def enter(self, step: int, lr: float, result: StepResult, val_loss: float | None) -> None:
-        """A step has been handed to the device."""
+    def enter(
+        self, step: int, lr: float, result: StepResult, val_loss: float | None, profiled: Mapping[str, float]
+    ) -> None:
+        """A step has been handed to the device. `profiled` are metrics of some steps only."""
         now = time.perf_counter()
         data_seconds = self._phase.take_seconds().get("data", 0.0)
-        self._open.append(_Entry(step, lr, result, val_loss, now - self._last_entry, data_seconds))
+        self._open.append(_Entry(step, lr, result, val_loss, now - self._last_entry, data_seconds, profiled))
         self._last_entry = now
 
     def settle(self, *, everything: bool) -> Verdict:
@@ -72,11 +85,13 @@ class Ledger:
         progress.step = entry.step
         progress.updates += not agreed.skipped
         progress.tokens += agreed.tokens
-        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if agreed.skipped else 0
+        if not agreed.overflowed:  # an overflow is how fp16 finds its loss scale
+            progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if agreed.skipped else 0
         progress.loss = agreed.loss if math.isfinite(agreed.loss) else None  # JSON knows no infinity
         if entry.val_loss is not None:
             progress.val_loss = entry.val_loss
         if self._observers is not None:
+            scale = {"loss_scale": agreed.loss_scale} if self._scaled else {}
             self._observers.step(
                 StepRecord(
                     step=entry.step,
@@ -90,6 +105,7 @@ class Ledger:
                     data_seconds=entry.data_seconds,
                     skipped=agreed.skipped,
                     val_loss=entry.val_loss,
+                    extra={**entry.profiled, **scale},
                 )
             )
         return "stop" in agreed.votes

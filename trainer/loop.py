@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from torch.profiler import record_function
 
 from checkpoint import Checkpoints
 from conf.schema import Config, to_dict
@@ -11,23 +13,12 @@ from data import RowStream
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from trainer.evaluation import Evaluation
-from trainer.ledger import Ledger
+from trainer.ledger import Ledger, Progress
 from trainer.observers import Observers
 from trainer.outcome import Outcome
 from trainer.process import Phases, Requests
+from trainer.profile import Profiler
 from trainer.schedule import learning_rate
-
-
-@dataclass
-class Progress:
-    """How far a run has come. `step` numbers the global batches attempted, `updates` the optimizer steps taken."""
-
-    step: int = 0
-    updates: int = 0
-    tokens: int = 0  # valid tokens of the steps so far
-    skipped_in_a_row: int = 0
-    loss: float | None = None  # of the last step
-    val_loss: float | None = None  # of the last evaluation
 
 
 @dataclass
@@ -43,8 +34,9 @@ class Trainer:
     observers: Observers | None  # on global rank 0
     requests: Requests
     phase: Phases
+    profiler: Profiler
     progress: Progress
-    _told: bool = False  # has the person who watches been told that we stop?
+    _told: bool = field(default=False, init=False)  # has the person who watches been told that we stop?
 
     def fit(self) -> Outcome:
         """Train until the last step, the end of the data, or a verdict of all ranks. The state is saved at the end."""
@@ -54,17 +46,19 @@ class Trainer:
         if self.progress.step >= last and self.observers is not None:
             self.observers.message(f"nothing to do: step {self.progress.step} of {last} is done; steps=... goes on")
         for step in range(self.progress.step + 1, last + 1):
-            self.phase(step, "data")
-            rows = self.rows.next()
-            self.phase(step, "forward_backward")
-            self.engine.forward_backward(rows)
-            self.phase(step, "await_staged")
-            self.checkpoints.await_staged()  # a snapshot in flight must not see the update
-            self.phase(step, "update")
-            lr = learning_rate(self.config.schedule, self.config.optim, step)
-            result = self.engine.update(lr, self._votes())  # stays on the device
+            with self.profiler.step(step) as profiled:
+                self.phase(step, "data")
+                with record_function("stoker.data"):
+                    rows = self.rows.next()
+                self.phase(step, "forward_backward")
+                self.engine.forward_backward(rows)
+                self.phase(step, "await_staged")
+                self.checkpoints.await_staged()  # a snapshot in flight must not see the update
+                self.phase(step, "update")
+                lr = learning_rate(self.config.schedule, self.config.optim, step)
+                result = self.engine.update(lr, self._votes())  # stays on the device
             val_loss = self._evaluate(step, last)
-            ledger.enter(step, lr, result, val_loss)
+            ledger.enter(step, lr, result, val_loss, profiled)
             saving = self._saves_at(step)
             verdict = ledger.settle(everything=saving or step == last)  # else one step late: the host never waits
             if verdict.outcome is not None:
@@ -73,6 +67,7 @@ class Trainer:
             if saving:
                 self.save()
             self.report_saves()
+        self.profiler.close()
         ledger.settle(everything=True)
         self.save()
         return Outcome.COMPLETED if outcome is Outcome.STOPPED and self.progress.step == last else outcome

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
@@ -54,8 +54,8 @@ class Attempt:
     step: int | None = None
 
 
-def main(overrides: Sequence[str]) -> int:
-    """Run one rank; the exit status of the process."""
+def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.fit) -> int:
+    """Run one rank, which does `work` once all is put together; the exit status of the process."""
     die_with_launcher()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the first step there is nothing to save: signals just end us
     requests = Requests()
@@ -68,7 +68,7 @@ def main(overrides: Sequence[str]) -> int:
         store = _store(place)
         attempt = Attempt(run, _agree_on_attempt(store, run, place), place)
         console.redirect(run.log(attempt.number, place.rank))
-        ending = _train(config, store, attempt, requests, console)
+        ending = _train(config, store, attempt, requests, console, work)
         return 0 if ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED) else 1
     except BaseException as error:
         status = _fail(error, attempt, place, console)
@@ -87,7 +87,7 @@ def run(overrides: Sequence[str]) -> Ending:
     directory = run_directory(config)
     store = _store(place)
     attempt = Attempt(directory, _agree_on_attempt(store, directory, place), place)
-    return _train(config, store, attempt, Requests(signals=()), Console())
+    return _train(config, store, attempt, Requests(signals=()), Console(), Trainer.fit)
 
 
 def _config(overrides: Sequence[str], place: Place) -> Config:
@@ -96,7 +96,7 @@ def _config(overrides: Sequence[str], place: Place) -> Config:
         return from_dict(json.loads(given))
     if place.world > 1 and not any(o.startswith(("run.dir=", "run.name=")) for o in overrides):
         raise ConfigError("say run.dir=... or run.name=...: every rank must find the same run directory")
-    config, _ = settle_config(overrides, place.world, torch.cuda.device_count())
+    config, _ = settle_config(overrides, lambda _: (place.world, torch.cuda.device_count()))
     return config
 
 
@@ -119,13 +119,20 @@ def _agree_on_attempt(store: dist.Store, run: RunDirectory, place: Place) -> int
     return int(store.get("stoker/attempt"))
 
 
-def _train(config: Config, store: dist.Store, attempt: Attempt, requests: Requests, console: Console) -> Ending:
+def _train(
+    config: Config,
+    store: dist.Store,
+    attempt: Attempt,
+    requests: Requests,
+    console: Console,
+    work: Callable[[Trainer], Outcome],
+) -> Ending:
     run, place, rank = attempt.run, attempt.place, attempt.place.rank
     phase = Phases(run.attempt(attempt.number) / f"rank-{rank}.stamp")
     if rank == 0:
         run.checkpoints.mkdir(exist_ok=True)
         fence(run.checkpoints, attempt.number)
-        requests.watch(run)
+        requests.watch(run, forget=place.restart == 0)
     use_threads(config.launch.threads, place.local_world)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -144,7 +151,7 @@ def _train(config: Config, store: dist.Store, attempt: Attempt, requests: Reques
     attempt.training = True
     requests.listen()
     try:
-        outcome = trainer.fit()
+        outcome = work(trainer)
     except BaseException:
         if trainer.observers is not None:
             with suppress(Exception):  # what broke the run matters more than how its end is shown
@@ -158,8 +165,9 @@ def _train(config: Config, store: dist.Store, attempt: Attempt, requests: Reques
         write_ending(run, attempt.number, ending)
     if trainer.observers is not None:
         trainer.observers.finish(ending.outcome, trainer.progress.step)
-        with suppress(OSError):  # the terminal may have been closed
-            print(summarize(run.path, config, ending.message), file=console.screen)
+        if config.log.progress != "none":
+            with suppress(OSError):  # the terminal may have been closed
+                print(summarize(run.path, config, ending.message), file=console.screen)
     mesh.exchange("the end is told")  # ranks leave together: a launcher kills the others when one leaves with a failure
     stop_mesh()
     return ending

@@ -132,7 +132,8 @@ def open_observers(config: Config, run_dir: Path, screen: TextIO) -> Observers:
     from trainer.trackers import Tracker
 
     run = RunDirectory(run_dir)
-    observers = Observers(MetricsFile(run.metrics), [open_progress(config.log, screen)])
+    views = [open_progress(config.log, screen)] if config.log.progress != "none" else []
+    observers = Observers(MetricsFile(run.metrics), views)
     if config.tracker.name != "none":
         observers.add(Tracker(config.tracker, run, say=observers.message))
     return observers

@@ -33,14 +33,21 @@ class Place:
     world: int
     local_rank: int
     local_world: int
+    restart: int  # how often the launcher has started the ranks again
 
 
 def place_from_environment() -> Place:
-    rank, world, local_rank, local_world = (
+    rank, world, local_rank, local_world, restart = (
         int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+        for name, default in (
+            ("RANK", 0),
+            ("WORLD_SIZE", 1),
+            ("LOCAL_RANK", 0),
+            ("LOCAL_WORLD_SIZE", 1),
+            ("TORCHELASTIC_RESTART_COUNT", 0),
+        )
     )
-    return Place(rank, world, local_rank, local_world)
+    return Place(rank, world, local_rank, local_world, restart)
 
 
 def die_with_launcher() -> None:
@@ -78,10 +85,15 @@ class Requests:
         for number in self._signals:
             signal.signal(number, self._ask)
 
-    def watch(self, run: RunDirectory) -> None:
-        """Have this rank look for the stop file (one rank is enough). An old one asks for nothing."""
+    def watch(self, run: RunDirectory, forget: bool) -> None:
+        """Have this rank look for the stop file (one rank is enough).
+
+        `forget` one that is there already: it is from an earlier launch. When a launcher starts its ranks again, it was
+        made meanwhile and counts.
+        """
         self._stop_file = run.stop
-        self._stop_file.unlink(missing_ok=True)
+        if forget:
+            self._stop_file.unlink(missing_ok=True)
 
     def votes(self) -> frozenset[str]:
         stop = self.signal is not None or (self._stop_file is not None and self._stop_file.exists())

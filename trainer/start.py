@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from conf.values import ConfigError
 from parallel.refusals import refuse
 
 
-def settle_config(overrides: Sequence[str], world: int, gpus: int) -> tuple[Config, list[Change]]:
-    """The config of this start on `world` ranks, and what differs from the start before.
+def settle_config(overrides: Sequence[str], where: Callable[[Config], tuple[int, int]]) -> tuple[Config, list[Change]]:
+    """The config of this start, and what differs from the start before.
 
-    A run directory that holds a checkpoint is resumed: its stored config plus `overrides`. Raises ConfigError for
-    everything that can be known to be wrong before a rank is spawned.
+    A run directory that holds a checkpoint is resumed: its stored config plus `overrides`. `where` says on how many
+    ranks and GPUs the resulting config will run. Raises ConfigError for everything that can be known to be wrong before
+    a rank is spawned.
     """
     config = resolve(compose(overrides), datetime.now())
     run = run_directory(config)
@@ -34,7 +35,7 @@ def settle_config(overrides: Sequence[str], world: int, gpus: int) -> tuple[Conf
         changes = [change for change in changes if lookup(merged, change.key) != lookup(stored, change.key)]
         check_changes(changes, config.run.change)
         config = merged
-    refuse(config, world, gpus)
+    refuse(config, *where(config))
     return pin(config), changes
 
 

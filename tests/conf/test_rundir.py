@@ -31,6 +31,8 @@ def test_the_names_in_a_run_directory_are_the_contract():
     ]
     assert str(run.log(2, 13)) == "/r/attempts/2/rank-13.log"
     assert str(run.outcome(2)) == "/r/attempts/2/outcome.json"
+    assert str(run.trace(2, 13)) == "/r/profiles/attempt-2/rank-13.trace.json.gz"
+    assert str(run.memory_snapshot(2, 13)) == "/r/profiles/attempt-2/rank-13.memory.pickle"
 
 
 def test_a_run_without_a_name_is_named_after_its_model_and_start(tmp_path, monkeypatch):

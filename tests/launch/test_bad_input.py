@@ -199,6 +199,16 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_speaks(home: Pa
     assert status == 0 and "step-00000010" in output and "damaged" in output
 
 
+def test_a_model_that_no_longer_fits_its_checkpoints_is_named(home: Path, trained: Path) -> None:
+    run = home / "unfit"
+    subprocess.run(["cp", "-r", trained, run], check=True)
+    config = RunDirectory(run).config
+    config.write_text(config.read_text().replace("layers: 2", "layers: 1"))
+    assert "layers.1." in refused(home, "generate", str(run), "--prompt", "a")
+    config.write_text(config.read_text().replace("layers: 1", "layers: 2").replace("hidden: 64", "hidden: 32"))
+    assert "layers.0.mlp" in refused(home, "generate", str(run), "--prompt", "a")
+
+
 def test_a_defect_in_a_users_model_is_located_and_not_retried(home: Path) -> None:
     (home / "mine.py").write_text("def build(config, part):\n    return config.args['reach']\n")
     run = home / "defect"

@@ -69,14 +69,13 @@ class Killer:
             wait_until(lambda: len(RunDirectory(self.run).attempt_numbers()) > attempts, process)
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_a_run_killed_at_random_moments_is_bitwise_the_undisturbed_one(home: Path, zero: int) -> None:
-    layout = [*LONG, f"parallel.zero={zero}"]
-    reference, run = home / f"undisturbed-{zero}", home / f"killed-{zero}"
-    status, output = finish(home, command("train", *overrides(reference, home / "text", *layout)))
+@pytest.mark.parametrize("layout", ["parallel.zero=0", "parallel.zero=3", "parallel.pp=2"])
+def test_a_run_killed_at_random_moments_is_bitwise_the_undisturbed_one(home: Path, layout: str) -> None:
+    reference, run = home / f"undisturbed-{layout}", home / f"killed-{layout}"
+    status, output = finish(home, command("train", *overrides(reference, home / "text", *LONG, layout)))
     assert status == 0, output
-    words = command("train", *overrides(run, home / "text", *layout))
-    killer = Killer(run, seed=zero)
+    words = command("train", *overrides(run, home / "text", *LONG, layout))
+    killer = Killer(run, seed=len(layout))
     for victims in (["rank", "rank in mid-save", "launcher"], ["all ranks", "rank in mid-save", "rank", None]):
         with started(home, words) as process:
             for victim in victims:

@@ -57,9 +57,18 @@ def test_a_run_leaves_everything_in_its_directory(undisturbed: Path) -> None:
     assert run.config.exists()
 
 
-def test_another_layout_computes_the_same(home: Path, undisturbed: Path) -> None:
-    run = home / "one"
-    status, output = finish(home, command("train", *overrides(run, home / "text", "launch.nproc=1", "batch.micro=8")))
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["launch.nproc=1", "batch.micro=8"],
+        ["launch.nproc=4", "parallel.tp=2", "parallel.pp=2"],
+        ["launch.nproc=4", "parallel.tp=2", "parallel.zero=3", "activation_checkpoint=selective"],
+    ],
+    ids=" ".join,
+)
+def test_another_layout_computes_the_same(home: Path, undisturbed: Path, layout: list[str]) -> None:
+    run = home / "-".join(layout)
+    status, output = finish(home, command("train", *overrides(run, home / "text", *layout)))
     assert status == 0, output
     for one, two in zip(read(RunDirectory(run).metrics), read(RunDirectory(undisturbed).metrics), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
@@ -128,6 +137,27 @@ def test_a_finished_run_goes_on_elsewhere_with_more_steps(home: Path, undisturbe
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
         assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-4)
         assert (here["lr"], here["tokens"]) == (there["lr"], there["tokens"])
+
+
+def test_a_resumed_run_keeps_its_number_of_ranks_unless_told_otherwise(home: Path) -> None:
+    run = home / "three"
+    three = ["launch.nproc=3", "batch.rows=9", "batch.micro=3", "steps=2"]
+    assert finish(home, command("train", *overrides(run, home / "text", *three)))[0] == 0
+    status, output = finish(home, command("train", f"run.dir={run}", "steps=3"))
+    assert status == 0, output
+    assert sorted(path.name for path in RunDirectory(run).attempt(2).glob("*.log")) == [
+        f"rank-{n}.log" for n in range(3)
+    ]
+
+
+def test_ranks_that_die_before_they_can_speak_are_a_failure_even_after_a_success(undisturbed: Path, home: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from conf.rundir import *; from launch.local import launch;"
+        f"config = read_config(RunDirectory(Path({str(undisturbed)!r}))); config.launch.max_restarts = 1;"
+        "sys.executable = '/bin/false'; sys.exit(launch(config, 2, print))"
+    )
+    status, output = finish(home, [sys.executable, "-c", script])
+    assert status == 1 and "ended with status 1" in output and "giving up after 1 restarts" in output
 
 
 def test_a_change_of_the_maths_is_shown_and_needs_consent(home: Path) -> None:

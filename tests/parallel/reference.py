@@ -53,6 +53,7 @@ class Trace:
     tokens: list[int] = field(default_factory=list)
     skipped: list[bool] = field(default_factory=list)
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the first step's summed loss
 
 
 def one_process(config: Config, steps: int, poison: int | None = None) -> Trace:
@@ -61,7 +62,7 @@ def one_process(config: Config, steps: int, poison: int | None = None) -> Trace:
     registry = uncut(model)
     shards: list[Shard] = []
     for name, parameter in model.named_parameters():
-        held = Held(whole(tuple(parameter.shape)))
+        held = Held((whole(tuple(parameter.shape)),))
         shards += registry.shards(name, PARAMETER, held, parameter.detach())
     initialize(shards, model.initial, config.run.seed)  # type: ignore[arg-type]
     named = list(model.named_parameters())
@@ -86,6 +87,8 @@ def one_process(config: Config, steps: int, poison: int | None = None) -> Trace:
         loss = total / valid
         optimizer.zero_grad()
         loss.backward()
+        if step == 1:
+            trace.gradients = {name: p.grad * valid for name, p in named if p.grad is not None}
         limit = config.clip_norm if config.clip_norm is not None else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         trace.tokens.append(valid)

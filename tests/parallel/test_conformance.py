@@ -105,6 +105,32 @@ def test_the_toy_engine_conforms_too(optimizer: str) -> None:
     assert_same(results[0][0], reference(optimizer), parameters, 1e-6 if optimizer == "sgd" else 1e-4)
 
 
+@pytest.mark.parametrize(("ranks", "zero"), [(1, 0), (2, 0), (2, 2), (2, 3)])
+def test_what_is_frozen_stays_and_the_rest_trains_as_in_one_process(ranks: int, zero: int) -> None:
+    config = small_config(parallel=ParallelConfig(zero=zero))
+    config.model.target = "tests.toy:build_frozen"
+    config.batch = BatchConfig(rows=8, micro=2)
+    config.optim.weight_decay = 0.5
+    results = world.run(train, ranks, config)
+    parameters = assemble([shards for _, shards in results])
+    assert_same(results[0][0], one_process(config, STEPS), parameters, 1e-4)
+    initial = one_process(config, 0).parameters
+    for name in ("layers.0.inner.weight", "layers.0.outer.bias", "head.weight"):
+        assert torch.equal(parameters[name], initial[name]), name
+
+
+@pytest.mark.parametrize(("ranks", "zero"), [(1, 0), (2, 1), (2, 3)])
+def test_a_users_own_optimizer_computes_the_same_and_leaves_out_what_is_not_finite(ranks: int, zero: int) -> None:
+    config = small_config(parallel=ParallelConfig(zero=zero))
+    theirs = {"betas": config.optim.betas, "eps": config.optim.eps}
+    config.optim = OptimConfig(target="tests.toy:adamw_without_kernels", lr=config.optim.lr, args=theirs)
+    results = world.run(train, ranks, config, "fsdp", STEPS, 3)
+    expected = one_process(small_config(), STEPS, poison=3)
+    parameters = assemble([shards for _, shards in results])
+    for name, value in expected.parameters.items():
+        assert normwise(parameters[name], value) < 1e-4, name
+
+
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_every_gradient_is_that_of_one_process(zero: int) -> None:
     """With plain SGD the change of a parameter over the learning rate is its gradient."""

@@ -1,52 +1,88 @@
 from __future__ import annotations
 
-import itertools
+import math
+import os
 import time
 
+import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from conf.schema import Config
-from parallel.layout import AXES, Coordinate, Layout, batch_plan, layout_of
+from parallel.layout import AXES, Coordinate, Layout, batch_plan, layout_of, threads_per_rank
 
 SIZE = st.integers(1, 5)
 LAYOUTS = st.builds(Layout, SIZE, SIZE, SIZE, SIZE)
 AXIS_SETS = st.sets(st.sampled_from(AXES)).map(tuple)
+MOST_RANKS = 16384
 
 
-@given(LAYOUTS)
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    """Any sizes whose product is at most MOST_RANKS. Drawn in any order: each axis is the long one now and then."""
+    sizes = dict.fromkeys(AXES, 1)
+    left = MOST_RANKS
+    for axis in draw(st.permutations(AXES)):
+        sizes[axis] = draw(st.integers(1, min(left, 12)) | st.integers(1, left))
+        left //= sizes[axis]
+    return Layout(**sizes)
+
+
+UP_TO_MOST_RANKS = settings(max_examples=30, deadline=None)
+LARGEST = example(Layout(dp_replicate=8, dp_shard=64, tp=8, pp=4))
+
+
+def grid(layout: Layout) -> np.ndarray:
+    """The ranks as AXES says they stand, by numpy alone: `[pp, dp_replicate, dp_shard, tp]`."""
+    return np.arange(layout.world).reshape(layout.pp, layout.dp_replicate, layout.dp_shard, layout.tp)
+
+
+@UP_TO_MOST_RANKS
+@LARGEST
+@given(layouts())
 def test_a_coordinate_is_the_inverse_of_a_rank(layout):
     places = [layout.coordinate(rank) for rank in range(layout.world)]
     assert [layout.rank(at) for at in places] == list(range(layout.world))
-    assert len(set(places)) == layout.world
-    assert all(0 <= getattr(at, axis) < size for at in places for axis, size in zip(AXES, layout.sizes(), strict=True))
+    by_axis = np.array([[getattr(at, axis) for axis in AXES] for at in places])
+    assert np.array_equal(by_axis, np.argwhere(grid(layout) >= 0))
 
 
-@given(LAYOUTS)
+@UP_TO_MOST_RANKS
+@LARGEST
+@given(layouts())
 def test_tensor_parallel_ranks_are_neighbours_and_stages_are_far_apart(layout):
-    assert all(group == list(range(group[0], group[0] + layout.tp)) for group in layout.groups("tp"))
-    assert all(b - a == layout.world // layout.pp for g in layout.groups("pp") for a, b in itertools.pairwise(g))
+    tp, pp = np.array(layout.groups("tp")), np.array(layout.groups("pp"))
+    assert (np.diff(tp) == 1).all() and (tp[:, 0] % layout.tp == 0).all()
+    assert (np.diff(pp) == layout.world // layout.pp).all()
+    strides = [layout.stride(axis) for axis in ("tp", "dp_shard", "dp_replicate", "pp")]
+    assert strides == [1, layout.tp, layout.tp * layout.dp_shard, layout.tp * layout.dp]
 
 
-@given(LAYOUTS, AXIS_SETS)
+@UP_TO_MOST_RANKS
+@example(Layout(dp_replicate=8, dp_shard=64, tp=8, pp=4), ("dp_shard", "pp"))
+@given(layouts(), AXIS_SETS)
 def test_groups_partition_the_ranks_and_differ_only_along_their_axes(layout, axes):
-    groups = layout.groups(*axes)
-    assert sorted(rank for group in groups for rank in group) == list(range(layout.world))
-    for group in groups:
-        assert group == sorted(group)
-        fixed = {tuple(getattr(layout.coordinate(rank), axis) for axis in AXES if axis not in axes) for rank in group}
-        assert len(fixed) == 1
-    assert {tuple(group) for group in groups} == set(map(tuple, groups)) and len({len(g) for g in groups}) == 1
+    groups = np.array(layout.groups(*axes))
+    size = math.prod(getattr(layout, axis) for axis in axes)
+    assert groups.shape == (layout.world // size, size)
+    assert np.array_equal(np.sort(groups, axis=None), np.arange(layout.world))
+    along = [number for number, axis in enumerate(AXES) if axis in axes]
+    across = [number for number, axis in enumerate(AXES) if axis not in axes]
+    assert np.array_equal(groups, grid(layout).transpose(across + along).reshape(groups.shape))
 
 
-@given(LAYOUTS)
+@UP_TO_MOST_RANKS
+@LARGEST
+@given(layouts())
 def test_every_set_of_rows_is_read_by_one_replica_of_tp_and_pp_ranks(layout):
-    read_by: dict[int, list[int]] = {}
-    for rank in range(layout.world):
-        read_by.setdefault(layout.dp_rank(rank), []).append(rank)
-    assert sorted(read_by) == list(range(layout.dp))
-    assert sorted(read_by.values()) == sorted(layout.groups("tp", "pp"))
+    dp_rank = np.array([layout.dp_rank(rank) for rank in range(layout.world)])
+    assert np.array_equal(np.bincount(dp_rank), np.full(layout.dp, layout.tp * layout.pp))
+    replicas = np.argsort(dp_rank, kind="stable").reshape(layout.dp, -1)  # the ranks of each set of rows, in order
+    assert np.array_equal(replicas, np.array(layout.groups("tp", "pp")))
+    parts = [(stage, part) for stage in range(layout.pp) for part in range(layout.tp)]
+    for ranks in replicas[[0, -1]].tolist():
+        assert [(at.pp, at.tp) for at in map(layout.coordinate, ranks)] == parts
 
 
 def test_rank_order_is_the_documented_one():
@@ -63,7 +99,7 @@ def test_16384_ranks_are_grouped_without_a_noticeable_wait():
     start = time.process_time()
     for axis in AXES:
         layout.groups(axis)
-    assert time.process_time() - start < 2.0
+    assert time.process_time() - start < 0.5
 
 
 def asked(**parallel: object) -> Config:
@@ -134,3 +170,9 @@ def test_rows_that_do_not_divide_raise(layout, rows, micro):
 def test_a_layout_prints_what_is_more_than_one():
     assert str(Layout(dp_shard=4, tp=2, zero=3)) == "dp_shard 4 x tp 2, ZeRO 3, fsdp"
     assert str(Layout()) == "1 rank, ZeRO 0, fsdp"
+
+
+def test_ranks_share_the_cores_they_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert [threads_per_rank(None, ranks) for ranks in (1, 3, 8, 16)] == [8, 2, 1, 1]
+    assert threads_per_rank(5, 16) == 5

@@ -64,8 +64,29 @@ TOGETHER = {
         (["batch.micro=33"], 1, 0, ": 32 does"),
     ],
     "tensor parallelism": [
-        (["parallel.tp=3"], 3, 0, "parallel.tp=3 does not divide model.heads=8, model.width=256, model.hidden=704: 2"),
-        (["parallel.tp=4", "model.kv_heads=2"], 4, 0, "does not divide model.kv_heads=2: 2 does"),
+        (
+            ["parallel.tp=3", "seq_len=513"],
+            3,
+            0,
+            "parallel.tp=3 does not go with model.heads=8, model.hidden=704: 2 or 4 does",
+        ),
+        (["parallel.tp=16", "batch.micro=8"], 16, 0, "does not go with model.heads=8: 8 does"),
+        (
+            ["parallel.tp=4", "model.heads=12", "model.kv_heads=6", "model.width=384", "model.hidden=720"],
+            4,
+            0,
+            "parallel.tp=4 does not go with model.kv_heads=6: 3 or 6 does",
+        ),
+    ],
+    "sequence parallelism": [
+        (
+            ["parallel.tp=8", "seq_len=250", "batch.micro=2"],
+            8,
+            0,
+            "micro-batches of 2 x seq_len=250 tokens do not divide over parallel.tp=8: batch.micro=4 does, "
+            "or seq_len=248 or 252, or parallel.sequence=false",
+        ),
+        (["parallel.tp=2", "seq_len=5", "batch.rows=3"], 2, 0, "over parallel.tp=2: seq_len=4 or 6, or parallel.sequ"),
     ],
     "stages": [
         (["parallel.pp=7", "batch.micro=1"], 7, 0, "are 7 stages for model.layers=6: at most 6 stages work"),
@@ -80,6 +101,10 @@ TOGETHER = {
         (["parallel.pp=2", "parallel.stages_per_rank=2"], 2, 0, "need parallel.schedule=interleaved"),
         (["parallel.pp=2", "parallel.schedule=interleaved"], 2, 0, "needs parallel.stages_per_rank=2 or more"),
         (["parallel.schedule=interleaved", "parallel.stages_per_rank=2"], 1, 0, "needs parallel.pp=2 or more"),
+    ],
+    "zero bubble": [
+        (["parallel.schedule=zbv", "parallel.pp=2"], 2, 0, "parallel.schedule=zbv: the split backward of zero-bubble"),
+        (["parallel.schedule=zero_bubble"], 1, 0, "parallel.schedule=interleaved with parallel.stages_per_rank=2 or"),
     ],
     "full pipeline": [
         (["parallel.pp=4", "batch.micro=16"], 4, 0, "2 micro-batches do not fill 4 pipeline stages: batch.micro=8"),
@@ -129,6 +154,10 @@ TOGETHER = {
         (["eval.every=10"], 1, 0, "eval.every=10 with eval.rows=0 evaluates nothing: set eval.rows, such as 32"),
         (["eval.rows=8", "data.validation=0"], 1, 0, "no document is kept for validation"),
     ],
+    "traced steps": [
+        (["profile.steps=[201,205]"], 1, 0, "no such step is taken; profile.steps=[196,200] works"),
+        (["profile.steps=[9,99]", "steps=8"], 1, 0, "profile.steps=[1,8] works"),
+    ],
 }
 
 
@@ -158,6 +187,9 @@ def test_every_entry_is_tried():
         (["parallel.zero=3", "parallel.replicas=2"], 4, 0),
         (["batch.rows=12", "batch.micro=3"], 4, 0),
         (["model.kv_heads=2"], 1, 0),
+        (["parallel.tp=8", "model.kv_heads=2", "model.width=272"], 8, 0),
+        (["parallel.tp=2", "seq_len=5", "batch.rows=3", "parallel.sequence=false"], 2, 0),
+        (["parallel.tp=2", "seq_len=5", "batch.micro=2"], 2, 0),
         (["model.width=250", "model.head_dim=32"], 1, 0),
         (["model.target=mine:build", "model.width=7", "model.kv_heads=3"], 1, 0),
         (["schedule.warmup_steps=200"], 1, 0),
@@ -245,6 +277,8 @@ BEYOND = [
     "launch.device=tpu",
     "log.every=0",
     "log.progress=bar",
+    "profile.steps=[13,10]",
+    "profile.phases_every=-1",
 ]
 
 
@@ -264,6 +298,11 @@ def test_every_limit_is_tried():
 @pytest.mark.parametrize("override", ["optim.lr=nan", "optim.lr=inf", "clip_norm=nan", "optim.betas=[0.9]"])
 def test_numbers_that_are_none_are_refused(override):
     assert override.partition("=")[0] in refused(override)
+
+
+@pytest.mark.parametrize("steps", ["[]", "[3]", "[0,3]", "[4,3]", "[1,2,3]"])
+def test_traced_steps_are_a_first_and_a_last_one(steps):
+    assert "must be the first and the last step to trace, such as [10,13]" in refused(f"profile.steps={steps}")
 
 
 def test_the_closest_choice_comes_first():

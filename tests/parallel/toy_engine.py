@@ -18,7 +18,7 @@ from parallel.model import whole_model
 from parallel.optimizer import LocalOptimizer
 from parallel.registry import Held, uncut
 from parallel.rows import Rows
-from parallel.shards import PARAMETER, Shard, whole
+from parallel.shards import GRADIENT, PARAMETER, Shard, whole
 from parallel.update import StepResult, agree
 
 
@@ -43,18 +43,28 @@ class ToyEngine:
             self.tokens += micro.valid_tokens()
 
     def update(self, lr: float, votes: frozenset[str] = frozenset()) -> StepResult:
-        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        for gradient in gradients.values():
-            dist.all_reduce(gradient)
-        counted = list(gradients.values()) if self.mesh.rank == 0 else []
+        gradients = self.gradients()
         verdict = agree(
-            self.mesh, counted, self.loss_sum, self.tokens, votes, nominal_tokens=1, clip_norm=self.config.clip_norm
+            self.mesh,
+            list(gradients.values()) if self.mesh.rank == 0 else [],
+            self.loss_sum,
+            self.tokens,
+            votes,
+            loss_scale=torch.ones(()),
+            nominal_tokens=1,
+            clip_norm=self.config.clip_norm,
         )
         self.optimizer.step(gradients, lr, verdict.gradient_divisor, verdict.found_inf)
         self.model.zero_grad()
         self.loss_sum.zero_()
         self.tokens.zero_()
         return verdict.result
+
+    def gradients(self) -> dict[str, Tensor]:
+        gradients = {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}
+        for gradient in gradients.values():
+            dist.all_reduce(gradient)
+        return gradients
 
     def evaluate(self, rows: Rows) -> Tensor:
         with torch.no_grad():
@@ -64,13 +74,15 @@ class ToyEngine:
     def shards(self) -> list[Shard]:
         tensors = [(name, PARAMETER, parameter.data) for name, parameter in self.parameters.items()]
         tensors += [(name, f"optim.{key}", state) for name, key, state in self.optimizer.tensors()]
+        return [shard for tensor in tensors for shard in self.described(*tensor)]
 
-        def held(tensor: Tensor) -> Held:
-            return Held(whole(tuple(tensor.shape)), self.mesh.rank, self.mesh.layout.world)
+    def gradient_shards(self) -> list[Shard]:
+        gradients = self.gradients()
+        return [shard for name in gradients for shard in self.described(name, GRADIENT, gradients[name])]
 
-        return [
-            shard for name, kind, tensor in tensors for shard in self.registry.shards(name, kind, held(tensor), tensor)
-        ]
+    def described(self, name: str, kind: str, tensor: Tensor) -> list[Shard]:
+        held = Held((whole(tuple(tensor.shape)),), self.mesh.rank, self.mesh.layout.world)
+        return list(self.registry.shards(name, kind, held, tensor))
 
     def shards_written(self) -> None:
         pass

@@ -35,10 +35,15 @@ def test_a_signal_and_a_stop_file_become_votes(tmp_path: Path) -> None:
         requests.listen()
         run = RunDirectory(tmp_path)
         run.stop.touch()
-        requests.watch(run)
+        requests.watch(run, forget=True)
         assert requests.votes() == frozenset(), "an old stop file asks for nothing"
         run.stop.touch()
         assert requests.votes() == {"stop"}
+        run.stop.unlink()
+        again = Requests()
+        run.stop.touch()
+        again.watch(run, forget=False)
+        assert again.votes() == {"stop"}, "asked while the ranks were restarting"
         run.stop.unlink()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert requests.votes() == {"stop"}

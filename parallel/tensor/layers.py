@@ -1,0 +1,139 @@
+"""Layers that tensor parallelism can cut. Until they are cut they are ordinary layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.registry import Entry, Piece
+from parallel.shards import whole
+from parallel.tensor.axis import Share, TensorAxis, cut_entry
+from parallel.tensor.regions import enter, leave
+
+
+class TensorLayer(nn.Module):
+    """A layer that knows its share. A parameter in no such layer is held whole by every rank."""
+
+    def cut(self, axis: TensorAxis) -> list[Entry]:
+        """Compute this rank's share from now on.
+
+        Returns for each parameter the part of it that this rank holds, under its name within the layer; the caller
+        puts a parameter of that shape in its place. Raises ValueError for a size that cannot be shared.
+        """
+        raise NotImplementedError
+
+
+class Enter(TensorLayer):
+    """The way into a region, for all column-parallel layers that take the same input."""
+
+    axis: TensorAxis | None = None  # None until the layer is cut
+
+    def cut(self, axis: TensorAxis) -> list[Entry]:
+        self.axis = axis
+        return []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.axis is None else enter(x, self.axis)
+
+
+class ColumnLinear(TensorLayer, nn.Linear):
+    """A linear layer inside a region: a rank has some of the output features. `unit` of them are never divided.
+
+    With fewer units than ranks, as kv heads may be, neighbouring ranks hold the same one.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, unit: int = 1) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.unit = unit
+
+    def cut(self, axis: TensorAxis) -> list[Entry]:
+        share = axis.share(_units(self.out_features, self.unit))
+        names = ("weight", "bias") if self.bias is not None else ("weight",)
+        entries = [cut_entry(name, tuple(getattr(self, name).shape), 0, share, self.unit) for name in names]
+        self.out_features = len(share) * self.unit
+        return entries
+
+
+class RowLinear(TensorLayer, nn.Linear):
+    """A linear layer and the way out of a region: a rank has some of the input features.
+
+    What the ranks compute is summed, then the bias is added. `unit` features are never divided.
+    """
+
+    axis: TensorAxis | None = None
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, unit: int = 1) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.unit = unit
+
+    def cut(self, axis: TensorAxis) -> list[Entry]:
+        self.axis = axis
+        share = axis.equal_share(_units(self.in_features, self.unit))
+        entries = [cut_entry("weight", tuple(self.weight.shape), 1, share, self.unit)]
+        self.in_features = len(share) * self.unit
+        return entries
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.axis is None:
+            return super().forward(x)
+        summed = leave(F.linear(x, self.weight), self.axis)
+        return summed if self.bias is None else summed + self.bias
+
+
+class Inside(TensorLayer):
+    """A mix-in for layers inside a region whose parameters are not cut, though they see this rank's channels only.
+
+    Their gradient is summed over the ranks.
+    """
+
+    def cut(self, axis: TensorAxis) -> list[Entry]:
+        boxes = {name: whole(tuple(parameter.shape)) for name, parameter in self.named_parameters()}
+        return [
+            Entry(name, box.size, (Piece(box, box),), axis.rank, axis.size, partial=("tp",))
+            for name, box in boxes.items()
+        ]
+
+
+class HeadNorm(Inside, nn.RMSNorm):
+    """RMSNorm over the channels of a head, one weight for all heads, of which a rank sees its own."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens whose rows this rank holds."""
+
+    axis: TensorAxis
+    share: Share
+
+    def own(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """For each of `tokens` (int64) its row on this rank, 0 if it is another rank's, and whether it is this one's.
+
+        Numbers that are no tokens belong to the first and the last rank, where they fail as rows.
+        """
+        mine = torch.ones_like(tokens, dtype=torch.bool)
+        if self.axis.rank > 0:
+            mine &= tokens >= self.share.start
+        if self.axis.rank < self.axis.size - 1:
+            mine &= tokens < self.share.stop
+        return (tokens - self.share.start).masked_fill_(~mine, 0), mine
+
+
+class VocabularyLayer(TensorLayer):
+    """A layer with a `weight` of `[vocab, width]`: a rank has contiguous rows, as evenly many as possible."""
+
+    weight: nn.Parameter
+    vocabulary: Vocabulary | None = None  # None until the layer is cut
+
+    def cut(self, axis: TensorAxis) -> list[Entry]:
+        shape = tuple(self.weight.shape)
+        self.vocabulary = Vocabulary(axis, axis.even_share(shape[0]))
+        return [cut_entry("weight", shape, 0, self.vocabulary.share)]
+
+
+def _units(features: int, unit: int) -> int:
+    if features % unit:
+        raise ValueError(f"{features} features are not made of units of {unit}")
+    return features // unit

@@ -1,0 +1,117 @@
+"""The ways into a region and out of it: pairs of collectives, each of which is the other one's gradient.
+
+Functional collectives, so that torch.compile sees them; waited for at once, so that on CUDA the inductor can see
+all-gather -> matmul and matmul -> reduce-scatter and overlap the two.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.tensor.axis import TensorAxis
+
+
+def enter(x: Tensor, axis: TensorAxis) -> Tensor:
+    """Into a region: activations of all tokens `[tokens, ...]`, their gradient summed over the ranks of the region.
+
+    `x` is this rank's share of the tokens under sequence parallelism, else what all ranks hold.
+    """
+    if axis.sequence:
+        return _Gather.apply(x, axis.group_name, axis.size)
+    return _Fork.apply(x, axis.group_name)
+
+
+def leave(x: Tensor, axis: TensorAxis) -> Tensor:
+    """Out of a region: the sum over its ranks of `x` `[tokens, ...]`.
+
+    Under sequence parallelism this rank's share of the tokens: raises ValueError if they do not divide.
+    """
+    if not axis.sequence:
+        return _Join.apply(x, axis.group_name)
+    if x.shape[0] % axis.size:
+        raise ValueError(
+            f"sequence parallelism: a micro-batch of {x.shape[0]} tokens does not divide over {axis.size} ranks"
+        )
+    return _Scatter.apply(x, axis.group_name, axis.size)
+
+
+def all_gather(x: Tensor, group_name: str, size: int) -> Tensor:
+    """`x` of all ranks, one after the other along dim 0."""
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(collectives.all_gather_into_tensor(x.contiguous(), size, group_name))
+
+
+def _reduce_scatter(x: Tensor, group_name: str, size: int) -> Tensor:
+    collectives, x = torch.ops._c10d_functional, x.contiguous()
+    if not x.is_cpu:
+        return collectives.wait_tensor(collectives.reduce_scatter_tensor(x, "sum", size, group_name))
+    # gloo has none: its reduce_scatter is an all_reduce, of which it throws all but one part away
+    splits = [x.shape[0] // size] * size
+    parts = collectives.wait_tensor(collectives.all_to_all_single(x, splits, splits, group_name))
+    return functools.reduce(torch.add, parts.chunk(size))
+
+
+def _all_reduce(x: Tensor, group_name: str) -> Tensor:
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group_name))
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_name: str, size: int) -> Tensor:
+        ctx.group_name, ctx.size = group_name, size
+        return all_gather(x, group_name, size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _reduce_scatter(gradient, ctx.group_name, ctx.size), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_name: str, size: int) -> Tensor:
+        ctx.group_name, ctx.size = group_name, size
+        return _reduce_scatter(x, group_name, size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return all_gather(gradient, ctx.group_name, ctx.size), None, None
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
+        ctx.group_name = group_name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _all_reduce(gradient, ctx.group_name), None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
+        return _all_reduce(x, group_name)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, None
+
+
+def enable_async_tensor_parallelism(group: dist.ProcessGroup) -> None:
+    """From now on compiled code on CUDA may split collectives of `group` and overlap them with their matmuls."""
+    import torch._inductor.config
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    torch._inductor.config._micro_pipeline_tp = True
+    with warnings.catch_warnings():
+        # Deprecated as needless in torch 2.13; but the inductor's pass still asks whether it was called
+        warnings.simplefilter("ignore", FutureWarning)
+        enable_symm_mem_for_group(group.group_name)

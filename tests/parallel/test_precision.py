@@ -1,0 +1,214 @@
+"""Compute in fewer bits: how far layouts may differ then, the loss scale of fp16, fp32 modules, and offload."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from conf.schema import Config, ModelConfig
+from launch.check import LIMITS
+from parallel.full_precision import compute_in_full
+from parallel.layout import Layout, batch_plan, layout_of
+from parallel.loss_scale import BACKOFF, FIRST, FLOOR, GROWS_AFTER, GROWTH, LossScale
+from parallel.mesh import mesh_over_default_group
+from parallel.model import whole_model
+from parallel.replicated import ReplicatedWeights
+from parallel.sharded import ShardedWeights
+from parallel.shards import GRADIENT
+from parallel.update import Agreed
+from parallel.weights import Precision
+from tests import world
+from tests.parallel.reference import VOCABULARY, assemble, global_rows, normwise, one_process, small_config
+from tests.parallel.test_parity import Case, Measured, train
+from trainer.cut import build_on_meta, cut
+
+LAYOUTS = [
+    Layout(2),
+    Layout(1, 2, zero=3),
+    Layout(tp=2),
+    Layout(pp=2),
+    Layout(1, 2, 2, 1, 2),
+    Layout(1, 1, 2, 2),
+]
+
+
+def in_precision(layout: Layout, precision: str) -> Config:
+    config = Case(2, tied=True).config(layout)
+    config.precision = precision
+    return config
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layouts_differ_by_no_more_than_rounding_explains(layout: Layout, precision: str) -> None:
+    """The bounds that `stoker check` applies, here over ten steps with AdamW."""
+    limits = LIMITS[precision]
+    one = world.run(train, 1, [in_precision(Layout(), precision)])[0][0]
+    ranks: list[Measured] = [found[0] for found in world.run(train, layout.world, [in_precision(layout, precision)])]
+    assert ranks[0].trace.losses == pytest.approx(one.trace.losses, rel=limits.loss)
+    assert ranks[0].trace.norms[0] == pytest.approx(one.trace.norms[0], rel=limits.grad_norm)
+    gradients, theirs = assemble([one.gradients], GRADIENT), assemble([r.gradients for r in ranks], GRADIENT)
+    for name, value in gradients.items():
+        assert normwise(theirs[name], value) < limits.gradient, name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_fewer_bits_stay_near_fp32(precision: str) -> None:
+    found = world.run(train, 1, [in_precision(Layout(), precision)])[0][0]
+    expected = one_process(in_precision(Layout(), "fp32"), 10)
+    assert found.trace.losses == pytest.approx(expected.losses, rel=0.02)
+
+
+def test_the_loss_scale_halves_on_overflow_down_to_its_floor_and_grows_after_enough_updates() -> None:
+    scale = LossScale(torch.device("cpu"))
+    skipped, updated = torch.ones(()), torch.zeros(())
+    scale.adjust(skipped)
+    assert scale.value == FIRST * BACKOFF
+    for _ in range(GROWS_AFTER - 1):
+        scale.adjust(updated)
+    assert scale.value == FIRST * BACKOFF
+    kept = scale.state()
+    scale.adjust(updated)
+    assert scale.value == FIRST * BACKOFF * GROWTH
+    again = LossScale(torch.device("cpu"))
+    again.load_state(kept)
+    again.adjust(updated)
+    assert again.value == scale.value, "the count of updates travels in the state"
+    for _ in range(100):
+        scale.adjust(skipped)
+    assert scale.value == FLOOR
+    scale.load_state({})
+    assert scale.value == FIRST
+
+
+HALVES = [Layout(2), Layout(1, 2, zero=2), Layout(1, 2, 2, 1, 3), Layout(2, 1, 1, 2)]
+
+
+def overflowing(layout: Layout) -> tuple[list[Agreed], dict[str, float], bool]:
+    """fp16 with a scale far too large, until it fits. Are the parameters untouched as long as it does not?"""
+    config = in_precision(layout, "fp16")
+    layout = layout_of(config, dist.get_world_size())
+    mesh = mesh_over_default_group(layout, torch.device("cpu"), 60.0)
+    engine = cut(config, mesh, batch_plan(config, layout))
+    engine.load_state({"step": 0.0, "loss_scale": 2.0**40})
+    rows = global_rows(config, 1)[mesh.dp_rank :: layout.dp]
+    if mesh.dp_rank != 0:  # nothing to learn: only the other half of the ranks overflows
+        rows.labels.fill_(-100)
+    initial = [shard.data.clone() for shard in engine.shards()]
+    results, untouched = [], True
+    while not results or results[-1].skipped:
+        engine.forward_backward(rows)
+        results.append(engine.update(1e-3).read())
+        same = all(torch.equal(s.data, value) for s, value in zip(engine.shards(), initial, strict=True))
+        untouched &= same == results[-1].skipped
+    return results, engine.state(), untouched
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(2), Layout(1, 2, zero=2), Layout(1, 2, 2, 1, 3), Layout(2, 1, 1, 2)], ids=str
+)
+def test_an_overflow_on_some_ranks_is_skipped_by_all_and_lowers_their_scale(layout: Layout) -> None:
+    ranks = world.run(overflowing, layout.world, layout)
+    results, state, _ = ranks[0]
+    assert len(results) > 10 and all(result.overflowed for result in results[:-1]) and not results[-1].overflowed
+    assert [result.loss_scale for result in results] == [2.0**40 * BACKOFF**n for n in range(len(results))]
+    assert state == {"step": 1.0, "loss_scale": results[-1].loss_scale, "loss_scale_updates": 1.0}
+    for other, their_state, untouched in ranks:
+        assert untouched and their_state == state
+        assert [result.skipped for result in other] == [result.skipped for result in results]
+
+
+def test_at_the_floor_a_step_that_is_not_finite_counts_as_bad() -> None:
+    (results,) = world.run(at_the_floor, 1)
+    assert results.skipped and not results.overflowed
+
+
+def at_the_floor() -> Agreed:
+    config = in_precision(Layout(), "fp16")
+    mesh = mesh_over_default_group(Layout(), torch.device("cpu"), 60.0)
+    engine = cut(config, mesh, batch_plan(config, Layout()))
+    engine.load_state({"step": 0.0, "loss_scale": FLOOR})
+    engine.shards()[0].data.fill_(float("nan"))
+    engine.shards_written()
+    engine.forward_backward(global_rows(config, 1))
+    return engine.update(1e-3).read()
+
+
+DECODER = ModelConfig(vocab_size=VOCABULARY, width=32, layers=2, heads=4, kv_heads=2, hidden=48)
+
+
+def dtypes(zero: int, patterns: list[str]) -> dict[str, tuple[torch.dtype, torch.dtype, torch.dtype]]:
+    """On a rank, in bf16: the dtypes of the input, the weight and the output of every linear layer in a forward."""
+    layout = Layout(1, dist.get_world_size(), zero=zero) if zero else Layout(dist.get_world_size())
+    mesh = mesh_over_default_group(layout, torch.device("cpu"), 60.0)
+    model = build_on_meta(DECODER, whole_model(2))
+    precision = Precision(torch.bfloat16, compute_in_full(model, patterns, torch.bfloat16))
+    if zero:
+        ShardedWeights(model, mesh, precision, zero)
+    else:
+        ReplicatedWeights(model, mesh.device, precision, mesh.group("dp_replicate"))
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or name in ("embedding", "head"):
+
+            def see(module: nn.Module, inputs: tuple, output: torch.Tensor, name: str = name) -> None:
+                found[name] = (inputs[0].dtype, module.weight.dtype, output.dtype)
+
+            module.register_forward_hook(see)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    rows = global_rows(small_config(), 1)
+    loss = model(rows.tokens, rows.positions, rows.documents, rows.labels)
+    loss.backward()
+    return found
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_chosen_modules_compute_in_fp32_and_the_rest_does_not(zero: int) -> None:
+    full, half = torch.float32, torch.bfloat16
+    for seen in world.run(dtypes, 2, zero, ["layers.1", "layers.*.mlp.down", "head"]):
+        assert seen["layers.0.attention.q"] == (half, half, half)
+        assert seen["layers.0.mlp.up"] == (half, half, half)
+        assert seen["layers.0.mlp.down"][:2] == (full, full)
+        assert seen["layers.1.attention.q"] == (full, full, full)
+        assert seen["layers.1.mlp.down"] == (full, full, full)
+        assert seen["head"][:2] == (full, full)
+        assert seen["embedding"][1:] == (half, half)
+
+
+def test_a_parameter_that_is_shared_with_a_module_in_fewer_bits_is_refused() -> None:
+    model = build_on_meta(replace(DECODER, tie_embeddings=True), whole_model(2))
+    with pytest.raises(ValueError, match=r"embedding.*head|head.*embedding"):
+        compute_in_full(model, ["head"], torch.bfloat16)
+
+
+@pytest.mark.parametrize("layout", [Layout(2), Layout(1, 2, zero=1), Layout(1, 2, 2, 1, 3), Layout(pp=2)], ids=str)
+def test_fp32_modules_compute_the_same_on_every_layout(layout: Layout) -> None:
+    def config(layout: Layout) -> Config:
+        config = in_precision(layout, "bf16")
+        config.fp32_modules = ["embedding", "layers.*", "head"]
+        return config
+
+    one = world.run(train, 1, [config(Layout())])[0][0]
+    ranks = [found[0] for found in world.run(train, layout.world, [config(layout)])]
+    assert ranks[0].trace.losses == pytest.approx(one.trace.losses, rel=LIMITS["bf16"].loss)
+    gradients, theirs = assemble([one.gradients], GRADIENT), assemble([r.gradients for r in ranks], GRADIENT)
+    for name, value in gradients.items():
+        assert normwise(theirs[name], value) < LIMITS["bf16"].gradient, name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(2), *(Layout(1, 2, zero=z) for z in (1, 2, 3)), Layout(1, 1, 2, 2)], ids=str
+)
+def test_offloaded_weights_compute_the_same_to_the_last_bit(layout: Layout, precision: str) -> None:
+    here, away = in_precision(layout, precision), in_precision(layout, precision)
+    away.parallel.offload = "cpu"
+    for stayed, left in world.run(train, layout.world, [here, away]):
+        assert stayed.trace == left.trace
+        for one, other in zip(stayed.parameters, left.parameters, strict=True):
+            assert torch.equal(one.data, other.data), one.name
