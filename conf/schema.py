@@ -74,6 +74,7 @@ class ParallelConfig:
     stages_per_rank: int = free(1)  # pipeline stages per rank, > 1 with schedule=interleaved
     engine: str = free("fsdp")  # fsdp | deepspeed
     offload: str = free("none")  # none | cpu | nvme: where fp32 parameters and optimizer state live
+    deepspeed: dict[str, Any] = free({})  # engine=deepspeed: further settings, in DeepSpeed's own JSON
     timeout_seconds: float = free(600.0)  # of every process group's collectives
 
 

@@ -184,7 +184,7 @@ def _store(
     config: Config, mesh: Mesh, plan: BatchPlan, registry: Registry, model: nn.Module, precision: Precision
 ) -> Weights:
     if config.parallel.engine == "deepspeed":
-        from parallel.deepspeed_engine import DeepSpeedWeights  # half a second of imports, and seconds within them
+        from parallel.deepspeed_engine.weights import DeepSpeedWeights  # it imports DeepSpeed, which takes seconds
 
         return DeepSpeedWeights(config, mesh, plan, model, registry)
     offload = config.parallel.offload == "cpu"

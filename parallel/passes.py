@@ -52,6 +52,7 @@ class StraightPasses:
 
     def evaluate(self, rows: Rows) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
+        rows = rows.padded(self._micro_rows)  # sequence parallelism divides the tokens of a whole micro-batch
         with torch.no_grad():
             for start in range(0, len(rows), self._micro_rows):
                 total += self._loss(rows[start : start + self._micro_rows])

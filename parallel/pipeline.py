@@ -28,7 +28,7 @@ from torch.profiler import record_function
 
 from parallel.layout import BatchPlan
 from parallel.mesh import Mesh
-from parallel.rows import IGNORE, Rows
+from parallel.rows import Rows
 from parallel.weights import Weights
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
@@ -99,7 +99,7 @@ class PipelinePasses:
 
     def evaluate(self, rows: Rows) -> Tensor:
         size = self._plan.micro_rows
-        rows = _padded(rows, size).to(self._device)
+        rows = rows.padded(size).to(self._device)
         ring = Ring(self._at, self._size, self._count, len(rows) // size)
         total = torch.zeros_like(self._total)
         received: Tensor | None = None
@@ -300,11 +300,3 @@ class _Forward(nn.Module):
 def _inputs(rows: Rows, document_mask: bool) -> dict[str, Tensor]:
     inputs = {"tokens": rows.tokens, "positions": rows.positions, "labels": rows.labels}
     return inputs | {"documents": rows.documents} if document_mask else inputs
-
-
-def _padded(rows: Rows, size: int) -> Rows:
-    """`rows` and as many without a label as make a multiple of `size`."""
-    last = rows[-1:]
-    unlabelled = Rows(last.tokens, torch.full_like(last.labels, IGNORE), last.positions, last.documents)
-    pieces = [vars(rows), *[vars(unlabelled)] * (-len(rows) % size)]
-    return Rows(**{name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})

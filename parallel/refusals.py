@@ -14,6 +14,7 @@ from typing import Any
 from conf.limits import LIMITS, ZERO_BUBBLE
 from conf.schema import Config, lookup
 from conf.values import ConfigError
+from parallel.deepspeed_engine.refused import ENTRIES as OF_DEEPSPEED
 from parallel.nearest import around, divisors, either, multiples_around
 from parallel.start import Start
 
@@ -323,10 +324,9 @@ def _traced_steps(start: Start) -> str | None:
     return f"profile.steps={traced} with steps={steps}: no such step is taken; profile.steps=[{first},{steps}] works"
 
 
-NOT_YET = (
-    NotYet("parallel.engine", lambda value: value == "deepspeed", "the DeepSpeed engine", "fsdp"),
-    NotYet("parallel.offload", lambda value: value == "nvme", "offload to NVMe", "cpu"),
-)
+REFUSALS.extend(Refusal(*entry) for entry in OF_DEEPSPEED)
+
+NOT_YET = (NotYet("parallel.offload", lambda value: value == "nvme", "offload to NVMe", "cpu"),)
 
 
 def refuse(config: Config, world: int, gpus: int) -> None:

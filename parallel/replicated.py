@@ -123,7 +123,8 @@ class _Buckets:
         self._sizes: list[int] = []
         start = 0
         names = list(offsets)
-        for name, end in zip(names, [*list(offsets.values())[1:], buffer.numel()], strict=True):
+        ends = [*list(offsets.values())[1:], buffer.numel()][: len(names)]  # none where nothing is trained
+        for name, end in zip(names, ends, strict=True):
             if len(self._sizes) == len(self._spans):
                 self._sizes.append(0)
             self._bucket_of[name] = len(self._spans)

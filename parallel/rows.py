@@ -30,6 +30,13 @@ class Rows:
     def __getitem__(self, rows: slice) -> Rows:
         return Rows(self.tokens[rows], self.labels[rows], self.positions[rows], self.documents[rows])
 
+    def padded(self, multiple: int) -> Rows:
+        """These rows and as many without a label as make their number a multiple."""
+        last = self[-1:]
+        unlabelled = Rows(last.tokens, torch.full_like(last.labels, IGNORE), last.positions, last.documents)
+        pieces = [vars(self), *[vars(unlabelled)] * (-len(self) % multiple)]
+        return Rows(**{name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})
+
     def to(self, device: torch.device) -> Rows:
         """The same rows on `device`, copied without waiting where the memory is pinned."""
         parts = (self.tokens, self.labels, self.positions, self.documents)

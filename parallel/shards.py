@@ -63,7 +63,7 @@ def flat_range(shape: tuple[int, ...], start: int, stop: int) -> tuple[Rectangle
     last, end = divmod(stop, row)
     if first == last:  # within one row
         return _of_row(first, flat_range(shape[1:], begin, end))
-    found = []
+    found: list[Rectangle] = []
     if begin:
         found += _of_row(first, flat_range(shape[1:], begin, row))
         first += 1

@@ -67,6 +67,19 @@ def build_frozen(config: ModelConfig, part: Part) -> nn.Module:
     return model
 
 
+def build_with_frozen_start(config: ModelConfig, part: Part) -> nn.Module:
+    """The toy with only its last layer and its head trained: the first stage of a pipeline has nothing to learn."""
+    model = Toy(config, part)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith((f"layers.{config.layers - 1}", "head")))
+    return model
+
+
+def build_all_frozen(config: ModelConfig, part: Part) -> nn.Module:
+    """Nothing to train."""
+    return Toy(config, part).requires_grad_(False)
+
+
 def adamw_without_kernels(groups: list[dict[str, object]], lr: float, **settings: object) -> torch.optim.Optimizer:
     """A user's own optimizer: it knows neither a gradient scale nor `found_inf`."""
     return torch.optim.AdamW(groups, lr=lr, foreach=False, **settings)  # type: ignore[arg-type]

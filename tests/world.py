@@ -27,7 +27,16 @@ from typing import Any
 # A server that has run no tensor code can fork safely; it pays for the imports once.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.fsdp", "parallel.sharded", "parallel.pipeline", "trainer.cut", "checkpoint", "deepspeed"]
+    [
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "parallel.sharded",
+        "parallel.pipeline",
+        "trainer.cut",
+        "checkpoint",
+        "deepspeed",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+    ]
 )
 
 PR_SET_PDEATHSIG = 1

@@ -42,6 +42,8 @@ def cut(config: Config, mesh: Mesh, plan: BatchPlan) -> Engine:
     whole = build_on_meta(config.model, whole_model(config.model.layers))
     count = sum(math.prod(parameter.shape) for parameter in whole.parameters())
     log.info("model: %s, %s parameters", config.model.name, f"{count:,}")
+    if not any(parameter.requires_grad for parameter in whole.parameters()):
+        raise ValueError(f"model.target={config.model.target}: none of its parameters is to be trained")
 
     held = _parts(config, mesh, whole)
     stages = [build_on_meta(config.model, part) for part in held] if mesh.layout.pp > 1 else [whole]
@@ -103,8 +105,6 @@ def _cut_tensors(config: Config, mesh: Mesh, stages: list[nn.Module]) -> Registr
         log.info("%s over %d ranks", kind, mesh.layout.tp)
         if config.compile and mesh.device.type == "cuda":
             enable_async_tensor_parallelism(group)
-    if not any(entry.trainable for entry in entries):
-        raise ValueError(f"model.target={config.model.target}: no parameter of this rank's part is to be trained")
     return Registry(entries)
 
 
@@ -151,6 +151,7 @@ def _checkpoint_activations(block: nn.Module, mode: str) -> None:
     if mode == "selective":
         aten, collectives = torch.ops.aten, torch.ops._c10d_functional
         kept = [aten.mm.default, aten.addmm.default, aten.bmm.default]
-        kept += [collectives.reduce_scatter_tensor.default, collectives.all_reduce.default]
+        reduced = (collectives.reduce_scatter_tensor, collectives.all_to_all_single, collectives.all_reduce)
+        kept += [operation.default for operation in reduced]
         options["context_fn"] = functools.partial(checkpoint.create_selective_checkpoint_contexts, kept)
     block.forward = functools.partial(checkpoint.checkpoint, block.forward, use_reentrant=False, **options)

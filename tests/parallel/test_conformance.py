@@ -35,13 +35,14 @@ def train(
     trace = Trace()
     for step in range(1, steps + 1):
         rows = global_rows(config, step)[mesh.dp_rank :: mesh.layout.dp]
-        if step == poison and mesh.rank == mesh.layout.world - 1:
-            with torch.no_grad():  # an infinite weight on one rank only: its loss and gradients are not finite
-                saved = [shard.data.clone() for shard in engine.shards()]
-                engine.shards()[0].data.fill_(float("inf"))
-                engine.shards_written()
+        saved = [shard.data.clone() for shard in engine.shards()] if step == poison else []
+        if step == poison:
+            if mesh.rank == mesh.layout.world - 1:
+                with torch.no_grad():  # an infinite weight on one rank only: its loss and gradients are not finite
+                    engine.shards()[0].data.fill_(float("inf"))
+            engine.shards_written()
         engine.forward_backward(rows)
-        if step == poison and mesh.rank == mesh.layout.world - 1:
+        if step == poison:
             with torch.no_grad():
                 for shard, value in zip(engine.shards(), saved, strict=True):
                     shard.data.copy_(value)
@@ -167,8 +168,8 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_by_all(ranks: int, ze
         assert normwise(parameters[name], value) < 1e-4, name
 
 
-def agreed_votes() -> list[frozenset[str]]:
-    engine, mesh = build(small_config(parallel=ParallelConfig(zero=0)))
+def agreed_votes(engine_name: str = "fsdp") -> list[frozenset[str]]:
+    engine, mesh = build(small_config(parallel=ParallelConfig(zero=0, engine=engine_name)))
     found = []
     for votes in (frozenset(), frozenset({"stop"}) if mesh.rank == 1 else frozenset()):
         engine.forward_backward(global_rows(small_config(), 1)[mesh.dp_rank :: mesh.layout.dp])
@@ -181,8 +182,8 @@ def test_a_vote_of_one_rank_reaches_all() -> None:
     assert world.run(agreed_votes, 2) == [expected, expected]
 
 
-def step_without_a_valid_token() -> tuple[bool, int, bool]:
-    config = small_config(parallel=ParallelConfig(zero=1))
+def step_without_a_valid_token(zero: int = 1, engine_name: str = "fsdp") -> tuple[bool, int, bool]:
+    config = small_config(parallel=ParallelConfig(zero=zero, engine=engine_name))
     engine, mesh = build(config)
     before = [shard.data.clone() for shard in engine.shards()]
     rows = global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp]
@@ -197,8 +198,8 @@ def test_a_batch_without_a_valid_token_changes_nothing() -> None:
     assert world.run(step_without_a_valid_token, 2) == [(True, 0, True)] * 2
 
 
-def evaluated(zero: int) -> tuple[float, float]:
-    config = small_config(parallel=ParallelConfig(zero=zero), batch=BatchConfig(rows=8, micro=1))
+def evaluated(zero: int, engine_name: str = "fsdp") -> tuple[float, float]:
+    config = small_config(parallel=ParallelConfig(zero=zero, engine=engine_name), batch=BatchConfig(rows=8, micro=1))
     engine, mesh = build(config)
     total = mesh.sum(engine.evaluate(global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp]))
     engine.forward_backward(global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp])
@@ -212,9 +213,9 @@ def test_evaluation_gives_the_loss_of_training_and_leaves_no_gradient(zero: int)
         assert training == pytest.approx(evaluation, rel=1e-6)
 
 
-def moved_through_shards(zero: int) -> bool:
+def moved_through_shards(zero: int, engine_name: str = "fsdp") -> bool:
     """Shards are live: what is written into them is what the next step computes with."""
-    config = small_config(parallel=ParallelConfig(zero=zero))
+    config = small_config(parallel=ParallelConfig(zero=zero, engine=engine_name))
     engine, mesh = build(config)
     rows = global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp]
     saved, state = [shard.data.clone() for shard in engine.shards()], engine.state()
@@ -241,8 +242,8 @@ def test_shards_are_the_live_state(zero: int) -> None:
     assert all(world.run(moved_through_shards, 2, zero))
 
 
-def initial_shards(zero: int) -> list[Shard]:
-    engine, _ = build(small_config(parallel=ParallelConfig(zero=zero)))
+def initial_shards(zero: int, engine_name: str = "fsdp") -> list[Shard]:
+    engine, _ = build(small_config(parallel=ParallelConfig(zero=zero, engine=engine_name)))
     return [shard for shard in engine.shards() if shard.kind == PARAMETER]
 
 

@@ -193,6 +193,23 @@ def test_a_users_model_with_biases_everywhere_computes_the_same(layout: Layout, 
         assert normwise(parameters[name], value) < 1e-4, name
 
 
+@pytest.mark.parametrize("layout", [Layout(pp=2), Layout(1, 2, 1, 2, 2), Layout(2, 1, 1, 2)], ids=str)
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_a_stage_with_nothing_to_train_stays_as_it_is(layout: Layout, schedule: str) -> None:
+    def config(layout: Layout) -> Config:
+        config = Case(2, schedule).config(layout)
+        config.model = small_config().model
+        config.model.target = "tests.toy:build_with_frozen_start"
+        return config
+
+    ranks = [found[0] for found in world.run(train, layout.world, [config(layout)])]
+    wanted = one_process(config(Layout()), STEPS)
+    assert ranks[0].trace.norms == pytest.approx(wanted.norms, rel=1e-5)
+    parameters = assemble([rank.parameters for rank in ranks])
+    for name, value in wanted.parameters.items():
+        assert normwise(parameters[name], value) < 1e-4, name
+
+
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(1, 2, 2, 1, 3), Layout(1, 2, 1, 2, 1)], ids=str)
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(layout: Layout) -> None:
     case = Case(2, tied=True)
@@ -219,12 +236,17 @@ def evaluated(config: Config) -> tuple[float, float, list[Shard]]:
     "layout", [Layout(tp=2), Layout(1, 2, 2, 1, 3), Layout(1, 1, 2, 2), Layout(2, 1, 1, 2)], ids=str
 )
 def test_evaluation_in_the_layout_of_training_gives_the_loss_of_one_process(layout: Layout) -> None:
-    config = Case(2, tied=True).config(layout)
-    ranks = world.run(evaluated, layout.world, config)
-    one_rank = Case(2, tied=True).config(Layout(layout.dp))
-    loss, some_loss, _ = world.run(evaluated, layout.dp, one_rank)[0]
-    assert loss == pytest.approx(expected(True, "adamw").losses[0], rel=1e-5)
-    for rank in ranks:
+    """Of rows whose tokens divide over tp by the micro-batch, but not one by one."""
+
+    def config(layout: Layout) -> Config:
+        found = Case(2, tied=True).config(layout)
+        found.seq_len = 11
+        return found
+
+    alone = config(Layout())
+    loss, some_loss, _ = world.run(evaluated, layout.dp, config(Layout(layout.dp)))[0]
+    assert loss == pytest.approx(one_process(alone, 1).losses[0], rel=1e-5)
+    for rank in world.run(evaluated, layout.world, config(layout)):
         assert rank[:2] == pytest.approx((loss, some_loss), rel=1e-5)
         assert not any(shard.data.any() for shard in rank[2]), "evaluation leaves no gradient"
 

@@ -13,7 +13,7 @@ from conf.schema import GROUPS, Config, kinds, lookup
 from conf.values import ConfigError
 from parallel.layout import batch_plan, layout_of
 from parallel.nearest import around, divisors, either, multiples_around
-from parallel.refusals import NOT_YET, REFUSALS, Start, refuse, table_markdown
+from parallel.refusals import REFUSALS, Start, refuse, table_markdown
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "refusals.md"
 
@@ -40,6 +40,8 @@ def refusals_of(config: Config, world: int, gpus: int) -> str:
         return str(error)
     return ""
 
+
+DEEPSPEED = ["parallel.engine=deepspeed"]
 
 # entry -> (overrides, world, gpus, what the message says), each at the edge of what is refused
 TOGETHER = {
@@ -158,6 +160,22 @@ TOGETHER = {
         (["profile.steps=[201,205]"], 1, 0, "no such step is taken; profile.steps=[196,200] works"),
         (["profile.steps=[9,99]", "steps=8"], 1, 0, "profile.steps=[1,8] works"),
     ],
+    "DeepSpeed and pipelines": [
+        ([*DEEPSPEED, "parallel.pp=2", "parallel.zero=2"], 2, 0, "parallel.zero=1 works, or parallel.engine=fsdp"),
+    ],
+    "DeepSpeed and fp32 modules": [
+        ([*DEEPSPEED, "fp32_modules=[head]"], 2, 0, "parallel.engine=fsdp works, or precision=fp32"),
+    ],
+    "DeepSpeed ZeRO 3 and compile": [
+        ([*DEEPSPEED, "parallel.zero=3", "compile=true"], 2, 0, "parallel.zero=2 works"),
+    ],
+    "DeepSpeed ZeRO 3 and selective checkpointing": [
+        ([*DEEPSPEED, "parallel.zero=3", "activation_checkpoint=selective"], 2, 0, "activation_checkpoint=full works"),
+    ],
+    "DeepSpeed settings": [
+        (["parallel.deepspeed={a: 1}"], 2, 0, "these settings are for parallel.engine=deepspeed"),
+        ([*DEEPSPEED, "parallel.deepspeed={train_batch_size: 8}"], 2, 0, "batch.rows"),
+    ],
 }
 
 
@@ -204,14 +222,9 @@ def test_what_works_is_not_refused(overrides, world, gpus):
     assert refusals_of(with_values(*overrides), world, gpus) == ""
 
 
-def test_pipelines_and_tensor_parallelism_that_fit_miss_nothing_but_the_code():
+def test_pipelines_and_tensor_parallelism_that_fit_are_not_refused():
     fitting = ["parallel.tp=2", "parallel.pp=2", "parallel.stages_per_rank=2", "parallel.schedule=interleaved"]
-    fitting.append("batch.micro=4")
-    lines = refused(*fitting, world=8).splitlines()
-    assert lines == [
-        "parallel.tp=2: tensor parallelism is not available yet; parallel.tp=1 works",
-        "parallel.pp=2: pipeline parallelism is not available yet; parallel.pp=1 works",
-    ]
+    assert refusals_of(with_values(*fitting, "batch.micro=4"), world=8, gpus=0) == ""
 
 
 BEYOND = [
@@ -310,21 +323,6 @@ def test_the_closest_choice_comes_first():
     assert "schedule.name=cosin: choose from cosine, " in refused("schedule.name=cosin")
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("parallel.engine=deepspeed", "the DeepSpeed engine is not available yet; parallel.engine=fsdp works"),
-        ("parallel.offload=cpu", "parallel.offload=cpu: offload of optimizer state is not available yet"),
-        ("precision=fp16", "is not available yet; precision=bf16 or fp32 works"),
-        ("parallel.tp=2", "tensor parallelism is not available yet"),
-        ("parallel.pp=2", "pipeline parallelism is not available yet"),
-    ],
-)
-def test_what_is_not_built_is_said_openly(override, words):
-    assert words in refused(override, world=2, gpus=2)
-    assert override.partition("=")[0] in {feature.key for feature in NOT_YET}
-
-
 def test_all_refusals_are_said_at_once_one_line_each():
     said = refused("steps=0", "batch.rows=10", "optim.lr=-1", "model.kv_heads=3", "parallel.tp=2", world=8)
     assert [line.split()[0].partition("=")[0] for line in said.splitlines()] == [
@@ -333,7 +331,6 @@ def test_all_refusals_are_said_at_once_one_line_each():
         "batch.rows",
         "parallel.tp",
         "model.kv_heads",
-        "parallel.tp",
     ]
 
 

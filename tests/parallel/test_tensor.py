@@ -161,20 +161,19 @@ def ran_cut(cases: list[Case], sequence: bool, recompute: str = "none", backend:
     return found
 
 
-@cache
-def uncut(name: str) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-    """Output, gradients and input gradient of a case in one process."""
-    case = CASES[name]
-    return ran_uncut(case)
-
-
 def ran_uncut(case: Case) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    """Output, gradients and the input's gradient of a case in one process."""
     model, x = case.model().to(case.dtype), case.input()
     if not case.part.embedding:
         x.requires_grad_()
     output = case.run(model, x)
     case.backward(output)
     return output.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, x.grad
+
+
+@cache
+def uncut(name: str) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    return ran_uncut(CASES[name])
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -335,28 +334,25 @@ def test_what_cannot_be_shared_is_refused_by_name() -> None:
     assert vocabulary == "embedding: 2 units are fewer than 3 tensor-parallel ranks"
 
 
-def failures_of_wrong_input() -> tuple[list[str], list[bool]]:
-    model, mesh = decoder(shape(vocab_size=97)), tensor_mesh()
-    cut_tensors(model, mesh, True)
-    said, failed = [], []
+def failures_of_wrong_input() -> tuple[str, bool, bool]:
+    """What is said of 3 tokens, and whether tokens after and before the vocabulary fail on this rank."""
+    model = decoder(shape(vocab_size=97))
+    cut_tensors(model, tensor_mesh(), True)
     with pytest.raises(ValueError) as error:
         model(torch.zeros(1, 3, dtype=torch.int64), torch.arange(3)[None], None)
-    said.append(str(error.value))
-    for token in (97, -1):
-        try:
-            model.embedding.vocabulary.own(torch.tensor([token]))  # type: ignore[union-attr]
-            rows_of = model.embedding.vocabulary.own(torch.tensor([token]))[0]  # type: ignore[union-attr]
-            torch.nn.functional.embedding(rows_of, model.embedding.weight)
-            failed.append(False)
-        except IndexError:
-            failed.append(True)
-    return said, failed
+    vocabulary = model.embedding.vocabulary
+    assert vocabulary is not None
+
+    def fails(token: int) -> bool:
+        row, _ = vocabulary.own(torch.tensor([token]))
+        return not 0 <= int(row) < len(model.embedding.weight)
+
+    return str(error.value), fails(97), fails(-1)
 
 
 def test_tokens_that_do_not_divide_and_tokens_outside_the_vocabulary_fail() -> None:
-    (said, first), (_, second) = world.run(failures_of_wrong_input, 2)
-    assert said == ["sequence parallelism: a micro-batch of 3 tokens does not divide over 2 ranks"]
-    assert (first, second) == ([False, True], [True, False])
+    said = "sequence parallelism: a micro-batch of 3 tokens does not divide over 2 ranks"
+    assert world.run(failures_of_wrong_input, 2) == [(said, False, True), (said, True, False)]
 
 
 def evaluated(sequence: bool) -> float:

@@ -54,3 +54,15 @@ def test_compiled_blocks_compute_the_same() -> None:
     expected = one_process(decoder_config(False), 5)
     for steps, _ in world.run(losses, 2, "none", True, 1, False, timeout=240.0):
         assert [loss for loss, _ in steps] == pytest.approx(expected.losses, rel=1e-4)
+
+
+def test_a_model_with_nothing_to_train_is_refused() -> None:
+    with pytest.raises(AssertionError, match="none of its parameters is to be trained"):
+        world.run(frozen, 1)
+
+
+def frozen() -> None:
+    config = small_config()
+    config.model.target = "tests.toy:build_all_frozen"
+    layout = layout_of(config, 1)
+    cut(config, mesh_over_default_group(layout, torch.device("cpu"), 60.0), batch_plan(config, layout))

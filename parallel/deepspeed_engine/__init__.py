@@ -1,0 +1,20 @@
+"""DeepSpeed's ZeRO as a store of weights (`parallel.engine=deepspeed`).
+
+`settings`    DeepSpeed's own settings: those that follow from our config, those a user may pass on, those refused
+`unit`        our process groups as the `mpu` object that DeepSpeed asks for its groups
+`partitions`  where its three ZeRO optimizers keep fp32 masters and reduced gradients
+`weights`     `parallel.weights.Weights` over them
+
+What DeepSpeed does: partition parameters, gather them, reduce gradients as backward makes them, keep fp32 masters
+where they are to live. What it does not get to do is whatever decides the numbers of a run: the engine sums losses,
+measures the norm, clips, scales the loss and steps the optimizer on DeepSpeed's fp32 partitions, exactly as it does on
+its own (`parallel.native`). So `deepspeed_engine.step()` is never called: its norm waits for the device, counts
+replicated parameters by attributes that do not survive, and its verdict on overflow is not the one of all ranks.
+
+DeepSpeed's data-parallel group is our axis `dp_shard`; whatever else a gradient is to be summed over is summed after
+its reduction, on this rank's partition: `dp_replicate` here, the model-parallel groups in the engine. That is exact as
+long as the partitions coincide, so parameters that are partial over the same groups are partitioned together. ZeRO 0 is
+ZeRO 1 over `dp_shard` of one rank, and `parallel.replicas` works at every stage.
+
+DeepSpeed keeps `mpu`, persistence thresholds and a patched `F.linear` (ZeRO 3) in module globals: one mesh per process.
+"""

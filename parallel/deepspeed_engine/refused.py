@@ -1,0 +1,86 @@
+"""What does not go together with `parallel.engine=deepspeed`, or with its offload: entries of `parallel.refusals`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from parallel.deepspeed_engine.settings import refused_settings
+from parallel.start import Start
+
+
+def _pipelines(start: Start) -> str | None:
+    wanted = start.config.parallel
+    if wanted.engine != "deepspeed" or wanted.pp == 1 or wanted.zero <= 1:
+        return None
+    return (
+        f"parallel.engine=deepspeed with parallel.pp={wanted.pp} and parallel.zero={wanted.zero}: DeepSpeed cannot "
+        "reduce and gather for several micro-batches under way; parallel.zero=1 works, or parallel.engine=fsdp"
+    )
+
+
+def _fp32_modules(start: Start) -> str | None:
+    modules = start.config.fp32_modules
+    if start.config.parallel.engine != "deepspeed" or not modules:
+        return None
+    return f"fp32_modules={modules} with parallel.engine=deepspeed: parallel.engine=fsdp works, or precision=fp32"
+
+
+def _compiled(start: Start) -> str | None:
+    wanted = start.config.parallel
+    if wanted.engine != "deepspeed" or wanted.zero != 3 or not start.config.compile:
+        return None
+    return (
+        "compile=true with parallel.engine=deepspeed and parallel.zero=3: parallel.zero=2 works, or "
+        "parallel.engine=fsdp, or compile=false"
+    )
+
+
+def _selective(start: Start) -> str | None:
+    wanted = start.config.parallel
+    if wanted.engine != "deepspeed" or wanted.zero != 3 or start.config.activation_checkpoint != "selective":
+        return None
+    return (
+        "activation_checkpoint=selective with parallel.engine=deepspeed and parallel.zero=3: "
+        "activation_checkpoint=full works, or parallel.zero=2, or parallel.engine=fsdp"
+    )
+
+
+def _settings(start: Start) -> str | None:
+    wanted = start.config.parallel
+    if wanted.engine != "deepspeed":
+        return "parallel.deepspeed: these settings are for parallel.engine=deepspeed" if wanted.deepspeed else None
+    return "\n".join(refused_settings(wanted.deepspeed)) or None
+
+
+ENTRIES: tuple[tuple[str, str, str, Callable[[Start], str | None]], ...] = (
+    (
+        "DeepSpeed and pipelines",
+        "parallel.engine=deepspeed with parallel.pp > 1 and parallel.zero > 1",
+        "its ZeRO 2 and 3 reduce and gather within one backward at a time, and ZeRO 3 waits for all ranks of the job",
+        _pipelines,
+    ),
+    (
+        "DeepSpeed and fp32 modules",
+        "parallel.engine=deepspeed with fp32_modules",
+        "it keeps parameters of one dtype, flattened together",
+        _fp32_modules,
+    ),
+    (
+        "DeepSpeed ZeRO 3 and compile",
+        "parallel.engine=deepspeed with parallel.zero=3 and compile=true",
+        "the hooks that gather parameters run inside the blocks that would be compiled",
+        _compiled,
+    ),
+    (
+        "DeepSpeed ZeRO 3 and selective checkpointing",
+        "parallel.engine=deepspeed with parallel.zero=3 and activation_checkpoint=selective",
+        "parameters are gathered anew when a block is computed anew, which is no operation that was kept",
+        _selective,
+    ),
+    (
+        "DeepSpeed settings",
+        "in parallel.deepspeed what another key decides; parallel.deepspeed with another engine",
+        "a value is set in one place",
+        _settings,
+    ),
+)

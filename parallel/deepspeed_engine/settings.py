@@ -1,0 +1,161 @@
+"""DeepSpeed's settings: what follows from our config, and what `parallel.deepspeed` may add to it.
+
+`parallel.deepspeed` is a part of DeepSpeed's own JSON, in its own names. It imports nothing of DeepSpeed, so that a
+start can be judged before a rank exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from conf.overrides import closest
+from conf.schema import Config
+from parallel.layout import BatchPlan
+
+# Its buckets are allocated whole, 5e8 elements by default: no larger than the model needs.
+BUCKET_NUMEL = 50_000_000
+
+# What may be set. A test compares the names with the release that is installed.
+PASSED_ON = ("aio", "comms_logger", "dump_state", "memory_breakdown", "wall_clock_breakdown", "zero_optimization")
+ZERO_PASSED_ON = (
+    "allgather_bucket_size",
+    "allgather_sequential",
+    "contiguous_gradients",
+    "enable_sanity_checks",
+    "log_trace_cache_warnings",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "memory_efficient_linear",
+    "model_persistence_threshold",
+    "module_granularity_threshold",
+    "offload_optimizer",
+    "offload_param",
+    "overlap_comm",
+    "param_persistence_threshold",
+    "prefetch_bucket_size",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "sub_group_size",
+    "use_all_reduce_for_fetch_params",
+    "use_multi_rank_bucket_allreduce",
+)
+OFFLOAD_PASSED_ON = ("buffer_count", "buffer_size", "fast_init", "pin_memory", "pipeline_read", "pipeline_write")
+
+# What decides the numbers of a run or who holds what, and where it is set. Names of `zero_optimization` after a dot.
+SUMS = "nowhere: gradients are summed in fp32"
+OWNED = {
+    "activation_checkpointing": "activation_checkpoint",
+    "amp": "precision",
+    "bf16": "precision",
+    "bfloat16": "precision",
+    "checkpoint": "checkpoint.*",
+    "communication_data_type": SUMS,
+    "compile": "compile",
+    "csv_monitor": "tracker",
+    "data_efficiency": "data.*",
+    "data_types": SUMS,
+    "flops_profiler": "profile.*",
+    "fp16": "precision",
+    "gradient_accumulation_steps": "batch.rows and batch.micro",
+    "gradient_allreduce_op": SUMS,
+    "gradient_clipping": "clip_norm",
+    "gradient_predivide_factor": SUMS,
+    "managed_gradient_accumulation": "batch.rows and batch.micro",
+    "optimizer": "optim",
+    "pipeline": "parallel.pp",
+    "prescale_gradients": SUMS,
+    "scheduler": "schedule",
+    "seed": "run.seed",
+    "sequence_parallel_size": "parallel.sequence",
+    "tensor_parallel": "parallel.tp",
+    "tensorboard": "tracker",
+    "torch_autocast": "precision",
+    "train_batch_size": "batch.rows",
+    "train_micro_batch_size_per_gpu": "batch.micro",
+    "wandb": "tracker",
+    "zero_optimization.cpu_offload": "parallel.offload",
+    "zero_optimization.cpu_offload_param": "parallel.offload",
+    "zero_optimization.parameter_alignment": "nowhere: checkpoints follow the layout without it",
+    "zero_optimization.round_robin_gradients": "nowhere: checkpoints follow the layout without it",
+    "zero_optimization.stage": "parallel.zero",
+    "zero_optimization.zero_hpz_partition_size": "parallel.replicas",
+    "zero_optimization.zero_quantized_gradients": SUMS,
+    "zero_optimization.zero_quantized_weights": "precision",
+    **{f"zero_optimization.{part}.device": "parallel.offload" for part in ("offload_optimizer", "offload_param")},
+    **{f"zero_optimization.{part}.nvme_path": "parallel.nvme_path" for part in ("offload_optimizer", "offload_param")},
+}
+
+
+def refused_settings(wanted: dict[str, Any]) -> Iterator[str]:
+    """What to tell the user about each setting in `parallel.deepspeed` that is not passed on."""
+    yield from _refused("", wanted, PASSED_ON)
+    zero = wanted.get("zero_optimization")
+    if not isinstance(zero, dict):
+        if zero is not None:
+            yield f"parallel.deepspeed.zero_optimization={zero}: expected settings such as {{overlap_comm:true}}"
+        return
+    plain = {name.removeprefix("stage3_"): value for name, value in zero.items()}
+    yield from _refused("zero_optimization.", plain, ZERO_PASSED_ON)
+    for part in ("offload_optimizer", "offload_param"):
+        if isinstance(plain.get(part), dict):
+            yield from _refused(f"zero_optimization.{part}.", plain[part], OFFLOAD_PASSED_ON)
+
+
+def _refused(prefix: str, wanted: dict[str, Any], known: tuple[str, ...]) -> Iterator[str]:
+    for name in wanted:
+        key = f"parallel.deepspeed.{prefix}{name}"
+        where = OWNED.get(prefix + name)
+        if name in known:
+            continue
+        if where is None:
+            yield f"{key}: no setting that is passed on to DeepSpeed; {', '.join(closest(name, list(known)))} are"
+        elif where.startswith("nowhere"):
+            yield f"{key} cannot be set: {where.removeprefix('nowhere: ')}"
+        else:
+            yield f"{key} is Stoker's to decide: set {where}"
+
+
+def settings(config: Config, plan: BatchPlan, trained: int, cuda: bool) -> dict[str, Any]:
+    """What `deepspeed.initialize` takes as its config; `trained` counts the elements that this rank's module trains."""
+    stage = max(1, config.parallel.zero)
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": max(1024, min(BUCKET_NUMEL, trained)),
+        "overlap_comm": False if config.parallel.pp > 1 or not cuda else stage > 1,
+    }
+    offload = _offload(config, cuda)
+    if offload:
+        zero["offload_optimizer"] = dict(offload)
+    if offload and stage == 3:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
+    found: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": plan.micro_rows,
+        "gradient_accumulation_steps": 1,  # accumulation, clipping and scaling of losses are ours
+        "gradient_clipping": 0.0,
+        "gradient_allreduce_op": "sum" if stage < 3 else "mean",  # ZeRO 3 has no sum
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+    if config.precision == "bf16":
+        found["bf16"] = {"enabled": True, "immediate_grad_update": True}
+    if config.precision == "fp16":
+        found["fp16"] = {"enabled": True, "loss_scale": 1.0}
+    return _merged(found, config.parallel.deepspeed)
+
+
+def _offload(config: Config, cuda: bool) -> dict[str, Any]:
+    if config.parallel.offload == "cpu":
+        return {"device": "cpu", "pin_memory": cuda}
+    return {}
+
+
+def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in more.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,159 @@
+"""Pipelines for tests: the passes and the stores of weights that the native engine builds, without the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from conf.schema import BatchConfig, Config, ModelConfig, ParallelConfig
+from conf.targets import import_target
+from parallel.initialize import initialize
+from parallel.layout import BatchPlan, batch_plan, layout_of
+from parallel.mesh import Mesh, mesh_over_default_group
+from parallel.model import Part, whole_model
+from parallel.pipeline import PipelinePasses, Stage
+from parallel.registry import Registry, uncut
+from parallel.replicated import ReplicatedWeights
+from parallel.rows import IGNORE, Rows
+from parallel.sharded import ShardedWeights
+from parallel.shards import GRADIENT, PARAMETER, Shard
+from parallel.stages import costs_of, parts, stages_of
+from parallel.weights import DTYPES, Precision, Weights
+from tests.parallel.reference import VOCABULARY, global_rows, small_config
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved")
+FACTOR = 1 / 64
+
+
+def pipeline_config(
+    schedule: str = "1f1b",
+    micro: int = 1,
+    rows: int = 16,
+    pp: int = 2,
+    zero: int = 0,
+    tied: bool = False,
+    layers: int = 4,
+    **changes: Any,
+) -> Config:
+    model = ModelConfig(
+        vocab_size=VOCABULARY, width=32, layers=layers, heads=4, kv_heads=2, hidden=48, tie_embeddings=tied
+    )
+    stages_per_rank = 2 if schedule == "interleaved" else 1
+    parallel = ParallelConfig(pp=pp, zero=zero, schedule=schedule, stages_per_rank=stages_per_rank)
+    config = small_config(model=model, batch=BatchConfig(rows=rows, micro=micro), parallel=parallel, **changes)
+    config.data.document_mask = True
+    return config
+
+
+def build(config: Config, part: Part) -> nn.Module:
+    return import_target(config.model.target)(config.model, part)
+
+
+def build_on_meta(config: Config, part: Part) -> nn.Module:
+    with torch.device("meta"):
+        return build(config, part)
+
+
+def fill(config: Config, model: nn.Module, registry: Registry, weights: Weights | None = None) -> None:
+    """Initial weights by name, in the model or in what a store holds of it."""
+    if weights is None:
+        shards = [
+            shard
+            for name, parameter in model.named_parameters()
+            for piece in registry.entries[name].pieces
+            for shard in [Shard(name, PARAMETER, tuple(parameter.shape), piece.world, parameter.detach(), 0, 1)]
+        ]
+    else:
+        shards = described(registry, weights, PARAMETER, weights.tensors)
+    initialize(shards, model.initial, config.run.seed)  # type: ignore[arg-type]
+
+
+def described(registry: Registry, weights: Weights, kind: str, tensors: dict[str, Tensor]) -> list[Shard]:
+    return [
+        replace(shard, data=shard.data if kind == PARAMETER else shard.data.clone())
+        for name, tensor in tensors.items()
+        for shard in registry.shards(name, kind, weights.held[name], tensor)
+    ]
+
+
+class Pipeline:
+    """A rank's part of `config`: what the native engine builds, without the engine."""
+
+    def __init__(self, config: Config, wrap: Callable[[Weights, nn.Module], Weights] = lambda weights, _: weights):
+        self.config = config
+        layout = layout_of(config, dist.get_world_size())
+        self.mesh: Mesh = mesh_over_default_group(layout, torch.device("cpu"), 60.0)
+        self.plan: BatchPlan = batch_plan(config, layout)
+        per_rank = config.parallel.stages_per_rank
+        whole = build_on_meta(config, whole_model(config.model.layers))
+        costs = costs_of(whole, lambda part: build_on_meta(config, part))  # type: ignore[arg-type]
+        every = parts(costs, layout.pp * per_rank)
+        self.stages, self.registries = [], []
+        for number in stages_of(self.mesh.at.pp, layout.pp, per_rank):
+            model = build_on_meta(config, every[number])
+            registry = uncut(model)
+            weights = self.store(model)
+            model.rebuild_buffers()  # type: ignore[operator]
+            fill(config, model, registry, weights)
+            weights.updated()
+            self.stages.append(Stage(number, model, wrap(weights, model)))
+            self.registries.append(registry)
+        tokens = self.plan.micro_rows * config.seq_len
+        activation = torch.empty(tokens, config.model.width, dtype=DTYPES[config.precision], device="meta")
+        self.passes = PipelinePasses(
+            self.mesh, self.plan, self.stages, config.parallel.schedule, config.data.document_mask, activation
+        )
+
+    def store(self, model: nn.Module) -> Weights:
+        precision, layout = Precision(DTYPES[self.config.precision]), self.mesh.layout
+        if layout.dp_shard == 1:
+            return ReplicatedWeights(model, self.mesh.device, precision, self.mesh.group("dp_replicate"))
+        return ShardedWeights(model, self.mesh, precision, layout.zero)
+
+    def rows(self, rows: Rows) -> Rows:
+        """This rank's."""
+        return rows[self.mesh.dp_rank :: self.mesh.layout.dp]
+
+    def train(self, rows: Rows, factor: float = FACTOR) -> Tensor:
+        return self.passes.train(self.rows(rows), torch.tensor(factor))
+
+    def gradients(self) -> dict[int, list[Shard]]:
+        """By stage."""
+        return {
+            stage.number: described(registry, stage.weights, GRADIENT, stage.weights.gradients())
+            for stage, registry in zip(self.stages, self.registries, strict=True)
+        }
+
+    def updated(self) -> None:
+        for stage in self.stages:
+            stage.weights.updated()
+
+
+def uneven_rows(config: Config, step: int = 1) -> Rows:
+    """Rows of very unequal numbers of valid tokens; of two data-parallel ranks the second has none at all."""
+    rows = global_rows(config, step)
+    rows.labels[1::2] = IGNORE
+    return rows
+
+
+class Watched:
+    """Weights that call `look(last)` before every backward."""
+
+    def __init__(self, weights: Weights, look: Callable[[bool], None]) -> None:
+        self._weights, self._look = weights, look
+        self.held, self.tensors = weights.held, weights.tensors
+
+    def begin(self, *, last: bool) -> None:
+        self._look(last)
+        self._weights.begin(last=last)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return self._weights.gradients()
+
+    def updated(self) -> None:
+        self._weights.updated()
