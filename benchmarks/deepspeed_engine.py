@@ -16,9 +16,7 @@ import argparse
 import copy
 import functools
 import gc
-import io
 import statistics
-from contextlib import redirect_stdout
 from typing import Any
 
 import torch

@@ -38,7 +38,7 @@ from ranks import (
     model_of,
     peak_mib,
     run,
-    seconds_of,
+    spent,
     steps_of,
     turn_of,
 )
@@ -110,8 +110,6 @@ def _row(layout: str, config: Config, ranks: int, options: argparse.Namespace) -
     tokens = config.batch.rows * config.seq_len
     speeds = [f"{tokens / statistics.median(turn.seconds for turn in side):,.0f}" for side in (ours, peer)]
     ratio, cpu_ratio, others = compared(ours, peer)
-    if kind == "pp":
-        cpu_ratio = "-"
     goal = GOALS[kind]
     dp = ranks // (config.parallel.tp * config.parallel.pp)
     name = f"{kind} {layout[len(kind) :]}" if kind != "zero" else f"ZeRO {config.parallel.zero}"
@@ -157,13 +155,16 @@ def _ideal_step(config: Config, mesh: Mesh, ours: Stoker, rows: Rows) -> Turn:
             output = stage.model(x, micro.positions, None, micro.labels)
             (output * 1e-6).backward() if last else output.backward(gradient)
 
-    stage_seconds = seconds_of(alone, device) / ALONE
+    stage_seconds = torch.tensor(spent(alone, device), dtype=torch.float64, device=device) / ALONE
     ours.engine.forward_backward(rows)  # takes the gradients of these micro-batches along: nobody looks at them
-    update_seconds = seconds_of(lambda: ours.engine.update(config.optim.lr), device)
-    slowest = torch.tensor([stage_seconds, update_seconds], dtype=torch.float64, device=device)
+    update = lambda: ours.engine.update(config.optim.lr)  # noqa: E731
+    update_seconds = torch.tensor(spent(update, device), dtype=torch.float64, device=device)
+    cpu_seconds = plan.micro_batches * stage_seconds[1] + update_seconds[1]
+    dist.all_reduce(cpu_seconds)
+    slowest = torch.stack([stage_seconds[0], update_seconds[0]])
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    per_micro, update = slowest.tolist()
-    return watch.turn(seconds=(plan.micro_batches + mesh.layout.pp - 1) * per_micro + update)
+    seconds = (plan.micro_batches + mesh.layout.pp - 1) * slowest[0] + slowest[1]
+    return Turn(seconds.item(), cpu_seconds.item(), watch.turn().others)
 
 
 def _memory(config: Config, mesh: Mesh, build: Any) -> float:

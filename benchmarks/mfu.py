@@ -36,7 +36,7 @@ from ranks import (
     model_of,
     peak_mib,
     run,
-    seconds_of,
+    spent,
     turn_of,
 )
 
@@ -178,7 +178,7 @@ def _matrix_peak(dtype: torch.dtype, mesh: Mesh) -> float:
         def products(count: int) -> float:
             """Seconds of each."""
             a_b = [(a, b, out)] * count
-            return seconds_of(lambda: [torch.mm(a, b, out=out) for a, b, out in a_b], device) / count
+            return spent(lambda: [torch.mm(a, b, out=out) for a, b, out in a_b], device)[0] / count
 
         products(3)
         count = torch.tensor(max(1, round(MATRIX_SECONDS / MATRIX_TRIES / products(1))), device=device)

@@ -113,14 +113,14 @@ class Watch:
         _meet(device)
         self._busy, self._cpu, self._began = _busy_seconds(), time.process_time(), time.perf_counter()
 
-    def turn(self, steps: int = 1, seconds: float | None = None) -> Turn:
-        """What `steps` steps took since; `seconds` if the clock on the wall is not what counts."""
+    def turn(self, steps: int = 1) -> Turn:
+        """What `steps` steps took since."""
         _meet(self._device)
         elapsed = time.perf_counter() - self._began
         cpu = torch.tensor(time.process_time() - self._cpu, dtype=torch.float64, device=self._device)
         dist.all_reduce(cpu)
         others = (_busy_seconds() - self._busy - cpu.item()) / elapsed
-        return Turn(elapsed / steps if seconds is None else seconds, cpu.item() / steps, max(0.0, others))
+        return Turn(elapsed / steps, cpu.item() / steps, max(0.0, others))
 
 
 def turn_of(side: Side, rows: Sequence[Rows], steps: int, device: torch.device) -> Turn:
@@ -129,14 +129,14 @@ def turn_of(side: Side, rows: Sequence[Rows], steps: int, device: torch.device) 
     return watch.turn(steps)
 
 
-def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """What this rank needs for `work`, which all ranks begin together."""
+def spent(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Seconds and CPU seconds that this rank needs for `work`, which all ranks begin together."""
     _meet(device)
-    began = time.perf_counter()
+    cpu, began = time.process_time(), time.perf_counter()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - cpu
 
 
 def steps_of(side: Side, rows: Sequence[Rows], count: int) -> None:

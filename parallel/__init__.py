@@ -10,10 +10,11 @@
 `tensor`      tensor parallelism: layers that know how to be cut over the tp axis, and what sequence parallelism adds
 `stages`      which layers a pipeline stage holds; `full_precision`: modules that compute in fp32 all the same
 `engine`      the protocol: forward_backward, update, evaluate, shards
-`native`      the engine called `fsdp`: passes through this rank's stages, then the update
+`native`      the engine, whoever holds the weights: passes through this rank's stages, then the update
 `passes`      how the micro-batches of a step go through a model: straight, or through a `pipeline` of stages
 `weights`     who holds what, one store for each stage: `replicated` (ZeRO 0, or a single rank: flat buffers, one
-              all-reduce overlapped with backward) or `sharded` (ZeRO 1-3 through torch's `fully_shard`)
+              all-reduce overlapped with backward), `sharded` (ZeRO 1-3 through torch's `fully_shard`), or under
+              `parallel.engine=deepspeed` the ZeRO of DeepSpeed (`deepspeed_engine`)
 `optimizer`   torch optimizers on local shards as plain tensors; `loss_scale`: what fp16 needs besides
 `update`      the one message of a step: gradient norm, loss, valid tokens and votes in a single all-reduce
 

@@ -35,7 +35,10 @@ class Engine(Protocol):
         ...
 
     def shards_written(self) -> None:
-        """The data of `shards()` were changed from outside: bring whatever is derived from them up to date."""
+        """The data of `shards()` were changed from outside: bring whatever is derived from them up to date.
+
+        A collective. Gradients that are under way are dropped.
+        """
         ...
 
     def gradient_shards(self) -> list[Shard]:

@@ -1,4 +1,7 @@
-"""The engine named `fsdp`: Stoker's own, on torch alone."""
+"""The engine: passes, gradients, agreement, update. Who holds the weights is a store's business.
+
+Under `parallel.engine=fsdp` the stores are our own, on torch alone; under `deepspeed` they are DeepSpeed's ZeRO.
+"""
 
 from __future__ import annotations
 
