@@ -111,7 +111,7 @@ class Watch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         _meet(device)
-        self._busy, self._cpu, self._began = _busy_seconds(), time.process_time(), time.perf_counter()
+        self._busy, self._cpu, self._began = busy_seconds(), time.process_time(), time.perf_counter()
 
     def turn(self, steps: int = 1) -> Turn:
         """What `steps` steps took since."""
@@ -119,7 +119,7 @@ class Watch:
         elapsed = time.perf_counter() - self._began
         cpu = torch.tensor(time.process_time() - self._cpu, dtype=torch.float64, device=self._device)
         dist.all_reduce(cpu)
-        others = (_busy_seconds() - self._busy - cpu.item()) / elapsed
+        others = (busy_seconds() - self._busy - cpu.item()) / elapsed
         return Turn(elapsed / steps, cpu.item() / steps, max(0.0, others))
 
 
@@ -177,12 +177,12 @@ def in_turn(sides: Sequence[Callable[[], Turn]], rounds: int, patience: float, m
 
 def _busy_cores() -> float:
     """How many cores are busy while this process looks on."""
-    began, busy = time.monotonic(), _busy_seconds()
+    began, busy = time.monotonic(), busy_seconds()
     time.sleep(LOOK_SECONDS)
-    return (_busy_seconds() - busy) / (time.monotonic() - began)
+    return (busy_seconds() - busy) / (time.monotonic() - began)
 
 
-def _busy_seconds() -> float:
+def busy_seconds() -> float:
     """CPU seconds of all processes since boot."""
     user, nice, system, _idle, _wait, *interrupts = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")

@@ -24,7 +24,7 @@ import threading
 import time
 from pathlib import Path
 
-from ranks import Others
+from ranks import busy_seconds
 
 from conf.compose import compose
 from data import prepare
@@ -63,7 +63,7 @@ def main() -> None:
     prepare(compose(overrides))
     seconds: dict[str, list[float]] = {"stoker": [], "torchrun": []}
     phases: dict[str, list[float]] = {}
-    others = Others()
+    began, busy, own = time.monotonic(), busy_seconds(), _own_seconds()
     for repeat in range(options.repeats):
         with tempfile.TemporaryDirectory(prefix="stoker-") as folder:
             for which in ("stoker", "torchrun") if repeat % 2 else ("torchrun", "stoker"):
@@ -78,11 +78,17 @@ def main() -> None:
         print(f"{which:<8} {statistics.median(values):6.2f} s  ({min(values):.2f} to {max(values):.2f})")
     differences = [a - b for a, b in zip(seconds["stoker"], seconds["torchrun"], strict=True)]
     print(f"more     {statistics.median(differences):6.2f} s  ({min(differences):.2f} to {max(differences):.2f})")
-    print(f"{others}\n")
+    others = (busy_seconds() - busy - (_own_seconds() - own)) / (time.monotonic() - began)
+    print(f"meanwhile other processes kept {max(0.0, others):.2f} of {os.cpu_count()} cores busy\n")
     for phase, text in PHASES.items():
         spent = statistics.median(phases.get(phase, [0.0]))
         if spent >= 0.005:
             print(f"{spent:6.2f} s  {text}")
+
+
+def _own_seconds() -> float:
+    """CPU seconds of this process and of all that it has waited for."""
+    return sum(os.times()[:4])
 
 
 def peer(folder: Path, ranks: int) -> float:

@@ -135,11 +135,11 @@ def _check_blocks(reader: BlockReader) -> Iterator[tuple[str | None, int]]:
     for piece in index.pieces:
         ends.append(ends[-1] + piece.bytes)
     in_order = [piece.start for piece in index.pieces] == ends[:-1] and ends[-1] == index.file_bytes
-    for start in range(0, index.file_bytes, index.block_bytes):
+    for number, start in enumerate(range(0, index.file_bytes, index.block_bytes)):
         stop = min(start + index.block_bytes, index.file_bytes)
         problem = None
         try:
-            data = reader.read(start, stop, _labels(index, start, stop))
+            data = reader.block(number, _labels(index, start, stop))
             expected = header[start:stop]
             if not in_order or data[: len(expected)].numpy().tobytes() != expected:
                 problem = f"{reader.path}: its header does not say what its index says"

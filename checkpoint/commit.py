@@ -1,4 +1,4 @@
-"""Rank 0's part of a save: from the reports of all ranks to a committed checkpoint, and what precedes and follows.
+"""Rank 0's part of a save: from the reports of all ranks to a committed checkpoint, and what precedes it.
 
 Ranks speak through the file system alone: no collective can be delayed or hung by a save. A rank reports with its
 index, or with a failure file in its place. Rank 0 answers with the rename that commits, or with a failure note beside
@@ -14,7 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from checkpoint.format import Manifest, ShardIndex, decode_index, decode_manifest, digest, encode_manifest
+from checkpoint.format import (
+    Manifest,
+    ReportHead,
+    decode_head,
+    decode_index,
+    decode_manifest,
+    digest,
+    encode_manifest,
+)
 from checkpoint.names import (
     FAILED,
     FENCE,
@@ -22,18 +30,18 @@ from checkpoint.names import (
     PARTIAL,
     REMOVED,
     STATE,
+    UPLOADING,
     CheckpointMismatch,
     DamagedCheckpoint,
     SaveFailed,
-    committed,
     data_name,
     failure_note,
     index_name,
     one_line,
     rank_failure_name,
 )
-from checkpoint.storage import discard, read_json_bytes, sync_directory, write_durably
-from checkpoint.tiling import assemble
+from checkpoint.storage import discard, read_json_bytes, read_line, sync_directory, write_durably
+from checkpoint.tiling import PRIME, assemble
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +62,7 @@ def fence(directory: Path, attempt: int) -> None:
             discard(entry, _ABANDONED)
         elif entry.name.endswith((_ABANDONED, REMOVED)):
             discard(entry)
-        elif entry.name.endswith(FAILED):
+        elif entry.name.endswith(FAILED) or entry.name == UPLOADING:
             entry.unlink(missing_ok=True)
 
 
@@ -93,16 +101,16 @@ def commit(partial: Path, final: Path, step: int, attempt: int, world: int, proc
 
     Raises SaveFailed when the tensors are not whole or the run has been fenced, OSError when storage fails.
     """
-    reports = [read_json_bytes(partial / index_name(rank)) for rank in range(world)]
+    heads = [read_line(partial / index_name(rank)) for rank in range(world)]
     try:
-        indexes = [_checked_index(partial, rank, step, attempt, report) for rank, report in enumerate(reports)]
-        tensors = assemble(indexes)
-    except ValueError as error:
+        reports = [_checked_report(partial, rank, step, attempt, head) for rank, head in enumerate(heads)]
+        tensors = _count_whole_tensors(partial, reports)
+    except (ValueError, DamagedCheckpoint) as error:
         raise SaveFailed(one_line(error)) from None
-    files = {index_name(rank): digest(report) for rank, report in enumerate(reports)}
+    files = {index_name(rank): digest(head) for rank, head in enumerate(heads)}
     files[STATE] = digest(read_json_bytes(partial / STATE))
-    size = sum(index.file_bytes for index in indexes)
-    manifest = Manifest(step, attempt, time.time(), size, len(tensors), files)
+    size = sum(report.file_bytes for report in reports)
+    manifest = Manifest(step, attempt, time.time(), size, tensors, files)
     write_durably(partial / MANIFEST, encode_manifest(manifest))
     sync_directory(partial)
     proceed()
@@ -114,14 +122,27 @@ def commit(partial: Path, final: Path, step: int, attempt: int, world: int, proc
     return size
 
 
-def _checked_index(partial: Path, rank: int, step: int, attempt: int, data: bytes) -> ShardIndex:
-    index = decode_index(data, index_name(rank))
-    if (index.rank, index.step, index.attempt) != (rank, step, attempt):
+def _checked_report(partial: Path, rank: int, step: int, attempt: int, head: bytes) -> ReportHead:
+    report = decode_head(head, index_name(rank))
+    if (report.rank, report.step, report.attempt) != (rank, step, attempt):
         raise SaveFailed(f"{index_name(rank)} is a report of another save")
-    size = (partial / data_name(rank)).stat().st_size
-    if size != index.file_bytes:
-        raise SaveFailed(f"{data_name(rank)} has {size} bytes, not the {index.file_bytes} that rank {rank} wrote")
-    return index
+    for name, expected in (
+        (data_name(rank), report.file_bytes),
+        (index_name(rank), len(head) + 1 + report.body.bytes),
+    ):
+        size = (partial / name).stat().st_size
+        if size != expected:
+            raise SaveFailed(f"{name} has {size} bytes, not the {expected} that rank {rank} wrote")
+    return report
+
+
+def _count_whole_tensors(partial: Path, reports: list[ReportHead]) -> int:
+    """How many tensors there are, each covered exactly once. Raises ValueError naming one that is not."""
+    origins = [origin for report in reports for origin in report.origins]
+    if sum(report.cover for report in reports) % PRIME == 0 and len(set(origins)) == len(origins):
+        return len(origins)
+    names = (index_name(report.rank) for report in reports)  # now every piece is needed, to name the tensor
+    return len(assemble(decode_index(read_json_bytes(partial / name), name) for name in names))
 
 
 def give_up(partial: Path, reason: str) -> None:
@@ -150,11 +171,11 @@ def reason_given(partial: Path) -> str | None:
     return reason
 
 
-def await_outcome(partial: Path, final: Path, deadline: float, proceed: Callable[[], None]) -> None:
+def await_outcome(partial: Path, final: Path, attempt: int, deadline: float, proceed: Callable[[], None]) -> None:
     """Returns when rank 0 has committed. Raises SaveFailed when it gave up, was fenced, or at the deadline."""
     for _ in _polls(deadline, proceed):
         reason = reason_given(partial)
-        if final.exists():  # looked for second: the commit may have come between
+        if is_of(final, attempt):  # looked for second: the commit may have come between
             return
         if reason is not None:
             # Asked again, because the directory may have gone before the note was looked for in vain.
@@ -162,17 +183,12 @@ def await_outcome(partial: Path, final: Path, deadline: float, proceed: Callable
     raise SaveFailed(f"rank 0 has neither committed nor given up {final.name} in time")
 
 
-def retain(directory: Path, keep: int) -> None:
-    """Removes the oldest valid checkpoints beyond the newest `keep`. Damaged ones do not count and stay."""
-    valid = [checkpoint for checkpoint in committed(directory) if is_valid(checkpoint)]
-    for checkpoint in reversed(valid[keep:]):
-        discard(checkpoint)
-
-
-def clear_failures(directory: Path) -> None:
-    """Removes the notes on failed saves. Right after a commit: all ranks reported, so none still waits for a note."""
-    for note in directory.glob(f"*{FAILED}"):
-        note.unlink(missing_ok=True)
+def is_of(checkpoint: Path, attempt: int) -> bool:
+    """Is it a valid checkpoint that `attempt` has written? Something else may stand under its name."""
+    try:
+        return decode_manifest(read_json_bytes(checkpoint / MANIFEST), MANIFEST).attempt == attempt
+    except (DamagedCheckpoint, CheckpointMismatch):
+        return False
 
 
 def is_valid(checkpoint: Path) -> bool:

@@ -1,9 +1,10 @@
 """What the files of a checkpoint hold, as values, and their bytes. Nothing here touches a file.
 
-A shard file is a safetensors file. Its index lists the pieces in it and the CRC32 of each block of the FILE, header
-included. The manifest holds the SHA-256 of every index and of the state, and of itself: so each byte of a checkpoint
-is covered by a checksum that is covered by the manifest. All JSON is written in one canonical form, and the manifest
-is read only if it is byte for byte what we would write: not even a changed space goes unseen.
+A shard file is a safetensors file. Its index is two lines: the body lists the pieces in the file and the CRC32 of each
+block of the FILE, header included; the head, a few hundred bytes before it, holds the body's SHA-256 and all that the
+committing rank has to know. The manifest holds the SHA-256 of every head and of the state, and of itself: so each byte
+of a checkpoint is covered by a checksum that is covered by the manifest. All JSON is written in one canonical form, and
+the manifest is read only if it is byte for byte what we would write: not even a changed space goes unseen.
 
 Everything decoded here may come from a stranger. Decoders check each value and raise DamagedCheckpoint.
 """
@@ -37,6 +38,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _LARGEST = 1 << 62  # of any number read: what an int64 can count
 _LEAST_BLOCK_BYTES = 1 << 10
+_COVER_DIGITS = 32  # hexadecimal, of a number below 2**127
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,19 @@ class FileDigest:
 
 
 @dataclass(frozen=True)
+class ReportHead:
+    """The first line of an index: what rank 0 reads of a rank's report, however many pieces there are."""
+
+    rank: int
+    step: int
+    attempt: int
+    file_bytes: int
+    cover: int  # `tiling.cover` of the pieces: those of all ranks add up to 0 if every tensor is whole
+    origins: tuple[str, ...]  # which tensors begin in this file
+    body: FileDigest
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What makes a directory a checkpoint."""
 
@@ -97,7 +112,7 @@ class Manifest:
     time: float  # of the commit, seconds since the epoch
     bytes: int  # of all shard files
     tensors: int
-    files: dict[str, FileDigest]  # every index and the state
+    files: dict[str, FileDigest]  # the state, and the head of every index
 
     @property
     def ranks(self) -> list[int]:
@@ -131,7 +146,8 @@ def safetensors_header(pieces: Sequence[Piece]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def encode_index(index: ShardIndex) -> bytes:
+def encode_index(index: ShardIndex, cover: int, origins: Sequence[str]) -> bytes:
+    """The file. `cover` and `origins` are those of its pieces (`checkpoint.tiling`)."""
     pieces = [
         {
             "name": piece.name,
@@ -144,21 +160,41 @@ def encode_index(index: ShardIndex) -> bytes:
         }
         for piece in index.pieces
     ]
-    return _canonical(vars(index) | {"pieces": pieces})
+    body = _canonical({"block_bytes": index.block_bytes, "blocks": index.blocks, "pieces": pieces})
+    head = ReportHead(index.rank, index.step, index.attempt, index.file_bytes, cover, tuple(origins), digest(body))
+    return _canonical(asdict(head) | {"cover": f"{cover:x}"}) + b"\n" + body
+
+
+def decode_head(head: bytes, where: str) -> ReportHead:
+    """The first line of an index. Raises DamagedCheckpoint, naming `where`, for anything else."""
+    try:
+        values = _object(_parse(head))
+        rank, step, attempt, file_bytes = (_number(values[key]) for key in ("rank", "step", "attempt", "file_bytes"))
+        cover = _text(values["cover"])
+        if len(cover) > _COVER_DIGITS:
+            raise ValueError(f"a cover of {len(cover)} digits")
+        origins = tuple(_text(origin) for origin in _list(values["origins"]))
+        return ReportHead(
+            rank, step, attempt, file_bytes, int(cover, 16), origins, _decode_digest(_object(values["body"]))
+        )
+    except (ValueError, KeyError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{where}: no index of a shard file: {_reason(error)}") from None
 
 
 def decode_index(data: bytes, where: str) -> ShardIndex:
     """The inverse of `encode_index`. Raises DamagedCheckpoint, naming `where`, for anything else."""
+    line, _, body = data.partition(b"\n")
+    head = decode_head(line, where)
+    if digest(body) != head.body:
+        raise DamagedCheckpoint(f"{where}: changed since it was written")
     try:
-        values = _object(_parse(data))
-        file_bytes = _number(values["file_bytes"])
+        values = _object(_parse(body))
         block_bytes = _number(values["block_bytes"])
         blocks = tuple(_number(crc) for crc in _list(values["blocks"]))
-        if block_bytes < _LEAST_BLOCK_BYTES or block_bytes % 8 or len(blocks) != -(-file_bytes // block_bytes):
-            raise ValueError(f"{len(blocks)} checksums of blocks of {block_bytes} bytes for {file_bytes} bytes")
-        pieces = tuple(_decode_piece(_object(piece), file_bytes) for piece in _list(values["pieces"]))
-        rank, step, attempt = (_number(values[key]) for key in ("rank", "step", "attempt"))
-        return ShardIndex(rank, step, attempt, file_bytes, block_bytes, blocks, pieces)
+        if block_bytes < _LEAST_BLOCK_BYTES or block_bytes % 8 or len(blocks) != -(-head.file_bytes // block_bytes):
+            raise ValueError(f"{len(blocks)} checksums of blocks of {block_bytes} bytes for {head.file_bytes} bytes")
+        pieces = tuple(_decode_piece(_object(piece), head.file_bytes) for piece in _list(values["pieces"]))
+        return ShardIndex(head.rank, head.step, head.attempt, head.file_bytes, block_bytes, blocks, pieces)
     except (ValueError, KeyError, RecursionError) as error:
         raise DamagedCheckpoint(f"{where}: no index of a shard file: {_reason(error)}") from None
 

@@ -5,7 +5,9 @@ step-00000010.attempt-3.partial/    being written by attempt 3
 step-00000010.attempt-3.failed.json why attempt 3 gave that save up
 step-00000010.removed/              on its way out
 damaged/step-00000010/              set aside because something in it was bad
+step-00000010.fetched.partial/      being downloaded from the remote
 FENCE                               the newest attempt: older ones may not commit
+UPLOADING                           the step that all ranks are uploading
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 FENCE = "FENCE"
+UPLOADING = "UPLOADING"
 DAMAGED = "damaged"
 PARTIAL = ".partial"
 REMOVED = ".removed"  # of whole directories that are being deleted
@@ -46,6 +49,11 @@ def partial_directory(directory: Path, step: int, attempt: int, trial: int) -> P
     """Where a save is written. `trial` counts, from 1, how often this attempt has begun to save `step`."""
     again = f".{trial}" if trial > 1 else ""
     return directory / f"step-{step:08d}.attempt-{attempt}{again}{PARTIAL}"
+
+
+def fetched_directory(directory: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is put together from the remote."""
+    return directory / f"step-{step:08d}.fetched{PARTIAL}"
 
 
 def failure_note(partial: Path) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from checkpoint.format import DTYPE_NAMES, DTYPES, Piece, safetensors_header
+from checkpoint.tiling import cover
 from parallel.shards import Rectangle, Shard
 
 SPLIT_ELEMENTS = 1 << 14  # a replicated shard with fewer is written whole by one replica
@@ -20,6 +21,8 @@ class FilePlan:
     pieces: tuple[Piece, ...]
     sources: tuple[int, ...]
     file_bytes: int
+    cover: int  # this file's share of the proof that all tensors are whole (`checkpoint.tiling`)
+    origins: tuple[str, ...]
 
 
 def pieces_to_write(shard: Shard) -> list[Rectangle]:
@@ -59,7 +62,7 @@ def plan_file(shards: Sequence[Shard]) -> FilePlan:
     for piece, _ in cut:
         pieces.append(replace(piece, start=start))
         start += piece.bytes
-    return FilePlan(header, tuple(pieces), tuple(position for _, position in cut), start)
+    return FilePlan(header, tuple(pieces), tuple(position for _, position in cut), start, *cover(pieces))
 
 
 def _check(shard: Shard) -> None:

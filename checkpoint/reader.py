@@ -35,9 +35,9 @@ from checkpoint.names import (
 )
 from checkpoint.storage import open_to_read, read_json_bytes
 from checkpoint.tiling import StoredTensor, assemble
-from parallel.shards import PARAMETER, Rectangle, Shard, whole
+from parallel.shards import PARAMETER, Rectangle, Shard, flat_range, whole
 
-_CHUNK_BYTES = 64 << 20  # read at one time, unless one row of a tensor is longer
+_AHEAD_BLOCKS = 8  # that the disk fetches while one is checked
 _NAMED = 5  # tensors of each kind that a message names
 
 
@@ -63,7 +63,9 @@ def read_manifest(checkpoint: Path) -> Manifest:
 def read_index(checkpoint: Path, manifest: Manifest, rank: int) -> ShardIndex:
     """The index of one writer. Raises DamagedCheckpoint, naming the file."""
     name = index_name(rank)
-    index = decode_index(_read_listed(checkpoint, manifest, name), str(checkpoint / name))
+    data = read_json_bytes(checkpoint / name)
+    _check_listed(checkpoint, manifest, name, data.partition(b"\n")[0])  # its head, which answers for the rest
+    index = decode_index(data, str(checkpoint / name))
     if (index.rank, index.step, index.attempt) != (rank, manifest.step, manifest.attempt):
         raise DamagedCheckpoint(f"{checkpoint / name}: not of this checkpoint")
     return index
@@ -75,14 +77,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _state(checkpoint: Path, manifest: Manifest) -> dict[str, Any]:
-    return decode_state(_read_listed(checkpoint, manifest, STATE), str(checkpoint / STATE))
+    data = read_json_bytes(checkpoint / STATE)
+    _check_listed(checkpoint, manifest, STATE, data)
+    return decode_state(data, str(checkpoint / STATE))
 
 
-def _read_listed(checkpoint: Path, manifest: Manifest, name: str) -> bytes:
-    data = read_json_bytes(checkpoint / name)
+def _check_listed(checkpoint: Path, manifest: Manifest, name: str, data: bytes) -> None:
     if digest(data) != manifest.files[name]:
         raise DamagedCheckpoint(f"{checkpoint / name}: changed since it was written")
-    return data
 
 
 def open_checkpoint(checkpoint: Path) -> Stored:
@@ -96,13 +98,13 @@ def open_checkpoint(checkpoint: Path) -> Stored:
 
 
 class BlockReader:
-    """Reads byte ranges of one shard file in whole blocks, each checked against its CRC32."""
+    """Reads one shard file block by block, each checked against its CRC32; one block is in memory."""
 
     def __init__(self, checkpoint: Path, index: ShardIndex) -> None:
         self.path = checkpoint / data_name(index.rank)
         self.index = index
         self._descriptor = open_to_read(self.path)
-        self._kept = (0, 0)  # the blocks in memory: small tensors that follow each other share one
+        self._held: int | None = None  # the block in memory: small tensors that follow each other share one
         self._bytes = torch.empty(0, dtype=torch.uint8)
         size = os.fstat(self._descriptor).st_size
         if size != index.file_bytes:
@@ -118,56 +120,65 @@ class BlockReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def read(self, start: int, stop: int, label: str) -> Tensor:
-        """Bytes start to stop of the file, uint8, valid until the next call. Raises DamagedCheckpoint for `label`."""
+    def block(self, number: int, label: str) -> Tensor:
+        """The bytes of a block, uint8, valid until the next call. Raises DamagedCheckpoint for `label`."""
         size = self.index.block_bytes
-        first, last = start // size, -(-stop // size)
-        if not self._kept[0] <= first <= last <= self._kept[1]:
-            self._kept = (0, 0)
-            self._bytes = self._read_blocks(first, last, label)
-            self._kept = (first, last)
-        begin = self._kept[0] * size
-        return self._bytes[start - begin : stop - begin]
-
-    def _read_blocks(self, first: int, last: int, label: str) -> Tensor:
-        size = self.index.block_bytes
-        data = torch.empty(min(last * size, self.index.file_bytes) - first * size, dtype=torch.uint8)
-        view = data.numpy().data
+        length = min(size, self.index.file_bytes - number * size)
+        if self._held == number:
+            return self._bytes[:length]
+        self._held = None
+        if not self._bytes.numel():
+            self._bytes = torch.empty(min(size, self.index.file_bytes), dtype=torch.uint8)
+        view = self._bytes.numpy().data[:length]
         done = 0
-        while done < len(view):
+        while done < length:
             try:
-                count = os.preadv(self._descriptor, [view[done:]], first * size + done)
+                count = os.preadv(self._descriptor, [view[done:]], number * size + done)
             except OSError as error:
                 raise DamagedCheckpoint(f"{self.path}: {label}: {error.strerror}") from None
             if not count:
                 raise DamagedCheckpoint(f"{self.path}: {label}: the file ends too early")
             done += count
-        for block in range(first, last):
-            begin = (block - first) * size
-            if zlib.crc32(view[begin : begin + size]) != self.index.blocks[block]:
-                raise DamagedCheckpoint(f"{self.path}: {label}: block {block} has changed since it was written")
-        return data
+        if zlib.crc32(view) != self.index.blocks[number]:
+            raise DamagedCheckpoint(f"{self.path}: {label}: block {number} has changed since it was written")
+        self._held = number
+        return self._bytes[:length]
+
+    def expect(self, start: int, stop: int) -> None:
+        """Let the disk fetch these bytes of the file while we check and copy others."""
+        if stop > start and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
 
 
 def copy_piece(reader: BlockReader, piece: Piece, wanted: Rectangle, buffer: Tensor) -> None:
-    """Copies the elements of `piece` that lie in `wanted` to `buffer`, which holds `wanted`."""
+    """Copies the elements of `piece` that lie in `wanted` to `buffer`, which holds `wanted`.
+
+    Reads the blocks in which the wanted rows stand, and copies from each straight to its place.
+    """
     common = piece.rectangle.intersection(wanted) if piece.bytes else None
     if common is None:
         return
-    dtype = DTYPES[piece.dtype]
-    if not piece.shape:
-        buffer.copy_(reader.read(piece.start, piece.stop, piece.tensor).view(dtype).view(()))
-        return
-    row_bytes = piece.bytes // piece.rectangle.size[0]
-    chunk = max(1, _CHUNK_BYTES // row_bytes)
-    first = common.offset[0] - piece.rectangle.offset[0]
-    for done in range(0, common.size[0], chunk):
-        rows = min(chunk, common.size[0] - done)
-        start = piece.start + (first + done) * row_bytes
-        data = reader.read(start, start + rows * row_bytes, piece.tensor)
-        held = piece.rectangle.rows(first + done, first + done + rows)
-        part = common.rows(done, done + rows)
-        buffer[part.within(wanted)] = data.view(dtype).view(held.size)[part.within(held)]
+    dtype, size, offset = DTYPES[piece.dtype], piece.rectangle.size, piece.rectangle.offset
+    start, stop = piece.start, piece.stop
+    if size:
+        row_bytes = piece.bytes // size[0]
+        start += (common.offset[0] - offset[0]) * row_bytes
+        stop = start + common.size[0] * row_bytes
+    block_bytes = reader.index.block_bytes
+    for number in range(start // block_bytes, -(-stop // block_bytes)):
+        begin = number * block_bytes
+        reader.expect(begin + block_bytes, min(stop, begin + _AHEAD_BLOCKS * block_bytes))
+        data = reader.block(number, piece.tensor)
+        first, last = max(start, begin), min(stop, begin + block_bytes)
+        elements = data[first - begin : last - begin].view(dtype)
+        done = 0
+        for inside in flat_range(size, *((byte - piece.start) // dtype.itemsize for byte in (first, last))):
+            there = inside.moved(offset)
+            part = there.intersection(wanted)
+            if part is not None:
+                held = elements[done : done + inside.numel].view(inside.size)
+                buffer[part.within(wanted)] = held[part.within(there)]
+            done += inside.numel
 
 
 @dataclass(frozen=True)
@@ -235,6 +246,34 @@ def refuse(checkpoint: Path, problems: Iterable[str]) -> None:
         raise CheckpointMismatch(f"{checkpoint} is not a checkpoint of this model: {text}")
 
 
+class TensorReader:
+    """Whole tensors of a checkpoint, one at a time and in any order, every byte of them checked.
+
+    Opening raises DamagedCheckpoint or CheckpointMismatch. `stored.tensors` lists what there is, by (kind, name).
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.stored = open_checkpoint(checkpoint)
+        self._readers: dict[int, BlockReader] = {}
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for reader in self._readers.values():
+            reader.close()
+
+    def read(self, name: str, kind: str = PARAMETER) -> Tensor:
+        """A tensor in memory of its own. Raises DamagedCheckpoint, and KeyError for one that is not there."""
+        tensor = self.stored.tensors[kind, name]
+        value = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
+        for held in tensor.pieces:
+            if held.rank not in self._readers:
+                self._readers[held.rank] = BlockReader(self.stored.path, self.stored.indexes[held.rank])
+            copy_piece(self._readers[held.rank], held.piece, whole(tensor.shape), value)
+        return value
+
+
 def read_tensors(
     checkpoint: Path, kind: str = PARAMETER, select: Callable[[str], bool] = lambda name: True
 ) -> Iterator[tuple[str, Tensor]]:
@@ -242,18 +281,7 @@ def read_tensors(
 
     Raises DamagedCheckpoint as soon as something read is bad: what has been given before is sound.
     """
-    stored = open_checkpoint(checkpoint)
-    readers: dict[int, BlockReader] = {}
-    try:
-        for tensor in stored.tensors.values():
-            if tensor.kind != kind or not select(tensor.name):
-                continue
-            value = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
-            for owned in tensor.pieces:
-                if owned.rank not in readers:
-                    readers[owned.rank] = BlockReader(checkpoint, stored.indexes[owned.rank])
-                copy_piece(readers[owned.rank], owned.piece, whole(tensor.shape), value)
-            yield tensor.name, value
-    finally:
-        for reader in readers.values():
-            reader.close()
+    with TensorReader(checkpoint) as reader:
+        for tensor in reader.stored.tensors.values():
+            if tensor.kind == kind and select(tensor.name):
+                yield tensor.name, reader.read(tensor.name, kind)

@@ -10,9 +10,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from checkpoint.commit import is_valid
-from checkpoint.names import DAMAGED, CheckpointMismatch, DamagedCheckpoint, committed, one_line
+from checkpoint.names import (
+    DAMAGED,
+    MANIFEST,
+    CheckpointMismatch,
+    DamagedCheckpoint,
+    committed,
+    fetched_directory,
+    one_line,
+    step_directory,
+    step_of,
+)
 from checkpoint.reader import Stored, load, mismatches, open_checkpoint, refuse, unused
-from checkpoint.storage import sync_directory
+from checkpoint.remote import Remote, RemoteFailed, names_of
+from checkpoint.storage import sync_directory, write_durably
 from parallel.shards import Shard
 
 log = logging.getLogger(__name__)
@@ -28,24 +39,30 @@ def newest(directory: Path) -> list[Path]:
     return [checkpoint for checkpoint in committed(Path(directory)) if is_valid(checkpoint)]
 
 
-def resume(directory: Path, shards: Iterable[Shard], exchange: Exchange, rank: int) -> dict[str, Any] | None:
+def resume(
+    directory: Path, shards: Iterable[Shard], exchange: Exchange, rank: int, remote: Remote | None = None
+) -> dict[str, Any] | None:
     """Load the newest sound checkpoint into `shards` on all ranks and return its state; None if there is none.
 
     Called by all ranks together. `exchange` gives every rank the texts of all ranks, in rank order. What rank 0 sees
-    in `directory` decides on the candidates. One that any rank finds damaged is moved to `damaged/`, and all fall back
-    to the one before it. Raises CheckpointMismatch when the checkpoint is sound but not one of this model, and OSError
-    when a rank cannot read it for another reason than damage: on all ranks alike, with nothing adopted.
+    in `directory` and at `remote` decides on the candidates; one of the remote is downloaded first, by all ranks
+    together. One that any rank finds damaged is moved to `damaged/`, and all fall back to the one before it. Raises
+    CheckpointMismatch when the checkpoint is sound but not one of this model, and OSError when a rank cannot read it
+    for another reason than damage: on all ranks alike, with nothing adopted.
     """
     directory, shards = Path(directory), list(shards)
-    names = [checkpoint.name for checkpoint in committed(directory)] if rank == 0 else []
-    for name in json.loads(exchange(json.dumps(names))[0]):
-        checkpoint = directory / name
+    found = _together(lambda: _candidates(directory, remote) if rank == 0 else [], exchange)
+    for step, on_remote in json.loads(exchange(json.dumps(found))[0]):
+        checkpoint = step_directory(directory, step)
         try:
+            if on_remote:
+                assert remote is not None
+                _download(remote, step, directory, exchange, rank)
             stored = _together(functools.partial(open_checkpoint, checkpoint), exchange)
             _refuse_together(stored, shards, exchange)
             loaded = _together(functools.partial(load, stored, shards), exchange)
         except DamagedCheckpoint as damage:
-            if rank == 0:
+            if rank == 0 and checkpoint.exists():  # else it is damaged on the remote, and stays there
                 set_aside(checkpoint, one_line(damage))
             continue
         loaded.adopt()
@@ -53,10 +70,54 @@ def resume(directory: Path, shards: Iterable[Shard], exchange: Exchange, rank: i
     return None
 
 
+def _candidates(directory: Path, remote: Remote | None) -> list[tuple[int, bool]]:
+    """(step, is it the remote's?), the newest first and of one step the local one first. Raises OSError.
+
+    A remote that does not answer is no reason not to go on from what is here; without anything here it is.
+    """
+    here = [(step, False) for checkpoint in committed(directory) if (step := step_of(checkpoint)) is not None]
+    there: list[tuple[int, bool]] = []
+    if remote is not None:
+        try:
+            there = [(step, True) for step in remote.steps() if remote.manifest(step)]
+        except RemoteFailed as error:
+            if not here:
+                raise
+            log.warning("only checkpoints on this machine are looked at: %s", one_line(error))
+    return sorted([*here, *there], key=lambda found: (-found[0], found[1]))
+
+
+def _download(remote: Remote, step: int, directory: Path, exchange: Exchange, rank: int) -> None:
+    """Put the remote's checkpoint of `step` where a local one stands. Every rank downloads a share of its files."""
+    partial, world = fetched_directory(directory, step), len(exchange("downloading"))
+
+    def download_share() -> bytes:
+        found = remote.manifest(step)
+        if found is None:
+            raise DamagedCheckpoint(f"{remote.url}: step {step} has gone")
+        manifest, data = found
+        partial.mkdir(parents=True, exist_ok=True)
+        for name in names_of(manifest)[rank::world]:
+            remote.get(manifest, name, partial / name)
+        return data
+
+    def put_in_place() -> bool:
+        if rank == 0:
+            write_durably(partial / MANIFEST, data)
+            sync_directory(partial)
+            partial.rename(step_directory(directory, step))
+            sync_directory(directory)
+            log.info("downloaded step %d from %s", step, remote.url)
+        return True
+
+    data = _together(download_share, exchange)
+    _together(put_in_place, exchange)
+
+
 def set_aside(checkpoint: Path, reason: str) -> Path:
     """Moves a damaged checkpoint to `damaged/`, where it stays for people to look at. Returns its new place."""
     shelf = checkpoint.parent / DAMAGED
-    shelf.mkdir(exist_ok=True)
+    shelf.mkdir(parents=True, exist_ok=True)
     target, count = shelf / checkpoint.name, 1
     while target.exists():
         target, count = shelf / f"{checkpoint.name}.{count}", count + 1

@@ -1,25 +1,46 @@
-"""The staging pool: memory for the image of this rank's shard file, filled from live tensors and used again."""
+"""The staging pool: memory for the image of this rank's shard file, filled from live tensors and used again.
+
+With a limit the pool is smaller than the file and shows it through one window after the other: each is filled when the
+one before has been written. The snapshot is then complete only with the last one, and training waits for the disk.
+"""
 
 from __future__ import annotations
 
+import bisect
+import mmap
+import os
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from checkpoint.format import DTYPES
+from checkpoint.format import BLOCK_BYTES, DTYPES, Piece
 from checkpoint.plan import FilePlan, plan_file
-from parallel.shards import Shard
+from parallel.shards import Shard, flat_range, whole
 
 
 class StagingPool:
-    """Holds one snapshot at a time. Pinned when the data are on CUDA, so that copies run beside the GPU's work."""
+    """Holds one snapshot at a time. Pinned when the data are on CUDA, so that copies run beside the GPU's work.
 
-    def __init__(self) -> None:
+    At most `limit` bytes, but at least one block of `block_bytes`. A `shared` pool is anonymous memory that another
+    process can map by its `descriptor`.
+    """
+
+    def __init__(self, block_bytes: int = BLOCK_BYTES, limit: int | None = None, shared: bool = False) -> None:
+        self._block_bytes, self._limit, self._shared = block_bytes, limit, shared
         self._described: list[Any] = []
         self._plan: FilePlan | None = None
         self._image = torch.empty(0, dtype=torch.uint8)
+        self._pinned = False
+        self.descriptor: int | None = None  # of a shared pool
+        self.generation = 0  # counts the times that the memory was another
+
+    @property
+    def bytes(self) -> int:
+        return self._image.numel()
 
     def prepare(self, shards: Sequence[Shard]) -> FilePlan:
         """The file of `shards`, with memory for it. Costs nothing when they are described as they were last time.
@@ -27,37 +48,80 @@ class StagingPool:
         Raises ValueError for shards that cannot be stored.
         """
         described = [_description(shard) for shard in shards]
-        pinned = any(shard.data.is_cuda for shard in shards)
         if self._plan is None or described != self._described:
             self._plan = plan_file(shards)
             self._described = described
-            if self._image.numel() != self._plan.file_bytes or self._image.is_pinned() != pinned:
+            size, pinned = self._size(self._plan.file_bytes), any(shard.data.is_cuda for shard in shards)
+            if (self.bytes, self._pinned) != (size, pinned):
                 self._image = torch.empty(0, dtype=torch.uint8)  # give the old memory back first
-                self._image = torch.empty(self._plan.file_bytes, dtype=torch.uint8, pin_memory=pinned)
+                self._image = self._allocate(size, pinned)
+                self.generation += 1
+                self._pinned = pinned
                 self._image.zero_()  # touches every page now rather than in the first snapshot
-            self._image[: len(self._plan.header)] = torch.frombuffer(bytearray(self._plan.header), dtype=torch.uint8)
         return self._plan
 
-    def image(self) -> memoryview:
-        """The shard file's bytes: all of them once a snapshot is complete."""
-        return self._image.numpy().data
+    def _size(self, file_bytes: int) -> int:
+        if self._limit is None or file_bytes <= self._limit:
+            return file_bytes
+        return min(file_bytes, max(1, self._limit // self._block_bytes) * self._block_bytes)
 
-    def fill(self, shards: Sequence[Shard], snapshot: Snapshot) -> FilePlan:
-        """Copies what this rank writes of `shards` into the image. On return `snapshot` is complete."""
+    def _allocate(self, size: int, pinned: bool) -> Tensor:
+        if not self._shared:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+        self.descriptor = os.memfd_create("staging", os.MFD_CLOEXEC)
+        os.ftruncate(self.descriptor, size)
+        image = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
+        if pinned:
+            address = image.data_ptr()
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, size, 0))
+            weakref.finalize(image, torch.cuda.cudart().cudaHostUnregister, address)
+        return image
+
+    def fill(self, shards: Sequence[Shard], snapshot: Snapshot) -> Iterator[memoryview]:
+        """The shard file's bytes, window by window, each copied from `shards` when it is asked for.
+
+        With the last one `snapshot` is complete.
+        """
         plan = self.prepare(shards)
         streams = snapshot.begin()
-        with torch.no_grad():
-            for piece, source in zip(plan.pieces, plan.sources, strict=True):
-                if not piece.bytes:
-                    continue
-                shard = shards[source]
-                part = shard.data.detach()[piece.rectangle.within(shard.rectangle)]
-                place = self._image[piece.start : piece.stop].view(DTYPES[piece.dtype]).view(piece.rectangle.size)
-                with torch.cuda.stream(streams.get(part.device)):
-                    place.copy_(part, non_blocking=True)
-        snapshot.enqueued(streams)
-        snapshot.synchronize()
-        return plan
+        view = self._image.numpy().data
+        for start in range(0, plan.file_bytes, self.bytes):
+            stop = min(start + self.bytes, plan.file_bytes)
+            header = torch.frombuffer(bytearray(plan.header), dtype=torch.uint8)[start:stop]
+            self._image[: header.numel()] = header
+            with torch.no_grad():
+                for copied in _overlapping(plan, start, stop):
+                    self._copy(plan.pieces[copied], shards[plan.sources[copied]], start, stop, streams)
+            last = stop == plan.file_bytes
+            if last:
+                snapshot.enqueued(streams)
+            snapshot.synchronize(streams)
+            yield view[: stop - start]
+
+    def _copy(self, piece: Piece, shard: Shard, start: int, stop: int, streams: dict[Any, Any]) -> None:
+        """The elements of `piece` that stand between bytes `start` and `stop` of the file."""
+        dtype, size = DTYPES[piece.dtype], piece.rectangle.size
+        part = shard.data.detach()[piece.rectangle.within(shard.rectangle)]
+        first, last = max(start, piece.start), min(stop, piece.stop)
+        place = self._image[first - start : last - start].view(dtype)
+        with torch.cuda.stream(streams.get(part.device)):
+            if (first, last) == (piece.start, piece.stop):
+                place.view(size).copy_(part, non_blocking=True)
+                return
+            done = 0
+            elements = ((byte - piece.start) // dtype.itemsize for byte in (first, last))
+            for rectangle in flat_range(size, *elements):
+                there = place[done : done + rectangle.numel].view(rectangle.size)
+                there.copy_(part[rectangle.within(whole(size))], non_blocking=True)
+                done += rectangle.numel
+
+
+def _overlapping(plan: FilePlan, start: int, stop: int) -> range:
+    """The pieces that have bytes between `start` and `stop` of the file."""
+    first = bisect.bisect_right(plan.pieces, start, key=lambda piece: piece.stop)
+    return range(first, bisect.bisect_left(plan.pieces, stop, key=lambda piece: piece.start))
 
 
 def _description(shard: Shard) -> tuple[Any, ...]:
@@ -91,10 +155,10 @@ class Snapshot:
         self._copied = {device: stream.record_event() for device, stream in streams.items()}
         self._staged.set()
 
-    def synchronize(self) -> None:
+    def synchronize(self, streams: dict[torch.device, torch.cuda.Stream]) -> None:
         """Wait, in the writer's thread, until the copies have been made."""
-        for event in self._copied.values():
-            event.synchronize()
+        for stream in streams.values():
+            stream.synchronize()
 
     def give_up(self) -> None:
         """Nothing (more) will be copied."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import stat
-import threading
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 
-from checkpoint.names import REMOVED, DamagedCheckpoint, SaveFailed
+from checkpoint.names import MANIFEST, REMOVED, DamagedCheckpoint, SaveFailed
 
 _LARGEST_JSON_BYTES = 1 << 30
 
@@ -24,54 +22,6 @@ def write_durably(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def write_blocks(path: Path, image: memoryview, block_bytes: int, proceed: Callable[[], None]) -> list[int]:
-    """Writes `image` to the new file `path`, durably. Returns the CRC32 of each block of `block_bytes`.
-
-    `proceed` is called before each block and may raise to stop. Raises FileExistsError rather than overwrite.
-    """
-    blocks = [image[start : start + block_bytes] for start in range(0, len(image), block_bytes)]
-    checksums: list[int] = []
-    stopped = threading.Event()
-
-    def compute_checksums() -> None:
-        for block in blocks:
-            if stopped.is_set():
-                return
-            checksums.append(zlib.crc32(block))
-
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    computing = threading.Thread(target=compute_checksums, daemon=True)  # beside the writing: both release the GIL
-    computing.start()
-    try:
-        for number, block in enumerate(blocks):
-            proceed()
-            _write_all(descriptor, block)
-            _start_writeback(descriptor, number * block_bytes, len(block))
-        os.fsync(descriptor)
-    except BaseException:
-        stopped.set()
-        raise
-    finally:
-        computing.join()
-        os.close(descriptor)
-    return checksums
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
-def _start_writeback(descriptor: int, start: int, length: int) -> None:
-    """Let the disk work while we copy the next block, instead of leaving all of it to fsync.
-
-    Linux begins to write dirty pages that are declared to be of no use any more. Nobody reads them soon, and the memory
-    is better used by the training processes.
-    """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def sync_directory(path: Path) -> None:
@@ -109,6 +59,8 @@ def discard(path: Path, suffix: str = REMOVED) -> None:
                 raise
         count += 1
         target = path.with_name(f"{path.name}.{count}{suffix}")
+    with contextlib.suppress(OSError):  # manifest first: what is left by whoever kills us is nobody's checkpoint
+        (target / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(target, ignore_errors=True)
 
 
@@ -125,6 +77,16 @@ def open_to_read(path: Path) -> int:
         os.close(descriptor)
         raise DamagedCheckpoint(f"{path}: not a regular file")
     return descriptor
+
+
+def read_line(path: Path) -> bytes:
+    """The first line of a small file, without its end. Raises DamagedCheckpoint if it cannot be one of ours."""
+    with open(open_to_read(path), "rb") as file:
+        try:
+            line = file.readline(_LARGEST_JSON_BYTES)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{path}: {error.strerror}") from None
+    return line.removesuffix(b"\n")
 
 
 def read_json_bytes(path: Path) -> bytes:

@@ -1,13 +1,26 @@
-"""Whole tensors from their pieces: the proof that the pieces of a tensor cover it, once each."""
+"""Whole tensors from their pieces: the proof that the pieces of a tensor cover it, once each.
+
+There are two. `assemble` holds every piece and is exact: readers use it, and whoever has to name what is wrong. `cover`
+makes the same statement of a run of any size with one number per rank, so that the rank that commits need not see
+millions of rectangles. A rectangle from l to h (per dim d) is the polynomial product_d (x_d^l_d - x_d^h_d); pieces
+tile a tensor of shape n if and only if their polynomials add up to product_d (1 - x_d^n_d). Every rank evaluates its
+own at one point modulo a prime, weighted by a hash of the tensor; whoever holds a tensor's first element subtracts
+what is due for the whole. If the sum over all ranks is 0 and no tensor begins twice, all tensors are whole: two
+different polynomials agree at a point with a chance of degree / 2**127 (Schwartz 1980, Zippel 1979).
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from checkpoint.format import Piece, ShardIndex
-from parallel.shards import Rectangle
+from parallel.shards import Rectangle, whole
+
+PRIME = (1 << 127) - 1
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,32 @@ class StoredTensor:
     @property
     def label(self) -> str:
         return f"{self.kind}/{self.name}"
+
+
+def cover(pieces: Iterable[Piece]) -> tuple[int, tuple[str, ...]]:
+    """This file's share of the proof, from 0 to PRIME, and which tensors begin in it, each as a short hash."""
+    total, origins = 0, []
+    for piece in pieces:
+        identity = f"{piece.tensor} {piece.dtype} {piece.shape}"
+        weight = _hash(identity)
+        total += weight * _value(piece.rectangle)
+        if not any(piece.rectangle.offset):
+            total -= weight * _value(whole(piece.shape))
+            origins.append(f"{weight:032x}"[-16:])
+    return total % PRIME, tuple(origins)
+
+
+def _value(rectangle: Rectangle) -> int:
+    value = 1
+    for dim, (low, length) in enumerate(zip(rectangle.offset, rectangle.size, strict=True)):
+        point = _hash(f"dim {dim}")
+        value = value * (pow(point, low, PRIME) - pow(point, low + length, PRIME)) % PRIME
+    return value
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()) % PRIME
 
 
 def assemble(indexes: Iterable[ShardIndex]) -> dict[tuple[str, str], StoredTensor]:

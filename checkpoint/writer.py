@@ -7,12 +7,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from checkpoint import commit
+from checkpoint.block_writer import WriterDied, WriterProcess, write_blocks
 from checkpoint.format import BLOCK_BYTES, ShardIndex, encode_index, encode_state
 from checkpoint.names import (
     STATE,
@@ -23,8 +24,11 @@ from checkpoint.names import (
     partial_directory,
     step_directory,
 )
+from checkpoint.remote import Remote
+from checkpoint.retention import Retention, clear_failures, retain
 from checkpoint.staging import Snapshot, StagingPool
-from checkpoint.storage import require_space, write_blocks, write_durably
+from checkpoint.storage import require_space, write_durably
+from checkpoint.upload import Uploader, UploadReport
 from parallel.shards import Shard
 
 log = logging.getLogger(__name__)
@@ -38,10 +42,23 @@ class SaveReport:
 
     step: int
     bytes: int = 0  # of this rank's shard file; on rank 0, once committed, of all
+    staged_bytes: int = 0  # of this rank's shard file
     staged_seconds: float = 0.0  # the live data were free to change
     written_seconds: float = 0.0  # this rank's part was on storage
     seconds: float = 0.0  # committed on all ranks, or failed
+    stall_seconds: float = 0.0  # that the trainer was held up: in `save`, the save before included, and `await_staged`
+    copy_seconds: float = 0.0  # this rank's copying of live data to the staging pool
+    write_seconds: float = 0.0  # this rank's writing and fsync of its shard file
     error: str | None = None  # one line
+
+    @property
+    def write_bytes_per_second(self) -> float:
+        return self.staged_bytes / self.write_seconds if self.write_seconds else 0.0
+
+    @property
+    def commit_seconds(self) -> float:
+        """From this rank's part on storage to the checkpoint: waiting for the other ranks, proof, manifest, rename."""
+        return self.seconds - self.written_seconds if self.written_seconds else 0.0
 
 
 @dataclass
@@ -59,10 +76,12 @@ class Checkpoints:
     """One rank's writer of the checkpoints of a run. Every rank makes the same calls in the same order.
 
     `directory` is on a file system that all ranks share; `attempt` is the start of the run that these ranks belong to,
-    and rank 0 has called `fence` for it. `keep` valid checkpoints are kept. With mode `sync`, `save` returns after the
-    commit. A save that is not committed `timeout_seconds` after its data were written fails.
+    and rank 0 has called `fence` for it. `keep`, `keep_every` and `keep_best` are those of `Retention`. With mode
+    `sync`, `save` returns after the commit. A save that is not committed `timeout_seconds` after its data were written
+    fails. Shard files are written by a thread or, with writer `process`, by a process that is nice. `staging_limit`, in
+    bytes, bounds the staging pool: a larger shard file streams through it.
 
-    The writer is a daemon thread: it never keeps a process alive. One that ends in the middle of a save stops it at
+    The thread is a daemon: it never keeps a process alive. One that ends in the middle of a save stops it at
     the next block; what is on storage then is garbage that the next attempt removes.
     """
 
@@ -74,27 +93,44 @@ class Checkpoints:
         world: int,
         attempt: int,
         keep: int,
+        keep_every: int = 0,
+        keep_best: int = 0,
         mode: str = "async",
+        writer: str = "thread",
+        staging_limit: int | None = None,
+        remote: Remote | None = None,
         timeout_seconds: float = 1800.0,
     ) -> None:
-        if keep < 1:
-            raise ValueError(f"checkpoint.keep={keep}: at least the newest checkpoint must be kept")
         if mode not in ("async", "sync"):
             raise ValueError(f"checkpoint.mode={mode!r}: choose async or sync")
+        if writer not in ("thread", "process"):
+            raise ValueError(f"checkpoint.writer={writer!r}: choose thread or process")
         self._directory = Path(directory)
         self._rank, self._world, self._attempt = rank, world, attempt
-        self._keep, self._mode, self._timeout = keep, mode, timeout_seconds
-        self._pool = StagingPool()
+        self._retention = Retention(keep, keep_every, keep_best)
+        self._uploader = Uploader(self._directory, remote, rank, world, self._retention) if remote else None
+        self._mode, self._timeout = mode, timeout_seconds
+        self._pool = StagingPool(BLOCK_BYTES, staging_limit, shared=writer == "process")
+        self._in_process = writer == "process"
+        self._process: WriterProcess | None = None
+        self._mapped: int | None = None  # the pool that the process has mapped
         self._snapshot: Snapshot | None = None
+        self._stalls: dict[int, float] = {}  # seconds, by step
         self._writer: threading.Thread | None = None
+        self._tidier: threading.Thread | None = None
         self._ended: deque[SaveReport] = deque()
         self._trials: dict[int, int] = {}
         self._leaving = threading.Event()
 
     def prepare(self, shards: Iterable[Shard]) -> None:
-        """Allocate the staging pool before the first save. Raises ValueError for shards that cannot be stored."""
+        """Allocate the staging pool, and start the writer process, before the first save.
+
+        Raises ValueError for shards that cannot be stored.
+        """
         self._join()
         self._pool.prepare(list(shards))
+        if self._in_process:
+            self._start_process()
 
     def save(self, step: int, shards: Iterable[Shard], state: dict[str, Any]) -> None:
         """Start saving the present values of `shards` and `state` as the checkpoint of `step`.
@@ -103,6 +139,7 @@ class Checkpoints:
         be changed until `await_staged`; `state` (rank 0's is stored) may. What goes wrong later is told by `finished`.
         Raises TypeError for a state that JSON cannot hold.
         """
+        called = time.monotonic()
         self._join()
         encoded = encode_state(state) if self._rank == 0 else b""
         final = step_directory(self._directory, step)
@@ -117,6 +154,7 @@ class Checkpoints:
         self._writer.start()
         if self._mode == "sync":
             self._join()
+        self._stalls[step] = time.monotonic() - called
 
     def await_staged(self) -> None:
         """Return when the live data may change: the snapshot in flight, if any, has been copied.
@@ -124,23 +162,52 @@ class Checkpoints:
         On CUDA the copies may still be queued; what the caller queues on its current stream runs after them.
         """
         if self._snapshot is not None:
+            called = time.monotonic()
             self._snapshot.await_staged()
             self._snapshot = None
+            if self._stalls:  # of the save in flight; none: it has ended and been reported
+                self._stalls[max(self._stalls)] += time.monotonic() - called
 
     def finished(self) -> list[SaveReport]:
         """The saves that ended since the last call, well or not, oldest first. Does not wait."""
         reports = []
         while self._ended:
-            reports.append(self._ended.popleft())
+            report = self._ended.popleft()
+            report.stall_seconds = self._stalls.pop(report.step, 0.0)
+            reports.append(report)
         return reports
 
     def wait(self) -> list[SaveReport]:
-        """Return when no save is in flight: committed, visible to this rank, or failed.
+        """Return when no save is in flight: committed, visible to this rank, or failed; and what it replaced removed.
 
         Gives the reports that `finished` will give next, without taking them.
         """
         self._join()
+        if self._tidier is not None:
+            self._tidier.join()
         return list(self._ended)
+
+    def uploads(self) -> list[UploadReport]:
+        """On rank 0: the uploads to the remote that ended since the last call, well or not."""
+        return self._uploader.finished() if self._uploader is not None else []
+
+    def uploading(self, wait_seconds: float) -> bool:
+        """Is anything left to upload by this rank's word, after waiting for it for at most so long?"""
+        return self._uploader is not None and self._rank == 0 and self._uploader.busy(wait_seconds)
+
+    def go_on_uploading(self) -> None:
+        """Upload the newest checkpoint there is, if an earlier attempt has not. Called by rank 0 after resuming."""
+        if self._uploader is not None and self._rank == 0:
+            self._uploader.add_unfinished()
+
+    def close(self) -> None:
+        """End the writer process and the uploads, if there are any. Nothing may be in flight."""
+        self._join()
+        if self._uploader is not None:
+            self._uploader.close()
+        if self._process is not None:
+            self._process.close()
+            self._process = None
 
     def _join(self) -> None:
         if self._writer is not None:
@@ -166,32 +233,87 @@ class Checkpoints:
         # After the mkdir: a newer attempt raises its fence first and clears partial directories second, so either
         # we see the fence or it sees our directory.
         commit.check_fence(self._directory, self._attempt)
-        plan = self._pool.fill(save.shards, save.snapshot)
-        save.shards = ()
-        report.staged_seconds = time.monotonic() - save.began
-
-        image = self._pool.image()
-        require_space(save.partial, len(image))
-        blocks = write_blocks(save.partial / data_name(self._rank), image, BLOCK_BYTES, self._proceed)
+        plan = self._pool.prepare(save.shards)
+        require_space(save.partial, plan.file_bytes)
+        if self._in_process:
+            self._start_process()
+        blocks = self._write_blocks(save, report)
         if self._rank == 0:
             write_durably(save.partial / STATE, save.state)
-        index = ShardIndex(self._rank, save.step, self._attempt, len(image), BLOCK_BYTES, tuple(blocks), plan.pieces)
-        write_durably(save.partial / index_name(self._rank), encode_index(index))
-        report.bytes = len(image)
+        index = ShardIndex(
+            self._rank, save.step, self._attempt, plan.file_bytes, BLOCK_BYTES, tuple(blocks), plan.pieces
+        )
+        write_durably(save.partial / index_name(self._rank), encode_index(index, plan.cover, plan.origins))
+        report.bytes = plan.file_bytes
         report.written_seconds = time.monotonic() - save.began
 
         deadline = time.monotonic() + self._timeout
         if self._rank == 0:
             commit.await_reports(save.partial, self._world, deadline, self._proceed)
             report.bytes = commit.commit(save.partial, save.final, save.step, self._attempt, self._world, self._proceed)
+            if self._uploader is not None:
+                self._uploader.add(save.step)
             self._tidy()
         else:
-            commit.await_outcome(save.partial, save.final, deadline, self._proceed)
+            commit.await_outcome(save.partial, save.final, self._attempt, deadline, self._proceed)
+
+    def _write_blocks(self, save: _Save, report: SaveReport) -> list[int]:
+        """Copies and writes this rank's shard file; the CRC32s of its blocks."""
+        path = save.partial / data_name(self._rank)
+        windows = self._windows(save, report)
+        began = time.monotonic()
+        try:
+            if self._process is None:
+                return write_blocks(path, windows, BLOCK_BYTES, self._proceed)
+            return self._process.write_blocks(path, map(len, windows), BLOCK_BYTES, self._proceed)
+        except BaseException as error:
+            self._process = None  # ended by its failure; the next save starts another
+            if isinstance(error, WriterDied):
+                raise SaveFailed(one_line(error)) from None
+            raise
+        finally:
+            report.write_seconds = time.monotonic() - began - report.copy_seconds
+
+    def _windows(self, save: _Save, report: SaveReport) -> Iterator[memoryview]:
+        windows = self._pool.fill(save.shards, save.snapshot)
+        while True:
+            began = time.monotonic()
+            window = next(windows, None)
+            report.copy_seconds += time.monotonic() - began
+            if window is None:
+                break
+            report.staged_bytes += len(window)
+            report.staged_seconds = time.monotonic() - save.began
+            yield window
+        save.shards = ()
+
+    def _start_process(self) -> None:
+        """Have a writer process that has mapped the pool as it is now."""
+        if self._process is None:
+            self._process, self._mapped = WriterProcess(), None
+        assert self._pool.descriptor is not None
+        if self._mapped != self._pool.generation:
+            try:
+                self._process.use_pool(self._pool.descriptor, self._pool.bytes)
+            except WriterDied as error:
+                self._process = None
+                raise SaveFailed(one_line(error)) from None
+            self._mapped = self._pool.generation
 
     def _tidy(self) -> None:
+        """Remove what need not be kept, in a thread of its own: large directories take their time."""
         try:
-            commit.retain(self._directory, self._keep)
-            commit.clear_failures(self._directory)
+            clear_failures(self._directory)  # here: after the next save has begun a note may be wanted
+        except OSError as error:
+            log.warning("%s could not be tidied: %s", self._directory, one_line(error))
+        if self._tidier is not None:
+            self._tidier.join()
+        self._tidier = threading.Thread(target=self._remove_what_is_old, name="checkpoint removal", daemon=True)
+        self._tidier.start()
+
+    def _remove_what_is_old(self) -> None:
+        try:
+            retain(self._directory, self._retention, self._uploader.needed() if self._uploader else ())
         except OSError as error:  # the new checkpoint stands, and the next commit tidies again
             log.warning("%s could not be tidied: %s", self._directory, one_line(error))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from conf.overrides import closest
@@ -49,9 +50,19 @@ ZERO_BUBBLE = ("zero_bubble", "zb1p", "zbv", "dualpipe", "dualpipev")  # schedul
 
 LIMITS = (
     _at_least("steps", 1, "a run takes steps"),
+    Limit(
+        "skip_steps",
+        "pairs of a first and a last step, rising, such as [[100,120],[300,300]]",
+        "a span is of steps in a row",
+        lambda spans: (
+            all(len(span) == 2 and 1 <= span[0] <= span[1] for span in spans)
+            and all(before[1] < after[0] for before, after in pairwise(spans))
+        ),
+    ),
     _at_least("seq_len", 2, "one token has no other to predict"),
     _at_least("batch.rows", 1, "an update needs rows"),
     _at_least("batch.micro", 1, "a micro-batch needs rows"),
+    _choice("model.family", "llama", "mistral", "qwen2", "qwen3"),
     _at_least("parallel.tp", 1, "it counts ranks"),
     _at_least("parallel.pp", 1, "it counts stages"),
     Limit("parallel.zero", "0, 1, 2 or 3", "these are the stages of ZeRO", range(4).__contains__),
@@ -79,7 +90,8 @@ LIMITS = (
     _at_least("model.rope_scaling.original_context", 1, "it counts tokens"),
     _above_zero("model.init_std", "weights that all start at 0 cannot learn"),
     _at_least("model.loss_chunk", 1, "it counts tokens"),
-    _choice("data.tokenizer", "byte", "bpe"),
+    _choice("data.packing", "concatenated", "best_fit", "padded"),
+    _above_zero("data.temperature", "it divides"),
     _at_least("data.bpe_vocab", 257, "256 bytes and the end of a document come first"),
     _at_least("data.epochs", 1, "a run reads something"),
     Limit(
@@ -88,6 +100,15 @@ LIMITS = (
         "most documents must be left to train on",
         lambda value: 0 <= value <= 0.5,
     ),
+    _choice("data.planner", "index", "lanes"),
+    _at_least("data.lanes", 1, "rows come from them"),
+    _at_least("data.window", 1, "it counts units"),
+    _at_least("data.unit_bytes", 512, "smaller reads cost more than they bring"),
+    _at_least("data.deal_every", 1, "it counts rows"),
+    _choice("data.on_damage", "error", "skip"),
+    _at_least("data.retries", 0, "it counts attempts"),
+    _above_zero("data.stall_seconds", "no answer comes at once"),
+    _above_zero("data.block_cache_gib", "a cache holds something"),
     _at_least("data.workers", 0, "it counts processes"),
     _at_least("data.prefetch", 1, "the batch in use is read ahead too"),
     _choice("optim.name", "adamw", "sgd"),
@@ -118,7 +139,12 @@ LIMITS = (
     _at_least("nonfinite.limit", 1, "it counts steps"),
     _at_least("checkpoint.every", 0, "it counts steps"),
     _at_least("checkpoint.keep", 1, "a run without a checkpoint cannot resume"),
+    _at_least("checkpoint.keep_every", 0, "it counts steps"),
+    _at_least("checkpoint.keep_best", 0, "it counts checkpoints"),
     _choice("checkpoint.mode", "async", "sync"),
+    _choice("checkpoint.writer", "thread", "process"),
+    _at_least("checkpoint.staging_limit", 4 << 20, "a shard file is written in blocks of 4 MiB"),
+    _choice("checkpoint.on_error", "warn", "fail"),
     _at_least("eval.every", 0, "it counts steps"),
     _at_least("eval.rows", 0, "it counts rows"),
     _choice("tracker.name", "none", "wandb", "tensorboard"),

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -41,13 +42,18 @@ class RunDirectory:
         return self.path / "STOP"
 
     @property
+    def save(self) -> Path:
+        """A file whose existence asks the run for a checkpoint. It is removed when the checkpoint is begun."""
+        return self.path / "SAVE"
+
+    @property
     def loss_plot(self) -> Path:
         return self.path / "loss.png"
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer, where one was trained for the run: it outlives the cache and the texts."""
-        return self.path / "tokenizer.json"
+        """A folder with the tokenizer: it outlives the cache, the texts and the file it was loaded from."""
+        return self.path / "tokenizer"
 
     @property
     def attempts(self) -> Path:
@@ -95,13 +101,41 @@ def resolve(config: Config, now: datetime) -> Config:
     if not name or name in (".", "..") or "/" in name:
         raise ConfigError(f"run.name={name!r}: it names a directory, so it cannot be empty, '.', '..' or hold '/'")
     directory = Path(config.run.dir or Path("runs") / name).expanduser().absolute()
-    data = dataclasses.replace(config.data, path=_absolute(config.data.path))
-    return dataclasses.replace(config, data=data, run=dataclasses.replace(config.run, name=name, dir=str(directory)))
+    tokenizer = config.data.tokenizer
+    if tokenizer not in ("byte", "bpe"):
+        tokenizer = _absolute(tokenizer)
+    data = dataclasses.replace(
+        config.data,
+        path=_absolute(config.data.path),
+        urls=_absolute_each(config.data.urls),
+        tokenizer=tokenizer,
+        sources={name: _absolute_source(source) for name, source in config.data.sources.items()},
+    )
+    parallel = dataclasses.replace(config.parallel, nvme_path=_absolute(config.parallel.nvme_path))
+    model = dataclasses.replace(config.model, init_from=_absolute(config.model.init_from))
+    run = dataclasses.replace(config.run, name=name, dir=str(directory))
+    return dataclasses.replace(config, data=data, model=model, parallel=parallel, run=run)
 
 
 def _absolute(path: str | None) -> str | None:
-    """A run goes on from any working directory. What has a scheme (`s3://...`) is not a path of this machine."""
-    return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
+    """A run goes on from any working directory. What has a scheme (`s3://...`, `pipe:...`) is no path here."""
+    if path is None or "://" in path or path.startswith("pipe:"):
+        return path
+    return str(Path(path).expanduser().absolute())
+
+
+def _absolute_each(paths: Any) -> Any:
+    """One path, or a list of them; what is neither is for others to refuse."""
+    if isinstance(paths, list):
+        return [_absolute_each(path) for path in paths]
+    return _absolute(paths) if isinstance(paths, str) else paths
+
+
+def _absolute_source(source: Any) -> Any:
+    """A source of a mixture."""
+    if not isinstance(source, dict):
+        return source
+    return source | {key: _absolute_each(source[key]) for key in ("path", "urls") if key in source}
 
 
 def next_attempt(run: RunDirectory) -> int:

@@ -74,6 +74,7 @@ class ParallelConfig:
     stages_per_rank: int = free(1)  # pipeline stages per rank, > 1 with schedule=interleaved
     engine: str = free("fsdp")  # fsdp | deepspeed
     offload: str = free("none")  # none | cpu | nvme: where fp32 parameters and optimizer state live
+    nvme_path: str | None = free()  # offload=nvme: a directory on a disk of each machine that is fast and its own
     deepspeed: dict[str, Any] = free({})  # engine=deepspeed: further settings, in DeepSpeed's own JSON
     timeout_seconds: float = free(600.0)  # of every process group's collectives
 
@@ -92,6 +93,9 @@ class RopeScalingConfig:
 class ModelConfig:
     target: str = fixed("models.decoder:build")  # import path pkg.mod:function of the builder
     name: str = free("model")  # for people: run names and tables
+    family: str | None = free()  # of exports: llama | mistral | qwen2 | qwen3; default: by shape
+    init_from: str | None = fixed()  # directory to take shape and weights from: Hugging Face's or a run's
+    init_only: list[str] = fixed([])  # with init_from: take these parameters (`layers.*`) only; default: all
     vocab_size: int | None = fixed()  # tokens; default: the tokenizer's
     width: int = fixed(256)  # channels of the residual stream
     layers: int = fixed(6)  # transformer blocks
@@ -113,13 +117,31 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     target: str = fixed("data.stdlib:open_source")  # import path pkg.mod:function of the source
+    units: str | None = fixed()  # import path pkg.mod:function of the source as units, for planner=lanes
     name: str = free("data")  # for people
     path: str | None = free()  # file or directory for sources that read one
-    tokenizer: str = fixed("byte")  # byte | bpe (trained on this data at first use)
+    urls: Any = free()  # shards: an address, a brace pattern such as s-{000..099}.tar, or a list of them
+    planner: str = fixed("index")  # index: tokens counted first | lanes: read, tokenised and packed on the fly
+    lanes: int = fixed(8)  # planner=lanes: streams that the rows of a batch are dealt to
+    window: int = fixed(4)  # planner=lanes: units shuffled together
+    unit_bytes: int | None = fixed()  # planner=lanes: bytes of a unit, where files can be cut; default: at most 1 MiB
+    deal_every: int = fixed(16)  # planner=lanes: rows of a lane between two dealings of windows
+    retries: int = free(5)  # attempts after the first at reading from a server, without a byte in between
+    stall_seconds: float = free(60.0)  # without a byte, after which a connection counts as broken
+    block_cache: str | None = free()  # folder for blocks downloaded from servers; default: none are kept
+    block_cache_gib: float = free(16.0)  # GiB in it, above which the blocks used longest ago are removed
+    on_damage: str = maths("error")  # planner=lanes: error | skip damaged documents, recorded in the state
+    sources: dict[str, Any] = fixed({})  # several at once: {name: {kind: text, path: ..., weight: 2, max_epochs: 3}}
+    weights: dict[str, Any] = maths({})  # share of the tokens by source; default: those in data.sources
+    temperature: float = maths(1.0)  # weights to the power 1/temperature: above 1 small sources get more
+    phases: list[dict[str, Any]] = maths([])  # weights from a step on: [{from_step: 1000, weights: {a: 1, b: 3}}]
+    tokenizer: str | None = fixed("byte")  # byte | bpe (trained on this data at first use) | path; null: the data's own
     bpe_vocab: int = fixed(8192)  # vocabulary of tokenizer=bpe
+    end_of_document: str | None = fixed()  # token that closes a document; default: what the tokenizer calls its end
     epochs: int | None = maths()  # passes over the data after which it ends; default: no end
     validation: float = fixed(0.02)  # share of the documents kept for validation
-    document_mask: bool = fixed(False)  # keep attention inside documents
+    packing: str = fixed("concatenated")  # concatenated | best_fit | padded: how documents become rows
+    document_mask: bool | None = fixed()  # keep attention inside documents; default: for chats and best_fit
     workers: int = free(1)  # reader processes per rank; 0 reads in the rank itself
     prefetch: int = free(4)  # global batches read ahead per worker
     cache: str | None = free()  # tokenised data; default $XDG_CACHE_HOME/stoker
@@ -152,7 +174,13 @@ class ScheduleConfig:
 class CheckpointConfig:
     every: int = free(200)  # steps between checkpoints; 0: only at the end
     keep: int = free(3)  # newest valid checkpoints kept
+    keep_every: int = free(0)  # steps: checkpoints of their multiples are kept for good; 0: none
+    keep_best: int = free(0)  # checkpoints of the lowest validation loss kept as well
     mode: str = free("async")  # async | sync
+    writer: str = free("thread")  # thread | process (nice, beside the ranks): who writes shard files
+    staging_limit: int | None = free()  # bytes of host memory per rank for a snapshot; default: all of it
+    remote: str | None = free()  # fsspec URL of a second tier for this run alone: s3://bucket/run, file:///mnt/run
+    on_error: str = free("warn")  # warn: a save that fails is told, and the run goes on | fail: the run ends
 
 
 @dataclass
@@ -200,6 +228,7 @@ class ProfileConfig:
 class Config:
     run: RunConfig = free(RunConfig)
     steps: int = free(200)  # optimizer steps of the whole run
+    skip_steps: list[list[int]] = maths([])  # first and last step of spans whose rows are left out: [[100,120]]
     seq_len: int = fixed(512)  # tokens per row
     batch: BatchConfig = free(BatchConfig)
     parallel: ParallelConfig = free(ParallelConfig)

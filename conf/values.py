@@ -15,6 +15,8 @@ _WORDS = {
     dict[str, Any]: "a dictionary such as {key:value}",
     list[float]: "a list of numbers such as [0.9,0.95]",
     list[int]: "a list of whole numbers such as [10,13]",
+    list[list[int]]: "a list of spans such as [[10,13]]",
+    list[dict[str, Any]]: "a list of dictionaries such as [{key:value}]",
 }
 
 

@@ -1,19 +1,21 @@
 """Data: from texts to the rows that this rank trains on.
 
-    source     an ordered list of documents              stdlib.py, text.py, or a user's data.target
-    tokens     tokenised once, mapped from files         manifest.py, tokenizer.py, cache.py
-    RowPlan    global row number -> row                  rows.py (the protocol), index.py, shuffle.py
+    source     an ordered list of documents              stdlib.py, text.py, chat.py, or a user's data.target
+    tokens     tokenised once, mapped from files         manifest.py, build.py, cache.py; token_files.py
+    packing    documents -> rows                         packing.py, tables.py
+    RowPlan    global row number -> row                  rows.py (the protocol), index.py, mixed.py, mixture.py
     RowStream  this rank's rows of each global batch     stream.py, readers.py
 
-The order of the rows is a pure function of (texts, tokenizer, seq_len, seed): `IndexPlan` answers "what is row n?" in
-closed form, for any n, with no list of rows anywhere. So the whole state of the data is one row number. Ranks, reader
-processes, prefetching and restarts only decide who reads a row and when, never which row it is: data-parallel rank r of
-dp takes the rows first + r, first + r + dp, ... of a global batch. The end of the data is arithmetic on the row number
-too, so all ranks agree on it without a word.
+The order of the rows is a pure function of (texts, tokenizer, packing, seq_len, seed): `IndexPlan` answers "what is row
+n?" in closed form, for any n, with no list of rows in memory, and `MixedPlan` which source it comes from. So the whole
+state of the data is one row number. Ranks, reader processes, prefetching and restarts only decide who reads a row and
+when, never which row it is: data-parallel rank r of dp takes the rows first + r, first + r + dp, ... of a global batch.
+The end of the data is arithmetic on the row number too, so all ranks agree on it without a word.
 
-A row is `seq_len` tokens and the label of each, its next token. Rows are cut out of the documents laid end to end, each
-closed by an end-of-document token; consecutive rows share one token, which is the last label of one and the first token
-of the next. Every row of an epoch is read once before the next epoch, in another order, begins.
+A row is `seq_len` tokens and the label of each, its next token. It is made of stretches of documents, each document
+closed by an end-of-document token; a document that goes on in another row shares one token with it, which is the last
+label of the one and the first token of the other. Every row of an epoch is read once before the next epoch, in another
+order, begins.
 
 The state carries a fingerprint of everything that the rows depend on. A state with another fingerprint is refused, and
 told what differs: a run never goes on, without a word, on other rows than it began with.
@@ -21,16 +23,18 @@ told what differs: a run never goes on, without a word, on other rows than it be
 What a launcher does once per machine (`prepare`) makes the ranks' `open_rows` cheap: it reads file stamps, no texts.
 """
 
-from data.opening import keep_tokenizer, open_rows, open_tokenizer, prepare, vocabulary
+from data.opening import keep_tokenizer, open_rows, open_stream, open_tokenizer, prepare, vocabulary
 from data.rows import RowPlan, read_rows
-from data.stream import EndOfData, RowStream
+from data.stream import EndOfData, RowSource, RowStream
 
 __all__ = [
     "EndOfData",
     "RowPlan",
+    "RowSource",
     "RowStream",
     "keep_tokenizer",
     "open_rows",
+    "open_stream",
     "open_tokenizer",
     "prepare",
     "read_rows",

@@ -2,14 +2,16 @@
 
     <data.cache>/<key>/train.tokens        ids of all documents end to end, each closed by end_of_document
                        train.starts        int64 number of each document's first token
-                       validation.tokens   the same for the documents kept for validation
-                       validation.starts
-                       tokenizer.json      of tokenizer=bpe
-                       meta.json           counts, by which a damaged directory is known
+                       train.learned       uint8 for each token, 1 where it is worth learning; of conversations only
+                       validation.*        the same for the documents kept for validation
+                       tokenizer/          what it takes to load the tokenizer again
+                       meta.json           counts and CRC-32s, by which a damaged directory is known
+                       <packing>-...       row tables made of them since (tables.py)
 
 The key is a fingerprint of the texts, the tokenizer and the split, so a directory never changes once it is there. It is
-made under a lock in a directory beside it, synced, and renamed into place. Opening takes no lock: a cache that is ready
-can be read-only.
+made under a lock in a directory beside it, synced, and renamed into place; what a killed builder made is used by the
+next. Opening takes no lock: a cache that is ready can be read-only. Such a folder can be moved anywhere: `data=tokens`
+reads it.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import json
 import logging
 import os
 import shutil
-from array import array
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,23 +32,19 @@ from typing import Any
 import numpy as np
 
 from conf.schema import DataConfig
-from data.documents import open_source
-from data.manifest import Entry, Manifest, Memo, read_manifest
-from data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
+from data.build import SPLITS, Recipe, write_file, write_splits
+from data.documents import Source
+from data.manifest import Manifest, Memo, is_validation, read_manifest
+from data.pool import Killed
+from data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from data.tokenizer_files import load_kept, load_tokenizer
+from data.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation")
-_FORMAT = 1
-_BATCH_CHARACTERS = 4 << 20  # texts tokenised together: enough for all cores, little memory
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One split of a tokenised source, mapped from its files."""
-
-    ids: np.ndarray  # uint16 or uint32 [tokens]
-    starts: np.ndarray  # int64 [documents], the number of each document's first token
+FORMAT = 2
+META = "meta.json"
+_BLOCK = 4 << 20  # bytes read at a time to verify
 
 
 @dataclass(frozen=True)
@@ -64,32 +62,33 @@ class TokenCache:
 
     def tokens(self, split: str) -> Tokens:
         """The tokens of `train` or `validation`."""
-        return Tokens(*(_map(self.folder / name, dtype, count) for name, dtype, count in _arrays(self.meta, split)))
+        found = {kind: _map(self.folder / name, dtype, count) for kind, name, dtype, count in _arrays(self.meta, split)}
+        return Tokens(found["tokens"], found["starts"], found.get("learned"))
 
 
-def open_cache(config: DataConfig) -> TokenCache:
-    """The tokens of `config`'s source, made first if they are not there or are damaged.
+def open_cache(config: DataConfig, source: Source) -> TokenCache:
+    """The tokens of `source`, made first if they are not there or are damaged.
 
     Any number of processes may call this at once: one of them builds. Raises ValueError for texts that cannot be read
     and for a cache directory that cannot be used.
     """
-    root = _root(config)
-    documents = open_source(config)
-    memo = Memo(root / "versions", documents)
+    root = cache_root(config)
+    memo = Memo(root / "versions", source.documents)
+    tokenizer = named_tokenizer(config)
     content = memo.recall()
     if content is not None:
-        ready = _open(root, _recipe(config, content))
+        ready = _open(root, _recipe(config, source, tokenizer, content))
         if ready is not None:
             return ready
-    manifest = read_manifest(documents)
-    recipe = _recipe(config, manifest.fingerprint)
+    manifest = read_manifest(source.documents)
+    recipe = _recipe(config, source, tokenizer, manifest.fingerprint)
     ready = _open(root, recipe)
     if ready is None:
         try:
-            with _lock(root, recipe):
+            with lock(_folder(root, recipe).with_suffix(".lock")):
                 ready = _open(root, recipe)  # another process may have built it meanwhile
                 if ready is None:
-                    _build(root, recipe, config, manifest)
+                    _build(root, recipe, config, manifest, source, tokenizer)
                     ready = _open(root, recipe)
         except OSError as error:
             raise ValueError(
@@ -100,16 +99,96 @@ def open_cache(config: DataConfig) -> TokenCache:
     return ready
 
 
-def _root(config: DataConfig) -> Path:
+def cache_root(config: DataConfig) -> Path:
+    """Where tokens are kept."""
     if config.cache is not None:
         return Path(config.cache).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stoker"
 
 
-def _recipe(config: DataConfig, content: str) -> dict[str, Any]:
+def named_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer that the config names; None for one that is trained on the data first.
+
+    Raises ValueError for a path that holds none.
+    """
+    if config.tokenizer == "bpe":
+        return None
+    if config.tokenizer in ("byte", None):
+        return ByteTokenizer()
+    return load_tokenizer(Path(config.tokenizer).expanduser(), config.end_of_document)
+
+
+def open_folder(folder: Path) -> TokenCache:
+    """A cache directory wherever it lies now. Raises ValueError when it is none or is damaged."""
+    try:
+        meta = json.loads((folder / META).read_text())
+        if meta["recipe"]["format"] != FORMAT:
+            raise ValueError(f"it has format {meta['recipe']['format']}, and this version reads {FORMAT}")
+        for split in SPLITS:
+            for _, name, dtype, count in _arrays(meta, split):
+                size = (folder / name).stat().st_size
+                if size != np.dtype(dtype).itemsize * count:
+                    raise ValueError(f"{name} has {size} bytes, not {count} x {np.dtype(dtype).itemsize}")
+        tokenizer = load_kept(folder / "tokenizer")
+        if tokenizer.fingerprint != meta["tokenizer"]:
+            raise ValueError("its tokenizer is not the one it was made with")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no sound token files: {error}") from error
+    return TokenCache(folder, meta, tokenizer)
+
+
+def verify(cache: TokenCache, seen: Callable[[int], None] = lambda size: None) -> list[str]:
+    """Read every byte and compare with the sums of the meta; what is wrong, a line each. `seen` is told of bytes."""
+    problems = []
+    for split in SPLITS:
+        for kind, name, _, _ in _arrays(cache.meta, split):
+            crc = 0
+            with open(cache.folder / name, "rb") as file:
+                while block := file.read(_BLOCK):
+                    crc = zlib.crc32(block, crc)
+                    seen(len(block))
+            known = cache.meta["splits"][split]["crc32"][kind]
+            if crc != known:
+                problems.append(f"{cache.folder / name}: its CRC-32 is {crc:08x}, and it was written with {known:08x}")
+    return problems
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Keep `tokenizer` in `folder`, which is not there yet: whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    _keep(tokenizer, temporary)
+    temporary.rename(folder)
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Only one process at a time is here; the kernel frees the lock of one that dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def sync(folder: Path) -> None:
+    """Have the names in `folder` on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _recipe(config: DataConfig, source: Source, tokenizer: Tokenizer | None, content: str) -> dict[str, Any]:
     """All that the files of a cache directory depend on."""
-    tokenizer = "byte" if config.tokenizer == "byte" else f"{config.tokenizer} {config.bpe_vocab}"
-    return {"format": _FORMAT, "content": content, "tokenizer": tokenizer, "validation": config.validation}
+    recipe = {
+        "format": FORMAT,
+        "content": content,
+        "tokenizer": f"bpe {config.bpe_vocab}" if tokenizer is None else tokenizer.fingerprint,
+        "validation": config.validation,
+    }
+    if source.encoder is not None:
+        recipe["encoder"] = source.encoder.fingerprint
+    return recipe
 
 
 def _folder(root: Path, recipe: dict[str, Any]) -> Path:
@@ -122,30 +201,23 @@ def _open(root: Path, recipe: dict[str, Any]) -> TokenCache | None:
     if not folder.is_dir():
         return None
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta["recipe"] != recipe:
-            raise ValueError("its meta.json speaks of another recipe")
-        for split in SPLITS:
-            for name, dtype, count in _arrays(meta, split):
-                size = (folder / name).stat().st_size
-                if size != np.dtype(dtype).itemsize * count:
-                    raise ValueError(f"{name} has {size} bytes, not {count} x {np.dtype(dtype).itemsize}")
-        tokenizer = _load_tokenizer(folder, recipe)
-        if tokenizer.fingerprint != meta["tokenizer"]:
-            raise ValueError("tokenizer.json is not the one it was made with")
-    except Exception as error:  # whatever is wrong with a cache, making it again is the cure
-        log.warning("the token cache %s is damaged and made again: %s", folder, error)
+        ready = open_folder(folder)
+        if ready.meta["recipe"] != recipe:
+            raise ValueError(f"{folder}: its {META} speaks of another recipe")
+    except ValueError as error:  # whatever is wrong with a cache, making it again is the cure
+        log.warning("the token cache is damaged and made again: %s", error)
         return None
-    return TokenCache(folder, meta, tokenizer)
+    return ready
 
 
-def _arrays(meta: dict[str, Any], split: str) -> tuple[tuple[str, str, int], tuple[str, str, int]]:
-    """File name, dtype and number of elements of the two files of `split`."""
-    counts = meta["splits"][split]
-    return (
-        (f"{split}.tokens", meta["dtype"], counts["tokens"]),
-        (f"{split}.starts", "int64", counts["documents"]),
-    )
+def _arrays(meta: dict[str, Any], split: str) -> list[tuple[str, str, str, int]]:
+    """Kind, file name, dtype and number of elements of the files of `split`."""
+    found = []
+    for kind in meta["splits"][split]["crc32"]:
+        dtype = {"tokens": meta["dtype"], "starts": "int64", "learned": "uint8"}[kind]
+        count = meta["splits"][split]["documents" if kind == "starts" else "tokens"]
+        found.append((kind, f"{split}.{kind}", dtype, count))
+    return found
 
 
 def _map(path: Path, dtype: str, count: int) -> np.ndarray:
@@ -154,96 +226,50 @@ def _map(path: Path, dtype: str, count: int) -> np.ndarray:
     return np.memmap(path, dtype, mode="r", shape=(count,)).view(np.ndarray)
 
 
-def _load_tokenizer(folder: Path, recipe: dict[str, Any]) -> Tokenizer:
-    name, *vocabulary = recipe["tokenizer"].split()
-    if name == "byte":
-        return ByteTokenizer()
-    return BpeTokenizer((folder / "tokenizer.json").read_text(), int(vocabulary[0]))
-
-
-@contextmanager
-def _lock(root: Path, recipe: dict[str, Any]) -> Iterator[None]:
-    """Only one process at a time builds a recipe; the kernel frees the lock of one that dies."""
-    root.mkdir(parents=True, exist_ok=True)
-    with open(_folder(root, recipe).with_suffix(".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _build(root: Path, recipe: dict[str, Any], config: DataConfig, manifest: Manifest) -> None:
+def _build(
+    root: Path,
+    recipe: dict[str, Any],
+    config: DataConfig,
+    manifest: Manifest,
+    source: Source,
+    tokenizer: Tokenizer | None,
+) -> None:
     folder = _folder(root, recipe)
-    log.info("tokenising %d documents into %s", len(manifest.entries), folder)
+    log.info("tokenising %d documents into %s", manifest.documents, folder)
     unfinished = folder.with_suffix(".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a builder that was killed
-    unfinished.mkdir()
+    unfinished.mkdir(exist_ok=True)  # a builder that was killed has left its parts
     try:
-        _write(unfinished, recipe, config, manifest)
-        _sync(unfinished)
+        tokenizer = tokenizer or _trained(unfinished / "tokenizer", config, manifest)
+        _keep(tokenizer, unfinished / "tokenizer")
+        meta = write_splits(unfinished, manifest, Recipe(tokenizer, source.encoder, config.validation))
+        write_file(unfinished / META, [json.dumps({"recipe": recipe, **meta}, indent=1).encode()])
+        sync(unfinished)
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
-        _sync(root)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        sync(root)
+    except Killed:
+        raise
+    except ValueError:
+        shutil.rmtree(unfinished)  # the texts are not what they were: nothing of it can be used
+        raise
 
 
-def _write(folder: Path, recipe: dict[str, Any], config: DataConfig, manifest: Manifest) -> None:
-    splits: dict[str, list[Entry]] = {split: [] for split in SPLITS}
-    for entry in manifest.entries:
-        splits["validation" if entry.is_validation(config.validation) else "train"].append(entry)
-    tokenizer: Tokenizer = ByteTokenizer()
-    if config.tokenizer == "bpe":
-        tokenizer = BpeTokenizer.train((entry.text() for entry in splits["train"]), config.bpe_vocab)
-        _write_file(folder / "tokenizer.json", [tokenizer.json.encode()])
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    counts = {split: _write_split(folder, split, splits[split], tokenizer, dtype) for split in SPLITS}
-    meta = {"recipe": recipe, "tokenizer": tokenizer.fingerprint, "dtype": dtype, "splits": counts}
-    _write_file(folder / "meta.json", [json.dumps(meta, indent=1).encode()])
-
-
-def _write_split(
-    folder: Path, split: str, entries: Iterable[Entry], tokenizer: Tokenizer, dtype: str
-) -> dict[str, int]:
-    starts, total = array("q"), 0
-    end = np.array([tokenizer.end_of_document], dtype).tobytes()
-
-    def pieces() -> Iterator[bytes]:
-        nonlocal total
-        for texts in _batches(entries):
-            for ids in tokenizer.encode_batch(texts):
-                starts.append(total)
-                total += len(ids) + 1
-                yield ids.astype(dtype).tobytes()
-                yield end
-
-    _write_file(folder / f"{split}.tokens", pieces())
-    _write_file(folder / f"{split}.starts", [starts.tobytes()])
-    return {"tokens": total, "documents": len(starts)}
-
-
-def _batches(entries: Iterable[Entry]) -> Iterator[list[str]]:
-    texts: list[str] = []
-    characters = 0
-    for entry in entries:
-        texts.append(entry.text())
-        characters += len(texts[-1])
-        if characters >= _BATCH_CHARACTERS:
-            yield texts
-            texts, characters = [], 0
-    if texts:
-        yield texts
-
-
-def _write_file(path: Path, pieces: Iterable[bytes]) -> None:
-    with open(path, "wb") as file:
-        file.writelines(pieces)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _trained(kept: Path, config: DataConfig, manifest: Manifest) -> Tokenizer:
+    """The BPE of the training documents: the one that a killed builder kept, or a new one."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return load_kept(kept)
+    except (OSError, ValueError, KeyError):
+        training = (
+            text
+            for number in range(len(manifest.parts))
+            for _, text, digest in manifest.texts(number)
+            if not is_validation(digest, config.validation)
+        )
+        return JsonTokenizer.train(training, config.bpe_vocab)
+
+
+def _keep(tokenizer: Tokenizer, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, content in tokenizer.files().items():
+        write_file(folder / name, [content])

@@ -1,17 +1,25 @@
-"""Documents, and what sources of files have in common."""
+"""Documents, and what sources of files have in common.
+
+A source is a function of the config that returns its documents in order: `Document`s, `Collection`s of them, or both.
+One whose texts are more than texts to learn returns a `Source`, which says how they become tokens.
+"""
 
 from __future__ import annotations
 
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
 
 from conf.schema import DataConfig
-from parallel.optimizer import import_target
+from conf.targets import import_target
+from data.tokenizer import Tokenizer
 
 _FRESH_SECONDS = 2.0  # the coarsest clock a file system stamps with: two writes within it may carry one stamp
 
@@ -27,32 +35,84 @@ class Document:
     name: str
     read: Callable[[], str]
     version: str | None = None
+    size: int = 0  # bytes, about, if known
 
 
-def open_source(config: DataConfig) -> list[Document]:
+@dataclass(frozen=True)
+class Collection:
+    """Many texts that are read in order from one place, such as the lines of a file. `read` may be called again."""
+
+    name: str
+    read: Callable[[], Iterator[tuple[str, str]]]  # each text's name and the text
+    version: str | None = None
+    size: int = 0  # bytes, about
+
+
+class Encoder(Protocol):
+    """How the texts of a source become tokens, where it is not by the tokenizer alone."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Two encoders that encode differently differ here."""
+        ...
+
+    def encode(self, tokenizer: Tokenizer, name: str, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of one text, and, uint8, which are worth learning. Raises ValueError naming the text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents, and how they become tokens."""
+
+    documents: Sequence[Document | Collection]
+    encoder: Encoder | None = None
+
+
+def documents_of(found: object, target: str) -> Source:
+    """What `data.target` returned, as a `Source`. Raises ValueError when it holds no documents."""
+    source = found if isinstance(found, Source) else Source(tuple(found))  # type: ignore[arg-type]
+    if not source.documents:
+        raise ValueError(f"data.target={target} gives no documents")
+    return source
+
+
+def open_source(config: DataConfig) -> list[Document | Collection]:
     """The documents that `data.target` gives for `config`, in order. Raises ValueError when there are none."""
-    documents = list(import_target(config.target)(config))
-    if not documents:
-        raise ValueError(f"data.target={config.target} gives no documents")
-    return documents
+    return list(documents_of(import_target(config.target)(config), config.target).documents)
 
 
 def file_documents(root: Path, keep_folder: Callable[[str], bool], keep_file: Callable[[str], bool]) -> list[Document]:
-    """A document for each file under `root` whose own name and folders' names are kept, sorted by relative path.
+    """A document for each of `file_paths`."""
+    return [file_document(name, path) for name, path in file_paths(root, keep_folder, keep_file)]
 
-    Symbolic links are followed. Raises ValueError for a folder that cannot be listed, a file that cannot be looked at
-    and whatever is kept but is no regular file: nothing is left out without a word.
+
+def file_paths(
+    root: Path, keep_folder: Callable[[str], bool], keep_file: Callable[[str], bool]
+) -> list[tuple[str, Path]]:
+    """Relative and whole path of each file under `root` whose own name and folders' names are kept, sorted.
+
+    Symbolic links are followed. Raises ValueError for a folder that cannot be listed: nothing is left out without a
+    word.
     """
     found = []
     for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
         folders[:] = [name for name in folders if keep_folder(name)]
         found += [Path(folder, name) for name in files if keep_file(name)]
-    named = sorted((path.relative_to(root).as_posix(), path) for path in found)
-    return [file_document(name, path) for name, path in named]
+    return sorted((path.relative_to(root).as_posix(), path) for path in found)
 
 
 def file_document(name: str, path: Path) -> Document:
     """The text of one file, which must be UTF-8. Raises ValueError when it is no regular file."""
+    version, size = stamp(path)
+    return Document(name, partial(_read, path), version, size)
+
+
+def stamp(path: Path) -> tuple[str | None, int]:
+    """The version of a file, None while a second write might not show in it, and its bytes.
+
+    Raises ValueError when it is no regular file.
+    """
     try:
         status = os.stat(path)
     except OSError as error:
@@ -64,7 +124,7 @@ def file_document(name: str, path: Path) -> Document:
     if time.time() - changed > _FRESH_SECONDS:
         stamps = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         version = f"{path.absolute()} {stamps}"
-    return Document(name, partial(_read, path), version)
+    return version, status.st_size
 
 
 def _read(path: Path) -> str:

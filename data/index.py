@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from data.cache import Tokens
-from data.rows import DOCUMENTS, LABELS, POSITIONS, TOKENS
+from data.packing import Pieces, Table, fill, ranges
 from data.shuffle import permute
-from parallel.rows import IGNORE
+from data.tokens import Tokens
 
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """Rows cut out of `tokens` every `seq_len` tokens; the last few tokens, if they fill no row, are in none.
+    """The rows of one source: those of `table`, or, without one, the tokens cut every `seq_len`.
 
-    Implements `data.rows.RowPlan`. `numbers` of rows run on through the epochs.
+    Implements `data.rows.RowPlan`. `numbers` of rows run on through the epochs. Without a table the last few tokens, if
+    they fill no row, are in none.
     """
 
     name: str  # of the source
@@ -28,9 +28,12 @@ class IndexPlan:
     epochs: int | None  # None: without end
     document_mask: bool
     fingerprint: Mapping[str, Any]
+    table: Table | None = None
 
     @property
     def rows_per_epoch(self) -> int:
+        if self.table is not None:
+            return len(self.table)
         return max(0, len(self.tokens.ids) - 1) // self.seq_len
 
     @property
@@ -40,35 +43,42 @@ class IndexPlan:
     def counts(self, row: int) -> dict[str, dict[str, int]]:
         return {self.name: {"rows": row, "epoch": row // self.rows_per_epoch}}
 
+    def history(self, row: int) -> None:
+        return None
+
+    def resume(self, history: None, row: int, step: int) -> None:
+        """Nothing can have been different."""
+
     def read(self, numbers: np.ndarray, out: np.ndarray) -> None:
-        """See `RowPlan.read`.
+        """See `RowPlan.read` and `data.packing.fill`."""
+        fill(out, self.tokens.ids, self.pieces(numbers), self.document_mask, self.tokens.learned)
 
-        Documents are numbered from 0 within each row. With `document_mask`, positions begin at 0 with each of them, and
-        the end of a document has no label; without, the row is one run of text: positions run through it, and the first
-        token of the next document is a label like any other.
-        """
-        length = self.seq_len
-        begins = self._windows(numbers) * length
+    def pieces(self, numbers: np.ndarray) -> Pieces:
+        """What the rows `numbers` are made of."""
+        rows = self._shuffled(numbers)
+        if self.table is not None:
+            return self.table.pieces(rows)
+        begins = rows * self.seq_len
+        ends = begins + self.seq_len + 1
         firsts = np.searchsorted(self.tokens.starts, begins, side="right")  # first document to begin inside the row
-        lasts = np.searchsorted(self.tokens.starts, begins + length, side="right")
-        begun = np.zeros((len(numbers), length + 1), np.int32)  # 1 where a document begins, labels included
-        for row, (begin, first, last) in enumerate(zip(begins.tolist(), firsts, lasts, strict=True)):
-            window = self.tokens.ids[begin : begin + length + 1]
-            out[TOKENS, row] = window[:-1]
-            out[LABELS, row] = window[1:]
-            begun[row, self.tokens.starts[first:last] - begin] = 1
-        np.cumsum(begun[:, :-1], axis=1, out=out[DOCUMENTS])
-        place = np.arange(length, dtype=np.int32)
-        out[POSITIONS] = place
-        if self.document_mask:
-            out[POSITIONS] -= np.maximum.accumulate(place * begun[:, :-1], axis=1)
-            out[LABELS][begun[:, 1:] == 1] = IGNORE
+        inside = np.searchsorted(self.tokens.starts, ends, side="left") - firsts
+        owners = np.repeat(np.arange(len(rows)), inside + 1)
+        cuts = np.empty(len(owners), np.int64)
+        after = np.cumsum(inside + 1)  # where each row's pieces end in `cuts`
+        places = after - (inside + 1)
+        cuts[places] = begins
+        others = np.ones(len(cuts), bool)
+        others[places] = False
+        cuts[others] = self.tokens.starts[ranges(firsts, inside)]
+        following = np.append(cuts[1:], 0)
+        following[after - 1] = ends
+        return Pieces(owners, cuts, following - cuts)
 
-    def _windows(self, numbers: np.ndarray) -> np.ndarray:
-        """Which stretch of the tokens each row is."""
-        epochs, windows = np.divmod(numbers, self.rows_per_epoch)
+    def _shuffled(self, numbers: np.ndarray) -> np.ndarray:
+        """Which row of the tokens, or of the table, each row is."""
+        epochs, rows = np.divmod(numbers, self.rows_per_epoch)
         if self.seed is not None:
             for epoch in np.unique(epochs).tolist():
                 chosen = epochs == epoch
-                windows[chosen] = permute(windows[chosen], self.rows_per_epoch, self.seed, epoch)
-        return windows
+                rows[chosen] = permute(rows[chosen], self.rows_per_epoch, self.seed, epoch)
+        return rows

@@ -1,4 +1,7 @@
-"""What a source holds, as one fingerprint of its texts: neither names, times nor the folder they lie in matter."""
+"""What a source holds, as one fingerprint of its texts: neither names, times nor the folder they lie in matter.
+
+The documents are taken in parts of some megabytes, which processes work through side by side.
+"""
 
 from __future__ import annotations
 
@@ -8,62 +11,94 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.documents import Document
+from data.documents import Collection, Document
+from data.pool import each
 
 log = logging.getLogger(__name__)
 
 _EMPTY = hashlib.sha256(b"").digest()
+_DIGEST = len(_EMPTY)
+_PART_BYTES = 8 << 20  # of text: seconds of work, little memory
+_MOST_PARTS = 10_000
+_PART_DOCUMENTS = 1024  # of which nobody knows the size
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A document and the SHA-256 of its text."""
+class Part:
+    """Consecutive documents of a source."""
 
-    document: Document
-    digest: bytes
+    documents: tuple[Document | Collection, ...]
+    size: int  # bytes, about
 
-    def is_validation(self, share: float) -> bool:
-        """Whether this text is kept for validation, as a share of all texts is. Equal texts land on one side."""
-        return int.from_bytes(self.digest[:8]) < share * 2**64
+    def texts(self) -> Iterator[tuple[str, str, bytes]]:
+        """The name, the text and its SHA-256 of each document that has any text, in order.
 
-    def text(self) -> str:
-        """The text again. Raises ValueError when it is no longer the one of the digest."""
-        text, digest = read(self.document)
-        if digest != self.digest:
-            raise ValueError(f"the document {self.document.name} changed while it was being tokenised: start again")
-        return text
+        Raises ValueError, naming the document, when it is no text.
+        """
+        for document in self.documents:
+            for name, text in _texts(document):
+                digest = _digest(name, text)
+                if digest != _EMPTY:
+                    yield name, text, digest
+
+    def digests(self) -> bytes:
+        """The SHA-256 of its texts one after the other."""
+        return b"".join(digest for _, _, digest in self.texts())
 
 
 @dataclass(frozen=True)
 class Manifest:
     """All documents that have text, in order."""
 
-    entries: tuple[Entry, ...]
+    parts: tuple[Part, ...]
+    digests: tuple[bytes, ...]  # by part
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(b"".join(entry.digest for entry in self.entries)).hexdigest()[:32]
+        return hashlib.sha256(b"".join(self.digests)).hexdigest()[:32]
+
+    @property
+    def documents(self) -> int:
+        return sum(map(len, self.digests)) // _DIGEST
+
+    def texts(self, number: int) -> Iterator[tuple[str, str, bytes]]:
+        """The texts of a part again. Raises ValueError when they are no longer those of the digests."""
+        known, place = self.digests[number], 0
+        for name, text, digest in self.parts[number].texts():
+            if digest != known[place : place + _DIGEST]:
+                raise ValueError(f"the document {name} changed while it was being tokenised: start again")
+            place += _DIGEST
+            yield name, text, digest
+        if place != len(known):
+            raise ValueError("documents vanished while they were being tokenised: start again")
 
 
-def read(document: Document) -> tuple[str, bytes]:
-    """The text of `document` and its SHA-256. Raises ValueError, naming the document, when it is no text."""
-    try:
-        text = document.read()
-    except OSError as error:  # of a user's own source
-        raise ValueError(f"cannot read the document {document.name}: {error}") from error
-    if not isinstance(text, str):
-        raise ValueError(f"the document {document.name} reads as {type(text).__name__}, not as text (str)")
-    try:
-        return text, hashlib.sha256(text.encode()).digest()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the document {document.name} is not valid Unicode: {error}") from error
+def is_validation(digest: bytes, share: float) -> bool:
+    """Whether a text is kept for validation, as a share of all texts is. Equal texts land on one side."""
+    return int.from_bytes(digest[:8]) < share * 2**64
 
 
-def read_manifest(documents: Sequence[Document]) -> Manifest:
+def parts_of(documents: Sequence[Document | Collection]) -> list[Part]:
+    """`documents` in parts that depend on nothing but them."""
+    most = max(_PART_BYTES, sum(document.size for document in documents) // _MOST_PARTS)
+    parts: list[Part] = []
+    held: list[Document | Collection] = []
+    size = 0
+    for document in documents:
+        held.append(document)
+        size += document.size
+        if size >= most or len(held) >= _PART_DOCUMENTS:
+            parts.append(Part(tuple(held), size))
+            held, size = [], 0
+    return [*parts, Part(tuple(held), size)] if held else parts
+
+
+def read_manifest(documents: Sequence[Document | Collection]) -> Manifest:
     """Read every text of a source. Raises ValueError for one that cannot be read, or when none holds any text."""
-    entries = (Entry(document, read(document)[1]) for document in documents)
-    manifest = Manifest(tuple(entry for entry in entries if entry.digest != _EMPTY))
-    if not manifest.entries:
+    parts = parts_of(documents)
+    digests = each(lambda number: parts[number].digests(), [part.size for part in parts], "reading")
+    manifest = Manifest(tuple(parts), tuple(digests))
+    if not manifest.documents:
         raise ValueError(f"none of the {len(documents)} documents (first: {documents[0].name}) holds any text")
     return manifest
 
@@ -74,7 +109,7 @@ class Memo:
     It spares every start of every rank the reading of all texts. It is used only where all documents have a version.
     """
 
-    def __init__(self, folder: Path, documents: Sequence[Document]) -> None:
+    def __init__(self, folder: Path, documents: Sequence[Document | Collection]) -> None:
         self._path = folder / hashlib.sha256("\n".join(_versions(documents)).encode()).hexdigest()[:32]
         self._usable = all(document.version is not None for document in documents)
 
@@ -97,5 +132,24 @@ class Memo:
             log.info("%s not written, so the texts are read again at the next start: %s", self._path, error)
 
 
-def _versions(documents: Sequence[Document]) -> Iterator[str]:
+def _texts(document: Document | Collection) -> Iterator[tuple[str, str]]:
+    try:
+        if isinstance(document, Collection):
+            yield from document.read()
+        else:
+            yield document.name, document.read()
+    except OSError as error:  # of a user's own source
+        raise ValueError(f"cannot read the document {document.name}: {error}") from error
+
+
+def _digest(name: str, text: str) -> bytes:
+    if not isinstance(text, str):
+        raise ValueError(f"the document {name} reads as {type(text).__name__}, not as text (str)")
+    try:
+        return hashlib.sha256(text.encode()).digest()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the document {name} is not valid Unicode: {error}") from error
+
+
+def _versions(documents: Sequence[Document | Collection]) -> Iterator[str]:
     return (f"{document.name} {document.version}" for document in documents)

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from conf.schema import Config, DataConfig
-from data.cache import SPLITS, TokenCache, open_cache
+from conf.targets import import_target
+from data.build import SPLITS
+from data.cache import cache_root, named_tokenizer, open_cache, open_folder, write_tokenizer
+from data.documents import documents_of
 from data.index import IndexPlan
-from data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
+from data.lanes.opening import open_lanes
+from data.mixed import MixedPlan, Weights
+from data.mixture import WEIGHT_UNITS
+from data.sources import Spec, specs_of, wanted_weights
+from data.stream import RowSource, RowStream
+from data.tables import open_table
+from data.token_files import TokenFiles, largest_id
+from data.tokenizer import Tokenizer
+from data.tokenizer_files import load_kept
+from data.tokens import Tokens
+from parallel.mesh import Mesh
+
+FORMAT = 2  # of the fingerprint: rows of another format are other rows
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source whose tokens are there."""
+
+    spec: Spec
+    content: str  # fingerprint of its texts, or of its token files
+    tokenizer: Tokenizer | None  # None: tokens that came without
+    tokens: Tokens
+    is_chat: bool
+    folder: Path | None  # of the cache that holds the tokens; None: they lie where they were
 
 
 def prepare(config: Config) -> None:
@@ -16,78 +44,184 @@ def prepare(config: Config) -> None:
 
     Called once per machine before its ranks call `open_rows`. Raises ValueError for data that cannot be used.
     """
+    if config.data.planner == "lanes":
+        return  # tokenised as they are read
     open_rows(config, "train")
     if config.eval.rows:
         open_rows(config, "validation")
 
 
-def open_rows(config: Config, split: str) -> IndexPlan:
-    """The rows of `train`, shuffled anew in each of `data.epochs`, or of `validation`, once and in a fixed order.
+def open_rows(config: Config, split: str) -> IndexPlan | MixedPlan:
+    """The rows of `train`, shuffled anew in each epoch of a source, or of `validation`, once and in a fixed order.
 
     Raises ValueError when the documents cannot be read or make no row, and when `eval.rows` asks for more validation
     rows than there are.
     """
     assert split in SPLITS
-    cache = open_cache(config.data)
-    training = split == "train"
-    plan = IndexPlan(
-        name=config.data.name,
-        tokens=cache.tokens(split),
-        seq_len=config.seq_len,
-        seed=config.run.seed if training else None,
-        epochs=config.data.epochs if training else 1,
-        document_mask=config.data.document_mask,
-        fingerprint=_fingerprint(config, cache, split),
-    )
-    if not plan.rows_per_epoch:
-        raise ValueError(_no_row(config, plan, split))
-    if not training and config.eval.rows > plan.rows_per_epoch:
-        raise ValueError(
-            f"eval.rows={config.eval.rows}, but the {len(plan.tokens.starts)} validation documents make "
-            f"{plan.rows_per_epoch} rows of {plan.seq_len} tokens: lower eval.rows or raise data.validation"
-        )
+    if config.data.planner == "lanes":
+        raise ValueError("rows of data.planner=lanes have no numbers that could be looked up: data.planner=index has")
+    specs = specs_of(config.data)
+    opened = [open_source(config, spec, split) for spec in specs]
+    mask = config.data.document_mask
+    if mask is None:
+        mask = config.data.packing == "best_fit" or any(source.is_chat for source in opened)
+    common = _fingerprint(config, opened, split, mask)
+    plans = [_plan(config, source, split, mask, common) for source in opened]
+    if not config.data.sources:
+        plan: IndexPlan | MixedPlan = plans[0]
+    elif split == "train":
+        wanted = wanted_weights(config.data, specs, [plan.rows_per_epoch for plan in plans])
+        contents = {source.spec.name: source.content for source in opened}
+        plan = MixedPlan(plans, wanted, config.batch.rows, {**common, "sources": contents})
+    else:
+        rows = [found.rows_per_epoch for found in plans]
+        whole = tuple(count * WEIGHT_UNITS // max(1, sum(rows)) for count in rows)
+        plan = MixedPlan(plans, [Weights(1, whole)], config.batch.rows, common)
+    if split == "validation":
+        _check_validation(config, plan, plans)
     return plan
 
 
-def vocabulary(config: Config) -> int:
-    """How many token ids a model of these data needs. Reads no data."""
-    return config.data.bpe_vocab if config.data.tokenizer == "bpe" else ByteTokenizer.vocab_size
+def open_stream(config: Config, mesh: Mesh) -> RowSource:
+    """The rows that this rank trains on, under either planner. A collective.
+
+    Raises ValueError for data that cannot be used.
+    """
+    if config.data.planner == "lanes":
+        return open_lanes(config, mesh, open_tokenizer(config.data))
+    return RowStream(
+        open_rows(config, "train"),
+        config.batch.rows,
+        mesh.dp_rank,
+        mesh.layout.dp,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        pin=mesh.device.type == "cuda",
+    )
+
+
+def vocabulary(config: Config, kept: Path | None = None) -> int:
+    """How many token ids a model of these data needs. Reads no text.
+
+    `kept` as in `open_tokenizer`. Raises ValueError for tokens that came without a tokenizer and no `model.vocab_size`.
+    """
+    if config.data.tokenizer == "bpe":
+        return config.data.bpe_vocab
+    try:
+        return open_tokenizer(config.data, kept).vocab_size
+    except NoTokenizer as error:
+        if config.model.vocab_size is None:
+            raise ValueError(f"{error}, or at least model.vocab_size=N") from None
+        return config.model.vocab_size
+
+
+class NoTokenizer(ValueError):
+    """The data are tokens, and nothing says of which tokenizer."""
 
 
 def open_tokenizer(config: DataConfig, kept: Path | None = None) -> Tokenizer:
-    """The tokenizer of these data. `bpe` is read from the file `kept` if it is there, and else from the cache, trained
-    on the training documents when nobody has done so yet."""
-    if config.tokenizer != "bpe":
-        return ByteTokenizer()
-    if kept is not None and kept.exists():
-        return BpeTokenizer(kept.read_text(encoding="utf-8"), config.bpe_vocab)
-    return open_cache(config).tokenizer
+    """The tokenizer of these data: the one in the folder `kept` if it is there, and else the one that the config names.
+
+    `bpe` is trained on the training documents when nobody has done so yet. Raises ValueError for a path that holds none
+    and NoTokenizer for token files that came without.
+    """
+    if kept is not None and kept.is_dir():
+        return load_kept(kept)
+    if config.tokenizer == "bpe":
+        return open_cache(config, documents_of(import_target(config.target)(config), config.target)).tokenizer
+    if config.tokenizer is None:
+        for spec in specs_of(config):
+            folder = Path(spec.config.path or "")
+            if (folder / "tokenizer").is_dir():
+                return open_folder(folder).tokenizer
+        raise NoTokenizer("these token files name no tokenizer: say data.tokenizer=PATH")
+    found = named_tokenizer(config)
+    assert found is not None
+    return found
 
 
-def keep_tokenizer(config: DataConfig, path: Path) -> None:
-    """Write a trained tokenizer to `path`, whole or not at all; the byte tokenizer needs no file."""
-    tokenizer = open_tokenizer(config, path)
-    if isinstance(tokenizer, BpeTokenizer) and not path.exists():
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text(tokenizer.json, encoding="utf-8")
-        temporary.replace(path)
+def keep_tokenizer(config: DataConfig, folder: Path) -> None:
+    """Write the tokenizer to `folder`, whole or not at all, if it is not there. Tokens that came without have none."""
+    if folder.is_dir():
+        return
+    try:
+        tokenizer = open_tokenizer(config)
+    except NoTokenizer:
+        return
+    write_tokenizer(tokenizer, folder)
 
 
-def _fingerprint(config: Config, cache: TokenCache, split: str) -> dict[str, Any]:
+def open_source(config: Config, spec: Spec, split: str) -> Opened:
+    """The tokens of one source, made first where there are texts. Raises ValueError for what cannot be read or used."""
+    found = import_target(spec.config.target)(spec.config)
+    if isinstance(found, TokenFiles):
+        if found.cache is not None and spec.config.tokenizer is None:
+            tokenizer: Tokenizer | None = found.cache.tokenizer
+        else:
+            tokenizer = None if spec.config.tokenizer is None else open_tokenizer(spec.config)
+        tokens = found.tokens(split, spec.config.validation)
+        limit = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
+        if limit is not None and largest_id(tokens) >= limit:
+            raise ValueError(
+                f"data.path={spec.config.path} holds token {largest_id(tokens)}, but the vocabulary has {limit}: "
+                "the tokens are another tokenizer's, or of another dtype"
+            )
+        return Opened(spec, found.content, tokenizer, tokens, tokens.learned is not None, None)
+    source = documents_of(found, spec.config.target)
+    cache = open_cache(spec.config, source)
+    return Opened(spec, cache.content, cache.tokenizer, cache.tokens(split), source.encoder is not None, cache.folder)
+
+
+def _plan(config: Config, source: Opened, split: str, mask: bool, common: dict[str, Any]) -> IndexPlan:
+    training = split == "train"
+    content = f"{source.content} {source.tokenizer.fingerprint if source.tokenizer else None} {split} " + str(
+        source.spec.config.validation
+    )
+    plan = IndexPlan(
+        name=source.spec.name,
+        tokens=source.tokens,
+        seq_len=config.seq_len,
+        seed=config.run.seed if training else None,
+        epochs=source.spec.epochs if training else 1,
+        document_mask=mask,
+        fingerprint={**common, "content": source.content},
+        table=open_table(cache_root(config.data), content, source.tokens, config.data.packing, config.seq_len),
+    )
+    if not plan.rows_per_epoch and (training or not config.data.sources):
+        raise ValueError(_no_row(config, plan, split))
+    return plan
+
+
+def _fingerprint(config: Config, opened: list[Opened], split: str, mask: bool) -> dict[str, Any]:
+    tokenizers = {source.tokenizer.fingerprint if source.tokenizer else None for source in opened} - {None}
+    if len(tokenizers) > 1:
+        raise ValueError(f"the sources have different tokenizers: {', '.join(sorted(map(str, tokenizers)))}")
     return {
-        "content": cache.content,
-        "tokenizer": cache.tokenizer.fingerprint,
+        "format": FORMAT,
+        "tokenizer": tokenizers.pop() if tokenizers else None,
         "split": split,
         "validation": config.data.validation,
-        "packing": "concatenated",
-        "document_mask": config.data.document_mask,
+        "packing": config.data.packing,
+        "document_mask": mask,
         "seq_len": config.seq_len,
         "seed": config.run.seed,
     }
+
+
+def _check_validation(config: Config, plan: IndexPlan | MixedPlan, plans: list[IndexPlan]) -> None:
+    available = sum(found.rows_per_epoch for found in plans)
+    if not available:
+        raise ValueError(_no_row(config, plans[0], "validation"))
+    if config.eval.rows > available:
+        documents = sum(len(found.tokens.starts) for found in plans)
+        raise ValueError(
+            f"eval.rows={config.eval.rows}, but the {documents} validation documents make "
+            f"{available} rows of {plan.seq_len} tokens: lower eval.rows or raise data.validation"
+        )
 
 
 def _no_row(config: Config, plan: IndexPlan, split: str) -> str:
     held = f"{len(plan.tokens.starts)} {split} documents of {len(plan.tokens.ids)} tokens"
     needed = f"one row of seq_len={plan.seq_len} takes {plan.seq_len + 1}"
     cure = "give more text" if split == "train" else f"raise data.validation={config.data.validation}"
-    return f"the data hold {held}, and {needed}: {cure} or lower seq_len"
+    return f"{plan.name}: the data hold {held}, and {needed}: {cure} or lower seq_len"

@@ -31,7 +31,7 @@ _LIBC = ctypes.CDLL(None)  # loaded before any fork: the loader's lock may be he
 _PR_SET_PDEATHSIG = 1
 _REQUEST = struct.Struct("qq")  # item, slot
 _DONE = b""
-_LEFT_TO_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+LEFT_TO_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 Read = Callable[[int, np.ndarray], None]
 
@@ -101,18 +101,18 @@ class Readers:
             reader = self._readers.pop()
             with suppress(ProcessLookupError):
                 os.kill(reader.pid, signal.SIGKILL)
-            _wait_for(reader.pid)
+            wait_for(reader.pid)
             reader.pipe.close()
 
     def _start(self, read: Read) -> _Reader:
         ours, theirs = multiprocessing.Pipe()
         rank = os.getpid()
         # No signal may arrive in the new process while it still has the rank's handlers.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_RANK)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_RANK)
         pid = os.fork()
         if pid == 0:
             try:
-                _settle(rank, mask)
+                settle(rank, mask)
                 for pipe in (ours, *(reader.pipe for reader in self._readers)):
                     pipe.close()
                 self._serve(theirs, read)
@@ -134,15 +134,15 @@ class Readers:
     def _lost(self, reader: _Reader) -> NoReturn:
         self._readers.remove(reader)
         reader.pipe.close()
-        end = _wait_for(reader.pid)
+        end = wait_for(reader.pid)
         self.close()
-        raise RuntimeError(f"a data reader (pid {reader.pid}) {_describe(end)}")
+        raise RuntimeError(f"a data reader (pid {reader.pid}) {describe(end)}")
 
 
-def _settle(rank: int, mask: set[int]) -> None:
+def settle(rank: int, mask: set[int]) -> None:
     """Make the forked process a reader: bound to its rank, deaf to signals, and never tidying up what it inherited."""
     gc.freeze()
-    for number in _LEFT_TO_THE_RANK:
+    for number in LEFT_TO_THE_RANK:
         signal.signal(number, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -152,7 +152,7 @@ def _settle(rank: int, mask: set[int]) -> None:
         os._exit(1)
 
 
-def _wait_for(pid: int) -> int | None:
+def wait_for(pid: int) -> int | None:
     """The exit status of a child, negative for a signal; None when somebody else collected it."""
     try:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -160,7 +160,7 @@ def _wait_for(pid: int) -> int | None:
         return None
 
 
-def _describe(end: int | None) -> str:
+def describe(end: int | None) -> str:
     if end is None or end >= 0:
         return f"ended with exit status {end}"
     hints = {

@@ -21,6 +21,11 @@ class RowPlan(Protocol):
     def seq_len(self) -> int: ...
 
     @property
+    def document_mask(self) -> bool:
+        """Whether attention is to be kept inside the documents of a row."""
+        ...
+
+    @property
     def rows_per_epoch(self) -> int: ...
 
     @property
@@ -42,6 +47,14 @@ class RowPlan(Protocol):
 
     def counts(self, row: int) -> dict[str, dict[str, int]]:
         """How far each source is read when the rows before `row` are: `{name: {"rows": rows, "epoch": epoch}}`."""
+        ...
+
+    def history(self, row: int) -> Any:
+        """What the rows before `row` depended on besides the fingerprint, as JSON; None for nothing."""
+        ...
+
+    def resume(self, history: Any, row: int, step: int) -> None:
+        """A run goes on at `row`, after `step` steps, the rows before it with `history`. Forked readers know too."""
         ...
 
 

@@ -10,8 +10,10 @@ import numpy as np
 _ROUNDS = 6
 
 
-def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+def permute(index: np.ndarray, size: int, seed: int, epoch: int, of: str = "rows") -> np.ndarray:
     """Where each of `index` (int64, each in `range(size)`) goes in the order of `epoch`; int64 of the same shape.
+
+    `of` says what is shuffled: each kind of thing has an order of its own.
 
     A Feistel network (Luby and Rackoff 1988) permutes the smallest square that holds `size`; what lands outside of
     `size` is sent through again until it lands inside (cycle walking, Black and Rogaway 2002), which keeps the map
@@ -19,7 +21,7 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     """
     side = np.uint64(isqrt(size - 1) + 1)
     keys: np.ndarray = np.frombuffer(
-        hashlib.blake2b(f"rows {seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest(), "<u8"
+        hashlib.blake2b(f"{of} {seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest(), "<u8"
     )
     found = _feistel(index.astype(np.uint64), side, keys)
     while (outside := found >= size).any():

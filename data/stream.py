@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,6 +18,44 @@ log = logging.getLogger(__name__)
 
 class EndOfData(Exception):
     """There is no further global batch. Every rank meets it at the same step."""
+
+
+class RowSource(Protocol):
+    """What the loop knows of its data, whichever planner stands behind them."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `next` would raise EndOfData. Equal on all ranks."""
+        ...
+
+    @property
+    def document_mask(self) -> bool:
+        """Whether attention is to be kept inside the documents of a row."""
+        ...
+
+    def pass_over(self, step: int) -> None:
+        """Leave out the global batches before that of `step`, which count from 1, or all there are."""
+        ...
+
+    def next(self) -> Rows:
+        """This rank's rows of the next global batch, `[batch_rows / dp, seq_len]`. Raises EndOfData after the last."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the data for metrics.jsonl, up to the rows handed out."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands after the rows handed out: JSON values, equal on every rank of every layout."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on after the rows that `state` has seen. Raises ValueError, with what differs, for other rows."""
+        ...
+
+    def close(self) -> None:
+        """End what was started to read ahead."""
+        ...
 
 
 class RowStream:
@@ -49,6 +87,7 @@ class RowStream:
         self._plan, self._batch_rows, self._pin = plan, batch_rows, pin
         self._mine = np.arange(dp_rank, batch_rows, dp)  # places of this rank's rows in a global batch
         self._row = self._ask_from = row
+        self._step = row // batch_rows
         shape = (4, len(self._mine), plan.seq_len)
         self._packed = np.empty(shape, np.int32)
         self._readers = Readers(self._read, shape, workers, prefetch) if workers else None
@@ -63,9 +102,27 @@ class RowStream:
         return self._row
 
     @property
+    def document_mask(self) -> bool:
+        """Whether attention is to be kept inside the documents of a row."""
+        return self._plan.document_mask
+
+    @property
     def batches_left(self) -> int:
         """How many times `next` can be called; `sys.maxsize` when the data never end. Equal on all ranks."""
         return self._rows_left // self._batch_rows
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `next` would raise EndOfData. Equal on all ranks."""
+        return not self.batches_left
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the data for metrics.jsonl, up to the rows handed out."""
+        return {
+            f"data.{source}.{name}": count
+            for source, counts in self._plan.counts(self._row).items()
+            for name, count in counts.items()
+        }
 
     def next(self) -> Rows:
         """This rank's rows of the next global batch, `[batch_rows / dp, seq_len]`.
@@ -83,25 +140,28 @@ class RowStream:
         else:
             rows = unpack(self._readers.take(), self._pin)
         self._row += self._batch_rows
+        self._step += 1
         self._ask()
         return rows
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands after the rows handed out: JSON values, equal on every rank of every layout."""
-        return {"row": self._row, "fingerprint": dict(self._plan.fingerprint), "sources": self._plan.counts(self._row)}
+        return {
+            "row": self._row,
+            "step": self._step,
+            "fingerprint": dict(self._plan.fingerprint),
+            "sources": self._plan.counts(self._row),
+            "weights": self._plan.history(self._row),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on after the rows that `state` has seen. Raises ValueError, with what differs, for other rows."""
-        ours, theirs = dict(self._plan.fingerprint), dict(state["fingerprint"])
-        if ours != theirs:
-            names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
-            differences = ", ".join(f"{name} was {theirs.get(name)} and is {ours.get(name)}" for name in names)
-            raise ValueError(
-                f"these are not the data that the checkpoint has read {state['row']} rows of: {differences}"
-            )
+        refuse_other_data(self._plan.fingerprint, state)
         if self._readers is not None:
             self._readers.discard()
         self._row = self._ask_from = state["row"]
+        self._step = state["step"]
+        self._plan.resume(state["weights"], self._row, self._step)
         self._ask()
 
     def close(self) -> None:
@@ -114,6 +174,19 @@ class RowStream:
         total = self._plan.total_rows
         return sys.maxsize if total is None else max(0, total - self._row)
 
+    def pass_over(self, step: int) -> None:
+        """Leave out the global batches before that of `step`, which count from 1, or all there are."""
+        batches = step - 1 - self._step
+        assert batches >= 0, "steps only go on"
+        batches = min(batches, self.batches_left)
+        row = self._row + batches * self._batch_rows
+        while self._readers is not None and self._row < min(row, self._ask_from):
+            self._readers.take()  # read ahead for nothing
+            self._row += self._batch_rows
+        self._row, self._ask_from = row, max(row, self._ask_from)
+        self._step += batches
+        self._ask()
+
     def _read(self, row: int, out: np.ndarray) -> None:
         self._plan.read(row + self._mine, out)
 
@@ -123,3 +196,12 @@ class RowStream:
         while self._readers is not None and self._readers.free and self._ask_from < last:
             self._readers.ask(self._ask_from)
             self._ask_from += self._batch_rows
+
+
+def refuse_other_data(fingerprint: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Raises ValueError, with what differs, when `state` is of data with another fingerprint."""
+    ours, theirs = dict(fingerprint), dict(state["fingerprint"])
+    if ours != theirs:
+        names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+        differences = ", ".join(f"{name} was {theirs.get(name)} and is {ours.get(name)}" for name in names)
+        raise ValueError(f"these are not the data that the checkpoint has read {state['row']} rows of: {differences}")

@@ -1,11 +1,20 @@
-"""Tokenizers: bytes as they are, or a byte-level BPE trained on the data."""
+"""Tokenizers: bytes as they are, a byte-level BPE trained on the data, or one that somebody made.
+
+    byte               UTF-8 bytes
+    bpe                trained on the training documents at first use
+    PATH               a tokenizer.json, a folder as transformers keeps it, or a .tiktoken file     tokenizer_files.py
+
+Every tokenizer but `byte` can be written to a folder, and loaded from it where the original is gone: a run and a token
+cache keep theirs.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,8 +34,16 @@ class Tokenizer(Protocol):
         """The ids of each text, of any unsigned integer dtype, on as many cores as help."""
         ...
 
+    def encode_template(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a text whose special tokens count as such, and where each ends in it, in characters."""
+        ...
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special and reserved ids give nothing, broken UTF-8 gives U+FFFD."""
+        ...
+
+    def files(self) -> Mapping[str, bytes]:
+        """What it takes to load it again (`data.tokenizer_files.load_kept`): contents by file name."""
         ...
 
 
@@ -46,30 +63,48 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
+    def encode_template(self, text: str) -> tuple[list[int], list[int]]:
+        ends = np.repeat(np.arange(1, len(text) + 1), [len(letter.encode()) for letter in text])
+        return self.encode(text), ends.tolist()
+
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(number for number in ids if number < 256).decode(errors="replace")
 
+    def files(self) -> Mapping[str, bytes]:
+        return {"stoker.json": b'{"kind": "byte"}'}
 
-class BpeTokenizer:
-    """Byte-level BPE in the format of the `tokenizers` library (its tokenizer.json)."""
 
-    def __init__(self, json: str, vocab_size: int) -> None:
-        """`vocab_size` may exceed the ids in `json`: few texts have few merges to learn."""
+class JsonTokenizer:
+    """Any tokenizer in the format of the `tokenizers` library (its tokenizer.json)."""
+
+    def __init__(self, source: str, end_of_document: str = END_OF_DOCUMENT, vocab_size: int | None = None) -> None:
+        """`vocab_size` may exceed the ids in `source` (default: what it holds): few texts have few merges to learn.
+
+        Raises ValueError for a file that is none, and for an end of document that it does not know.
+        """
         from tokenizers import Tokenizer as Encoder
 
-        self._encoder = Encoder.from_str(json)
+        try:
+            self._encoder, self._specials = Encoder.from_str(source), Encoder.from_str(source)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"this is no tokenizer.json: {error}") from error
         self._encoder.encode_special_tokens = True  # a text that spells the special token gets no special id
-        self.json = json
-        self.vocab_size = vocab_size
-        end = self._encoder.token_to_id(END_OF_DOCUMENT)
+        for encoder in (self._encoder, self._specials):
+            encoder.no_truncation()
+            encoder.no_padding()
+        self.json, self.end_token = source, end_of_document
+        held = max(self._encoder.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = held if vocab_size is None else max(vocab_size, held)
+        end = self._encoder.token_to_id(end_of_document)
         if end is None:
-            raise ValueError(f"this tokenizer has no token {END_OF_DOCUMENT}")
+            raise ValueError(f"the tokenizer has no token {end_of_document}: data.end_of_document=TOKEN names one")
         self.end_of_document = end
-        self.fingerprint = f"bpe {vocab_size} {hashlib.sha256(json.encode()).hexdigest()[:16]}"
+        content = hashlib.sha256(source.encode()).hexdigest()[:16]
+        self.fingerprint = f"json {self.vocab_size} {content} {end_of_document}"
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
-        """Learn the merges of `texts`; the same texts give the same tokenizer."""
+    def train(cls, texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
+        """A byte-level BPE with the merges of `texts`; the same texts give the same tokenizer."""
         from tokenizers import Tokenizer as Encoder
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -84,17 +119,26 @@ class BpeTokenizer:
             show_progress=False,
         )
         encoder.train_from_iterator(texts, trainer)
-        return cls(encoder.to_str(), vocab_size)
+        return cls(encoder.to_str(), END_OF_DOCUMENT, vocab_size)
 
     def encode(self, text: str) -> list[int]:
-        return self._encoder.encode(text).ids
+        return self._encoder.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         _let_threads_run()
-        return [np.array(found.ids, np.uint32) for found in self._encoder.encode_batch_fast(texts)]
+        found = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in found]
+
+    def encode_template(self, text: str) -> tuple[list[int], list[int]]:
+        found = self._specials.encode(text, add_special_tokens=False)
+        return found.ids, [end for _, end in found.offsets]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoder.decode(list(ids))
+
+    def files(self) -> Mapping[str, bytes]:
+        facts: dict[str, Any] = {"kind": "json", "end_of_document": self.end_token, "vocab_size": self.vocab_size}
+        return {"tokenizer.json": self.json.encode(), "stoker.json": json.dumps(facts).encode()}
 
 
 def _let_threads_run() -> None:

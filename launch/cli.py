@@ -48,7 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from conf.values import ConfigError
 
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if more and (not hasattr(options, "overrides") or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        options.overrides += more  # settings on both sides of an option
     try:
         return options.command(options)
     except ConfigError as error:
@@ -112,18 +117,75 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     generate.add_argument("--step", type=int, help="of this step's checkpoint instead of the newest")
 
-    checkpoint = add("checkpoint", lambda _: 2, "Look at and prove checkpoints.")
+    export = add("export", _export, "Write a run's newest checkpoint as a model that other libraries load.")
+    export.add_argument("run", help="run directory")
+    export.add_argument("out", help="directory to make; must not exist, or be empty")
+    export.add_argument("--format", choices=("hf",), default="hf", help="hf: safetensors + config.json (default)")
+    export.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights (default fp32)"
+    )
+    export.add_argument("--step", type=int, help="of this step's checkpoint instead of the newest")
+    export.add_argument("--shard-size", default="5GB", help="largest size of one file (default 5GB)")
+
+    checkpoint = add("checkpoint", lambda _: 2, "Look at, prove, compare, remove checkpoints, or ask for one.")
     checkpoint_commands = checkpoint.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, text in (
-        ("ls", _checkpoint_ls, "List a run's checkpoints: step, size, layout, validity, loss."),
-        ("verify", _checkpoint_verify, "Read every block of a run's checkpoints and prove them whole."),
-    ):
+
+    def of_checkpoints(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         command = checkpoint_commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=run)
         command.add_argument("run", help="run directory")
-        if name == "verify":
-            command.add_argument("--step", type=int, help="only this step's checkpoint")
+        return command
+
+    of_checkpoints("ls", _checkpoint_ls, "List a run's checkpoints: step, size, layout, validity, loss.")
+    verify = of_checkpoints("verify", _checkpoint_verify, "Read every block of a run's checkpoints; prove them whole.")
+    verify.add_argument("--step", type=int, help="only this step's checkpoint")
+    diff = of_checkpoints("diff", _checkpoint_diff, "What differs between two checkpoints: config, state, tensors.")
+    diff.add_argument("first", type=int, help="step of the one")
+    diff.add_argument("second", type=int, help="step of the other")
+    diff.add_argument("--tensors", type=int, default=20, help="show so many, the most changed first (default 20)")
+    remove = of_checkpoints("rm", _checkpoint_rm, "Remove checkpoints, but never the last valid one.")
+    remove.add_argument("step", type=int, nargs="+", help="steps of those to remove")
+    save = of_checkpoints("save", _checkpoint_save, "Ask a running job for a checkpoint now, and wait for it.")
+    save.add_argument("--wait", type=float, default=600.0, help="seconds to wait at most (default 600)")
+
+    data = add("data", lambda _: 2, "Prepare data, and look at what a run reads.")
+    data_commands = data.add_subparsers(required=True, metavar="COMMAND")
+    made: dict[str, argparse.ArgumentParser] = {}
+    for name, run, text in (
+        ("prepare", _data_made, "Tokenise data on all cores, into the cache or a folder; goes on after a kill."),
+        ("pack", _data_made, "Write the training documents as webdataset shards."),
+        ("tokenizer", _data_made, "Train a byte-level BPE on the training documents."),
+        ("plan", _data_shown, "What a run of this config reads: documents, tokens, rows and epochs by source."),
+        ("peek", _data_shown, "Show the documents of a step of a run, past or to come."),
+        ("verify", _data_shown, "Read every byte of token files and prove them whole."),
+    ):
+        made[name] = data_commands.add_parser(name, help=text, description=text)
+        made[name].set_defaults(command=run, what=name)
+    for name in ("pack", "tokenizer"):
+        made[name].add_argument("--out", required=True, help="folder to write to")
+    for name in ("prepare", "pack", "plan", "tokenizer"):
+        made[name].add_argument("overrides", nargs="*", help=overrides)
+    made["prepare"].add_argument("--out", help="put the token files here (default: the cache)")
+    made["pack"].add_argument("--megabytes", type=float, default=256, help="size of a shard (default 256)")
+    made["tokenizer"].add_argument("--vocab", type=int, default=8192, help="how many tokens (default 8192)")
+    made["peek"].add_argument("run", help="run directory")
+    made["peek"].add_argument("--step", type=int, required=True, help="which step")
+    made["peek"].add_argument("--rows", type=int, default=4, help="how many rows at most (default 4)")
+    made["peek"].add_argument("--characters", type=int, default=600, help="of a document at most (default 600)")
+    made["verify"].add_argument("paths", nargs="*", help="token files, or a cache (default: the default cache)")
     return parser
+
+
+def _data_made(options: argparse.Namespace) -> int:
+    from launch import data_make as make
+
+    return {"prepare": make.prepare, "pack": make.pack, "tokenizer": make.tokenizer}[options.what](options)
+
+
+def _data_shown(options: argparse.Namespace) -> int:
+    from launch import data_show as show
+
+    return {"plan": show.plan, "peek": show.peek, "verify": show.verify}[options.what](options)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -139,6 +201,10 @@ def _config(options: argparse.Namespace) -> int:
     from parallel.refusals import refuse
 
     config = compose(options.overrides)
+    if config.model.init_from is not None:
+        from trainer.pretrained import adopt_shape
+
+        config = adopt_shape(config, options.overrides)
     world = ranks_for(config)
     if not options.layout:
         refuse(config, world, gpus(config))
@@ -167,6 +233,12 @@ def _generate(options: argparse.Namespace) -> int:
     return speak(options)
 
 
+def _export(options: argparse.Namespace) -> int:
+    from launch.export import export
+
+    return export(options)
+
+
 def _checkpoint_ls(options: argparse.Namespace) -> int:
     from launch.show import list_checkpoints
 
@@ -177,6 +249,24 @@ def _checkpoint_verify(options: argparse.Namespace) -> int:
     from launch.show import verify_checkpoints
 
     return verify_checkpoints(options.run, options.step)
+
+
+def _checkpoint_diff(options: argparse.Namespace) -> int:
+    from launch.show import compare_checkpoints
+
+    return compare_checkpoints(options.run, options.first, options.second, options.tensors)
+
+
+def _checkpoint_rm(options: argparse.Namespace) -> int:
+    from launch.tend import remove_checkpoints
+
+    return remove_checkpoints(options.run, options.step)
+
+
+def _checkpoint_save(options: argparse.Namespace) -> int:
+    from launch.tend import save_now
+
+    return save_now(options.run, options.wait)
 
 
 if __name__ == "__main__":

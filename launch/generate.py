@@ -13,7 +13,6 @@ from torch import nn
 from checkpoint import CheckpointMismatch, DamagedCheckpoint, Summary, read_tensors
 from conf.rundir import read_config
 from conf.schema import Config
-from conf.targets import import_target
 from data import open_tokenizer
 from data.tokenizer import Tokenizer
 from launch.show import checkpoints_of, run_at
@@ -21,17 +20,18 @@ from models.generate import generate
 from parallel.model import whole_model
 from parallel.weights import materialise
 from trainer.assemble import with_vocabulary
+from trainer.cut import build_on_meta
 
 
 def speak(options: argparse.Namespace) -> int:
     """Print the prompt and what the model makes of it. Raises ValueError for a run or values that cannot be used."""
     run = run_at(options.run)
     checkpoints = checkpoints_of(run, options.step)
-    config = with_vocabulary(read_config(run))
+    config = with_vocabulary(read_config(run), run.tokenizer)
     tokenizer = open_tokenizer(config.data, run.tokenizer)
     tokens = generate(
         _newest_model(config, checkpoints),
-        tokenizer.encode(options.prompt),
+        tokenizer.encode_template(options.prompt)[0],
         limit=options.tokens,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -54,8 +54,7 @@ def load_model(config: Config, checkpoint: Path) -> nn.Module:
 
     Raises DamagedCheckpoint, and CheckpointMismatch naming a tensor that the config's model does not have so.
     """
-    with torch.device("meta"):
-        model: nn.Module = import_target(config.model.target)(config.model, whole_model(config.model.layers))
+    model = build_on_meta(config.model, whole_model(config.model.layers))
     materialise(model, torch.device("cpu"))
     model.rebuild_buffers()  # type: ignore[operator]
     parameters = dict(model.named_parameters())

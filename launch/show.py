@@ -1,4 +1,4 @@
-"""Tables of a run's checkpoints."""
+"""Looking at a run's checkpoints: a list, a proof, a comparison."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Column, Table
 
-from checkpoint import Summary, describe, verify
+from checkpoint import Difference, Summary, compare, describe, verify
 from conf.rundir import RunDirectory
 from trainer.progress import size
 
@@ -76,3 +84,38 @@ def verify_checkpoints(path: str, step: int | None) -> int:
 
 def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
     progress.update(task, completed=done, total=total)
+
+
+def compare_checkpoints(path: str, first: int, second: int, most: int) -> int:
+    """Print what differs between two steps, at most so many tensors; status 1 if anything does."""
+    run = run_at(path)
+    old, new = (checkpoints_of(run, step)[0].path for step in (first, second))
+    console = Console()
+    columns = (TextColumn("comparing tensors"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        found = compare(old, new, functools.partial(_advance, progress, progress.add_task("")))
+    for table in _difference(found, first, second, most):
+        console.print(table)
+    return int(not found.empty)
+
+
+def _difference(found: Difference, first: int, second: int, most: int) -> list[Table | str]:
+    parts: list[Table | str] = []
+    for title, changes in (("config", found.config), ("state", found.state)):
+        if changes:
+            table = Table(title, f"step {first}", f"step {second}", box=None, pad_edge=False, header_style="bold")
+            for change in changes:
+                table.add_row(change.key, change.first, change.second)
+            parts += [table, ""]
+    if found.tensors:
+        columns = (Column("tensor", no_wrap=True), Column("relative change", justify="right"), "")
+        table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+        for tensor in found.tensors[:most]:
+            what = "" if tensor.relative is not None else tensor.what
+            table.add_row(tensor.label, "" if tensor.relative is None else f"{tensor.relative:.3e}", what)
+        parts.append(table)
+    more = len(found.tensors) - most
+    parts.append(
+        f"{found.equal_tensors} tensors are equal, {len(found.tensors)} differ" + (f" ({more} not shown)" * (more > 0))
+    )
+    return parts

@@ -15,6 +15,7 @@ from torch.profiler import record_function
 from conf.schema import Config
 from parallel.layout import BatchPlan
 from parallel.loss_scale import LossScale
+from parallel.mapped import offloaded
 from parallel.mesh import Mesh
 from parallel.optimizer import LocalOptimizer
 from parallel.passes import Passes, StraightPasses
@@ -43,7 +44,8 @@ class NativeEngine:
             self._tensors |= stage.tensors
         shapes = {name: entry.shape for name, entry in registry.entries.items()}
         trained = {name: self._tensors[name] for name in registry.trainable()}
-        self._optimizer = LocalOptimizer(config.optim, trained, shapes)
+        with offloaded(config.parallel):
+            self._optimizer = LocalOptimizer(config.optim, trained, shapes)
         self._loss_scale = LossScale(mesh.device) if config.precision == "fp16" else None
         self._one = torch.ones((), device=mesh.device)
         self._complete: dict[str, Tensor] | None = None  # gradients of this step after all sums, once asked for
@@ -166,7 +168,7 @@ def build_native(
         _store(config, mesh, plan, registry, stage, precision)
         for stage, precision in zip(stages, precisions, strict=True)
     ]
-    mask = config.data.document_mask
+    mask = bool(config.data.document_mask)
     passes: Passes
     if mesh.layout.pp == 1:
         passes = StraightPasses(weights[0], plan, mesh.device, mask)

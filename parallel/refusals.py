@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from conf.limits import LIMITS, ZERO_BUBBLE
-from conf.schema import Config, lookup
+from conf.schema import Config
 from conf.values import ConfigError
 from parallel.deepspeed_engine.refused import ENTRIES as OF_DEEPSPEED
+from parallel.lanes_refused import ENTRIES as OF_LANES
 from parallel.nearest import around, divisors, either, multiples_around
 from parallel.start import Start
 
@@ -27,23 +27,6 @@ class Refusal:
     what: str
     why: str
     check: Callable[[Start], str | None]
-
-
-@dataclass(frozen=True)
-class NotYet:
-    """A key of the contract whose values this version knows but cannot run all."""
-
-    key: str
-    asks: Callable[[Any], bool]
-    what: str
-    instead: str
-
-    def asked_for(self, config: Config) -> str | None:
-        """What to tell the user when `config` asks for it."""
-        value = lookup(config, self.key)
-        if not self.asks(value):
-            return None
-        return f"{self.key}={value}: {self.what} is not available yet; {self.key}={self.instead} works"
 
 
 REFUSALS: list[Refusal] = []
@@ -315,6 +298,23 @@ def _evaluation(start: Start) -> str | None:
     return None
 
 
+@_refuses(
+    "best checkpoints",
+    "checkpoint.keep_best when not every checkpoint has a validation loss of its own step",
+    "there is nothing to compare",
+)
+def _best_checkpoints(start: Start) -> str | None:
+    wanted, every = start.config.checkpoint, start.config.eval.every
+    if wanted.keep_best < 1 or wanted.every < 1:
+        return None
+    if every > 0 and wanted.every % every == 0:
+        return None
+    return (
+        f"checkpoint.keep_best={wanted.keep_best} with checkpoint.every={wanted.every} and eval.every={every}: "
+        f"eval.every={wanted.every} measures every checkpoint (with eval.rows above 0)"
+    )
+
+
 @_refuses("traced steps", "profile.steps that begin after the last step", "nothing would be traced")
 def _traced_steps(start: Start) -> str | None:
     traced, steps = start.config.profile.steps, start.config.steps
@@ -324,9 +324,7 @@ def _traced_steps(start: Start) -> str | None:
     return f"profile.steps={traced} with steps={steps}: no such step is taken; profile.steps=[{first},{steps}] works"
 
 
-REFUSALS.extend(Refusal(*entry) for entry in OF_DEEPSPEED)
-
-NOT_YET = (NotYet("parallel.offload", lambda value: value == "nvme", "offload to NVMe", "cpu"),)
+REFUSALS.extend(Refusal(*entry) for entry in (*OF_DEEPSPEED, *OF_LANES))
 
 
 def refuse(config: Config, world: int, gpus: int) -> None:
@@ -338,7 +336,6 @@ def refuse(config: Config, world: int, gpus: int) -> None:
     found = [
         *(limit.broken(config) for limit in LIMITS),
         *(refusal.check(start) for refusal in REFUSALS),
-        *(feature.asked_for(config) for feature in NOT_YET),
     ]
     messages = [message for message in found if message is not None]
     if messages:
@@ -349,7 +346,6 @@ def table_markdown() -> str:
     """The whole table, as docs/refusals.md prints it."""
     together = ((entry.name, entry.what, entry.why) for entry in REFUSALS)
     single = ((f"`{limit.key}`", limit.rule, limit.why) for limit in LIMITS)
-    later = ((f"`{feature.key}`", feature.what, feature.instead) for feature in NOT_YET)
     return "\n".join(
         [
             "# What Stoker refuses to start",
@@ -364,10 +360,6 @@ def table_markdown() -> str:
             "## Values that are impossible alone",
             "",
             *_table(("key", "must be", "why"), single),
-            "",
-            "## Not available yet",
-            "",
-            *_table(("key", "missing", "what works"), later),
             "",
         ]
     )

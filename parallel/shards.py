@@ -30,6 +30,10 @@ class Rectangle:
         """Rows start to stop (counted inside this rectangle) of dim 0."""
         return Rectangle((self.offset[0] + start, *self.offset[1:]), (stop - start, *self.size[1:]))
 
+    def moved(self, by: tuple[int, ...]) -> Rectangle:
+        """The same box, `by` further along each dim."""
+        return Rectangle(tuple(start + step for start, step in zip(self.offset, by, strict=True)), self.size)
+
     def intersection(self, other: Rectangle) -> Rectangle | None:
         """The elements in both, or None. For scalars the scalar itself."""
         offset = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 from parallel.loss_scale import FLOOR
 from parallel.mesh import Mesh
 
-VOTES = ("stop",)  # what ranks agree on, one step late
+VOTES = ("stop", "save", "save_failed")  # what ranks agree on, one step late
 
 
 @dataclass(frozen=True)

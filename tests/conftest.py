@@ -4,10 +4,13 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: tests run several ranks on few cores
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("stoker", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("stoker")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

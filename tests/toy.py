@@ -75,6 +75,22 @@ def build_with_frozen_start(config: ModelConfig, part: Part) -> nn.Module:
     return model
 
 
+class Skipping(Toy):
+    """The toy that leaves its second layer out where positions do not begin at 0: no loss reaches it then."""
+
+    def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        layers = list(self.layers.values())
+        assert self.embedding is not None and self.head is not None
+        x = self.embedding(x)
+        for layer in layers if int(positions[0, 0]) == 0 else layers[:1]:
+            x = layer(x, rows=len(positions))
+        return self.head(x, labels)
+
+
+def build_skipping(config: ModelConfig, part: Part) -> nn.Module:
+    return Skipping(config, part)
+
+
 def build_all_frozen(config: ModelConfig, part: Part) -> nn.Module:
     """Nothing to train."""
     return Toy(config, part).requires_grad_(False)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import TextIO
 
-from checkpoint import Checkpoints, resume
+from checkpoint import Checkpoints, Remote, resume
 from conf.rundir import RunDirectory
 from conf.schema import Config
-from data import RowStream, open_rows, prepare, read_rows, vocabulary
+from data import RowSource, open_rows, open_stream, prepare, read_rows, vocabulary
 from parallel.layout import batch_plan
+from parallel.mapped import offloaded
 from parallel.mesh import Mesh
 from parallel.rows import IGNORE
 from trainer.cut import cut
@@ -18,6 +20,7 @@ from trainer.evaluation import Evaluation
 from trainer.ledger import Progress
 from trainer.loop import Trainer
 from trainer.observers import open_observers
+from trainer.pretrained import load_pretrained
 from trainer.process import Phases, Place, Requests
 from trainer.profile import Profiler
 
@@ -42,20 +45,25 @@ def assemble(
     phase(0, "open_data")
     config = with_vocabulary(config)
     stream, evaluation = _open_data(config, mesh, place)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=stream.document_mask))
 
     phase(0, "build")
     engine = cut(config, mesh, plan)
     observers = open_observers(config, run.path, screen) if mesh.rank == 0 else None
+    remote = Remote(config.checkpoint.remote) if config.checkpoint.remote else None
     checkpoints = Checkpoints(
         run.checkpoints,
         rank=mesh.rank,
         world=mesh.layout.world,
         attempt=attempt,
         keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        keep_best=config.checkpoint.keep_best,
         mode=config.checkpoint.mode,
+        writer=config.checkpoint.writer,
+        staging_limit=config.checkpoint.staging_limit,
+        remote=remote,
     )
-    shards = engine.shards()
-    checkpoints.prepare(shards)
     profiler = Profiler(
         config.profile,
         mesh.device,
@@ -67,10 +75,17 @@ def assemble(
         config, mesh, engine, stream, evaluation, checkpoints, observers, requests, phase, profiler, Progress()
     )
     phase(0, "resume")
-    state = resume(run.checkpoints, shards, mesh.exchange, mesh.rank)
+    with offloaded(config.parallel):
+        state = resume(run.checkpoints, engine.shards(), mesh.exchange, mesh.rank, remote)
     if state is not None:
         trainer.load_state(state)
         log.info("resumed from step %d", trainer.progress.step)
+    elif config.model.init_from is not None:
+        load_pretrained(config, engine.shards())
+        engine.shards_written()
+    checkpoints.go_on_uploading()
+    with offloaded(config.parallel):
+        checkpoints.prepare(engine.shards())  # its memory after the memory that resuming needs has been given back
     if observers is not None:
         resumed = trainer.progress.step if state is not None else None
         facts = {"layout": str(mesh.layout), "device": str(mesh.device), "attempt": str(attempt)}
@@ -78,36 +93,30 @@ def assemble(
     return trainer
 
 
-def with_vocabulary(config: Config) -> Config:
-    """`config` with `model.vocab_size` known: the tokenizer's, unless a larger one is asked for."""
-    needed = vocabulary(config)
+def with_vocabulary(config: Config, kept: Path | None = None) -> Config:
+    """`config` with `model.vocab_size` known: the tokenizer's, unless a larger one is asked for.
+
+    `kept`: the folder in which a run keeps its tokenizer.
+    """
+    needed = vocabulary(config, kept)
     given = config.model.vocab_size
     if given is not None and given < needed:
         raise ValueError(f"model.vocab_size={given}, but the tokenizer has {needed} tokens")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or needed))
 
 
-def _open_data(config: Config, mesh: Mesh, place: Place) -> tuple[RowStream, Evaluation]:
+def _open_data(config: Config, mesh: Mesh, place: Place) -> tuple[RowSource, Evaluation]:
     """The rows this rank trains on and those it evaluates. The first rank of each machine tokenises, if need be."""
     if place.local_rank == 0:
         prepare(config)
     mesh.exchange("the data are prepared")
     dp_rank, dp = mesh.dp_rank, mesh.layout.dp
-    pin = mesh.device.type == "cuda"
-    stream = RowStream(
-        open_rows(config, "train"),
-        config.batch.rows,
-        dp_rank,
-        dp,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-        pin=pin,
-    )
+    stream = open_stream(config, mesh)
     if not config.eval.rows:
         return stream, Evaluation(mesh, None, 1)
     # Every rank makes equally many passes: one that is short of rows reads its first again and counts nothing.
     numbers = list(range(dp_rank, config.eval.rows, dp))
     padding = -(-config.eval.rows // dp) - len(numbers)
-    rows = read_rows(open_rows(config, "validation"), numbers + [0] * padding, pin)
+    rows = read_rows(open_rows(config, "validation"), numbers + [0] * padding, mesh.device.type == "cuda")
     rows.labels[len(numbers) :] = IGNORE
     return stream, Evaluation(mesh, rows, batch_plan(config, mesh.layout).micro_rows)

@@ -29,13 +29,15 @@ class Progress:
     skipped_in_a_row: int = 0
     loss: float | None = None  # of the last step
     val_loss: float | None = None  # of the last evaluation
+    val_step: int | None = None  # after which that was
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks do next: go on, or end with an outcome."""
+    """What all ranks do next: go on, save, or end with an outcome."""
 
     outcome: Outcome | None = None
+    save: bool = False  # somebody asks for a checkpoint; every result has been read for it
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class _Entry:
     val_loss: float | None
     step_seconds: float
     data_seconds: float
-    profiled: Mapping[str, float]
+    extra: Mapping[str, float]
 
 
 class Ledger:
@@ -55,31 +57,33 @@ class Ledger:
     def __init__(self, config: Config, progress: Progress, observers: Observers | None, phase: Phases) -> None:
         self._limit = config.nonfinite.limit
         self._scaled = config.precision == "fp16"
+        self._failing = config.checkpoint.on_error == "fail"
         self._progress, self._observers, self._phase = progress, observers, phase
         self._open: list[_Entry] = []
         self._last_entry = time.perf_counter()
 
     def enter(
-        self, step: int, lr: float, result: StepResult, val_loss: float | None, profiled: Mapping[str, float]
+        self, step: int, lr: float, result: StepResult, val_loss: float | None, extra: Mapping[str, float]
     ) -> None:
-        """A step has been handed to the device. `profiled` are metrics of some steps only."""
+        """A step has been handed to the device. `extra` are metrics of some steps only."""
         now = time.perf_counter()
         data_seconds = self._phase.take_seconds().get("data", 0.0)
-        self._open.append(_Entry(step, lr, result, val_loss, now - self._last_entry, data_seconds, profiled))
+        self._open.append(_Entry(step, lr, result, val_loss, now - self._last_entry, data_seconds, extra))
         self._last_entry = now
 
     def settle(self, *, everything: bool) -> Verdict:
-        """Read the results that are due: all but the newest, or all."""
-        due = self._open if everything else self._open[:-1]
-        self._open = [] if everything else self._open[-1:]
-        stop = False
-        for entry in due:
-            stop |= self._book(entry)
+        """Read the results that are due: all but the newest, or all; all too when a save is asked for."""
+        votes: set[str] = set()
+        while len(self._open) > (0 if everything or "save" in votes else 1):
+            votes |= self._book(self._open.pop(0))
+        save = "save" in votes
         if self._progress.skipped_in_a_row >= self._limit:
-            return Verdict(Outcome.NONFINITE)
-        return Verdict(Outcome.STOPPED if stop else None)
+            return Verdict(Outcome.NONFINITE, save)
+        if "save_failed" in votes and self._failing:
+            return Verdict(Outcome.FAILED, save)
+        return Verdict(Outcome.STOPPED if "stop" in votes else None, save)
 
-    def _book(self, entry: _Entry) -> bool:
+    def _book(self, entry: _Entry) -> frozenset[str]:
         agreed = entry.result.read()
         progress = self._progress
         progress.step = entry.step
@@ -89,7 +93,7 @@ class Ledger:
             progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if agreed.skipped else 0
         progress.loss = agreed.loss if math.isfinite(agreed.loss) else None  # JSON knows no infinity
         if entry.val_loss is not None:
-            progress.val_loss = entry.val_loss
+            progress.val_loss, progress.val_step = entry.val_loss, entry.step
         if self._observers is not None:
             scale = {"loss_scale": agreed.loss_scale} if self._scaled else {}
             self._observers.step(
@@ -105,7 +109,7 @@ class Ledger:
                     data_seconds=entry.data_seconds,
                     skipped=agreed.skipped,
                     val_loss=entry.val_loss,
-                    extra={**entry.profiled, **scale},
+                    extra={**entry.extra, **scale},
                 )
             )
-        return "stop" in agreed.votes
+        return agreed.votes

@@ -31,6 +31,7 @@ from trainer.process import (
     Place,
     Requests,
     die_with_launcher,
+    give_freed_memory_back,
     keep_freed_memory,
     place_from_environment,
 )
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_VARIABLE = "STOKER_CONFIG"  # our launcher hands ranks the settled config, as JSON
 RENDEZVOUS_SECONDS = 300.0
+UPLOAD_LOOK_SECONDS = 30.0  # at the end ranks meet so often while the last checkpoint is uploaded
 
 
 @dataclass
@@ -138,7 +140,9 @@ def _train(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     device = pick_device(config.launch.device, place.local_rank)
-    if device.type == "cpu":
+    if config.parallel.offload == "nvme":
+        give_freed_memory_back()
+    elif device.type == "cpu":
         keep_freed_memory()
     layout = layout_of(config, place.world)
     mesh = start_mesh(layout, device, store, rank, config.parallel.timeout_seconds)
@@ -178,10 +182,17 @@ def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:
     step = trainer.progress.step
     trainer.phase(step, "last_save")
     errors = [report.error for report in trainer.checkpoints.wait() if report.error and report.step == step]
+    while trainer.mesh.exchange("busy" if trainer.checkpoints.uploading(UPLOAD_LOOK_SECONDS) else "")[0]:
+        trainer.phase(step, "upload")
     trainer.report_saves()
+    trainer.checkpoints.close()
     errors = [error for error in trainer.mesh.exchange(errors[0] if errors else "") if error]
     if errors:
         return Ending(Outcome.FAILED, f"the last checkpoint could not be saved: {errors[0]}", step)
+    if trainer.config.checkpoint.on_error == "fail":
+        reasons = [reason for reason in trainer.mesh.exchange(trainer.failed_save or "") if reason]
+        if reasons:
+            return Ending(Outcome.FAILED, f"{reasons[0]} (checkpoint.on_error=fail; saved at step {step})", step)
     messages = {
         Outcome.COMPLETED: f"completed at step {step}",
         Outcome.STOPPED: f"stopped at step {step}, saved",

@@ -10,6 +10,7 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from conf.rundir import RunDirectory
 
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_STAMP_BYTES = 64
+_STAMP_BYTES = 128  # of a stamp: each is written over the one before
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def give_freed_memory_back() -> None:
+    """The opposite, where memory is what there is too little of: large blocks go back to the system as they are freed.
+
+    Left to itself malloc keeps them, and blocks of many sizes leave holes: 3 bytes for each parameter, under NVMe.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
 class Requests:
     """What this rank was asked from outside, to be agreed with the others: signals and files only set flags."""
 
@@ -80,37 +91,45 @@ class Requests:
         self.signal: int | None = None
         self._signals = signals
         self._stop_file: Path | None = None
+        self._save_file: Path | None = None
 
     def listen(self) -> None:
         for number in self._signals:
             signal.signal(number, self._ask)
 
     def watch(self, run: RunDirectory, forget: bool) -> None:
-        """Have this rank look for the stop file (one rank is enough).
+        """Have this rank look for the stop file and the save file (one rank is enough).
 
-        `forget` one that is there already: it is from an earlier launch. When a launcher starts its ranks again, it was
-        made meanwhile and counts.
+        `forget` those that are there already: they are from an earlier launch. When a launcher starts its ranks again,
+        they were made meanwhile and count.
         """
-        self._stop_file = run.stop
+        self._stop_file, self._save_file = run.stop, run.save
         if forget:
             self._stop_file.unlink(missing_ok=True)
+            self._save_file.unlink(missing_ok=True)
 
     def votes(self) -> frozenset[str]:
         stop = self.signal is not None or (self._stop_file is not None and self._stop_file.exists())
-        return frozenset({"stop"}) if stop else frozenset()
+        save = self._save_file is not None and self._save_file.exists()
+        return frozenset(name for name, cast in (("stop", stop), ("save", save)) if cast)
+
+    def saving(self) -> None:
+        """A save begins: it answers whoever has asked for one until now."""
+        if self._save_file is not None:
+            self._save_file.unlink(missing_ok=True)
 
     def _ask(self, number: int, _frame: object) -> None:
         self.signal = number
 
 
 class Phases:
-    """Stamps (step, phase, time, process id) where others can read them, and adds up the seconds of each phase."""
+    """Stamps (step, phase, time, process id, host) where others can read them, and adds up seconds per phase."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
         self._phase, self._since = "start", time.perf_counter()
         self._seconds: dict[str, float] = {}
-        self._pid = os.getpid()
+        self._pid, self._host = os.getpid(), socket.gethostname()
         self(0, "start")
 
     def __call__(self, step: int, phase: str) -> None:
@@ -118,7 +137,7 @@ class Phases:
         now = time.perf_counter()
         self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = phase, now
-        stamp = f"{step} {phase} {time.time():.3f} {self._pid}".ljust(_STAMP_BYTES - 1) + "\n"
+        stamp = f"{step} {phase} {time.time():.3f} {self._pid} {self._host}".ljust(_STAMP_BYTES - 1) + "\n"
         os.pwrite(self._file, stamp.encode(), 0)
 
     def take_seconds(self) -> dict[str, float]:
@@ -128,6 +147,27 @@ class Phases:
         seconds[self._phase] = seconds.get(self._phase, 0.0) + now - self._since
         self._since = now
         return seconds
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Where a rank was when it last said so."""
+
+    step: int
+    phase: str
+    time: float  # seconds since the epoch
+    pid: int
+    host: str
+
+
+def read_stamps(attempt: Path) -> list[Stamp]:
+    """The newest stamp of each rank of an attempt whose directory this is."""
+    found = []
+    for path in sorted(attempt.glob("rank-*.stamp")):
+        words = path.read_text().split()
+        if len(words) == 5:  # else it is being written for the first time
+            found.append(Stamp(int(words[0]), words[1], float(words[2]), int(words[3]), words[4]))
+    return found
 
 
 class Console:

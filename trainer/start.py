@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from checkpoint import newest
+from checkpoint import DamagedCheckpoint, Remote, newest
 from conf.compose import compose
 from conf.resume import Change, check_changes, merge, pin
 from conf.rundir import RunDirectory, read_config, resolve
-from conf.schema import Config, lookup
+from conf.schema import Config, from_dict, lookup
 from conf.values import ConfigError
 from parallel.refusals import refuse
+
+log = logging.getLogger(__name__)
 
 
 def settle_config(overrides: Sequence[str], where: Callable[[Config], tuple[int, int]]) -> tuple[Config, list[Change]]:
@@ -25,18 +28,43 @@ def settle_config(overrides: Sequence[str], where: Callable[[Config], tuple[int,
     config = resolve(compose(overrides), datetime.now())
     run = run_directory(config)
     changes: list[Change] = []
-    if newest(run.checkpoints):
+    stored = _stored_config(run, config)
+    if stored is not None:
         if config.run.fresh:
-            raise ConfigError(f"run.fresh=true, but {run.checkpoints} holds checkpoints: name another run.dir")
-        stored = read_config(run)
+            where_found = run.checkpoints if newest(run.checkpoints) else config.checkpoint.remote
+            raise ConfigError(f"run.fresh=true, but {where_found} holds checkpoints: name another run.dir")
         merged, changes = merge(stored, overrides)
         merged.run.dir = config.run.dir  # where we found it
         merged = resolve(merged, datetime.now())
         changes = [change for change in changes if lookup(merged, change.key) != lookup(stored, change.key)]
         check_changes(changes, config.run.change)
         config = merged
+    elif config.model.init_from is not None:
+        from trainer.pretrained import adopt_shape  # most starts do not need what it imports
+
+        config = adopt_shape(config, overrides)
     refuse(config, *where(config))
     return pin(config), changes
+
+
+def _stored_config(run: RunDirectory, config: Config) -> Config | None:
+    """The config of the run that is to be resumed; None where there is nothing to resume.
+
+    A machine that has no checkpoint of the run finds it in the newest one on the remote.
+    """
+    if newest(run.checkpoints):
+        return read_config(run)
+    if config.checkpoint.remote is None:
+        return None
+    remote = Remote(config.checkpoint.remote)
+    for step in remote.steps():
+        try:
+            found = remote.manifest(step)
+            if found is not None:
+                return from_dict(remote.state(found[0])["config"])
+        except DamagedCheckpoint as damage:
+            log.warning("passed over: %s", damage)
+    return None
 
 
 def run_directory(config: Config) -> RunDirectory:

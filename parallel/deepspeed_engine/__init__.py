@@ -4,6 +4,9 @@
 `unit`        our process groups as the `mpu` object that DeepSpeed asks for its groups
 `partitions`  where its three ZeRO optimizers keep fp32 masters and reduced gradients
 `weights`     `parallel.weights.Weights` over them
+`swapping`    parameters on NVMe: the folder, the room and the locked memory that its swapper takes for granted
+`async_io`    the extension that the swapper reads and writes with: what building it needs, and that it takes long
+`refused`     what does not go together with any of this
 
 What DeepSpeed does: partition parameters, gather them, reduce gradients as backward makes them, keep fp32 masters
 where they are to live. What it does not get to do is whatever decides the numbers of a run: the engine sums losses,

@@ -33,6 +33,7 @@ TOUCHED: dict[str, tuple[str, ...]] = {
     "_hp_mapping": ("lp_fragment_address", "hp_fragment_address"),
     "fragment_address": ("start", "numel"),
     "parameter of ZeRO 3": ("ds_numel", "ds_tensor", "partition_numel"),
+    "ds_tensor": ("ds_numel", "status", "final_location"),
 }  # fmt: skip
 
 
@@ -129,6 +130,8 @@ class SplitPartitions:
 
     def __init__(self, optimizer: Any, rank: int, ranks: int) -> None:
         self._optimizer, self._rank, self._ranks = optimizer, rank, ranks
+        for flat in optimizer.fp32_partitioned_groups_flat:
+            flat.grad = None  # offloaded, its step() would have gradients there as well
 
     def fragments(self) -> Iterator[Fragment]:
         optimizer = self._optimizer

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
+from parallel.deepspeed_engine.async_io import missing_for_async_io
 from parallel.deepspeed_engine.settings import refused_settings
 from parallel.start import Start
 
@@ -52,6 +55,41 @@ def _settings(start: Start) -> str | None:
     return "\n".join(refused_settings(wanted.deepspeed)) or None
 
 
+def _nvme(start: Start) -> str | None:
+    wanted = start.config.parallel
+    if wanted.offload != "nvme":
+        return None
+    if wanted.engine != "deepspeed":
+        return (
+            f"parallel.offload=nvme with parallel.engine={wanted.engine}: parallel.engine=deepspeed works, "
+            "or parallel.offload=cpu"
+        )
+    if wanted.nvme_path is None:
+        return (
+            "parallel.offload=nvme: say parallel.nvme_path=, a directory on a local disk; parallel.offload=cpu has none"
+        )
+    try:
+        Path(wanted.nvme_path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=wanted.nvme_path).close()
+    except OSError as error:
+        return f"parallel.nvme_path={wanted.nvme_path}: {error.strerror}; name another, or parallel.offload=cpu works"
+    if wanted.zero != 3:
+        return None
+    for name in wanted.deepspeed.get("zero_optimization") or ():
+        if name.removeprefix("stage3_") in ("prefetch_bucket_size", "max_reuse_distance"):
+            return (
+                f"parallel.deepspeed.zero_optimization.{name} with parallel.offload=nvme: what DeepSpeed has read "
+                "ahead when an evaluation ends, or keeps, holds its buffers until there are none; leave it out"
+            )
+    missing = missing_for_async_io()
+    if missing is not None:
+        return (
+            f"parallel.offload=nvme with parallel.zero=3: DeepSpeed's async IO cannot be built here, {missing}; "
+            "parallel.zero=2 does without, or parallel.offload=cpu"
+        )
+    return None
+
+
 ENTRIES: tuple[tuple[str, str, str, Callable[[Start], str | None]], ...] = (
     (
         "DeepSpeed and pipelines",
@@ -76,6 +114,13 @@ ENTRIES: tuple[tuple[str, str, str, Callable[[Start], str | None]], ...] = (
         "parallel.engine=deepspeed with parallel.zero=3 and activation_checkpoint=selective",
         "parameters are gathered anew when a block is computed anew, which is no operation that was kept",
         _selective,
+    ),
+    (
+        "NVMe",
+        "parallel.offload=nvme with another engine, without a parallel.nvme_path that can be written, or at ZeRO 3 "
+        "where libaio is missing",
+        "it is DeepSpeed that has its parameters read and written from there, through libaio",
+        _nvme,
     ),
     (
         "DeepSpeed settings",

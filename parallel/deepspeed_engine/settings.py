@@ -7,6 +7,8 @@ start can be judged before a rank exists.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from conf.overrides import closest
@@ -15,6 +17,10 @@ from parallel.layout import BatchPlan
 
 # Its buckets are allocated whole, 5e8 elements by default: no larger than the model needs.
 BUCKET_NUMEL = 50_000_000
+
+# Of parameters on NVMe: parts of them that are in memory at one time, and elements that are written back at one time.
+SWAP_BUFFERS = 5
+SWAP_NUMEL = 50_000_000
 
 # What may be set. A test compares the names with the release that is installed.
 PASSED_ON = ("aio", "comms_logger", "dump_state", "memory_breakdown", "wall_clock_breakdown", "zero_optimization")
@@ -116,7 +122,15 @@ def _refused(prefix: str, wanted: dict[str, Any], known: tuple[str, ...]) -> Ite
             yield f"{key} is Stoker's to decide: set {where}"
 
 
-def settings(config: Config, plan: BatchPlan, trained: int, cuda: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Swap:
+    """Parameters on NVMe: the folder of this process, and the elements of the largest part that it holds of one."""
+
+    folder: Path
+    part_numel: int
+
+
+def settings(config: Config, plan: BatchPlan, trained: int, cuda: bool, swap: Swap | None = None) -> dict[str, Any]:
     """What `deepspeed.initialize` takes as its config; `trained` counts the elements that this rank's module trains."""
     stage = max(1, config.parallel.zero)
     zero: dict[str, Any] = {
@@ -124,10 +138,11 @@ def settings(config: Config, plan: BatchPlan, trained: int, cuda: bool) -> dict[
         "reduce_bucket_size": max(1024, min(BUCKET_NUMEL, trained)),
         "overlap_comm": False if config.parallel.pp > 1 or not cuda else stage > 1,
     }
-    offload = _offload(config, cuda)
-    if offload:
-        zero["offload_optimizer"] = dict(offload)
-    if offload and stage == 3:
+    if config.parallel.offload != "none":  # to NVMe too: then what DeepSpeed takes for memory is mapped from there
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda and config.parallel.offload == "cpu"}
+    if swap is not None:
+        zero |= _swapped(swap, cuda)
+    elif config.parallel.offload != "none" and stage == 3:
         zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
     found: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": plan.micro_rows,
@@ -144,13 +159,30 @@ def settings(config: Config, plan: BatchPlan, trained: int, cuda: bool) -> dict[
         found["bf16"] = {"enabled": True, "immediate_grad_update": True}
     if config.precision == "fp16":
         found["fp16"] = {"enabled": True, "loss_scale": 1.0}
-    return _merged(found, config.parallel.deepspeed)
+    asked = config.parallel.deepspeed.get("zero_optimization") or {}
+    plain = {name.removeprefix("stage3_"): value for name, value in asked.items()}  # of two names it is to see one
+    return _merged(found, {**config.parallel.deepspeed, "zero_optimization": plain})
 
 
-def _offload(config: Config, cuda: bool) -> dict[str, Any]:
-    if config.parallel.offload == "cpu":
-        return {"device": "cpu", "pin_memory": cuda}
-    return {}
+def _swapped(swap: Swap, cuda: bool) -> dict[str, Any]:
+    """Parameters on NVMe, each read when it is used, so that a few buffers do.
+
+    What is read ahead or kept for its next use holds a buffer, and DeepSpeed ends where it finds none free: a forward
+    without a backward, as in an evaluation, leaves behind what it had read ahead.
+    """
+    return {
+        "offload_param": {
+            "device": "nvme",
+            "nvme_path": str(swap.folder),
+            "buffer_count": SWAP_BUFFERS,
+            "buffer_size": swap.part_numel,
+            "max_in_cpu": 0,
+            "pin_memory": cuda,
+        },
+        "sub_group_size": SWAP_NUMEL,
+        "prefetch_bucket_size": 0,
+        "max_reuse_distance": 0,
+    }
 
 
 def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

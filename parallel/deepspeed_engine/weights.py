@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from conf.schema import Config
+from parallel.deepspeed_engine.async_io import load_async_io
 from parallel.deepspeed_engine.partitions import (
     FlatBf16Partitions,
     FlatPartitions,
@@ -21,9 +23,17 @@ from parallel.deepspeed_engine.partitions import (
     SplitPartitions,
     part_of,
 )
-from parallel.deepspeed_engine.settings import settings
+from parallel.deepspeed_engine.settings import Swap, settings
+from parallel.deepspeed_engine.swapping import (
+    SwapFolder,
+    keep_in_memory,
+    require_lockable,
+    require_room,
+    swapped_bytes,
+)
 from parallel.deepspeed_engine.unit import MeshUnit
 from parallel.layout import BatchPlan
+from parallel.mapped import offloaded
 from parallel.mesh import Mesh
 from parallel.model import CuttableModel
 from parallel.registry import Held, Registry
@@ -42,16 +52,20 @@ class DeepSpeedWeights:
         named = dict(model.named_parameters())
         shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
         trained = sum(parameter.numel() for parameter in named.values() if parameter.requires_grad)
-        wanted = settings(config, plan, trained, mesh.device.type == "cuda")
 
         dtype = DTYPES[config.precision]
         replace_parameters(model, lambda _, old: nn.Parameter(old.to(dtype), old.requires_grad))
+        swap = self._prepare_swapping(config, mesh, model, ranks) if split else None
+        wanted = settings(config, plan, trained, mesh.device.type == "cuda", swap)
+        if swap is not None:
+            require_lockable(locked_bytes(wanted["zero_optimization"], trained // ranks, dtype))
         if split:
             self._convert_block_by_block(deepspeed, model, mesh, unit, wanted)
         materialise(model, mesh.device)
         named = dict(model.named_parameters())
         optimizer = torch.optim.SGD(_partitioned_together(named, registry), lr=0.0)  # never stepped: it names groups
-        with redirect_stdout(io.StringIO()):  # it prints its memory, whatever the level of its log
+        memory = offloaded(config.parallel)
+        with memory, redirect_stdout(io.StringIO()):  # it prints its memory, whatever the level of its log
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, mpu=unit, dist_init_required=False, config=wanted
             )
@@ -83,12 +97,25 @@ class DeepSpeedWeights:
                 start, tensor = 0, torch.empty(0, device=mesh.device)
             elif split:
                 start, count = part_of(parameter, rank)
-                tensor = self._keep_frozen(parameter.ds_tensor.data[:count])  # type: ignore[attr-defined]
+                with memory:
+                    keep_in_memory(parameter)
+                    tensor = self._keep_frozen(parameter.ds_tensor.data[:count])  # type: ignore[attr-defined]
             else:
                 start, tensor = 0, self._keep_frozen(parameter.detach().view(-1))
                 copies, copy = layout.dp, at.dp_replicate * layout.dp_shard + at.dp_shard
             self.tensors[name] = tensor
             self.held[name] = Held(flat_range(shapes[name], start, start + tensor.numel()), copy, copies)
+
+    def _prepare_swapping(self, config: Config, mesh: Mesh, model: nn.Module, ranks: int) -> Swap | None:
+        """Where DeepSpeed may keep the parameters on NVMe, if it is to. Raises ValueError where that will not work."""
+        if config.parallel.offload != "nvme":
+            return None
+        assert config.parallel.nvme_path is not None, "refused"
+        load_async_io(tell=mesh.rank == 0)
+        self._swap_folder = SwapFolder(Path(config.parallel.nvme_path))
+        require_room(self._swap_folder.path, sum(swapped_bytes(model, ranks)), mesh)
+        largest = max(-(-parameter.numel() // ranks) for parameter in model.parameters())
+        return Swap(self._swap_folder.path, largest)
 
     def _keep_frozen(self, computed: Tensor) -> Tensor:
         master = computed if computed.dtype == torch.float32 else computed.float()
@@ -121,12 +148,23 @@ class DeepSpeedWeights:
         """Partition one block after the other, so that no rank ever holds the whole model."""
         cuttable: CuttableModel = model  # type: ignore[assignment]
         group = unit.get_data_parallel_group()
-        dtype = next(iter(model.parameters())).dtype
+        swapper = None  # the first that is made, on NVMe: another would empty its folder
         for block in [*cuttable.blocks().values(), model]:
             materialise(block, mesh.device)
-            deepspeed.zero.Init(
-                module=block, data_parallel_group=group, config_dict_or_path=wanted, dtype=dtype, mpu=unit
-            )
+            swapper = deepspeed.zero.Init(
+                module=block,
+                data_parallel_group=group,
+                config_dict_or_path=wanted,  # the dtype too: one that is given is not taken on CPUs
+                mpu=unit,
+                param_swapper=swapper,
+            ).param_swapper
+
+
+def locked_bytes(zero: dict[str, Any], held: int, dtype: torch.dtype) -> int:
+    """What DeepSpeed locks in memory to swap parameters, of which a rank holds `held` elements."""
+    buffers = zero["offload_param"]
+    written = min(zero["sub_group_size"] + buffers["buffer_size"], held)
+    return (buffers["buffer_count"] * buffers["buffer_size"] + written) * dtype.itemsize
 
 
 def _partitioned_together(named: dict[str, nn.Parameter], registry: Registry) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import Checkpoints, SaveReport, resume
+from checkpoint import Checkpoints, Remote, SaveReport, resume
 from parallel.shards import Rectangle, Shard, whole
 
 Tensors = dict[tuple[str, str], Tensor]  # by (kind, name)
@@ -106,13 +106,13 @@ def exchange(world: int) -> Callable[[int], Callable[[str], list[str]]]:
     return of_rank
 
 
-def resume_all(directory: Path, ranks: Ranks) -> list[Any]:
+def resume_all(directory: Path, ranks: Ranks, remote: Remote | None = None) -> list[Any]:
     """For each rank what its `resume` returned or raised."""
     of_rank = exchange(len(ranks))
 
     def one(rank: int) -> Any:
         try:
-            return resume(directory, ranks[rank], of_rank(rank), rank)
+            return resume(directory, ranks[rank], of_rank(rank), rank, remote)
         except Exception as error:
             return error
 

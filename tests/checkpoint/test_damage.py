@@ -7,13 +7,28 @@ import json
 import os
 import random
 import shutil
+import sys
+import tempfile
+import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoint import DamagedCheckpoint, describe, load, newest, open_checkpoint, read_state, read_tensors, verify
+from checkpoint import (
+    CheckpointMismatch,
+    DamagedCheckpoint,
+    compare,
+    describe,
+    load,
+    newest,
+    open_checkpoint,
+    read_state,
+    read_tensors,
+    verify,
+)
 from checkpoint.format import decode_index, decode_manifest, decode_state, digest, encode_manifest
 from checkpoint.names import MANIFEST
 from checkpoint.reader import read_manifest
@@ -42,7 +57,7 @@ def read_everything(checkpoint: Path) -> None:
 def test_every_flipped_bit_is_found_and_named(run):
     chance = random.Random(0)
     sizes = {path: path.stat().st_size for path in files(run)}
-    for number in range(200):
+    for number in range(500):
         # Half of the flips in any file alike, half in proportion to the bytes.
         path = chance.choices(list(sizes), list(sizes.values()) if number % 2 else None)[0]
         place = chance.randrange(sizes[path])
@@ -122,11 +137,26 @@ def test_swapped_files_are_found(run, pattern):
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_a_file_of_another_checkpoint_is_found(run, number):
+def test_a_stale_file_of_another_checkpoint_is_found(run, number):
     path = files(run)[number]
     shutil.copy(run / "step-00000001" / path.name, path)
     with pytest.raises(DamagedCheckpoint):
         read_everything(path.parent)
+    (ranks,) = (blank(cut(NEW, Grid())),)
+    assert resume_all(run, ranks) == [{"step": 1}] and holds(ranks, OLD)
+
+
+def test_a_file_cut_anywhere_is_found_and_named(run):
+    chance = random.Random(1)
+    for path in files(run):
+        content = path.read_bytes()
+        for length in {0, 1, len(content) - 1, *(chance.randrange(len(content)) for _ in range(20))}:
+            path.write_bytes(content[:length])
+            with pytest.raises(DamagedCheckpoint, match=path.name):
+                read_everything(path.parent)
+            assert any(path.name in problem for problem in verify(path.parent))
+        path.write_bytes(content)
+    read_everything(run / "step-00000002")
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_damaged(run):
@@ -160,12 +190,18 @@ def test_verify_names_every_bad_block_and_tells_how_far_it_is(run):
 
 
 def forge(checkpoint: Path, name: str, change) -> None:
-    """Change the JSON of an index or of the state and make the manifest fit."""
+    """Change the JSON of an index (head and body as one object) or of the state, and make all digests fit."""
     path = checkpoint / name
-    value = change(json.loads(path.read_bytes()))
+    lines = [json.loads(line) for line in path.read_bytes().split(b"\n")]
+    value = change({key: value for line in lines for key, value in line.items()})
+    if len(lines) == 2 and isinstance(value, dict):
+        body = {key: value[key] for key in lines[1] if key in value}
+        text = json.dumps(body).encode()
+        head = {key: value[key] for key in lines[0] if key in value} | {"body": asdict(digest(text))}
+        value = json.dumps(head).encode() + b"\n" + text
     path.write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
     manifest = read_manifest(checkpoint)
-    manifest.files[name] = digest(path.read_bytes())
+    manifest.files[name] = digest(path.read_bytes().partition(b"\n")[0] if len(lines) == 2 else path.read_bytes())
     (checkpoint / MANIFEST).write_bytes(encode_manifest(manifest))
 
 
@@ -204,6 +240,9 @@ FORGERIES = {
     "pieces of null": with_index(pieces=[None]),
     "no pieces": with_index(pieces=None),
     "no blocks": with_index(blocks=[]),
+    "no cover": with_index(cover=None),
+    "long cover": with_index(cover="f" * 33),
+    "origins of numbers": with_index(origins=[1]),
     "zero block": with_index(block_bytes=0),
     "block of a byte": with_index(block_bytes=1),
     "huge block": with_index(block_bytes=BIG),
@@ -275,3 +314,74 @@ def test_decoders_answer_any_bytes_with_a_value_or_a_damaged_checkpoint(content)
     for decode in (decode_index, decode_manifest, decode_state):
         with contextlib.suppress(DamagedCheckpoint):
             decode(content, "here")
+
+
+FORBIDDEN = ("exec", "compile", "pickle.find_class", "os.system", "subprocess.Popen", "socket.connect", "ctypes.dlopen")
+_watching = threading.local()
+
+
+def _watch(event: str, _arguments: object) -> None:
+    if event in FORBIDDEN and getattr(_watching, "on", False):
+        raise AssertionError(f"{event} while a checkpoint is read")
+
+
+sys.addaudithook(_watch)
+
+
+def answers_of(checkpoint: Path) -> None:
+    """Whatever can be done with a checkpoint works or is refused, and nothing runs that is not ours."""
+    _watching.on = True
+    try:
+        for act in (read_everything, read_state, lambda path: compare(path, path)):
+            with contextlib.suppress(DamagedCheckpoint, CheckpointMismatch):
+                act(checkpoint)
+        assert all("\n" not in problem for problem in verify(checkpoint))
+        describe(checkpoint.parent)
+    finally:
+        _watching.on = False
+
+
+fuzzed = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
+)
+
+
+@fuzzed
+@given(number=st.integers(0, 5), place=st.floats(0, 1), cut_out=st.integers(0, 40), put_in=st.binary(max_size=40))
+def test_a_checkpoint_with_any_bytes_changed_is_as_written_or_refused(number, place, cut_out, put_in):
+    with tempfile.TemporaryDirectory() as folder:
+        saved(Path(folder), NEW, 2)
+        path = files(Path(folder))[number]
+        content = path.read_bytes()
+        start = int(place * len(content))
+        changed = content[:start] + put_in + content[start + cut_out :]
+        path.write_bytes(changed)
+        answers_of(path.parent)
+        if changed != content:
+            assert verify(path.parent)
+            with pytest.raises(DamagedCheckpoint):
+                read_everything(path.parent)
+
+
+@fuzzed
+@given(
+    name=st.sampled_from(["rank-00000.index.json", "rank-00001.index.json", "state.json"]),
+    key=st.sampled_from((*keys, "pieces", "cover", "origins", "body")),
+    inside=st.sampled_from([None, "name", "kind", "dtype", "shape", "offset", "size", "bytes"]),
+    value=json_values,
+)
+def test_a_checkpoint_forged_with_any_values_never_runs_code_nor_fails_without_a_message(name, key, inside, value):
+    """Its digests are right: what is said in it reaches every reader."""
+
+    def change(values):
+        if inside is None or "pieces" not in values:
+            return values | {key: value}
+        values["pieces"][0][inside] = value
+        return values
+
+    with tempfile.TemporaryDirectory() as folder:
+        saved(Path(folder), NEW, 2)
+        forge(Path(folder) / "step-00000002", name, change)
+        answers_of(Path(folder) / "step-00000002")

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ import checkpoint.commit
 import checkpoint.storage
 import checkpoint.writer
 from checkpoint import fence, newest, verify
+from checkpoint.block_writer import write_blocks
 from checkpoint.names import MANIFEST
 from checkpoint.staging import StagingPool
 from tests.checkpoint.simulated import Grid, begin, blank, cut, end, holds, resume_all, save, saved, small_model, start
@@ -111,7 +113,7 @@ def test_an_error_of_storage_on_one_rank_fails_the_save_on_all(tmp_path, monkeyp
     assert len(newest(tmp_path)) == 2 and verify(tmp_path / "step-00000002") == []
 
 
-@pytest.mark.parametrize("what", ["write_durably", "sync_directory", "assemble"])
+@pytest.mark.parametrize("what", ["write_durably", "sync_directory", "decode_head"])
 def test_an_error_during_the_commit_fails_the_save_on_all(tmp_path, monkeypatch, what):
     saved(tmp_path, TENSORS, 1)
     writers, ranks = start(tmp_path, 2), cut(TENSORS, Grid(rows=2))
@@ -152,7 +154,7 @@ def test_a_rank_that_fails_after_rank_0_gave_up_leaves_nothing_behind(tmp_path, 
 def test_a_file_that_exists_is_never_written_over(tmp_path):
     (tmp_path / "data").write_bytes(b"kept")
     with pytest.raises(FileExistsError):
-        checkpoint.storage.write_blocks(tmp_path / "data", memoryview(b"new"), 1024, lambda: None)
+        write_blocks(tmp_path / "data", [memoryview(b"new")], 1024)
     assert (tmp_path / "data").read_bytes() == b"kept"
 
 
@@ -162,9 +164,9 @@ def test_a_slow_rank_cannot_report_its_failed_save_as_the_next_one_of_that_step(
     fill = StagingPool.fill
 
     def slow_fill(pool, shards, snapshot):
-        plan = fill(pool, shards, snapshot)
-        assert pool is not slow._pool or go.wait(10)
-        return plan
+        for window in fill(pool, shards, snapshot):
+            assert pool is not slow._pool or go.wait(10)
+            yield window
 
     monkeypatch.setattr(StagingPool, "fill", slow_fill)
     (first, _), (_, slow) = start(tmp_path, 2, timeout_seconds=0.1), start(tmp_path, 2)
@@ -247,7 +249,8 @@ def save_without_rights(directory: Path) -> list[str]:
 
 def test_a_directory_that_cannot_be_written_fails_the_save(tmp_path):
     saved(tmp_path, TENSORS, 1)
-    modes = {path: path.stat().st_mode for path in (tmp_path, *tmp_path.parents[:2])}
+    above = [path for path in tmp_path.parents if Path(tempfile.gettempdir()) in path.parents]
+    modes = {path: path.stat().st_mode for path in (tmp_path, *above)}
     for path in modes:
         path.chmod(0o555)
     try:

@@ -13,6 +13,7 @@ import checkpoint
 import checkpoint.staging
 from checkpoint import CheckpointMismatch, Checkpoints, describe, newest, read_tensors
 from checkpoint.names import MANIFEST
+from checkpoint.retention import Retention
 from checkpoint.storage import discard
 from parallel.shards import Rectangle, Shard, whole
 from tests.checkpoint.simulated import (
@@ -117,10 +118,10 @@ def test_a_step_that_is_committed_is_not_saved_again(tmp_path):
 
 def test_something_else_under_the_name_is_never_overwritten(tmp_path):
     (tmp_path / "step-00000001").mkdir()
-    (writer,) = start(tmp_path, 1)
-    writer.save(1, [], {})
-    (report,) = writer.wait()
-    assert "exists already" in (report.error or "")
+    writers = start(tmp_path, 2)
+    begin(writers, 1, cut(small_model(), Grid(rows=2)))
+    for (report,) in end(writers):
+        assert "exists already" in (report.error or "")
     assert list((tmp_path / "step-00000001").iterdir()) == []
 
 
@@ -135,11 +136,30 @@ def test_the_newest_valid_ones_are_kept(tmp_path):
     assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
 
 
+def test_every_rule_of_retention_keeps_what_it_says():
+    losses = {step: None if step == 60 else abs(step - 25) / 10 for step in range(10, 110, 10)} | {35: float("nan")}
+    assert Retention(2).kept(losses) == {100, 90}
+    assert Retention(1, keep_every=40).kept(losses) == {100, 40, 80}
+    assert Retention(1, keep_best=3).kept(losses) == {100, 20, 30, 40}, "of equal ones the newer first; 60 and 35 not"
+    assert Retention(1, keep_best=99).kept(losses) == set(losses) - {60, 35}
+
+
+def test_the_best_by_validation_loss_are_kept_and_broken_ones_do_not_count(tmp_path):
+    (writer,) = start(tmp_path, 1, keep=1, keep_best=1)
+    for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, None)):
+        save([writer], step, [[]], {"val_loss": loss})
+    assert names(tmp_path) == ["step-00000002", "step-00000004"]
+    (tmp_path / "step-00000002" / "state.json").write_text("{}")
+    save([writer], 5, [[]], {"val_loss": 1.5})
+    assert names(tmp_path) == ["step-00000005"]
+
+
 def test_a_checkpoint_on_its_way_out_is_never_a_candidate(tmp_path, monkeypatch):
     saved(tmp_path, {}, 1, 2)
     monkeypatch.setattr("shutil.rmtree", lambda *args, **kwargs: None)  # as if killed in the middle
     discard(tmp_path / "step-00000001")
     assert [path.name for path in newest(tmp_path)] == ["step-00000002"]
+    assert not (tmp_path / "step-00000001.removed" / MANIFEST).exists(), "manifest first"
     monkeypatch.undo()
     checkpoint.fence(tmp_path, 2)
     assert names(tmp_path) == ["FENCE", "step-00000002"]

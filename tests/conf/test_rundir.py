@@ -50,11 +50,31 @@ def test_resolving_again_elsewhere_and_later_changes_nothing(tmp_path, monkeypat
     assert config.run.dir == str(tmp_path / "runs" / "mine")
 
 
+def test_the_path_of_a_disk_is_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Config()
+    config.parallel.nvme_path = "disk"
+    assert resolve(config, NOON).parallel.nvme_path == str(tmp_path / "disk")
+
+
 def test_a_given_directory_is_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
     assert resolve(compose(["run.dir=here"]), NOON).run.dir == str(tmp_path / "here")
     assert resolve(compose(["run.dir=~/here"]), NOON).run.dir == "/home/somebody/here"
+
+
+def test_paths_of_data_are_made_absolute_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["data.tokenizer=tok", "data.sources={a:{kind:text,path:x},b:{kind:text,path:'s3://b/x'},c:{kind:stdlib}}"]
+    data = resolve(compose(words), NOON).data
+    assert data.tokenizer == str(tmp_path / "tok")
+    assert [source.get("path") for source in data.sources.values()] == [str(tmp_path / "x"), "s3://b/x", None]
+    assert [resolve(compose([f"data.tokenizer={name}"]), NOON).data.tokenizer for name in ("byte", "bpe", "null")] == [
+        "byte",
+        "bpe",
+        None,
+    ]
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "."])
@@ -175,3 +195,13 @@ def test_no_two_starts_get_the_same_attempt(tmp_path):
     for thread in threads:
         thread.join()
     assert sorted(numbers) == list(range(1, 161))
+
+
+def test_addresses_of_shards_are_made_absolute_where_they_are_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Config()
+    config.data.urls = ["shards/s-{000..009}.tar", "s3://bucket/x.tar", "pipe:cat x.tar"]
+    config.data.sources = {"books": {"kind": "webdataset", "urls": "b.tar"}}
+    data = resolve(config, NOON).data
+    assert data.urls == [f"{tmp_path}/shards/s-{{000..009}}.tar", "s3://bucket/x.tar", "pipe:cat x.tar"]
+    assert data.sources == {"books": {"kind": "webdataset", "urls": f"{tmp_path}/b.tar"}}

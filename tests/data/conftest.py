@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from conf.schema import BatchConfig, Config, DataConfig
+from conf.targets import import_target
+from data.cache import TokenCache, open_cache
+from data.documents import documents_of
 
 WORDS = ["stoker", "feeds", "the", "furnace", "while", "a", "train", "moves", "through", "night", "über", "hills"]
 
@@ -24,6 +27,10 @@ def write_texts(folder: Path, count: int, seed: int = 0) -> None:
 def write_text(path: Path, text: str | bytes) -> None:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     os.utime(path, (time.time() - 60,) * 2)
+
+
+def cache_of(config: DataConfig) -> TokenCache:
+    return open_cache(config, documents_of(import_target(config.target)(config), config.target))
 
 
 @pytest.fixture

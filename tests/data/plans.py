@@ -19,6 +19,7 @@ class NumberPlan:
     rows_per_epoch: int = 10
     seconds: float = 0.0
     fails_at: int | None = None
+    document_mask: bool = False
     fingerprint: Mapping[str, Any] = field(default_factory=lambda: {"content": "numbers", "seed": 0})
 
     def read(self, numbers: np.ndarray, out: np.ndarray) -> None:
@@ -26,6 +27,12 @@ class NumberPlan:
         if self.fails_at in numbers:
             raise ValueError(f"row {self.fails_at} is unreadable")
         out[:] = numbers[None, :, None]
+
+    def history(self, row: int) -> None:
+        return None
+
+    def resume(self, history: None, row: int, step: int) -> None:
+        pass
 
     def counts(self, row: int) -> dict[str, dict[str, int]]:
         return {"numbers": {"rows": row, "epoch": row // self.rows_per_epoch}}

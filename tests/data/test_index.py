@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import open_rows, read_rows
-from data.cache import Tokens
 from data.index import IndexPlan
+from data.tokens import Tokens
 from parallel.rows import IGNORE
 
 END = 256
@@ -39,6 +39,16 @@ def test_the_rows_of_each_epoch_tile_the_tokens_exactly_once(texts, seq_len, see
 def test_what_fills_no_row_is_less_than_a_row(texts, seq_len):
     plan = plan_of(texts, seq_len)
     assert 0 <= len(plan.tokens.ids) - 1 - plan.rows_per_epoch * seq_len < seq_len
+
+
+@given(documents, st.integers(2, 9))
+def test_pieces_are_stretches_of_one_document_each(texts, seq_len):
+    plan = plan_of(texts, seq_len)
+    owner = np.repeat(np.arange(len(texts)), plan.tokens.lengths())
+    pieces = plan.pieces(np.arange(plan.rows_per_epoch))
+    for begin, length in zip(pieces.begins.tolist(), pieces.lengths.tolist(), strict=True):
+        assert length >= 1 and owner[begin] == owner[begin + length - 1]
+    assert np.array_equal(np.bincount(pieces.rows, pieces.lengths), [seq_len + 1] * plan.rows_per_epoch)
 
 
 @given(documents, st.integers(2, 9), st.booleans())

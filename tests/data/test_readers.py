@@ -147,10 +147,10 @@ def test_a_token_file_cut_under_a_reader_is_an_error_that_says_so(config):
         import json, os, sys
         from conf.schema import Config, from_dict
         from data import RowStream, open_rows
-        from data.cache import open_cache
+        from tests.data.conftest import cache_of
         config = from_dict(json.loads(sys.argv[1]))
         plan = open_rows(config, "train")
-        os.truncate(open_cache(config.data).folder / "train.tokens", 0)
+        os.truncate(cache_of(config.data).folder / "train.tokens", 0)
         RowStream(plan, 4, workers=1).next()
     """
     command = [sys.executable, "-c", textwrap.dedent(program), json.dumps(to_dict(config))]

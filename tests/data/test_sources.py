@@ -8,10 +8,9 @@ import pytest
 
 from conf.schema import Config, DataConfig
 from data import open_rows, prepare
-from data.cache import open_cache
 from data.documents import Document, file_document, open_source
 from data.tokenizer import ByteTokenizer
-from tests.data.conftest import write_text
+from tests.data.conftest import cache_of, write_text
 
 
 def test_the_standard_library_is_the_default_and_holds_no_tests():
@@ -158,10 +157,10 @@ def open_none(config: DataConfig) -> list[Document]:
 
 def test_a_users_own_source_is_named_by_import_path(tmp_path):
     config = DataConfig(target=f"{__name__}:open_two", cache=str(tmp_path), validation=0.0, args={"second": "more"})
-    tokens = open_cache(config).tokens("train")
+    tokens = cache_of(config).tokens("train")
     assert ByteTokenizer().decode(tokens.ids) == "first textmore"
     config.args = {"second": "less"}
-    assert ByteTokenizer().decode(open_cache(config).tokens("train").ids) == "first textless"
+    assert ByteTokenizer().decode(cache_of(config).tokens("train").ids) == "first textless"
 
 
 @pytest.mark.parametrize(
@@ -171,7 +170,7 @@ def test_a_users_own_source_is_named_by_import_path(tmp_path):
 def test_a_users_document_that_is_no_text_is_named(tmp_path, second, message):
     config = DataConfig(target=f"{__name__}:open_two", cache=str(tmp_path), args={"second": second})
     with pytest.raises(ValueError, match=message):
-        open_cache(config)
+        cache_of(config)
 
 
 @pytest.mark.parametrize(
@@ -184,4 +183,4 @@ def test_a_users_document_that_is_no_text_is_named(tmp_path, second, message):
 )
 def test_a_source_that_is_none_is_named(tmp_path, target, message):
     with pytest.raises(ValueError, match=message):
-        open_cache(DataConfig(target=target, cache=str(tmp_path)))
+        cache_of(DataConfig(target=target, cache=str(tmp_path)))

@@ -102,8 +102,10 @@ def test_the_state_counts_what_was_handed_out_not_what_was_read_ahead():
             stream.next()
         assert stream.state() == {
             "row": 24,
+            "step": 3,
             "fingerprint": {"content": "numbers", "seed": 0},
             "sources": {"numbers": {"rows": 24, "epoch": 2}},
+            "weights": None,
         }
 
 
@@ -214,3 +216,11 @@ def test_rows_are_pinned_and_read_on_in_a_process_that_uses_a_gpu(workers):
 def test_ranks_that_do_not_divide_the_batch_are_refused():
     with pytest.raises(ValueError, match=r"batch.rows=8 does not divide over 3"):
         RowStream(NumberPlan(), 8, 0, 3)
+
+
+def test_a_state_of_an_older_format_is_refused_clearly(config: Config):
+    stream = RowStream(open_rows(config, "train"), 24)
+    old = stream.state()["fingerprint"]
+    del old["format"]
+    with pytest.raises(ValueError, match=r"has read 48 rows of: format was None and is 2$"):
+        stream.load_state({"row": 48, "fingerprint": old, "sources": {}})

@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import open_rows, open_tokenizer, vocabulary
-from data.cache import open_cache
-from data.tokenizer import END_OF_DOCUMENT, BpeTokenizer, ByteTokenizer, Tokenizer
+from data.tokenizer import END_OF_DOCUMENT, ByteTokenizer, JsonTokenizer, Tokenizer
+from tests.data.conftest import cache_of
 
 TEXTS = ["the stoker feeds the furnace", "the furnace moves the train", "über den Wolken"] * 4
-TOKENIZERS: dict[str, Tokenizer] = {"byte": ByteTokenizer(), "bpe": BpeTokenizer.train(TEXTS, 300)}
+TOKENIZERS: dict[str, Tokenizer] = {"byte": ByteTokenizer(), "bpe": JsonTokenizer.train(TEXTS, 300)}
 
 
 @pytest.fixture(params=TOKENIZERS)
@@ -53,10 +53,10 @@ def test_the_byte_vocabulary_divides_over_ranks():
 
 
 def test_bpe_learns_merges_and_is_the_same_for_the_same_texts():
-    bpe = BpeTokenizer.train(TEXTS, 300)
+    bpe = JsonTokenizer.train(TEXTS, 300)
     assert bpe.json == TOKENIZERS["bpe"].json and bpe.fingerprint == TOKENIZERS["bpe"].fingerprint
     assert len(bpe.encode(TEXTS[0])) < len(TEXTS[0].encode()) / 2
-    assert BpeTokenizer.train(TEXTS, 280).fingerprint != bpe.fingerprint
+    assert JsonTokenizer.train(TEXTS, 280).fingerprint != bpe.fingerprint
 
 
 def test_the_vocabulary_is_known_without_the_data(config):
@@ -74,11 +74,11 @@ def test_bpe_is_trained_once_on_training_documents_and_kept_in_the_cache(config)
     texts = [tokenizer.decode(tokens.ids[a:b]) for a, b in zip(tokens.starts, tokens.starts[1:], strict=False)]
     assert "furnace" in "".join(texts)
     assert tokens.ids[tokens.starts[1:] - 1].tolist() == [tokenizer.end_of_document] * (len(tokens.starts) - 1)
-    assert (open_cache(config.data).folder / "tokenizer.json").exists()
+    assert (cache_of(config.data).folder / "tokenizer" / "tokenizer.json").exists()
     validation = open_rows(config, "validation").tokens
     assert (
         tokenizer.fingerprint
-        == BpeTokenizer.train(
+        == JsonTokenizer.train(
             [tokenizer.decode(tokens.ids[a:b]) for a, b in zip(tokens.starts, [*tokens.starts[1:], None], strict=True)],
             400,
         ).fingerprint

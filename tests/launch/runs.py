@@ -98,7 +98,7 @@ def rank_pids(run: Path) -> dict[int, int]:
     found = {}
     for stamp in directory.attempt(numbers[-1]).glob("rank-*.stamp") if numbers else ():
         words = stamp.read_text().split()
-        if len(words) == 4 and is_alive(int(words[3])):
+        if len(words) == 5 and is_alive(int(words[3])):
             found[int(stamp.stem.removeprefix("rank-"))] = int(words[3])
     return found
 

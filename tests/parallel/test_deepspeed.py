@@ -60,26 +60,27 @@ def assert_parity(ranks: int, cases: list[tuple[Layout, Case]], **changes: Any) 
             assert normwise(parameters[name], value) < tolerance, f"{where}: {name}"
 
 
-ADAM, SGD = Case(1, tied=True), Case(4, optimizer="sgd")  # much accumulation, and little
+# Of 8 rows of a rank: four micro-batches, two, and one. Where tp sums in every layer, a micro-batch is dear.
+ADAM, ADAM_OF_TWO, SGD = Case(2, tied=True), Case(4, tied=True), Case(8, optimizer="sgd")
 STAGES = [Layout(2), *(Layout(1, 2, zero=zero) for zero in (1, 2, 3))]
 ON_TWO = [
     *itertools.product(STAGES, (ADAM, SGD)),
-    *[(Layout(tp=2, zero=zero), ADAM) for zero in (0, 1, 3)],
+    *[(Layout(tp=2, zero=zero), Case(8, tied=True)) for zero in (0, 1, 3)],
     (Layout(pp=2), ADAM),
     (Layout(pp=2), Case(2, "interleaved", optimizer="sgd")),
     (Layout(pp=2, zero=1), Case(2, "gpipe", tied=True)),
 ]
 ON_FOUR = [
-    *itertools.product([replace(layout, tp=2) for layout in STAGES], (ADAM, SGD)),
-    *[(Layout(2, 2, zero=zero), SGD) for zero in (1, 2, 3)],  # replicas of what is sharded
-    (Layout(1, 2, 1, 2, 1), ADAM),
-    (Layout(1, 1, 2, 2, 1), Case(2, "interleaved", tied=True, optimizer="sgd")),
-    (Layout(tp=4, zero=2), ADAM),
+    *itertools.product([replace(layout, tp=2) for layout in STAGES], (ADAM_OF_TWO, SGD)),
+    *[(Layout(2, 2, zero=zero), Case(4, optimizer="sgd")) for zero in (1, 2, 3)],  # replicas of what is sharded
+    (Layout(1, 2, 1, 2, 1), ADAM_OF_TWO),
+    (Layout(1, 1, 2, 2, 1), Case(4, "interleaved", tied=True, optimizer="sgd")),
+    (Layout(tp=4, zero=2), Case(8, tied=True)),
 ]
 
 
 @pytest.mark.parametrize(
-    ("ranks", "cases"), [(1, [(Layout(zero=z), ADAM) for z in range(4)]), (2, ON_TWO), (4, ON_FOUR)]
+    ("ranks", "cases"), [(1, [(Layout(zero=z), ADAM_OF_TWO) for z in range(4)]), (2, ON_TWO), (4, ON_FOUR)]
 )
 def test_every_stage_computes_what_one_process_computes(ranks: int, cases: list[tuple[Layout, Case]]) -> None:
     assert_parity(ranks, cases)
@@ -93,7 +94,7 @@ def of_uneven_shares(config: Config) -> Config:
 
 def test_ranks_with_shares_of_unequal_size_partition_alike_what_they_sum() -> None:
     layouts = [Layout(1, 2, 2, zero=zero) for zero in (1, 2, 3)]
-    configs = [of_uneven_shares(config_of(layout, Case(2, tied=True))) for layout in layouts]
+    configs = [of_uneven_shares(config_of(layout, ADAM_OF_TWO)) for layout in layouts]
     wanted = one_process(of_uneven_shares(Case(2, tied=True).config(Layout())), STEPS)
     for measured in world.run(train_each, 4, configs, timeout=120.0):
         for config, found in zip(configs, measured, strict=True):
@@ -103,12 +104,12 @@ def test_ranks_with_shares_of_unequal_size_partition_alike_what_they_sum() -> No
 
 def test_offload_to_the_cpu_computes_the_same() -> None:
     layouts = [*STAGES, Layout(pp=2)]
-    assert_parity(2, [(layout, Case(2, tied=True)) for layout in layouts], offload="cpu")
+    assert_parity(2, [(layout, ADAM_OF_TWO) for layout in layouts], offload="cpu")
 
 
 def test_settings_that_are_passed_on_reach_it_and_change_no_number() -> None:
     small = {"reduce_bucket_size": 1500, "stage3_param_persistence_threshold": 40}
-    cases = [(Layout(1, 2, zero=zero), Case(2, tied=True)) for zero in (1, 2, 3)]
+    cases = [(Layout(1, 2, zero=zero), ADAM_OF_TWO) for zero in (1, 2, 3)]
     assert_parity(2, cases, deepspeed={"zero_optimization": small})
     groups = {"zero_optimization": {"sub_group_size": 700, "prefetch_bucket_size": 100, "max_live_parameters": 5000}}
     assert_parity(2, cases[2:], deepspeed=groups)
@@ -262,6 +263,56 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any() -> N
             assert found == (True, True, True), config.parallel
 
 
+def after_a_step_without(configs: list[Config]) -> list[tuple[list[Shard], list[Shard]]]:
+    """On a rank: the gradients of a step whose loss reaches all, and of the next, which leaves the second layer out."""
+    found = []
+    for config in configs:
+        config.model.target = "tests.toy:build_skipping"
+        layout = layout_of(config, dist.get_world_size())
+        mesh = mesh_over_default_group(layout, world.device(), 60.0)
+        engine = cut(config, mesh, batch_plan(config, layout))
+        gradients = []
+        for shift in (0, 1):
+            rows = global_rows(config, 1)[mesh.dp_rank :: layout.dp]
+            rows = replace(rows, positions=rows.positions + shift)
+            engine.forward_backward(rows)
+            gradients.append(engine.gradient_shards())
+            engine.update(config.optim.lr)
+        found.append((gradients[0], gradients[1]))
+    return found
+
+
+def test_a_parameter_that_a_loss_does_not_reach_has_no_gradient_of_the_step_before() -> None:
+    configs = [
+        small_config(
+            parallel=ParallelConfig(zero=zero, engine=ENGINE, offload=offload), batch=BatchConfig(rows=8, micro=2)
+        )
+        for zero in range(4)
+        for offload in ("none", "cpu")
+    ]
+    configs.append(small_config(parallel=ParallelConfig(zero=1, engine=ENGINE), precision="bf16"))
+    for rank in world.run(after_a_step_without, 2, configs, timeout=120.0):
+        for config, (reached, left_out) in zip(configs, rank, strict=True):
+            second = [
+                [shard.data for shard in shards if shard.name.startswith("layers.1")] for shards in (reached, left_out)
+            ]
+            assert all(data.any() for data in second[0] if data.numel() > 100), config.parallel
+            assert not any(data.any() for data in second[1]), config.parallel
+
+
+def test_compiled_blocks_compute_the_same() -> None:
+    """ZeRO 0 to 2; at ZeRO 3 it is refused."""
+    cases = [(layout, Case(4, tied=True)) for layout in STAGES[:3]]
+    configs = [config_of(layout, case) for layout, case in cases]
+    for config in configs:
+        config.compile, config.model.layers = True, 2
+    plain = one_process(configs[0], STEPS)
+    for measured in world.run(train_each, 2, configs, timeout=240.0):
+        for config, found in zip(configs, measured, strict=True):
+            assert found.trace.losses == pytest.approx(plain.losses, rel=1e-4), config.parallel
+            assert found.trace.norms == pytest.approx(plain.norms, rel=1e-3), config.parallel
+
+
 def bytes_of_masters() -> dict[int, tuple[int, int]]:
     found = {}
     for zero in range(4):
@@ -284,7 +335,7 @@ def test_optimizer_state_is_sharded_from_stage_one_on() -> None:
 def test_activations_can_be_recomputed() -> None:
     wanted = expected(True, "adamw")
     modes = [(1, "selective"), (2, "full"), (2, "selective"), (3, "full")]
-    configs = [config_of(Layout(1, 2, zero=zero), Case(2, tied=True)) for zero, _ in modes]
+    configs = [config_of(Layout(1, 2, zero=zero), ADAM_OF_TWO) for zero, _ in modes]
     for config, (_, mode) in zip(configs, modes, strict=True):
         config.activation_checkpoint = mode
     for measured in world.run(train_each, 2, configs, timeout=120.0):

@@ -13,9 +13,18 @@ import torch
 import parallel.deepspeed_engine.partitions as partitions
 from conf.schema import Config, ParallelConfig
 from conf.values import ConfigError
-from parallel.deepspeed_engine.settings import OFFLOAD_PASSED_ON, OWNED, PASSED_ON, ZERO_PASSED_ON, refused_settings
+from parallel.deepspeed_engine.settings import (
+    OFFLOAD_PASSED_ON,
+    OWNED,
+    PASSED_ON,
+    ZERO_PASSED_ON,
+    Swap,
+    refused_settings,
+    settings,
+)
+from parallel.deepspeed_engine.swapping import LEAST_BYTES
 from parallel.deepspeed_engine.unit import MeshUnit, ModelParallelUnit
-from parallel.layout import Layout, batch_plan, layout_of
+from parallel.layout import BatchPlan, Layout, batch_plan, layout_of
 from parallel.mesh import mesh_over_default_group
 from parallel.refusals import refuse
 from tests import world
@@ -34,7 +43,7 @@ def seen(config: Config) -> dict[str, list[str]]:
     parameter = next(parameter for parameter in store._engine.module.parameters())
     objects = {"DeepSpeedEngine": store._engine, type(optimizer).__name__: optimizer}
     if config.parallel.zero == 3:
-        objects["parameter of ZeRO 3"] = parameter
+        objects |= {"parameter of ZeRO 3": parameter, "ds_tensor": parameter.ds_tensor}
     else:
         objects |= {"parameter of ZeRO 1, 2": parameter, "_hp_mapping": parameter._hp_mapping}
         objects["fragment_address"] = parameter._hp_mapping.lp_fragment_address
@@ -59,13 +68,34 @@ def test_every_attribute_that_is_touched_is_there() -> None:
 
 def test_no_attribute_is_touched_that_is_not_listed() -> None:
     source = "".join(
-        Path(inspect.getfile(partitions)).with_name(f).read_text() for f in ("partitions.py", "weights.py")
+        Path(inspect.getfile(partitions)).with_name(f).read_text()
+        for f in ("partitions.py", "weights.py", "swapping.py")
     )
-    read = set(re.findall(r"\b(?:_?optimizer|_?engine|parameter|mapping|there|here)\.(\w+)", source))
+    read = set(re.findall(r"\b(?:_?optimizer|_?engine|parameter|mapping|there|here|part)\.(\w+)", source))
     listed = {name for names in partitions.TOUCHED.values() for name in names}
-    ours = {"numel", "dtype", "master", "parameter", "start", "to", "requires_grad", "detach", "shape"}
+    ours = {"numel", "dtype", "master", "parameter", "start", "to", "requires_grad", "detach", "shape", "data"}
+    ours |= {"element_size", "view"}
     assert read - ours <= listed, "list it in TOUCHED"
     assert listed <= read, "listed, but not touched"
+
+
+def test_the_swapper_of_parameters_is_where_it_was() -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.runtime.swap_tensor import utils
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+    from deepspeed.runtime.zero import Init
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
+
+    assert "param_swapper" in inspect.signature(Init.__init__).parameters and hasattr(AsyncIOBuilder, "load")
+    assert {"AVAILABLE", "NOT_AVAILABLE"} <= set(PartitionedParamStatus.__members__)
+    assert utils.MIN_AIO_BYTES == LEAST_BYTES
+    wanted = settings(
+        Config(parallel=ParallelConfig(zero=3, offload="nvme")), BatchPlan(1, 1, 1), 1, False, Swap(Path("x"), 1)
+    )
+    zero = wanted["zero_optimization"]
+    assert set(zero) <= set(DeepSpeedZeroConfig.model_fields)
+    assert set(zero["offload_param"]) <= set(DeepSpeedZeroOffloadParamConfig.model_fields)
 
 
 def asked_of_the_unit() -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,6 +28,7 @@ from trainer.cut import cut
 
 STEPS = 10
 ROWS = 16
+FULL = os.environ.get("STOKER_TESTS") == "full"  # every combination instead of every pair: another ten minutes
 
 
 @dataclass(frozen=True)
@@ -106,16 +108,20 @@ def layouts(ranks: int) -> Iterator[Layout]:
 
 
 def cases(layout: Layout) -> list[Case]:
-    """Micro-batch splits x schedules x tied or not; the optimizers take turns."""
+    """Every schedule with two micro-batch splits; tied or not and the optimizer take turns, so that all pairs occur.
+
+    The ZeRO stage shifts the turns: what one layout leaves out another one takes. `FULL` is the whole product.
+    """
     rows = ROWS // layout.dp
     schedules = ("1f1b", "gpipe", "interleaved") if layout.pp > 1 else ("1f1b",)
     found = []
-    for schedule, tied in itertools.product(schedules, (False, True)):
+    for turn, schedule in enumerate(schedules, layout.zero + layout.tp):
         stages = layout.pp * (2 if schedule == "interleaved" else 1)
-        splits = [micro for micro in (1, 2, 4, 8) if rows % micro == 0 and rows // micro >= stages]
-        for number, micro in enumerate((splits[0], splits[-1])):
-            optimizer = "sgd" if (number + tied) % 2 else "adamw"
-            found.append(Case(micro, schedule, tied, optimizer))
+        counts = [count for count in (8, 4, 2, 1) if rows % count == 0 and count >= stages]  # of micro-batches
+        for number, count in enumerate((counts[0], counts[-1])):
+            optimizer = "sgd" if (turn + number) % 4 in (1, 2) else "adamw"
+            case = Case(rows // count, schedule, tied=(turn + number) % 2 == 0, optimizer=optimizer)
+            found += [case, replace(case, tied=not case.tied)] if FULL else [case]
     return found
 
 
@@ -146,9 +152,10 @@ def assert_parity(layout: Layout, chosen: list[Case], layers: int = 4, device: s
 
 @pytest.mark.parametrize("layout", [*layouts(1), *layouts(2), *layouts(4)], ids=str)
 def test_every_layout_computes_what_one_process_computes(layout: Layout) -> None:
-    if layout.pp == 4:  # eight stages want eight layers
+    if layout.pp == 4:  # eight stages want eight layers, in which AdamW lets one process's own rounding grow past 1e-5
         assert_parity(layout, [case for case in cases(layout) if case.schedule != "interleaved"])
-        assert_parity(layout, [case for case in cases(layout) if case.schedule == "interleaved"], layers=8)
+        deep = [replace(case, optimizer="sgd") for case in cases(layout) if case.schedule == "interleaved"]
+        assert_parity(layout, deep, layers=8)
     else:
         assert_parity(layout, cases(layout))
 
@@ -172,7 +179,7 @@ def test_eight_ranks_compute_what_one_process_computes(layout: Layout, case: Cas
     "layout", [Layout(1, 1, 2), Layout(1, 2, 2, 1, 3), Layout(1, 1, 4), Layout(1, 1, 2, 2)], ids=str
 )
 def test_tensor_parallelism_without_sequence_parallelism_computes_the_same(layout: Layout) -> None:
-    assert_parity(layout, [Case(2, tied=tied, sequence=False) for tied in (False, True)])
+    assert_parity(layout, [Case(4, tied=tied, sequence=False) for tied in (False, True)])
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(1, 2, 2, 1, 3), Layout(tp=3), Layout(1, 1, 2, 2)], ids=str)

@@ -14,6 +14,8 @@ from conf.values import ConfigError
 from parallel.layout import batch_plan, layout_of
 from parallel.nearest import around, divisors, either, multiples_around
 from parallel.refusals import REFUSALS, Start, refuse, table_markdown
+from tests.parallel.refused_lanes import LANES, OF_LANES
+from tests.parallel.refused_values import BEYOND
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "refusals.md"
 
@@ -156,6 +158,10 @@ TOGETHER = {
         (["eval.every=10"], 1, 0, "eval.every=10 with eval.rows=0 evaluates nothing: set eval.rows, such as 32"),
         (["eval.rows=8", "data.validation=0"], 1, 0, "no document is kept for validation"),
     ],
+    "best checkpoints": [
+        (["checkpoint.keep_best=1", "checkpoint.every=20"], 1, 0, "eval.every=20 measures every checkpoint"),
+        (["checkpoint.keep_best=1", "checkpoint.every=20", "eval.every=15", "eval.rows=8"], 1, 0, "and eval.every=15"),
+    ],
     "traced steps": [
         (["profile.steps=[201,205]"], 1, 0, "no such step is taken; profile.steps=[196,200] works"),
         (["profile.steps=[9,99]", "steps=8"], 1, 0, "profile.steps=[1,8] works"),
@@ -172,10 +178,15 @@ TOGETHER = {
     "DeepSpeed ZeRO 3 and selective checkpointing": [
         ([*DEEPSPEED, "parallel.zero=3", "activation_checkpoint=selective"], 2, 0, "activation_checkpoint=full works"),
     ],
+    "NVMe": [
+        (["parallel.offload=nvme"], 2, 0, "with parallel.engine=fsdp: parallel.engine=deepspeed works, or"),
+        ([*DEEPSPEED, "parallel.offload=nvme"], 2, 0, "say parallel.nvme_path=, a directory on a local disk"),
+    ],
     "DeepSpeed settings": [
         (["parallel.deepspeed={a: 1}"], 2, 0, "these settings are for parallel.engine=deepspeed"),
         ([*DEEPSPEED, "parallel.deepspeed={train_batch_size: 8}"], 2, 0, "batch.rows"),
     ],
+    **OF_LANES,
 }
 
 
@@ -214,6 +225,7 @@ def test_every_entry_is_tried():
         (["schedule.name=wsd", "schedule.warmup_steps=160"], 1, 0),
         (["eval.every=10", "eval.rows=8"], 1, 0),
         (["data.validation=0"], 1, 0),
+        ([*LANES, "data.lanes=8"], 4, 0),
         (["clip_norm=null", "activation_checkpoint=full", "compile=true", "optim.name=sgd"], 1, 0),
         (["model.rope_scaling.factor=8"], 1, 0),
     ],
@@ -225,74 +237,6 @@ def test_what_works_is_not_refused(overrides, world, gpus):
 def test_pipelines_and_tensor_parallelism_that_fit_are_not_refused():
     fitting = ["parallel.tp=2", "parallel.pp=2", "parallel.stages_per_rank=2", "parallel.schedule=interleaved"]
     assert refusals_of(with_values(*fitting, "batch.micro=4"), world=8, gpus=0) == ""
-
-
-BEYOND = [
-    "steps=0",
-    "seq_len=1",
-    "batch.rows=0",
-    "batch.micro=0",
-    "parallel.tp=0",
-    "parallel.pp=0",
-    "parallel.zero=4",
-    "parallel.replicas=0",
-    "parallel.schedule=zb",
-    "parallel.stages_per_rank=0",
-    "parallel.engine=ddp",
-    "parallel.offload=disk",
-    "parallel.timeout_seconds=0",
-    "model.vocab_size=1",
-    "model.width=0",
-    "model.layers=0",
-    "model.heads=0",
-    "model.kv_heads=0",
-    "model.head_dim=33",
-    "model.hidden=0",
-    "model.norm_eps=0",
-    "model.rope_theta=0",
-    "model.rope_scaling.factor=0.5",
-    "model.rope_scaling.original_context=0",
-    "model.init_std=0",
-    "model.loss_chunk=0",
-    "data.tokenizer=words",
-    "data.bpe_vocab=256",
-    "data.epochs=0",
-    "data.validation=0.51",
-    "data.workers=-1",
-    "data.prefetch=0",
-    "optim.name=adam",
-    "optim.lr=0",
-    "optim.weight_decay=-0.1",
-    "optim.betas=[0.9,1.0]",
-    "optim.eps=0",
-    "optim.momentum=1.0",
-    "schedule.name=cosin",
-    "schedule.warmup_steps=-1",
-    "schedule.total_steps=0",
-    "schedule.decay_fraction=0",
-    "schedule.final=1.1",
-    "clip_norm=0",
-    "precision=fp8",
-    "activation_checkpoint=some",
-    "nonfinite.action=stop",
-    "nonfinite.limit=0",
-    "checkpoint.every=-1",
-    "checkpoint.keep=0",
-    "checkpoint.mode=later",
-    "eval.every=-1",
-    "eval.rows=-1",
-    "tracker.name=mlflow",
-    "tracker.mode=dark",
-    "launch.name=slurm",
-    "launch.nproc=0",
-    "launch.max_restarts=-1",
-    "launch.threads=0",
-    "launch.device=tpu",
-    "log.every=0",
-    "log.progress=bar",
-    "profile.steps=[13,10]",
-    "profile.phases_every=-1",
-]
 
 
 @pytest.mark.parametrize("override", BEYOND)

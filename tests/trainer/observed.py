@@ -17,6 +17,8 @@ class Report:
     seconds: float = 0.42
     bytes: int = 39_812_344
     error: str | None = None
+    stall_seconds: float = 0.003
+    write_bytes_per_second: float = 310e6
 
 
 def record(step: int, **changes: Any) -> StepRecord:

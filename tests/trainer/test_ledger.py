@@ -15,8 +15,8 @@ from trainer.process import Phases
 class Result:
     """A `StepResult` that is there already."""
 
-    def __init__(self, skipped: bool, overflowed: bool) -> None:
-        self.agreed = Agreed(2.0, float("inf"), 10, skipped, frozenset(), 2.0**10, overflowed)
+    def __init__(self, skipped: bool, overflowed: bool, *votes: str) -> None:
+        self.agreed = Agreed(2.0, float("inf"), 10, skipped, frozenset(votes), 2.0**10, overflowed)
 
     def read(self) -> Agreed:
         return self.agreed
@@ -45,3 +45,34 @@ def test_a_loss_scale_that_looks_for_its_place_does_not(tmp_path: Path) -> None:
     assert outcome is None and (progress.step, progress.updates, progress.skipped_in_a_row) == (9, 0, 0)
     _, outcome = booked(tmp_path, [*[Result(True, False)] * 2, *[Result(True, True)] * 5, Result(True, False)])
     assert outcome is Outcome.NONFINITE, "an overflow does not excuse the bad steps around it"
+
+
+def late_ledger(folder: Path, on_error: str) -> tuple[Ledger, Progress]:
+    config, progress = Config(), Progress()
+    config.checkpoint.on_error = on_error
+    return Ledger(config, progress, None, Phases(folder / "stamp")), progress
+
+
+def enter(ledger: Ledger, step: int, *votes: str) -> None:
+    result: Any = Result(False, False, *votes)
+    ledger.enter(step, 1e-3, result, None, {})
+
+
+def test_a_request_to_save_is_heard_a_step_late_and_then_every_result_is_read(tmp_path: Path) -> None:
+    ledger, progress = late_ledger(tmp_path, "warn")
+    enter(ledger, 1, "save")
+    assert not ledger.settle(everything=False).save and progress.step == 0
+    enter(ledger, 2, "save")
+    verdict = ledger.settle(everything=False)
+    assert verdict.save and verdict.outcome is None and progress.step == 2, "what is saved is the state after step 2"
+    enter(ledger, 3)
+    enter(ledger, 4)
+    assert not ledger.settle(everything=False).save and progress.step == 3
+
+
+def test_a_save_that_failed_on_any_rank_ends_the_run_only_if_that_is_the_policy(tmp_path: Path) -> None:
+    for on_error, outcome in (("warn", None), ("fail", Outcome.FAILED)):
+        ledger, _ = late_ledger(tmp_path, on_error)
+        enter(ledger, 1, "save_failed")
+        enter(ledger, 2)
+        assert ledger.settle(everything=False).outcome is outcome

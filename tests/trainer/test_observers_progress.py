@@ -68,7 +68,7 @@ def test_checkpoints_evaluations_and_skips_have_lines_of_their_own():
     assert screen.getvalue().splitlines() == [
         "evaluation at step 2: val loss 2.4102",
         "step 3 skipped: loss nan, gradient norm inf; parameters left as they were",
-        "checkpoint saved step 2 (40 MB in 0.4 s)",
+        "checkpoint saved step 2 (40 MB in 0.4 s, held up 3 ms, 310 MB/s per rank)",
         "checkpoint of step 3 failed: rank 1: No space left on device",
     ]
 

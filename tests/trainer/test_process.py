@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conf.rundir import RunDirectory
-from trainer.process import Phases, Requests
+from trainer.process import Phases, Requests, read_stamps
 from trainer.rooms import shadowed_rooms
 
 
@@ -20,12 +20,32 @@ def test_phases_stamp_the_step_and_add_up_seconds(tmp_path: Path) -> None:
     phase(7, "data")
     time.sleep(0.02)
     phase(7, "update")
-    step, name, at, pid = stamp.read_text().split()
+    step, name, at, pid, _host = stamp.read_text().split()
     assert (step, name, int(pid)) == ("7", "update", os.getpid())
     assert abs(float(at) - time.time()) < 5
     seconds = phase.take_seconds()
     assert seconds["data"] >= 0.02
     assert "data" not in phase.take_seconds()
+
+
+def test_a_save_file_is_a_vote_until_a_save_begins(tmp_path: Path) -> None:
+    requests, run = Requests(), RunDirectory(tmp_path)
+    run.save.touch()
+    requests.watch(run, forget=True)
+    assert requests.votes() == frozenset(), "an old one asks for nothing"
+    run.save.touch()
+    assert requests.votes() == {"save"}
+    run.stop.touch()
+    assert requests.votes() == {"save", "stop"}
+    requests.saving()
+    assert requests.votes() == {"stop"} and not run.save.exists()
+
+
+def test_stamps_are_read_back_and_half_ones_left_out(tmp_path: Path) -> None:
+    Phases(tmp_path / "rank-0.stamp")(7, "data")
+    (tmp_path / "rank-1.stamp").write_text("")
+    (stamp,) = read_stamps(tmp_path)
+    assert (stamp.step, stamp.phase, stamp.pid) == (7, "data", os.getpid())
 
 
 def test_a_signal_and_a_stop_file_become_votes(tmp_path: Path) -> None:

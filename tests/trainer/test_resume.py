@@ -37,7 +37,7 @@ LAYOUTS: list[tuple[Layout, str]] = [  # with the schedule of the pipeline
 
 def config_of(number: int, optimizer: str) -> Config:
     layout, schedule = LAYOUTS[number]
-    return Case(2, schedule, tied=True, optimizer=optimizer).config(layout)
+    return Case(4, schedule, tied=True, optimizer=optimizer).config(layout)
 
 
 def half(config: Config, directory: Path) -> tuple[list[tuple[float, float]], list[Shard]]:

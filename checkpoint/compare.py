@@ -1,0 +1,102 @@
+"""What differs between two checkpoints: their tensors, one at a time, and their states, value by value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint.format import DTYPES
+from checkpoint.reader import TensorReader, read_state
+
+MISSING = "-"  # the text of a value that one side does not have
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """A tensor that is not the same, bit for bit, in both."""
+
+    label: str  # kind/name
+    relative: float | None  # |second - first| / |first|, L2 norms in float64; None where there is nothing to subtract
+    what: str  # for people: "changed", "only in the first", "F32 (4, 2) -> F32 (4, 3)"
+
+
+@dataclass(frozen=True)
+class ValueChange:
+    key: str  # dotted
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    tensors: list[TensorChange]  # the most changed first; those that cannot be subtracted before all
+    equal_tensors: int
+    config: list[ValueChange]
+    state: list[ValueChange]  # without the config
+
+    @property
+    def empty(self) -> bool:
+        return not (self.tensors or self.config or self.state)
+
+
+def compare(first: Path, second: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Difference:
+    """Reads all of both, holding two tensors in memory. Raises DamagedCheckpoint as soon as something is damaged.
+
+    `progress` is told tensors compared so far, and in all.
+    """
+    old, new = read_state(first), read_state(second)
+    config = list(_changes(old.pop("config", {}), new.pop("config", {}), ""))
+    state = list(_changes(old, new, ""))
+    changes, equal = [], 0
+    with TensorReader(first) as a, TensorReader(second) as b:
+        keys = list(dict.fromkeys([*a.stored.tensors, *b.stored.tensors]))
+        for number, (kind, name) in enumerate(keys, 1):
+            change = _tensor_change(a, b, kind, name)
+            equal += change is None
+            changes += [change] if change else []
+            progress(number, len(keys))
+    changes.sort(key=lambda change: (change.relative is not None, -(change.relative or 0.0), change.label))
+    return Difference(changes, equal, config, state)
+
+
+def _tensor_change(a: TensorReader, b: TensorReader, kind: str, name: str) -> TensorChange | None:
+    label = f"{kind}/{name}"
+    old, new = (reader.stored.tensors.get((kind, name)) for reader in (a, b))
+    if old is None or new is None:
+        return TensorChange(label, None, "only in the second" if old is None else "only in the first")
+    if (old.dtype, old.shape) != (new.dtype, new.shape):
+        return TensorChange(label, None, f"{old.dtype} {old.shape} -> {new.dtype} {new.shape}")
+    first, second = a.read(name, kind), b.read(name, kind)
+    if torch.equal(_raw(first), _raw(second)):
+        return None
+    if not DTYPES[old.dtype].is_floating_point:
+        return TensorChange(label, None, f"{int((first != second).sum()):,} of {first.numel():,} elements changed")
+    norm, change = first.double().norm().item(), (second.double() - first.double()).norm().item()
+    return TensorChange(label, change / norm if norm else float("inf"), "changed")
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _changes(first: Any, second: Any, key: str) -> Iterator[ValueChange]:
+    if isinstance(first, dict) and isinstance(second, dict):
+        for name in sorted({*first, *second}):
+            yield from _changes(first.get(name, _NOTHING), second.get(name, _NOTHING), f"{key}.{name}" if key else name)
+    elif first != second:
+        yield ValueChange(key, _text(first), _text(second))
+
+
+_NOTHING = object()
+
+
+def _text(value: Any) -> str:
+    if value is _NOTHING:
+        return MISSING
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

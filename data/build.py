@@ -1,0 +1,172 @@
+"""Tokenising a source into files: part by part on all cores, and on after a kill where it stood.
+
+Each part leaves its files and, last, a note of what they hold. A builder that finds a note, whose files are as long
+as it says, does not make that part again. When all parts are there they are put together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.documents import Encoder
+from data.manifest import Manifest, is_validation
+from data.pool import each
+from data.tokenizer import Tokenizer
+
+SPLITS = ("train", "validation")
+_BATCH_CHARACTERS = 4 << 20  # texts tokenised together: enough for all cores, little memory
+_BLOCK = 4 << 20  # bytes copied at a time
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the texts of a manifest become token files."""
+
+    tokenizer: Tokenizer
+    encoder: Encoder | None  # None: by the tokenizer alone
+    validation: float  # share of the documents
+
+    @property
+    def dtype(self) -> str:
+        return "uint16" if self.tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+    @property
+    def arrays(self) -> dict[str, str]:
+        """The files of a split, and their dtypes: kind by kind."""
+        learned = {"learned": "uint8"} if self.encoder is not None else {}
+        return {"tokens": self.dtype, "starts": "int64", **learned}
+
+
+def write_splits(folder: Path, manifest: Manifest, recipe: Recipe) -> dict[str, Any]:
+    """Make `<split>.<kind>` in `folder` for both splits; what they hold, as `data.cache` keeps it in meta.json.
+
+    Raises ValueError for a text that changed since the manifest was read.
+    """
+    parts = folder / "parts"
+    parts.mkdir(exist_ok=True)
+    sizes = [part.size for part in manifest.parts]
+    each(lambda number: _make_part(parts, number, manifest, recipe), sizes, "tokenising")
+    notes = [_read_note(parts, number, recipe) for number in range(len(sizes))]
+    splits = {split: _put_together(folder, parts, split, notes, recipe) for split in SPLITS}
+    shutil.rmtree(parts)
+    return {"tokenizer": recipe.tokenizer.fingerprint, "dtype": recipe.dtype, "splits": splits}
+
+
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> int:
+    """Write `pieces` to `path` and on to the disk; the CRC-32 of the file."""
+    crc = 0
+    with open(path, "wb") as file:
+        for piece in pieces:
+            crc = zlib.crc32(piece, crc)
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return crc
+
+
+def _make_part(folder: Path, number: int, manifest: Manifest, recipe: Recipe) -> None:
+    with suppress(OSError, ValueError, KeyError):  # whatever is wrong with a note, making the part again is the cure
+        _read_note(folder, number, recipe)
+        return
+    note = {split: {"tokens": 0, "documents": 0} for split in SPLITS}
+    with ExitStack() as stack:
+        files = {
+            (split, kind): stack.enter_context(open(_part(folder, number, split, kind), "wb"))
+            for split in SPLITS
+            for kind in recipe.arrays
+        }
+        for split, ids, learned in _encoded(manifest.texts(number), recipe):
+            counts = note[split]
+            files[split, "starts"].write(np.int64(counts["tokens"]).tobytes())
+            files[split, "tokens"].write(ids.astype(recipe.dtype).tobytes())
+            if learned is not None:
+                files[split, "learned"].write(learned.tobytes())
+            counts["tokens"] += len(ids)
+            counts["documents"] += 1
+    temporary = folder / f"{number}.note.{os.getpid()}"
+    temporary.write_text(json.dumps(note))
+    temporary.replace(folder / f"{number}.note")
+
+
+def _read_note(folder: Path, number: int, recipe: Recipe) -> dict[str, dict[str, int]]:
+    """What a part holds. Raises OSError, ValueError or KeyError when it is not there whole."""
+    note = json.loads((folder / f"{number}.note").read_text())
+    for split in SPLITS:
+        for kind, dtype in recipe.arrays.items():
+            count = note[split]["documents" if kind == "starts" else "tokens"]
+            if _part(folder, number, split, kind).stat().st_size != count * np.dtype(dtype).itemsize:
+                raise ValueError(f"part {number} is not whole")
+    return note
+
+
+def _part(folder: Path, number: int, split: str, kind: str) -> Path:
+    return folder / f"{number}.{split}.{kind}"
+
+
+def _encoded(
+    texts: Iterable[tuple[str, str, bytes]], recipe: Recipe
+) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
+    """Split, ids and what is worth learning of each text, closed by the end of a document."""
+    end = np.array([recipe.tokenizer.end_of_document], np.uint32)
+    for batch in _batches(texts):
+        if recipe.encoder is None:
+            found = recipe.tokenizer.encode_batch([text for _, text, _ in batch])
+            for (_, _, digest), ids in zip(batch, found, strict=True):
+                yield _split(digest, recipe), np.concatenate([ids, end]), None
+            continue
+        for name, text, digest in batch:
+            ids, learned = recipe.encoder.encode(recipe.tokenizer, name, text)
+            yield _split(digest, recipe), ids, learned
+
+
+def _split(digest: bytes, recipe: Recipe) -> str:
+    return "validation" if is_validation(digest, recipe.validation) else "train"
+
+
+def _batches(texts: Iterable[tuple[str, str, bytes]]) -> Iterator[list[tuple[str, str, bytes]]]:
+    batch: list[tuple[str, str, bytes]] = []
+    characters = 0
+    for entry in texts:
+        batch.append(entry)
+        characters += len(entry[1])
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _put_together(
+    folder: Path, parts: Path, split: str, notes: list[dict[str, dict[str, int]]], recipe: Recipe
+) -> dict[str, Any]:
+    """The files of a split from those of the parts."""
+    counts = [note[split] for note in notes]
+    firsts = np.cumsum([0, *(count["tokens"] for count in counts)])
+    sums = {}
+    for kind in recipe.arrays:
+        files = [_part(parts, number, split, kind) for number in range(len(notes))]
+        if kind == "starts":
+            pieces: Iterator[bytes] = (
+                (np.fromfile(path, np.int64) + first).tobytes() for path, first in zip(files, firsts, strict=False)
+            )
+        else:
+            pieces = _blocks(files)
+        sums[kind] = write_file(folder / f"{split}.{kind}", pieces)
+    return {"tokens": int(firsts[-1]), "documents": sum(count["documents"] for count in counts), "crc32": sums}
+
+
+def _blocks(files: Iterable[Path]) -> Iterator[bytes]:
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                yield block

@@ -1,0 +1,154 @@
+"""Bytes of shards by range: files, http(s), pipes, and whatever else fsspec knows (s3, gs, ...)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from data.remote.blocks import BlockCache
+from data.remote.damage import Damaged
+from data.remote.retries import PATIENCE, Patience, Refused, Transient, persist
+from data.remote.shards import Shard, local_path, scheme
+from data.remote.web import Web
+
+_PIECE = 4 << 20  # bytes of one request where a request cannot be taken up again in its middle
+
+
+@dataclass
+class Traffic:
+    """What was read so far: `bytes` that came from files and servers, the cache's left out, and attempts repeated."""
+
+    bytes: int = 0
+    retries: int = 0
+
+
+class Store:
+    """Reads shards. It opens nothing before it is asked, so it can be made before a fork."""
+
+    def __init__(self, patience: Patience = PATIENCE, cache: BlockCache | None = None) -> None:
+        self.traffic = Traffic()
+        self._patience, self._cache = patience, cache
+        self._web = Web(patience)
+        self._systems: dict[str, Any] = {}
+        self._pid = 0
+
+    def read(self, shard: Shard, begin: int, end: int) -> bytes:
+        """Bytes `begin` to `end`, cut at the shard's end. Raises Damaged when they cannot be had."""
+        end = min(end, shard.size)
+        if end <= begin:
+            return b""
+        if scheme(shard.url) == "file":
+            return self._local(shard, begin, end)
+        if self._cache is None:
+            return self._remote(shard, begin, end)
+        return self._cache.read(shard, begin, end, self._remote)
+
+    @contextmanager
+    def stream(self, shard: Shard) -> Iterator[_Output]:
+        """The output of a `pipe:` shard. Raises Damaged, when it is read to its end, if the command fails."""
+        command = shard.url.removeprefix("pipe:")
+        with subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            try:
+                yield _Output(process, shard, self.traffic)
+            finally:
+                process.kill()
+
+    def _local(self, shard: Shard, begin: int, end: int) -> bytes:
+        try:
+            with open(local_path(shard.url), "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != shard.size:
+                    raise Damaged(f"it has {size} bytes now and had {shard.size}: it changed", shard.url)
+                file.seek(begin)
+                found = file.read(end - begin)
+        except OSError as error:
+            raise Damaged(error.strerror or str(error), shard.url, begin) from error
+        self.traffic.bytes += len(found)
+        if len(found) < end - begin:
+            raise Damaged(f"it ends after {begin + len(found)} of {shard.size} bytes", shard.url, begin + len(found))
+        return found
+
+    def _remote(self, shard: Shard, begin: int, end: int) -> bytes:
+        if scheme(shard.url) in ("http", "https"):
+
+            def read(held: int) -> Iterator[bytes]:
+                return self._web.read(shard.url, begin + held, end, shard.size, shard.version)
+        else:
+
+            def read(held: int) -> Iterator[bytes]:
+                return self._pieces(shard, begin + held, end)
+
+        try:
+            found = persist(self._patience, read, self._retried, f"{shard.url} from byte {begin}")
+        except (Transient, Refused) as error:
+            attempts = f", {self._patience.retries + 1} times in a row" if isinstance(error, Transient) else ""
+            raise Damaged(f"{error}{attempts}", shard.url, begin) from error
+        self.traffic.bytes += len(found)
+        return found
+
+    def _pieces(self, shard: Shard, begin: int, end: int) -> Iterator[bytes]:
+        system = self._system(scheme(shard.url))
+        while begin < end:
+            wanted = min(_PIECE, end - begin)
+            try:
+                found = system.cat_file(shard.url, start=begin, end=begin + wanted)
+            except FileNotFoundError as error:
+                raise Refused("it is not there") from error
+            except PermissionError as error:
+                raise Refused(f"it may not be read: {error}") from error
+            except Exception as error:  # every file system of fsspec has errors of its own
+                raise Transient(f"{type(error).__name__}: {error}") from error
+            if len(found) > wanted:
+                raise Refused(f"{len(found)} bytes instead of the {wanted} asked for")
+            begin += len(found)
+            yield found
+            if len(found) < wanted:
+                raise Transient(f"{len(found)} bytes instead of the {wanted} asked for")
+
+    def _system(self, name: str) -> Any:
+        if self._pid != os.getpid():  # connections and event loops cannot be shared over a fork
+            self._systems, self._pid = {}, os.getpid()
+        if name not in self._systems:
+            self._systems[name] = open_system(name, self._patience)
+        return self._systems[name]
+
+    def _retried(self) -> None:
+        self.traffic.retries += 1
+
+
+def open_system(name: str, patience: Patience) -> Any:
+    """The fsspec file system of a URL scheme. Raises ValueError when what it needs is not installed."""
+    import fsspec
+
+    options: dict[str, Any] = {"skip_instance_cache": True}
+    if name == "s3":
+        stall = patience.stall_seconds
+        options["config_kwargs"] = {"read_timeout": stall, "connect_timeout": stall, "retries": {"max_attempts": 1}}
+    try:
+        return fsspec.filesystem(name, **options)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"cannot read {name}:// addresses: {error}") from error
+
+
+class _Output:
+    """What a command writes, and whether it ended well."""
+
+    def __init__(self, process: subprocess.Popen[bytes], shard: Shard, traffic: Traffic) -> None:
+        self._process, self._shard, self._traffic = process, shard, traffic
+        self._byte = 0
+
+    def read(self, size: int) -> bytes:
+        assert self._process.stdout is not None
+        found = self._process.stdout.read(size)
+        self._byte += len(found)
+        self._traffic.bytes += len(found)
+        if len(found) < size and self._process.wait() != 0:
+            assert self._process.stderr is not None
+            said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+            reason = f"the command ended with status {self._process.returncode}"
+            raise Damaged(": ".join([reason, *said[-1:]]), self._shard.url, self._byte)
+        return found

@@ -1,0 +1,84 @@
+"""DeepSpeed's asynchronous IO: an extension over libaio that it compiles at first use, for minutes and without a word.
+
+python -m parallel.deepspeed_engine.async_io    # compiles it beforehand
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+PACKAGES = "libaio-dev (Debian, Ubuntu), libaio-devel (Fedora, RHEL) or libaio (conda-forge)"
+READY = "ready"
+PROGRAM = "#include <libaio.h>\nint main() { return io_submit(0, 0, 0); }\n"
+
+
+def missing_for_async_io() -> str | None:
+    """What this machine lacks to compile the extension, with what to install; None if nothing."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler}): install g++"
+    flags = [*os.environ.get("CFLAGS", "").split(), *os.environ.get("LDFLAGS", "").split()]
+    command = [compiler, "-x", "c++", "-", *flags, "-o", os.devnull, "-laio"]
+    tried = subprocess.run(command, input=PROGRAM, text=True, capture_output=True, check=False)
+    return f"no libaio: install {PACKAGES}" if tried.returncode else None
+
+
+def folder() -> Path:
+    """Where it is compiled: a folder for each environment, because what it was compiled against is part of it."""
+    found = importlib.util.find_spec("deepspeed")
+    where = f"{found.origin if found else None} {importlib.metadata.version('torch')} {sys.version}"
+    key = hashlib.sha256(where.encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "stoker" / "extensions")
+    return root if root.name == key else root / key
+
+
+def is_built() -> bool:
+    """Whether it has been compiled to the end."""
+    return (folder() / READY).exists()
+
+
+def load_async_io(tell: bool) -> None:
+    """Load the extension, compiled first if that has not been done in this environment. `tell`: say so then."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    place, tell = folder(), tell and not is_built()
+    place.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(place)  # for DeepSpeed, which loads it again
+    if tell:
+        log.warning("building DeepSpeed's async IO, once for this environment: some minutes")
+    began = time.monotonic()
+    with open(place / "flock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel frees it for one that is killed
+        for left_behind in place.glob("**/lock"):  # torch's own is left by one that is killed, and waited for
+            left_behind.unlink(missing_ok=True)
+        AsyncIOBuilder().load(verbose=False)
+        (place / READY).touch()
+    if tell:
+        log.warning("DeepSpeed's async IO was built in %.0f s", time.monotonic() - began)
+
+
+def main() -> int:
+    missing = missing_for_async_io()
+    if missing is not None:
+        print(f"stoker: DeepSpeed's async IO cannot be built here, {missing}", file=sys.stderr)
+        return 1
+    logging.basicConfig(format="stoker: %(message)s")
+    load_async_io(tell=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Parameters to compute with on NVMe: what DeepSpeed's own swapper (ZeRO 3) asks of a machine.
+
+It keeps a file for each parameter in a folder, and buffers that are locked in memory. Where the disk is full or memory
+may not be locked it aborts the process, so both are tried beforehand.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from parallel.mesh import Mesh
+
+PREFIX = "stoker-"
+LEAST_BYTES = 1 << 20  # DeepSpeed leaves a part of a parameter that is smaller in memory
+SLACK_BYTES = 1 << 16  # what it rounds a part up by is less
+
+
+class SwapFolder:
+    """A folder of this process alone under `parallel.nvme_path`, removed with this object.
+
+    It is locked as long as the process lives. So those of processes that were killed are known, and are removed when
+    the next one makes its own. Raises ValueError when the disk cannot be written.
+    """
+
+    def __init__(self, parent: Path) -> None:
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            with _locked(parent):  # nobody sweeps between the making of a folder and its lock
+                for old in parent.glob(f"{PREFIX}*"):
+                    _remove_if_left(old)
+                self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+                lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ValueError(f"parallel.nvme_path={parent}: {error.strerror}") from None
+        weakref.finalize(self, _remove, self.path, lock, os.getpid())
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_left(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return  # its process lives
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path, lock: int, owner: int) -> None:
+    if os.getpid() == owner:  # and no reader process that it has forked
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def swapped_bytes(model: nn.Module, ranks: int) -> list[int]:
+    """The sizes of this rank's parts of parameters that go to the disk, one for each."""
+    parts = [-(-parameter.numel() // ranks) * parameter.element_size() for parameter in model.parameters()]
+    return [part + SLACK_BYTES for part in parts if part >= LEAST_BYTES]
+
+
+def require_room(folder: Path, needed: int, mesh: Mesh) -> None:
+    """Raises ValueError, on all ranks alike, unless their disks have room for the `needed` bytes of each of them."""
+    reason = ""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, max(1, needed))
+        except OSError as error:
+            reason = f"parallel.nvme_path={folder.parent}: no room for {needed:,} bytes: {error.strerror}"
+        reasons = [found for found in mesh.exchange(reason) if found]  # all hold theirs at one time
+    if reasons:
+        raise ValueError(reasons[0])
+
+
+def require_lockable(needed: int) -> None:
+    """Raises ValueError unless this process may lock `needed` bytes in memory."""
+    libc: Any = ctypes.CDLL(None)
+    try:
+        with mmap.mmap(-1, needed) as memory:
+            first = ctypes.c_char.from_buffer(memory)
+            refused = libc.mlock(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(needed)) != 0
+            del first  # or the mapping could not be closed
+    except OSError:
+        refused = True
+    if refused:
+        raise ValueError(
+            f"parallel.offload=nvme: DeepSpeed locks {needed:,} bytes of memory as buffers, and this process may not: "
+            "raise the limit (ulimit -l; memlock in Docker and Slurm), or set parallel.deepspeed.zero_optimization."
+            "offload_param.buffer_count and sub_group_size lower"
+        )
+
+
+def keep_in_memory(parameter: Any) -> None:
+    """Take a parameter's part from the swapper, which writes back only what is trained."""
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+
+    part = parameter.ds_tensor
+    if part.status == PartitionedParamStatus.NOT_AVAILABLE:
+        part.data = torch.zeros(part.ds_numel, dtype=parameter.dtype)
+        part.status, part.final_location = PartitionedParamStatus.AVAILABLE, None

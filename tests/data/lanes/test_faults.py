@@ -1,0 +1,234 @@
+"""What damage and lost connections do to a stream, and what going on costs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from conf.schema import Config
+from data.lanes.opening import open_sources
+from data.lanes.sources import open_text
+from data.remote import Damaged, refuse
+from data.remote.retries import Patience
+from data.remote.store import Store
+from data.tokenizer import ByteTokenizer
+from tests.data.lanes.conftest import documents, open_stream, write_lines
+from tests.data.lanes.simulated import World, batches, digests, lane_tokens
+from tests.data.server import serving
+
+QUICK = Patience(retries=2, first_seconds=0.001, stall_seconds=0.5)
+TEXTS = documents(300)
+
+
+@pytest.fixture
+def server(config: Config, tmp_path: Path):
+    """The texts of `config` on a server."""
+    with serving(tmp_path / "texts") as server:
+        config.data.path = None
+        config.data.urls = [f"{server.url}/{{0..2}}.jsonl"]
+        yield server
+
+
+def read_all(config: Config) -> list[str]:
+    units = open_text(config.data)
+    return [content for unit in range(len(units)) for _, content in units.read(unit, Store(QUICK), refuse)]
+
+
+def numbers_in(found, lanes: int = 12) -> list[int]:
+    text = bytes(t for lane in lane_tokens(found, lanes) for t in lane if t < 256).decode(errors="replace")
+    return sorted(int(number) for number in re.findall(r"\((\d+)\)", text))
+
+
+def test_a_server_that_fails_now_and_then_changes_no_row(config, server, tmp_path):
+    config.data.urls, config.data.path = [], str(tmp_path / "texts")
+    expected = digests(batches(partial(open_stream, config), None))
+    config.data.urls, config.data.path = [f"{server.url}/{{0..2}}.jsonl"], None
+    opener = partial(open_stream, config, store=Store(replace(QUICK, retries=20)))
+    with World(opener, dp=2) as world:
+        server.faults = [("jsonl", fault) for fault in ("short 100", "status 503", "short 0", "status 429") * 5]
+        assert digests(world.batches()) == expected
+        assert world.streams[1].metrics()["data.retries"] >= 20
+    assert not server.faults
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_stays_broken_is_an_error_of_the_rank_that_reads_it(config, server, workers):
+    with World(partial(open_stream, config, store=Store(QUICK)), workers=workers) as world:
+        server.always = {"1.jsonl": "status 503"}
+        with pytest.raises(ValueError, match=r"/1.jsonl at byte \d+: the server answers 503 .* 3 times in a row"):
+            world.batches()
+
+
+@pytest.mark.parametrize("layout", [{"dp": 1}, {"dp": 3, "workers": 1}])
+def test_a_skip_is_recorded_in_the_state_and_stays_one(config, server, layout):
+    config.data.on_damage = "skip"
+    opener = partial(open_stream, config, store=Store(QUICK))
+    server.always = {"1.jsonl": "status 404"}
+    with pytest.raises(ValueError, match=r"1.jsonl: the server answers 404"):
+        World(opener, **layout)  # what is not there at the start is no damage
+    server.always = {}
+    with World(opener, **layout) as world:
+        server.always = {"1.jsonl": "status 404"}
+        found = world.batches(6)
+        state = world.state()
+        skips = state["sources"]["texts"]["skips"]
+        assert skips and world.streams[0].metrics()["data.texts.skips"] == len(skips)
+    server.always = {}  # it is back: windows already dealt leave the same documents out, others do not
+    with World(opener, **layout) as world:
+        world.load(state)
+        assert world.state() == state
+        found += world.batches()
+    units = open_text(config.data)
+    lost = [text for _, unit, _, _ in skips for _, text in units.read(unit, Store(), refuse)]
+    missing = {int(text[1 : text.index("]")]) for text in lost}
+    assert missing and not missing & set(numbers_in(found))
+    assert set(numbers_in(found)) | missing >= set(range(300)) - cut(found)
+
+
+def cut(found) -> set[int]:
+    """Documents whose closing number was cut in two when the rest was divided: at most one for each lane."""
+    gone = set(range(300)) - set(numbers_in(found))
+    whole = {
+        n for n in gone if f"[{n}]" not in bytes(t for lane in lane_tokens(found, 12) for t in lane if t < 256).decode()
+    }
+    assert len(gone - whole) <= 12
+    return gone - whole
+
+
+def test_lines_that_are_no_documents_are_named_or_skipped(config, tmp_path):
+    lines = [
+        b'{"text": "fine"}',
+        b'{"text": "\xff"}',
+        b'{"text": ',
+        b'{"body": "x"}',
+        b"[]",
+        b'{"text": "\\ud800"}',
+        b"",
+    ]
+    lines.append(b'{"text": "also fine"}')
+    path = tmp_path / "texts" / "0.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    for other in (1, 2):
+        (tmp_path / "texts" / f"{other}.jsonl").unlink()
+    words = [
+        "at byte 17, sample line 1 of its unit: not UTF-8: byte 0xff at offset 10",
+        "not JSON",
+        "no column 'text': it has body",
+        "it is no object",
+        "not valid Unicode",
+    ]
+    found: list[str] = []
+    units = open_text(config.data)
+    kept = list(units.read(0, Store(), lambda loss: found.append(str(loss.damage))))
+    assert kept == [(0, "fine"), (6, "also fine")]
+    assert len(found) == len(words)
+    for said, expected in zip(found, words, strict=True):
+        assert re.search(expected, said) and str(path) in said
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_compressed_lines_are_units_of_whole_shards_and_a_cut_one_is_damaged(config, tmp_path, ending):
+    for path in (tmp_path / "texts").glob("*.jsonl"):
+        data = path.read_bytes()
+        packed = (
+            gzip.compress(data) if ending == ".gz" else zstandard.compress(data[:999]) + zstandard.compress(data[999:])
+        )
+        Path(f"{path}{ending}").write_bytes(packed)
+        path.unlink()
+    assert sorted(read_all(config)) == sorted(TEXTS)
+    path = tmp_path / "texts" / f"1.jsonl{ending}"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(Damaged, match=r"1.jsonl.*: it cannot be decompressed"):
+        read_all(config)
+
+
+@pytest.mark.parametrize("block", [512, 700, 1024, 5000, 1 << 20])
+def test_blocks_of_any_size_hold_every_line_once(config, block):
+    config.data.unit_bytes = block
+    assert sorted(read_all(config)) == sorted(TEXTS)
+
+
+def test_a_document_of_fifty_megabytes_is_read_whole_and_once(config, tmp_path):
+    long = "long " * (10 << 20)
+    write_lines(tmp_path / "texts", ["before", long, "after"], shards=1)
+    for other in (1, 2):
+        (tmp_path / "texts" / f"{other}.jsonl").unlink()
+    config.data.unit_bytes = 1 << 20
+    units, store = open_text(config.data), Store()
+    assert len(units) > 50
+    found = [(unit, len(text)) for unit in range(len(units)) for _, text in units.read(unit, store, refuse)]
+    assert found == [(0, 6), (0, len(long)), (len(units) - 1, 5)]
+
+
+def test_files_of_text_are_units_of_neighbours(config, tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for n, text in enumerate(TEXTS):
+        (folder / f"{n:03}.txt").write_text(text)
+    config.data.path = str(folder)
+    assert read_all(config) == TEXTS
+    assert 10 < len(open_text(config.data)) < 100
+    (folder / "007.txt").write_bytes(b"ab\xff")
+    with pytest.raises(Damaged, match=r"007.txt at byte 2, sample 007.txt: not UTF-8: byte 0xff"):
+        read_all(config)
+
+
+@pytest.mark.parametrize("at", [10, 1500])
+def test_going_on_reads_two_windows_of_each_lane_however_late_it_is(config, server, tmp_path, at):
+    """Bytes counted by the server, and documents by the tokenizer."""
+    for shard in range(3):
+        lines = [json.dumps({"text": f"[{n}]" + "y" * 110}) for n in range(shard, 6000, 3)]
+        (tmp_path / "texts" / f"{shard}.jsonl").write_text("\n".join(lines) + "\n")
+    config.data.epochs, config.data.lanes, config.data.deal_every, config.seq_len = None, 4, 2, 16
+    config.batch.rows = 4
+    config.data.unit_bytes = 4096
+    with World(partial(open_stream, config, store=Store(QUICK))) as world:
+        world.batches(at)
+        state = world.state()
+        expected = digests(world.batches(3))
+    tokenizer = Counting()
+    with World(partial(open_stream, config, tokenizer=tokenizer, store=Store(QUICK)), dp=2) as world:
+        world.load(state)
+        server.sent.clear()
+        assert digests(world.batches(3)) == expected
+    windows, beyond = 2 * 4, 64 << 10
+    unit_bytes = 4096 + min(beyond, max(path.stat().st_size for path in (tmp_path / "texts").glob("*.jsonl")))
+    assert sum(server.sent.values()) <= windows * config.data.window * unit_bytes
+    assert tokenizer.documents <= windows * config.data.window * (4096 // 120 + 1)
+
+
+class Counting(ByteTokenizer):
+    documents = 0
+
+    def encode_batch(self, texts):
+        self.documents += len(texts)
+        return super().encode_batch(texts)
+
+
+def test_windows_hold_what_their_units_hold(config):
+    windows = open_sources(config, ByteTokenizer())[0][0]
+    found = [windows.read(number, Store()) for number in range(windows.per_epoch)]
+    assert sum(len(window.starts) for window in found) == 300
+    assert sorted(unit for number in range(windows.per_epoch) for unit in windows.units_of(number)) == [
+        *range(len(windows.units))
+    ]
+    assert all(window.ids[window.starts[1:] - 1].tolist() == [256] * (len(window.starts) - 1) for window in found)
+
+
+def test_token_ids_beyond_the_tokenizer_are_damage_and_never_wrapped(config, tmp_path):
+    write_lines(tmp_path / "texts", [[1, 2], [70_000, 3], [-1], [255, 319]], shards=1)
+    for other in (1, 2):
+        (tmp_path / "texts" / f"{other}.jsonl").unlink()
+    with pytest.raises(Damaged, match=r"document 1: token ids 3 to 70000, and the tokenizer has 320"):
+        open_sources(config, ByteTokenizer())[0][0].read(0, Store())
+    config.data.on_damage = "skip"
+    window = open_sources(config, ByteTokenizer())[0][0].read(0, Store())
+    assert [tuple(skip[1:]) for skip in window.skips] == [(0, 1, 1), (0, 2, 1)]
+    assert sorted(window.ids.tolist()) == [1, 2, 255, 256, 256, 319]

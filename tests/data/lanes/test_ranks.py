@@ -1,0 +1,87 @@
+"""The stream on forked ranks that talk over gloo, and what becomes of it when processes are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from conf.schema import Config
+from data.lanes.exchange import Ranks
+from parallel.layout import Layout
+from parallel.mesh import mesh_over_default_group
+from tests import world
+from tests.data.lanes.conftest import open_stream
+from tests.data.lanes.simulated import World, batches, digest, together
+from tests.data.test_readers import alive, children
+
+
+def read_as_rank(config: Config, tp: int, pp: int, dp: int, count: int) -> list:
+    import torch
+
+    mesh = mesh_over_default_group(Layout(dp_shard=dp, tp=tp, pp=pp), torch.device("cpu"), 30.0)
+    stream = open_stream(config, mesh.dp_rank, dp, exchange=Ranks(mesh), workers=1, prefetch=3)
+    found = []
+    while len(found) < count and not stream.exhausted:
+        rows = stream.next()
+        mesh.sum(rows.tokens.sum())  # training talks at the same time
+        found.append(rows)
+    state = stream.state()
+    stream.close()
+    return [mesh.dp_rank, mesh.at.tp + mesh.at.pp, [[t.tolist() for t in vars(rows).values()] for rows in found], state]
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 2), (2, 1, 2), (1, 2, 1)])
+def test_ranks_of_a_process_group_read_what_one_process_reads(config, opener, tp, pp, dp):
+    import torch
+
+    from parallel.rows import Rows
+
+    count = 1000  # to the end
+    ranks = world.run(read_as_rank, tp * pp * dp, config, tp, pp, dp, count)
+    expected = batches(opener, None)
+    assert all(rank[3] == ranks[0][3] for rank in ranks)
+    for rank in ranks:  # the peers of a model-parallel group hold equal rows
+        assert rank[2] == next(other[2] for other in ranks if other[0] == rank[0])
+    readers = sorted(rank for rank in ranks if rank[1] == 0)
+    found = [together([Rows(*map(torch.tensor, rank[2][n])) for rank in readers]) for n in range(len(readers[0][2]))]
+    assert [[part.tolist() for part in vars(rows).values()] for rows in found] == [
+        [part.tolist() for part in vars(rows).values()] for rows in expected
+    ]
+
+
+def test_a_killed_reader_is_an_error_and_nothing_is_left_behind(opener):
+    before = set(os.listdir("/dev/shm"))
+    with World(opener, workers=2) as run:
+        run.batches(2)
+        state, following = run.state(), None
+        readers = children(os.getpid())[-2:]
+        for reader in readers:
+            os.kill(reader, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=r"a data reader \(pid \d+\) was killed by SIGKILL"):
+            run.batches()
+    assert not any(map(alive, readers))
+    with World(opener, workers=1) as run:
+        run.load(state)
+        following = digest(run.next())
+    assert following == digest(batches(opener, 3)[2])
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_readers_end_with_their_rank(opener):
+    pid = os.fork()
+    if pid == 0:
+        stream = opener(workers=2)
+        stream.next()
+        time.sleep(60)
+        os._exit(0)
+    deadline = time.monotonic() + 20
+    while len(readers := children(pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    while any(map(alive, readers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(readers) == 2 and not any(map(alive, readers))

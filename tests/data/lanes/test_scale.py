@@ -1,0 +1,47 @@
+"""Planning on paper: 4,096 data-parallel ranks and 100,000 shards, every rank's planner played by one process."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+
+import numpy as np
+
+from data.lanes.dealing import Count, Terms, deal, from_json, nothing_dealt, to_json
+from data.lanes.lines import Lines
+from data.lanes.units import ByteBlocks
+from data.lanes.windows import Windows
+from data.remote.shards import Shard
+from data.tokenizer import ByteTokenizer
+
+RANKS, SHARDS, PERIOD, SEQ_LEN = 4096, 100_000, 16, 4096
+
+
+def test_a_large_run_starts_at_once_deals_in_no_time_and_keeps_a_small_state():
+    chance = random.Random(0)
+    began = time.process_time()
+    shards = [Shard(f"s3://bucket/{n:06}.jsonl", chance.randrange(100 << 20, 300 << 20), "etag") for n in range(SHARDS)]
+    units = Lines(ByteBlocks(shards, 1 << 20), "text")
+    windows = Windows("web", units, 4, 0, ByteTokenizer(), 0.0, False, None)
+    terms = Terms(RANKS, windows.total, windows.per_epoch, SEQ_LEN, 1)
+    assert windows.fingerprint["units"] > 15_000_000
+    dealt = nothing_dealt(RANKS)
+    full = np.full(RANKS, PERIOD)
+    sizes = [chance.randrange(800_000, 1_200_000) for _ in range(997)]
+
+    def count(pairs):
+        return {window: Count(sizes[window % 997], 300, sizes[window % 997]) for _, window in pairs}
+
+    dealt = deal(dealt, terms, 0 * full, full, 2 * full, count)
+    for _, window in dealt.uncounted[:1000]:
+        windows.units_of(window)
+    assert time.process_time() - began < 10
+
+    began, periods = time.process_time(), 60
+    for period in range(1, periods + 1):
+        dealt = deal(dealt, terms, period * full, full, 2 * full, count)
+    assert (time.process_time() - began) / (periods * PERIOD) < 0.01  # of a step of one second with a row of each lane
+    state = json.dumps(to_json(dealt))
+    assert len(state) < 5 << 20
+    assert to_json(from_json(json.loads(state))) == to_json(dealt)

@@ -1,0 +1,154 @@
+"""Saves of real runs that fail, `stoker checkpoint`, and a run that moves to a new machine."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from checkpoint import newest, read_state, verify
+from conf.rundir import RunDirectory
+from launch.cli import main
+from tests.launch.runs import (
+    command,
+    finish,
+    last_step,
+    overrides,
+    started,
+    steps_of,
+    wait_until,
+    wait_until_gone,
+    write_text,
+)
+from trainer.metrics import read
+from trainer.outcome import Outcome, read_ending
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write_text(folder / "text")
+    return folder
+
+
+def run_with_an_obstacle(home: Path, name: str, *more: str) -> tuple[int, str, RunDirectory]:
+    """A run in which something else stands where the checkpoint of step 5 should."""
+    run = RunDirectory(home / name)
+    run.checkpoints.mkdir(parents=True)
+    (run.checkpoints / "step-00000005").touch()
+    words = overrides(run.path, home / "text", "steps=14", "checkpoint.every=5", *more)
+    status, output = finish(home, command("train", *words))
+    return status, output, run
+
+
+def test_a_save_that_fails_is_told_and_the_run_goes_on(home: Path) -> None:
+    status, output, run = run_with_an_obstacle(home, "warned")
+    assert status == 0, output
+    assert output.count("checkpoint of step 5 failed") == 1 and "exists already" in output
+    for rank in (0, 1):
+        assert "checkpoint of step 5 failed" in run.log(1, rank).read_text()
+    steps = read(run.metrics)
+    told = [step["checkpoint_step"] for step in steps if "checkpoint_step" in step]
+    assert told == [5, 10] and next(step["step"] for step in steps if "checkpoint_failed" in step) >= 6
+    (good,) = [step for step in steps if "checkpoint_stall_seconds" in step]
+    assert good["checkpoint_stall_seconds"] < 10 and good["checkpoint_staged_bytes"] > 10_000
+    assert good["checkpoint_write_bytes_per_second"] > 0 and good["checkpoint_commit_seconds"] > 0
+    assert [path.name for path in newest(run.checkpoints)] == ["step-00000014", "step-00000010"]
+
+
+def test_a_save_that_fails_ends_the_run_if_that_is_asked_for(home: Path) -> None:
+    status, output, run = run_with_an_obstacle(home, "failed", "checkpoint.on_error=fail", "steps=40")
+    assert status == 1 and "restarting" not in output
+    ending = read_ending(run, 1)
+    assert ending is not None and ending.outcome is Outcome.FAILED
+    assert "checkpoint of step 5 failed" in ending.message and "exists already" in ending.message
+    assert f"saved at step {ending.step}" in ending.message and ending.step is not None and ending.step < 10
+    assert newest(run.checkpoints)[0].name == f"step-{ending.step:08d}", "what was computed until then is not lost"
+
+
+@pytest.fixture(scope="module")
+def asked(home: Path) -> tuple[RunDirectory, str, int]:
+    """A run that was asked for a checkpoint while it ran; what `save` said, and the step the run had reached."""
+    run = RunDirectory(home / "asked")
+    words = overrides(run.path, home / "text", "steps=100000", "checkpoint.every=0", "data.epochs=null")
+    with started(home, command("train", *words)) as process:
+        wait_until(lambda: last_step(run.path) >= 3, process)
+        before = last_step(run.path)
+        status, said = finish_beside(home, command("checkpoint", "save", str(run.path)))
+        assert status == 0, said
+        run.stop.touch()
+        process.communicate(timeout=60)
+    wait_until_gone(home)
+    return run, said, before
+
+
+def finish_beside(home: Path, words: list[str]) -> tuple[int, str]:
+    """As `finish`, without ending what else runs under `home`."""
+    import subprocess
+
+    from tests.launch.runs import environment
+
+    ended = subprocess.run(words, env=environment(home), capture_output=True, text=True, timeout=60, check=False)
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+def test_a_running_job_saves_when_it_is_asked(asked: tuple[RunDirectory, str, int]) -> None:
+    run, said, before = asked
+    found = [path.name for path in reversed(newest(run.checkpoints))]
+    assert len(found) == 2 and found[0] in said
+    assert before < read_state(run.checkpoints / found[0])["progress"]["step"]
+    assert not run.save.exists()
+
+
+def test_where_nobody_runs_nobody_hears(asked: tuple[RunDirectory, str, int], capsys: pytest.CaptureFixture) -> None:
+    run, _, _ = asked
+    assert main(["checkpoint", "save", str(run.path)]) == 1
+    assert "nobody is training" in capsys.readouterr().err and not run.save.exists()
+
+
+def test_two_checkpoints_are_compared(asked: tuple[RunDirectory, str, int], capsys: pytest.CaptureFixture) -> None:
+    run, _, _ = asked
+    new, old = (str(int(path.name.removeprefix("step-"))) for path in newest(run.checkpoints))
+    assert main(["checkpoint", "diff", str(run.path), old, new, "--tensors", "3"]) == 1
+    said = capsys.readouterr().out
+    assert "progress.step" in said and "optim.exp_avg" in said and "not shown" in said and "0 tensors are equal" in said
+    assert main(["checkpoint", "diff", str(run.path), new, new]) == 0
+    assert " 0 differ" in capsys.readouterr().out
+
+
+def test_the_last_valid_checkpoint_is_never_removed(
+    asked: tuple[RunDirectory, str, int], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = RunDirectory(tmp_path / "copy")
+    shutil.copytree(asked[0].path, run.path)
+    new, old = (str(int(path.name.removeprefix("step-"))) for path in newest(run.checkpoints))
+    assert main(["checkpoint", "rm", str(run.path), old, new]) == 1
+    assert "no valid checkpoint would be left" in capsys.readouterr().err and len(newest(run.checkpoints)) == 2
+    (run.checkpoints / f"step-{int(new):08d}" / "rank-00001.safetensors").write_bytes(b"broken")
+    assert main(["checkpoint", "rm", str(run.path), old]) == 1, "the other is no checkpoint to go on from"
+    assert main(["checkpoint", "rm", str(run.path), new]) == 0
+    assert [path.name for path in newest(run.checkpoints)] == [f"step-{int(old):08d}"]
+    assert verify(newest(run.checkpoints)[0]) == []
+    assert main(["checkpoint", "rm", str(run.path), "77"]) == 1
+    assert "no checkpoint of step 77" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_the_remote_alone_as_if_nothing_had_happened(home: Path) -> None:
+    remote = f"checkpoint.remote=file://{home}/remote"
+    words = ("checkpoint.every=5", "eval.rows=8", "eval.every=5", "checkpoint.keep=1", "checkpoint.keep_best=1")
+    whole = home / "whole"
+    assert finish(home, command("train", *overrides(whole, home / "text", "steps=16", *words)))[0] == 0
+    first, second = home / "first", home / "second"
+    status, output = finish(
+        home, command("train", *overrides(first, home / "text", "steps=10", "schedule.total_steps=16", *words, remote))
+    )
+    assert status == 0 and "uploaded step 10" in output
+    shutil.rmtree(first)
+    status, output = finish(
+        home, command("train", f"run.dir={second}", remote, "steps=16", "launch.nproc=1", "parallel.zero=0")
+    )
+    assert status == 0, output
+    assert [step[0] for step in steps_of(second)] == list(range(11, 17))
+    for a, b in zip(steps_of(whole)[10:], steps_of(second), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)

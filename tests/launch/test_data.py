@@ -1,0 +1,136 @@
+"""`stoker data`, as its user runs it."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from data.cache import open_folder
+from data.lanes.tar import load
+from launch.cli import main
+from tests.data.counted import conversations, write_lines
+from tests.launch.runs import overrides, write_text
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    write_text(tmp_path / "text")
+    return tmp_path / "cache" / "stoker"
+
+
+def texts(tmp_path: Path, *more: str) -> list[str]:
+    return ["data=text", f"data.path={tmp_path / 'text'}", "seq_len=32", "data.validation=0", *more]
+
+
+def failed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["data", *words]) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("stoker: ") and error.count("\n") == 1, error
+    return error
+
+
+def test_prepared_token_files_are_whole_and_train_without_the_texts(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["data", "prepare", *texts(tmp_path), "--out", str(out)]) == 0
+    assert f"data=tokens data.path={out}" in capsys.readouterr().err
+    for path in (tmp_path / "text").iterdir():
+        path.unlink()
+    assert main(["data", "plan", "data=tokens", f"data.path={out}", "seq_len=32", "steps=3", "batch.rows=4"]) == 0
+    planned = capsys.readouterr().out
+    assert "tokens" in planned and "3 steps of 4 rows of 32 tokens, packing concatenated: 12 rows" in planned
+    assert main(["data", "verify", str(out)]) == 0
+    assert "whole, every byte read" in capsys.readouterr().out
+
+
+def test_verify_names_the_file_that_is_not_what_was_written(tmp_path, capsys, cache):
+    assert main(["data", "prepare", *texts(tmp_path, "data.packing=best_fit")]) == 0
+    assert main(["data", "plan", *texts(tmp_path, "data.packing=best_fit")]) == 0
+    assert main(["data", "verify"]) == 0
+    assert capsys.readouterr().out.count("whole") == 2  # the tokens and the row table
+    for path in (*cache.glob("*/train.tokens"), *cache.glob("table-*/begins")):
+        content = bytearray(path.read_bytes())
+        content[7] ^= 1
+        path.write_bytes(content)
+    assert main(["data", "verify"]) == 1
+    shown = capsys.readouterr().out
+    assert "train.tokens: its CRC-32 is" in shown and "begins: its CRC-32 is" in shown and shown.count("damaged") == 2
+
+
+def test_plan_counts_what_a_run_reads_of_each_source_and_where_the_data_end(tmp_path, capsys):
+    write_lines(tmp_path / "chats" / "a.jsonl", conversations(60))
+    named = f"texts:{{kind:text,path:{tmp_path}/text,weight:3}},chats:{{kind:chat,path:{tmp_path}/chats,weight:1}}"
+    words = [f"data.sources={{{named}}}", "data.packing=best_fit", "seq_len=64", "batch.rows=8", "data.validation=0"]
+    assert main(["data", "plan", *words, "steps=10"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["source", "texts", "chats"]
+    assert [int(line.split()[5]) for line in lines[1:3]] == [60, 20]
+    assert main(["data", "plan", *words, "steps=10000", "data.epochs=1"]) == 0
+    assert "the data end there: steps=10000 would need 80,000 rows" in capsys.readouterr().out
+
+
+def test_shards_hold_every_training_document_once(tmp_path, capsys):
+    assert main(["data", "pack", "--out", str(tmp_path / "shards"), "--megabytes", "0.02", *texts(tmp_path)]) == 0
+    shards = sorted((tmp_path / "shards").glob("*.tar"))
+    assert len(shards) > 2 and len(list((tmp_path / "shards").iterdir())) == 2 * len(shards)
+    for path in shards:
+        index = load(Path(f"{path}.index").read_bytes(), path.stat().st_size)
+        with tarfile.open(path) as archive:
+            names = [Path(name).stem for name in archive.getnames()]
+        assert index is not None and index.broken is None and [sample.key for sample in index.samples] == names
+    found = []
+    for path in shards:
+        with tarfile.open(path) as archive:
+            found += [archive.extractfile(member).read() for member in archive]  # type: ignore[union-attr]
+    assert found == [path.read_bytes() for path in sorted((tmp_path / "text").iterdir())]
+    assert f"shard-{{000000..{len(shards) - 1:06}}}.tar" in capsys.readouterr().err
+
+
+def test_a_trained_tokenizer_is_one_to_train_with(tmp_path, capsys):
+    assert main(["data", "tokenizer", "--out", str(tmp_path / "bpe"), "--vocab", "300", *texts(tmp_path)]) == 0
+    assert (
+        main(["data", "prepare", *texts(tmp_path, f"data.tokenizer={tmp_path / 'bpe'}"), "--out", f"{tmp_path}/o"]) == 0
+    )
+    cache = open_folder(tmp_path / "o")
+    first = cache.tokenizer.decode(cache.tokens("train").ids[: cache.tokens("train").starts[1]])
+    assert first == (tmp_path / "text" / "000.txt").read_text()
+
+
+def test_peek_shows_what_a_step_read_and_will_read(tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "attempts").mkdir(parents=True)
+    from conf.compose import compose
+    from conf.rundir import RunDirectory, write_config
+
+    config = compose(overrides(run, tmp_path / "text", "data.validation=0", "data.epochs=2", "skip_steps=[[5,6]]"))
+    write_config(RunDirectory(run), config)
+    from data import open_rows, open_tokenizer, read_rows
+
+    rows = read_rows(open_rows(config, "train"), range(16, 24))
+    assert main(["data", "peek", str(run), "--step", "3", "--rows", "8", "--characters", "10000"]) == 0
+    shown = capsys.readouterr().out
+    assert "step 3: rows 16 to 23 of the run; showing 8" in shown
+    for row in rows.tokens.tolist():
+        text = open_tokenizer(config.data).decode(row)
+        assert text.replace("\n", "") in shown.replace("\n", "") or len(text.splitlines()) > 1
+    assert main(["data", "peek", str(run), "--step", "5"]) == 0
+    assert "passed over by skip_steps=[[5, 6]]" in capsys.readouterr().err
+    assert "step 99999 has no rows: the data end after" in failed(capsys, "peek", str(run), "--step", "99999")
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    assert "is not a run directory" in failed(capsys, "peek", str(tmp_path), "--step", "1")
+    assert "no token files there" in failed(capsys, "verify", str(tmp_path / "nowhere"))
+    assert "holds something already" in failed(capsys, "prepare", *texts(tmp_path), "--out", str(tmp_path / "text"))
+    assert "holds something already" in failed(capsys, "pack", "--out", str(tmp_path / "text"), *texts(tmp_path))
+    assert "exists already" in failed(capsys, "tokenizer", "--out", str(tmp_path / "text"), *texts(tmp_path))
+    words = ["--out", str(tmp_path / "t"), "--vocab", "3", *texts(tmp_path)]
+    assert "--vocab 3: 256 bytes" in failed(capsys, "tokenizer", *words)
+    assert "unknown key 'data.pth'" in failed(capsys, "plan", "data.pth=x")
+    assert "data.packing=best: choose from" in failed(capsys, "plan", "data.packing=best")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "meta.json").write_text("{")
+    assert "holds no sound token files" in failed(capsys, "plan", "data=tokens", f"data.path={tmp_path / 'damaged'}")

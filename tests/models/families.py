@@ -1,0 +1,54 @@
+"""Random models of Hugging Face's, as transformers itself makes and writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SCALED = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama with scaled rotary": ("Llama", {"rope_parameters": SCALED}),
+    "tied llama without groups": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "mistral": ("Mistral", {"head_dim": 16}),
+    "qwen2": ("Qwen2", {}),
+    "tied qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "rms_norm_eps": 1e-5}),
+    "tied qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+}
+VOCABULARY = 320  # of the byte tokenizer
+
+
+def write_family(folder: Path, case: str, dtype: str = "float32", **changes: Any) -> Any:
+    """Write a random model of `case` to `folder`; the model."""
+    import torch
+    import transformers
+
+    family, values = FAMILIES[case]
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**(shape | values | changes))
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)  # norms and biases: nothing hides behind a one
+    model = model.to(getattr(torch, dtype)).eval()
+    model.save_pretrained(folder)
+    return model
