@@ -28,6 +28,7 @@ from ranks import busy_seconds
 
 from conf.compose import compose
 from data import prepare
+from trainer.process import read_stamps
 
 PEER = """
 import sys, time
@@ -118,7 +119,7 @@ def ours(folder: Path, ranks: int, overrides: list[str]) -> dict[str, float]:
     )
     moments = {"command": began}
     stamps: dict[str, float] = {}
-    follower = threading.Thread(target=_follow_stamp, args=(process, run / "attempts/1/rank-0.stamp", stamps))
+    follower = threading.Thread(target=_follow_stamps, args=(process, run / "attempts/1", stamps))
     follower.start()
     said = ""
     assert process.stderr is not None
@@ -132,17 +133,14 @@ def ours(folder: Path, ranks: int, overrides: list[str]) -> dict[str, float]:
     return moments | stamps | {"end": (run / "metrics.jsonl").stat().st_mtime}
 
 
-def _follow_stamp(process: subprocess.Popen[str], stamp: Path, moments: dict[str, float]) -> None:
+def _follow_stamps(process: subprocess.Popen[str], attempt: Path, moments: dict[str, float]) -> None:
     """Note each phase that rank 0 enters up to the end of step 1, and when its process was made."""
     while process.poll() is None and "update" not in moments:
         time.sleep(POLL_SECONDS)
-        try:
-            _, phase, moment, pid = stamp.read_text().split()
-            if not moments:
-                moments["process"] = _started(int(pid))
-        except (OSError, ValueError):  # not there yet
-            continue
-        moments.setdefault(phase, float(moment))
+        stamps = read_stamps(attempt)
+        if stamps:
+            moments.setdefault("process", _started(stamps[0].pid))
+            moments.setdefault(stamps[0].phase, stamps[0].time)
 
 
 def _started(pid: int) -> float:

@@ -12,7 +12,6 @@ from data.build import SPLITS
 from data.cache import cache_root, named_tokenizer, open_cache, open_folder, write_tokenizer
 from data.documents import documents_of
 from data.index import IndexPlan
-from data.lanes.opening import open_lanes
 from data.mixed import MixedPlan, Weights
 from data.mixture import WEIGHT_UNITS
 from data.sources import Spec, specs_of, wanted_weights
@@ -88,6 +87,8 @@ def open_stream(config: Config, mesh: Mesh) -> RowSource:
     Raises ValueError for data that cannot be used.
     """
     if config.data.planner == "lanes":
+        from data.lanes.opening import open_lanes  # most runs do not need what it imports
+
         return open_lanes(config, mesh, open_tokenizer(config.data))
     return RowStream(
         open_rows(config, "train"),

@@ -115,6 +115,12 @@ def test_files_are_short_and_named_after_what_they_hold(path):
     assert path.name not in NAMELESS
 
 
+@pytest.mark.parametrize("path", files("benchmarks"), ids=lambda path: path.name)
+def test_no_benchmark_hides_a_room(path):
+    """`python benchmarks/NAME.py` puts benchmarks/ before the rooms on the import path."""
+    assert path.stem not in FLOORS
+
+
 @pytest.mark.parametrize("path", files("checkpoint"), ids=lambda path: path.name)
 def test_checkpoints_never_meet_pickle(path):
     assert pickles(path.read_text()) == []

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from checkpoint.storage import sync_directory
 from conf.schema import Config
 from trainer.observers import Observer, StepRecord
 
@@ -32,7 +33,7 @@ class MetricsFile(Observer):
     def start(self, config: Config, resumed_from_step: int | None, total_steps: int, facts: Mapping[str, str]) -> None:
         cut_back(self.path, resumed_from_step or 0)
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        _sync_directory(self.path.parent)
+        sync_directory(self.path.parent)
 
     def step(self, record: StepRecord) -> None:
         assert self._file is not None, "step before start"
@@ -95,7 +96,7 @@ def cut_back(path: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(shorter, path)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
@@ -108,11 +109,3 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         if line.endswith(b"\n") and isinstance(values, dict) and isinstance(values.get("step"), int):
             found.append((line, values))
     return found
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

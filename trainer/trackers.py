@@ -131,7 +131,7 @@ def wandb_mode(config: TrackerConfig, environ: Mapping[str, str]) -> tuple[str, 
         if netrc.netrc(path).authenticators(host):
             return "online", f"{path} has a key"
     except FileNotFoundError:
-        pass  # most machines have none
+        return "offline", "no API key"
     except (OSError, netrc.NetrcParseError) as error:
         return "offline", f"{path} cannot be read: {error}"
-    return "offline", "no API key"
+    return "offline", f"no API key, and none in {path}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -14,16 +15,16 @@ from parallel.tensor.axis import Share, TensorAxis, cut_entry
 from parallel.tensor.regions import enter, leave
 
 
-class TensorLayer(nn.Module):
+class TensorLayer(nn.Module, ABC):
     """A layer that knows its share. A parameter in no such layer is held whole by every rank."""
 
+    @abstractmethod
     def cut(self, axis: TensorAxis) -> list[Entry]:
         """Compute this rank's share from now on.
 
         Returns for each parameter the part of it that this rank holds, under its name within the layer; the caller
         puts a parameter of that shape in its place. Raises ValueError for a size that cannot be shared.
         """
-        raise NotImplementedError
 
 
 class Enter(TensorLayer):

@@ -15,13 +15,6 @@ from trainer.metrics import read
 from trainer.outcome import Outcome, read_ending
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bad")
-    write_text(folder / "text")
-    return folder
-
-
 def refused(home: Path, *words: str) -> str:
     """What `stoker <words>` says when it refuses: one line, with the reasons below it where there are several."""
     status, output = finish(home, command(*words), timeout=60)

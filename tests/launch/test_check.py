@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.runs import SMALL, command, finish, write_text
+from tests.launch.runs import SMALL, command, finish
 
 # A model whose gradient depends on how many ranks there are: what a wrong reduction does.
 WRONG = """
@@ -24,11 +24,9 @@ def build(config, part):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("check")
-    write_text(folder / "text")
-    (folder / "wrong.py").write_text(WRONG)
-    return folder
+def home(home: Path) -> Path:
+    (home / "wrong.py").write_text(WRONG)
+    return home
 
 
 def check(home: Path, *words: str) -> tuple[int, str]:

@@ -19,17 +19,9 @@ from tests.launch.runs import (
     steps_of,
     wait_until,
     wait_until_gone,
-    write_text,
 )
 from trainer.metrics import read
 from trainer.outcome import Outcome, read_ending
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    write_text(folder / "text")
-    return folder
 
 
 def run_with_an_obstacle(home: Path, name: str, *more: str) -> tuple[int, str, RunDirectory]:

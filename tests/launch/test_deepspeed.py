@@ -11,19 +11,12 @@ import torch.distributed as dist
 
 from parallel.deepspeed_engine.async_io import folder, is_built, missing_for_async_io
 from tests import world
-from tests.launch.runs import command, finish, overrides, started, steps_of, wait_until_gone, write_text
+from tests.launch.runs import command, finish, overrides, started, steps_of, wait_until_gone
 from tests.launch.test_kills import Killer
 
 STEPS = 16
 RUN = [f"steps={STEPS}", "checkpoint.every=2", "launch.max_restarts=20", "parallel.engine=deepspeed"]
 EXTENSIONS = folder() if is_built() and missing_for_async_io() is None else None
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("deepspeed")
-    write_text(folder / "text")
-    return folder
 
 
 def undisturbed(words: list[str], port: int, store: str) -> str:

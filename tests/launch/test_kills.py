@@ -23,19 +23,11 @@ from tests.launch.runs import (
     steps_of,
     wait_until,
     wait_until_gone,
-    write_text,
 )
 from trainer.outcome import Outcome, read_ending
 
 STEPS = 60
 LONG = [f"steps={STEPS}", "checkpoint.every=2", "launch.max_restarts=20", "tracker=none"]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("kills")
-    write_text(folder / "text")
-    return folder
 
 
 def is_saving(run: Path) -> bool:

@@ -1,7 +1,7 @@
 """Rows per second, time to the first batch, time to go on at 90% of an epoch, and memory of `data.planner=lanes`, each
 over those of public loaders on the same texts, tokenizer and packing.
 
-    python benchmarks/data.py [--megabytes 60] [--workers 1 2] [--repeats 3]
+    python benchmarks/data_loading.py [--megabytes 60] [--workers 1 2] [--repeats 3]
 
 Every loader runs as a process of its own: the texts are the standard library's sources over and over, in tar shards and
 JSON lines; the tokenizer is a byte-level BPE trained on a part of them; documents are laid end to end and cut. Loaders
