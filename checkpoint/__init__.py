@@ -13,7 +13,7 @@ shards (`parallel.shards`), rectangles of global tensors, and leaves as shards: 
 `commit`    rank 0: reports -> proof -> manifest -> rename; fencing
 `retention` which checkpoints stay
 `remote`, `upload`  the second tier, and how what is committed gets there
-`storage`   durable writes; reads that cannot leave the checkpoint
+`storage`   reads that cannot leave the checkpoint; removal
 `reader`    byte ranges checked block by block, into fresh memory
 `resuming`  all ranks agree on a checkpoint before any adopts it; a damaged one is set aside
 `audit`, `compare`  lists, full verification, differences

@@ -40,8 +40,9 @@ from checkpoint.names import (
     one_line,
     rank_failure_name,
 )
-from checkpoint.storage import discard, read_json_bytes, read_line, sync_directory, write_durably
+from checkpoint.storage import discard, read_json_bytes, read_line
 from checkpoint.tiling import PRIME, assemble
+from conf.durable import sync_directory, write_durably
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from checkpoint.names import (
 )
 from checkpoint.reader import Stored, load, mismatches, open_checkpoint, refuse, unused
 from checkpoint.remote import Remote, RemoteFailed, names_of
-from checkpoint.storage import sync_directory, write_durably
+from conf.durable import sync_directory, write_durably
 from parallel.shards import Shard
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""File effects: durable writes, and reads that cannot be led out of a checkpoint or into a device."""
+"""File effects: room and removal, and reads that cannot be led out of a checkpoint or into a device."""
 
 from __future__ import annotations
 
@@ -12,25 +12,6 @@ from pathlib import Path
 from checkpoint.names import MANIFEST, REMOVED, DamagedCheckpoint, SaveFailed
 
 _LARGEST_JSON_BYTES = 1 << 30
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes `path`, whole or not at all, and on the disk when this returns (its directory's entry may not be)."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def sync_directory(path: Path) -> None:
-    """Makes what was created, renamed or removed in `path` survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def require_space(directory: Path, needed_bytes: int) -> None:

@@ -22,7 +22,7 @@ from checkpoint.names import UPLOADING, CheckpointMismatch, DamagedCheckpoint, c
 from checkpoint.reader import read_manifest
 from checkpoint.remote import Remote, RemoteFailed, names_of
 from checkpoint.retention import VALIDATION_LOSS, Retention
-from checkpoint.storage import write_durably
+from conf.durable import write_durably
 
 log = logging.getLogger(__name__)
 

@@ -27,8 +27,9 @@ from checkpoint.names import (
 from checkpoint.remote import Remote
 from checkpoint.retention import Retention, clear_failures, retain
 from checkpoint.staging import Snapshot, StagingPool
-from checkpoint.storage import require_space, write_durably
+from checkpoint.storage import require_space
 from checkpoint.upload import Uploader, UploadReport
+from conf.durable import write_durably
 from parallel.shards import Shard
 
 log = logging.getLogger(__name__)

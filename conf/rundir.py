@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from conf.durable import write_durably
 from conf.schema import Config, from_dict, lasting, to_dict
 from conf.values import ConfigError
 
@@ -158,12 +158,7 @@ def to_yaml(config: Config) -> str:
 def write_config(run: RunDirectory, config: Config) -> None:
     """Writes `config.yaml`, whole or not at all. `run.fresh` and `run.change` are not kept: they are for one start."""
     run.path.mkdir(parents=True, exist_ok=True)
-    temporary = run.config.with_name(f".{run.config.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(to_yaml(lasting(config)))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(run.config)
+    write_durably(run.config, to_yaml(lasting(config)).encode())
 
 
 def read_config(run: RunDirectory) -> Config:

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.durable import sync_directory
 from conf.schema import DataConfig
 from data.build import SPLITS, Recipe, write_file, write_splits
 from data.documents import Source
@@ -169,15 +170,6 @@ def lock(path: Path) -> Iterator[None]:
         yield
 
 
-def sync(folder: Path) -> None:
-    """Have the names in `folder` on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _recipe(config: DataConfig, source: Source, tokenizer: Tokenizer | None, content: str) -> dict[str, Any]:
     """All that the files of a cache directory depend on."""
     recipe = {
@@ -243,11 +235,11 @@ def _build(
         _keep(tokenizer, unfinished / "tokenizer")
         meta = write_splits(unfinished, manifest, Recipe(tokenizer, source.encoder, config.validation))
         write_file(unfinished / META, [json.dumps({"recipe": recipe, **meta}, indent=1).encode()])
-        sync(unfinished)
+        sync_directory(unfinished)
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
-        sync(root)
+        sync_directory(root)
     except Killed:
         raise
     except ValueError:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from conf.durable import sync_directory
 from data.build import write_file
-from data.cache import lock, sync
+from data.cache import lock
 from data.packing import Table, best_fit, padded
 from data.tokens import Tokens
 
@@ -94,8 +95,8 @@ def _write(folder: Path, table: Table) -> None:
         sums[name] = write_file(unfinished / name, (flat[at : at + _BLOCK] for at in range(0, len(flat), _BLOCK)))
     meta = {"counts": {name: len(values) for name, values in arrays.items()}, "crc32": sums}
     write_file(unfinished / "meta.json", [json.dumps(meta).encode()])
-    sync(unfinished)
+    sync_directory(unfinished)
     if folder.exists():
         shutil.rmtree(folder)
     unfinished.rename(folder)
-    sync(folder.parent)
+    sync_directory(folder.parent)

@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from conf.durable import sync_directory
 from conf.schema import DataConfig
 from data.build import write_file
-from data.cache import META, TokenCache, cache_root, lock, open_folder, sync
+from data.cache import META, TokenCache, cache_root, lock, open_folder
 from data.documents import Document, stamp
 from data.manifest import Memo
 from data.pool import each
@@ -168,7 +169,7 @@ def _write_starts(folder: Path, files: list[tuple[np.ndarray, Path | None]], end
     write_file(unfinished / META, [json.dumps({"documents": len(starts)}).encode()])
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
-    sync(folder.parent)
+    sync_directory(folder.parent)
 
 
 def _begins(ids: np.ndarray, index: Path | None, end: int | None) -> np.ndarray:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoint.storage import sync_directory
+from conf.durable import sync_directory, write_durably
 from conf.schema import Config
 from trainer.observers import Observer, StepRecord
 
@@ -90,12 +90,7 @@ def cut_back(path: Path, step: int) -> None:
     kept = b"".join(line for line, values in _lines(path) if values["step"] <= step)
     if len(kept) == path.stat().st_size:
         return
-    shorter = path.with_name(path.name + ".cut")
-    with open(shorter, "wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(shorter, path)
+    write_durably(path, kept)
     sync_directory(path.parent)
 
 
