@@ -109,6 +109,7 @@ def resolve(config: Config, now: datetime) -> Config:
         path=_absolute(config.data.path),
         urls=_absolute_each(config.data.urls),
         tokenizer=tokenizer,
+        args=_absolute_template(config.data.args),
         sources={name: _absolute_source(source) for name, source in config.data.sources.items()},
     )
     parallel = dataclasses.replace(config.parallel, nvme_path=_absolute(config.parallel.nvme_path))
@@ -135,7 +136,16 @@ def _absolute_source(source: Any) -> Any:
     """A source of a mixture."""
     if not isinstance(source, dict):
         return source
-    return source | {key: _absolute_each(source[key]) for key in ("path", "urls") if key in source}
+    found = source | {key: _absolute_each(source[key]) for key in ("path", "urls") if key in source}
+    return found | {"args": _absolute_template(source["args"])} if isinstance(source.get("args"), dict) else found
+
+
+def _absolute_template(args: dict[str, Any]) -> dict[str, Any]:
+    """`args.template` may be a chat template or the path of one."""
+    given = args.get("template")
+    if not isinstance(given, str) or "{" in given or not Path(given).expanduser().is_file():
+        return args
+    return args | {"template": _absolute(given)}
 
 
 def next_attempt(run: RunDirectory) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -14,9 +13,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
+from data.forks import die_with
+
 _WORTH_FORKING = 16 << 20  # bytes of text: less is done before processes would be there
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
 
 T = TypeVar("T")
 _work: Callable[[int], Any] | None = None  # of a forked process
@@ -73,10 +72,7 @@ def _settle(parent: int, work: Callable[[int], Any]) -> None:
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, with whom we end
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along
 
 

@@ -2,24 +2,17 @@
 
 A reader holds no state: it is asked for an item, writes it to a slot and says so. Asking, order and resuming stay with
 the rank, so a reader can be killed at any time and loses nothing. The shared memory is anonymous: it has no name in
-/dev/shm that could be left behind. A reader never outlives its rank, and leaves signals to it: Ctrl-C and a scheduler's
-warning reach the whole process group, and the rank still needs rows for the steps before its last save.
+/dev/shm that could be left behind.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import mmap
 import multiprocessing
-import os
-import signal
 import struct
-import sys
 import traceback
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from multiprocessing.connection import Connection
@@ -27,11 +20,10 @@ from typing import NoReturn
 
 import numpy as np
 
-_LIBC = ctypes.CDLL(None)  # loaded before any fork: the loader's lock may be held in a forked process
-_PR_SET_PDEATHSIG = 1
+from data import forks
+
 _REQUEST = struct.Struct("qq")  # item, slot
 _DONE = b""
-LEFT_TO_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 Read = Callable[[int, np.ndarray], None]
 
@@ -99,26 +91,12 @@ class Readers:
         """End the processes at once. They hold nothing that could be lost."""
         while self._readers:
             reader = self._readers.pop()
-            with suppress(ProcessLookupError):
-                os.kill(reader.pid, signal.SIGKILL)
-            wait_for(reader.pid)
+            forks.end(reader.pid)
             reader.pipe.close()
 
     def _start(self, read: Read) -> _Reader:
         ours, theirs = multiprocessing.Pipe()
-        rank = os.getpid()
-        # No signal may arrive in the new process while it still has the rank's handlers.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_RANK)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                settle(rank, mask)
-                for pipe in (ours, *(reader.pipe for reader in self._readers)):
-                    pipe.close()
-                self._serve(theirs, read)
-            finally:
-                os._exit(0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        pid = forks.fork(lambda: self._serve(theirs, read), [ours, *(reader.pipe for reader in self._readers)])
         theirs.close()
         return _Reader(pid, ours)
 
@@ -134,38 +112,6 @@ class Readers:
     def _lost(self, reader: _Reader) -> NoReturn:
         self._readers.remove(reader)
         reader.pipe.close()
-        end = wait_for(reader.pid)
+        status = forks.wait_for(reader.pid)
         self.close()
-        raise RuntimeError(f"a data reader (pid {reader.pid}) {describe(end)}")
-
-
-def settle(rank: int, mask: set[int]) -> None:
-    """Make the forked process a reader: bound to its rank, deaf to signals, and never tidying up what it inherited."""
-    gc.freeze()
-    for number in LEFT_TO_THE_RANK:
-        signal.signal(number, signal.SIG_IGN)
-    signal.set_wakeup_fd(-1)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != rank:  # it died before the kernel was told
-        os._exit(1)
-
-
-def wait_for(pid: int) -> int | None:
-    """The exit status of a child, negative for a signal; None when somebody else collected it."""
-    try:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    except ChildProcessError:
-        return None
-
-
-def describe(end: int | None) -> str:
-    if end is None or end >= 0:
-        return f"ended with exit status {end}"
-    hints = {
-        signal.SIGKILL: ": most often for want of memory; lower data.workers or data.prefetch",
-        signal.SIGBUS: ": a file it reads was cut short, or its disk failed",
-    }
-    number = signal.Signals(-end)
-    return f"was killed by {number.name}{hints.get(number, '')}"
+        raise RuntimeError(f"a data reader (pid {reader.pid}) {forks.describe(status)}")

@@ -144,6 +144,19 @@ class RowStream:
         self._ask()
         return rows
 
+    def pass_over(self, step: int) -> None:
+        """Leave out the global batches before that of `step`, which count from 1, or all there are."""
+        batches = step - 1 - self._step
+        assert batches >= 0, "steps only go on"
+        batches = min(batches, self.batches_left)
+        row = self._row + batches * self._batch_rows
+        while self._readers is not None and self._row < min(row, self._ask_from):
+            self._readers.take()  # read ahead for nothing
+            self._row += self._batch_rows
+        self._row, self._ask_from = row, max(row, self._ask_from)
+        self._step += batches
+        self._ask()
+
     def state(self) -> dict[str, Any]:
         """Where the stream stands after the rows handed out: JSON values, equal on every rank of every layout."""
         return {
@@ -173,19 +186,6 @@ class RowStream:
     def _rows_left(self) -> int:
         total = self._plan.total_rows
         return sys.maxsize if total is None else max(0, total - self._row)
-
-    def pass_over(self, step: int) -> None:
-        """Leave out the global batches before that of `step`, which count from 1, or all there are."""
-        batches = step - 1 - self._step
-        assert batches >= 0, "steps only go on"
-        batches = min(batches, self.batches_left)
-        row = self._row + batches * self._batch_rows
-        while self._readers is not None and self._row < min(row, self._ask_from):
-            self._readers.take()  # read ahead for nothing
-            self._row += self._batch_rows
-        self._row, self._ask_from = row, max(row, self._ask_from)
-        self._step += batches
-        self._ask()
 
     def _read(self, row: int, out: np.ndarray) -> None:
         self._plan.read(row + self._mine, out)

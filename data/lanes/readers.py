@@ -1,6 +1,6 @@
 """Processes that read and tokenise windows for a rank.
 
-They are like the processes of `data.readers`: forked early, bound to their rank, holding no state. What they read has
+They are like the processes of `data.readers`: forked early, holding no state. What they read has
 no known size, so each window comes back in anonymous memory of its own (memfd), whose descriptor is passed over a
 socket: nothing is copied, and nothing has a name that could be left behind.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import signal
 import socket
 import tempfile
 import traceback
@@ -22,9 +21,9 @@ from typing import NoReturn
 
 import numpy as np
 
+from data import forks
 from data.lanes.dealing import Skip
 from data.lanes.windows import Window
-from data.readers import LEFT_TO_THE_RANK, describe, settle, wait_for
 
 _MOST = 1 << 20  # bytes of one message
 _ON_THE_WAY = 8  # windows that a reader is asked for and has not sent
@@ -89,26 +88,12 @@ class WindowReaders:
         """End the processes at once. They hold nothing that could be lost."""
         while self._readers:
             reader = self._readers.pop()
-            with suppress(ProcessLookupError):
-                os.kill(reader.pid, signal.SIGKILL)
-            wait_for(reader.pid)
+            forks.end(reader.pid)
             reader.socket.close()
 
     def _start(self) -> _Reader:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        rank = os.getpid()
-        # No signal may arrive in the new process while it still has the rank's handlers.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_RANK)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                settle(rank, mask)
-                for end in (ours, *(reader.socket for reader in self._readers)):
-                    end.close()
-                _serve(theirs, self._read)
-            finally:
-                os._exit(0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        pid = forks.fork(lambda: _serve(theirs, self._read), [ours, *(reader.socket for reader in self._readers)])
         theirs.close()
         return _Reader(pid, ours)
 
@@ -142,9 +127,9 @@ class WindowReaders:
     def _lost(self, reader: _Reader) -> NoReturn:
         self._readers.remove(reader)
         reader.socket.close()
-        end = wait_for(reader.pid)
+        status = forks.wait_for(reader.pid)
         self.close()
-        raise RuntimeError(f"a data reader (pid {reader.pid}) {describe(end)}")
+        raise RuntimeError(f"a data reader (pid {reader.pid}) {forks.describe(status)}")
 
 
 def _serve(end: socket.socket, read: Read) -> None:

@@ -1,7 +1,7 @@
 """Bytes of shards, wherever they lie: by range, checked, with patience.
 
     Shard      a URL, its size and the version that the server gave it        shards.py
-    Store      bytes of shards by range: files, http(s), s3, pipes            store.py
+    Store      bytes of shards by range: files, http(s), s3, pipes            store.py, web.py, systems.py
     retries    exponential backoff with jitter, going on at the broken byte   retries.py
     blocks     a cache of downloaded blocks on disk                           blocks.py
     Damaged    the one error, which names URL, byte and sample                damage.py

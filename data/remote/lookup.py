@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
+from data.documents import stamp
 from data.remote.retries import PATIENCE, Patience, Refused, Transient, persist
 from data.remote.shards import Shard, local_path, scheme
-from data.remote.store import open_system
+from data.remote.systems import open_system, told
 from data.remote.web import Web
 
 _AT_ONCE = 32  # requests
@@ -23,12 +24,12 @@ def look_up(urls: Sequence[str], patience: Patience = PATIENCE) -> list[Shard]:
     def one(url: str) -> Shard:
         kind = scheme(url)
         if kind == "file":
-            return _local(url)
+            return Shard(url, stamp(Path(local_path(url)))[1])
         if kind == "pipe":
             return Shard(url, -1)
         if kind in ("http", "https"):
             return _patiently(url, patience, lambda: web.head(url))
-        return _patiently(url, patience, lambda: _information(systems[kind].info(url)))
+        return _patiently(url, patience, lambda: _information(systems[kind], url))
 
     if all(scheme(url) in ("file", "pipe") for url in urls):
         return [one(url) for url in urls]
@@ -36,31 +37,11 @@ def look_up(urls: Sequence[str], patience: Patience = PATIENCE) -> list[Shard]:
         return list(pool.map(one, urls))
 
 
-def _local(url: str) -> Shard:
-    path = local_path(url)
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"cannot read {path}: it is no regular file")
-    return Shard(url, status.st_size)
-
-
 def _patiently(url: str, patience: Patience, ask: Callable[[], tuple[int, str]]) -> Shard:
     found: list[tuple[int, str]] = []
 
     def attempt(_: int) -> Iterator[bytes]:
-        try:
-            found.append(ask())
-        except (Transient, Refused):
-            raise
-        except FileNotFoundError as error:
-            raise Refused("it is not there") from error
-        except PermissionError as error:
-            raise Refused(f"it may not be read: {error}") from error
-        except Exception as error:  # every file system of fsspec has errors of its own
-            raise Transient(f"{type(error).__name__}: {error}") from error
+        found.append(ask())
         return iter(())
 
     try:
@@ -70,5 +51,7 @@ def _patiently(url: str, patience: Patience, ask: Callable[[], tuple[int, str]])
     return Shard(url, *found[0])
 
 
-def _information(values: dict) -> tuple[int, str]:
-    return int(values["size"]), str(values.get("ETag") or values.get("etag") or "")
+def _information(system: Any, url: str) -> tuple[int, str]:
+    with told():
+        values = system.info(url)
+        return int(values["size"]), str(values.get("ETag") or values.get("etag") or "")

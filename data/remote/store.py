@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 from data.remote.blocks import BlockCache
 from data.remote.damage import Damaged
 from data.remote.retries import PATIENCE, Patience, Refused, Transient, persist
 from data.remote.shards import Shard, local_path, scheme
+from data.remote.systems import open_system, told
 from data.remote.web import Web
 
 _PIECE = 4 << 20  # bytes of one request where a request cannot be taken up again in its middle
+_LAST_WORDS = 4096  # bytes of what a command that failed has said, of which the last line is told
 
 
 @dataclass
@@ -51,9 +54,13 @@ class Store:
     def stream(self, shard: Shard) -> Iterator[_Output]:
         """The output of a `pipe:` shard. Raises Damaged, when it is read to its end, if the command fails."""
         command = shard.url.removeprefix("pipe:")
-        with subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        # What it says goes to a file: a pipe that nobody empties would stop it once full.
+        with (
+            tempfile.TemporaryFile() as said,
+            subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, stderr=said) as process,
+        ):
             try:
-                yield _Output(process, shard, self.traffic)
+                yield _Output(process, said, shard, self.traffic)
             finally:
                 process.kill()
 
@@ -94,14 +101,8 @@ class Store:
         system = self._system(scheme(shard.url))
         while begin < end:
             wanted = min(_PIECE, end - begin)
-            try:
+            with told():
                 found = system.cat_file(shard.url, start=begin, end=begin + wanted)
-            except FileNotFoundError as error:
-                raise Refused("it is not there") from error
-            except PermissionError as error:
-                raise Refused(f"it may not be read: {error}") from error
-            except Exception as error:  # every file system of fsspec has errors of its own
-                raise Transient(f"{type(error).__name__}: {error}") from error
             if len(found) > wanted:
                 raise Refused(f"{len(found)} bytes instead of the {wanted} asked for")
             begin += len(found)
@@ -120,25 +121,11 @@ class Store:
         self.traffic.retries += 1
 
 
-def open_system(name: str, patience: Patience) -> Any:
-    """The fsspec file system of a URL scheme. Raises ValueError when what it needs is not installed."""
-    import fsspec
-
-    options: dict[str, Any] = {"skip_instance_cache": True}
-    if name == "s3":
-        stall = patience.stall_seconds
-        options["config_kwargs"] = {"read_timeout": stall, "connect_timeout": stall, "retries": {"max_attempts": 1}}
-    try:
-        return fsspec.filesystem(name, **options)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"cannot read {name}:// addresses: {error}") from error
-
-
 class _Output:
     """What a command writes, and whether it ended well."""
 
-    def __init__(self, process: subprocess.Popen[bytes], shard: Shard, traffic: Traffic) -> None:
-        self._process, self._shard, self._traffic = process, shard, traffic
+    def __init__(self, process: subprocess.Popen[bytes], said: IO[bytes], shard: Shard, traffic: Traffic) -> None:
+        self._process, self._said, self._shard, self._traffic = process, said, shard, traffic
         self._byte = 0
 
     def read(self, size: int) -> bytes:
@@ -147,8 +134,8 @@ class _Output:
         self._byte += len(found)
         self._traffic.bytes += len(found)
         if len(found) < size and self._process.wait() != 0:
-            assert self._process.stderr is not None
-            said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+            self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - _LAST_WORDS))
+            said = self._said.read().decode(errors="replace").strip().splitlines()
             reason = f"the command ended with status {self._process.returncode}"
             raise Damaged(": ".join([reason, *said[-1:]]), self._shard.url, self._byte)
         return found

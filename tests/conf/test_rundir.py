@@ -197,6 +197,19 @@ def test_no_two_starts_get_the_same_attempt(tmp_path):
     assert sorted(numbers) == list(range(1, 161))
 
 
+def test_a_file_with_a_chat_template_is_found_again_from_another_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    found = str(tmp_path / "chat.jinja")
+    assert resolve(compose(["data=chat", "data.args.template=chat.jinja"]), NOON).data.args["template"] == found
+    given = compose(["data=chat"])
+    for template in ("{{ messages }}", "not-there"):
+        given.data.args = {"template": template}
+        assert resolve(given, NOON).data.args == given.data.args
+    given.data.sources = {"a": {"kind": "chat", "args": {"template": "chat.jinja", "messages": "talk"}}}
+    assert resolve(given, NOON).data.sources["a"]["args"] == {"template": found, "messages": "talk"}
+
+
 def test_addresses_of_shards_are_made_absolute_where_they_are_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = Config()

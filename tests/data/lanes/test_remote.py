@@ -178,6 +178,18 @@ def test_brace_patterns_are_ranges_and_lists():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_command_that_says_much_is_read_to_its_end(status):
+    """More on stderr than a pipe holds, before the first byte of output."""
+    command = f"head -c 300000 /dev/zero | tr '\\\\0' x >&2; echo >&2; echo last words >&2; echo found; exit {status}"
+    with Store().stream(Shard(f"pipe:{command}", -1)) as output:
+        if not status:
+            assert output.read(100) == b"found\n"
+        else:
+            with pytest.raises(Damaged, match="the command ended with status 3: last words"):
+                output.read(100)
+
+
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
     moto = pytest.importorskip("moto.server")
