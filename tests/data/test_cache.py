@@ -156,9 +156,11 @@ def test_a_wrong_memory_of_the_texts_does_no_harm(config, monkeypatch):
 def test_a_builder_killed_in_the_middle_is_followed_by_one_that_succeeds(config, monkeypatch):
     pid = os.fork()
     if pid == 0:
-        monkeypatch.setattr(cache_module, "sync", lambda folder: os.kill(os.getpid(), signal.SIGKILL))
-        cache_of(config.data)
-        os._exit(0)
+        try:
+            monkeypatch.setattr(cache_module, "sync_directory", lambda folder: os.kill(os.getpid(), signal.SIGKILL))
+            cache_of(config.data)
+        finally:
+            os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert list(Path(config.data.cache).glob("*.unfinished"))
     assert len(texts_of(config, "train")) > 20

@@ -73,10 +73,12 @@ def test_a_killed_reader_is_an_error_and_nothing_is_left_behind(opener):
 def test_readers_end_with_their_rank(opener):
     pid = os.fork()
     if pid == 0:
-        stream = opener(workers=2)
-        stream.next()
-        time.sleep(60)
-        os._exit(0)
+        try:
+            stream = opener(workers=2)
+            stream.next()
+            time.sleep(60)
+        finally:
+            os._exit(0)
     deadline = time.monotonic() + 20
     while len(readers := children(pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
