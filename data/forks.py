@@ -83,6 +83,7 @@ def describe(status: int | None) -> str:
 
 def _settle(rank: int, mask: set[int]) -> None:
     gc.freeze()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along: waiting for them has no end
     for number in LEFT_TO_THE_RANK:
         signal.signal(number, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)

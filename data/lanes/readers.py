@@ -98,17 +98,19 @@ class WindowReaders:
         return _Reader(pid, ours)
 
     def _send(self) -> None:
-        """Keep the readers busy. What is on the way is bounded: a full socket in each direction would be a deadlock."""
-        for reader in self._readers:
-            while self._waiting and len(reader.asked) < _ON_THE_WAY:
-                key = self._waiting.popleft()
-                known = self._known[key]
-                request = json.dumps([*key, None if known is None else [list(skip) for skip in known]]).encode()
-                try:
-                    reader.socket.send(request)
-                except OSError:
-                    self._lost(reader)
-                reader.asked.append(key)
+        """Keep all readers busy. What is on the way is bounded: a full socket in each direction would be a deadlock."""
+        while self._waiting:
+            reader = min(self._readers, key=lambda reader: len(reader.asked))
+            if len(reader.asked) == _ON_THE_WAY:
+                return
+            key = self._waiting.popleft()
+            known = self._known[key]
+            request = json.dumps([*key, None if known is None else [list(skip) for skip in known]]).encode()
+            try:
+                reader.socket.send(request)
+            except OSError:
+                self._lost(reader)
+            reader.asked.append(key)
 
     def _receive(self, reader: _Reader) -> None:
         try:

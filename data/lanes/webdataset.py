@@ -12,8 +12,11 @@ import io
 import json
 import logging
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +75,8 @@ class TarShards:
             yield from self._read_through(shard, store, report)
             return
         index = self._index(shard, store)
-        here = [sample for sample in index.samples if begin <= sample.begin < end]
+        first, after = (bisect_left(index.samples, byte, key=attrgetter("begin")) for byte in (begin, end))
+        here = index.samples[first:after]
         number = 0
         if here:
             data = io.BytesIO(store.read(shard, here[0].begin, here[-1].end))
@@ -210,9 +214,14 @@ class _Through:
 
 def _stored(path: Path, size: int) -> Index | None:
     try:
-        return load(path.read_bytes(), size)
+        return _loaded(path, size, path.stat().st_mtime_ns)
     except OSError:
         return None
+
+
+@lru_cache(maxsize=64)  # a block is read faster than the index of a shard of thousands of samples is parsed
+def _loaded(path: Path, size: int, changed: int) -> Index | None:
+    return load(path.read_bytes(), size)
 
 
 def _after(index: Index) -> str | None:
