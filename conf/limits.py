@@ -106,6 +106,7 @@ LIMITS = (
     _at_least("data.unit_bytes", 512, "smaller reads cost more than they bring"),
     _at_least("data.deal_every", 1, "it counts rows"),
     _choice("data.on_damage", "error", "skip"),
+    _at_least("data.skip_limit", 0, "it counts skips"),
     _at_least("data.retries", 0, "it counts attempts"),
     _above_zero("data.stall_seconds", "no answer comes at once"),
     _above_zero("data.block_cache_gib", "a cache holds something"),

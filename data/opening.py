@@ -43,9 +43,8 @@ def prepare(config: Config) -> None:
 
     Called once per machine before its ranks call `open_rows`. Raises ValueError for data that cannot be used.
     """
-    if config.data.planner == "lanes":
-        return  # tokenised as they are read
-    open_rows(config, "train")
+    if config.data.planner != "lanes":  # whose texts are tokenised as they are read
+        open_rows(config, "train")
     if config.eval.rows:
         open_rows(config, "validation")
 
@@ -57,10 +56,13 @@ def open_rows(config: Config, split: str) -> IndexPlan | MixedPlan:
     rows than there are.
     """
     assert split in SPLITS
-    if config.data.planner == "lanes":
+    if config.data.planner == "lanes" and split == "train":
         raise ValueError("rows of data.planner=lanes have no numbers that could be looked up: data.planner=index has")
     specs = specs_of(config.data)
-    opened = [open_source(config, spec, split) for spec in specs]
+    if config.data.planner == "lanes":
+        opened = _held_out(config, specs)
+    else:
+        opened = [open_source(config, spec, split) for spec in specs]
     mask = config.data.document_mask
     if mask is None:
         mask = config.data.packing == "best_fit" or any(source.is_chat for source in opened)
@@ -90,6 +92,11 @@ def open_stream(config: Config, mesh: Mesh) -> RowSource:
         from data.lanes.opening import open_lanes  # most runs do not need what it imports
 
         return open_lanes(config, mesh, open_tokenizer(config.data))
+    compare = None
+    if mesh.layout.tp * mesh.layout.pp > 1:
+        from data.lanes.exchange import Ranks
+
+        compare = Ranks(mesh).compare
     return RowStream(
         open_rows(config, "train"),
         config.batch.rows,
@@ -98,6 +105,7 @@ def open_stream(config: Config, mesh: Mesh) -> RowSource:
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         pin=mesh.device.type == "cuda",
+        compare=compare,
     )
 
 
@@ -171,6 +179,20 @@ def open_source(config: Config, spec: Spec, split: str) -> Opened:
     source = documents_of(found, spec.config.target)
     cache = open_cache(spec.config, source)
     return Opened(spec, cache.content, cache.tokenizer, cache.tokens(split), source.encoder is not None, cache.folder)
+
+
+def _held_out(config: Config, specs: list[Spec]) -> list[Opened]:
+    """What each source gives to `eval.rows` rows of evaluation under data.planner=lanes, by its weight at step 1."""
+    from data.lanes.opening import open_held_out
+
+    tokenizer = open_tokenizer(config.data)
+    weights = wanted_weights(config.data, specs, [1] * len(specs))[0].weights if config.data.sources else (1,)
+    opened = []
+    for spec, weight in zip(specs, weights, strict=True):
+        rows = -(-config.eval.rows * weight // sum(weights))
+        content, tokens = open_held_out(config, spec, tokenizer, rows)
+        opened.append(Opened(spec, content, tokenizer, tokens, False, None))
+    return opened
 
 
 def _plan(config: Config, source: Opened, split: str, mask: bool, common: dict[str, Any]) -> IndexPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +14,8 @@ from data.rows import RowPlan, unpack
 from parallel.rows import Rows
 
 log = logging.getLogger(__name__)
+
+COMPARED_EVERY = 64  # batches between two comparisons over a model-parallel group
 
 
 class EndOfData(Exception):
@@ -77,14 +79,17 @@ class RowStream:
         workers: int = 0,
         prefetch: int = 4,
         pin: bool = False,
+        compare: Callable[[np.ndarray], None] | None = None,
     ) -> None:
         """`row`: global number of the first row; `prefetch`: global batches that each of `workers` reads ahead.
 
-        `pin` puts the rows into page-locked memory. Raises ValueError when `batch_rows` does not divide over `dp`.
+        `pin` puts the rows into page-locked memory. `compare` is given this rank's rows now and then, and raises when
+        the ranks that should hold the same do not. Raises ValueError when `batch_rows` does not divide over `dp`.
         """
         if batch_rows % dp:
             raise ValueError(f"batch.rows={batch_rows} does not divide over {dp} data-parallel ranks")
-        self._plan, self._batch_rows, self._pin = plan, batch_rows, pin
+        self._plan, self._batch_rows, self._pin, self._compare = plan, batch_rows, pin, compare
+        self._handed_out = 0  # batches since this start
         self._mine = np.arange(dp_rank, batch_rows, dp)  # places of this rank's rows in a global batch
         self._row = self._ask_from = row
         self._step = row // batch_rows
@@ -127,18 +132,23 @@ class RowStream:
     def next(self) -> Rows:
         """This rank's rows of the next global batch, `[batch_rows / dp, seq_len]`.
 
-        Raises EndOfData after the last batch, and RuntimeError when a reader process died or failed.
+        Raises EndOfData after the last batch, and RuntimeError when a reader process died or failed, or when the ranks
+        of a model-parallel group hold different rows.
         """
         if not self.batches_left:
             raise EndOfData(
                 f"the data end after {self._plan.total_rows} rows, "
                 f"and {self._rows_left} are left at row {self._row}: too few for batch.rows={self._batch_rows}"
             )
+        packed = self._packed
         if self._readers is None:
-            self._read(self._row, self._packed)
-            rows = unpack(self._packed, self._pin)
+            self._read(self._row, packed)
         else:
-            rows = unpack(self._readers.take(), self._pin)
+            packed = self._readers.take()
+        if self._compare is not None and self._handed_out % COMPARED_EVERY == 0:
+            self._compare(packed)
+        self._handed_out += 1
+        rows = unpack(packed, self._pin)
         self._row += self._batch_rows
         self._step += 1
         self._ask()

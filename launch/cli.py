@@ -184,8 +184,9 @@ def _data_made(options: argparse.Namespace) -> int:
 
 def _data_shown(options: argparse.Namespace) -> int:
     from launch import data_show as show
+    from launch.data_peek import peek
 
-    return {"plan": show.plan, "peek": show.peek, "verify": show.verify}[options.what](options)
+    return {"plan": show.plan, "peek": peek, "verify": show.verify}[options.what](options)
 
 
 def _train(options: argparse.Namespace) -> int:

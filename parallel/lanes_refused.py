@@ -40,14 +40,10 @@ def _tokenizer(start: Start) -> str | None:
     data = start.config.data
     if data.planner != "lanes" or data.tokenizer != "bpe":
         return None
-    return "data.tokenizer=bpe with data.planner=lanes: it is trained on all the data; data.tokenizer=byte works"
-
-
-def _evaluation(start: Start) -> str | None:
-    config = start.config
-    if config.data.planner != "lanes" or not config.eval.rows:
-        return None
-    return f"eval.rows={config.eval.rows} with data.planner=lanes: eval.rows=0 works, or data.planner=index"
+    return (
+        "data.tokenizer=bpe with data.planner=lanes: train one with `stoker data tokenizer` and name its folder, "
+        "or data.tokenizer=byte works"
+    )
 
 
 # (name, what is refused, why, check)
@@ -70,11 +66,5 @@ ENTRIES: tuple[tuple[str, str, str, Callable[[Start], str | None]], ...] = (
         "data.planner=lanes with a tokenizer that is trained on the data",
         "nothing is read before it is trained on",
         _tokenizer,
-    ),
-    (
-        "evaluation of lanes",
-        "data.planner=lanes with eval.rows",
-        "which documents are kept for validation is known only when they are read",
-        _evaluation,
     ),
 )

@@ -6,8 +6,10 @@ lane order, and some more to be read ahead. A window dealt ahead is counted, by 
 The result is a function of the windows' sizes alone: who counts them, how fast, and on how many processes is not in it.
 
 When no window is left and a lane would run short, what all lanes still hold is laid end to end in lane order and cut
-into as many equal spans as there are lanes. Each lane then reads rows up to the last; a finite run ends with less than
-one row per lane of padding, and no token is lost.
+into as many equal spans as there are lanes: the tail of the source. Its rows are dealt to the spans like cards, so a
+lane that reads every row reads on in its own span; in a mixture, where other sources end and rows move to other lanes,
+whoever has a row finds it by its number. A finite run ends with less than one row per lane of padding, and no token is
+lost.
 
 An *amount* is what rows are made of: tokens for rows that are cut out of documents laid end to end, whole rows for
 packings that make their rows within a window. A row takes `need` amounts, and looks at `overlap` more: the label of its
@@ -46,6 +48,13 @@ class Skip(NamedTuple):
 ALL = -1
 
 
+class Tail(NamedTuple):
+    """The last `rows` rows of a source. Its row first + j is row j // lanes of span j mod lanes."""
+
+    first: int
+    rows: int
+
+
 @dataclass(frozen=True)
 class Count:
     """What a window turned out to hold."""
@@ -72,12 +81,17 @@ class Deal:
     """What the lanes hold after a dealing. Never changed: the next dealing makes a new one."""
 
     queues: tuple[tuple[Segment, ...], ...]  # of each lane, in the order it reads them
-    begins: np.ndarray  # int64 [lanes]: where in its lane's stream of amounts each queue begins
+    begins: np.ndarray  # int64 [lanes]: where in its lane's stream of amounts each queue begins; 0 for spans of a tail
     next_window: int = 0
     counted: Count = field(default_factory=lambda: Count(0))  # of all windows counted so far together
     windows_counted: int = 0
     empty_windows: int = 0  # counted in a row without any amount
-    last_rows: np.ndarray | None = None  # int64 [lanes]: rows of each lane in all, once the rest is divided
+    tail: Tail | None = None  # once the rest is divided: the queues are its spans
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows the source has in all; None until that is known."""
+        return None if self.tail is None else self.tail.first + self.tail.rows
 
     @property
     def uncounted(self) -> list[tuple[int, int]]:
@@ -102,7 +116,7 @@ def deal(
     uncounted. `count` says what the (lane, window) pairs hold; it is called with the same pairs on every rank.
     Raises ValueError when a whole epoch holds nothing.
     """
-    assert before.last_rows is None, "nothing is dealt after the end"
+    assert before.tail is None, "nothing is dealt after the end"
     hand = _Hand(before, terms, done)
     hand.count(before.uncounted, count)
     while (short := hand.short(wanted)).any() and not hand.exhausted:
@@ -201,14 +215,13 @@ class _Hand:
         total = int(edges[-1])
         rows = -(-max(0, total - terms.overlap) // terms.need)
         share, more = divmod(rows, terms.lanes)
-        lanes = np.arange(terms.lanes + 1)
-        firsts = (lanes * share + np.minimum(lanes, more)).tolist()
+        spans = np.arange(terms.lanes + 1)
+        firsts = (spans * share + np.minimum(spans, more)).tolist()
         self._queues = []
         for first, after in pairwise(firsts):
             begin, end = first * terms.need, min(after * terms.need + terms.overlap, total)
             self._queues.append(_cut(rest, edges, begin, end) if after > first else [])
-        last_rows = self._done + np.diff(np.array(firsts, np.int64))
-        return replace(self.deal(), begins=self._at.copy(), last_rows=last_rows)
+        return replace(self.deal(), begins=0 * self._begins, tail=Tail(int(self._done.sum()), rows))
 
 
 def _cut(segments: Sequence[Segment], edges: np.ndarray, begin: int, end: int) -> list[Segment]:
@@ -241,7 +254,7 @@ def to_json(deal: Deal) -> dict[str, Any]:
         "documents": total.documents,
         "tokens": total.tokens,
         "skips": [list(skip) for skip in total.skips],
-        "last_rows": None if deal.last_rows is None else deal.last_rows.tolist(),
+        "tail": None if deal.tail is None else list(deal.tail),
     }
 
 
@@ -257,5 +270,5 @@ def from_json(state: Mapping[str, Any]) -> Deal:
         counted=Count(state["amount"], state["documents"], state["tokens"], skips),
         windows_counted=state["windows_counted"],
         empty_windows=state["empty_windows"],
-        last_rows=None if state["last_rows"] is None else np.array(state["last_rows"], np.int64),
+        tail=None if state["tail"] is None else Tail(*state["tail"]),
     )

@@ -18,7 +18,8 @@ from data.remote.shards import Shard, names_fingerprint
 from data.remote.store import Store
 
 COMPRESSED = (".gz", ".zst")
-_BEYOND = 64 << 10  # bytes read beyond a block at first, so that its last line rarely takes a second request
+# Bytes read beyond a block at first, so that its last line rarely takes a second request: a part of it, within limits.
+_BEYOND_PART, _LEAST_BEYOND, _MOST_BEYOND = 16, 256, 64 << 10
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def content_of(value: Any, column: str, where: tuple[str, int | None, str | None
 
 def _lines_that_begin(shard: Shard, begin: int, end: int, store: Store) -> Iterator[tuple[int, bytes]]:
     """(byte, line) of the lines that begin in `begin` to `end`."""
-    data = store.read(shard, max(0, begin - 1), end + _BEYOND)
+    beyond = min(max((end - begin) // _BEYOND_PART, _LEAST_BEYOND), _MOST_BEYOND)
+    data = store.read(shard, max(0, begin - 1), end + beyond)
     first = 0
     if begin:  # the byte before says whether a line begins with the block
         line_end = data.find(b"\n", 0, end - begin)
@@ -107,7 +109,7 @@ def _lines_that_begin(shard: Shard, begin: int, end: int, store: Store) -> Itera
         first = line_end + 1
     base = max(0, begin - 1)
     last = data.find(b"\n", end - 1 - base)  # the end of the last line that begins before `end`
-    read_to, step = base + len(data), len(data)
+    read_to, step = base + len(data), 2 * beyond
     pieces = [data]
     while last < 0 and read_to < shard.size:
         pieces.append(store.read(shard, read_to, read_to + step))

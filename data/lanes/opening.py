@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from conf.schema import Config, DataConfig
 from conf.targets import import_target
+from data.cache import cache_root
 from data.lanes.exchange import Ranks
+from data.lanes.held_out import held_out
 from data.lanes.mixing import LaneMixture
 from data.lanes.packed import Packing
 from data.lanes.rows import Shape
@@ -12,8 +16,9 @@ from data.lanes.sources import open_store
 from data.lanes.stream import LaneStream
 from data.lanes.units import Units
 from data.lanes.windows import Windows
-from data.sources import specs_of, wanted_weights
+from data.sources import Spec, specs_of, wanted_weights
 from data.tokenizer import Tokenizer
+from data.tokens import Tokens
 from parallel.mesh import Mesh
 
 
@@ -39,39 +44,62 @@ def open_windows(data: DataConfig, seed: int, tokenizer: Tokenizer, epochs: int 
 def open_sources(config: Config, tokenizer: Tokenizer) -> tuple[list[Windows], LaneMixture | None]:
     """The windows of every source, and how their rows are mixed.
 
-    Raises ValueError for data that cannot be used, and in a mixture for a source without a weight or with an end.
+    Raises ValueError for data that cannot be used, and in a mixture for a source without a weight.
     """
     data, seed = config.data, config.run.seed
     specs = specs_of(data)
     if not data.sources:
         return [open_windows(data, seed, tokenizer, data.epochs)], None
     for spec in specs:
-        if spec.epochs is not None:
-            raise ValueError(
-                f"data.sources.{spec.name} ends after {spec.epochs} epochs: under planner=lanes a mixture has no end"
-            )
         if spec.weight is None and not data.weights:
             raise ValueError(f"data.sources.{spec.name} needs a weight: with data.planner=lanes nobody knows its size")
-    windows = [open_windows(spec.config, seed, tokenizer, None) for spec in specs]
+    windows = [open_windows(spec.config, seed, tokenizer, spec.epochs) for spec in specs]
     wanted = wanted_weights(data, specs, [1] * len(specs))
-    return windows, LaneMixture(len(specs), wanted, config.batch.rows)
+    return windows, LaneMixture(wanted, config.batch.rows)
 
 
 def open_lanes(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> LaneStream:
     """The rows that this rank trains on. A collective. Raises ValueError for data that cannot be used."""
-    data = config.data
+    return _stream(
+        config,
+        *open_sources(config, tokenizer),
+        dp_rank=mesh.dp_rank,
+        dp=mesh.layout.dp,
+        exchange=Ranks(mesh),
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        pin=mesh.device.type == "cuda",
+    )
+
+
+def open_all_lanes(config: Config, tokenizer: Tokenizer) -> tuple[LaneStream, LaneMixture | None]:
+    """The rows of all ranks in one process, batch by batch, to look at; and how its sources are mixed.
+
+    Raises ValueError for data that cannot be used.
+    """
     windows, mixture = open_sources(config, tokenizer)
+    return _stream(config, windows, mixture, workers=config.data.workers, prefetch=1), mixture
+
+
+def _stream(config: Config, windows: list[Windows], mixture: LaneMixture | None, **options: Any) -> LaneStream:
+    data = config.data
     return LaneStream(
         windows,
         Shape(data.lanes, data.deal_every, Packing(data.packing, config.seq_len)),
         config.batch.rows,
-        mesh.dp_rank,
-        mesh.layout.dp,
         document_mask=data.packing == "best_fit" if data.document_mask is None else data.document_mask,
         store=open_store(data),
         mixture=mixture,
-        exchange=Ranks(mesh),
-        workers=data.workers,
-        prefetch=data.prefetch,
-        pin=mesh.device.type == "cuda",
+        skip_limit=data.skip_limit,
+        **options,
     )
+
+
+def open_held_out(config: Config, spec: Spec, tokenizer: Tokenizer, rows: int) -> tuple[str, Tokens]:
+    """Fingerprint and tokens of the documents of a source that `rows` rows of evaluation are made of.
+
+    Raises ValueError for data that cannot be used.
+    """
+    windows = open_windows(spec.config, config.run.seed, tokenizer, spec.epochs)
+    packing = Packing(config.data.packing, config.seq_len)
+    return held_out(cache_root(config.data), windows, packing, rows, open_store(spec.config))

@@ -14,7 +14,7 @@ import numpy as np
 
 from data.lanes.dealing import UNCOUNTED, Count, Deal, Segment, Skip, Terms, deal, nothing_dealt
 from data.lanes.exchange import Exchange
-from data.lanes.mixing import LaneMixture
+from data.lanes.mixing import NOBODY, LaneMixture, Limits
 from data.lanes.packed import NOTHING, Packed, Packing
 from data.lanes.readers import Key, WindowReaders
 from data.lanes.windows import Windows
@@ -27,6 +27,11 @@ class Place:
     rows: int
     deals: tuple[Deal, ...]  # of each source
     done: tuple[np.ndarray, ...]  # of each source, int64 [lanes]: rows that each lane has taken from it
+
+    @property
+    def limits(self) -> Limits:
+        """Rows of each source in all, as far as they are known."""
+        return tuple(deal.rows for deal in self.deals)
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,17 @@ class Counters:
     retries: int = 0
 
 
+@dataclass(frozen=True)
+class _Coming:
+    """What is known of the rows from row `first` of each lane on."""
+
+    first: int
+    limits: Limits
+    sources: np.ndarray  # int64 [rows, lanes]
+    numbers: np.ndarray  # int64 [rows, lanes]: which row of its source each is
+    tails: dict[Key, tuple[int, Segment]]  # what this rank's lanes need for those that are of a source's tail
+
+
 class LaneRows:
     """The rows of the lanes l with l mod dp = dp_rank, as tokens and what each of them is."""
 
@@ -58,15 +74,20 @@ class LaneRows:
         dp: int,
         readers: WindowReaders | None,
         exchange: Exchange,
+        skip_limit: int,
     ) -> None:
-        """`readers` is None on a rank that does not read. Raises ValueError when the lanes do not divide over dp."""
+        """`readers` is None on a rank that does not read; `skip_limit`: skips of a source that may be recorded.
+
+        Raises ValueError when the lanes do not divide over dp.
+        """
         if shape.lanes % dp:
             raise ValueError(f"data.lanes={shape.lanes} do not divide over {dp} data-parallel ranks")
         self._sources, self._shape, self._mixture = sources, shape, mixture
         self._mine = range(dp_rank, shape.lanes, dp)
-        self._readers, self._exchange = readers, exchange
+        self._readers, self._exchange, self._skip_limit = readers, exchange, skip_limit
         self._held: dict[Key, Packed] = {}
         self._asked: set[Key] = set()
+        self._seen: _Coming | None = None
         self.counters = Counters()
         self._unreported = Counters()  # of this rank
         self._terms = [
@@ -89,6 +110,7 @@ class LaneRows:
             self._readers.discard()
         self._held.clear()
         self._asked.clear()
+        self._seen = None
 
     def read(self, place: Place, rows: int, out: np.ndarray) -> Place | None:
         """Write the `rows` rows of each lane that follow `place`, and return the place after them.
@@ -105,32 +127,81 @@ class LaneRows:
                 place = self._deal(place)
             if self._ended(place):
                 return None if number == 0 else place
-            of = self._mixture.assign(row + np.arange(shape.lanes))
+            coming = self._coming(place)
+            of, numbers = (part[place.rows - coming.first] for part in (coming.sources, coming.numbers))
             if self._exchange.reads:
-                self._hold(place)
+                self._hold(place, coming)
                 for slot, lane in enumerate(self._mine):
-                    self._write(place, int(of[lane]), lane, out[:, number * here + slot])
+                    if of[lane] != NOBODY:
+                        self._write(place, int(of[lane]), int(numbers[lane]), lane, out[:, number * here + slot])
             done = tuple(taken + (of == source) for source, taken in enumerate(place.done))
             place = replace(place, rows=place.rows + 1, done=done)
         return place
 
     def _ended(self, place: Place) -> bool:
-        ends = [d.last_rows for d in place.deals]
-        return any(end is not None and place.rows >= int(end.max()) for end in ends)
+        end = self._mixture.total_rows(place.limits)
+        return end is not None and place.rows * self._shape.lanes >= end
+
+    def _coming(self, place: Place) -> _Coming:
+        """The rows after `place`, two periods of them when they are looked up anew, and less after some were read."""
+        seen, shape = self._seen, self._shape
+        if seen is not None and seen.limits == place.limits and 0 <= place.rows - seen.first < shape.period:
+            return seen
+        count = 2 * shape.period
+        rows = place.rows * shape.lanes + np.arange(count * shape.lanes)
+        sources, numbers = (part.reshape(count, shape.lanes) for part in self._mixture.assign(rows, place.limits))
+        self._seen = _Coming(place.rows, place.limits, sources, numbers, self._tails(place, sources, numbers))
+        return self._seen
+
+    def _tails(self, place: Place, sources: np.ndarray, numbers: np.ndarray) -> dict[Key, tuple[int, Segment]]:
+        needed: dict[Key, tuple[int, Segment]] = {}
+        for source, dealt in enumerate(place.deals):
+            if dealt.tail is None:
+                continue
+            terms = self._terms[source]
+            mine = slice(self._mine.start, None, self._mine.step)
+            for number in numbers[:, mine][sources[:, mine] == source].tolist():
+                queue, at = self._place_in_tail(dealt, number, terms.need)
+                for segment, begin in _segments(dealt, queue):
+                    if begin < at + terms.need + terms.overlap and at < begin + segment.end - segment.begin:
+                        needed.setdefault((source, segment.window), (queue, segment))
+        return needed
+
+    def _place_in_tail(self, dealt: Deal, number: int, need: int) -> tuple[int, int]:
+        """The span that holds row `number` of a source, and the amount in it that the row begins with."""
+        assert dealt.tail is not None and dealt.tail.first <= number < dealt.tail.first + dealt.tail.rows
+        row, span = divmod(number - dealt.tail.first, self._shape.lanes)
+        return span, row * need
 
     def _deal(self, place: Place) -> Place:
         """The dealings at `place`, the first row of a period, or of other weights."""
         shape = self._shape
-        coming = place.rows * shape.lanes + np.arange(2 * shape.period * shape.lanes)
-        of = self._mixture.assign(coming).reshape(2 * shape.period, shape.lanes)
-        deals = []
-        for number, (terms, before, done) in enumerate(zip(self._terms, place.deals, place.done, strict=True)):
-            if before.last_rows is not None:
-                deals.append(before)
-                continue
-            wanted, ahead = (of[: shape.period] == number).sum(0), (of == number).sum(0)
-            deals.append(deal(before, terms, done, wanted, ahead, partial(self._count, number)))
-        return replace(place, deals=tuple(deals))
+        if self._seen is not None and self._seen.first < place.rows:
+            self._seen = None
+        while True:
+            of = self._coming(place).sources
+            deals = []
+            for number, (terms, before, done) in enumerate(zip(self._terms, place.deals, place.done, strict=True)):
+                if before.tail is not None:
+                    deals.append(before)
+                    continue
+                wanted, ahead = (of[: shape.period] == number).sum(0), (of == number).sum(0)
+                deals.append(deal(before, terms, done, wanted, ahead, partial(self._count, number)))
+                self._refuse_many_skips(number, deals[-1])
+            limits, place = place.limits, replace(place, deals=tuple(deals))
+            if place.limits == limits:
+                return place
+            # A source will end: others take its place, and may need more windows now.
+
+    def _refuse_many_skips(self, number: int, dealt: Deal) -> None:
+        """The state holds them all, and so much damage is no accident any more. Raised on all ranks alike."""
+        skips = dealt.counted.skips
+        if len(skips) > self._skip_limit:
+            source, last = self._sources[number], skips[-1]
+            raise ValueError(
+                f"{source.name}: {len(skips)} skips in {dealt.windows_counted} windows, more than "
+                f"data.skip_limit={self._skip_limit}, the last in unit {last.unit}: the log names each of them"
+            )
 
     def _count(self, number: int, pairs: Sequence[tuple[int, int]]) -> Mapping[int, Count]:
         """Read the windows of this rank's lanes, and tell and hear what they hold."""
@@ -164,15 +235,18 @@ class LaneRows:
                 counts[window] = Count(amount, documents, tokens, tuple(found))
         return counts
 
-    def _hold(self, place: Place) -> None:
+    def _hold(self, place: Place, coming: _Coming) -> None:
         """Have every window that this rank's lanes still need asked for, and no other in memory."""
         needed: dict[Key, tuple[int, Segment]] = {}
         for number, (terms, dealt, done) in enumerate(zip(self._terms, place.deals, place.done, strict=True)):
+            if dealt.tail is not None:
+                continue
             queues = [(lane, dealt.queues[lane]) for lane in self._mine]
             for depth in range(max((len(queue) for _, queue in queues), default=0)):
                 for lane, queue in queues:
                     if depth < len(queue) and _end(dealt, lane, depth) > int(done[lane]) * terms.need:
                         needed[number, queue[depth].window] = (lane, queue[depth])
+        needed |= coming.tails
         for key in self._held.keys() - needed.keys():
             del self._held[key]
         for key, (_, segment) in needed.items():
@@ -198,28 +272,29 @@ class LaneRows:
             self._asked.discard(key)
         return self._held[key]
 
-    def _write(self, place: Place, number: int, lane: int, out: np.ndarray) -> None:
-        """The next row of `lane`, from a source: int32 `[2, seq_len + 1]`. Where the data end it stays empty."""
-        dealt, need = place.deals[number], self._terms[number].need
-        if dealt.last_rows is not None and place.done[number][lane] >= dealt.last_rows[lane]:
-            return
-        at, written = int(place.done[number][lane]) * need, 0
-        for segment, begin in _segments(dealt, lane):
+    def _write(self, place: Place, source: int, number: int, lane: int, out: np.ndarray) -> None:
+        """Row `number` of a source, the next that it gives `lane`: int32 `[2, seq_len + 1]`, empty where it ends."""
+        dealt, need, written = place.deals[source], self._terms[source].need, 0
+        if dealt.tail is None:
+            queue, at = lane, int(place.done[source][lane]) * need
+        else:
+            queue, at = self._place_in_tail(dealt, number, need)
+        for segment, begin in _segments(dealt, queue):
             length = segment.end - segment.begin
             skipped = max(0, at - begin)
             if skipped >= length:
                 continue
-            window = self._take((number, segment.window))
-            self._check(number, dealt, segment, window)
+            window = self._take((source, segment.window))
+            self._check(source, dealt, segment, window)
             taken, written = window.write(segment.begin + skipped, length - skipped, out, written)
             at += taken
             if written == out.shape[1]:
                 return
-        assert dealt.last_rows is not None, "a lane ran dry before its next dealing"
+        assert dealt.tail is not None, "a lane ran dry before its next dealing"
 
     def _check(self, number: int, dealt: Deal, segment: Segment, window: Packed) -> None:
         held = window.amount
-        if held < segment.end or (dealt.last_rows is None and held != segment.end):
+        if held < segment.end or (dealt.tail is None and held != segment.end):
             source = self._sources[number]
             raise ValueError(
                 f"{source.name}: the units {source.units_of(segment.window)} make {held} and made {segment.end} "

@@ -19,12 +19,12 @@ from data.lanes.rows import LaneRows, Place, Shape
 from data.lanes.windows import Windows
 from data.remote.store import Store
 from data.rows import unpack
-from data.stream import EndOfData, refuse_other_data
+from data.stream import COMPARED_EVERY, EndOfData, refuse_other_data
 from parallel.rows import Rows
 
 log = logging.getLogger(__name__)
 
-_COMPARED_EVERY = 64  # batches between two comparisons over a model-parallel group
+FORMAT = 2  # of the state
 _LEAVE_SECONDS = 10.0  # waiting for the loader when the stream is closed
 
 
@@ -53,8 +53,10 @@ class LaneStream:
         workers: int = 0,
         prefetch: int = 4,
         pin: bool = False,
+        skip_limit: int = 10_000,
     ) -> None:
-        """Raises ValueError unless dp divides the lanes and the lanes divide `batch_rows`."""
+        """`skip_limit`: skips of a source that may be recorded. Raises ValueError unless dp divides the lanes and the
+        lanes divide `batch_rows`."""
         if batch_rows % shape.lanes:
             raise ValueError(f"batch.rows={batch_rows} is no multiple of data.lanes={shape.lanes}")
         self._sources, self._shape, self._batch_rows = sources, shape, batch_rows
@@ -69,7 +71,7 @@ class LaneStream:
             return sources[key[0]].read(key[1], store, known)
 
         self._readers = WindowReaders(read, workers) if self._exchange.reads else None
-        self._rows = LaneRows(sources, shape, self._mixture, dp_rank, dp, self._readers, self._exchange)
+        self._rows = LaneRows(sources, shape, self._mixture, dp_rank, dp, self._readers, self._exchange, skip_limit)
         self._laid = np.empty((2, batch_rows // dp, shape.packing.seq_len + 1), np.int32)
         self._place = self._rows.start()
         self._step = 0  # global batches handed out or passed over
@@ -115,6 +117,14 @@ class LaneStream:
             self._wanted += 1
             self._changed.notify_all()
         return rows
+
+    def sources_of_batch(self) -> list[str]:
+        """The name of the source of each row of the next global batch; it is read for that, and must be there."""
+        found = self._peek()
+        assert found is not None
+        rows = self.row + np.arange(self._batch_rows)
+        sources, _ = self._mixture.assign(rows, found[1].limits)
+        return [self._sources[number].name if number >= 0 else "padding" for number in sources.tolist()]
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands after the rows handed out: JSON values, equal on every rank of every layout."""
@@ -194,7 +204,7 @@ class LaneStream:
                     self._put(None)
                     return
                 self._exchange.share(self._laid)
-                if made % _COMPARED_EVERY == 0:
+                if made % COMPARED_EVERY == 0:
                     self._exchange.compare(self._laid)
                 place, made = following, made + 1
                 self._put((unpack(planes(self._laid, self.document_mask), self._pin), place))
@@ -224,6 +234,7 @@ def _fingerprint(sources: Sequence[Windows], shape: Shape, document_mask: bool) 
     """Everything that the rows depend on, as JSON values by name."""
     values: dict[str, Any] = {
         "planner": "lanes",
+        "format": FORMAT,
         "lanes": shape.lanes,
         "deal_every": shape.period,
         "packing": shape.packing.name,

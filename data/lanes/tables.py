@@ -1,8 +1,9 @@
 """`data=hf`: parquet row groups, arrow record batches and JSON lines by range; and whatever `datasets` can stream.
 
-Parquet and arrow keep at their end where their pieces lie, so a unit is found without reading what is before it. They
-are read with pyarrow through a file whose bytes come from a `Store`; a name of the hub goes through `datasets`, whose
-`reshard()` cuts a dataset into the pieces that its format has.
+Parquet and arrow keep at their end where their pieces lie, so a unit is found without reading what is before it; arrow
+streams are walked through when they are opened (arrow.py). They are read with pyarrow through a file whose bytes come
+from a `Store`; a name of the hub goes through `datasets`, whose `reshard()` cuts a dataset into the pieces that its
+format has.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from conf.schema import DataConfig
 from conf.targets import import_target
+from data.lanes.arrow import Batches, batches, is_stream
 from data.lanes.lines import content_of
 from data.lanes.sources import ENDINGS_OF_LINES, open_lines, open_store, shards_of
 from data.lanes.units import Content, Units
@@ -39,6 +41,7 @@ class Tables:
     firsts: np.ndarray  # int64 [shards + 1]: the number of the first unit of each shard
     column: str
     map: str | None
+    streams: Mapping[str, Batches]  # by URL: where the batches of arrow streams lie
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
@@ -56,7 +59,7 @@ class Tables:
         number = int(np.searchsorted(self.firsts, unit, side="right")) - 1
         shard, piece = self.shards[number], unit - int(self.firsts[number])
         columns = None if self.map else [self.column]
-        rows = _read_piece(self.kind, shard, store, piece, columns)
+        rows = _read_piece(self.kind, shard, store, piece, columns, self.streams.get(shard.url))
         yield from documents_of_rows(rows, self.column, self.map, shard.url, piece, report)
 
 
@@ -130,9 +133,10 @@ def open_hf(config: DataConfig) -> Units:
     kind = endings.pop()
     store = open_store(config)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        counts = list(pool.map(partial(_count_pieces, kind, store=store), shards))
-    firsts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    return Tables(kind, shards, firsts, args["column"], args["map"])
+        opened = list(pool.map(partial(_open_to_use, kind, store=store), shards))
+    firsts = np.concatenate([[0], np.cumsum([len(found) for found in opened], dtype=np.int64)])
+    streams = {shard.url: found.batches for shard, found in zip(shards, opened, strict=True) if found.batches}
+    return Tables(kind, shards, firsts, args["column"], args["map"], streams)
 
 
 def _streamed(args: Mapping[str, Any]) -> Units:
@@ -150,36 +154,44 @@ def _streamed(args: Mapping[str, Any]) -> Units:
     return Streamed(dataset, name, args["column"], args["map"])
 
 
-def _count_pieces(kind: str, shard: Shard, store: Store) -> int:
+def _open_to_use(kind: str, shard: Shard, store: Store) -> _Parquet | _Arrow | _ArrowStream:
     try:
-        return len(_open(kind, shard, store))
+        return _open(kind, shard, store)
     except Damaged as error:
         raise ValueError(f"cannot use {error}") from error
 
 
 def _read_piece(
-    kind: str, shard: Shard, store: Store, piece: int, columns: list[str] | None
+    kind: str, shard: Shard, store: Store, piece: int, columns: list[str] | None, known: Batches | None
 ) -> Iterator[Mapping[str, Any]]:
     import pyarrow
 
     try:
-        yield from _open(kind, shard, store).rows(piece, columns)
+        yield from _open(kind, shard, store, known).rows(piece, columns)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, Damaged):
             raise
         raise Damaged(f"it cannot be read: {error}", shard.url, None, f"piece {piece}") from error
 
 
-def _open(kind: str, shard: Shard, store: Store) -> _Parquet | _Arrow:
+def _open(kind: str, shard: Shard, store: Store, known: Batches | None = None) -> _Parquet | _Arrow | _ArrowStream:
     import pyarrow
 
     try:
-        return (_Parquet if kind == "parquet" else _Arrow)(shard, store)
-    except (pyarrow.ArrowException, OSError) as error:
+        if kind == "parquet":
+            return _Parquet(shard, store)
+        if known is not None or is_stream(shard, store):
+            return _ArrowStream(shard, store, known)
+        return _Arrow(shard, store)
+    except Damaged:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise Damaged(f"it is no {kind} file: {error}", shard.url) from error
 
 
 class _Parquet:
+    batches: Batches | None = None
+
     def __init__(self, shard: Shard, store: Store) -> None:
         import pyarrow.parquet
 
@@ -197,6 +209,8 @@ class _Parquet:
 
 
 class _Arrow:
+    batches: Batches | None = None
+
     def __init__(self, shard: Shard, store: Store) -> None:
         import pyarrow
 
@@ -209,6 +223,25 @@ class _Arrow:
     def rows(self, piece: int, columns: list[str] | None) -> Iterator[Mapping[str, Any]]:
         _check_columns(self._file.schema.names, columns, self._url)
         batch = self._file.get_batch(piece)
+        batch.validate(full=True)
+        yield from (batch if columns is None else batch.select(columns)).to_pylist()
+
+
+class _ArrowStream:
+    def __init__(self, shard: Shard, store: Store, known: Batches | None) -> None:
+        self._shard, self._store = shard, store
+        self.batches = batches(shard, store) if known is None else known
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def rows(self, piece: int, columns: list[str] | None) -> Iterator[Mapping[str, Any]]:
+        import pyarrow
+
+        needed = self.batches[piece]
+        with pyarrow.ipc.open_stream(b"".join(self._store.read(self._shard, m.begin, m.end) for m in needed)) as reader:
+            _check_columns(reader.schema.names, columns, self._shard.url)
+            batch = reader.read_next_batch()
         batch.validate(full=True)
         yield from (batch if columns is None else batch.select(columns)).to_pylist()
 

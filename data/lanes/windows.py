@@ -41,6 +41,7 @@ class Windows:
     validation: float  # share of the documents that are kept for validation
     skipping: bool  # data.on_damage=skip
     epochs: int | None
+    held_out: bool = False  # the documents kept for validation, and no others
 
     @property
     def per_epoch(self) -> int:
@@ -93,7 +94,7 @@ class Windows:
                 if wrong := self._wrong_ids(content):
                     where = f"{self.name}, unit {unit}"
                     losses(Loss(Damaged(wrong, where, None, f"document {number}"), number, 1))
-                elif not is_validation(content, self.validation):
+                elif is_validation(content, self.validation) == self.held_out:
                     contents.append(content)
             skips += [Skip(window, unit, loss.first, ALL if loss.count is None else loss.count) for loss in losses.new]
         order = permute(np.arange(len(contents)), max(1, len(contents)), self.seed, window, of="documents")

@@ -69,7 +69,8 @@ def test_nothing_drifts_at_the_quadrillionth_row():
     assert (later_numbers - numbers).tolist() == [mixture.counts(period)[source] for source in sources]
 
 
-@example(14_348_907, 9_999_991, 10**17 - 3)  # where floating point is off
+@example(14_348_907, 9_999_991, 10**17 - 3)  # where floating point is off, of the whole row number
+@example(536_870_912, 536_870_911, 1_073_741_822)  # and of what is left of it after the first division
 @given(st.integers(1, 1 << 29), st.integers(1, 1 << 29), st.integers(0, 10**17))
 def test_counts_are_exact_whole_numbers(left, right, row):
     large, small = max(left, right + 1), min(left, right)  # the heavier stands left

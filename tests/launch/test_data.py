@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 from pathlib import Path
 
@@ -119,6 +120,39 @@ def test_peek_shows_what_a_step_read_and_will_read(tmp_path, capsys):
     assert main(["data", "peek", str(run), "--step", "5"]) == 0
     assert "passed over by skip_steps=[[5, 6]]" in capsys.readouterr().err
     assert "step 99999 has no rows: the data end after" in failed(capsys, "peek", str(run), "--step", "99999")
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_peek_shows_rows_of_lanes_before_and_after_the_checkpoints(tmp_path, capsys, monkeypatch, mixed):
+    from conf.compose import compose
+    from conf.rundir import RunDirectory, write_config
+    from data import open_tokenizer
+    from data.lanes.opening import open_all_lanes
+
+    run = tmp_path / "run"
+    (run / "attempts").mkdir(parents=True)
+    words = ["data.planner=lanes", "data.lanes=4", "data.unit_bytes=512", "data.window=1", "data.deal_every=2"]
+    config = compose(overrides(run, tmp_path / "text", *words, "data.validation=0"))
+    if mixed:
+        path = config.data.path
+        sources = {name: {"kind": "text", "path": path, "weight": n} for n, name in enumerate(("books", "notes"), 1)}
+        config.data.path, config.data.units, config.data.sources = None, None, sources
+    write_config(RunDirectory(run), config)
+    stream, _ = open_all_lanes(config, open_tokenizer(config.data))
+    batches, states = [], []
+    for _ in range(9):
+        batches.append(stream.next())
+        states.append(stream.state())
+    stream.close()
+    monkeypatch.setattr("launch.data_peek._states", lambda run: [states[2], states[5]])
+    for step in (1, 3, 4, 9):
+        assert main(["data", "peek", str(run), "--step", str(step), "--rows", "8", "--characters", "10000"]) == 0
+        shown = capsys.readouterr().out
+        assert f"step {step}: rows {8 * step - 8} to {8 * step - 1} of the run; showing 8" in shown
+        for row in batches[step - 1].tokens.tolist():
+            text = open_tokenizer(config.data).decode(row)
+            assert text.replace("\n", "") in re.sub(r"\n\[row .*\]\n", "", shown).replace("\n", "")
+        assert ("notes, tokens 0 to" in shown) == mixed
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

@@ -21,8 +21,7 @@ OF_LANES: dict[str, list[tuple[list[str], int, int, str]]] = {
     "units of lanes": [
         (["data.planner=lanes"], 1, 0, "data.planner=lanes cannot read data=data in units: data.planner=index works"),
     ],
-    "tokenizers of lanes": [([*LANES, "data.tokenizer=bpe"], 1, 0, "data.tokenizer=byte works")],
-    "evaluation of lanes": [([*LANES, "eval.rows=8"], 1, 0, "eval.rows=0 works, or data.planner=index")],
+    "tokenizers of lanes": [([*LANES, "data.tokenizer=bpe"], 1, 0, "train one with `stoker data tokenizer`")],
 }
 
 BEYOND_OF_LANES = [
@@ -32,6 +31,7 @@ BEYOND_OF_LANES = [
     "data.unit_bytes=100",
     "data.deal_every=0",
     "data.on_damage=ignore",
+    "data.skip_limit=-1",
     "data.retries=-1",
     "data.stall_seconds=0",
     "data.block_cache_gib=0",

@@ -24,17 +24,18 @@ def run_to_the_end(sizes: Sequence[int], lanes: int, overlap: int, resume_every:
     found: list[list[list]] = [[] for _ in range(lanes)]
     full = np.full(lanes, PERIOD)
     while True:
-        if rows % PERIOD == 0 and dealt.last_rows is None:
+        if rows % PERIOD == 0 and dealt.tail is None:
             dealt = deal(dealt, terms, np.full(lanes, rows), full, 2 * full, lambda pairs: count(sizes, pairs))
         if resume_every and rows % resume_every == 0:
             state = json.loads(json.dumps(to_json(dealt)))
             assert to_json(from_json(state)) == state
             dealt = from_json(state)
-        if dealt.last_rows is not None and rows >= dealt.last_rows.max():
+        if dealt.rows is not None and rows * lanes >= dealt.rows:
             return found
         for lane in range(lanes):
-            if dealt.last_rows is None or rows < dealt.last_rows[lane]:
-                found[lane].append(amounts(dealt, lane, rows * NEED, NEED + overlap))
+            if dealt.rows is None or rows * lanes + lane < dealt.rows:
+                at = rows if dealt.tail is None else rows - dealt.tail.first // lanes
+                found[lane].append(amounts(dealt, lane, at * NEED, NEED + overlap))
         rows += 1
 
 

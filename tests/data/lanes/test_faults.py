@@ -9,13 +9,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zstandard
 
 from conf.schema import Config
+from data.lanes.dealing import ALL, Skip
+from data.lanes.lines import Lines
 from data.lanes.opening import open_sources
 from data.lanes.sources import open_text
+from data.lanes.units import ByteBlocks
+from data.lanes.windows import Window, Windows
 from data.remote import Damaged, refuse
+from data.remote.lookup import look_up
 from data.remote.retries import Patience
 from data.remote.store import Store
 from data.tokenizer import ByteTokenizer
@@ -39,6 +45,26 @@ def server(config: Config, tmp_path: Path):
 def read_all(config: Config) -> list[str]:
     units = open_text(config.data)
     return [content for unit in range(len(units)) for _, content in units.read(unit, Store(QUICK), refuse)]
+
+
+def test_more_skips_than_are_allowed_end_the_run_on_every_rank(config, server):
+    config.data.on_damage = "skip"
+    with World(partial(open_stream, config, store=Store(QUICK), skip_limit=1), dp=3) as world:
+        server.always = {"1.jsonl": "status 404", "2.jsonl": "status 404"}
+        said = world.each(lambda stream: failure(stream))
+    assert len(set(said)) == 1
+    assert re.match(r"texts: \d+ skips in \d+ windows, more than data.skip_limit=1, the last in unit \d+", said[0])
+
+
+def failure(stream) -> str:
+    with pytest.raises(ValueError) as raised:
+        drain(stream)
+    return str(raised.value)
+
+
+def drain(stream) -> None:
+    while True:
+        stream.next()
 
 
 def numbers_in(found, lanes: int = 12) -> list[int]:
@@ -155,6 +181,49 @@ def test_blocks_of_any_size_hold_every_line_once(config, block):
     assert sorted(read_all(config)) == sorted(TEXTS)
 
 
+def test_a_line_belongs_to_the_block_that_it_begins_in_wherever_the_edges_fall(tmp_path):
+    """Blocks so small that an edge falls on every byte of every line, and lines longer than what is read at first."""
+    texts = ["a", "", "bc", "d" * 700, "e", "f" * 300, "ghi", ""]
+    lines = [json.dumps({"text": text}) for text in texts]
+    begins = np.cumsum([0, *(len(line) + 1 for line in lines)])[:-1].tolist()
+    for ending in ("", "\n"):
+        (tmp_path / "a.jsonl").write_text("\n".join(lines) + ending)
+        shards = look_up([str(tmp_path / "a.jsonl")])
+        for block in range(1, 50):
+            units, store = Lines(ByteBlocks(shards, block), "text"), Store()
+            found = [(unit, text) for unit in range(len(units)) for _, text in units.read(unit, store, refuse)]
+            assert found == [(begin // block, text) for begin, text in zip(begins, texts, strict=True)], block
+
+
+@pytest.mark.parametrize("skipping", [False, True])
+def test_a_unit_that_breaks_off_is_an_error_or_loses_all_documents_from_there_on(skipping):
+    windows = Windows("broken", Breaking(), 3, 0, ByteTokenizer(), 0.0, skipping, None)
+    if not skipping:
+        with pytest.raises(Damaged, match=r"x/1 at byte 7: it broke off"):
+            windows.read(0, Store())
+        return
+    window = windows.read(0, Store())
+    assert window.skips == (Skip(0, 1, 2, ALL),)
+    assert sorted(bytes(window.ids[window.ids < 256].tolist()).decode()) == sorted("0a0b0c1a1b2a2b2c")
+    again = windows.read(0, Store(), window.skips)  # the same documents are left out, and that is no news
+    assert again.skips == () and again.ids.tolist() == window.ids.tolist()
+
+
+class Breaking:
+    """Three units of three documents, of which the second breaks off after two."""
+
+    fingerprint: dict = {}  # noqa: RUF012
+
+    def __len__(self) -> int:
+        return 3
+
+    def read(self, unit, store, report):
+        for number in range(3):
+            if unit == 1 and number == 2:
+                raise Damaged("it broke off", f"x/{unit}", 7)
+            yield number, f"{unit}{'abc'[number]}"
+
+
 def test_a_document_of_fifty_megabytes_is_read_whole_and_once(config, tmp_path):
     long = "long " * (10 << 20)
     write_lines(tmp_path / "texts", ["before", long, "after"], shards=1)
@@ -180,28 +249,78 @@ def test_files_of_text_are_units_of_neighbours(config, tmp_path):
         read_all(config)
 
 
-@pytest.mark.parametrize("at", [10, 1500])
-def test_going_on_reads_two_windows_of_each_lane_however_late_it_is(config, server, tmp_path, at):
+@pytest.mark.parametrize("at", [10, 100_000])
+def test_going_on_reads_two_windows_of_each_lane_and_source_however_late_it_is(config, server, tmp_path, at):
     """Bytes counted by the server, and documents by the tokenizer."""
-    for shard in range(3):
-        lines = [json.dumps({"text": f"[{n}]" + "y" * 110}) for n in range(shard, 6000, 3)]
-        (tmp_path / "texts" / f"{shard}.jsonl").write_text("\n".join(lines) + "\n")
-    config.data.epochs, config.data.lanes, config.data.deal_every, config.seq_len = None, 4, 2, 16
-    config.batch.rows = 4
+    for name, weight, lines in (("many", 3, 9000), ("few", 1, 2000)):
+        write_lines(tmp_path / "texts" / name, [f"[{n}]" + "y" * (n * n % 120) for n in range(lines)])
+        urls = [f"{server.url}/{name}/{{0..2}}.jsonl"]
+        config.data.sources[name] = {"kind": "text", "urls": urls, "weight": weight, "validation": 0.0}
+    config.data.urls = config.data.path = config.data.units = config.data.epochs = None
+    config.data.lanes, config.data.deal_every, config.seq_len, config.batch.rows = 4, 16, 16, 4
     config.data.unit_bytes = 4096
+    state = state_after(config, at)
     with World(partial(open_stream, config, store=Store(QUICK))) as world:
-        world.batches(at)
-        state = world.state()
+        if at < 1000:  # a state that was counted is one that was read
+            world.batches(at)
+            assert world.state() == state
+        else:
+            world.load(state)
         expected = digests(world.batches(3))
     tokenizer = Counting()
     with World(partial(open_stream, config, tokenizer=tokenizer, store=Store(QUICK)), dp=2) as world:
         world.load(state)
         server.sent.clear()
         assert digests(world.batches(3)) == expected
-    windows, beyond = 2 * 4, 64 << 10
-    unit_bytes = 4096 + min(beyond, max(path.stat().st_size for path in (tmp_path / "texts").glob("*.jsonl")))
-    assert sum(server.sent.values()) <= windows * config.data.window * unit_bytes
-    assert tokenizer.documents <= windows * config.data.window * (4096 // 120 + 1)
+    windows = 2 * 4
+    for name in ("many", "few"):
+        sent = sum(count for path, count in server.sent.items() if name in path)
+        assert 0 < sent <= windows * config.data.window * (4096 + 256 + 1)
+    assert tokenizer.documents <= 2 * windows * config.data.window * (4096 // 30)
+
+
+def state_after(config: Config, steps: int) -> dict:
+    """The state after so many steps, whose windows are counted and not read: only dealing takes part."""
+    with World(partial(open_stream, config, store=Store(QUICK))) as world:
+        (stream,) = world.streams
+        rows, lanes = stream._rows, config.data.lanes
+        rows._readers = Sized(stream._sources)
+        place = rows.start()
+        for first in range(0, steps, config.data.deal_every):
+            place = rows._deal(place)
+            count = min(steps - first, config.data.deal_every)
+            of, _ = stream._mixture.assign(np.arange(first * lanes, (first + count) * lanes), place.limits)
+            done = [d + (of.reshape(-1, lanes) == source).sum(0) for source, d in enumerate(place.done)]
+            place = replace(place, rows=first + count, done=tuple(done))
+            rows._held.clear()
+        rows.forget()
+        stream._place, stream._step = place, steps
+        return json.loads(json.dumps(stream.state()))
+
+
+class Sized:
+    """In place of `WindowReaders`: windows of the right size and nothing in them. Every unit is read once."""
+
+    def __init__(self, sources) -> None:
+        self.sources = sources
+        self.units = [[self.of_unit(source, unit) for unit in range(len(source.units))] for source in sources]
+
+    def of_unit(self, source, unit: int) -> list[int]:
+        return [len(text) + 1 for _, text in source.units.read(unit, Store(QUICK), refuse)]
+
+    def ask(self, key, known) -> None:
+        pass
+
+    def take(self, key) -> Window:
+        lengths = [size for unit in self.sources[key[0]].units_of(key[1]) for size in self.units[key[0]][unit]]
+        starts = np.cumsum([0, *lengths])
+        return Window(np.zeros(starts[-1], np.uint16), starts[:-1], (), 0, 0)
+
+    def discard(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class Counting(ByteTokenizer):

@@ -226,5 +226,5 @@ def test_every_lane_takes_new_windows_only_when_it_needs_them(opener):
             if not world.batches(1):
                 break
             deal = world.streams[0]._place.deals[0]
-            if deal.last_rows is None:
+            if deal.tail is None:
                 assert max(len(queue) for queue in deal.queues) <= 4

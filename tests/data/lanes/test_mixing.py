@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from data.lanes.mixing import LaneMixture
+from data.mixed import Weights
+from data.mixture import whole_weights
+from parallel.rows import IGNORE
 from tests.data.lanes.conftest import open_stream, write_lines
 from tests.data.lanes.simulated import World, batches, digests
 
@@ -27,7 +35,7 @@ def mixed(config, tmp_path):
 def sources_of(rows) -> Counter:
     found = Counter()
     for row in rows.tokens.tolist():
-        letters = {chr(token) for token in row if token < 256}
+        letters = {chr(token) for token in row if 0 < token < 256}
         assert len(letters) == 1  # a row is of one source
         found[letters.pop()] += 1
     return found
@@ -79,14 +87,88 @@ def test_phases_begin_at_their_step(mixed):
     assert len(sources_of(found[2])) == 3
 
 
-def test_a_mixture_of_lanes_needs_weights_and_has_no_end(mixed):
-    mixed.data.epochs = 2
-    with pytest.raises(
-        ValueError, match=r"data.sources.a ends after 2 epochs: under planner=lanes a mixture has no end"
-    ):
-        open_stream(mixed)
-    mixed.data.epochs = None
+@pytest.mark.parametrize("packing", ["concatenated", "best_fit"])
+def test_a_source_that_ends_gives_every_token_once_and_the_others_go_on_in_their_proportions(mixed, packing):
+    ended(mixed)
+    opener = partial(open_stream, mixed, packing=packing)
+    found = batches(opener, 60)
+    last = {name: max(n for n, rows in enumerate(found) if name in sources_of(rows)) for name in WEIGHTS}
+    assert last["c"] < last["a"] < 57 and last["b"] == 59
+    text = bytes(t for rows in found for t in rows.tokens.flatten().tolist() if t < 256)
+    held = sum(n % 90 + 1 for n in range(200))
+    assert text.count(b"a") == 2 * held
+    assert text.count(b"c") == held
+    between = sum(map(sources_of, found[last["c"] + 1 : last["a"]]), Counter())
+    assert abs(between["a"] - between.total() * 5 / 8) <= 3
+
+
+def test_where_and_how_often_a_run_is_started_does_not_show_where_its_sources_end(mixed):
+    ended(mixed)
+    opener = partial(open_stream, mixed)
+    expected = digests(batches(opener, 52))
+    for first in (3, 30, 32, 33, 34, 35, 44, 46, 47, 49):
+        splits = [{"dp": 4, "batches": first}, {"dp": 2, "peers": 2, "batches": 1}, {"dp": 3, "workers": 1}]
+        assert digests(batches(opener, 52, splits)) == expected, first
+
+
+def test_the_data_end_when_every_source_has_ended(mixed):
+    for source in mixed.data.sources.values():
+        source["max_epochs"] = 1
+    opener = partial(open_stream, mixed)
+    found = batches(opener, None)
+    tokens = [token for rows in found for token in rows.tokens.flatten().tolist()]
+    held = sum(n % 90 + 1 for n in range(200))
+    assert [tokens.count(ord(name)) for name in WEIGHTS] == [held] * 3
+    padding = [(rows.labels == IGNORE).all(1) for rows in found]
+    assert not torch.cat(padding[:-1]).any()
+    splits = [{"dp": 4, "batches": len(found) - 2}, {"dp": 3, "batches": 1}, {"dp": 2, "peers": 2}]
+    assert digests(batches(opener, None, splits)) == digests(found)
+
+
+def test_weights_may_change_while_a_source_gives_its_last_rows(mixed):
+    ended(mixed)
+    opener = partial(open_stream, mixed)
+    with World(opener, dp=2) as world:
+        found = []
+        while world.state()["sources"]["a"]["tail"] is None:
+            found += world.batches(1)
+        state = world.state()
+    first, rows = state["sources"]["a"]["tail"]
+    assert sum(map(sources_of, found), Counter())["a"] < first + rows
+    mixed.data.weights = {"a": 1, "b": 3}
+    expected = None
+    for layout in ({"dp": 3}, {"dp": 4, "workers": 1}):
+        with World(opener, **layout) as world:
+            world.load(state)
+            after = world.batches(60)
+        expected = expected or digests(after)
+        assert digests(after) == expected
+    text = [token for rows in found + after for token in rows.tokens.flatten().tolist()]
+    assert text.count(ord("a")) == 2 * sum(n % 90 + 1 for n in range(200))
+
+
+def ended(mixed) -> None:
+    mixed.data.sources["a"]["max_epochs"] = 2
+    mixed.data.sources["c"]["max_epochs"] = 1
+    mixed.data.sources["c"]["weight"] = 4
+
+
+def test_a_mixture_of_lanes_needs_weights(mixed):
     for source in mixed.data.sources.values():
         del source["weight"]
     with pytest.raises(ValueError, match=r"data.sources.a needs a weight"):
         open_stream(mixed)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.floats(0.001, 1), min_size=2, max_size=6))
+def test_the_shares_of_a_long_run_are_its_weights(shares):
+    """As `LaneRows` asks for them, lane row by lane row, far into a run and up to a change of weights."""
+    whole, lanes = whole_weights(shares), 64
+    mixture = LaneMixture([Weights(1, whole), Weights(1001, whole[::-1])], lanes)
+    limits = (None,) * len(whole)
+    counts = np.zeros(len(whole))
+    for first in range(0, 1000, 250):
+        sources, _ = mixture.assign(np.arange(first * lanes, (first + 250) * lanes), limits)
+        counts += np.bincount(sources, minlength=len(whole))
+    assert np.abs(counts / counts.sum() - np.array(whole) / sum(whole)).max() < 1e-4

@@ -6,10 +6,13 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 
 from conf.schema import Config
 from data.lanes.exchange import Ranks
+from data.lanes.readers import WindowReaders
+from data.lanes.windows import Window
 from parallel.layout import Layout
 from parallel.mesh import mesh_over_default_group
 from tests import world
@@ -52,6 +55,38 @@ def test_ranks_of_a_process_group_read_what_one_process_reads(config, opener, tp
     ]
 
 
+def read_counted(folder: str, differing: bool, tp: int, pp: int) -> str:
+    import torch
+
+    from conf.schema import BatchConfig, DataConfig
+    from data import open_stream as open_any
+
+    mesh = mesh_over_default_group(Layout(tp=tp, pp=pp), torch.device("cpu"), 30.0)
+    data = DataConfig(
+        target="data.text:open_source", name="texts", path=f"{folder}/texts", cache=f"{folder}/cache", validation=0.0
+    )
+    config = Config(data=data, seq_len=16, batch=BatchConfig(rows=4))
+    if differing:
+        config.run.seed = mesh.rank
+    stream = open_any(config, mesh)
+    found = []
+    try:
+        for _ in range(65):  # the first is compared, and the last
+            found.append(digest(stream.next()))
+    except RuntimeError as error:
+        return f"after {len(found)}: {error}"
+    return found[-1]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_counted_rows_are_compared_over_a_model_parallel_group(config, tmp_path, tp, pp):
+    (tmp_path / "cache").mkdir()
+    last = world.run(read_counted, 2, str(tmp_path), False, tp, pp)
+    assert last[0] == last[1]
+    said = "after 0: the ranks of a model-parallel group hold different rows"
+    assert world.run(read_counted, 2, str(tmp_path), True, tp, pp) == [said, said]
+
+
 def test_a_killed_reader_is_an_error_and_nothing_is_left_behind(opener):
     before = set(os.listdir("/dev/shm"))
     with World(opener, workers=2) as run:
@@ -68,6 +103,20 @@ def test_a_killed_reader_is_an_error_and_nothing_is_left_behind(opener):
         following = digest(run.next())
     assert following == digest(batches(opener, 3)[2])
     assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_all_readers_have_work_as_soon_as_there_is_some_for_each():
+    def read(key, known):
+        return Window(np.array([os.getpid()], np.uint32), np.zeros(1, np.int64), (), 0, 0)
+
+    readers = WindowReaders(read, 3)
+    try:
+        for number in range(6):
+            readers.ask((0, number), None)
+        pids = [int(readers.take((0, number)).ids[0]) for number in range(6)]
+    finally:
+        readers.close()
+    assert sorted(pids.count(pid) for pid in set(pids)) == [2, 2, 2]
 
 
 def test_readers_end_with_their_rank(opener):

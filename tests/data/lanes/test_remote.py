@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from data.remote.lookup import look_up
 from data.remote.retries import Patience
 from data.remote.shards import Shard, addresses, expand, scheme
 from data.remote.store import Store
+from tests.data.lanes.conftest import open_stream
+from tests.data.lanes.simulated import batches, digests
 from tests.data.server import RangeServer, serving
 
 DATA = random.Random(0).randbytes(300_000)
@@ -228,3 +231,17 @@ def test_s3_is_read_by_range_and_what_is_missing_is_named(s3):
     system.rm("texts/a.bin")
     with pytest.raises(Damaged, match=r"s3://texts/a.bin at byte 5: it is not there"):
         Store(QUICK).read(shard, 5, 10)
+
+
+def test_a_stream_from_s3_is_the_stream_of_the_same_files(s3, config, tmp_path):
+    import fsspec
+
+    opener = partial(open_stream, config)
+    expected = digests(batches(opener, None))
+    system = fsspec.filesystem("s3", skip_instance_cache=True)
+    system.mkdir("streamed")
+    for path in (tmp_path / "texts").glob("*.jsonl"):
+        system.put(str(path), f"streamed/{path.name}")
+    config.data.path, config.data.urls = None, ["s3://streamed/{0..2}.jsonl"]
+    splits = [{"dp": 2, "workers": 1, "batches": 3}, {"dp": 3}]
+    assert digests(batches(opener, None, splits)) == expected

@@ -31,12 +31,16 @@ def write_tables(folder: Path, kind: str) -> None:
         path = folder / f"{shard}.{kind}"
         if kind == "parquet":
             pq.write_table(table, path, row_group_size=16, write_page_checksum=True, compression="none")
-        elif kind == "arrow":
-            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        else:
+            make = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+            if kind == "stream":  # dictionaries come before the batches that use them
+                table = table.set_column(1, "text", table["text"].dictionary_encode())
+                path = folder / f"{shard}.arrow"
+            with pa.OSFile(str(path), "wb") as file, make(file, table.schema) as writer:
                 writer.write_table(table, max_chunksize=16)
 
 
-@pytest.fixture(params=["parquet", "arrow"])
+@pytest.fixture(params=["parquet", "arrow", "stream"])
 def config(request, tmp_path: Path) -> Config:
     """Three shards of 80 rows, in units of 16."""
     write_tables(tmp_path / "tables", request.param)

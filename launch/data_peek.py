@@ -1,0 +1,141 @@
+"""`stoker data peek`: the documents of any step of a run, past or to come."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from checkpoint import DamagedCheckpoint, read_state
+from checkpoint.names import committed
+from conf.rundir import RunDirectory, read_config
+from conf.schema import Config
+from data import open_rows, open_tokenizer
+from data.index import IndexPlan
+from data.lanes.opening import open_all_lanes
+from data.mixed import MixedPlan
+from data.opening import NoTokenizer
+from data.stream import refuse_other_data
+from data.tokenizer import Tokenizer
+from launch.show import run_at
+from launch.train import say
+
+Piece = tuple[int, str, np.ndarray]  # row of the step, where it comes from, ids
+
+
+def peek(options: argparse.Namespace) -> int:
+    """The rows of one step of a run, past or to come, as text."""
+    run = run_at(options.run)
+    config = read_config(run)
+    if options.step < 1:
+        raise ValueError(f"--step {options.step}: steps count from 1")
+    tokenizer: Tokenizer | None = None
+    try:
+        tokenizer = open_tokenizer(config.data, run.tokenizer)
+    except NoTokenizer as error:
+        say(f"{error}; showing numbers")
+    if any(begin <= options.step <= end for begin, end in config.skip_steps):
+        say(f"step {options.step} is passed over by skip_steps={config.skip_steps}: nobody trains on these rows")
+    states = _states(run)
+    if config.data.planner == "lanes":
+        assert tokenizer is not None  # lanes cannot be read without
+        first, found = _of_lanes(config, tokenizer, states, options.step, options.rows)
+    else:
+        first, found = _of_rows(run, config, states, options.step, options.rows)
+    chosen = min(options.rows, config.batch.rows)
+    print(f"step {options.step}: rows {first:,} to {first + config.batch.rows - 1:,} of the run; showing {chosen}")
+    for place, where, ids in found:
+        text = tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
+        shown = text if len(text) <= options.characters else text[: options.characters] + " ..."
+        print(f"\n[row {place} of the step, {where}]")
+        print(shown)
+    return 0
+
+
+def _states(run: RunDirectory) -> list[Mapping[str, Any]]:
+    """The states of the data in a run's checkpoints, by step."""
+    states = []
+    for checkpoint in committed(run.checkpoints) if run.checkpoints.is_dir() else []:
+        try:
+            states.append(read_state(checkpoint)["data"])
+        except (DamagedCheckpoint, OSError) as error:
+            say(f"damaged checkpoint passed over: {error}")
+    return sorted(states, key=lambda state: state["step"])
+
+
+def _of_rows(
+    run: RunDirectory, config: Config, states: list[Mapping[str, Any]], step: int, most: int
+) -> tuple[int, Iterator[Piece]]:
+    """The first row of a step, and the pieces of its first `most` rows, under data.planner=index."""
+    rows = open_rows(config, "train")
+    first = _first_row(run, rows, config, states, step)
+    last = first + config.batch.rows
+    if first < 0 or (rows.total_rows is not None and last > rows.total_rows):
+        raise ValueError(f"step {step} has no rows: the data end after {rows.total_rows} rows")
+
+    def pieces() -> Iterator[Piece]:
+        for place, row in enumerate(range(first, min(last, first + most))):
+            for source, begin, ids, learned in _documents(rows, row):
+                part = "" if learned is None else f", {learned:,} of them learned"
+                yield place, f"{source}, tokens {begin:,} to {begin + len(ids) - 1:,}{part}", ids
+
+    return first, pieces()
+
+
+def _of_lanes(
+    config: Config, tokenizer: Tokenizer, states: list[Mapping[str, Any]], step: int, most: int
+) -> tuple[int, Iterator[Piece]]:
+    """The same under data.planner=lanes, read on from the nearest checkpoint before the step."""
+    stream, mixture = open_all_lanes(config, tokenizer)
+    try:
+        for state in states[-1:]:
+            refuse_other_data(stream.fingerprint, state)
+        before = [state for state in states if state["step"] < step]
+        if before:
+            stream.load_state(before[-1])
+        if mixture is not None and states:  # the weights that there were are known to the last state
+            mixture.resume(states[-1]["weights"], states[-1]["row"], states[-1]["step"])
+        stream.pass_over(step)
+        first = stream.row
+        if stream.exhausted:
+            raise ValueError(f"step {step} has no rows: the data end after {first} rows")
+        names = stream.sources_of_batch()
+        tokens = stream.next().tokens[:most].numpy()
+    finally:
+        stream.close()
+    found = []
+    for place, row in enumerate(tokens):
+        ends = np.flatnonzero(row == tokenizer.end_of_document) + 1
+        begin = 0
+        for end in sorted({*ends.tolist(), len(row)}):
+            found.append((place, f"{names[place]}, tokens {begin} to {end - 1} of the row", row[begin:end]))
+            begin = end
+    return first, iter(found)
+
+
+def _first_row(
+    run: RunDirectory, rows: IndexPlan | MixedPlan, config: Config, states: list[Mapping[str, Any]], step: int
+) -> int:
+    """The row at which `step` of a run begins. `rows` learn the run's past from its checkpoints."""
+    if not states:
+        return (step - 1) * config.batch.rows
+    state = next((state for state in states if state["step"] >= step), states[-1])
+    if dict(rows.fingerprint) != dict(state["fingerprint"]):
+        raise ValueError(
+            f"{run.path} was trained on other data than its config names now: stoker train says what differs"
+        )
+    rows.resume(state["weights"], state["row"], state["step"])
+    return state["row"] - (state["step"] - step + 1) * config.batch.rows
+
+
+def _documents(rows: IndexPlan | MixedPlan, row: int) -> Iterator[tuple[str, int, np.ndarray, int | None]]:
+    """Source, first token in it, ids and number of learned tokens of each piece of a row."""
+    numbers = np.array([row], np.int64)
+    found = rows.pieces(numbers) if isinstance(rows, MixedPlan) else [(rows, None, rows.pieces(numbers))]
+    for one, _, pieces in found:
+        for begin, length in zip(pieces.begins.tolist(), pieces.lengths.tolist(), strict=True):
+            span = slice(begin, begin + length)
+            learned = one.tokens.learned
+            yield one.name, begin, one.tokens.ids[span], None if learned is None else int(learned[span].sum())
