@@ -138,7 +138,7 @@ def _follow_stamps(process: subprocess.Popen[str], attempt: Path, moments: dict[
     while process.poll() is None and "update" not in moments:
         time.sleep(POLL_SECONDS)
         stamps = read_stamps(attempt)
-        if stamps:
+        if 0 in stamps:
             moments.setdefault("process", _started(stamps[0].pid))
             moments.setdefault(stamps[0].phase, stamps[0].time)
 

@@ -122,6 +122,7 @@ class Checkpoints:
         self._ended: deque[SaveReport] = deque()
         self._trials: dict[int, int] = {}
         self._leaving = threading.Event()
+        self._rehearsed: OSError | None = None
 
     def prepare(self, shards: Iterable[Shard]) -> None:
         """Allocate the staging pool, and start the writer process, before the first save.
@@ -156,6 +157,10 @@ class Checkpoints:
         if self._mode == "sync":
             self._join()
         self._stalls[step] = time.monotonic() - called
+
+    def rehearse(self, failure: OSError) -> None:
+        """Have the next save of this rank meet `failure` where it writes."""
+        self._rehearsed = failure
 
     def await_staged(self) -> None:
         """Return when the live data may change: the snapshot in flight, if any, has been copied.
@@ -238,6 +243,9 @@ class Checkpoints:
         require_space(save.partial, plan.file_bytes)
         if self._in_process:
             self._start_process()
+        rehearsed, self._rehearsed = self._rehearsed, None
+        if rehearsed is not None:
+            raise rehearsed
         blocks = self._write_blocks(save, report)
         if self._rank == 0:
             write_durably(save.partial / STATE, save.state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Sequence
 
+from conf.faults import spelled
 from conf.overrides import GROUPS_FOLDER, parse
 from conf.schema import Config
 from conf.values import ConfigError
@@ -31,7 +32,9 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     try:
         with hydra.initialize_config_dir(str(GROUPS_FOLDER), version_base="1.3"):
             composed = hydra.compose("config", checked)
-        return typing.cast(Config, OmegaConf.to_object(composed))
+        config = typing.cast(Config, OmegaConf.to_object(composed))
+        config.faults = [spelled(entry) for entry in config.faults]
+        return config
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     finally:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
@@ -45,6 +47,16 @@ def _choice(key: str, *names: str, judged_elsewhere: tuple[str, ...] = ()) -> Li
     return Limit(key, "one of " + ", ".join(names), "nothing else is known", known.__contains__, names)
 
 
+def _is_time(value: str) -> bool:
+    try:
+        datetime.fromisoformat(value)
+    except ValueError:
+        return False
+    return True
+
+
+_SLURM_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d\d?(:\d\d){0,2}")
+_SLURM_ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 ZERO_BUBBLE = ("zero_bubble", "zb1p", "zbv", "dualpipe", "dualpipev")  # schedules that `parallel.refusals` answers
 
 
@@ -136,8 +148,10 @@ LIMITS = (
     _above_zero("clip_norm", "gradients clipped to 0 teach nothing (null switches clipping off)"),
     _choice("precision", "fp32", "bf16", "fp16"),
     _choice("activation_checkpoint", "none", "selective", "full"),
-    _choice("nonfinite.action", "skip"),
+    _choice("nonfinite.action", "skip", "rollback", "stop"),
     _at_least("nonfinite.limit", 1, "it counts steps"),
+    _above_zero("nonfinite.spike", "half of all steps are above their median"),
+    _at_least("nonfinite.window", 20, "fewer steps do not tell what is usual"),
     _at_least("checkpoint.every", 0, "it counts steps"),
     _at_least("checkpoint.keep", 1, "a run without a checkpoint cannot resume"),
     _at_least("checkpoint.keep_every", 0, "it counts steps"),
@@ -150,11 +164,30 @@ LIMITS = (
     _at_least("eval.rows", 0, "it counts rows"),
     _choice("tracker.name", "none", "wandb", "tensorboard"),
     _choice("tracker.mode", "online", "offline"),
-    _choice("launch.name", "local"),
+    _choice("launch.name", "local", "slurm"),
     _at_least("launch.nproc", 1, "it counts ranks"),
     _at_least("launch.max_restarts", 0, "it counts restarts"),
+    _above_zero("launch.hang_seconds", "a step takes its time"),
     _at_least("launch.threads", 1, "a rank computes on at least one"),
     _choice("launch.device", "cpu", "cuda"),
+    Limit("launch.deadline", "a time such as 2026-12-24T18:00", "it is compared with the clock", _is_time),
+    _at_least("launch.nodes", 1, "it counts machines"),
+    Limit(
+        "launch.time",
+        "MINUTES, HH:MM:SS, D-HH or D-HH:MM:SS",
+        "Slurm reads it",
+        lambda value: bool(_SLURM_TIME.fullmatch(value)),
+    ),
+    _at_least("launch.gpus", 1, "it counts GPUs"),
+    _at_least("launch.cpus", 1, "it counts processors"),
+    _at_least("launch.grace_seconds", 10, "Slurm itself is late by that much"),
+    _at_least("launch.chain", 1, "it counts jobs"),
+    Limit(
+        "launch.array",
+        "task numbers such as 0-3 or 1,5,7",
+        "Slurm reads it",
+        lambda value: bool(_SLURM_ARRAY.fullmatch(value)),
+    ),
     _at_least("log.every", 1, "it counts steps"),
     _choice("log.progress", "auto", "live", "plain", "none"),
     Limit(

@@ -47,6 +47,11 @@ class RunDirectory:
         return self.path / "SAVE"
 
     @property
+    def requeue(self) -> Path:
+        """A file whose existence asks the run to save and make way for its own next start."""
+        return self.path / "REQUEUE"
+
+    @property
     def loss_plot(self) -> Path:
         return self.path / "loss.png"
 
@@ -55,9 +60,23 @@ class RunDirectory:
         """A folder with the tokenizer: it outlives the cache, the texts and the file it was loaded from."""
         return self.path / "tokenizer"
 
+    def struck(self, fault: str) -> Path:
+        """A file that says that the fault of this name (`faults`) has struck, and does so no more."""
+        return self.path / "faults" / fault
+
     @property
     def attempts(self) -> Path:
         return self.path / "attempts"
+
+    @property
+    def slurm(self) -> Path:
+        """What has to do with Slurm: the script, what jobs said, and what was decided when they ended."""
+        return self.path / "slurm"
+
+    @property
+    def script(self) -> Path:
+        """The batch script that `stoker submit` wrote."""
+        return self.slurm / "train.sbatch"
 
     def attempt(self, number: int) -> Path:
         """The directory of one start of the run's ranks, counted from 1."""
@@ -66,6 +85,22 @@ class RunDirectory:
     def log(self, number: int, rank: int) -> Path:
         """What the rank of this global number wrote to stdout and stderr in an attempt."""
         return self.attempt(number) / f"rank-{rank}.log"
+
+    def beginning(self, number: int) -> Path:
+        """What an attempt was begun with, as JSON."""
+        return self.attempt(number) / "start.json"
+
+    def seconds(self, number: int) -> Path:
+        """What the seconds of an attempt were good for, as JSON."""
+        return self.attempt(number) / "seconds.json"
+
+    def stacks(self, number: int, rank: int) -> Path:
+        """The stacks of all threads of a rank that made no progress."""
+        return self.attempt(number) / f"rank-{rank}.stacks"
+
+    def flight(self, number: int, rank: int) -> Path:
+        """The last collectives of such a rank: torch's flight recorder, as JSON."""
+        return self.attempt(number) / f"rank-{rank}.flight.json"
 
     def outcome(self, number: int) -> Path:
         """How an attempt ended, as JSON."""

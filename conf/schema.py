@@ -192,8 +192,10 @@ class EvalConfig:
 
 @dataclass
 class NonfiniteConfig:
-    action: str = maths("skip")  # skip: leave the update out
-    limit: int = free(10)  # skipped steps in a row after which the run ends
+    action: str = maths("skip")  # of a bad step: skip (leave its update out) | rollback (and train without it) | stop
+    limit: int = free(10)  # the run ends after so many bad steps in a row (skip), or with one more rollback
+    spike: float | None = maths()  # bad too: above median + so many deviations (1.4826 MAD); default: only nan and inf
+    window: int = maths(100)  # sound steps over which these are taken
 
 
 @dataclass
@@ -206,11 +208,25 @@ class TrackerConfig:
 
 @dataclass
 class LaunchConfig:
-    name: str = free("local")  # local: processes on this machine
-    nproc: int | None = free()  # ranks on this machine; default: its GPUs, else 2
-    max_restarts: int = free(3)  # restarts after a failure
+    name: str = free("local")  # local: processes on this machine | slurm: a job, by `stoker submit`
+    nproc: int | None = free()  # ranks on each machine; default: its GPUs, else 2
+    max_restarts: int = free(3)  # restarts in a row that may fail before they have come to a new checkpoint
+    hang_seconds: float | None = free()  # without progress is a hang; default: 30 median steps, 120 at least
     threads: int | None = free()  # CPU threads per rank; default: cores / ranks
     device: str | None = free()  # cpu | cuda; default: cuda where there is one
+    deadline: str | None = free()  # time by which the run must have saved and ended: 2026-12-24T18:00[:00][+01:00]
+    nodes: int = free(1)  # slurm: machines
+    time: str | None = free()  # slurm: time limit of the job, D-HH:MM:SS; default: the partition's
+    partition: str | None = free()  # slurm; default: the cluster's
+    gpus: int | None = free()  # slurm: GPUs of each machine, each for a rank; default: none
+    cpus: int | None = free()  # slurm: processors for each machine's ranks together; default: one for each
+    grace_seconds: int = free(120)  # slurm: from its signal to the time limit, for the last save
+    requeue: bool = free(True)  # slurm: come back to the queue after a preemption and at the time limit
+    chain: int = free(1)  # slurm: jobs in a row, each waiting for the one before; for sites without requeue
+    array: str | None = free()  # slurm: a run for each task, such as 0-3; {task} in a setting is its number
+    setup: str | None = free()  # slurm: a line of shell before all else, such as "module load cuda"
+    sbatch_args: list[str] = free([])  # slurm: further options of sbatch, such as [--account=lab,--exclusive]
+    srun_args: list[str] = free([])  # slurm: further options of srun, such as [--container-image=...]
 
 
 @dataclass
@@ -250,10 +266,11 @@ class Config:
     launch: LaunchConfig = free(LaunchConfig)
     log: LogConfig = free(LogConfig)
     profile: ProfileConfig = free(ProfileConfig)
+    faults: list[dict[str, Any]] = free([])  # to be rehearsed, each once per run: [{at: 7, rank: 1, do: kill}]
 
 
 GROUPS = ("model", "data", "optim", "schedule", "tracker", "launch")
-PER_START = ("run.fresh", "run.change")  # they speak of one start, and a run does not keep them
+PER_START = ("run.fresh", "run.change", "launch.deadline")  # they speak of one start, and a run does not keep them
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -284,7 +301,8 @@ def from_dict(values: dict[str, Any], kind: type = Config, prefix: str = "") -> 
 
 def lasting(config: Config) -> Config:
     """`config` without what speaks of one start only: the form in which a run keeps it."""
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=False, change=False))
+    run = dataclasses.replace(config.run, fresh=False, change=False)
+    return dataclasses.replace(config, run=run, launch=dataclasses.replace(config.launch, deadline=None))
 
 
 def leaves(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:

@@ -26,6 +26,11 @@ class RowSource(Protocol):
     """What the loop knows of its data, whichever planner stands behind them."""
 
     @property
+    def row(self) -> int:
+        """Global number of the next row; all rows before it have been handed out or passed over."""
+        ...
+
+    @property
     def exhausted(self) -> bool:
         """Whether `next` would raise EndOfData. Equal on all ranks."""
         ...

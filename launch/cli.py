@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from launch import arguments
 from trainer.rooms import shadowed_rooms
 
 DESCRIPTION = "Distributed training of language models: where a run runs does not change what it computes."
@@ -40,7 +41,7 @@ the same run.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. What is wrong with the user's words is one line on stderr, status 2."""
     shadows = shadowed_rooms()
     if shadows:
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from conf.values import ConfigError
 
     parser = _parser()
-    options, more = parser.parse_known_args(arguments)
+    options, more = parser.parse_known_args(words)
     if more and (not hasattr(options, "overrides") or any(word.startswith("-") for word in more)):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:
@@ -106,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--against", metavar='"OVERRIDES"', help="compare with this layout instead of one process")
     check.add_argument("--steps", type=int, default=5, help="how many steps (default 5)")
 
+    replay = add("replay", _replay, "Compute one step of a run again, and name where a number is not finite.")
+    replay.add_argument("run", help="run directory")
+    replay.add_argument("--step", type=int, required=True, help="which step")
+
     generate = add("generate", _generate, "Continue a text with a run's newest checkpoint.")
     generate.add_argument("run", help="run directory")
     generate.add_argument("--prompt", required=True, help="text to continue")
@@ -127,66 +132,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, help="of this step's checkpoint instead of the newest")
     export.add_argument("--shard-size", default="5GB", help="largest size of one file (default 5GB)")
 
-    checkpoint = add("checkpoint", lambda _: 2, "Look at, prove, compare, remove checkpoints, or ask for one.")
-    checkpoint_commands = checkpoint.add_subparsers(required=True, metavar="COMMAND")
-
-    def of_checkpoints(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        command = checkpoint_commands.add_parser(name, help=text, description=text)
-        command.set_defaults(command=run)
-        command.add_argument("run", help="run directory")
-        return command
-
-    of_checkpoints("ls", _checkpoint_ls, "List a run's checkpoints: step, size, layout, validity, loss.")
-    verify = of_checkpoints("verify", _checkpoint_verify, "Read every block of a run's checkpoints; prove them whole.")
-    verify.add_argument("--step", type=int, help="only this step's checkpoint")
-    diff = of_checkpoints("diff", _checkpoint_diff, "What differs between two checkpoints: config, state, tensors.")
-    diff.add_argument("first", type=int, help="step of the one")
-    diff.add_argument("second", type=int, help="step of the other")
-    diff.add_argument("--tensors", type=int, default=20, help="show so many, the most changed first (default 20)")
-    remove = of_checkpoints("rm", _checkpoint_rm, "Remove checkpoints, but never the last valid one.")
-    remove.add_argument("step", type=int, nargs="+", help="steps of those to remove")
-    save = of_checkpoints("save", _checkpoint_save, "Ask a running job for a checkpoint now, and wait for it.")
-    save.add_argument("--wait", type=float, default=600.0, help="seconds to wait at most (default 600)")
-
-    data = add("data", lambda _: 2, "Prepare data, and look at what a run reads.")
-    data_commands = data.add_subparsers(required=True, metavar="COMMAND")
-    made: dict[str, argparse.ArgumentParser] = {}
-    for name, run, text in (
-        ("prepare", _data_made, "Tokenise data on all cores, into the cache or a folder; goes on after a kill."),
-        ("pack", _data_made, "Write the training documents as webdataset shards."),
-        ("tokenizer", _data_made, "Train a byte-level BPE on the training documents."),
-        ("plan", _data_shown, "What a run of this config reads: documents, tokens, rows and epochs by source."),
-        ("peek", _data_shown, "Show the documents of a step of a run, past or to come."),
-        ("verify", _data_shown, "Read every byte of token files and prove them whole."),
-    ):
-        made[name] = data_commands.add_parser(name, help=text, description=text)
-        made[name].set_defaults(command=run, what=name)
-    for name in ("pack", "tokenizer"):
-        made[name].add_argument("--out", required=True, help="folder to write to")
-    for name in ("prepare", "pack", "plan", "tokenizer"):
-        made[name].add_argument("overrides", nargs="*", help=overrides)
-    made["prepare"].add_argument("--out", help="put the token files here (default: the cache)")
-    made["pack"].add_argument("--megabytes", type=float, default=256, help="size of a shard (default 256)")
-    made["tokenizer"].add_argument("--vocab", type=int, default=8192, help="how many tokens (default 8192)")
-    made["peek"].add_argument("run", help="run directory")
-    made["peek"].add_argument("--step", type=int, required=True, help="which step")
-    made["peek"].add_argument("--rows", type=int, default=4, help="how many rows at most (default 4)")
-    made["peek"].add_argument("--characters", type=int, default=600, help="of a document at most (default 600)")
-    made["verify"].add_argument("paths", nargs="*", help="token files, or a cache (default: the default cache)")
+    arguments.add_runs(add, overrides)
+    arguments.add_checkpoints(
+        add("checkpoint", lambda _: 2, "Look at, prove, compare, remove checkpoints, or ask for one.")
+    )
+    arguments.add_data(add("data", lambda _: 2, "Prepare data, and look at what a run reads."), overrides)
     return parser
-
-
-def _data_made(options: argparse.Namespace) -> int:
-    from launch import data_make as make
-
-    return {"prepare": make.prepare, "pack": make.pack, "tokenizer": make.tokenizer}[options.what](options)
-
-
-def _data_shown(options: argparse.Namespace) -> int:
-    from launch import data_show as show
-    from launch.data_peek import peek
-
-    return {"plan": show.plan, "peek": peek, "verify": show.verify}[options.what](options)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -228,6 +179,12 @@ def _check(options: argparse.Namespace) -> int:
     return check(options.overrides, options.against, options.steps)
 
 
+def _replay(options: argparse.Namespace) -> int:
+    from launch.replay import replay_step
+
+    return replay_step(options.run, options.step)
+
+
 def _generate(options: argparse.Namespace) -> int:
     from launch.generate import speak
 
@@ -238,36 +195,6 @@ def _export(options: argparse.Namespace) -> int:
     from launch.export import export
 
     return export(options)
-
-
-def _checkpoint_ls(options: argparse.Namespace) -> int:
-    from launch.show import list_checkpoints
-
-    return list_checkpoints(options.run)
-
-
-def _checkpoint_verify(options: argparse.Namespace) -> int:
-    from launch.show import verify_checkpoints
-
-    return verify_checkpoints(options.run, options.step)
-
-
-def _checkpoint_diff(options: argparse.Namespace) -> int:
-    from launch.show import compare_checkpoints
-
-    return compare_checkpoints(options.run, options.first, options.second, options.tensors)
-
-
-def _checkpoint_rm(options: argparse.Namespace) -> int:
-    from launch.tend import remove_checkpoints
-
-    return remove_checkpoints(options.run, options.step)
-
-
-def _checkpoint_save(options: argparse.Namespace) -> int:
-    from launch.tend import save_now
-
-    return save_now(options.run, options.wait)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,23 +25,39 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousInfo
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
+from checkpoint import newest
 from conf.rundir import RunDirectory
 from conf.schema import Config, to_dict
 from parallel.layout import threads_per_rank
+from trainer.doctor import Doctor
 from trainer.main import CONFIG_VARIABLE
-from trainer.outcome import Ending, Outcome, read_ending, write_ending
+from trainer.outcome import GOES_ON, Ending, Outcome, read_ending, write_ending
 from trainer.start import run_directory
 
 MONITOR_SECONDS = 0.05
 GRACE_SECONDS = 600.0  # for a final save after a signal
+PEERS_SECONDS = 2.0  # for another machine to say what befell its ranks
 EXIT_SECONDS = 5.0  # for processes to end after the outcome is written
 
 
-def launch(config: Config, ranks: int, say: Callable[[str], None], *arguments: str) -> int:
+@dataclass(frozen=True)
+class Meeting:
+    """Where the launchers of several machines meet: a store that somebody else keeps."""
+
+    host: str
+    port: int
+    node: int  # of this machine, from 0
+    nodes: int
+
+
+def launch(
+    config: Config, ranks: int, say: Callable[[str], None], *arguments: str, meeting: Meeting | None = None
+) -> int:
     """Run `ranks` ranks of a settled config until they end; the exit status for the shell. They get `arguments`.
 
-    A failed attempt is followed by another, up to `launch.max_restarts` times. SIGTERM and SIGINT are passed on and the
-    ranks save before they end; a second SIGINT kills.
+    A failed attempt is followed by another, until `launch.max_restarts` in a row have not come to a new checkpoint; at
+    a `meeting` with other machines restarts are left to whoever keeps its store. SIGTERM, SIGUSR1 and SIGINT are passed
+    on and the ranks save before they end; a second SIGINT kills.
     """
     logging.disable(logging.ERROR)  # the agent is talkative; what a person should know we say ourselves
     run = run_directory(config)
@@ -49,19 +66,22 @@ def launch(config: Config, ranks: int, say: Callable[[str], None], *arguments: s
         CONFIG_VARIABLE: json.dumps(to_dict(config)),
         "OMP_NUM_THREADS": str(threads),
         "PYTHONSAFEPATH": "1",
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     }
     with tempfile.TemporaryDirectory(prefix="stoker-") as folder:
         spec = WorkerSpec(
             role="rank",
             local_world_size=ranks,
-            rdzv_handler=_LocalRendezvous(),
+            rdzv_handler=_LocalRendezvous() if meeting is None else _MeetingRendezvous(meeting),
             entrypoint=sys.executable,
             args=("-P", "-m", "trainer", *arguments),
-            max_restarts=config.launch.max_restarts,
+            max_restarts=config.launch.max_restarts if meeting is None else 0,
             monitor_interval=MONITOR_SECONDS,
-            master_addr="127.0.0.1",
+            master_addr="127.0.0.1" if meeting is None else meeting.host,
         )
-        agent = _Agent(spec, DefaultLogsSpecs(log_dir=folder), run, say)
+        agent = _Agent(
+            spec, DefaultLogsSpecs(log_dir=folder), run, config.launch.hang_seconds, say, alone=meeting is None
+        )
         try:
             agent.run()
         except SignalException as interrupt:
@@ -72,6 +92,8 @@ def launch(config: Config, ranks: int, say: Callable[[str], None], *arguments: s
         finally:
             agent.kill()
     ending = agent.ending()
+    if ending is not None and ending.outcome is Outcome.PREEMPTED:
+        return GOES_ON
     return 0 if ending is not None and ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED) else 1
 
 
@@ -87,14 +109,41 @@ class _LocalRendezvous(StaticTCPRendezvous):
         return super().next_rendezvous()
 
 
+class _MeetingRendezvous(StaticTCPRendezvous):
+    """Several machines, one attempt."""
+
+    def __init__(self, meeting: Meeting) -> None:
+        super().__init__(meeting.host, meeting.port, meeting.node, meeting.nodes, run_id="stoker", timeout=60)
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        self._store = torch.distributed.TCPStore(self.master_addr, self.master_port, is_master=False)
+        return super().next_rendezvous()
+
+
 class _Agent(LocalElasticAgent):
-    def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, run: RunDirectory, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        logs: DefaultLogsSpecs,
+        run: RunDirectory,
+        hang_seconds: float | None,
+        say: Callable[[str], None],
+        alone: bool,
+    ) -> None:
         super().__init__(spec, logs)
-        self._run, self._say = run, say
+        self._run, self._hang_seconds, self._say, self._alone = run, hang_seconds, say, alone
+        self._doctor: Doctor | None = None  # of the present ranks, once there is an attempt
         self._attempts_before = 0
+        self._checkpoint_before: str | None = None
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        # Before machines meet no rank of this attempt runs, so that all of them count the same attempts.
+        self._attempts_before = len(self._run.attempt_numbers())
+        self._checkpoint_before = _newest_name(self._run)
+        super()._rendezvous(worker_group)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self._attempts_before = len(self._run.attempt_numbers())
+        self._doctor = None
         pids = super()._start_workers(worker_group)
         assert self._pcontext is not None
         close = self._pcontext.close
@@ -113,15 +162,17 @@ class _Agent(LocalElasticAgent):
         if self._pcontext is None:
             return
         if death_sig != signal.SIGKILL and any(_is_alive(pid) for pid in self._pcontext.pids().values()):
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for ignored in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(ignored, signal.SIG_IGN)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             for pid in self._pcontext.pids().values():
                 if _is_alive(pid):
-                    os.kill(pid, signal.SIGTERM)
+                    os.kill(pid, signal.SIGINT if death_sig == signal.SIGINT else signal.SIGTERM)
             self._wait_for_save()
             number = self._attempt()
             if number is not None:  # where a rank has written an outcome, it stands
-                ending = Ending(Outcome.STOPPED, "stopped before the first step", signal=int(death_sig))
+                outcome = Outcome.STOPPED if death_sig == signal.SIGINT else Outcome.PREEMPTED
+                ending = Ending(outcome, f"{outcome} before the first step", signal=int(death_sig))
                 write_ending(self._run, number, ending)
         self._pcontext.close(signal.SIGKILL)
 
@@ -135,14 +186,33 @@ class _Agent(LocalElasticAgent):
             time.sleep(MONITOR_SECONDS)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._look_after_ranks()
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED:
             self._book_failure(result)
         return result
 
+    def _look_after_ranks(self) -> None:
+        """End ranks that make no progress. Their deaths are seen by the monitor, as all deaths are."""
+        if self._doctor is None and (number := self._attempt()) is not None:
+            workers = self._worker_group.workers
+            ranks = range(workers[0].global_rank, workers[-1].global_rank + 1)
+            self._doctor = Doctor(self._run, number, ranks, self._hang_seconds, self._say)
+        if self._doctor is not None:
+            self._doctor.look()
+
     def _book_failure(self, result: RunResult) -> None:
         """Write the outcome of ranks that could not, and say what happens next."""
+        if self._is_superseded():
+            self._remaining_restarts = 0
+            self._say("not restarting: another start of this run has begun")
+            return
         ending = self.ending()
+        if not self._alone and ending is None and all(f.exitcode > 0 for f in result.failures.values()):
+            deadline = time.monotonic() + PEERS_SECONDS  # these have lost a peer, and its machine knows how
+            while ending is None and time.monotonic() < deadline:
+                time.sleep(MONITOR_SECONDS)
+                ending = self.ending()
         if ending is None:
             killed = {rank: -f.exitcode for rank, f in result.failures.items() if f.exitcode < 0}
             rank = min(result.failures, key=lambda rank: (rank not in killed, result.failures[rank].timestamp))
@@ -153,6 +223,10 @@ class _Agent(LocalElasticAgent):
             if number is not None:
                 write_ending(self._run, number, ending)
             self._say(ending.message)
+        if not self._alone:
+            return
+        if _newest_name(self._run) != self._checkpoint_before:
+            self._remaining_restarts = self._worker_group.spec.max_restarts  # it has come further: the budget is new
         if not ending.retry:
             self._remaining_restarts = 0
         elif self._remaining_restarts > 0:
@@ -164,7 +238,11 @@ class _Agent(LocalElasticAgent):
     def _attempt(self) -> int | None:
         """The attempt of the present ranks, once one of them has made it."""
         numbers = self._run.attempt_numbers()
-        return numbers[-1] if len(numbers) > self._attempts_before else None
+        return numbers[self._attempts_before] if len(numbers) > self._attempts_before else None
+
+    def _is_superseded(self) -> bool:
+        """Has somebody else started the run since these ranks made their attempt?"""
+        return len(self._run.attempt_numbers()) > self._attempts_before + 1
 
     def ending(self) -> Ending | None:
         """How the present ranks ended; None while, or if, nobody has said."""
@@ -175,6 +253,10 @@ class _Agent(LocalElasticAgent):
         """Make sure that nobody is left, however we got here."""
         if self._pcontext is not None:
             self._pcontext.close(signal.SIGKILL)
+
+
+def _newest_name(run: RunDirectory) -> str | None:
+    return next((checkpoint.name for checkpoint in newest(run.checkpoints)), None)
 
 
 def _is_alive(pid: int) -> bool:

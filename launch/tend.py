@@ -34,7 +34,7 @@ def remove_checkpoints(path: str, steps: list[int]) -> int:
 def save_now(path: str, wait_seconds: float) -> int:
     """Ask the run for a checkpoint and wait for it; status 1 if nobody hears, or it fails or is not there in time."""
     run = run_at(path)
-    at = _living(run)
+    at = living(run)
     if at is None:
         print(f"nobody is training {run.path}: there is nothing to save", file=sys.stderr)
         return 1
@@ -53,7 +53,7 @@ def save_now(path: str, wait_seconds: float) -> int:
         if failure is not None:
             print(f"the save failed: {failure}", file=sys.stderr)
             return 1
-        if _living(run) is None:
+        if living(run) is None:
             run.save.unlink(missing_ok=True)
             print(f"the run has ended; its newest checkpoint is {_newest_name(run)}", file=sys.stderr)
             return 1
@@ -65,12 +65,12 @@ def save_now(path: str, wait_seconds: float) -> int:
     return 1
 
 
-def _living(run: RunDirectory) -> Stamp | None:
+def living(run: RunDirectory) -> Stamp | None:
     """The newest stamp of a rank of a running attempt; None if nobody is training."""
     numbers = run.attempt_numbers()
     if not numbers or read_ending(run, numbers[-1]) is not None:
         return None
-    stamps = [stamp for stamp in read_stamps(run.attempt(numbers[-1])) if _is_alive(stamp)]
+    stamps = [stamp for stamp in read_stamps(run.attempt(numbers[-1])).values() if _is_alive(stamp)]
     return max(stamps, key=lambda stamp: stamp.time, default=None)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from parallel.rows import Rows
 from parallel.shards import Shard
-from parallel.update import StepResult
+from parallel.update import SILENCE, Said, StepResult
 
 
 class Engine(Protocol):
@@ -18,11 +18,11 @@ class Engine(Protocol):
         """Accumulate the gradients of this rank's rows of the global batch, `[rank_rows, seq_len]`."""
         ...
 
-    def update(self, lr: float, votes: frozenset[str] = frozenset()) -> StepResult:
-        """Clip and step with what was accumulated, and carry `votes` to all ranks.
+    def update(self, lr: float, said: Said = SILENCE) -> StepResult:
+        """Clip and step with what was accumulated, and carry what this rank has `said` to all ranks.
 
-        A step without a finite loss and gradient norm leaves parameters and optimizer state as they are, on all ranks
-        alike. The result stays on the device until it is read.
+        A step whose loss and gradient norm are not finite, or above the ceilings that all ranks name alike, leaves
+        parameters and optimizer state as they are, on all ranks alike. The result stays on the device until it is read.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
@@ -126,6 +127,31 @@ def batch_plan(config: Config, layout: Layout) -> BatchPlan:
     if micro < 1 or rank_rows % micro:
         raise ValueError(f"{rank_rows} rows per rank do not divide into micro-batches of {micro}")
     return BatchPlan(rows, rank_rows, micro)
+
+
+def fit(config: Config, world: int) -> Config:
+    """`config` for another number of ranks than it was made for: tp and pp stay, the data-parallel degree follows.
+
+    Where replicas or micro-batches no longer divide, the largest smaller number that does takes their place. What does
+    not fit all the same (tp x pp, batch.rows) is left for `parallel.refusals`. None of this changes the maths.
+    """
+    dp, rest = divmod(world, config.parallel.tp * config.parallel.pp)
+    if rest or not dp or config.batch.rows % dp:
+        return config
+    replicas, micro, rank_rows = config.parallel.replicas, config.batch.micro, config.batch.rows // dp
+    if replicas is not None:
+        replicas = dp if config.parallel.zero == 0 else _largest_divisor(dp, replicas)
+    if micro is not None:
+        micro = _largest_divisor(rank_rows, micro)
+    return dataclasses.replace(
+        config,
+        parallel=dataclasses.replace(config.parallel, replicas=replicas),
+        batch=dataclasses.replace(config.batch, micro=micro),
+    )
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next(n for n in range(min(number, most), 0, -1) if number % n == 0)
 
 
 def threads_per_rank(threads: int | None, local_world: int) -> int:

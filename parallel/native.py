@@ -24,7 +24,7 @@ from parallel.replicated import ReplicatedWeights
 from parallel.rows import Rows
 from parallel.shards import GRADIENT, PARAMETER, Shard
 from parallel.stages import stages_of
-from parallel.update import StepResult, agree
+from parallel.update import SILENCE, Said, StepResult, agree
 from parallel.weights import DTYPES, Precision, Weights
 
 
@@ -60,7 +60,7 @@ class NativeEngine:
             self._loss_sum += loss_sum
             self._tokens += rows.valid_tokens().to(self._mesh.device, non_blocking=True)
 
-    def update(self, lr: float, votes: frozenset[str] = frozenset()) -> StepResult:
+    def update(self, lr: float, said: Said = SILENCE) -> StepResult:
         with record_function("stoker.update"):
             gradients = self._gradients()
             counted = [
@@ -73,7 +73,7 @@ class NativeEngine:
                 counted,
                 self._loss_sum,
                 self._tokens,
-                votes,
+                said,
                 loss_scale=self._scale(),
                 nominal_tokens=self._nominal_tokens,
                 clip_norm=self._clip_norm,

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from conf.faults import read_faults
 from conf.limits import LIMITS, ZERO_BUBBLE
 from conf.schema import Config
 from conf.values import ConfigError
@@ -225,6 +226,14 @@ def _gpus(start: Start) -> str | None:
     )
 
 
+@_refuses("several machines", "launch.nodes above 1 with launch=local", "`stoker train` starts ranks on one machine")
+def _several_machines(start: Start) -> str | None:
+    nodes = start.config.launch.nodes
+    if start.config.launch.name != "local" or nodes == 1:
+        return None
+    return f"launch.nodes={nodes} with launch=local, which is this machine: `stoker submit launch=slurm` has several"
+
+
 @_refuses("fp16 on CPUs", "precision=fp16 on CPUs", "it is slow and narrow there, and bf16 is neither")
 def _fp16_on_cpus(start: Start) -> str | None:
     if start.config.precision != "fp16" or start.cuda:
@@ -322,6 +331,20 @@ def _traced_steps(start: Start) -> str | None:
         return None
     first = max(1, steps - (traced[1] - traced[0]))
     return f"profile.steps={traced} with steps={steps}: no such step is taken; profile.steps=[{first},{steps}] works"
+
+
+@_refuses("faults", "entries of faults that are none, or that no step and rank of the run meets", "nothing would break")
+def _faults(start: Start) -> str | None:
+    try:
+        faults = read_faults(start.config.faults)
+    except ValueError as error:
+        return f"faults: {error}"
+    for fault in faults:
+        if fault.rank >= start.world:
+            return f"faults: {fault.name} is for rank {fault.rank} of {start.world}: rank 0 to {start.world - 1} work"
+        if fault.at > start.config.steps:
+            return f"faults: {fault.name} is for step {fault.at} of {start.config.steps}"
+    return None
 
 
 REFUSALS.extend(Refusal(*entry) for entry in (*OF_DEEPSPEED, *OF_LANES))

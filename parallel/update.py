@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,7 +12,20 @@ from torch import Tensor
 from parallel.loss_scale import FLOOR
 from parallel.mesh import Mesh
 
-VOTES = ("stop", "save", "save_failed")  # what ranks agree on, one step late
+VOTES = ("stop", "preempt", "save", "save_failed", "superseded")  # what ranks agree on, one step late
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a rank has to say to the others with a step."""
+
+    votes: frozenset[str] = frozenset()  # of VOTES
+    work_seconds: float = 0.0  # that the rank needed for itself; waiting for others is no work
+    loss_ceiling: float = math.inf  # a step above either is left out as one that is not finite is; equal on all ranks
+    norm_ceiling: float = math.inf
+
+
+SILENCE = Said()
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,7 @@ class Agreed:
     skipped: bool  # no update was made: loss or norm not finite, or not one valid token
     votes: frozenset[str]  # those of VOTES that at least one rank cast
     loss_scale: float = 1.0  # what the loss was multiplied by, other than 1 in fp16 only
+    work_seconds: tuple[float, ...] = field(default=(), kw_only=True)  # of each rank
     overflowed: bool = False  # skipped, but only as the loss scale was too large: it is lowered, and the next step fits
 
 
@@ -43,9 +58,11 @@ class StepResult:
     def read(self) -> Agreed:
         if self._event is not None:
             self._event.synchronize()
-        loss, grad_norm, tokens, skipped, loss_scale, overflowed, *votes = self._values.tolist()
+        loss, grad_norm, tokens, skipped, loss_scale, overflowed, *said = self._values.tolist()
+        votes, seconds = said[: len(VOTES)], tuple(said[len(VOTES) :])
         cast = frozenset(name for name, count in zip(VOTES, votes, strict=True) if count > 0)
-        return Agreed(loss, grad_norm, int(tokens), bool(skipped), cast, loss_scale, bool(overflowed))
+        overflow = bool(overflowed)
+        return Agreed(loss, grad_norm, int(tokens), bool(skipped), cast, loss_scale, overflow, work_seconds=seconds)
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,7 @@ def agree(
     gradients: Sequence[Tensor],
     loss_sum: Tensor,
     valid_tokens: Tensor,
-    votes: frozenset[str],
+    said: Said,
     *,
     loss_scale: Tensor,
     nominal_tokens: int,
@@ -73,12 +90,15 @@ def agree(
     `gradients` are those this rank counts (each element of the global gradient is counted by exactly one rank),
     accumulated from losses multiplied by `loss_scale` (fp32 scalar) / nominal_tokens; `loss_sum` and `valid_tokens`
     are float64 scalars, zero on ranks whose numbers another rank of the same replica reports.
+    Each rank's seconds have a place of their own in the message, zero in those of others, so that a sum brings all.
     """
-    unknown = votes - set(VOTES)
+    unknown = said.votes - set(VOTES)
     assert not unknown, unknown
     norms = torch._foreach_norm(list(gradients)) if gradients else []
     squares = torch.stack(list(norms)).double().square().sum() if norms else torch.zeros_like(loss_sum)
-    cast = torch.tensor([float(name in votes) for name in VOTES], dtype=torch.float64)
+    seconds = [0.0] * mesh.layout.world
+    seconds[mesh.rank] = said.work_seconds
+    cast = torch.tensor([*(float(name in said.votes) for name in VOTES), *seconds], dtype=torch.float64)
     squares, cast = squares.to(loss_sum.device), cast.to(loss_sum.device, non_blocking=True)
     message = torch.cat([torch.stack([squares, loss_sum, valid_tokens]), cast])
     mesh.sum(message)
@@ -89,11 +109,13 @@ def agree(
     accumulated = loss_scale.double() * counted / nominal_tokens  # gradients are this times those of the mean loss
     grad_norm = message[0].sqrt() / accumulated
     sound = torch.isfinite(loss) & torch.isfinite(grad_norm) & (tokens > 0)
+    if min(said.loss_ceiling, said.norm_ceiling) < math.inf:
+        sound &= (loss <= said.loss_ceiling) & (grad_norm <= said.norm_ceiling)
     divisor = accumulated
     if clip_norm is not None:
         divisor = divisor / (clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
     skipped = (~sound).double()
-    overflowed = skipped * (torch.isfinite(loss) & (tokens > 0) & (loss_scale > FLOOR))
+    overflowed = skipped * (torch.isfinite(loss) & ~torch.isfinite(grad_norm) & (tokens > 0) & (loss_scale > FLOOR))
     values = torch.cat([torch.stack([loss, grad_norm, tokens, skipped, loss_scale.double(), overflowed]), message[3:]])
     divisor = torch.where(sound, divisor, torch.ones_like(divisor)).float()
     return Verdict(StepResult(values), divisor, skipped.float())

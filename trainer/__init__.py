@@ -5,7 +5,11 @@
 `cut`         from a model on the meta device to an engine: the order in which a model is cut stands there only
 `loop`        the loop; `ledger`: results of steps, read one step late; `schedule`; `evaluation`
 `profile`     which steps are profiled, and `breakdown`: where the time of such a step goes
-`process`     a rank as a process: signals, stop file, progress stamps, logs; `outcome`: how an attempt ended
+`process`     a rank as a process: progress stamps, logs; `outcome`: how an attempt began and ended
+`requests`    what it is asked: signals, files, a deadline; `grace`: how long an end takes; `meeting`: of machines
+`doctor`      ranks that make no progress: seen from outside, examined (`examination`, `witness`), ended; `stragglers`
+`spikes`      which losses are not believed; `replay`: one step once more; `faults`: struck on purpose
+`goodput`     what every second of a run was good for
 `observers`   what a person sees: `metrics`, `progress` and `live`, `trackers`, `summary`
 
 A step never waits for the device: its result is read while the next step is already queued, and whatever ranks have

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from checkpoint import Checkpoints, Remote, resume
+from conf.faults import read_faults
 from conf.rundir import RunDirectory
 from conf.schema import Config
 from data import RowSource, open_rows, open_stream, prepare, read_rows, vocabulary
@@ -17,12 +18,17 @@ from parallel.mesh import Mesh
 from parallel.rows import IGNORE
 from trainer.cut import cut
 from trainer.evaluation import Evaluation
+from trainer.faults import Faults
+from trainer.goodput import Booking
+from trainer.grace import Grace
 from trainer.ledger import Progress
 from trainer.loop import Trainer
+from trainer.metrics import read
 from trainer.observers import open_observers
 from trainer.pretrained import load_pretrained
-from trainer.process import Phases, Place, Requests
+from trainer.process import Phases, Place
 from trainer.profile import Profiler
+from trainer.requests import Requests, deadline_of
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +77,18 @@ def assemble(
         run.memory_snapshot(attempt, mesh.rank),
         observers.message if observers is not None else log.info,
     )
+    faults = Faults(read_faults(config.faults), mesh.rank, run, checkpoints, mesh.device)
+
+    def restore() -> dict[str, Any] | None:
+        with offloaded(config.parallel):
+            return resume(run.checkpoints, engine.shards(), mesh.exchange, mesh.rank, remote)
+
     trainer = Trainer(
-        config, mesh, engine, stream, evaluation, checkpoints, observers, requests, phase, profiler, Progress()
-    )
+        config, mesh, engine, stream, evaluation, checkpoints, observers, requests, phase, profiler, faults, restore,
+        None, Progress(),
+    )  # fmt: skip
     phase(0, "resume")
-    with offloaded(config.parallel):
-        state = resume(run.checkpoints, engine.shards(), mesh.exchange, mesh.rank, remote)
+    state = restore()
     if state is not None:
         trainer.load_state(state)
         log.info("resumed from step %d", trainer.progress.step)
@@ -87,9 +99,14 @@ def assemble(
     with offloaded(config.parallel):
         checkpoints.prepare(engine.shards())  # its memory after the memory that resuming needs has been given back
     if observers is not None:
+        grace = Grace(deadline_of(config.launch.deadline), observers.message)
+        grace.recall(read(run.metrics))
+        requests.grace = grace.with_margin
+        observers.add(grace)
         resumed = trainer.progress.step if state is not None else None
         facts = {"layout": str(mesh.layout), "device": str(mesh.device), "attempt": str(attempt)}
         observers.start(config, resumed, config.steps, facts)
+        trainer.booking = Booking(run.seconds(attempt), phase, trainer.progress.step)
     return trainer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from parallel.rows import Rows
@@ -15,12 +17,16 @@ class Evaluation:
         self._mesh, self._per_pass = mesh, per_pass
         self.rows = rows
 
-    def loss(self, engine: Engine) -> float:
-        """Mean loss in nats per valid token over the rows of all ranks. Waits for the device."""
+    def loss(self, engine: Engine, given_up: Callable[[], bool] = lambda: False) -> float | None:
+        """Mean loss in nats per valid token over the rows of all ranks. Waits for the device.
+
+        `given_up` is asked before each pass; all ranks must answer alike. Once it is true there is no loss.
+        """
         assert self.rows is not None
-        passes = [
-            engine.evaluate(self.rows[start : start + self._per_pass])
-            for start in range(0, len(self.rows), self._per_pass)
-        ]
+        passes = []
+        for start in range(0, len(self.rows), self._per_pass):
+            if given_up():
+                return None
+            passes.append(engine.evaluate(self.rows[start : start + self._per_pass]))
         loss_sum, tokens = self._mesh.sum(sum(passes[1:], start=passes[0])).tolist()
         return loss_sum / max(tokens, 1.0)

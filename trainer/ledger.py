@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from conf.schema import Config
 from parallel.update import StepResult
 from trainer.observers import Observers, StepRecord
-from trainer.outcome import Outcome
-from trainer.process import Phases
+from trainer.outcome import Outcome, Superseded
+from trainer.process import Phases, read_stamps
+from trainer.requests import SUPERSEDED, ending_of
+from trainer.spikes import ceilings
+from trainer.stragglers import STEPS, Stragglers
 
 
 @dataclass
@@ -30,6 +33,8 @@ class Progress:
     loss: float | None = None  # of the last step
     val_loss: float | None = None  # of the last evaluation
     val_step: int | None = None  # after which that was
+    seen: list[list[float]] = field(default_factory=list)  # step, loss, norm of sound steps, for `trainer.spikes`
+    passed_over: list[list[int]] = field(default_factory=list)  # first and last step of spans found bad
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Verdict:
 
     outcome: Outcome | None = None
     save: bool = False  # somebody asks for a checkpoint; every result has been read for it
+    bad_step: int | None = None  # go back to before it, and pass it over
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,18 @@ class _Entry:
 class Ledger:
     """Books steps into `progress` and, on global rank 0, tells the observers of them."""
 
-    def __init__(self, config: Config, progress: Progress, observers: Observers | None, phase: Phases) -> None:
-        self._limit = config.nonfinite.limit
+    _bad_step: int | None  # the first bad one
+
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress,
+        observers: Observers | None,
+        phase: Phases,
+        stragglers: Stragglers | None = None,
+    ) -> None:
+        self._stragglers = stragglers
+        self._bad, self._bad_step = config.nonfinite, None
         self._scaled = config.precision == "fp16"
         self._failing = config.checkpoint.on_error == "fail"
         self._progress, self._observers, self._phase = progress, observers, phase
@@ -72,16 +88,26 @@ class Ledger:
         self._last_entry = now
 
     def settle(self, *, everything: bool) -> Verdict:
-        """Read the results that are due: all but the newest, or all; all too when a save is asked for."""
+        """Read the results that are due: all but the newest, or all; all too when a save is asked for.
+
+        Raises Superseded, on all ranks at the same step, when another start of the run has begun.
+        """
         votes: set[str] = set()
         while len(self._open) > (0 if everything or "save" in votes else 1):
             votes |= self._book(self._open.pop(0))
         save = "save" in votes
-        if self._progress.skipped_in_a_row >= self._limit:
+        if SUPERSEDED in votes:
+            raise Superseded
+        if self._bad_step is not None:
+            if self._bad.action == "stop":
+                return Verdict(Outcome.NONFINITE, save)
+            if self._bad.action == "rollback":
+                return Verdict(bad_step=self._bad_step)
+        if self._progress.skipped_in_a_row >= self._bad.limit:
             return Verdict(Outcome.NONFINITE, save)
         if "save_failed" in votes and self._failing:
             return Verdict(Outcome.FAILED, save)
-        return Verdict(Outcome.STOPPED if "stop" in votes else None, save)
+        return Verdict(ending_of(frozenset(votes)), save)
 
     def _book(self, entry: _Entry) -> frozenset[str]:
         agreed = entry.result.read()
@@ -91,10 +117,16 @@ class Ledger:
         progress.tokens += agreed.tokens
         if not agreed.overflowed:  # an overflow is how fp16 finds its loss scale
             progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if agreed.skipped else 0
+            if agreed.skipped and self._bad_step is None:
+                self._bad_step = entry.step
+        if self._bad.spike is not None and not agreed.skipped:
+            progress.seen = [*progress.seen, [entry.step, agreed.loss, agreed.grad_norm]][-self._bad.window - 1 :]
         progress.loss = agreed.loss if math.isfinite(agreed.loss) else None  # JSON knows no infinity
         if entry.val_loss is not None:
             progress.val_loss, progress.val_step = entry.val_loss, entry.step
         if self._observers is not None:
+            if self._stragglers is not None:
+                self._name_stragglers(entry.step, agreed.work_seconds)
             scale = {"loss_scale": agreed.loss_scale} if self._scaled else {}
             self._observers.step(
                 StepRecord(
@@ -113,3 +145,16 @@ class Ledger:
                 )
             )
         return agreed.votes
+
+    def ceilings(self, step: int) -> tuple[float, float]:
+        """The largest loss and gradient norm that `step` may have: equal on all ranks."""
+        return ceilings(self._progress.seen, step, self._bad.spike, self._bad.window)
+
+    def _name_stragglers(self, step: int, seconds: Sequence[float]) -> None:
+        assert self._stragglers is not None and self._observers is not None
+        for rank, factor in self._stragglers.book(seconds):
+            stamp = read_stamps(self._phase.folder).get(rank)
+            where = f"rank {rank}" + (f" on {stamp.host}" if stamp else "")
+            self._observers.message(
+                f"{where} is slow: {factor:.2f} times the median work of a rank, for {STEPS} steps up to step {step}"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,13 +14,19 @@ from conf.schema import Config, to_dict
 from data import RowSource
 from parallel.engine import Engine
 from parallel.mesh import Mesh
+from parallel.update import Said
 from trainer.evaluation import Evaluation
+from trainer.faults import Faults
+from trainer.goodput import Booking
+from trainer.grace import CHECKPOINT_SECONDS
 from trainer.ledger import Ledger, Progress
 from trainer.observers import Observers
 from trainer.outcome import Outcome
-from trainer.process import Phases, Requests
+from trainer.process import Phases
 from trainer.profile import Profiler
+from trainer.requests import PREEMPT, STOP, Requests, ending_of
 from trainer.schedule import learning_rate
+from trainer.stragglers import Stragglers, WorkClock
 
 log = logging.getLogger(__name__)
 
@@ -39,52 +45,77 @@ class Trainer:
     requests: Requests
     phase: Phases
     profiler: Profiler
+    faults: Faults
+    restore: Callable[[], dict[str, Any] | None]  # load the newest checkpoint, all ranks together; its state
+    booking: Booking | None  # on global rank 0, once training
     progress: Progress
     failed_save: str | None = field(default=None, init=False)  # why a save failed, as this rank knows it
+    _step: int = field(default=0, init=False)  # the last one begun
+    _stragglers: Stragglers = field(default_factory=Stragglers, init=False)
     _told: bool = field(default=False, init=False)  # has the person who watches been told that we stop?
     _failing: bool = field(default=False, init=False)  # has a save failed that the other ranks must hear of?
+    _given_up: Outcome | None = field(default=None, init=False)  # asked to end in an evaluation, which was left out
     _saved: dict[str, float] = field(default_factory=dict, init=False)  # metrics of saves that ended in this step
 
     def fit(self) -> Outcome:
         """Train until the last step, the end of the data, or a verdict of all ranks. The state is saved at the end."""
-        ledger = Ledger(self.config, self.progress, self.observers, self.phase)
+        ledger = self.ledger()
+        clock = WorkClock()
         outcome = Outcome.COMPLETED
         last = self._is_last(self.progress.step)
         if last and self.observers is not None:
             step, ends = self.progress.step, "the data end" if self.rows.exhausted else "steps=... goes on"
             self.observers.message(f"nothing to do: step {step} of {self.config.steps} is done; {ends}")
-        for step in self._steps():
+        for step in self.steps(self.config.steps):
             with self.profiler.step(step) as profiled:
                 self.phase(step, "data")
                 with record_function("stoker.data"):
                     rows = self.rows.next()
+                    first_row = self.rows.row - self.config.batch.rows
                 self.phase(step, "forward_backward")
-                self.engine.forward_backward(rows)
+                self.faults.strike(step)
+                with self.faults.in_passes():
+                    self.engine.forward_backward(rows)
                 self.phase(step, "await_staged")
                 self.checkpoints.await_staged()  # a snapshot in flight must not see the update
                 self.phase(step, "update")
                 lr = learning_rate(self.config.schedule, self.config.optim, step)
-                result = self.engine.update(lr, self._votes())  # stays on the device
+                work_seconds = clock.take() + self.phase.spent("data")
+                said = Said(self._votes(), work_seconds, *ledger.ceilings(step))
+                result = self.engine.update(lr, said)  # stays on the device
             self.phase(step, "data")  # whether this was the last step may be known only when the next rows are
             last = self._is_last(step)
             val_loss = self._evaluate(step, last)
-            ledger.enter(step, lr, result, val_loss, {**profiled, **self.rows.metrics(), **self._saved})
+            extra = {"first_row": first_row, **profiled, **self.rows.metrics(), **self._saved}
+            ledger.enter(step, lr, result, val_loss, extra)
             saving = self._saves_at(step)
-            verdict = ledger.settle(everything=saving or last)  # else one step late: the host never waits
-            if verdict.outcome is not None:
-                outcome = verdict.outcome
+            if self.booking is not None:
+                self.booking.step()
+            settled = saving or last or self._given_up is not None
+            verdict = ledger.settle(everything=settled)  # else one step late: the host never waits
+            if ending := verdict.outcome or self._given_up:
+                outcome = ending
                 break
+            if verdict.bad_step is not None:
+                if not self._roll_back(verdict.bad_step):
+                    outcome = Outcome.NONFINITE
+                    break
+                ledger = self.ledger()
+                continue
             if saving or verdict.save:
                 self.save()
             self.report_saves()
         self.profiler.close()
         ledger.settle(everything=True)
         self.save()
-        return Outcome.COMPLETED if outcome is Outcome.STOPPED and last else outcome
+        asked = outcome in (Outcome.STOPPED, Outcome.PREEMPTED)
+        return Outcome.COMPLETED if asked and last else outcome
 
     def save(self) -> None:
         """Start saving the state after the last step done; metrics up to it are on disk before it can be committed."""
         step = self.progress.step
+        if self.booking is not None:
+            self.booking.saving(step)
         self.phase(step, "save")
         self.requests.saving()
         if self.observers is not None:
@@ -131,23 +162,53 @@ class Trainer:
         self.engine.shards_written()
         self.progress = Progress(**state["progress"])
 
-    def _steps(self) -> Iterator[int]:
-        """The steps to train, to the last or to the end of the data: those of `skip_steps` are passed over, with their
-        rows."""
-        spans = self.config.skip_steps
-        for step in range(self.progress.step + 1, self.config.steps + 1):
-            if any(first <= step <= end for first, end in spans):
+    def steps(self, last: int) -> Iterator[int]:
+        """The steps to train, to `last` or to the end of the data: those of `skip_steps` and those found bad are passed
+        over, with their rows."""
+        self._step = self.progress.step
+        while self._step < last:
+            self._step += 1
+            spans = self.config.skip_steps + self.progress.passed_over
+            if any(first <= self._step <= end for first, end in spans):
                 continue
-            self.rows.pass_over(step)
+            self.rows.pass_over(self._step)
             if self.rows.exhausted:
                 return
-            yield step
+            yield self._step
+
+    def ledger(self) -> Ledger:
+        """A ledger over the present progress, with nothing open."""
+        return Ledger(self.config, self.progress, self.observers, self.phase, self._stragglers)
+
+    def _roll_back(self, bad_step: int) -> bool:
+        """Go back to the newest checkpoint, to go on from there without `bad_step`; False where that is not possible.
+
+        Whoever kills the run before the next checkpoint sends it here again, by the same numbers.
+        """
+        spans = [*self.progress.passed_over, [bad_step, bad_step]]
+        if len(spans) > self.config.nonfinite.limit:
+            return False
+        self.phase(self.progress.step, "rollback")
+        self.checkpoints.wait()
+        self.report_saves()
+        state = self.restore()
+        if state is None:
+            return False
+        self.load_state(state)
+        self.progress.passed_over = spans
+        self._step = self.progress.step
+        if self.booking is not None:
+            self.booking.rolled_back(self._step)
+        if self.observers is not None:
+            self.observers.rolled_back(self._step)
+            self.observers.message(f"step {bad_step} is bad: back to step {self._step}, to go on without its rows")
+        return True
 
     def _votes(self) -> frozenset[str]:
         votes = self.requests.votes()
-        if "stop" in votes and self.observers is not None and not self._told:
+        if ending_of(votes) and self.observers is not None and not self._told:
             self._told = True
-            self.observers.message("asked to stop: saving, then ending (Ctrl-C again kills)")
+            self.observers.message(f"asked to end by {self.requests.why()}: saving first (Ctrl-C again kills)")
         if self._failing:
             self._failing = False
             votes |= {"save_failed"}
@@ -166,7 +227,16 @@ class Trainer:
         if not self.evaluation.rows or not (last or (every > 0 and step % every == 0)):
             return None
         self.phase(step, "evaluate")
-        return self.evaluation.loss(self.engine)
+        if last:  # the run ends with it
+            return self.evaluation.loss(self.engine)
+        return self.evaluation.loss(self.engine, self._gives_up)
+
+    def _gives_up(self) -> bool:
+        """Whether any rank was asked to end, which is then known to all. A collective."""
+        votes = self.requests.votes()
+        stop, preempt = self.mesh.any_of([STOP in votes, PREEMPT in votes])
+        self._given_up = ending_of(frozenset([STOP] * stop + [PREEMPT] * preempt))
+        return self._given_up is not None
 
 
 def save_metrics(report: SaveReport) -> dict[str, float]:
@@ -175,6 +245,7 @@ def save_metrics(report: SaveReport) -> dict[str, float]:
         return {"checkpoint_step": report.step, "checkpoint_failed": 1}
     return {
         "checkpoint_step": report.step,
+        CHECKPOINT_SECONDS: report.seconds,
         "checkpoint_stall_seconds": report.stall_seconds,
         "checkpoint_staged_bytes": report.staged_bytes,
         "checkpoint_write_bytes_per_second": report.write_bytes_per_second,

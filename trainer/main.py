@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
+import socket
+import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -15,7 +17,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from checkpoint import fence
+from checkpoint import fence, newest
+from checkpoint.names import step_of
 from conf.rundir import RunDirectory, next_attempt, write_config
 from conf.schema import Config, from_dict
 from conf.values import ConfigError
@@ -23,26 +26,41 @@ from data import keep_tokenizer
 from parallel.layout import layout_of
 from parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from trainer.assemble import assemble
+from trainer.hearing import Hearing
 from trainer.loop import Trainer
-from trainer.outcome import Ending, Outcome, close_dead_attempts, write_ending
+from trainer.meeting import ask_for_attempt, meet, tell_attempt
+from trainer.outcome import (
+    Beginning,
+    Ending,
+    Outcome,
+    Superseded,
+    close_dead_attempts,
+    write_beginning,
+    write_ending,
+)
 from trainer.process import (
     Console,
     Phases,
     Place,
-    Requests,
     die_with_launcher,
     give_freed_memory_back,
     keep_freed_memory,
     place_from_environment,
 )
+from trainer.requests import Requests, deadline_of
 from trainer.start import run_directory, settle_config
 from trainer.summary import summarize
+from trainer.witness import Witness
 
 log = logging.getLogger(__name__)
 
 CONFIG_VARIABLE = "STOKER_CONFIG"  # our launcher hands ranks the settled config, as JSON
 RENDEZVOUS_SECONDS = 300.0
 UPLOAD_LOOK_SECONDS = 30.0  # at the end ranks meet so often while the last checkpoint is uploaded
+
+
+class NotMet(ConfigError):
+    """This rank cannot reach the others, so nobody but itself can say so."""
 
 
 @dataclass
@@ -52,6 +70,7 @@ class Attempt:
     run: RunDirectory
     number: int
     place: Place
+    met: bool = False  # the machines can train together
     training: bool = False  # the first step has begun
     step: int | None = None
 
@@ -59,23 +78,48 @@ class Attempt:
 def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.fit) -> int:
     """Run one rank, which does `work` once all is put together; the exit status of the process."""
     die_with_launcher()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the first step there is nothing to save: signals just end us
-    requests = Requests()
+    requests, hearing = Requests(), Hearing()
     console = Console()
     place = place_from_environment()
     attempt: Attempt | None = None
+
+    def leave(outcome: Outcome, why: str) -> None:
+        """Asked to end before the first step: there is nothing to save, and peers need not be waited for."""
+        if attempt is not None:
+            ending = Ending(outcome, f"{outcome} before the first step ({why})", signal=requests.signal)
+            write_ending(attempt.run, attempt.number, ending)
+        os._exit(0)
+
+    requests.listen(leave, hearing)
     try:
         config = _config(overrides, place)
         run = run_directory(config)
         store = _store(place)
         attempt = Attempt(run, _agree_on_attempt(store, run, place), place)
+        store = dist.PrefixStore(f"stoker/{attempt.number}", store)
+        warning = meet(store, run, attempt.number, place)  # first: where a log would be is not known to be there
+        attempt.met = True
         console.redirect(run.log(attempt.number, place.rank))
+        if warning is not None:
+            console.errors.write(f"stoker: {warning}\n")
+        Witness(run.stacks(attempt.number, place.rank), run.flight(attempt.number, place.rank), hearing)
+        if place.local_rank == 0 and CONFIG_VARIABLE not in os.environ:
+            _call_doctor(config, attempt, console)
         ending = _train(config, store, attempt, requests, console, work)
-        return 0 if ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED) else 1
+        # A launcher starts ranks again that end with another status, and these have done what they were asked.
+        return 0 if ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED, Outcome.PREEMPTED) else 1
     except BaseException as error:
         status = _fail(error, attempt, place, console)
         sys.stderr.flush()
         os._exit(status)  # peers may be gone: nothing on the way out may wait for them
+
+
+def _call_doctor(config: Config, attempt: Attempt, console: Console) -> None:
+    """Start the doctor of this machine: our own launcher is one itself, others are not. It ends with this process."""
+    place, patience = attempt.place, config.launch.hang_seconds
+    words = [str(attempt.run.path), attempt.number, place.rank, place.local_world, patience or ""]
+    program = [sys.executable, "-P", "-m", "trainer.doctor", *map(str, words)]
+    subprocess.Popen(program, stdin=subprocess.DEVNULL, stderr=console.errors)
 
 
 def run(overrides: Sequence[str]) -> Ending:
@@ -89,7 +133,9 @@ def run(overrides: Sequence[str]) -> Ending:
     directory = run_directory(config)
     store = _store(place)
     attempt = Attempt(directory, _agree_on_attempt(store, directory, place), place)
-    return _train(config, store, attempt, Requests(signals=()), Console(), Trainer.fit)
+    store = dist.PrefixStore(f"stoker/{attempt.number}", store)
+    meet(store, directory, attempt.number, place)
+    return _train(config, store, attempt, Requests(), Console(), Trainer.fit)
 
 
 def _config(overrides: Sequence[str], place: Place) -> Config:
@@ -98,27 +144,38 @@ def _config(overrides: Sequence[str], place: Place) -> Config:
         return from_dict(json.loads(given))
     if place.world > 1 and not any(o.startswith(("run.dir=", "run.name=")) for o in overrides):
         raise ConfigError("say run.dir=... or run.name=...: every rank must find the same run directory")
-    config, _ = settle_config(overrides, lambda _: (place.world, torch.cuda.device_count()))
+    say = (lambda line: print(f"stoker: {line}", file=sys.stderr)) if place.rank == 0 else (lambda _: None)
+    config, _ = settle_config(overrides, lambda _: (place.world, torch.cuda.device_count()), refitted=say)
     return config
 
 
 def _store(place: Place) -> dist.Store:
+    """The launcher's. torchrun keeps one over restarts, and with it what the ranks before these have said."""
     if place.world == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     from datetime import timedelta
 
-    store, _, _ = next(
-        dist.rendezvous("env://", place.rank, place.world, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
-    )
-    return store
+    patience = timedelta(seconds=RENDEZVOUS_SECONDS)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=patience))
+        return store
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(f"MASTER_PORT: another program listens on {where}; name a free port") from error
+        raise NotMet(
+            f"rank {place.rank} has not met the others at {where} within {RENDEZVOUS_SECONDS:.0f} s: is rank 0 there, "
+            "and may this machine connect to it?"
+        ) from error
 
 
 def _agree_on_attempt(store: dist.Store, run: RunDirectory, place: Place) -> int:
-    if place.rank == 0:
-        number = next_attempt(run)
-        close_dead_attempts(run, number)
-        store.set("stoker/attempt", str(number))
-    return int(store.get("stoker/attempt"))
+    if place.rank > 0:
+        return ask_for_attempt(store)
+    number = next_attempt(run)
+    close_dead_attempts(run, number)
+    tell_attempt(store, number, place.world, RENDEZVOUS_SECONDS)
+    return number
 
 
 def _train(
@@ -134,7 +191,12 @@ def _train(
     if rank == 0:
         run.checkpoints.mkdir(exist_ok=True)
         fence(run.checkpoints, attempt.number)
-        requests.watch(run, forget=place.restart == 0)
+        requests.watch(run, attempt.number, place.restart == 0, deadline_of(config.launch.deadline))
+        resumable = newest(run.checkpoints)[:1]
+        from_step = (step_of(resumable[0]) if resumable else None) or 0
+        job = os.environ.get("SLURM_JOB_ID")
+        beginning = Beginning(time.time(), from_step, place.world, socket.gethostname(), job)
+        write_beginning(run, attempt.number, beginning)
     use_threads(config.launch.threads, place.local_world)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -153,7 +215,7 @@ def _train(
         write_config(run, config)  # after everybody has read the old one
         keep_tokenizer(config.data, run.tokenizer)
     attempt.training = True
-    requests.listen()
+    requests.training()
     try:
         outcome = work(trainer)
     except BaseException:
@@ -167,6 +229,8 @@ def _train(
     ending = _end(trainer, outcome, requests)
     if rank == 0:
         write_ending(run, attempt.number, ending)
+    if trainer.booking is not None:
+        trainer.booking.write()
     if trainer.observers is not None:
         trainer.observers.finish(ending.outcome, trainer.progress.step)
         if config.log.progress != "none":
@@ -193,22 +257,42 @@ def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:
         reasons = [reason for reason in trainer.mesh.exchange(trainer.failed_save or "") if reason]
         if reasons:
             return Ending(Outcome.FAILED, f"{reasons[0]} (checkpoint.on_error=fail; saved at step {step})", step)
+    why = next((reason for reason in trainer.mesh.exchange(requests.why()) if reason), "asked to")
     messages = {
         Outcome.COMPLETED: f"completed at step {step}",
-        Outcome.STOPPED: f"stopped at step {step}, saved",
-        Outcome.NONFINITE: f"{trainer.progress.skipped_in_a_row} steps in a row, up to step {step}, "
-        "without a finite loss and gradient norm",
+        Outcome.STOPPED: f"stopped at step {step}, saved ({why})",
+        Outcome.PREEMPTED: f"preempted at step {step}, saved ({why})",
+        Outcome.NONFINITE: _why_bad(trainer),
     }
     return Ending(outcome, messages[outcome], step, signal=requests.signal)
 
 
+def _why_bad(trainer: Trainer) -> str:
+    progress, bad = trainer.progress, trainer.config.nonfinite
+    what = "a finite loss and gradient norm" if bad.spike is None else "a believable loss and gradient norm"
+    if bad.action == "skip":
+        return f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, without {what}"
+    taken = len(progress.passed_over)
+    why = "nonfinite.action=stop"
+    if bad.action == "rollback":
+        why = f"{taken} rollbacks, nonfinite.limit={bad.limit}" if taken >= bad.limit else "no checkpoint to go back to"
+    return f"a step up to step {progress.step} was without {what} ({why})"
+
+
 def _fail(error: BaseException, attempt: Attempt | None, place: Place, console: Console) -> int:
     """Say in one line what went wrong, once for all ranks; the traceback goes to the log."""
-    line = _in_one_line(error)
-    if attempt is None:
-        if place.rank == 0:
-            console.errors.write(f"stoker: {error if isinstance(error, ConfigError) else line}\n")
+    line = str(error) if isinstance(error, ConfigError) else _in_one_line(error)
+    if attempt is None or not attempt.met:  # found by all ranks alike
+        if place.rank == 0 or isinstance(error, NotMet):
+            console.errors.write(f"stoker: {line}\n")
+        if place.rank == 0 and attempt is not None:
+            retry = isinstance(error, RuntimeError)  # of the network, or of a rank that died
+            write_ending(attempt.run, attempt.number, Ending(Outcome.FAILED, line, rank=0, retry=retry))
         return 2 if isinstance(error, ConfigError) else 1
+    if isinstance(error, Superseded):
+        if place.rank == 0:
+            console.errors.write(f"stoker: another start of this run has begun: this one ends at step {attempt.step}\n")
+        return 0  # a launcher that started these ranks again would take the run from the other
     log.error("rank %d failed", place.rank, exc_info=error)
     if _is_loss_of_a_peer(error):
         return 1  # who was lost says more than we can: its own last words, or its launcher's

@@ -35,6 +35,12 @@ class MetricsFile(Observer):
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         sync_directory(self.path.parent)
 
+    def rolled_back(self, step: int) -> None:
+        assert self._file is not None, "rolled back before start"
+        os.close(self._file)
+        cut_back(self.path, step)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
     def step(self, record: StepRecord) -> None:
         assert self._file is not None, "step before start"
         line = (_encode(as_dict(record)) + "\n").encode()

@@ -78,6 +78,9 @@ class Observer:
     def checkpoint(self, report: CheckpointReport) -> None:
         """A save has ended, well or not."""
 
+    def rolled_back(self, step: int) -> None:
+        """The run has gone back to `step`: what came after it will be told anew."""
+
     def message(self, text: str) -> None:
         """One line for the person who watches."""
 
@@ -108,6 +111,10 @@ class Observers(Observer):
 
     def checkpoint(self, report: CheckpointReport) -> None:
         self._tell(lambda other: other.checkpoint(report))
+
+    def rolled_back(self, step: int) -> None:
+        self.metrics.rolled_back(step)
+        self._tell(lambda other: other.rolled_back(step))
 
     def message(self, text: str) -> None:
         self._tell(lambda other: other.message(text))

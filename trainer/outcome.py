@@ -11,12 +11,31 @@ from pathlib import Path
 
 from conf.rundir import RunDirectory
 
+GOES_ON = 75  # exit status for a run that was preempted: the same command goes on (EX_TEMPFAIL of sysexits.h)
+
 
 class Outcome(enum.StrEnum):
     COMPLETED = "completed"  # all steps done and saved
-    STOPPED = "stopped"  # asked to stop (signal, STOP file), saved
+    STOPPED = "stopped"  # a person asked (Ctrl-C, STOP file): saved
+    PREEMPTED = "preempted"  # the machine is needed back (SIGTERM, SIGUSR1, a deadline): saved, and wants to go on
     FAILED = "failed"  # an error, or a process that was killed
+    HUNG = "hung"  # no progress for too long, and ended by the doctor (trainer.doctor)
     NONFINITE = "nonfinite"  # too many steps in a row without a finite loss and gradient norm
+
+
+class Superseded(Exception):
+    """Another start of the run has begun: only it may save from now on, so this one ends."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """`start.json`: what an attempt was begun with."""
+
+    time: float  # seconds since the epoch
+    from_step: int  # of the checkpoint it could resume from; 0: none
+    ranks: int
+    host: str  # of global rank 0
+    job: str | None = None  # the scheduler's number for it
 
 
 @dataclass(frozen=True)
@@ -57,6 +76,23 @@ def read_ending(run: RunDirectory, attempt: int) -> Ending | None:
         return None
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is not an outcome: {error}") from error
+
+
+def write_beginning(run: RunDirectory, attempt: int, beginning: Beginning) -> None:
+    path = run.beginning(attempt)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(asdict(beginning)) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_beginning(run: RunDirectory, attempt: int) -> Beginning | None:
+    """What an attempt was begun with, or None where it did not get so far."""
+    try:
+        return Beginning(**json.loads(run.beginning(attempt).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{run.beginning(attempt)} is not what an attempt begins with: {error}") from error
 
 
 def close_dead_attempts(run: RunDirectory, current: int) -> None:

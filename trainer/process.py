@@ -1,7 +1,7 @@
-"""A rank as a process: what it dies of, what it is asked, what it says and where.
+"""A rank as a process: what it dies of, what it says and where. What it is asked: `trainer.requests`.
 
 All of it works under any launcher that sets the usual torchrun variables, because it lives in the run directory:
-logs, progress stamps, the stop file and the outcome.
+logs, progress stamps, request files and the outcome.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from conf.rundir import RunDirectory
-
+RESTARTS_VARIABLE = "STOKER_RESTARTS"  # how often a Slurm job has started its ranks again
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _STAMP_BYTES = 128  # of a stamp: each is written over the one before
@@ -34,21 +33,17 @@ class Place:
     world: int
     local_rank: int
     local_world: int
-    restart: int  # how often the launcher has started the ranks again
+    restart: int  # how often the launcher has started the ranks again, or the scheduler the job
 
 
 def place_from_environment() -> Place:
-    rank, world, local_rank, local_world, restart = (
-        int(os.environ.get(name, default))
-        for name, default in (
-            ("RANK", 0),
-            ("WORLD_SIZE", 1),
-            ("LOCAL_RANK", 0),
-            ("LOCAL_WORLD_SIZE", 1),
-            ("TORCHELASTIC_RESTART_COUNT", 0),
-        )
+    def number(name: str, default: int) -> int:
+        return int(os.environ.get(name, default))
+
+    restart = sum(number(name, 0) for name in ("TORCHELASTIC_RESTART_COUNT", RESTARTS_VARIABLE, "SLURM_RESTART_COUNT"))
+    return Place(
+        number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1), restart
     )
-    return Place(rank, world, local_rank, local_world, restart)
 
 
 def die_with_launcher() -> None:
@@ -83,53 +78,16 @@ def give_freed_memory_back() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
-class Requests:
-    """What this rank was asked from outside, to be agreed with the others: signals and files only set flags."""
-
-    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)) -> None:
-        """`signals` ask for a save and an orderly end, once `listen` is called."""
-        self.signal: int | None = None
-        self._signals = signals
-        self._stop_file: Path | None = None
-        self._save_file: Path | None = None
-
-    def listen(self) -> None:
-        for number in self._signals:
-            signal.signal(number, self._ask)
-
-    def watch(self, run: RunDirectory, forget: bool) -> None:
-        """Have this rank look for the stop file and the save file (one rank is enough).
-
-        `forget` those that are there already: they are from an earlier launch. When a launcher starts its ranks again,
-        they were made meanwhile and count.
-        """
-        self._stop_file, self._save_file = run.stop, run.save
-        if forget:
-            self._stop_file.unlink(missing_ok=True)
-            self._save_file.unlink(missing_ok=True)
-
-    def votes(self) -> frozenset[str]:
-        stop = self.signal is not None or (self._stop_file is not None and self._stop_file.exists())
-        save = self._save_file is not None and self._save_file.exists()
-        return frozenset(name for name, cast in (("stop", stop), ("save", save)) if cast)
-
-    def saving(self) -> None:
-        """A save begins: it answers whoever has asked for one until now."""
-        if self._save_file is not None:
-            self._save_file.unlink(missing_ok=True)
-
-    def _ask(self, number: int, _frame: object) -> None:
-        self.signal = number
-
-
 class Phases:
-    """Stamps (step, phase, time, process id, host) where others can read them, and adds up seconds per phase."""
+    """Stamps where others can read them (see `Stamp`), and adds up seconds per phase."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
         self._phase, self._since = "start", time.perf_counter()
-        self._seconds: dict[str, float] = {}
-        self._pid, self._host = os.getpid(), socket.gethostname()
+        self._seconds: dict[str, float] = {}  # since `take_seconds`
+        self._totals: dict[str, float] = {}  # before that
+        self.folder = path.parent
+        self._pid, self._host, self._first_step = os.getpid(), socket.gethostname(), 0
         self(0, "start")
 
     def __call__(self, step: int, phase: str) -> None:
@@ -137,8 +95,9 @@ class Phases:
         now = time.perf_counter()
         self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = phase, now
-        stamp = f"{step} {phase} {time.time():.3f} {self._pid} {self._host}".ljust(_STAMP_BYTES - 1) + "\n"
-        os.pwrite(self._file, stamp.encode(), 0)
+        self._first_step = self._first_step or step
+        stamp = f"{step} {phase} {time.time():.3f} {self._pid} {self._host} {self._first_step}"
+        os.pwrite(self._file, stamp.ljust(_STAMP_BYTES).encode(), 0)
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds per phase since the last call, the present one included."""
@@ -146,7 +105,24 @@ class Phases:
         seconds, self._seconds = self._seconds, {}
         seconds[self._phase] = seconds.get(self._phase, 0.0) + now - self._since
         self._since = now
+        _add(self._totals, seconds)
         return seconds
+
+    def spent(self, phase: str) -> float:
+        """Seconds in a phase that is over, since the last `take_seconds`."""
+        return self._seconds.get(phase, 0.0)
+
+    def totals(self) -> dict[str, float]:
+        """Seconds per phase since the beginning, the present one included."""
+        totals = dict(self._totals)
+        _add(totals, self._seconds)
+        _add(totals, {self._phase: time.perf_counter() - self._since})
+        return totals
+
+
+def _add(totals: dict[str, float], seconds: dict[str, float]) -> None:
+    for phase, own in seconds.items():
+        totals[phase] = totals.get(phase, 0.0) + own
 
 
 @dataclass(frozen=True)
@@ -158,16 +134,18 @@ class Stamp:
     time: float  # seconds since the epoch
     pid: int
     host: str
+    first_step: int = 0  # of the attempt, by this rank; 0 before it
 
 
-def read_stamps(attempt: Path) -> list[Stamp]:
-    """The newest stamp of each rank of an attempt whose directory this is."""
-    found = []
-    for path in sorted(attempt.glob("rank-*.stamp")):
+def read_stamps(attempt: Path) -> dict[int, Stamp]:
+    """The newest stamp of each rank of an attempt whose directory this is, in the order of ranks."""
+    found = {}
+    for path in attempt.glob("rank-*.stamp"):
         words = path.read_text().split()
-        if len(words) == 5:  # else it is being written for the first time
-            found.append(Stamp(int(words[0]), words[1], float(words[2]), int(words[3]), words[4]))
-    return found
+        if len(words) == 6:  # else it is being written for the first time
+            rank = int(path.stem.removeprefix("rank-"))
+            found[rank] = Stamp(int(words[0]), words[1], float(words[2]), int(words[3]), words[4], int(words[5]))
+    return dict(sorted(found.items()))
 
 
 class Console:

@@ -13,17 +13,24 @@ from conf.resume import Change, check_changes, merge, pin
 from conf.rundir import RunDirectory, read_config, resolve
 from conf.schema import Config, from_dict, lookup
 from conf.values import ConfigError
+from parallel.layout import fit
 from parallel.refusals import refuse
 
 log = logging.getLogger(__name__)
 
 
-def settle_config(overrides: Sequence[str], where: Callable[[Config], tuple[int, int]]) -> tuple[Config, list[Change]]:
+def settle_config(
+    overrides: Sequence[str],
+    where: Callable[[Config], tuple[int, int]],
+    refitted: Callable[[str], None] | None = None,
+) -> tuple[Config, list[Change]]:
     """The config of this start, and what differs from the start before.
 
     A run directory that holds a checkpoint is resumed: its stored config plus `overrides`. `where` says on how many
-    ranks and GPUs the resulting config will run. Raises ConfigError for everything that can be known to be wrong before
-    a rank is spawned.
+    ranks and GPUs the resulting config will run. Under a launcher that may have found another number of machines than
+    before nobody is there to choose: with `refitted` a run that has been started before takes the layout that fits, and
+    `refitted` is told of what that changes. Raises ConfigError for everything that can be known to be wrong before a
+    rank is spawned.
     """
     config = resolve(compose(overrides), datetime.now())
     run = run_directory(config)
@@ -43,6 +50,14 @@ def settle_config(overrides: Sequence[str], where: Callable[[Config], tuple[int,
         from trainer.pretrained import adopt_shape  # most starts do not need what it imports
 
         config = adopt_shape(config, overrides)
+    if refitted is not None and run.attempt_numbers():
+        world = where(config)[0]
+        fitted = fit(config, world)
+        for key in ("parallel.replicas", "batch.micro"):
+            old, new = lookup(config, key), lookup(fitted, key)
+            if old != new:
+                refitted(f"on {world} ranks {key}={old} becomes {new}")
+        config = fitted
     refuse(config, *where(config))
     return pin(config), changes
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
 from conf.rundir import RunDirectory
 from conf.schema import Config
+from trainer.goodput import goodput
 from trainer.metrics import read
 from trainer.progress import duration
 
@@ -50,6 +52,17 @@ def table(steps: Steps, run: RunDirectory, config: Config) -> list[tuple[str, st
         speed = statistics.median(step["tokens_per_second"] for step in steps)
         training = duration(sum(step["step_seconds"] for step in steps))
         rows.append(("speed", f"{speed:,.0f} tokens/s (median), {training} in steps"))
+    spent = goodput(run, time.time())
+    if spent.total:
+        rows.append(
+            (
+                "time",
+                f"{duration(spent.total)} in {spent.attempts} attempts"
+                if spent.attempts > 1
+                else duration(spent.total),
+            )
+        )
+        rows.append(("goodput", str(spent)))
     committed = len(list(run.checkpoints.glob("*/MANIFEST.json")))
     rows.append(("checkpoints", f"{committed} kept"))
     rows.append(("run", str(run.path)))

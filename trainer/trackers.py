@@ -48,6 +48,7 @@ class Tracker(Observer):
         self._say = say
         self._process: subprocess.Popen[bytes] | None = None
         self._heard = b""
+        self._job: dict[str, Any] = {}
 
     def start(self, config: Config, resumed_from_step: int | None, total_steps: int, facts: Mapping[str, str]) -> None:
         job: dict[str, Any] = {
@@ -62,6 +63,10 @@ class Tracker(Observer):
             mode, why = wandb_mode(self._config, os.environ)
             job |= {"project": self._config.project, "entity": self._config.entity, "mode": mode}
             self._say(f"wandb is {mode} ({why})" + (f", files in {self._run.path}/wandb" if mode == "offline" else ""))
+        self._job = job
+        self._begin()
+
+    def _begin(self) -> None:
         program = Path(__file__).with_name("tracker_process.py")
         with open(self._run.path / LOG, "ab") as log:
             self._process = subprocess.Popen(
@@ -73,7 +78,12 @@ class Tracker(Observer):
             )
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
-        self._write(job)
+        self._write(self._job)
+
+    def rolled_back(self, step: int) -> None:
+        """Its process follows the file, which is another now: begin anew, as after a restart."""
+        self.finish("rolled back", step)
+        self._begin()
 
     def step(self, record: StepRecord) -> None:
         self._listen()

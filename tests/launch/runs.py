@@ -14,6 +14,7 @@ from typing import Any
 
 from conf.rundir import RunDirectory
 from trainer.metrics import read
+from trainer.process import read_stamps
 
 SMALL = [
     "model.width=32", "model.layers=2", "model.heads=2", "model.kv_heads=1", "model.hidden=64",
@@ -96,10 +97,9 @@ def rank_pids(run: Path) -> dict[int, int]:
     directory = RunDirectory(run)
     numbers = directory.attempt_numbers()
     found = {}
-    for stamp in directory.attempt(numbers[-1]).glob("rank-*.stamp") if numbers else ():
-        words = stamp.read_text().split()
-        if len(words) == 5 and is_alive(int(words[3])):
-            found[int(stamp.stem.removeprefix("rank-"))] = int(words[3])
+    for rank, stamp in read_stamps(directory.attempt(numbers[-1])).items() if numbers else ():
+        if is_alive(stamp.pid):
+            found[rank] = stamp.pid
     return found
 
 

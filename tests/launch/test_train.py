@@ -93,7 +93,8 @@ def test_a_signal_saves_and_ends_every_process_within_ten_seconds(
         assert process.returncode == 128 + number, output
         wait_until_gone(home, asked + 10.0 - time.monotonic())
     ending = read_ending(RunDirectory(run), 1)
-    assert ending is not None and ending.outcome is Outcome.STOPPED and ending.signal is not None
+    outcome = Outcome.STOPPED if number == signal.SIGINT else Outcome.PREEMPTED
+    assert ending is not None and ending.outcome is outcome and ending.signal is not None
     assert ending.step == last_step(run)
     assert (RunDirectory(run).checkpoints / f"step-{ending.step:08}" / "MANIFEST.json").exists()
     shorter = min(30, len(steps_of(run)))

@@ -16,6 +16,7 @@ from parallel.layout import BatchPlan, Layout, batch_plan, layout_of
 from parallel.mesh import Mesh, mesh_over_default_group
 from parallel.rows import IGNORE
 from parallel.shards import PARAMETER, Shard
+from parallel.update import Said
 from tests import world
 from tests.parallel.reference import Trace, assemble, global_rows, normwise, one_process, small_config
 from tests.parallel.toy_engine import ToyEngine
@@ -173,7 +174,7 @@ def agreed_votes(engine_name: str = "fsdp") -> list[frozenset[str]]:
     found = []
     for votes in (frozenset(), frozenset({"stop"}) if mesh.rank == 1 else frozenset()):
         engine.forward_backward(global_rows(small_config(), 1)[mesh.dp_rank :: mesh.layout.dp])
-        found.append(engine.update(1e-3, votes).read().votes)
+        found.append(engine.update(1e-3, Said(votes)).read().votes)
     return found
 
 

@@ -14,8 +14,8 @@ from conf.values import ConfigError
 from parallel.layout import batch_plan, layout_of
 from parallel.nearest import around, divisors, either, multiples_around
 from parallel.refusals import REFUSALS, Start, refuse, table_markdown
+from tests.parallel.refused_alone import BEYOND
 from tests.parallel.refused_lanes import LANES, OF_LANES
-from tests.parallel.refused_values import BEYOND
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "refusals.md"
 
@@ -132,6 +132,9 @@ TOGETHER = {
         ([], 4, 1, "4 ranks on 1 GPU: launch.nproc=1 works, or launch.device=cpu"),
         (["launch.device=cuda"], 2, 0, "launch.device=cuda: there is no GPU here"),
     ],
+    "several machines": [
+        (["launch.nodes=2"], 2, 0, "launch.nodes=2 with launch=local"),
+    ],
     "fp16 on CPUs": [
         (["precision=fp16"], 1, 0, "precision=fp16 on CPUs: precision=bf16 works"),
         (["precision=fp16", "launch.device=cpu"], 1, 1, "precision=fp16 on CPUs"),
@@ -165,6 +168,11 @@ TOGETHER = {
     "traced steps": [
         (["profile.steps=[201,205]"], 1, 0, "no such step is taken; profile.steps=[196,200] works"),
         (["profile.steps=[9,99]", "steps=8"], 1, 0, "profile.steps=[1,8] works"),
+    ],
+    "faults": [
+        (["faults=[{at: 7, do: kil}]"], 1, 0, "{at: 7, do: kil}: do must be one of kill, "),
+        (["faults=[{at: 7, do: kill, rank: 2}]"], 2, 0, "is for rank 2 of 2: rank 0 to 1 work"),
+        (["faults=[{at: 201, do: oom}]"], 1, 0, "is for step 201 of 200"),
     ],
     "DeepSpeed and pipelines": [
         ([*DEEPSPEED, "parallel.pp=2", "parallel.zero=2"], 2, 0, "parallel.zero=1 works, or parallel.engine=fsdp"),

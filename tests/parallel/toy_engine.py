@@ -19,7 +19,7 @@ from parallel.optimizer import LocalOptimizer
 from parallel.registry import Held, uncut
 from parallel.rows import Rows
 from parallel.shards import GRADIENT, PARAMETER, Shard, whole
-from parallel.update import StepResult, agree
+from parallel.update import SILENCE, Said, StepResult, agree
 
 
 class ToyEngine:
@@ -42,14 +42,14 @@ class ToyEngine:
             self.loss_sum += loss.detach()
             self.tokens += micro.valid_tokens()
 
-    def update(self, lr: float, votes: frozenset[str] = frozenset()) -> StepResult:
+    def update(self, lr: float, said: Said = SILENCE) -> StepResult:
         gradients = self.gradients()
         verdict = agree(
             self.mesh,
             list(gradients.values()) if self.mesh.rank == 0 else [],
             self.loss_sum,
             self.tokens,
-            votes,
+            said,
             loss_scale=torch.ones(()),
             nominal_tokens=1,
             clip_norm=self.config.clip_norm,

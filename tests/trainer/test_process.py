@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -9,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.rundir import RunDirectory
-from trainer.process import Phases, Requests, read_stamps
+from trainer.process import Phases, read_stamps
 from trainer.rooms import shadowed_rooms
 
 
@@ -19,57 +17,20 @@ def test_phases_stamp_the_step_and_add_up_seconds(tmp_path: Path) -> None:
     phase = Phases(stamp)
     phase(7, "data")
     time.sleep(0.02)
-    phase(7, "update")
-    step, name, at, pid, _host = stamp.read_text().split()
-    assert (step, name, int(pid)) == ("7", "update", os.getpid())
+    phase(8, "update")
+    step, name, at, pid, _host, first_step = stamp.read_text().split()
+    assert (step, name, int(pid), first_step) == ("8", "update", os.getpid(), "7")
     assert abs(float(at) - time.time()) < 5
     seconds = phase.take_seconds()
     assert seconds["data"] >= 0.02
     assert "data" not in phase.take_seconds()
 
 
-def test_a_save_file_is_a_vote_until_a_save_begins(tmp_path: Path) -> None:
-    requests, run = Requests(), RunDirectory(tmp_path)
-    run.save.touch()
-    requests.watch(run, forget=True)
-    assert requests.votes() == frozenset(), "an old one asks for nothing"
-    run.save.touch()
-    assert requests.votes() == {"save"}
-    run.stop.touch()
-    assert requests.votes() == {"save", "stop"}
-    requests.saving()
-    assert requests.votes() == {"stop"} and not run.save.exists()
-
-
 def test_stamps_are_read_back_and_half_ones_left_out(tmp_path: Path) -> None:
     Phases(tmp_path / "rank-0.stamp")(7, "data")
     (tmp_path / "rank-1.stamp").write_text("")
-    (stamp,) = read_stamps(tmp_path)
+    (stamp,) = read_stamps(tmp_path).values()
     assert (stamp.step, stamp.phase, stamp.pid) == (7, "data", os.getpid())
-
-
-def test_a_signal_and_a_stop_file_become_votes(tmp_path: Path) -> None:
-    requests = Requests()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        requests.listen()
-        run = RunDirectory(tmp_path)
-        run.stop.touch()
-        requests.watch(run, forget=True)
-        assert requests.votes() == frozenset(), "an old stop file asks for nothing"
-        run.stop.touch()
-        assert requests.votes() == {"stop"}
-        run.stop.unlink()
-        again = Requests()
-        run.stop.touch()
-        again.watch(run, forget=False)
-        assert again.votes() == {"stop"}, "asked while the ranks were restarting"
-        run.stop.unlink()
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert requests.votes() == {"stop"}
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("package", [True, False])

@@ -1,6 +1,4 @@
-"""A value beyond each limit, in the order of `conf.limits`."""
-
-from __future__ import annotations
+"""For every limit of `conf.limits`, in their order, a value beyond it."""
 
 from tests.parallel.refused_lanes import BEYOND_OF_LANES
 
@@ -55,8 +53,10 @@ BEYOND = [
     "clip_norm=0",
     "precision=fp8",
     "activation_checkpoint=some",
-    "nonfinite.action=stop",
+    "nonfinite.action=stopp",
     "nonfinite.limit=0",
+    "nonfinite.spike=0",
+    "nonfinite.window=19",
     "checkpoint.every=-1",
     "checkpoint.keep=0",
     "checkpoint.keep_every=-1",
@@ -69,11 +69,20 @@ BEYOND = [
     "eval.rows=-1",
     "tracker.name=mlflow",
     "tracker.mode=dark",
-    "launch.name=slurm",
+    "launch.name=kubernetes",
     "launch.nproc=0",
     "launch.max_restarts=-1",
+    "launch.hang_seconds=0",
     "launch.threads=0",
     "launch.device=tpu",
+    "launch.deadline=tomorrow",
+    "launch.nodes=0",
+    "launch.time=24h",
+    "launch.gpus=0",
+    "launch.cpus=0",
+    "launch.grace_seconds=5",
+    "launch.chain=0",
+    "launch.array=a-b",
     "log.every=0",
     "log.progress=bar",
     "profile.steps=[13,10]",

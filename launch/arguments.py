@@ -1,0 +1,171 @@
+"""The words of the commands that have many: of runs, of checkpoints, of data.
+
+What a command does is imported when it is asked for: `stoker --help` loads no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Add(Protocol):
+    """Adds a command to the parser."""
+
+    def __call__(
+        self, name: str, run: Callable[[argparse.Namespace], int], text: str, more: str = ""
+    ) -> argparse.ArgumentParser: ...
+
+
+SUBMIT_EXAMPLES = """\
+examples:
+  stoker submit launch=slurm run.dir=runs/a launch.nodes=4 launch.gpus=8 launch.time=24:00:00 launch.partition=a100
+  stoker submit launch=slurm run.dir=runs/a launch.chain=5 ...             five jobs in a row, where none can requeue
+  stoker submit launch=slurm run.dir=runs/sweep launch.array=0-3 run.seed={task}       four runs: runs/sweep/0 to 3
+"""
+
+
+def add_runs(add: Add, overrides: str) -> None:
+    submit = add("submit", _submit, "Submit a run as a Slurm job.", SUBMIT_EXAMPLES)
+    submit.add_argument("overrides", nargs="*", help=overrides)
+    submit.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
+
+    status = add("status", _status, "How a run is doing: attempts, step, last checkpoint, speed, time left.")
+    status.add_argument("run", help="run directory")
+
+    logs = add("logs", _logs, "Show what ranks wrote.")
+    logs.add_argument("run", help="run directory")
+    logs.add_argument("--rank", type=int, action="append", help="of this rank only; can be given several times")
+    logs.add_argument("--attempt", type=int, help="of this attempt (default: the newest)")
+    logs.add_argument("--lines", type=int, default=20, help="so many last lines of each (default 20; 0: all)")
+    logs.add_argument("--follow", "-f", action="store_true", help="go on with what is written, over restarts too")
+
+    stop = add("stop", _stop, "Have a run save and end, and wait for it.")
+    stop.add_argument("run", help="run directory")
+    stop.add_argument("--wait", type=float, default=600.0, help="seconds to wait at most (default 600)")
+
+    requeue = add("requeue", _requeue, "Have a Slurm run save and go back to the queue, or submit it again.")
+    requeue.add_argument("run", help="run directory")
+
+
+def add_checkpoints(checkpoint: argparse.ArgumentParser) -> None:
+    checkpoint_commands = checkpoint.add_subparsers(required=True, metavar="COMMAND")
+
+    def of_checkpoints(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command = checkpoint_commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=run)
+        command.add_argument("run", help="run directory")
+        return command
+
+    of_checkpoints("ls", _checkpoint_ls, "List a run's checkpoints: step, size, layout, validity, loss.")
+    verify = of_checkpoints("verify", _checkpoint_verify, "Read every block of a run's checkpoints; prove them whole.")
+    verify.add_argument("--step", type=int, help="only this step's checkpoint")
+    diff = of_checkpoints("diff", _checkpoint_diff, "What differs between two checkpoints: config, state, tensors.")
+    diff.add_argument("first", type=int, help="step of the one")
+    diff.add_argument("second", type=int, help="step of the other")
+    diff.add_argument("--tensors", type=int, default=20, help="show so many, the most changed first (default 20)")
+    remove = of_checkpoints("rm", _checkpoint_rm, "Remove checkpoints, but never the last valid one.")
+    remove.add_argument("step", type=int, nargs="+", help="steps of those to remove")
+    save = of_checkpoints("save", _checkpoint_save, "Ask a running job for a checkpoint now, and wait for it.")
+    save.add_argument("--wait", type=float, default=600.0, help="seconds to wait at most (default 600)")
+
+
+def add_data(data: argparse.ArgumentParser, overrides: str) -> None:
+    data_commands = data.add_subparsers(required=True, metavar="COMMAND")
+    made: dict[str, argparse.ArgumentParser] = {}
+    for name, run, text in (
+        ("prepare", _data_made, "Tokenise data on all cores, into the cache or a folder; goes on after a kill."),
+        ("pack", _data_made, "Write the training documents as webdataset shards."),
+        ("tokenizer", _data_made, "Train a byte-level BPE on the training documents."),
+        ("plan", _data_shown, "What a run of this config reads: documents, tokens, rows and epochs by source."),
+        ("peek", _data_shown, "Show the documents of a step of a run, past or to come."),
+        ("verify", _data_shown, "Read every byte of token files and prove them whole."),
+    ):
+        made[name] = data_commands.add_parser(name, help=text, description=text)
+        made[name].set_defaults(command=run, what=name)
+    for name in ("pack", "tokenizer"):
+        made[name].add_argument("--out", required=True, help="folder to write to")
+    for name in ("prepare", "pack", "plan", "tokenizer"):
+        made[name].add_argument("overrides", nargs="*", help=overrides)
+    made["prepare"].add_argument("--out", help="put the token files here (default: the cache)")
+    made["pack"].add_argument("--megabytes", type=float, default=256, help="size of a shard (default 256)")
+    made["tokenizer"].add_argument("--vocab", type=int, default=8192, help="how many tokens (default 8192)")
+    made["peek"].add_argument("run", help="run directory")
+    made["peek"].add_argument("--step", type=int, required=True, help="which step")
+    made["peek"].add_argument("--rows", type=int, default=4, help="how many rows at most (default 4)")
+    made["peek"].add_argument("--characters", type=int, default=600, help="of a document at most (default 600)")
+    made["verify"].add_argument("paths", nargs="*", help="token files, or a cache (default: the default cache)")
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from launch.slurm.submit import submit
+
+    return submit(options.overrides, options.dry_run)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from launch.status import status
+
+    return status(options.run)
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from launch.logs import show
+
+    return show(options.run, options.rank, options.attempt, options.lines, options.follow)
+
+
+def _stop(options: argparse.Namespace) -> int:
+    from launch.stopping import stop
+
+    return stop(options.run, options.wait)
+
+
+def _requeue(options: argparse.Namespace) -> int:
+    from launch.stopping import requeue
+
+    return requeue(options.run)
+
+
+def _checkpoint_ls(options: argparse.Namespace) -> int:
+    from launch.show import list_checkpoints
+
+    return list_checkpoints(options.run)
+
+
+def _checkpoint_verify(options: argparse.Namespace) -> int:
+    from launch.show import verify_checkpoints
+
+    return verify_checkpoints(options.run, options.step)
+
+
+def _checkpoint_diff(options: argparse.Namespace) -> int:
+    from launch.show import compare_checkpoints
+
+    return compare_checkpoints(options.run, options.first, options.second, options.tensors)
+
+
+def _checkpoint_rm(options: argparse.Namespace) -> int:
+    from launch.tend import remove_checkpoints
+
+    return remove_checkpoints(options.run, options.step)
+
+
+def _checkpoint_save(options: argparse.Namespace) -> int:
+    from launch.tend import save_now
+
+    return save_now(options.run, options.wait)
+
+
+def _data_made(options: argparse.Namespace) -> int:
+    from launch import data_make as make
+
+    return {"prepare": make.prepare, "pack": make.pack, "tokenizer": make.tokenizer}[options.what](options)
+
+
+def _data_shown(options: argparse.Namespace) -> int:
+    from launch import data_show as show
+    from launch.data_peek import peek
+
+    return {"plan": show.plan, "peek": peek, "verify": show.verify}[options.what](options)

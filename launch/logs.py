@@ -1,0 +1,86 @@
+"""`stoker logs`: what ranks wrote, of one attempt or, followed, of one after the other."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+
+from conf.rundir import RunDirectory
+from launch.show import run_at
+from launch.tend import living
+from trainer.outcome import read_ending
+
+_POLL_SECONDS = 0.2
+_QUIET_SECONDS = 3.0  # after an end, for an attempt that follows
+
+
+def show(path: str, ranks: list[int] | None, attempt: int | None, lines: int, follow: bool) -> int:
+    """Print the last `lines` (0: all) of each rank, each line with its rank where there are several."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us in silence
+    run = run_at(path)
+    numbers = run.attempt_numbers()
+    if not numbers:
+        raise ValueError(f"{run.path} has not been started yet")
+    number = attempt if attempt is not None else numbers[-1]
+    if number not in numbers:
+        raise ValueError(f"{run.path} has no attempt {number}; there are {numbers[0]} to {numbers[-1]}")
+    logs = _logs(run, number, ranks)
+    if not logs and not follow:
+        which = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
+        raise ValueError(f"attempt {number} of {run.path} has no log{which}")
+    places = {rank: _tail(log, rank, lines, len(logs) > 1) for rank, log in logs.items()}
+    if follow:
+        _follow(run, number, ranks, places, to_the_next=attempt is None)
+    return 0
+
+
+def _logs(run: RunDirectory, number: int, ranks: list[int] | None) -> dict[int, Path]:
+    found = {int(log.stem.removeprefix("rank-")): log for log in run.attempt(number).glob("rank-*.log")}
+    return {rank: log for rank, log in sorted(found.items()) if not ranks or rank in ranks}
+
+
+def _tail(log: Path, rank: int, lines: int, named: bool) -> int:
+    """Prints; where the file then ended."""
+    with log.open("rb") as file:
+        whole = deque(file, maxlen=lines or None)
+        end = file.tell()
+    if whole and not whole[-1].endswith(b"\n"):  # being written: `_follow` shows it when it is whole
+        end -= len(whole.pop())
+    _print(whole, rank, named)
+    return end
+
+
+def _follow(run: RunDirectory, number: int, ranks: list[int] | None, places: dict[int, int], to_the_next: bool) -> None:
+    """Until the attempt, or with `to_the_next` the run, has ended."""
+    quiet_since: float | None = None
+    while True:
+        logs = _logs(run, number, ranks)
+        for rank, log in logs.items():
+            with log.open("rb") as file:
+                file.seek(places.get(rank, 0))
+                new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            places[rank] = places.get(rank, 0) + len(whole)
+            _print(whole.splitlines(keepends=True), rank, len(logs) > 1)
+        later = run.attempt_numbers()[-1] > number
+        if later and to_the_next:
+            number, places, quiet_since = number + 1, {}, None
+            print(f"--- attempt {number} ---", flush=True)
+            continue
+        if later or read_ending(run, number) is not None or living(run) is None:
+            quiet_since = quiet_since or time.monotonic()
+            if time.monotonic() - quiet_since > (_QUIET_SECONDS if to_the_next else 2 * _POLL_SECONDS):
+                return
+        else:
+            quiet_since = None
+        time.sleep(_POLL_SECONDS)
+
+
+def _print(lines: Iterable[bytes], rank: int, named: bool) -> None:
+    for line in lines:
+        sys.stdout.write((f"[{rank}] " if named else "") + line.decode("utf-8", errors="replace"))
+    sys.stdout.flush()

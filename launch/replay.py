@@ -1,0 +1,22 @@
+"""`stoker replay`: one step of a run once more, in one process."""
+
+from __future__ import annotations
+
+from conf.resume import merge
+from conf.rundir import read_config
+from launch.check import ONE_PROCESS
+from launch.show import run_at
+from trainer.metrics import read
+from trainer.replay import lines_of, replay
+
+
+def replay_step(path: str, step: int) -> int:
+    """Print what the step computes and where a number stops being finite; status 1 where one does."""
+    run = run_at(path)
+    config, _ = merge(read_config(run), [*ONE_PROCESS, "eval.rows=0", "eval.every=0"])
+    config.run.dir = str(run.path)
+    found = replay(run, config, step)
+    recorded = next((line for line in read(run.metrics) if line["step"] == step), None)
+    for line in lines_of(found, recorded):
+        print(line)
+    return 1 if found.output or found.gradient or found.weights or found.parameters else 0

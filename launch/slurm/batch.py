@@ -1,0 +1,252 @@
+"""`python -P -m launch.slurm.batch KEY=VALUE ...`: a Slurm job's own process, on its first node."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint import newest
+from checkpoint.names import step_of
+from conf.rundir import RunDirectory
+from conf.schema import Config, to_dict
+from conf.values import ConfigError
+from launch.slurm import commands
+from launch.slurm.verdict import Move, Situation, Verdict, judge
+from launch.train import say
+from trainer.grace import GRACE_VARIABLE
+from trainer.main import CONFIG_VARIABLE
+from trainer.outcome import Ending, Outcome, read_beginning, read_ending
+from trainer.process import RESTARTS_VARIABLE
+from trainer.requests import DEADLINE_VARIABLE
+from trainer.start import run_directory, settle_config
+
+MEETING_VARIABLE = "STOKER_MEETING"  # host:port of the store at which the nodes meet
+LINK_VARIABLE = "STOKER_LINK"  # which job of how many of a chain this is: 2/5
+SUBMITTED = "submit"  # a note's move, beside those of `verdict.Move`
+RANKS_DEFAULT = 2  # on a node without GPUs
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Slurm says in the environment of a batch script."""
+
+    number: str
+    name: str
+    nodes: int
+    gpus: int  # of this node
+    task: str | None  # of an array
+    restarts: int
+    partition: str | None
+    end_time: float | None  # seconds since the epoch; Slurm 23.02 and later
+    link: int
+    links: int
+
+
+def job_from(environment: Mapping[str, str]) -> Job:
+    """Raises ValueError where there is no job."""
+    if "SLURM_JOB_ID" not in environment:
+        raise ValueError(
+            "this is not inside a Slurm job: `sbatch launch/slurm/train.sbatch ...` or `stoker submit ...`"
+        )
+    end, (link, _, links) = environment.get("SLURM_JOB_END_TIME"), environment.get(LINK_VARIABLE, "1/1").partition("/")
+    return Job(
+        number=environment["SLURM_JOB_ID"],
+        name=environment.get("SLURM_JOB_NAME", "stoker"),
+        nodes=int(environment.get("SLURM_JOB_NUM_NODES", "1")),
+        gpus=int(environment.get("SLURM_GPUS_ON_NODE", "0")),
+        task=environment.get("SLURM_ARRAY_TASK_ID"),
+        restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),
+        partition=environment.get("SLURM_JOB_PARTITION"),
+        end_time=float(end) if end else None,
+        link=int(link),
+        links=int(links),
+    )
+
+
+def settings_of(job: Job, settings: Sequence[str]) -> list[str]:
+    """The settings of this job's run, with a run directory that every start finds; each array task has its own."""
+    chosen = [setting.replace("{task}", job.task or "0") for setting in settings]
+    place = next((at for at, setting in enumerate(settings) if setting.startswith("run.dir=")), None)
+    if place is None:
+        if not any(setting.startswith("run.name=") for setting in settings):
+            chosen.append(f"run.dir=runs/{job.name}-{job.number}")
+    elif job.task is not None and "{task}" not in settings[place]:
+        chosen[place] = f"{chosen[place]}/{job.task}"
+    return chosen
+
+
+def stalled_attempts(run: RunDirectory, job: str) -> int:
+    """How many of the newest attempts, in a row and of this job, have not come to a checkpoint newer than they had."""
+    resumable = newest(run.checkpoints)[:1]
+    step = (step_of(resumable[0]) if resumable else None) or 0
+    count = 0
+    for number in reversed(run.attempt_numbers()):
+        beginning = read_beginning(run, number)
+        if beginning is not None and (beginning.job != job or beginning.from_step < step):
+            break
+        count += 1
+    return count
+
+
+class Batch:
+    """One start of a job: rounds of ranks until there is a verdict that is no restart."""
+
+    def __init__(self, job: Job, config: Config) -> None:
+        self.job, self.config = job, config
+        self.run = run_directory(config)
+        self._asked: int | None = None
+        self._ranks: subprocess.Popen[bytes] | None = None
+        self._before_attempts = 0  # rounds in a row in which ranks did not even make an attempt
+
+    def main(self) -> int:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._pass_on)
+        finished = self._finished_before()
+        if finished is not None:
+            say(f"nothing to do for link {self.job.link} of {self.job.links}: {finished}")
+            return 0
+        environment = {**os.environ, **self._facts(), CONFIG_VARIABLE: json.dumps(to_dict(self.config))}
+        for round_ in range(1_000_000):
+            environment[RESTARTS_VARIABLE] = str(round_)
+            known = self.run.attempt_numbers()
+            self._start_ranks(environment)
+            verdict = self._judge(known)
+            write_note(self.run, self.job.number, verdict.move.value, verdict.why)
+            if verdict.move is not Move.RESTART:
+                break
+            say(f"restarting: {verdict.why}")
+        if verdict.move is Move.REQUEUE:
+            say(f"back to the queue: {verdict.why}")
+            commands.requeue(self.job.number)
+        else:
+            say(f"the job ends: {verdict.why}")
+        return verdict.status
+
+    def _start_ranks(self, environment: dict[str, str]) -> None:
+        from torch.distributed import TCPStore
+
+        # A store of its own for every round: nothing that the ranks before have left in it can mislead these.
+        store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+        environment[MEETING_VARIABLE] = f"{socket.gethostname()}:{store.port}"
+        if self._asked is None:  # else the allocation ends before ranks would have begun
+            self._ranks = subprocess.Popen(self._srun(), env=environment)
+            if self._asked is not None:
+                self._ranks.send_signal(signal.SIGUSR1)
+            self._ranks.wait()
+        del store
+
+    def _srun(self) -> list[str]:
+        nodes = str(self.job.nodes)
+        words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--input=none"]
+        words += ["--kill-on-bad-exit=1", "--export=ALL"]
+        if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
+            words.append(f"--cpus-per-task={cpus}")  # since 22.05 srun does not take the job's
+        return [*words, *self.config.launch.srun_args, sys.executable, "-P", "-m", "launch.slurm.node"]
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        """The allocation ends soon. Slurm may have told the ranks too; twice does no harm."""
+        self._asked = number
+        if self._ranks is not None and self._ranks.poll() is None:
+            self._ranks.send_signal(signal.SIGUSR1)
+
+    def _facts(self) -> dict[str, str]:
+        """What the ranks should know of the time they have."""
+        end, grace = self.job.end_time, float(self.config.launch.grace_seconds)
+        with suppress(ValueError):  # no scontrol here, as in a container
+            end = end or commands.time_of(commands.facts_of_job(self.job.number).get("EndTime", ""))
+            partition = commands.facts_of_partition(self.job.partition or "")
+            given = commands.seconds_of(partition.get("GraceTime", ""))
+            if given and partition.get("PreemptMode", "OFF") != "OFF":
+                grace = min(grace, given)
+        facts = {GRACE_VARIABLE: str(grace)}
+        return facts if end is None else {**facts, DEADLINE_VARIABLE: str(end)}
+
+    def _judge(self, known: list[int]) -> Verdict:
+        numbers = self.run.attempt_numbers()
+        made = len(numbers) > len(known)
+        self._before_attempts = 0 if made else self._before_attempts + 1
+        state: str | None = None
+        with suppress(ValueError):
+            state = commands.facts_of_job(self.job.number).get("JobState")
+        return judge(
+            Situation(
+                ending=read_ending(self.run, numbers[len(known)]) if made else None,
+                superseded=len(numbers) > len(known) + 1,
+                asked=self._asked is not None,
+                job_state=state,
+                stalled=max(stalled_attempts(self.run, self.job.number) if made else 0, self._before_attempts),
+                limit=self.config.launch.max_restarts,
+                may_requeue=self.config.launch.requeue,
+                links_left=self.job.links - self.job.link,
+            )
+        )
+
+    def _finished_before(self) -> str | None:
+        """Why a later job of a chain has nothing to do, if it has not."""
+        numbers = self.run.attempt_numbers()
+        if self.job.link == 1 or not numbers:
+            return None
+        with suppress(ValueError):  # forgotten, or nobody to ask
+            moves = [note for note in read_notes(self.run) if note["move"] != SUBMITTED]
+            if any(commands.facts_of_job(note["job"])["JobState"] == "CANCELLED" for note in moves[-1:]):
+                return "the job before was cancelled"
+        ending: Ending | None = read_ending(self.run, numbers[-1])
+        if ending is None or ending.outcome is Outcome.PREEMPTED or ending.retry:
+            return None
+        return ending.message
+
+
+def notes_file(run: RunDirectory) -> Path:
+    """One JSON object for each job that was submitted, and for each decision of one."""
+    return run.slurm / "jobs.jsonl"
+
+
+def write_note(run: RunDirectory, job: str, move: str, why: str) -> None:
+    note = {"time": time.time(), "job": job, "move": move, "why": why}
+    with open(notes_file(run), "a", encoding="utf-8") as file:
+        file.write(json.dumps(note) + "\n")
+
+
+def read_notes(run: RunDirectory) -> list[dict]:
+    if not notes_file(run).exists():
+        return []
+    return [json.loads(line) for line in notes_file(run).read_text(encoding="utf-8").splitlines()]
+
+
+def main(settings: Sequence[str]) -> int:
+    try:
+        job = job_from(os.environ)
+
+        def where(config: Config) -> tuple[int, int]:
+            ranks = job.nodes * (config.launch.nproc or job.gpus or RANKS_DEFAULT)
+            return ranks, 0 if config.launch.device == "cpu" else job.nodes * job.gpus
+
+        config, changes = settle_config(settings_of(job, settings), where, refitted=say)
+        config.launch.name = "slurm"
+        config.launch.nproc = config.launch.nproc or job.gpus or RANKS_DEFAULT
+        run = run_directory(config)
+        run.slurm.mkdir(parents=True, exist_ok=True)
+        run.attempts.mkdir(exist_ok=True)
+        say(f"job {job.number}, start {job.restarts + 1}, {job.nodes} nodes, run directory {run.path}")
+        for change in changes:
+            say(f"changed since the last start: {change}")
+        return Batch(job, config).main()
+    except ConfigError as error:
+        say(str(error))
+        return 2
+    except (ValueError, OSError) as error:
+        say(str(error))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

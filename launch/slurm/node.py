@@ -1,0 +1,49 @@
+"""`python -P -m launch.slurm.node`: the ranks of one node of a job, started by srun."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import signal
+import socket
+import sys
+
+from conf.schema import from_dict
+
+
+def main() -> int:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is a rank to pass it on to
+    from launch.local import Meeting, launch
+    from launch.slurm.batch import MEETING_VARIABLE
+    from launch.train import say
+    from trainer.main import CONFIG_VARIABLE
+
+    if MEETING_VARIABLE not in os.environ:
+        say("this is started by a job's own process: see launch/slurm/train.sbatch")
+        return 2
+    config = from_dict(json.loads(os.environ[CONFIG_VARIABLE]))
+    host, _, port = os.environ[MEETING_VARIABLE].rpartition(":")
+    node, nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_STEP_NUM_NODES"])
+    problem = unreachable(host) if node else None
+    if problem is not None:
+        say(problem)
+        return 1
+    return launch(config, config.launch.nproc, say, meeting=Meeting(host, int(port), node, nodes))
+
+
+def unreachable(host: str) -> str | None:
+    """Why this machine cannot reach the job's first node `host`, if that is plain from its name."""
+    here = socket.gethostname()
+    try:
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError as error:
+        return f"{here} does not know the address of {host}, the job's first node: {error.strerror}"
+    if host != here and all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses):
+        seen = ", ".join(sorted(addresses))
+        return f"on {here} the job's first node {host} is {seen}, which is {here} itself: mend /etc/hosts there"
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

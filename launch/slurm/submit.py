@@ -1,0 +1,105 @@
+"""`stoker submit`: a settled config becomes a script in the run directory, and the script a job."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from conf.overrides import parse
+from conf.rundir import RunDirectory
+from conf.schema import Config
+from conf.values import ConfigError
+from launch.slurm import commands
+from launch.slurm.batch import LINK_VARIABLE, RANKS_DEFAULT, SUBMITTED, write_note
+from launch.train import say
+from trainer.start import run_directory, settle_config
+
+TEMPLATE = Path(__file__).with_name("train.sbatch")
+_BODY = "# --- what follows is the same for every job ---\n"
+
+
+def submit(overrides: Sequence[str], dry_run: bool) -> int:
+    """Write the script and submit it, or print it. Raises ConfigError for a start that is refused."""
+    tasks = next((parse(word).value for word in overrides if word.startswith("launch.array=")), None)
+    first = str(tasks).partition("-")[0].partition(",")[0] if tasks else "0"
+    config, changes = settle_config([word.replace("{task}", first) for word in overrides], _where)
+    if config.launch.name != "slurm":
+        raise ConfigError(f"launch={config.launch.name}: say launch=slurm, and launch.nodes, launch.time, ...")
+    for change in changes:
+        say(f"changed since the last start: {change}")
+    run = run_directory(config)
+    settings = [word for word in overrides if word.partition("=")[0] not in ("run.dir", "run.fresh")]
+    directory = next((word.partition("=")[2] for word in overrides if word.startswith("run.dir=")), None)
+    if directory is not None and "{task}" in directory:
+        run = RunDirectory(Path(directory.partition("{task}")[0].rstrip("/") or ".").expanduser().absolute())
+        settings.insert(0, f"run.dir={Path(directory).expanduser().absolute()}")
+    else:
+        settings.insert(0, f"run.dir={run.path}")
+    text = script(config, run, settings)
+    if dry_run:
+        print(text, end="")
+        return 0
+    run.slurm.mkdir(parents=True, exist_ok=True)
+    run.attempts.mkdir(exist_ok=True)
+    run.script.write_text(text, encoding="utf-8")
+    jobs = submit_script(run, config.launch.chain)
+    say(f"submitted {run.script} as job {', then '.join(jobs)}; what it says will be in {run.slurm}")
+    return 0
+
+
+def submit_script(run: RunDirectory, chain: int) -> list[str]:
+    """Submit a run's script, as so many jobs that wait for one another; their numbers."""
+    jobs: list[str] = []
+    for link in range(1, chain + 1):
+        options = [f"--export=ALL,{LINK_VARIABLE}={link}/{chain}"] if chain > 1 else []
+        options += [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+        jobs.append(commands.submit(run.script, *options))
+        write_note(run, jobs[-1], SUBMITTED, f"{link} of {chain}")
+    return jobs
+
+
+def script(config: Config, run: RunDirectory, settings: Sequence[str]) -> str:
+    """The batch script of a run, for people and for sbatch."""
+    launch = config.launch
+    ranks = launch.nproc or launch.gpus or RANKS_DEFAULT
+    log = run.slurm / ("%A_%a.log" if launch.array else "%j.log")
+    asked = {
+        "job-name": config.run.name,
+        "chdir": Path.cwd(),
+        "output": log,
+        "open-mode": "append",
+        "nodes": launch.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": launch.cpus or ranks * (launch.threads or 1),
+        "gpus-per-node": launch.gpus,
+        "time": launch.time,
+        "partition": launch.partition,
+        "array": launch.array,
+        "signal": f"B:USR1@{launch.grace_seconds}",
+    }
+    lines = [f"#SBATCH --{name}={value}" for name, value in asked.items() if value is not None]
+    lines.append("#SBATCH --requeue" if launch.requeue and launch.chain == 1 else "#SBATCH --no-requeue")
+    lines += [f"#SBATCH {option}" for option in launch.sbatch_args]
+    words = " \\\n    ".join(shlex.quote(setting) for setting in settings)
+    body = TEMPLATE.read_text(encoding="utf-8").partition(_BODY)[2].replace("120 s", f"{launch.grace_seconds} s")
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"# The run {config.run.name}: {launch.nodes} nodes with {ranks} ranks each. Written by `stoker submit`.",
+            *lines,
+            "",
+            *([launch.setup] if launch.setup else []),
+            f"export STOKER_PYTHON={shlex.quote(sys.executable)}",
+            f"set -- {words}",
+            "",
+            body,
+        ]
+    )
+
+
+def _where(config: Config) -> tuple[int, int]:
+    launch = config.launch
+    ranks = launch.nodes * (launch.nproc or launch.gpus or RANKS_DEFAULT)
+    return ranks, 0 if launch.device == "cpu" else launch.nodes * (launch.gpus or 0)

@@ -1,0 +1,94 @@
+"""Having a run end, or make way and come back. Both are files in the run directory, so they reach it anywhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import suppress
+
+from conf.rundir import RunDirectory
+from launch.show import run_at
+from launch.slurm import commands
+from launch.slurm.batch import read_notes
+from launch.slurm.submit import submit_script
+from launch.tend import living
+from trainer.outcome import Outcome, read_beginning, read_ending
+
+_POLL_SECONDS = 0.1
+_NOTES = 20  # newest notes of jobs that are looked at
+_GONE = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+
+
+def stop(path: str, wait_seconds: float) -> int:
+    """Ask the run to save and end, and wait for it; status 1 if it does not in time, or nobody is there to ask."""
+    run = run_at(path)
+    at = living(run)
+    if at is None:
+        return _stop_waiting_job(run)
+    number = run.attempt_numbers()[-1]
+    run.stop.touch()
+    print(f"asked: the run is at step {at.step}", flush=True)
+    deadline = time.monotonic() + wait_seconds
+    while time.monotonic() < deadline:
+        ending = read_ending(run, run.attempt_numbers()[-1])
+        if ending is not None and (ending.outcome is not Outcome.FAILED or not ending.retry):
+            print(ending.message)
+            return 0 if ending.outcome in (Outcome.STOPPED, Outcome.COMPLETED, Outcome.PREEMPTED) else 1
+        if living(run) is None and run.attempt_numbers()[-1] == number and _job_of(run) is None:
+            print("the run has ended without a word: its newest checkpoint is what there is", file=sys.stderr)
+            return 1
+        time.sleep(_POLL_SECONDS)
+    print(f"still running after {wait_seconds:.0f} s: it ends when its step does", file=sys.stderr)
+    return 1
+
+
+def requeue(path: str) -> int:
+    """Have a Slurm run save and go back to the queue; submit it again if it has ended."""
+    run = run_at(path)
+    if living(run) is not None:
+        beginning = read_beginning(run, run.attempt_numbers()[-1])
+        job = beginning.job if beginning is not None else None
+        if job is None:
+            raise ValueError(f"{run.path} does not run as a Slurm job: stop it, then start it where it should run")
+        run.requeue.touch()
+        print(f"asked: the run saves, and job {job} goes back to the queue")
+        return 0
+    job = _job_of(run)
+    if job is not None and commands.facts_of_job(job).get("JobState") == "PENDING":
+        raise ValueError(f"job {job} waits in the queue already")
+    if not run.script.exists():
+        raise ValueError(f"{run.path} was not submitted by `stoker submit`: `stoker train run.dir={run.path}` goes on")
+    [number] = submit_script(run, 1)
+    print(f"submitted {run.script} as job {number}")
+    return 0
+
+
+def _stop_waiting_job(run: RunDirectory) -> int:
+    jobs = _jobs_of(run)
+    if not jobs:
+        print(f"nobody is training {run.path}: there is nothing to stop", file=sys.stderr)
+        return 1
+    for job in jobs:  # the last of a chain first
+        commands.cancel(job)
+        print(f"cancelled job {job}, which was not training")
+    return 0
+
+
+def _job_of(run: RunDirectory) -> str | None:
+    return next(reversed(_jobs_of(run)), None)
+
+
+def _jobs_of(run: RunDirectory) -> list[str]:
+    """The run's Slurm jobs that the controller knows and has not ended, the newest first."""
+    known: dict[str, float] = {note["job"]: note["time"] for note in reversed(read_notes(run)[-_NOTES:])}
+    numbers = run.attempt_numbers()
+    beginning = read_beginning(run, numbers[-1]) if numbers else None
+    if beginning is not None and beginning.job is not None:
+        known.setdefault(beginning.job, beginning.time)
+    return [job for job in sorted(known, key=lambda job: known[job], reverse=True) if not _is_gone(job)]
+
+
+def _is_gone(job: str) -> bool:
+    with suppress(ValueError):
+        return commands.facts_of_job(job).get("JobState") in _GONE
+    return True  # no Slurm here, or a job it has forgotten

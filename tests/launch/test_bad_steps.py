@@ -1,0 +1,71 @@
+"""Real runs that meet bad steps: they go back and on without them, and a step can be looked at again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conf.rundir import RunDirectory
+from tests.launch.runs import command, finish, overrides, steps_of, write_text
+from trainer.goodput import goodput
+from trainer.metrics import read
+from trainer.outcome import Outcome, read_ending
+
+WORDS = ["steps=18", "checkpoint.every=5", "launch.max_restarts=1"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    write_text(folder / "text")
+    return folder
+
+
+def test_a_rolled_back_run_is_the_run_that_never_took_the_bad_step(home: Path) -> None:
+    reference, run = home / "without", home / "rolled-back"
+    words = overrides(reference, home / "text", *WORDS, "skip_steps=[[12,12]]")
+    status, output = finish(home, command("train", *words))
+    assert status == 0, output
+    faults = "faults=[{at: 12, rank: 1, do: nan}, {at: 17, rank: 0, do: kill}]"  # after a save that has the span
+    words = overrides(run, home / "text", *WORDS, "nonfinite.action=rollback", faults)
+    status, output = finish(home, command("train", *words))
+    assert status == 0, output
+    assert "step 12 is bad: back to step 10" in output
+    assert steps_of(run) == steps_of(reference)
+    assert [step["step"] for step in read(RunDirectory(run).metrics)] == [*range(1, 12), *range(13, 19)]
+    spent = goodput(RunDirectory(run))
+    assert spent.attempts == 2 and spent.seconds["lost"] > 0 and "goodput" in output
+
+
+def test_rollbacks_have_a_budget_and_a_step_can_be_replayed(home: Path) -> None:
+    run = home / "budget"
+    faults = "faults=[{at: 7, rank: 1, do: nan}, {at: 9, rank: 0, do: nan}]"
+    words = overrides(run, home / "text", *WORDS, "nonfinite.action=rollback", "nonfinite.limit=1", faults)
+    status, output = finish(home, command("train", *words))
+    assert status == 1
+    ending = read_ending(RunDirectory(run), 1)
+    assert ending is not None and ending.outcome is Outcome.NONFINITE and "1 rollbacks" in ending.message
+    status, output = finish(home, command("replay", str(run), "--step", "8"))
+    assert status == 0 and "from the checkpoint of step 5: rows 56 to 63" in output
+    loss = next(step["loss"] for step in read(RunDirectory(run).metrics) if step["step"] == 8)
+    assert float(output.partition("loss ")[2].split()[0]) == pytest.approx(loss, rel=1e-5)
+    assert f"(in the run: {loss})" in output and "every number is finite" in output
+
+
+@pytest.mark.parametrize(
+    ("layout", "poisoned"),
+    [("parallel.zero=3", "embedding"), ("parallel.tp=2", "embedding"), ("parallel.pp=2", "layers.1.attention_norm")],
+)
+def test_a_replayed_bad_step_names_the_first_module(home: Path, layout: str, poisoned: str) -> None:
+    run = home / layout
+    words = [layout, "model.kv_heads=2", "steps=4", "model.target=tests.launch.fragile:build", "optim.lr=1e3"]
+    words += ["schedule=constant", "schedule.warmup_steps=0", "faults=[{at: 1, rank: 1, do: nan}]"]
+    status, output = finish(home, command("train", *overrides(run, home / "text", *words)))
+    assert status == 0, output
+    assert [step["skipped"] for step in read(RunDirectory(run).metrics)] == [True, False, True, True]
+    for step, module in ((1, poisoned), (3, "layers.1")):  # on purpose; and by itself, after one update
+        status, output = finish(home, command("replay", str(run), "--step", str(step)))
+        assert status == 1, output
+        assert f"first output that is not finite: {module} (micro-batch 1)" in output, output
+        assert "gradients that are not finite" in output

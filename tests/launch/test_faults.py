@@ -1,0 +1,76 @@
+"""Faults on purpose: each breaks what it says, once, and the run is the one that nothing happened to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conf.faults import Fault, read_faults
+from conf.rundir import RunDirectory
+from tests.launch.runs import command, finish, overrides, steps_of, wait_until_gone, write_text
+from trainer.metrics import read
+from trainer.outcome import read_ending
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"at": 7, "do": "kil"}, "{at: 7, do: kil}: do must be one of kill, "),
+        ({"at": 7}, "do must be one of"),
+        ({"do": "kill"}, "at=STEP is missing"),
+        ({"at": 0, "do": "kill"}, "at must be a whole number from 1 on"),
+        ({"at": 7, "do": "kill", "rank": -1}, "rank must be a whole number from 0 on"),
+        ({"at": 7, "do": "kill", "rank": True}, "rank must be a whole number"),
+        ({"at": 7, "do": "kill", "steps": 3}, "steps is nothing that do: kill knows; it takes at, rank"),
+        ({"at": 7, "do": "slow", "seconds": float("inf")}, "seconds must be a number from 0 on"),
+        ({"at": 7, "do": "nan", "where": "loss"}, "where is nothing that do: nan knows; it takes at, rank, steps"),
+    ],
+)
+def test_what_is_no_fault_is_answered_in_one_line(entry: dict, said: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        read_faults([entry])
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_fault_twice_is_refused_as_it_strikes_once() -> None:
+    with pytest.raises(ValueError, match="twice"):
+        read_faults([{"at": 7, "do": "kill"}, {"at": 7, "do": "kill", "rank": 0}])
+    assert read_faults([{"at": 7, "do": "slow"}]) == [Fault(7, "slow", steps=30)]
+
+
+def test_faults_strike_once_over_all_restarts_and_leave_no_trace_in_what_is_computed(tmp_path: Path) -> None:
+    write_text(tmp_path / "text")
+    reference, run = tmp_path / "undisturbed", tmp_path / "struck"
+    words = ["steps=16", "checkpoint.every=3", "launch.max_restarts=4"]
+    status, output = finish(tmp_path, command("train", *overrides(reference, tmp_path / "text", *words)))
+    assert status == 0, output
+    faults = (
+        "faults=[{at: 2, do: slow, seconds: 0.01, steps: 2}, {at: 4, rank: 1, do: kill}, {at: 5, rank: 1, do: oom},"
+        " {at: 7, rank: 1, do: net_loss}, {at: 8, rank: 1, do: disk_full}]"
+    )
+    status, output = finish(tmp_path, command("train", *overrides(run, tmp_path / "text", *words, faults)))
+    assert status == 0, output
+    wait_until_gone(tmp_path)
+    assert steps_of(run) == steps_of(reference)
+    directory = RunDirectory(run)
+    endings = [read_ending(directory, number) for number in directory.attempt_numbers()]
+    messages = [ending.message for ending in endings if ending is not None]
+    assert len(messages) == 4 and "rank 1 was killed by SIGKILL" in messages[0]
+    assert "memory" in messages[1], messages
+    failed = [step["checkpoint_step"] for step in read(directory.metrics) if step.get("checkpoint_failed")]
+    assert failed == [9] and "No space left on device" in output
+    assert sorted(path.name.rpartition("-")[2] for path in (run / "faults").iterdir()) == [
+        "disk_full", "kill", "net_loss", "oom", "slow",
+    ]  # fmt: skip
+
+
+def test_a_nan_on_one_rank_is_left_out_by_all_and_training_goes_on(tmp_path: Path) -> None:
+    write_text(tmp_path / "text")
+    run = tmp_path / "poisoned"
+    words = ["steps=6", "parallel.zero=3", "faults=[{at: 3, rank: 1, do: nan, steps: 2}]"]
+    status, output = finish(tmp_path, command("train", *overrides(run, tmp_path / "text", *words)))
+    assert status == 0, output
+    steps = read(RunDirectory(run).metrics)
+    assert [step["step"] for step in steps if step["skipped"]] == [3, 4]
+    assert steps[-1]["updates"] == 4 and steps[-1]["loss"] is not None

@@ -1,0 +1,132 @@
+"""Asked to end at awkward moments."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.rundir import RunDirectory, next_attempt
+from launch import local
+from tests.launch.runs import (
+    command,
+    finish,
+    kill,
+    last_step,
+    overrides,
+    rank_pids,
+    started,
+    steps_of,
+    wait_until,
+    wait_until_gone,
+    write_text,
+)
+from trainer.outcome import Ending, Outcome, read_ending, write_ending
+from trainer.process import Stamp, read_stamps
+
+SLOW = ["model.target=tests.launch.slow:build", "steps=100000", "schedule.total_steps=30"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preemption")
+    write_text(folder / "text")
+    return folder
+
+
+def stamps_of(run: RunDirectory) -> list[Stamp]:
+    return list(read_stamps(run.attempt(1)).values())
+
+
+def test_one_rank_that_is_told_in_an_evaluation_ends_it_on_all(home: Path) -> None:
+    """The evaluation would take 40 s."""
+    run = RunDirectory(home / "evaluating")
+    words = overrides(run.path, home / "text", *SLOW, "eval.every=3", "eval.rows=400", "batch.micro=1")
+    with started(home, command("train", *words, "data.validation=0.5"), cwd=Path.cwd()) as process:
+        wait_until(lambda: any(stamp.phase == "evaluate" for stamp in stamps_of(run)), process)
+        asked = time.monotonic()
+        kill(rank_pids(run.path)[1], signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert time.monotonic() - asked < 10
+    assert process.returncode == 75, output
+    ending = read_ending(run, 1)
+    assert ending is not None and (ending.outcome, ending.step) == (Outcome.PREEMPTED, 3), ending
+    assert last_step(run.path) == 3 and (run.checkpoints / "step-00000003" / "MANIFEST.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_ranks_that_are_told_before_the_first_step_leave_at_once_even_from_c(
+    home: Path, number: signal.Signals
+) -> None:
+    run = RunDirectory(home / f"starting-{number.name}")
+    words = overrides(run.path, home / "text", "model.target=tests.launch.stuck:build")
+    with started(home, command("train", *words), cwd=Path.cwd()) as process:
+        wait_until(lambda: [stamp.phase for stamp in stamps_of(run)] == ["build", "build"], process)
+        asked = time.monotonic()
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+        assert time.monotonic() - asked < 5
+        wait_until_gone(home)
+    assert process.returncode == 128 + number, output
+    ending = read_ending(run, 1)
+    outcome = Outcome.STOPPED if number == signal.SIGINT else Outcome.PREEMPTED
+    assert ending is not None and ending.outcome is outcome and "before the first step" in ending.message
+    assert not list(run.checkpoints.glob("step-*"))
+
+
+def test_a_port_that_is_taken_is_one_line(home: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        words = [command()[0], "-P", "-m", "trainer", *overrides(home / "taken", home / "text")]
+        status, output = finish(home, ["env", *(f"{key}={value}" for key, value in place.items()), *words])
+    assert status == 2 and f"another program listens on 127.0.0.1:{port}" in output
+    assert len(output.splitlines()) == 1, output
+
+
+@pytest.fixture(scope="module")
+def reference(home: Path) -> list[tuple[Any, ...]]:
+    run = home / "reference"
+    assert finish(home, command("train", *overrides(run, home / "text")))[0] == 0
+    return steps_of(run)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_that_is_started_twice_goes_on_once(home: Path, reference: list[tuple[Any, ...]], killed: bool) -> None:
+    """`killed`: a rank of the first start is, before the ranks see that there is a second."""
+    run = RunDirectory(home / f"twice-{killed}")
+    words = overrides(run.path, home / "text", "model.target=tests.launch.slow:build", "launch.max_restarts=5")
+    with started(home, command("train", *words), cwd=Path.cwd()) as first:
+        wait_until(lambda: last_step(run.path) >= 6, first)
+        ranks = rank_pids(run.path)
+        with started(home / "again", command("train", *words), cwd=Path.cwd()) as second:
+            wait_until(lambda: len(run.attempt_numbers()) == 2, second)
+            if killed:
+                kill(ranks[1])
+            told, _ = first.communicate(timeout=30)
+            output, _ = second.communicate(timeout=60)
+    last = "not restarting: another start" if killed else "another start"
+    assert first.returncode == 1 and told.splitlines()[-1].startswith(f"stoker: {last} of this run has begun"), told
+    assert second.returncode == 0, output
+    assert run.attempt_numbers() == [1, 2]
+    ending = read_ending(run, 2)
+    assert ending is not None and ending.outcome is Outcome.COMPLETED
+    assert steps_of(run.path) == reference
+
+
+def test_a_launcher_reads_and_writes_the_outcome_of_its_own_attempt_only(tmp_path: Path) -> None:
+    agent = object.__new__(local._Agent)
+    agent._run = run = RunDirectory(tmp_path)
+    next_attempt(run)
+    agent._attempts_before = 1
+    assert agent._attempt() is None
+    assert next_attempt(run) == agent._attempt() == 2
+    next_attempt(run)
+    write_ending(run, 3, Ending(Outcome.COMPLETED, "of the other"))
+    assert agent._attempt() == 2 and agent.ending() is None
