@@ -1,0 +1,121 @@
+"""Two hosts, each a network namespace of its own, under torchrun: a link that fails, and what they must share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conf.rundir import RunDirectory
+from tests.launch.runs import (
+    command,
+    finish,
+    last_step,
+    overrides,
+    started,
+    steps_of,
+    wait_until,
+    wait_until_gone,
+    write_text,
+)
+from trainer.outcome import Outcome, read_ending
+
+HOSTS = {f"stk{os.getpid()}a": "10.77.0.1", f"stk{os.getpid()}b": "10.77.0.2"}
+FIRST, SECOND = HOSTS
+DEVICE = "stoker0"
+PORT = 29555  # in namespaces of their own no port is taken
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[None]:
+    """Two namespaces that see each other; skips where they cannot be made."""
+    if shutil.which("ip") is None or shutil.which("unshare") is None:
+        pytest.skip("needs ip (iproute2) and unshare (util-linux)")
+    try:
+        for name in HOSTS:
+            ip("netns", "add", name)
+        ip("link", "add", DEVICE, "netns", FIRST, "type", "veth", "peer", "name", DEVICE, "netns", SECOND)
+        for name, address in HOSTS.items():
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", DEVICE)
+            ip("-n", name, "link", "set", DEVICE, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    finally:
+        for name in HOSTS:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def node(host: str, words: list[str], restarts: int, before: str = "true", interface: str = DEVICE) -> list[str]:
+    """torchrun of one host, in its network, under its name and with mounts of its own, after the shell's `before`."""
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+        "--node-rank", str(list(HOSTS).index(host)), "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", f"{HOSTS[FIRST]}:{PORT}",
+        "--rdzv-conf", f"is_host={int(host == FIRST)}",  # it would look the host's name up, which no one knows
+        "--rdzv-id", "stoker", "--local-addr", HOSTS[host], "--max-restarts", str(restarts), "-m", "trainer", *words,
+    ]  # fmt: skip
+    script = f'hostname {host} && {before} && exec env GLOO_SOCKET_IFNAME={interface} "$@"'
+    return ["ip", "netns", "exec", host, "unshare", "--uts", "--mount", "sh", "-c", script, "sh", *torchrun]
+
+
+def test_a_link_cut_in_mid_step_is_a_hang_and_the_run_goes_on_once_it_is_repaired(tmp_path: Path, hosts: None) -> None:
+    write_text(tmp_path / "text")
+    more = ["steps=60", "checkpoint.every=5", "launch.hang_seconds=2", "tracker=none"]
+    reference, run = tmp_path / "undisturbed", tmp_path / "cut"
+    status, output = finish(tmp_path, command("train", *overrides(reference, tmp_path / "text", *more)))
+    assert status == 0, output
+    words = overrides(run, tmp_path / "text", *more)
+    with started(tmp_path, node(FIRST, words, 3)) as first, started(tmp_path, node(SECOND, words, 3)) as second:
+        wait_until(lambda: last_step(run) >= 12, first)
+        ip("-n", SECOND, "link", "set", DEVICE, "down")
+        ending = wait_until(lambda: read_ending(RunDirectory(run), 1), first)
+        ip("-n", SECOND, "link", "set", DEVICE, "up")
+        told, _ = first.communicate(timeout=120)
+        second.communicate(timeout=60)
+        wait_until_gone(tmp_path)
+    assert first.returncode == 0, told
+    assert ending.outcome is Outcome.HUNG and "all 2 ranks wait for each other" in ending.message
+    assert told.count("innermost Python frame") == 1 and all(host in told for host in HOSTS)
+    assert steps_of(run) == steps_of(reference)
+
+
+LATE = "import time; real = time.time; time.time = lambda: real() - 60"
+NAMED = f"mount --bind hosts /etc/hosts && echo 127.0.1.1 {SECOND} > /etc/hosts"
+
+
+@pytest.mark.parametrize(
+    ("before", "interface", "line", "status"),
+    [
+        ("mount -t tmpfs none run", DEVICE, f"is not shared: {SECOND} does not see what rank 0 writes there", 1),
+        (NAMED, "", f"{SECOND} takes its own name for 127.0.1.1, where other machines cannot reach its ranks", 1),
+        ("export PYTHONPATH=late", DEVICE, f"the clock of {SECOND} is 60 s behind that of rank 0", 0),
+    ],
+    ids=["run directory", "name", "clock"],
+)
+def test_what_hosts_must_have_in_common_is_one_line_where_they_have_it_not(
+    tmp_path: Path, hosts: None, before: str, interface: str, line: str, status: int
+) -> None:
+    write_text(tmp_path / "text")
+    for folder in ("run", "late"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "late" / "sitecustomize.py").write_text(LATE)
+    (tmp_path / "hosts").touch()
+    words = overrides(tmp_path / "run", tmp_path / "text", "steps=1", "tracker=none")
+    nodes = [node(FIRST, words, 0), node(SECOND, words, 0, before, interface)]
+    with started(tmp_path, nodes[0]) as first, started(tmp_path, nodes[1]) as second:
+        told, _ = first.communicate(timeout=60)
+        told += second.communicate(timeout=60)[0]
+    assert first.returncode == status, told
+    assert len([one for one in told.splitlines() if one.startswith("stoker: ") and line in one]) == 1, told
+    assert len(RunDirectory(tmp_path / "run").attempt_numbers()) == 1 or status, told
