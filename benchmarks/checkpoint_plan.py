@@ -4,8 +4,9 @@
 
 Simulates every rank of dp_shard x tp under ZeRO 3 with AdamW: its plan, its report on storage, and a shard file that is
 a hole of the right size. Rank 0 then commits as it does in a run. The reports are written by a pool of processes first;
-they take a gigabyte of temporary space and some minutes, which are not counted. With --readers a reader's opening is
-timed too: it reads every index and proves the tiling exactly.
+they take a gigabyte of temporary space and some minutes, which are not counted. With --readers it is timed too what a
+rank needs to find its shards, on this layout and on half as many ranks, and what a reader of everything needs, who
+reads every index and proves the tiling piece by piece.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from checkpoint import commit
 from checkpoint.format import BLOCK_BYTES, ShardIndex, encode_index, encode_state
 from checkpoint.names import MANIFEST, STATE, data_name, index_name
 from checkpoint.plan import plan_file
-from checkpoint.reader import open_checkpoint
+from checkpoint.reader import find_pieces
+from checkpoint.stored import open_checkpoint
 from parallel.model import whole_model
 from parallel.shards import PARAMETER, Rectangle, Shard
 from trainer.cut import build_on_meta
@@ -108,10 +110,23 @@ def main() -> None:
         if options.readers:
             began = time.perf_counter()
             stored = open_checkpoint(final)
+            opened = time.perf_counter() - began
+            for dp, tp, ranks in ((options.dp, options.tp, world), (options.dp // 2, options.tp, world // 2)):
+                rank = ranks // 3
+                shards = [
+                    Shard(**{**vars(shard), "data": torch.empty(shard.rectangle.size, device="meta")})
+                    for shard in shards_of(shapes, dp, tp, rank)
+                ]
+                began = time.perf_counter()
+                files = len(find_pieces(stored, shards, (rank + 0.5) / ranks))
+                seconds = opened + time.perf_counter() - began
+                cost = f"{files} files in {seconds:.1f} s"
+                print(f"  a rank of {ranks} (dp {dp} x tp {tp}) finds what it needs in {cost}")
+            began = time.perf_counter()
+            tensors = len(stored.tensors)
             seconds = time.perf_counter() - began
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-            cost = f"{seconds:.0f} s with {peak / 1e3:,.0f} MB of memory"
-            print(f"  a reader opens   {len(stored.tensors)} tensors in {cost}")
+            print(f"  a reader of all  proves {tensors} tensors in {seconds:.0f} s with {peak / 1e3:,.0f} MB of memory")
 
 
 def bytes_read() -> int:

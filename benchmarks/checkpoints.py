@@ -6,9 +6,12 @@ Each rank holds float32 tensors of --sizes MiB and computes steps that take a li
 as medians over the rounds with their range, all in one run of the same processes in turn:
 
     stall      how long a save keeps training from going on: of Stoker over torch DCP's synchronous save, and over the
-               best of DCP's asynchronous modes that run here
+               best of DCP's asynchronous modes (a thread, a thread with a staging pool, a process)
     write      bytes per second of a shard file, fsync included, over those of a plain sequential write and fsync
-    restore    bytes per second of a restore, cold, over those of a plain cold read
+    restore    bytes per second from a checkpoint on disk to the live tensors, over those of a plain read of as large a
+               file into fresh memory; both files are out of the page cache. Beside it the plain read that uses one
+               buffer of 4 MiB again and again: it shows the disk, but no restore can end with its data in 4 MiB
+    save       CPU seconds that a save costs the machine, the kernel's included, while nothing trains
     overhead   share of time that training with a save every 10 steps needs more than without; a step takes
                --step-seconds for each GiB of the rank's state, which is what 2,000 tokens take on a CPU core
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -29,10 +33,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import run
+from ranks import busy_seconds, run
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 
 from checkpoint import Checkpoints, load, newest, open_checkpoint
 from conf.schema import Config
@@ -42,7 +46,7 @@ from parallel.shards import PARAMETER, Rectangle, Shard
 MIB = 1 << 20
 BLOCK = 4 * MIB
 TENSORS = 16
-STEPS, TURNS = 20, 2  # of training for the overhead, and how often it is measured
+STEPS = 20  # of training, for the overhead
 
 
 def main() -> None:
@@ -53,29 +57,45 @@ def main() -> None:
     parser.add_argument("--directory", default=None, help="where to write; default: the system's temporary directory")
     parser.add_argument("--writer", default="thread", choices=["thread", "process"])
     parser.add_argument("--step-seconds", type=float, default=3.0, help="per GiB of a rank's state")
+    parser.add_argument("--turns", type=int, default=4, help="how often the overhead is measured")
     options = parser.parse_args()
     for size in options.sizes:
         with tempfile.TemporaryDirectory(dir=options.directory) as folder:
-            arguments = (folder, size, options.rounds, options.writer, options.step_seconds * size / 1024)
+            arguments = (
+                folder,
+                size,
+                options.rounds,
+                options.writer,
+                options.step_seconds * size / 1024,
+                options.turns,
+            )
             print(run(measure, Config(), options.ranks, *arguments)[0], flush=True)
 
 
-def measure(_: Config, mesh: Mesh, folder: str, size: int, rounds: int, writer: str, step_seconds: float) -> str:
+def measure(
+    _: Config, mesh: Mesh, folder: str, size: int, rounds: int, writer: str, step_seconds: float, turns: int
+) -> str:
     warnings.filterwarnings("ignore")
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # DCP starts a process
     bench = Bench(mesh, Path(folder), size, writer)
     stalls: dict[str, list[float]] = {}
-    writes, restores = [], []
+    writes, restores, through, cpu = [], [], [], []
     for number in range(rounds + 1):
         found = {"stoker": bench.stoker_stall(number)} | bench.dcp_stalls()
         pair = bench.plain_write(), bench.stoker_write_seconds
-        cold = bench.plain_read(), bench.stoker_restore()
+        restored = bench.stoker_restore()
         if number:  # the first round warms up
             for name, seconds in found.items():
                 stalls.setdefault(name, []).append(seconds)
             writes.append(pair[0] / pair[1])
-            restores.append(cold[0] / cold[1])
-    overhead = bench.overhead(step_seconds)
+            restores.append(bench.plain_read() / restored)
+            through.append(bench.plain_read(again=True) / restored)
+            cpu.append(bench.save_cpu_seconds(number))
+    overhead = bench.overhead(step_seconds, turns)
     bench.saves.close()
+    for child in multiprocessing.active_children():  # DCP's process
+        child.kill()
+    share = 100 * statistics.median(cpu) / (10 * step_seconds * (os.cpu_count() or 1))
     modes = [name for name in stalls if name.startswith("async")]
     best = min(modes, key=lambda name: statistics.median(stalls[name]))
     ours = stalls["stoker"]
@@ -87,7 +107,8 @@ def measure(_: Config, mesh: Mesh, folder: str, size: int, rounds: int, writer: 
             f"  stall     {_spread(ours, ' s')}; {_spread(against_sync)} of DCP's synchronous save, "
             f"{_spread(against_async)} of its best asynchronous mode ({best})",
             f"  write     {_spread(writes)} of a plain write with fsync",
-            f"  restore   {_spread(restores)} of a plain read",
+            f"  restore   {_spread(restores)} of a plain read; {_spread(through)} of one through a small buffer",
+            f"  save      {_spread(cpu, ' s')} of CPU time, all ranks: {share:.2f}% of 10 steps on all cores",
             f"  overhead  {_spread([100 * share for share in overhead], '%')}, steps of {step_seconds} s",
         ]
     )
@@ -137,16 +158,16 @@ class Bench:
         return self._max(report.stall_seconds)
 
     def dcp_stalls(self) -> dict[str, float]:
-        """Of the synchronous save, and of the asynchronous ones that need no GPU.
-
-        Writing in a process instead of a thread stalls training for the same copy: that mode is not a third one here.
-        """
+        """Of the synchronous save, and of the asynchronous ones that need no GPU."""
         found = {"sync": self._longest(lambda: dcp.save(self._state(), checkpoint_id=self._fresh("dcp")))}
-        found["async"] = self._dcp_stall(None)
-        found["async with a staging pool"] = self._dcp_stall(self._stager)
+        found["async, thread"] = self._dcp_stall(None)
+        found["async, thread with a staging pool"] = self._dcp_stall(self._stager)
+        found["async, process"] = self._dcp_stall(None, AsyncCheckpointerType.PROCESS)
         return found
 
-    def _dcp_stall(self, stager: DefaultStager | None) -> float:
+    def _dcp_stall(
+        self, stager: DefaultStager | None, kind: AsyncCheckpointerType = AsyncCheckpointerType.THREAD
+    ) -> float:
         target = self._fresh("dcp")
         self._meet()
         began = time.perf_counter()
@@ -155,6 +176,7 @@ class Bench:
             checkpoint_id=target,
             process_group=self._group,
             async_stager=stager,
+            async_checkpointer_type=kind,
         )
         stall = time.perf_counter() - began
         self.compute()
@@ -182,14 +204,17 @@ class Bench:
 
         return self._longest(write)
 
-    def plain_read(self) -> float:
-        path, buffer = self._folder / f"plain-{self._mesh.rank}", bytearray(BLOCK)
+    def plain_read(self, again: bool = False) -> float:
+        """The same bytes into fresh memory; `again`: into one small buffer, again and again."""
+        path = self._folder / f"plain-{self._mesh.rank}"
         _forget(path)
 
         def read() -> None:
+            memory = torch.empty(BLOCK if again else self._bytes, dtype=torch.uint8).numpy().data
             with open(path, "rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
+                at = 0
+                while count := file.readinto(memory[at : at + BLOCK]):
+                    at += 0 if again else count
 
         return self._longest(read)
 
@@ -199,11 +224,22 @@ class Bench:
             _forget(path)
         return self._longest(lambda: load(open_checkpoint(checkpoint), self.shards).adopt())
 
-    def overhead(self, step_seconds: float) -> list[float]:
+    def save_cpu_seconds(self, number: int) -> float:
+        self._meet()
+        dist.barrier()  # nobody collects garbage any more
+        busy = busy_seconds()
+        self.saves.save(2000 + number, self.shards, {})
+        self.saves.wait()
+        dist.barrier()
+        spent = busy_seconds() - busy
+        assert not any(report.error for report in self.saves.finished())
+        return self._max(spent)
+
+    def overhead(self, step_seconds: float, turns: int) -> list[float]:
         """The share by which STEPS steps take longer with a save every 10."""
         self._products = max(1, round(self._products * step_seconds / self._longest(self.compute)))
         found = []
-        for number in range(TURNS):
+        for number in range(turns):
             without = self._longest(lambda: self._train(None))
             first = 10_000 * (number + 1)
             found.append(self._longest(lambda: self._train(first)) / without - 1)  # noqa: B023

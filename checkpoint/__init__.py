@@ -3,6 +3,7 @@
 A checkpoint is an immutable directory with a valid `MANIFEST.json`, or it is garbage. What a rank holds comes in as
 shards (`parallel.shards`), rectangles of global tensors, and leaves as shards: neither side knows the other's layout.
 
+`tier`      where the first tier is: in the run directory, or in a faster place
 `names`     directories and files, and the errors of this room
 `format`    what the files hold: index and manifest, from values to bytes and back. No pickle, in either direction
 `plan`      which rectangles this rank writes (replicas share the work) and where in its file
@@ -14,7 +15,8 @@ shards (`parallel.shards`), rectangles of global tensors, and leaves as shards: 
 `retention` which checkpoints stay
 `remote`, `upload`  the second tier, and how what is committed gets there
 `storage`   reads that cannot leave the checkpoint; removal
-`reader`    byte ranges checked block by block, into fresh memory
+`stored`    manifest, state, indexes: what there is and where it stands
+`reader`, `block_reader`  byte ranges checked block by block, straight into fresh memory (`memory`)
 `resuming`  all ranks agree on a checkpoint before any adopts it; a damaged one is set aside
 `audit`, `compare`  lists, full verification, differences
 
@@ -29,10 +31,12 @@ from checkpoint.audit import Summary, describe, verify
 from checkpoint.commit import fence
 from checkpoint.compare import Difference, compare
 from checkpoint.names import CheckpointMismatch, DamagedCheckpoint
-from checkpoint.reader import TensorReader, load, open_checkpoint, read_state, read_tensors
+from checkpoint.reader import TensorReader, load, read_tensors
 from checkpoint.remote import Remote
 from checkpoint.resuming import newest, resume
 from checkpoint.retention import VALIDATION_LOSS, remove
+from checkpoint.stored import open_checkpoint, read_state
+from checkpoint.tier import make_tier, tier_problem
 from checkpoint.writer import Checkpoints, SaveReport
 
 __all__ = [
@@ -49,11 +53,13 @@ __all__ = [
     "describe",
     "fence",
     "load",
+    "make_tier",
     "newest",
     "open_checkpoint",
     "read_state",
     "read_tensors",
     "remove",
     "resume",
+    "tier_problem",
     "verify",
 ]

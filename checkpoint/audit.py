@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.block_reader import BlockReader
 from checkpoint.format import Manifest, ShardIndex, safetensors_header
 from checkpoint.names import (
     MANIFEST,
@@ -18,7 +19,7 @@ from checkpoint.names import (
     one_line,
     step_of,
 )
-from checkpoint.reader import BlockReader, read_index, read_manifest, read_state
+from checkpoint.stored import read_index, read_manifest, read_state
 from checkpoint.tiling import assemble
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes in all

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from checkpoint.format import DTYPES
-from checkpoint.reader import TensorReader, read_state
+from checkpoint.reader import TensorReader
+from checkpoint.stored import read_state
 
 MISSING = "-"  # the text of a value that one side does not have
 

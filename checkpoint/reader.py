@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,172 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint.format import (
-    DTYPE_NAMES,
-    DTYPES,
-    Manifest,
-    Piece,
-    ShardIndex,
-    decode_index,
-    decode_manifest,
-    decode_state,
-    digest,
-)
-from checkpoint.names import (
-    MANIFEST,
-    STATE,
-    CheckpointMismatch,
-    DamagedCheckpoint,
-    data_name,
-    index_name,
-    step_of,
-)
-from checkpoint.storage import open_to_read, read_json_bytes
-from checkpoint.tiling import StoredTensor, assemble
-from parallel.shards import PARAMETER, Rectangle, Shard, flat_range, whole
+from checkpoint.block_reader import BlockReader, Wanted, read_wanted
+from checkpoint.format import DTYPE_NAMES, DTYPES, Piece, ShardIndex
+from checkpoint.memory import fresh_bytes
+from checkpoint.names import CheckpointMismatch, DamagedCheckpoint
+from checkpoint.stored import Stored, open_checkpoint, state_of
+from checkpoint.tiling import origin, tiling_problem
+from parallel.shards import PARAMETER, Rectangle, Shard, whole
 
-_AHEAD_BLOCKS = 8  # that the disk fetches while one is checked
+_ALIGNED_BYTES = 64  # where tensors begin: a line of the processor's cache
 _NAMED = 5  # tensors of each kind that a message names
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A checkpoint whose manifest, indexes and tiling have been checked. Its blocks are checked as they are read."""
-
-    path: Path
-    manifest: Manifest
-    indexes: dict[int, ShardIndex]  # by rank
-    tensors: dict[tuple[str, str], StoredTensor]  # by (kind, name)
-
-
-def read_manifest(checkpoint: Path) -> Manifest:
-    """Raises DamagedCheckpoint when there is no valid one, CheckpointMismatch when it is of another format."""
-    manifest = decode_manifest(read_json_bytes(checkpoint / MANIFEST), str(checkpoint / MANIFEST))
-    named = step_of(checkpoint)
-    if named is not None and named != manifest.step:
-        raise DamagedCheckpoint(f"{checkpoint}: named as step {named}, but it holds step {manifest.step}")
-    return manifest
-
-
-def read_index(checkpoint: Path, manifest: Manifest, rank: int) -> ShardIndex:
-    """The index of one writer. Raises DamagedCheckpoint, naming the file."""
-    name = index_name(rank)
-    data = read_json_bytes(checkpoint / name)
-    _check_listed(checkpoint, manifest, name, data.partition(b"\n")[0])  # its head, which answers for the rest
-    index = decode_index(data, str(checkpoint / name))
-    if (index.rank, index.step, index.attempt) != (rank, manifest.step, manifest.attempt):
-        raise DamagedCheckpoint(f"{checkpoint / name}: not of this checkpoint")
-    return index
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What was saved that is not a tensor. Raises DamagedCheckpoint."""
-    return _state(checkpoint, read_manifest(checkpoint))
-
-
-def _state(checkpoint: Path, manifest: Manifest) -> dict[str, Any]:
-    data = read_json_bytes(checkpoint / STATE)
-    _check_listed(checkpoint, manifest, STATE, data)
-    return decode_state(data, str(checkpoint / STATE))
-
-
-def _check_listed(checkpoint: Path, manifest: Manifest, name: str, data: bytes) -> None:
-    if digest(data) != manifest.files[name]:
-        raise DamagedCheckpoint(f"{checkpoint / name}: changed since it was written")
-
-
-def open_checkpoint(checkpoint: Path) -> Stored:
-    """Reads and checks everything but state and tensor data. Raises DamagedCheckpoint or CheckpointMismatch."""
-    manifest = read_manifest(checkpoint)
-    indexes = {rank: read_index(checkpoint, manifest, rank) for rank in manifest.ranks}
-    try:
-        return Stored(checkpoint, manifest, indexes, assemble(indexes.values()))
-    except ValueError as error:
-        raise DamagedCheckpoint(f"{checkpoint}: {error}") from None
-
-
-class BlockReader:
-    """Reads one shard file block by block, each checked against its CRC32; one block is in memory."""
-
-    def __init__(self, checkpoint: Path, index: ShardIndex) -> None:
-        self.path = checkpoint / data_name(index.rank)
-        self.index = index
-        self._descriptor = open_to_read(self.path)
-        self._held: int | None = None  # the block in memory: small tensors that follow each other share one
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-        size = os.fstat(self._descriptor).st_size
-        if size != index.file_bytes:
-            self.close()
-            raise DamagedCheckpoint(f"{self.path}: {size} bytes instead of {index.file_bytes}")
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-    def __enter__(self) -> BlockReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def block(self, number: int, label: str) -> Tensor:
-        """The bytes of a block, uint8, valid until the next call. Raises DamagedCheckpoint for `label`."""
-        size = self.index.block_bytes
-        length = min(size, self.index.file_bytes - number * size)
-        if self._held == number:
-            return self._bytes[:length]
-        self._held = None
-        if not self._bytes.numel():
-            self._bytes = torch.empty(min(size, self.index.file_bytes), dtype=torch.uint8)
-        view = self._bytes.numpy().data[:length]
-        done = 0
-        while done < length:
-            try:
-                count = os.preadv(self._descriptor, [view[done:]], number * size + done)
-            except OSError as error:
-                raise DamagedCheckpoint(f"{self.path}: {label}: {error.strerror}") from None
-            if not count:
-                raise DamagedCheckpoint(f"{self.path}: {label}: the file ends too early")
-            done += count
-        if zlib.crc32(view) != self.index.blocks[number]:
-            raise DamagedCheckpoint(f"{self.path}: {label}: block {number} has changed since it was written")
-        self._held = number
-        return self._bytes[:length]
-
-    def expect(self, start: int, stop: int) -> None:
-        """Let the disk fetch these bytes of the file while we check and copy others."""
-        if stop > start and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
-
-
-def copy_piece(reader: BlockReader, piece: Piece, wanted: Rectangle, buffer: Tensor) -> None:
-    """Copies the elements of `piece` that lie in `wanted` to `buffer`, which holds `wanted`.
-
-    Reads the blocks in which the wanted rows stand, and copies from each straight to its place.
-    """
-    common = piece.rectangle.intersection(wanted) if piece.bytes else None
-    if common is None:
-        return
-    dtype, size, offset = DTYPES[piece.dtype], piece.rectangle.size, piece.rectangle.offset
-    start, stop = piece.start, piece.stop
-    if size:
-        row_bytes = piece.bytes // size[0]
-        start += (common.offset[0] - offset[0]) * row_bytes
-        stop = start + common.size[0] * row_bytes
-    block_bytes = reader.index.block_bytes
-    for number in range(start // block_bytes, -(-stop // block_bytes)):
-        begin = number * block_bytes
-        reader.expect(begin + block_bytes, min(stop, begin + _AHEAD_BLOCKS * block_bytes))
-        data = reader.block(number, piece.tensor)
-        first, last = max(start, begin), min(stop, begin + block_bytes)
-        elements = data[first - begin : last - begin].view(dtype)
-        done = 0
-        for inside in flat_range(size, *((byte - piece.start) // dtype.itemsize for byte in (first, last))):
-            there = inside.moved(offset)
-            part = there.intersection(wanted)
-            if part is not None:
-                held = elements[done : done + inside.numel].view(inside.size)
-                buffer[part.within(wanted)] = held[part.within(there)]
-            done += inside.numel
 
 
 @dataclass(frozen=True)
@@ -195,26 +36,93 @@ class Loaded:
                 shard.data.detach().copy_(value)
 
 
-def load(stored: Stored, shards: Sequence[Shard]) -> Loaded:
+def load(stored: Stored, shards: Sequence[Shard], near: float = 0.0) -> Loaded:
     """The state and the values of `shards`, every byte checked. The shards' data stay as they are until `adopt`.
 
-    Raises DamagedCheckpoint naming file, tensor and block, and CheckpointMismatch naming the tensors that are missing
-    or of another shape or dtype. Whether a tensor of the checkpoint is too many no rank knows alone: see `unused`.
+    Indexes are read until all shards have been found, those first whose writer stood `near` (a share of the ranks: 0.5
+    is the middle) where this one stands, so that a rank that goes on where it was finds its own. Raises
+    DamagedCheckpoint, naming file, tensor and block, and CheckpointMismatch, naming the tensors that are missing or of
+    another shape or dtype. Whether a tensor of the checkpoint is too many no rank knows alone: see `idle`.
     """
-    refuse(stored.path, mismatches(stored, shards))
-    values = [(shard, torch.empty(shard.rectangle.size, dtype=shard.data.dtype)) for shard in shards]
-    wanted = [
-        (held.rank, held.piece, shard.rectangle, value)
-        for shard, value in values
-        for held in stored.tensors[shard.kind, shard.name].pieces
-        if held.piece.rectangle.intersection(shard.rectangle)
+    if not fits(stored, shards):
+        refuse(stored.path, mismatches(stored, shards))
+    values = _fresh_memory(shards)
+    for index, found in find_pieces(stored, shards, near):
+        wanted = [Wanted(piece, shards[number].rectangle, values[number]) for number, piece in found]
+        with BlockReader(stored.path, index) as reader:
+            read_wanted(reader, wanted)
+    return Loaded(state_of(stored.path, stored.manifest), list(zip(shards, values, strict=True)))
+
+
+def find_pieces(
+    stored: Stored, shards: Sequence[Shard], near: float
+) -> list[tuple[ShardIndex, list[tuple[int, Piece]]]]:
+    """The files to read, each with the pieces in it that are wanted and of which of `shards`, by number, they are.
+
+    Raises DamagedCheckpoint unless each element of each shard is there exactly once.
+    """
+    places: dict[tuple[str, str], list[int]] = {}
+    for number, shard in enumerate(shards):
+        places.setdefault((shard.kind, shard.name), []).append(number)
+    parts: list[list[Rectangle]] = [[] for _ in shards]
+    missing = {number: shard.rectangle.numel for number, shard in enumerate(shards) if shard.rectangle.numel}
+    files = []
+    ranks = stored.manifest.ranks
+    for rank in sorted(ranks, key=lambda rank: abs(rank + 0.5 - near * len(ranks))):
+        if not missing:
+            break
+        index, found = stored.index(rank), []
+        for piece in index.pieces:
+            for number in places.get((piece.kind, piece.name), ()):
+                shard = shards[number]
+                if (piece.shape, piece.dtype) != (tuple(shard.shape), DTYPE_NAMES[shard.data.dtype]):
+                    raise DamagedCheckpoint(f"{stored.path}: {piece.tensor}: a piece of {piece.dtype} {piece.shape}")
+                common = piece.rectangle.intersection(shard.rectangle)
+                if common is not None and piece.bytes:
+                    found.append((number, piece))
+                    parts[number].append(common)
+                    missing[number] = missing.get(number, 0) - common.numel
+        missing = {number: elements for number, elements in missing.items() if elements > 0}
+        files += [(index, found)] if found else []
+    for shard, held in zip(shards, parts, strict=True):
+        base = tuple(-start for start in shard.rectangle.offset)
+        problem = tiling_problem(shard.rectangle.size, [rectangle.moved(base) for rectangle in held])
+        if problem:
+            raise DamagedCheckpoint(f"{stored.path}: {shard.kind}/{shard.name}: {problem}")
+    return sorted(files, key=lambda file: file[0].rank)
+
+
+def _fresh_memory(shards: Sequence[Shard]) -> list[Tensor]:
+    """A tensor like each shard's, all in one piece of memory."""
+    places, size = [], 0
+    for shard in shards:
+        places.append(size)
+        size += -(-shard.rectangle.numel * shard.data.dtype.itemsize // _ALIGNED_BYTES) * _ALIGNED_BYTES
+    memory = fresh_bytes(size)
+    return [
+        memory[start : start + shard.rectangle.numel * shard.data.dtype.itemsize]
+        .view(shard.data.dtype)
+        .view(shard.rectangle.size)
+        for start, shard in zip(places, shards, strict=True)
     ]
-    wanted.sort(key=lambda entry: (entry[0], entry[1].start))  # through each file once, from its beginning to its end
-    for rank, entries in itertools.groupby(wanted, key=lambda entry: entry[0]):
-        with BlockReader(stored.path, stored.indexes[rank]) as reader:
-            for _, piece, rectangle, value in entries:
-                copy_piece(reader, piece, rectangle, value)
-    return Loaded(_state(stored.path, stored.manifest), values)
+
+
+def fits(stored: Stored, shards: Sequence[Shard]) -> bool:
+    """Does `stored` hold the tensors that `shards` are parts of, in their shapes and dtypes?"""
+    return _origins(shards).issubset(stored.origins)
+
+
+def idle(stored: Stored, shards: Sequence[Shard]) -> int:
+    """The tensors that none of `shards` is a part of, as bits in the order of `stored.origins`."""
+    used = _origins(shards)
+    return sum(1 << place for place, found in enumerate(stored.origins) if found not in used)
+
+
+def _origins(shards: Sequence[Shard]) -> set[str]:
+    return {
+        origin(f"{shard.kind}/{shard.name}", DTYPE_NAMES.get(shard.data.dtype, ""), tuple(shard.shape))
+        for shard in shards
+    }
 
 
 def mismatches(stored: Stored, shards: Sequence[Shard]) -> list[str]:
@@ -270,7 +178,7 @@ class TensorReader:
         for held in tensor.pieces:
             if held.rank not in self._readers:
                 self._readers[held.rank] = BlockReader(self.stored.path, self.stored.indexes[held.rank])
-            copy_piece(self._readers[held.rank], held.piece, whole(tensor.shape), value)
+            read_wanted(self._readers[held.rank], [Wanted(held.piece, whole(tensor.shape), value)])
         return value
 
 

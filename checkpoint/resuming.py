@@ -21,8 +21,9 @@ from checkpoint.names import (
     step_directory,
     step_of,
 )
-from checkpoint.reader import Stored, load, mismatches, open_checkpoint, refuse, unused
+from checkpoint.reader import fits, idle, load, mismatches, refuse, unused
 from checkpoint.remote import Remote, RemoteFailed, names_of
+from checkpoint.stored import Stored, open_checkpoint
 from conf.durable import sync_directory, write_durably
 from parallel.shards import Shard
 
@@ -52,7 +53,8 @@ def resume(
     """
     directory, shards = Path(directory), list(shards)
     found = _together(lambda: _candidates(directory, remote) if rank == 0 else [], exchange)
-    for step, on_remote in json.loads(exchange(json.dumps(found))[0]):
+    told = exchange(json.dumps(found))
+    for step, on_remote in json.loads(told[0]):
         checkpoint = step_directory(directory, step)
         try:
             if on_remote:
@@ -60,7 +62,7 @@ def resume(
                 _download(remote, step, directory, exchange, rank)
             stored = _together(functools.partial(open_checkpoint, checkpoint), exchange)
             _refuse_together(stored, shards, exchange)
-            loaded = _together(functools.partial(load, stored, shards), exchange)
+            loaded = _together(functools.partial(load, stored, shards, (rank + 0.5) / len(told)), exchange)
         except DamagedCheckpoint as damage:
             if rank == 0 and checkpoint.exists():  # else it is damaged on the remote, and stays there
                 set_aside(checkpoint, one_line(damage))
@@ -152,12 +154,21 @@ def _together(act: Callable[[], T], exchange: Exchange) -> T:
 
 def _refuse_together(stored: Stored, shards: list[Shard], exchange: Exchange) -> None:
     """Raises CheckpointMismatch on all ranks, naming what is wrong on any and what no rank has a place for."""
-    spare = sum(1 << place for place, idle in enumerate(unused(stored, shards)) if idle)
-    finding = {"problems": mismatches(stored, shards)[:_TOLD], "unused": f"{spare:x}"}
+    finding = {"fits": fits(stored, shards), "idle": f"{idle(stored, shards):x}"}
     findings = [json.loads(text) for text in exchange(json.dumps(finding))]
+    if all(other["fits"] for other in findings) and not _in_all(findings, "idle"):
+        return
+    # Only now every index is needed, to name what is wrong.
+    found = {"problems": _together(lambda: mismatches(stored, shards)[:_TOLD], exchange)}
+    spare = sum(1 << place for place, spared in enumerate(unused(stored, shards)) if spared)
+    findings = [json.loads(text) for text in exchange(json.dumps(found | {"unused": f"{spare:x}"}))]
     problems = [problem for other in findings for problem in other["problems"]]
-    for other in findings:
-        spare &= int(other["unused"], 16)
+    spare = _in_all(findings, "unused")
     labels = (tensor.label for tensor in stored.tensors.values())
     problems += [f"{label} is not in the model" for place, label in enumerate(labels) if spare >> place & 1]
     refuse(stored.path, problems)
+
+
+def _in_all(findings: list[dict[str, str]], key: str) -> int:
+    """The bits that all of `findings` have."""
+    return functools.reduce(lambda bits, other: bits & int(other[key], 16), findings, -1)

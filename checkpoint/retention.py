@@ -10,8 +10,8 @@ from pathlib import Path
 
 from checkpoint.commit import is_valid
 from checkpoint.names import FAILED, CheckpointMismatch, DamagedCheckpoint, committed, one_line, step_of
-from checkpoint.reader import read_state
 from checkpoint.storage import discard
+from checkpoint.stored import read_state
 
 log = logging.getLogger(__name__)
 

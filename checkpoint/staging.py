@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from checkpoint.format import BLOCK_BYTES, DTYPES, Piece
+from checkpoint.memory import fresh_bytes
 from checkpoint.plan import FilePlan, plan_file
 from parallel.shards import Shard, flat_range, whole
 
@@ -67,7 +68,7 @@ class StagingPool:
 
     def _allocate(self, size: int, pinned: bool) -> Tensor:
         if not self._shared:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else fresh_bytes(size)
         if self.descriptor is not None:
             os.close(self.descriptor)
         self.descriptor = os.memfd_create("staging", os.MFD_CLOEXEC)

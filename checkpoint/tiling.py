@@ -48,13 +48,21 @@ def cover(pieces: Iterable[Piece]) -> tuple[int, tuple[str, ...]]:
     """This file's share of the proof, from 0 to PRIME, and which tensors begin in it, each as a short hash."""
     total, origins = 0, []
     for piece in pieces:
-        identity = f"{piece.tensor} {piece.dtype} {piece.shape}"
-        weight = _hash(identity)
+        weight = _weight(piece.tensor, piece.dtype, piece.shape)
         total += weight * _value(piece.rectangle)
         if not any(piece.rectangle.offset):
             total -= weight * _value(whole(piece.shape))
-            origins.append(f"{weight:032x}"[-16:])
+            origins.append(origin(piece.tensor, piece.dtype, piece.shape))
     return total % PRIME, tuple(origins)
+
+
+def origin(tensor: str, dtype: str, shape: tuple[int, ...]) -> str:
+    """The short hash by which the index of the file in which a tensor begins names it."""
+    return f"{_weight(tensor, dtype, shape):032x}"[-16:]
+
+
+def _weight(tensor: str, dtype: str, shape: tuple[int, ...]) -> int:
+    return _hash(f"{tensor} {dtype} {shape}")
 
 
 def _value(rectangle: Rectangle) -> int:

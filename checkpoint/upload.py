@@ -19,9 +19,9 @@ from pathlib import Path
 from checkpoint.commit import is_valid
 from checkpoint.format import Manifest
 from checkpoint.names import UPLOADING, CheckpointMismatch, DamagedCheckpoint, committed, one_line, step_directory
-from checkpoint.reader import read_manifest
 from checkpoint.remote import Remote, RemoteFailed, names_of
 from checkpoint.retention import VALIDATION_LOSS, Retention
+from checkpoint.stored import read_manifest
 from conf.durable import write_durably
 
 log = logging.getLogger(__name__)

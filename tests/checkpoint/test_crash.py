@@ -13,7 +13,7 @@ from tests.checkpoint.crash import CALLS, GRID, NEW, check_what_is_left, new_run
 from tests.checkpoint.simulated import begin, cut, end, save, small_model, start
 
 needs_strace = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-LEAST = {"write": 8, "fsync": 4, "rename": 3, "mkdir": 1, "unlink": 3}  # calls that rank 0 makes in one thread
+LEAST = {"write": 5, "fsync": 4, "rename": 3, "mkdir": 1, "unlink": 3}  # calls that rank 0 makes in one thread
 MOST = 60
 
 

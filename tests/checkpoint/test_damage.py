@@ -31,7 +31,7 @@ from checkpoint import (
 )
 from checkpoint.format import decode_index, decode_manifest, decode_state, digest, encode_manifest
 from checkpoint.names import MANIFEST
-from checkpoint.reader import read_manifest
+from checkpoint.stored import read_manifest
 from tests.checkpoint.simulated import Grid, blank, cut, holds, resume_all, saved, small_model
 
 OLD, NEW = small_model(1), small_model(2)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from checkpoint import newest, read_state, read_tensors, verify
 from checkpoint.format import DTYPES, Piece, ShardIndex
 from checkpoint.plan import pieces_to_write
-from checkpoint.reader import load, open_checkpoint
+from checkpoint.reader import load
+from checkpoint.stored import Stored, open_checkpoint
 from checkpoint.tiling import PRIME, assemble, cover, tiling_problem
 from parallel.shards import Rectangle, Shard, whole
 from tests.checkpoint.simulated import Grid, blank, cut, holds, random_tensor, resume_all, same_bits, save, saved, start
@@ -140,6 +141,29 @@ def test_only_the_blocks_that_are_needed_are_read(tmp_path):
     first_half = blank(cut(tensors, Grid(rows=2)))[:1]
     load(open_checkpoint(path.parent), first_half[0]).adopt()
     assert holds(first_half, tensors)
+
+
+def test_a_rank_that_goes_on_where_it_was_reads_one_index(tmp_path, monkeypatch):
+    """And one of another layout reads on until it has all it needs: not what all ranks wrote."""
+    tensors = {("param", name): random_tensor((24, 5), torch.float32, n) for n, name in enumerate("abc")}
+    saved(tmp_path, tensors, 1, grid=Grid(rows=12))
+    stored, read, index = open_checkpoint(newest(tmp_path)[0]), [], Stored.index
+    monkeypatch.setattr(Stored, "index", lambda self, rank: read.append(rank) or index(self, rank))
+    for world, rank, expected in ((12, 7, {7}), (6, 0, {0, 1}), (6, 3, {6, 7})):
+        read.clear()
+        shards = blank(cut(tensors, Grid(rows=world)))[rank]
+        load(stored, shards, (rank + 0.5) / world).adopt()
+        assert set(read) == expected and holds([shards], tensors)
+
+
+def test_two_shards_may_want_the_same_elements(tmp_path):
+    tensors = {("param", "w"): random_tensor((40, 16), torch.float32, 1)}
+    saved(tmp_path, tensors, 1)
+    (shards,) = blank(cut(tensors, Grid()))
+    rows = shards[0].rectangle.rows(7, 33)
+    shards.append(Shard("w", "param", (40, 16), rows, torch.zeros(rows.size)))
+    load(open_checkpoint(newest(tmp_path)[0]), shards).adopt()
+    assert holds([shards], tensors)
 
 
 def test_selected_tensors_are_read_alone(tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import checkpoint.upload
 from checkpoint import DamagedCheckpoint, Remote, newest, verify
 from checkpoint.names import MANIFEST
-from checkpoint.reader import read_manifest
+from checkpoint.stored import read_manifest
 from tests.checkpoint.simulated import (
     Grid,
     blank,

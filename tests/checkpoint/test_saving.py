@@ -293,10 +293,10 @@ def test_a_rank_that_cannot_read_stops_all_and_condemns_nothing(tmp_path, monkey
     ranks = cut(small_model(), Grid(rows=2))
     load = checkpoint.load
 
-    def unlucky(stored, shards):
+    def unlucky(stored, shards, near):
         if shards[0] is ranks[1][0]:
             raise PermissionError("no right to read")
-        return load(stored, shards)
+        return load(stored, shards, near)
 
     monkeypatch.setattr("checkpoint.resuming.load", unlucky)
     for error in resume_all(tmp_path, ranks):

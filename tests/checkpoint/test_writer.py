@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -9,13 +12,15 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
 from checkpoint import Checkpoints, newest, read_tensors, verify
-from checkpoint.block_writer import NICE, WriterProcess
+from checkpoint.block_writer import NICE, WriterProcess, write_blocks
+from checkpoint.memory import fresh_bytes
 from checkpoint.staging import Snapshot, StagingPool
 from parallel.shards import Shard, whole
 from tests.checkpoint.simulated import Grid, begin, blank, cut, end, holds, resume_all, save, small_model, start
@@ -89,6 +94,7 @@ def test_the_process_is_nice_and_small_and_ready_before_the_first_save(tmp_path)
     assert os.getpriority(os.PRIO_PROCESS, pid) >= NICE
     mapped = Path(f"/proc/{pid}/maps").read_text()
     assert "memfd:staging" in mapped and "torch" not in mapped
+    assert "isal_zlib" in mapped or importlib.util.find_spec("isal") is None, "its checksums are the fast ones"
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.kill(pid, number)  # Slurm signals all processes of a job, and the last save is still to come
     save([writer], 1, [shards])
@@ -110,6 +116,41 @@ def test_a_process_that_is_killed_fails_the_save_and_the_next_one_has_another(tm
     assert [path.name for path in newest(tmp_path)] == ["step-00000002"] and process_of(writers[1]) != pid
     for writer in writers:
         writer.close()
+
+
+@pytest.mark.parametrize("refusing", ["flag", "write", None])
+def test_a_file_is_the_same_on_file_systems_that_write_past_the_page_cache_and_on_those_that_cannot(
+    tmp_path, monkeypatch, refusing
+):
+    """Windows that do not end on a page, as a staging limit and a file's end make them, are written too."""
+    memory = fresh_bytes(100_000)
+    memory.random_(256)
+    real, direct = {"fcntl": fcntl.fcntl, "write": os.write}, []
+
+    def set_flags(descriptor, command, flags=0):
+        if command == fcntl.F_SETFL and flags & os.O_DIRECT and refusing == "flag":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real["fcntl"](descriptor, command, flags)
+
+    def write(descriptor, data):
+        is_direct = bool(real["fcntl"](descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+        direct.append(is_direct)
+        if is_direct and refusing == "write":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real["write"](descriptor, data)
+
+    monkeypatch.setattr(fcntl, "fcntl", set_flags)
+    monkeypatch.setattr(os, "write", write)
+    windows = [memory[:length].numpy().data for length in (40_960, 100_000, 50_000, 1)]
+    checksums = write_blocks(tmp_path / "data", windows, 4096)
+    expected = b"".join(bytes(window) for window in windows)
+    assert (tmp_path / "data").read_bytes() == expected
+    blocks = [bytes(window[n : n + 4096]) for window in windows for n in range(0, len(window), 4096)]
+    assert checksums == [zlib.crc32(block) for block in blocks]
+    if refusing is None:
+        assert direct == [True, True, False, False, False], "whole pages on whole pages, the rest as usual"
+    else:
+        assert direct.count(True) == (refusing == "write")
 
 
 def test_an_error_of_the_process_is_that_of_its_system_call(tmp_path):

@@ -1,0 +1,197 @@
+"""Reading a shard file: each block in one piece from the file to where it is wanted, and checked there.
+
+The kernel copies a block straight into the tensors that it is a part of (preadv takes a list of places), so that its
+bytes are touched twice, by that copy and by the checksum. Only what is not in one piece where it is wanted, the columns
+of a matrix say, is read aside and copied from there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint.block_writer import crc32
+from checkpoint.format import DTYPES, Piece, ShardIndex
+from checkpoint.names import DamagedCheckpoint, data_name
+from checkpoint.storage import open_to_read
+from parallel.shards import Rectangle, flat_range
+
+_MOST_PLACES = 1024  # that one preadv takes
+_NAMED = 5  # tensors that a message names
+
+
+class BlockReader:
+    """Reads the blocks of one shard file, each checked against its CRC32."""
+
+    def __init__(self, checkpoint: Path, index: ShardIndex) -> None:
+        self.path = checkpoint / data_name(index.rank)
+        self.index = index
+        self._descriptor = open_to_read(self.path)
+        self._aside = torch.empty(0, dtype=torch.uint8)
+        self._held: int | None = None  # the block read aside last: small tensors that follow each other share one
+        size = os.fstat(self._descriptor).st_size
+        if size != index.file_bytes:
+            self.close()
+            raise DamagedCheckpoint(f"{self.path}: {size} bytes instead of {index.file_bytes}")
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> BlockReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def extent(self, number: int) -> tuple[int, int]:
+        """From which byte of the file to which a block goes."""
+        start = number * self.index.block_bytes
+        return start, min(start + self.index.block_bytes, self.index.file_bytes)
+
+    def holds(self, number: int) -> bool:
+        """Can `block` be had without reading?"""
+        return self._held == number
+
+    def block(self, number: int, label: str) -> Tensor:
+        """The bytes of a block, uint8, valid until the next block is read. Raises DamagedCheckpoint for `label`."""
+        start, stop = self.extent(number)
+        if self._held != number:
+            self.read(number, [self.aside(number, start, stop)], label)
+            self._held = number
+        return self._aside[: stop - start]
+
+    def aside(self, number: int, start: int, stop: int) -> memoryview:
+        """Memory for these bytes of the file, in a block, that nobody wants or not here. Ends what `block` returned."""
+        self._held = None
+        if not self._aside.numel():
+            self._aside = torch.empty(min(self.index.block_bytes, self.index.file_bytes), dtype=torch.uint8)
+        first, _ = self.extent(number)
+        return self._aside.numpy().data[start - first : stop - first]
+
+    def read(self, number: int, places: Sequence[memoryview], label: str) -> None:
+        """Reads a block into `places`, which together are as long as it. Raises DamagedCheckpoint for `label`."""
+        offset, _ = self.extent(number)
+        missing = deque(places)
+        while missing:
+            batch = [missing[n] for n in range(min(len(missing), _MOST_PLACES))]
+            try:
+                count = os.preadv(self._descriptor, batch, offset)
+            except OSError as error:
+                raise DamagedCheckpoint(f"{self.path}: {label}: {error.strerror}") from None
+            if not count:
+                raise DamagedCheckpoint(f"{self.path}: {label}: the file ends too early")
+            offset += count
+            while missing and count >= len(missing[0]):
+                count -= len(missing.popleft())
+            if count:
+                missing[0] = missing[0][count:]
+        checksum = 0
+        for place in places:
+            checksum = crc32(place, checksum)
+        if checksum != self.index.blocks[number]:
+            raise DamagedCheckpoint(f"{self.path}: {label}: block {number} has changed since it was written")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The elements of `piece` that lie in `rectangle` go to `buffer`, which holds `rectangle`."""
+
+    piece: Piece
+    rectangle: Rectangle
+    buffer: Tensor
+
+
+def read_wanted(reader: BlockReader, wanted: Sequence[Wanted]) -> None:
+    """Reads what is wanted of a shard file, from its beginning to its end. Blocks that hold none of it are not read."""
+    waiting = deque(sorted(filter(None, map(_stretch, wanted)), key=lambda stretch: stretch.start))
+    reached: list[_Stretch] = []
+    number = 0
+    while waiting or reached:
+        if not reached:
+            number = max(number, waiting[0].start // reader.index.block_bytes)
+        stop = reader.extent(number)[1]
+        while waiting and waiting[0].start < stop:
+            reached.append(waiting.popleft())
+        _read_block(reader, number, reached)
+        reached = [stretch for stretch in reached if stretch.stop > stop]
+        number += 1
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """The rows of a piece in which what is wanted stands: bytes `start` to `stop` of the file."""
+
+    wanted: Wanted
+    start: int
+    stop: int
+    place: memoryview | None  # where these very bytes go, in one piece; None: to be copied part by part
+
+
+def _stretch(wanted: Wanted) -> _Stretch | None:
+    piece, size = wanted.piece, wanted.piece.rectangle.size
+    common = piece.rectangle.intersection(wanted.rectangle) if piece.bytes else None
+    if common is None:
+        return None
+    start, stop = piece.start, piece.stop
+    if size:
+        row_bytes = piece.bytes // size[0]
+        start += (common.offset[0] - piece.rectangle.offset[0]) * row_bytes
+        stop = start + common.size[0] * row_bytes
+    there = wanted.buffer[common.within(wanted.rectangle)]
+    whole_rows = common.size[1:] == size[1:] and there.is_contiguous()
+    place = there.reshape(-1).view(torch.uint8).numpy().data if whole_rows else None
+    return _Stretch(wanted, start, stop, place)
+
+
+def _read_block(reader: BlockReader, number: int, stretches: Sequence[_Stretch]) -> None:
+    labels = list(dict.fromkeys(stretch.wanted.piece.tensor for stretch in stretches[: _NAMED + 1]))
+    label = ", ".join(labels[:_NAMED]) + (", ..." if len(labels) > _NAMED else "")
+    places = None if reader.holds(number) else _places(reader, number, stretches)
+    if places is not None:
+        reader.read(number, places, label)
+        return
+    data = reader.block(number, label)
+    start, stop = reader.extent(number)
+    for stretch in stretches:
+        _copy(data, start, max(start, stretch.start), min(stop, stretch.stop), stretch.wanted)
+
+
+def _places(reader: BlockReader, number: int, stretches: Sequence[_Stretch]) -> list[memoryview] | None:
+    """Where the bytes of a block go. None if they have to be copied, or if so few of them are wanted that it is better
+    read aside: it is then at hand for the next tensor in it."""
+    start, stop = reader.extent(number)
+    places, at, gaps = [], start, 0
+    for stretch in stretches:
+        first, last = max(start, stretch.start), min(stop, stretch.stop)
+        if stretch.place is None or first < at:  # `first < at`: two want the same bytes
+            return None
+        if first > at:
+            gaps += first - at
+            places.append(reader.aside(number, at, first))
+        places.append(stretch.place[first - stretch.start : last - stretch.start])
+        at = last
+    if at < stop:
+        gaps += stop - at
+        places.append(reader.aside(number, at, stop))
+    return places if 2 * gaps < stop - start else None
+
+
+def _copy(data: Tensor, start: int, first: int, last: int, wanted: Wanted) -> None:
+    """Copies what is wanted of bytes `first` to `last` of the file; `data` begins with byte `start`."""
+    piece, buffer = wanted.piece, wanted.buffer
+    dtype, size, offset = DTYPES[piece.dtype], piece.rectangle.size, piece.rectangle.offset
+    elements = data[first - start : last - start].view(dtype)
+    done = 0
+    for inside in flat_range(size, *((byte - piece.start) // dtype.itemsize for byte in (first, last))):
+        there = inside.moved(offset)
+        part = there.intersection(wanted.rectangle)
+        if part is not None:
+            held = elements[done : done + inside.numel].view(inside.size)
+            buffer[part.within(wanted.rectangle)] = held[part.within(there)]
+        done += inside.numel

@@ -1,0 +1,59 @@
+"""Where the first tier is: in the run directory, or in a faster place that `checkpoints` in there is a link to.
+
+Whoever looks for the checkpoints of a run looks in its directory, and need not know which of the two it is.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from checkpoint.names import DAMAGED, committed
+from checkpoint.storage import discard
+
+
+def tier_problem(checkpoints: Path, elsewhere: Path | None) -> str | None:
+    """Why the checkpoints of the run that has `checkpoints` cannot be kept in `elsewhere` (None: in the run directory).
+
+    None when they can. A run's checkpoints are in one place, and a place is one run's.
+    """
+    linked = Path(os.readlink(checkpoints)) if checkpoints.is_symlink() else None
+    if linked is not None and linked == elsewhere:
+        return None
+    if linked is not None:
+        wanted = "null" if elsewhere is None else elsewhere
+        return (
+            f"checkpoint.dir={wanted}, but this run keeps its checkpoints in {linked}: checkpoint.dir={linked}, or "
+            f"move them and make {checkpoints} a link to their new place"
+        )
+    if elsewhere is None:
+        return None
+    if "://" in str(elsewhere) or ":/" in str(elsewhere):
+        return f"checkpoint.dir={elsewhere}: a directory that all ranks share; a URL is for checkpoint.remote"
+    if checkpoints.parent == elsewhere or checkpoints == elsewhere or checkpoints in elsewhere.parents:
+        return f"checkpoint.dir={elsewhere} is in the run directory: leave it out, or name a directory elsewhere"
+    if committed(checkpoints) or (checkpoints / DAMAGED).exists():
+        return (
+            f"checkpoint.dir={elsewhere}, but {checkpoints} holds the checkpoints of this run: leave it out, or move "
+            f"that directory to {elsewhere} and make {checkpoints} a link to it"
+        )
+    if committed(elsewhere):
+        return (
+            f"checkpoint.dir={elsewhere} holds the checkpoints of another run: name another directory, or, if they are "
+            f"this run's, make {checkpoints} a link to it"
+        )
+    return None
+
+
+def make_tier(checkpoints: Path, elsewhere: Path | None) -> None:
+    """Have a directory behind `checkpoints`. Raises ValueError for a place that `tier_problem` finds wrong, OSError."""
+    problem = tier_problem(checkpoints, elsewhere)
+    if problem is not None:
+        raise ValueError(problem)
+    if elsewhere is None:
+        checkpoints.mkdir(exist_ok=True)
+        return
+    elsewhere.mkdir(parents=True, exist_ok=True)
+    if not checkpoints.is_symlink():
+        discard(checkpoints)  # what a start that never saved has left
+        checkpoints.symlink_to(elsewhere)
