@@ -34,6 +34,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
+        """A directory, or a link to `checkpoint.dir`."""
         return self.path / "checkpoints"
 
     @property
@@ -149,8 +150,9 @@ def resolve(config: Config, now: datetime) -> Config:
     )
     parallel = dataclasses.replace(config.parallel, nvme_path=_absolute(config.parallel.nvme_path))
     model = dataclasses.replace(config.model, init_from=_absolute(config.model.init_from))
+    checkpoint = dataclasses.replace(config.checkpoint, dir=_absolute(config.checkpoint.dir))
     run = dataclasses.replace(config.run, name=name, dir=str(directory))
-    return dataclasses.replace(config, data=data, model=model, parallel=parallel, run=run)
+    return dataclasses.replace(config, data=data, model=model, parallel=parallel, checkpoint=checkpoint, run=run)
 
 
 def _absolute(path: str | None) -> str | None:

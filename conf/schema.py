@@ -180,6 +180,7 @@ class CheckpointConfig:
     mode: str = free("async")  # async | sync
     writer: str = free("thread")  # thread | process (nice, beside the ranks): who writes shard files
     staging_limit: int | None = free()  # bytes of host memory per rank for a snapshot; default: all of it
+    dir: str | None = free()  # a faster place for this run alone, that all ranks share; default: the run directory
     remote: str | None = free()  # fsspec URL of a second tier for this run alone: s3://bucket/run, file:///mnt/run
     on_error: str = free("warn")  # warn: a save that fails is told, and the run goes on | fail: the run ends
 

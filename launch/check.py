@@ -51,6 +51,8 @@ QUIET = [
     "log.progress=none",
     "profile.steps=null",
     "profile.phases_every=0",
+    "checkpoint.dir=null",
+    "checkpoint.remote=null",
 ]
 
 

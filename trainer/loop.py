@@ -55,7 +55,7 @@ class Trainer:
     _told: bool = field(default=False, init=False)  # has the person who watches been told that we stop?
     _failing: bool = field(default=False, init=False)  # has a save failed that the other ranks must hear of?
     _given_up: Outcome | None = field(default=None, init=False)  # asked to end in an evaluation, which was left out
-    _saved: dict[str, float] = field(default_factory=dict, init=False)  # metrics of saves that ended in this step
+    saved: dict[str, float] = field(default_factory=dict, init=False)  # metrics of the save that ended in this step
 
     def fit(self) -> Outcome:
         """Train until the last step, the end of the data, or a verdict of all ranks. The state is saved at the end."""
@@ -86,7 +86,7 @@ class Trainer:
             self.phase(step, "data")  # whether this was the last step may be known only when the next rows are
             last = self._is_last(step)
             val_loss = self._evaluate(step, last)
-            extra = {"first_row": first_row, **profiled, **self.rows.metrics(), **self._saved}
+            extra = {"first_row": first_row, **profiled, **self.rows.metrics(), **self.saved}
             ledger.enter(step, lr, result, val_loss, extra)
             saving = self._saves_at(step)
             if self.booking is not None:
@@ -125,9 +125,9 @@ class Trainer:
 
     def report_saves(self) -> None:
         """Tell the observers of the saves that ended, and the other ranks of those that failed."""
-        self._saved = {}
+        self.saved = {}
         for report in self.checkpoints.finished():
-            self._saved = save_metrics(report)
+            self.saved = save_metrics(report)
             if report.error is not None:
                 self._failed(f"checkpoint of step {report.step} failed: {report.error}")
             if self.observers is not None:

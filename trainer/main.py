@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from checkpoint import fence, newest
+from checkpoint import fence, make_tier, newest
 from checkpoint.names import step_of
 from conf.rundir import RunDirectory, next_attempt, write_config
 from conf.schema import Config, from_dict
@@ -48,7 +48,7 @@ from trainer.process import (
     place_from_environment,
 )
 from trainer.requests import Requests, deadline_of
-from trainer.start import run_directory, settle_config
+from trainer.start import first_tier, run_directory, settle_config
 from trainer.summary import summarize
 from trainer.witness import Witness
 
@@ -189,7 +189,7 @@ def _train(
     run, place, rank = attempt.run, attempt.place, attempt.place.rank
     phase = Phases(run.attempt(attempt.number) / f"rank-{rank}.stamp")
     if rank == 0:
-        run.checkpoints.mkdir(exist_ok=True)
+        make_tier(run.checkpoints, first_tier(config))
         fence(run.checkpoints, attempt.number)
         requests.watch(run, attempt.number, place.restart == 0, deadline_of(config.launch.deadline))
         resumable = newest(run.checkpoints)[:1]
@@ -252,11 +252,12 @@ def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:
     trainer.checkpoints.close()
     errors = [error for error in trainer.mesh.exchange(errors[0] if errors else "") if error]
     if errors:
-        return Ending(Outcome.FAILED, f"the last checkpoint could not be saved: {errors[0]}", step)
+        return Ending(Outcome.FAILED, f"the last checkpoint could not be saved: {errors[0]}", step, save=trainer.saved)
     if trainer.config.checkpoint.on_error == "fail":
         reasons = [reason for reason in trainer.mesh.exchange(trainer.failed_save or "") if reason]
         if reasons:
-            return Ending(Outcome.FAILED, f"{reasons[0]} (checkpoint.on_error=fail; saved at step {step})", step)
+            message = f"{reasons[0]} (checkpoint.on_error=fail; saved at step {step})"
+            return Ending(Outcome.FAILED, message, step, save=trainer.saved)
     why = next((reason for reason in trainer.mesh.exchange(requests.why()) if reason), "asked to")
     messages = {
         Outcome.COMPLETED: f"completed at step {step}",
@@ -264,7 +265,7 @@ def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:
         Outcome.PREEMPTED: f"preempted at step {step}, saved ({why})",
         Outcome.NONFINITE: _why_bad(trainer),
     }
-    return Ending(outcome, messages[outcome], step, signal=requests.signal)
+    return Ending(outcome, messages[outcome], step, signal=requests.signal, save=trainer.saved)
 
 
 def _why_bad(trainer: Trainer) -> str:

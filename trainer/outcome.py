@@ -49,6 +49,7 @@ class Ending:
     retry: bool = False  # would a new attempt have a chance?
     signal: int | None = None  # the signal that asked for the stop
     time: float = 0.0  # seconds since the epoch
+    save: dict[str, float] | None = None  # metrics of the last save: no step's line comes after it
 
 
 def write_ending(run: RunDirectory, attempt: int, ending: Ending) -> bool:

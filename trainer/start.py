@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from checkpoint import DamagedCheckpoint, Remote, newest
+from checkpoint import DamagedCheckpoint, Remote, newest, tier_problem
 from conf.compose import compose
 from conf.resume import Change, check_changes, merge, pin
 from conf.rundir import RunDirectory, read_config, resolve
@@ -59,6 +59,9 @@ def settle_config(
                 refitted(f"on {world} ranks {key}={old} becomes {new}")
         config = fitted
     refuse(config, *where(config))
+    problem = tier_problem(run.checkpoints, first_tier(config))
+    if problem is not None:
+        raise ConfigError(problem)
     return pin(config), changes
 
 
@@ -86,3 +89,8 @@ def run_directory(config: Config) -> RunDirectory:
     """The run directory of a resolved config."""
     assert config.run.dir is not None
     return RunDirectory(Path(config.run.dir))
+
+
+def first_tier(config: Config) -> Path | None:
+    """Where a resolved config keeps checkpoints, if not in the run directory."""
+    return Path(config.checkpoint.dir) if config.checkpoint.dir is not None else None

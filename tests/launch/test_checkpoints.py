@@ -59,6 +59,36 @@ def test_a_save_that_fails_ends_the_run_if_that_is_asked_for(home: Path) -> None
     assert newest(run.checkpoints)[0].name == f"step-{ending.step:08d}", "what was computed until then is not lost"
 
 
+def test_a_remote_that_cannot_be_written_ends_the_run_if_that_is_asked_for(home: Path) -> None:
+    run = RunDirectory(home / "remote-failed")
+    words = ["steps=3", "checkpoint.remote=file:///proc/nobody-writes-here", "checkpoint.on_error=fail"]
+    status, output = finish(home, command("train", *overrides(run.path, home / "text", *words)))
+    assert status == 1 and "restarting" not in output, output
+    ending = read_ending(run, 1)
+    assert ending is not None and ending.outcome is Outcome.FAILED
+    assert "upload of step 3 failed" in ending.message and "nobody-writes-here" in ending.message
+    assert [path.name for path in newest(run.checkpoints)] == ["step-00000003"], "what was computed is not lost"
+
+
+def test_a_run_keeps_checkpoints_in_a_faster_place_and_goes_on_from_the_remote_when_that_is_lost(home: Path) -> None:
+    run, fast, remote = RunDirectory(home / "tiered"), home / "nvme", f"checkpoint.remote=file://{home}/tiered-remote"
+    words = overrides(run.path, home / "text", f"checkpoint.dir={fast}", remote, "steps=3", "schedule.total_steps=9")
+    status, output = finish(home, command("train", *words))
+    assert status == 0, output
+    assert [path.name for path in newest(fast)] == ["step-00000003"]
+    ending = read_ending(run, 1)
+    assert ending is not None and ending.save is not None
+    assert ending.save["checkpoint_step"] == 3 and ending.save["checkpoint_staged_bytes"] > 10_000
+    shutil.rmtree(fast)
+    status, output = finish(home, command("train", f"run.dir={run.path}", remote, "steps=5"))
+    assert status == 0, output
+    assert [path.name for path in newest(fast)] == ["step-00000005", "step-00000003"]
+    assert [step["step"] for step in read(run.metrics)] == [1, 2, 3, 4, 5]
+    other = (f"run.dir={run.path}", f"checkpoint.dir={home}/other", "steps=6")
+    status, output = finish(home, command("train", *other))
+    assert status == 2 and f"keeps its checkpoints in {fast}" in output
+
+
 @pytest.fixture(scope="module")
 def asked(home: Path) -> tuple[RunDirectory, str, int]:
     """A run that was asked for a checkpoint while it ran; what `save` said, and the step the run had reached."""
