@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from checkpoint import newest
-from checkpoint.names import step_of
+from checkpoint.names import MANIFEST, step_of
 from conf.rundir import RunDirectory, read_config
 from launch.show import run_at
 from launch.slurm.batch import read_notes
@@ -122,7 +122,7 @@ def _checkpoint(run: RunDirectory) -> str:
     found = newest(run.checkpoints)
     if not found:
         return "none yet"
-    manifest = found[0] / "MANIFEST.json"
+    manifest = found[0] / MANIFEST
     return f"step {step_of(found[0]):,}, {_ago(manifest.stat().st_mtime)} ({len(found)} kept)"
 
 

@@ -21,7 +21,6 @@ from trainer.evaluation import Evaluation
 from trainer.faults import Faults
 from trainer.goodput import Booking
 from trainer.grace import Grace
-from trainer.ledger import Progress
 from trainer.loop import Trainer
 from trainer.metrics import read
 from trainer.observers import open_observers
@@ -84,9 +83,19 @@ def assemble(
             return resume(run.checkpoints, engine.shards(), mesh.exchange, mesh.rank, remote)
 
     trainer = Trainer(
-        config, mesh, engine, stream, evaluation, checkpoints, observers, requests, phase, profiler, faults, restore,
-        None, Progress(),
-    )  # fmt: skip
+        config=config,
+        mesh=mesh,
+        engine=engine,
+        rows=stream,
+        evaluation=evaluation,
+        checkpoints=checkpoints,
+        observers=observers,
+        requests=requests,
+        phase=phase,
+        profiler=profiler,
+        faults=faults,
+        restore=restore,
+    )
     phase(0, "resume")
     state = restore()
     if state is not None:

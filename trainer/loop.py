@@ -47,15 +47,15 @@ class Trainer:
     profiler: Profiler
     faults: Faults
     restore: Callable[[], dict[str, Any] | None]  # load the newest checkpoint, all ranks together; its state
-    booking: Booking | None  # on global rank 0, once training
-    progress: Progress
+    progress: Progress = field(default_factory=Progress, init=False)
+    booking: Booking | None = field(default=None, init=False)  # on global rank 0, once training
     failed_save: str | None = field(default=None, init=False)  # why a save failed, as this rank knows it
+    saved: dict[str, float] = field(default_factory=dict, init=False)  # metrics of the save that ended in this step
     _step: int = field(default=0, init=False)  # the last one begun
     _stragglers: Stragglers = field(default_factory=Stragglers, init=False)
     _told: bool = field(default=False, init=False)  # has the person who watches been told that we stop?
     _failing: bool = field(default=False, init=False)  # has a save failed that the other ranks must hear of?
     _given_up: Outcome | None = field(default=None, init=False)  # asked to end in an evaluation, which was left out
-    saved: dict[str, float] = field(default_factory=dict, init=False)  # metrics of the save that ended in this step
 
     def fit(self) -> Outcome:
         """Train until the last step, the end of the data, or a verdict of all ranks. The state is saved at the end."""

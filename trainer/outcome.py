@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from conf.durable import write_durably
 from conf.rundir import RunDirectory
 
 GOES_ON = 75  # exit status for a run that was preempted: the same command goes on (EX_TEMPFAIL of sysexits.h)
@@ -80,10 +81,7 @@ def read_ending(run: RunDirectory, attempt: int) -> Ending | None:
 
 
 def write_beginning(run: RunDirectory, attempt: int, beginning: Beginning) -> None:
-    path = run.beginning(attempt)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(asdict(beginning)) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_durably(run.beginning(attempt), (json.dumps(asdict(beginning)) + "\n").encode())
 
 
 def read_beginning(run: RunDirectory, attempt: int) -> Beginning | None:
