@@ -158,8 +158,9 @@ def _kernel_state(pid: int) -> str:
 
 
 def _processor_seconds(pid: int) -> float:
-    fields = _text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+    """That the main thread was on a processor or in line for one, which on a busy machine may be long."""
+    words = _text(Path(f"/proc/{pid}/schedstat")).split()
+    return (int(words[0]) + int(words[1])) / 1e9 if words else 0.0
 
 
 def _text(path: Path) -> str:
