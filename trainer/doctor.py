@@ -15,13 +15,13 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from conf.rundir import RunDirectory
-from trainer.examination import Finding, behind, examine, explain, place_of, table
+from trainer.examination import Finding, behind, examine, explain, is_stopped, place_of, table
 from trainer.outcome import Ending, Outcome, read_ending, write_ending
 from trainer.process import Stamp, read_stamps
 
@@ -54,11 +54,11 @@ class Watch:
                 self._paces.append((now - self._newest[1]) / (step - self._newest[0]))
             self._newest = step, now
 
-    def limit(self, stamp: Stamp) -> float:
-        """Seconds that a rank may stay where `stamp` says it is."""
+    def limit(self, stamp: Stamp, stopped: bool = False) -> float:
+        """Seconds that a rank may stay where `stamp` says it is; in any phase the usual ones if it is stopped there."""
         pace = statistics.median(self._paces) if self._paces else 0.0
         usual = self._given or max(LEAST_SECONDS, STEPS * pace)
-        if stamp.phase in STEADY and stamp.step > stamp.first_step > 0:
+        if stopped or (stamp.phase in STEADY and stamp.step > stamp.first_step > 0):
             return usual
         return GENEROUS * usual if self._given else max(GENEROUS * usual, LEAST_GENEROUS_SECONDS)
 
@@ -66,13 +66,16 @@ class Watch:
         """For how long each rank has been where it is."""
         return {rank: now - since for rank, since in self._since.items()}
 
-    def hangs(self, now: float) -> bool:
-        """Whoever is furthest behind decides: the others may wait for it as long as it may take."""
+    def hangs(self, now: float, stopped: Collection[int] = ()) -> bool:
+        """Whoever is furthest behind decides: the others may wait for it as long as it may take.
+
+        `stopped`: ranks that a signal has stopped (SIGSTOP), as far as they are known.
+        """
         if not self._stamps:
             return False
         last = min(place_of(stamp) for stamp in self._stamps.values())
         return any(
-            now - self._since[rank] > self.limit(stamp)
+            now - self._since[rank] > self.limit(stamp, rank in stopped)
             for rank, stamp in self._stamps.items()
             if place_of(stamp) == last
         )
@@ -94,8 +97,10 @@ class Doctor:
         if now - self._looked < LOOK_SECONDS:
             return False
         self._looked = now
-        self._watch.see(read_stamps(self._run.attempt(self._attempt)), now)
-        if not self._watch.hangs(now) or read_ending(self._run, self._attempt) is not None:
+        stamps = read_stamps(self._run.attempt(self._attempt))
+        self._watch.see(stamps, now)
+        stopped = {rank for rank in self._ranks if rank in stamps and is_stopped(stamps[rank].pid)}
+        if not self._watch.hangs(now, stopped) or read_ending(self._run, self._attempt) is not None:
             return False
         self._end(self._watch.seconds(now))
         return True

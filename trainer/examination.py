@@ -152,6 +152,11 @@ def explain(findings: Sequence[Finding]) -> str:
     return f"{who} {held}: {one.state}{frame}"
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped a process. A debugger that looks into it does not count."""
+    return _kernel_state(pid) == "T"
+
+
 def _kernel_state(pid: int) -> str:
     fields = _text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
     return fields[0] if fields else ""

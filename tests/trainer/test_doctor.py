@@ -52,6 +52,13 @@ def test_rare_phases_may_take_longer(at: Stamp) -> None:
     assert watch.hangs(2.0 + 5.0 * GENEROUS + 0.1)
 
 
+def test_a_stopped_rank_is_given_no_more_time_for_a_rare_phase() -> None:
+    watch = watched(5.0, (0.0, {0: stamp(1, "data")}), (1.0, {0: stamp(2, "data")}), (2.0, {0: stamp(3, "save")}))
+    assert not watch.hangs(6.9, stopped={0})
+    assert watch.hangs(7.1, stopped={0})
+    assert not watch.hangs(7.1, stopped={1})
+
+
 def test_the_first_step_may_compile() -> None:
     watch = watched(5.0, (0.0, {0: stamp(7, "forward_backward", first_step=7)}))
     assert not watch.hangs(20.0)
