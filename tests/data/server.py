@@ -86,15 +86,15 @@ class _Handler(BaseHTTPRequestHandler):
             begin, end = int(found[1]), min(int(found[2]) + 1, len(data))
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(data)}")
-        self.send_header("Content-Length", str(end - begin))
-        self.send_header("ETag", f'"{etag}"')
-        self.end_headers()
         body = data[begin:end]
         if fault in ("short", "stall"):
             body = body[:number]
-        with self.server.lock:
+        with self.server.lock:  # before the client can know of an answer, and look
             self.server.sent[self.path] += len(body)
             self.server.requests.append((self.path, begin, begin + len(body)))
+        self.send_header("Content-Length", str(end - begin))
+        self.send_header("ETag", f'"{etag}"')
+        self.end_headers()
         self.wfile.write(body)
         if fault == "stall":
             self.wfile.flush()

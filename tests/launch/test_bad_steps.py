@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from conf.rundir import RunDirectory
-from tests.launch.runs import command, finish, overrides, steps_of, write_text
+from tests.launch.runs import command, finish, overrides, steps_of
 from trainer.goodput import goodput
 from trainer.metrics import read
 from trainer.outcome import Outcome, read_ending
 
 WORDS = ["steps=18", "checkpoint.every=5", "launch.max_restarts=1"]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bad")
-    write_text(folder / "text")
-    return folder
 
 
 def test_a_rolled_back_run_is_the_run_that_never_took_the_bad_step(home: Path) -> None:
@@ -59,7 +53,8 @@ def test_rollbacks_have_a_budget_and_a_step_can_be_replayed(home: Path) -> None:
 )
 def test_a_replayed_bad_step_names_the_first_module(home: Path, layout: str, poisoned: str) -> None:
     run = home / layout
-    words = [layout, "model.kv_heads=2", "steps=4", "model.target=tests.launch.fragile:build", "optim.lr=1e3"]
+    shutil.copy(Path(__file__).with_name("fragile.py"), home)
+    words = [layout, "model.kv_heads=2", "steps=4", "model.target=fragile:build", "optim.lr=1e3"]
     words += ["schedule=constant", "schedule.warmup_steps=0", "faults=[{at: 1, rank: 1, do: nan}]"]
     status, output = finish(home, command("train", *overrides(run, home / "text", *words)))
     assert status == 0, output

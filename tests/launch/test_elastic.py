@@ -22,16 +22,8 @@ from tests.launch.runs import (
     started,
     steps_of,
     wait_until,
-    write_text,
 )
 from trainer.outcome import Outcome, read_beginning, read_ending
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("elastic")
-    write_text(folder / "text")
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -23,19 +23,11 @@ from tests.launch.runs import (
     steps_of,
     wait_until,
     wait_until_gone,
-    write_text,
 )
 from trainer.outcome import Ending, Outcome, read_ending, write_ending
 from trainer.process import Stamp, read_stamps
 
 SLOW = ["model.target=tests.launch.slow:build", "steps=100000", "schedule.total_steps=30"]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("preemption")
-    write_text(folder / "text")
-    return folder
 
 
 def stamps_of(run: RunDirectory) -> list[Stamp]:

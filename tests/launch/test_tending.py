@@ -6,21 +6,12 @@ import subprocess
 import time
 from pathlib import Path
 
-import pytest
-
 from conf.rundir import RunDirectory
 from launch.slurm.batch import notes_file
-from tests.launch.runs import command, environment, last_step, overrides, started, wait_until, write_text
+from tests.launch.runs import command, environment, last_step, overrides, started, wait_until
 from trainer.outcome import Outcome, read_ending
 
 SLOW = ["model.target=tests.launch.slow:build", "steps=100000", "schedule.total_steps=30", "checkpoint.every=3"]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tending")
-    write_text(folder / "text")
-    return folder
 
 
 def stoker(home: Path, *words: str) -> tuple[int, str]:
