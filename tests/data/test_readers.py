@@ -110,6 +110,8 @@ def test_signals_to_the_whole_group_leave_the_readers_reading(rank):
     for number in numbers:
         os.killpg(rank.pid, number)
         time.sleep(0.1)
+    for reader in readers:
+        os.kill(reader, signal.SIGHUP)  # of a terminal that closes, for which the rank has no handler
     for batch in range(1, 9):
         assert ask(rank) == [4 * batch, *numbers]
     assert all(map(alive, readers))
