@@ -222,7 +222,7 @@ class Bench:
         checkpoint = newest(self._folder / "stoker")[0]
         for path in checkpoint.iterdir():
             _forget(path)
-        return self._longest(lambda: load(open_checkpoint(checkpoint), self.shards).adopt())
+        return self._longest(lambda: load(open_checkpoint(checkpoint), self.shards))
 
     def save_cpu_seconds(self, number: int) -> float:
         self._meet()

@@ -8,7 +8,7 @@ shards (`parallel.shards`), rectangles of global tensors, and leaves as shards: 
 `format`    what the files hold: index and manifest, from values to bytes and back. No pickle, in either direction
 `plan`      which rectangles this rank writes (replicas share the work) and where in its file
 `tiling`    the proof that every tensor is whole: one number per rank for the commit, every piece for readers
-`staging`   the snapshot: live tensors copied to the image of the file, beside the next forward and backward
+`staging`   the snapshot: live tensors copied to the image of the file (`memory`), beside the next forward and backward
 `writer`    `Checkpoints`: a rank's saves, one in flight, in a background thread
 `block_writer`  a shard file, block by block, in that thread or in a process of its own
 `commit`    rank 0: reports -> proof -> manifest -> rename; fencing
@@ -16,8 +16,8 @@ shards (`parallel.shards`), rectangles of global tensors, and leaves as shards: 
 `remote`, `upload`  the second tier, and how what is committed gets there
 `storage`   reads that cannot leave the checkpoint; removal
 `stored`    manifest, state, indexes: what there is and where it stands
-`reader`, `block_reader`  byte ranges checked block by block, straight into fresh memory (`memory`)
-`resuming`  all ranks agree on a checkpoint before any adopts it; a damaged one is set aside
+`reader`, `block_reader`  byte ranges checked block by block, straight into the live shards
+`resuming`  no rank goes on before all have read the same checkpoint; a damaged one is set aside
 `audit`, `compare`  lists, full verification, differences
 
 The way of a save: `save` records the moment and returns; a thread copies this rank's pieces to the staging pool, and
@@ -33,7 +33,7 @@ from checkpoint.compare import Difference, compare
 from checkpoint.names import CheckpointMismatch, DamagedCheckpoint
 from checkpoint.reader import TensorReader, load, read_tensors
 from checkpoint.remote import Remote
-from checkpoint.resuming import newest, resume
+from checkpoint.resuming import newest, newest_step, resume
 from checkpoint.retention import VALIDATION_LOSS, remove
 from checkpoint.stored import open_checkpoint, read_state
 from checkpoint.tier import make_tier, tier_problem
@@ -55,6 +55,7 @@ __all__ = [
     "load",
     "make_tier",
     "newest",
+    "newest_step",
     "open_checkpoint",
     "read_state",
     "read_tensors",

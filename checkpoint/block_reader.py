@@ -2,7 +2,7 @@
 
 The kernel copies a block straight into the tensors that it is a part of (preadv takes a list of places), so that its
 bytes are touched twice, by that copy and by the checksum. Only what is not in one piece where it is wanted, the columns
-of a matrix say, is read aside and copied from there.
+of a matrix say, or is wanted on a GPU, is read aside and copied from there.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ def _stretch(wanted: Wanted) -> _Stretch | None:
         start += (common.offset[0] - piece.rectangle.offset[0]) * row_bytes
         stop = start + common.size[0] * row_bytes
     there = wanted.buffer[common.within(wanted.rectangle)]
-    whole_rows = common.size[1:] == size[1:] and there.is_contiguous()
-    place = there.reshape(-1).view(torch.uint8).numpy().data if whole_rows else None
+    in_one_piece = common.size[1:] == size[1:] and there.is_contiguous() and there.device.type == "cpu"
+    place = there.reshape(-1).view(torch.uint8).numpy().data if in_one_piece else None
     return _Stretch(wanted, start, stop, place)
 
 

@@ -1,4 +1,4 @@
-"""Memory for whole checkpoints: what a snapshot is staged in and what a restore reads into."""
+"""Memory for what a snapshot is staged in."""
 
 from __future__ import annotations
 

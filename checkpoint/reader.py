@@ -1,9 +1,8 @@
-"""Reading a checkpoint: every byte used has been checked, and nothing live is touched before `adopt`."""
+"""Reading a checkpoint: only what is wanted, straight to where it is wanted, every byte of it checked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +11,31 @@ from torch import Tensor
 
 from checkpoint.block_reader import BlockReader, Wanted, read_wanted
 from checkpoint.format import DTYPE_NAMES, DTYPES, Piece, ShardIndex
-from checkpoint.memory import fresh_bytes
 from checkpoint.names import CheckpointMismatch, DamagedCheckpoint
 from checkpoint.stored import Stored, open_checkpoint, state_of
 from checkpoint.tiling import origin, tiling_problem
 from parallel.shards import PARAMETER, Rectangle, Shard, whole
 
-_ALIGNED_BYTES = 64  # where tensors begin: a line of the processor's cache
 _NAMED = 5  # tensors of each kind that a message names
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A checkpoint's values in memory of their own, ready for the shards they were loaded for."""
-
-    state: dict[str, Any]
-    values: list[tuple[Shard, Tensor]]
-
-    def adopt(self) -> None:
-        """Copies the values into the live shards."""
-        with torch.no_grad():
-            for shard, value in self.values:
-                shard.data.detach().copy_(value)
-
-
-def load(stored: Stored, shards: Sequence[Shard], near: float = 0.0) -> Loaded:
-    """The state and the values of `shards`, every byte checked. The shards' data stay as they are until `adopt`.
+def load(stored: Stored, shards: Sequence[Shard], near: float = 0.0) -> dict[str, Any]:
+    """Reads a checkpoint's values straight into `shards`, every byte checked, and returns its state.
 
     Indexes are read until all shards have been found, those first whose writer stood `near` (a share of the ranks: 0.5
     is the middle) where this one stands, so that a rank that goes on where it was finds its own. Raises
-    DamagedCheckpoint, naming file, tensor and block, and CheckpointMismatch, naming the tensors that are missing or of
-    another shape or dtype. Whether a tensor of the checkpoint is too many no rank knows alone: see `idle`.
+    CheckpointMismatch, naming the tensors that are missing or of another shape or dtype, with the shards as they were,
+    and DamagedCheckpoint, naming file, tensor and block: what the shards hold then is of no use. Whether a tensor of
+    the checkpoint is too many no rank knows alone: see `idle`.
     """
     if not fits(stored, shards):
         refuse(stored.path, mismatches(stored, shards))
-    values = _fresh_memory(shards)
+    state = state_of(stored.path, stored.manifest)
     for index, found in find_pieces(stored, shards, near):
-        wanted = [Wanted(piece, shards[number].rectangle, values[number]) for number, piece in found]
-        with BlockReader(stored.path, index) as reader:
+        wanted = [Wanted(piece, shards[number].rectangle, shards[number].data.detach()) for number, piece in found]
+        with BlockReader(stored.path, index) as reader, torch.no_grad():
             read_wanted(reader, wanted)
-    return Loaded(state_of(stored.path, stored.manifest), list(zip(shards, values, strict=True)))
+    return state
 
 
 def find_pieces(
@@ -90,21 +74,6 @@ def find_pieces(
         if problem:
             raise DamagedCheckpoint(f"{stored.path}: {shard.kind}/{shard.name}: {problem}")
     return sorted(files, key=lambda file: file[0].rank)
-
-
-def _fresh_memory(shards: Sequence[Shard]) -> list[Tensor]:
-    """A tensor like each shard's, all in one piece of memory."""
-    places, size = [], 0
-    for shard in shards:
-        places.append(size)
-        size += -(-shard.rectangle.numel * shard.data.dtype.itemsize // _ALIGNED_BYTES) * _ALIGNED_BYTES
-    memory = fresh_bytes(size)
-    return [
-        memory[start : start + shard.rectangle.numel * shard.data.dtype.itemsize]
-        .view(shard.data.dtype)
-        .view(shard.rectangle.size)
-        for start, shard in zip(places, shards, strict=True)
-    ]
 
 
 def fits(stored: Stored, shards: Sequence[Shard]) -> bool:

@@ -1,4 +1,4 @@
-"""Resuming: all ranks adopt the newest checkpoint that all of them can read, or none does."""
+"""Resuming: all ranks load the newest checkpoint that all of them can read, or none goes on."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ def newest(directory: Path) -> list[Path]:
     return [checkpoint for checkpoint in committed(Path(directory)) if is_valid(checkpoint)]
 
 
+def newest_step(directory: Path) -> int:
+    """The step of the newest of them, 0 if there is none."""
+    return next((step for checkpoint in newest(directory) if (step := step_of(checkpoint)) is not None), 0)
+
+
 def resume(
     directory: Path, shards: Iterable[Shard], exchange: Exchange, rank: int, remote: Remote | None = None
 ) -> dict[str, Any] | None:
@@ -47,13 +52,15 @@ def resume(
 
     Called by all ranks together. `exchange` gives every rank the texts of all ranks, in rank order. What rank 0 sees
     in `directory` and at `remote` decides on the candidates; one of the remote is downloaded first, by all ranks
-    together. One that any rank finds damaged is moved to `damaged/`, and all fall back to the one before it. Raises
-    CheckpointMismatch when the checkpoint is sound but not one of this model, and OSError when a rank cannot read it
-    for another reason than damage: on all ranks alike, with nothing adopted.
+    together. One that any rank finds damaged is moved to `damaged/`, and all fall back to the one before it. Raises, on
+    all ranks alike, CheckpointMismatch when the checkpoint is sound but not one of this model, OSError when a rank
+    cannot read it for another reason than damage, and DamagedCheckpoint when there was one and none is sound. What the
+    shards hold after an exception is of no use: they are read into directly, without memory for a second copy.
     """
     directory, shards = Path(directory), list(shards)
     found = _together(lambda: _candidates(directory, remote) if rank == 0 else [], exchange)
     told = exchange(json.dumps(found))
+    last: DamagedCheckpoint | None = None
     for step, on_remote in json.loads(told[0]):
         checkpoint = step_directory(directory, step)
         try:
@@ -62,13 +69,16 @@ def resume(
                 _download(remote, step, directory, exchange, rank)
             stored = _together(functools.partial(open_checkpoint, checkpoint), exchange)
             _refuse_together(stored, shards, exchange)
-            loaded = _together(functools.partial(load, stored, shards, (rank + 0.5) / len(told)), exchange)
+            return _together(functools.partial(load, stored, shards, (rank + 0.5) / len(told)), exchange)
         except DamagedCheckpoint as damage:
+            last = damage
             if rank == 0 and checkpoint.exists():  # else it is damaged on the remote, and stays there
                 set_aside(checkpoint, one_line(damage))
-            continue
-        loaded.adopt()
-        return loaded.state
+    if last is not None:
+        raise DamagedCheckpoint(
+            f"no checkpoint in {directory} is sound (the last one tried: {one_line(last)}); they are in "
+            f"{directory / DAMAGED} now, and the next start begins at step 0"
+        )
     return None
 
 

@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousInfo
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-from checkpoint import newest
+from checkpoint import newest_step
 from conf.rundir import RunDirectory
 from conf.schema import Config, to_dict
 from parallel.layout import threads_per_rank
@@ -134,12 +134,12 @@ class _Agent(LocalElasticAgent):
         self._run, self._hang_seconds, self._say, self._alone = run, hang_seconds, say, alone
         self._doctor: Doctor | None = None  # of the present ranks, once there is an attempt
         self._attempts_before = 0
-        self._checkpoint_before: str | None = None
+        self._step_before = 0
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         # Before machines meet no rank of this attempt runs, so that all of them count the same attempts.
         self._attempts_before = len(self._run.attempt_numbers())
-        self._checkpoint_before = _newest_name(self._run)
+        self._step_before = newest_step(self._run.checkpoints)
         super()._rendezvous(worker_group)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
@@ -225,7 +225,7 @@ class _Agent(LocalElasticAgent):
             self._say(ending.message)
         if not self._alone:
             return
-        if _newest_name(self._run) != self._checkpoint_before:
+        if newest_step(self._run.checkpoints) != self._step_before:
             self._remaining_restarts = self._worker_group.spec.max_restarts  # it has come further: the budget is new
         if not ending.retry:
             self._remaining_restarts = 0
@@ -253,10 +253,6 @@ class _Agent(LocalElasticAgent):
         """Make sure that nobody is left, however we got here."""
         if self._pcontext is not None:
             self._pcontext.close(signal.SIGKILL)
-
-
-def _newest_name(run: RunDirectory) -> str | None:
-    return next((checkpoint.name for checkpoint in newest(run.checkpoints)), None)
 
 
 def _is_alive(pid: int) -> bool:

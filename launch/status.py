@@ -16,7 +16,7 @@ from launch.show import run_at
 from launch.slurm.batch import read_notes
 from launch.tend import living
 from trainer.goodput import goodput
-from trainer.metrics import read
+from trainer.metrics import read_recent
 from trainer.outcome import read_beginning, read_ending
 from trainer.process import Stamp, read_stamps
 from trainer.progress import duration
@@ -60,7 +60,7 @@ def status(path: str) -> int:
 def facts(run: RunDirectory, attempts: list[Attempt], alive: Stamp | None) -> list[tuple[str, str]]:
     """What there is to say of the run as a whole, as (name, value)."""
     rows = [("state", _state(run, attempts, alive))]
-    steps = read(run.metrics)
+    steps = read_recent(run.metrics)
     if steps:
         last, recent = steps[-1], steps[-_RECENT:]
         total = read_config(run).steps

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from checkpoint import newest, remove
+from checkpoint import newest, newest_step, remove
 from conf.rundir import RunDirectory
 from launch.show import checkpoints_of, run_at
 from trainer.outcome import read_ending
@@ -55,7 +55,8 @@ def save_now(path: str, wait_seconds: float) -> int:
             return 1
         if living(run) is None:
             run.save.unlink(missing_ok=True)
-            print(f"the run has ended; its newest checkpoint is {_newest_name(run)}", file=sys.stderr)
+            step = newest_step(run.checkpoints)
+            print(f"the run has ended; its newest checkpoint is that of step {step}", file=sys.stderr)
             return 1
         time.sleep(_POLL_SECONDS)
     heard = not run.save.exists()
@@ -89,7 +90,3 @@ def _failure(directory: Path, since: float) -> str | None:
         except (OSError, ValueError, KeyError):
             continue  # cleared by a commit, or not written yet
     return None
-
-
-def _newest_name(run: RunDirectory) -> str:
-    return next((checkpoint.name for checkpoint in newest(run.checkpoints)), "none")

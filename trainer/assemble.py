@@ -22,7 +22,7 @@ from trainer.faults import Faults
 from trainer.goodput import Booking
 from trainer.grace import Grace
 from trainer.loop import Trainer
-from trainer.metrics import read
+from trainer.metrics import read_recent
 from trainer.observers import open_observers
 from trainer.pretrained import load_pretrained
 from trainer.process import Phases, Place
@@ -79,8 +79,7 @@ def assemble(
     faults = Faults(read_faults(config.faults), mesh.rank, run, checkpoints, mesh.device)
 
     def restore() -> dict[str, Any] | None:
-        with offloaded(config.parallel):
-            return resume(run.checkpoints, engine.shards(), mesh.exchange, mesh.rank, remote)
+        return resume(run.checkpoints, engine.shards(), mesh.exchange, mesh.rank, remote)
 
     trainer = Trainer(
         config=config,
@@ -106,10 +105,10 @@ def assemble(
         engine.shards_written()
     checkpoints.go_on_uploading()
     with offloaded(config.parallel):
-        checkpoints.prepare(engine.shards())  # its memory after the memory that resuming needs has been given back
+        checkpoints.prepare(engine.shards())
     if observers is not None:
         grace = Grace(deadline_of(config.launch.deadline), observers.message)
-        grace.recall(read(run.metrics))
+        grace.recall(read_recent(run.metrics))
         requests.grace = grace.with_margin
         observers.add(grace)
         resumed = trainer.progress.step if state is not None else None

@@ -26,6 +26,7 @@ from trainer.outcome import Ending, Outcome, read_ending, write_ending
 from trainer.process import Stamp, read_stamps
 
 LOOK_SECONDS = 0.5
+REST = 50  # times as long as a look takes, which grows with the ranks, a doctor waits for the next one
 LEAST_SECONDS = 120.0  # a file system on a network may show stamps a minute late
 STEPS = 30  # median steps without progress are a hang
 GENEROUS = 10  # times as long may phases take that happen rarely, and the first step, which may compile
@@ -89,15 +90,15 @@ class Doctor:
     ) -> None:
         self._run, self._attempt, self._ranks, self._say = run, attempt, ranks, say
         self._watch = Watch(hang_seconds)
-        self._looked = 0.0
+        self._next_look = 0.0
 
     def look(self) -> bool:
         """Look, if it is time to; True once the attempt has been ended."""
         now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
+        if now < self._next_look:
             return False
-        self._looked = now
         stamps = read_stamps(self._run.attempt(self._attempt))
+        self._next_look = now + max(LOOK_SECONDS, REST * (time.monotonic() - now))
         self._watch.see(stamps, now)
         stopped = {rank for rank in self._ranks if rank in stamps and is_stopped(stamps[rank].pid)}
         if not self._watch.hangs(now, stopped) or read_ending(self._run, self._attempt) is not None:

@@ -60,8 +60,6 @@ class _Entry:
 class Ledger:
     """Books steps into `progress` and, on global rank 0, tells the observers of them."""
 
-    _bad_step: int | None  # the first bad one
-
     def __init__(
         self,
         config: Config,
@@ -71,7 +69,8 @@ class Ledger:
         stragglers: Stragglers | None = None,
     ) -> None:
         self._stragglers = stragglers
-        self._bad, self._bad_step = config.nonfinite, None
+        self._bad = config.nonfinite
+        self._bad_step: int | None = None  # the first bad one
         self._scaled = config.precision == "fp16"
         self._failing = config.checkpoint.on_error == "fail"
         self._progress, self._observers, self._phase = progress, observers, phase

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from checkpoint import fence, make_tier, newest
-from checkpoint.names import step_of
+from checkpoint import DamagedCheckpoint, fence, make_tier, newest_step
 from conf.rundir import RunDirectory, next_attempt, write_config
 from conf.schema import Config, from_dict
 from conf.values import ConfigError
@@ -192,10 +191,8 @@ def _train(
         make_tier(run.checkpoints, first_tier(config))
         fence(run.checkpoints, attempt.number)
         requests.watch(run, attempt.number, place.restart == 0, deadline_of(config.launch.deadline))
-        resumable = newest(run.checkpoints)[:1]
-        from_step = (step_of(resumable[0]) if resumable else None) or 0
         job = os.environ.get("SLURM_JOB_ID")
-        beginning = Beginning(time.time(), from_step, place.world, socket.gethostname(), job)
+        beginning = Beginning(time.time(), newest_step(run.checkpoints), place.world, socket.gethostname(), job)
         write_beginning(run, attempt.number, beginning)
     use_threads(config.launch.threads, place.local_world)
     if config.deterministic:
@@ -297,7 +294,8 @@ def _fail(error: BaseException, attempt: Attempt | None, place: Place, console: 
     log.error("rank %d failed", place.rank, exc_info=error)
     if _is_loss_of_a_peer(error):
         return 1  # who was lost says more than we can: its own last words, or its launcher's
-    retry = attempt.training or isinstance(error, RuntimeError)  # what else breaks a start breaks the next one too
+    # What else breaks a start breaks the next one too; and nobody begins at step 0 again without being asked.
+    retry = (attempt.training or isinstance(error, RuntimeError)) and not isinstance(error, DamagedCheckpoint)
     ending = Ending(Outcome.FAILED, line, attempt.step, place.rank, retry)
     if write_ending(attempt.run, attempt.number, ending):
         where = attempt.run.log(attempt.number, place.rank)
@@ -308,7 +306,7 @@ def _fail(error: BaseException, attempt: Attempt | None, place: Place, console: 
 def _in_one_line(error: BaseException) -> str:
     """What went wrong; and where, when it is a defect of a program rather than something its user can mend."""
     text = str(error).strip().partition("\n")[0]
-    if isinstance(error, ValueError | OSError):
+    if isinstance(error, ValueError | OSError | DamagedCheckpoint):
         return text or type(error).__name__
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {text} ({last.filename}:{last.lineno})"

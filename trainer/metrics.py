@@ -18,6 +18,7 @@ from conf.durable import sync_directory, write_durably
 from conf.schema import Config
 from trainer.observers import Observer, StepRecord
 
+_RECENT_BYTES = 4 << 20  # some ten thousand steps
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
@@ -89,6 +90,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [step for _, step in _lines(path)]
 
 
+def read_recent(path: Path) -> list[dict[str, Any]]:
+    """As `read`, but no more than the last of them: as quick after a million steps as after ten thousand."""
+    return [step for _, step in _lines(path, _RECENT_BYTES)]
+
+
 def cut_back(path: Path, step: int) -> None:
     """Keep the lines of steps up to `step` and drop the rest, torn lines too, atomically."""
     if not path.exists():
@@ -100,9 +106,15 @@ def cut_back(path: Path, step: int) -> None:
     sync_directory(path.parent)
 
 
-def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+def _lines(path: Path, most_bytes: int | None = None) -> list[tuple[bytes, dict[str, Any]]]:
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        if most_bytes is not None:
+            file.seek(-min(most_bytes, path.stat().st_size), os.SEEK_END)
+        lines = file.read().splitlines(keepends=True)
     found = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+    for line in lines:
         try:
             values = json.loads(line)
         except ValueError:

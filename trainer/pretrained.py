@@ -94,7 +94,7 @@ class _Source:
     """Tensors by our names, and how to fill shards from them."""
 
     shapes: dict[str, tuple[int, ...]]
-    fill: Callable[[Sequence[Shard]], None]
+    fill: Callable[[Sequence[Shard]], object]
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def _open(folder: Path, model: ModelConfig, names: Sequence[str]) -> Iterator[_S
     if _is_run(folder):
         stored = open_checkpoint(_newest(folder).path)
         shapes = {name: tensor.shape for (kind, name), tensor in stored.tensors.items() if kind == PARAMETER}
-        yield _Source(shapes, lambda shards: load(stored, shards).adopt())
+        yield _Source(shapes, lambda shards: load(stored, shards))
         return
     with ExitStack() as files:
         yield _their_source(folder, model, names, files)

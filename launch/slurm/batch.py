@@ -14,8 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import newest
-from checkpoint.names import step_of
+from checkpoint import newest_step
 from conf.rundir import RunDirectory
 from conf.schema import Config, to_dict
 from conf.values import ConfigError
@@ -86,8 +85,7 @@ def settings_of(job: Job, settings: Sequence[str]) -> list[str]:
 
 def stalled_attempts(run: RunDirectory, job: str) -> int:
     """How many of the newest attempts, in a row and of this job, have not come to a checkpoint newer than they had."""
-    resumable = newest(run.checkpoints)[:1]
-    step = (step_of(resumable[0]) if resumable else None) or 0
+    step = newest_step(run.checkpoints)
     count = 0
     for number in reversed(run.attempt_numbers()):
         beginning = read_beginning(run, number)

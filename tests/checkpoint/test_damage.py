@@ -92,14 +92,16 @@ def test_a_flip_makes_all_ranks_fall_back_and_sets_the_checkpoint_aside(run, num
     assert path.name in caplog.text and "step-00000002" in caplog.text
 
 
-def test_the_live_tensors_are_untouched_until_all_ranks_have_loaded(run):
+def test_where_no_checkpoint_is_sound_all_ranks_are_told_and_none_goes_on(run):
     for step in (1, 2):
         path = run / f"step-{step:08d}" / "rank-00001.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"?")
-    ranks = blank(cut(NEW, Grid(rows=2)))
-    assert resume_all(run, ranks) == [None, None]
-    assert holds(ranks, {key: value.clone().fill_(1) for key, value in NEW.items()})
-    assert newest(run) == []
+    errors = resume_all(run, cut(NEW, Grid(rows=2)))
+    for error in errors:
+        assert isinstance(error, DamagedCheckpoint) and "step-00000001/rank-00001.safetensors" in str(error)
+        assert "\n" not in str(error) and str(run / "damaged") in str(error)
+    assert newest(run) == [] and len(list((run / "damaged").iterdir())) == 2
+    assert resume_all(run, cut(NEW, Grid(rows=2))) == [None, None], "the next start begins anew"
 
 
 @pytest.mark.parametrize("number", range(6))

@@ -139,7 +139,7 @@ def test_only_the_blocks_that_are_needed_are_read(tmp_path):
     content[-1] ^= 1
     path.write_bytes(content)
     first_half = blank(cut(tensors, Grid(rows=2)))[:1]
-    load(open_checkpoint(path.parent), first_half[0]).adopt()
+    load(open_checkpoint(path.parent), first_half[0])
     assert holds(first_half, tensors)
 
 
@@ -152,7 +152,7 @@ def test_a_rank_that_goes_on_where_it_was_reads_one_index(tmp_path, monkeypatch)
     for world, rank, expected in ((12, 7, {7}), (6, 0, {0, 1}), (6, 3, {6, 7})):
         read.clear()
         shards = blank(cut(tensors, Grid(rows=world)))[rank]
-        load(stored, shards, (rank + 0.5) / world).adopt()
+        load(stored, shards, (rank + 0.5) / world)
         assert set(read) == expected and holds([shards], tensors)
 
 
@@ -162,7 +162,7 @@ def test_two_shards_may_want_the_same_elements(tmp_path):
     (shards,) = blank(cut(tensors, Grid()))
     rows = shards[0].rectangle.rows(7, 33)
     shards.append(Shard("w", "param", (40, 16), rows, torch.zeros(rows.size)))
-    load(open_checkpoint(newest(tmp_path)[0]), shards).adopt()
+    load(open_checkpoint(newest(tmp_path)[0]), shards)
     assert holds([shards], tensors)
 
 

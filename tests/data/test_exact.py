@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import torch
 
 from conf.schema import Config
 from data import RowStream, open_rows, read_rows
@@ -17,18 +14,8 @@ from data.index import IndexPlan
 from data.mixed import MixedPlan
 from data.rows import LABELS, TOKENS
 from parallel.rows import IGNORE, Rows
+from tests.data.batches import digest, together
 from tests.data.counted import BATCH, KINDS, changed, mixture, standard_library
-
-
-def digest(rows: Rows) -> str:
-    parts = (rows.tokens, rows.labels, rows.positions, rows.documents)
-    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
-
-
-def together(parts: list[Rows]) -> Rows:
-    """Row s of the global batch is on rank s mod dp."""
-    names = [field.name for field in dataclasses.fields(Rows)]
-    return Rows(*(torch.stack([getattr(part, name) for part in parts], 1).flatten(0, 1) for name in names))
 
 
 def run(

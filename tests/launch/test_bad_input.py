@@ -129,6 +129,23 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(home: Pat
     assert steps_of(run)[:10] == before and len(steps_of(run)) == 11
 
 
+def test_where_no_checkpoint_is_sound_the_run_ends_and_begins_again_only_when_asked_to(
+    home: Path, trained: Path
+) -> None:
+    run = home / "all damaged"
+    subprocess.run(["cp", "-r", trained, run], check=True)
+    [checkpoint] = RunDirectory(run).checkpoints.glob("step-*")
+    file = checkpoint / "rank-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    words = overrides(run, home / "text", "steps=3")
+    status, output = finish(home, command("train", *words))
+    assert status == 1 and "no checkpoint in" in output and file.name in output and "restarting" not in output, output
+    assert "Traceback" not in output and len(RunDirectory(run).attempt_numbers()) == 2
+    status, output = finish(home, command("train", *words))
+    assert status == 0, output
+    assert steps_of(run) == steps_of(trained)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB, where this user may mount one."""

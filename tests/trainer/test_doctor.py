@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
-from trainer.doctor import GENEROUS, LEAST_SECONDS, STEPS, Watch
+from conf.rundir import RunDirectory
+from trainer.doctor import GENEROUS, LEAST_SECONDS, REST, STEPS, Doctor, Watch
 from trainer.examination import WAITING, Finding, behind, explain, innermost, state_of, table
 from trainer.process import Stamp
 from trainer.witness import MAIN_ANSWERS, THREAD_ANSWERS
@@ -139,3 +143,20 @@ def test_who_waits_in_a_collective_that_the_others_have_left_is_told_from_who_ho
 def test_ranks_that_all_wait_for_each_other_have_lost_a_connection() -> None:
     ranks = [finding(0, 7, "update"), finding(1, 7, "update")]
     assert explain(ranks) == "all 2 ranks wait for each other in update of step 7: a connection or a message was lost"
+
+
+def test_the_more_there_is_to_read_the_more_seldom_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, clock = [], [100.0]
+
+    def read(_folder: Path) -> dict[int, Stamp]:
+        looks.append(clock[0])
+        clock[0] += 0.1  # of a great many ranks
+        return {}
+
+    monkeypatch.setattr("trainer.doctor.read_stamps", read)
+    monkeypatch.setattr("trainer.doctor.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    doctor = Doctor(RunDirectory(tmp_path), 1, range(8), None, lambda _: None)
+    while clock[0] < 116:
+        doctor.look()
+        clock[0] += 0.25
+    assert looks == pytest.approx([100.0, 100.0 + 0.1 * REST, 100.0 + 0.2 * REST, 100.0 + 0.3 * REST], abs=1.0)

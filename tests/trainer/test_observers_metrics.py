@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.trainer.observed import a_config, record
-from trainer.metrics import MetricsFile, read
+from trainer.metrics import MetricsFile, read, read_recent
 
 
 def opened(path: Path, resumed_from_step: int | None = None) -> MetricsFile:
@@ -45,6 +45,17 @@ def test_a_step_is_in_the_file_when_step_returns(tmp_path):
     metrics = opened(tmp_path / "m")
     metrics.step(record(1))
     assert steps(tmp_path / "m") == [1]
+
+
+def test_the_recent_ones_are_whole_lines_and_the_last_ones(tmp_path, monkeypatch):
+    assert read_recent(tmp_path / "m") == []
+    metrics = opened(tmp_path / "m")
+    for step in range(1, 41):
+        metrics.step(record(step))
+    assert read_recent(tmp_path / "m") == read(tmp_path / "m")
+    monkeypatch.setattr("trainer.metrics._RECENT_BYTES", 2000)
+    recent = [line["step"] for line in read_recent(tmp_path / "m")]
+    assert recent == list(range(41 - len(recent), 41)) and 3 < len(recent) < 20
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False))

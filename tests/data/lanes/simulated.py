@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -11,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 
-from data import EndOfData
 from data.lanes.stream import LaneStream
 from parallel.rows import IGNORE, Rows
+from tests.data.batches import digest, together
 
 
 class Hub:
@@ -138,17 +136,6 @@ def digests(found: Sequence[Rows]) -> list[str]:
     return [digest(rows) for rows in found]
 
 
-def digest(rows: Rows) -> str:
-    parts = (rows.tokens, rows.labels, rows.positions, rows.documents)
-    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
-
-
-def together(parts: list[Rows]) -> Rows:
-    """Row s of the global batch is on rank s mod dp."""
-    names = [field.name for field in dataclasses.fields(Rows)]
-    return Rows(*(torch.stack([getattr(part, name) for part in parts], 1).flatten(0, 1) for name in names))
-
-
 def lane_tokens(found: Sequence[Rows], lanes: int) -> list[list[int]]:
     """The tokens of each lane, in order; padding left out."""
     tokens: list[list[int]] = [[] for _ in range(lanes)]
@@ -157,6 +144,3 @@ def lane_tokens(found: Sequence[Rows], lanes: int) -> list[list[int]]:
             labelled = rows.labels[place] != IGNORE
             tokens[place % lanes] += rows.tokens[place][labelled].tolist()
     return tokens
-
-
-__all__ = ["EndOfData", "Hub", "Simulated", "World", "batches", "digest", "digests", "lane_tokens"]

@@ -10,9 +10,10 @@ import pytest
 
 from data import open_rows, open_tokenizer, prepare, read_rows
 from data.tokenizer import JsonTokenizer
+from tests.data.batches import digest
 from tests.data.lanes.conftest import documents, write_lines
 from tests.data.lanes.conftest import open_stream as open_lanes
-from tests.data.lanes.simulated import batches, digest, digests, lane_tokens
+from tests.data.lanes.simulated import batches, digests, lane_tokens
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ import pytest
 from data import EndOfData
 from data.tokenizer import ByteTokenizer
 from parallel.rows import IGNORE
+from tests.data.batches import digest
 from tests.data.lanes.conftest import documents, open_stream, write_lines
-from tests.data.lanes.simulated import World, batches, digest, digests, lane_tokens
+from tests.data.lanes.simulated import World, batches, digests, lane_tokens
 
 END = (1 << 20) - 1
 TEXTS = documents(300)

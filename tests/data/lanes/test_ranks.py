@@ -16,8 +16,9 @@ from data.lanes.windows import Window
 from parallel.layout import Layout
 from parallel.mesh import mesh_over_default_group
 from tests import world
+from tests.data.batches import digest, together
 from tests.data.lanes.conftest import open_stream
-from tests.data.lanes.simulated import World, batches, digest, together
+from tests.data.lanes.simulated import World, batches
 from tests.data.test_readers import alive, children
 
 

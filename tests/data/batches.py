@@ -1,0 +1,21 @@
+"""Global batches, however they were cut over ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import torch
+
+from parallel.rows import Rows
+
+
+def digest(rows: Rows) -> str:
+    parts = (rows.tokens, rows.labels, rows.positions, rows.documents)
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+
+
+def together(parts: list[Rows]) -> Rows:
+    """Row s of the global batch is on rank s mod dp."""
+    names = [field.name for field in dataclasses.fields(Rows)]
+    return Rows(*(torch.stack([getattr(part, name) for part in parts], 1).flatten(0, 1) for name in names))
