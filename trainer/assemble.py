@@ -48,6 +48,7 @@ def assemble(
     """
     plan = batch_plan(config, mesh.layout)
     phase(0, "open_data")
+    run_config = config
     config = with_vocabulary(config)
     stream, evaluation = _open_data(config, mesh, place)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=stream.document_mask))
@@ -83,6 +84,7 @@ def assemble(
 
     trainer = Trainer(
         config=config,
+        run_config=run_config,
         mesh=mesh,
         engine=engine,
         rows=stream,

@@ -36,6 +36,7 @@ class Trainer:
     """One rank's part of a training run. `trainer.assemble` puts one together from a config."""
 
     config: Config
+    run_config: Config  # as the run directory keeps it: what later starts begin with
     mesh: Mesh
     engine: Engine
     rows: RowSource
@@ -152,7 +153,7 @@ class Trainer:
             "layout": str(self.mesh.layout),
             "loss": self.progress.loss,
             VALIDATION_LOSS: self.progress.val_loss if self.progress.val_step == self.progress.step else None,
-            "config": to_dict(self.config),
+            "config": to_dict(self.run_config),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:

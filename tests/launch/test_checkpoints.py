@@ -174,3 +174,7 @@ def test_a_run_goes_on_from_the_remote_alone_as_if_nothing_had_happened(home: Pa
     assert [step[0] for step in steps_of(second)] == list(range(11, 17))
     for a, b in zip(steps_of(whole)[10:], steps_of(second), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
+    third = home / "third"  # by the words of the first start, as a script would have it
+    again = overrides(third, home / "text", "data=text", "model=tiny", "steps=16", *words, remote)
+    status, output = finish(home, command("train", *again))
+    assert status == 0 and "nothing to do: step 16" in output, output
