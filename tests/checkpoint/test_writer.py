@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import importlib.util
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -26,8 +25,6 @@ from parallel.shards import Shard, whole
 from tests.checkpoint.simulated import Grid, begin, blank, cut, end, holds, resume_all, save, small_model, start
 
 TENSORS = small_model()
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "checkpoint"])
 
 
 def process_of(writer: Checkpoints) -> int:
@@ -206,76 +203,6 @@ def test_kill_9_of_a_trainer_ends_its_writer_process_within_two_seconds(tmp_path
         while is_there(pid) and time.monotonic() - killed < 10:
             time.sleep(0.01)
         assert time.monotonic() - killed < 2
-
-
-MIB = 1 << 20
-
-
-def peak_over_20_saves(directory: Path, options: dict) -> tuple[int, int, int]:
-    """Bytes resident before there are saves, of the pool, and at the most while there were."""
-    shards = [Shard(str(n), "param", (4 * MIB,), whole((4 * MIB,)), torch.full((4 * MIB,), float(n))) for n in range(3)]
-    base = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM from now on
-    (writer,) = start(directory, 1, keep=1, **options)
-    writer.prepare(shards)
-    for step in range(1, 21):
-        writer.save(step, shards, {})
-        writer.await_staged()
-        for shard in shards:
-            shard.data.add_(1)
-    assert not any(report.error for report in writer.wait())
-    peak, pool = resident("VmHWM"), writer._pool.bytes
-    writer.close()
-    return base, pool, peak
-
-
-def resident(which: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which))
-
-
-def _send(pipe, function, arguments) -> None:
-    pipe.send(function(*arguments))
-
-
-def in_child(function, *arguments):
-    ours, theirs = _context.Pipe(duplex=False)
-    process = _context.Process(target=_send, args=(theirs, function, arguments), daemon=True)
-    process.start()
-    theirs.close()
-    assert ours.poll(120)
-    return ours.recv()
-
-
-@pytest.mark.parametrize("options", [{}, {"writer": "process"}, {"staging_limit": 8 * MIB}], ids=str)
-def test_twenty_saves_need_no_more_memory_than_the_pool(tmp_path, options):
-    base, pool, peak = in_child(peak_over_20_saves, tmp_path, options)
-    assert pool == 8 * MIB if "staging_limit" in options else 48 * MIB < pool < 49 * MIB
-    assert peak <= base + pool + 64 * MIB
-    assert peak >= base + pool - 8 * MIB, "it was measured"
-
-
-def peak_of_loading(directory: Path) -> tuple[int, int]:
-    """Bytes resident before, and at the most while a checkpoint of 48 MiB is read, a third of it transposed."""
-    from checkpoint import load, open_checkpoint
-
-    live = [torch.ones(4 * MIB), torch.ones(4 * MIB), torch.ones(2, 2 * MIB).T]
-    shards = [Shard(str(n), "param", data.shape, whole(data.shape), data) for n, data in enumerate(live)]
-    base = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    load(open_checkpoint(newest(directory)[0]), shards)
-    peak = resident("VmHWM")
-    assert all(bool((data == n).all()) for n, data in enumerate(live))
-    return base, peak
-
-
-def test_loading_needs_the_shards_and_a_block(tmp_path, monkeypatch):
-    monkeypatch.setattr("checkpoint.writer.BLOCK_BYTES", 4 * MIB)
-    tensors = {("param", str(n)): torch.full((4 * MIB,), float(n)) for n in range(2)}
-    tensors["param", "2"] = torch.full((2 * MIB, 2), 2.0)
-    save(start(tmp_path, 1), 1, cut(tensors, Grid()))
-    base, peak = in_child(peak_of_loading, tmp_path)
-    assert peak - base < (4 + 8) * MIB
 
 
 def test_no_save_waits_for_a_removal(tmp_path, monkeypatch):
