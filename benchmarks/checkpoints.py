@@ -9,8 +9,7 @@ as medians over the rounds with their range, all in one run of the same processe
                best of DCP's asynchronous modes (a thread, a thread with a staging pool, a process)
     write      bytes per second of a shard file, fsync included, over those of a plain sequential write and fsync
     restore    bytes per second from a checkpoint on disk to the live tensors, over those of a plain read of as large a
-               file into fresh memory; both files are out of the page cache. Beside it the plain read that uses one
-               buffer of 4 MiB again and again: it shows the disk, but no restore can end with its data in 4 MiB
+               file into memory that is in use as well; both files are out of the page cache
     save       CPU seconds that a save costs the machine, the kernel's included, while nothing trains
     overhead   share of time that training with a save every 10 steps needs more than without; a step takes
                --step-seconds for each GiB of the rank's state, which is what 2,000 tokens take on a CPU core
@@ -73,25 +72,24 @@ def main() -> None:
 
 
 def measure(
-    _: Config, mesh: Mesh, folder: str, size: int, rounds: int, writer: str, step_seconds: float, turns: int
+    _: Config, mesh: Mesh, folder: str, size: int, rounds: int, writer: str, step_seconds: float, pairs: int
 ) -> str:
     warnings.filterwarnings("ignore")
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # DCP starts a process
     bench = Bench(mesh, Path(folder), size, writer)
     stalls: dict[str, list[float]] = {}
-    writes, restores, through, cpu = [], [], [], []
+    writes, restores, cpu = [], [], []
     for number in range(rounds + 1):
-        found = {"stoker": bench.stoker_stall(number)} | bench.dcp_stalls()
+        found = {"stoker": bench.stoker_stall()} | bench.dcp_stalls()
         pair = bench.plain_write(), bench.stoker_write_seconds
-        restored = bench.stoker_restore()
+        reading = bench.reads()
         if number:  # the first round warms up
             for name, seconds in found.items():
                 stalls.setdefault(name, []).append(seconds)
             writes.append(pair[0] / pair[1])
-            restores.append(bench.plain_read() / restored)
-            through.append(bench.plain_read(again=True) / restored)
-            cpu.append(bench.save_cpu_seconds(number))
-    overhead = bench.overhead(step_seconds, turns)
+            restores.append(reading[1] / reading[0])
+            cpu.append(bench.save_cpu_seconds())
+    overhead = bench.overhead(step_seconds, pairs)
     bench.saves.close()
     for child in multiprocessing.active_children():  # DCP's process
         child.kill()
@@ -107,7 +105,7 @@ def measure(
             f"  stall     {_spread(ours, ' s')}; {_spread(against_sync)} of DCP's synchronous save, "
             f"{_spread(against_async)} of its best asynchronous mode ({best})",
             f"  write     {_spread(writes)} of a plain write with fsync",
-            f"  restore   {_spread(restores)} of a plain read; {_spread(through)} of one through a small buffer",
+            f"  restore   {_spread(restores)} of a plain read",
             f"  save      {_spread(cpu, ' s')} of CPU time, all ranks: {share:.2f}% of 10 steps on all cores",
             f"  overhead  {_spread([100 * share for share in overhead], '%')}, steps of {step_seconds} s",
         ]
@@ -135,6 +133,8 @@ class Bench:
                 use_pinned_memory=False, use_shared_memory=True, use_async_staging=False, use_non_blocking_copy=False
             )
         )
+        self._step = 0
+        self._read_into = torch.zeros(self._bytes, dtype=torch.uint8).fill_(1).numpy().data
         self.stoker_write_seconds = 0.0
         self.copy_seconds = self._longest(self._copy)
         self._factor = torch.randn(512, 512)
@@ -146,9 +146,9 @@ class Bench:
         for _ in range(self._products):
             torch.mm(self._factor, self._factor)
 
-    def stoker_stall(self, number: int) -> float:
+    def stoker_stall(self) -> float:
         self._meet()
-        self.saves.save(1000 + number, self.shards, {})
+        self._save()
         self.compute()
         self.saves.await_staged()
         self.saves.wait()
@@ -204,31 +204,35 @@ class Bench:
 
         return self._longest(write)
 
-    def plain_read(self, again: bool = False) -> float:
-        """The same bytes into fresh memory; `again`: into one small buffer, again and again."""
-        path = self._folder / f"plain-{self._mesh.rank}"
-        _forget(path)
+    def reads(self) -> tuple[float, float]:
+        """A restore, and a plain read of as large a file into memory in use.
+
+        Each is first once and second once: the first has the page cache's memory that was given back just now.
+        """
+        checkpoint, plain = newest(self._folder / "stoker")[0], self._folder / f"plain-{self._mesh.rank}"
+
+        def restore() -> None:
+            load(open_checkpoint(checkpoint), self.shards, (self._mesh.rank + 0.5) / self._mesh.layout.world)
 
         def read() -> None:
-            memory = torch.empty(BLOCK if again else self._bytes, dtype=torch.uint8).numpy().data
-            with open(path, "rb", buffering=0) as file:
+            with open(plain, "rb", buffering=0) as file:
                 at = 0
-                while count := file.readinto(memory[at : at + BLOCK]):
-                    at += 0 if again else count
+                while count := file.readinto(self._read_into[at : at + BLOCK]):
+                    at += count
 
-        return self._longest(read)
+        seconds = {restore: 0.0, read: 0.0}
+        for order in ((restore, read), (read, restore)):
+            for path in (plain, *checkpoint.iterdir()):
+                _forget(path)
+            for work in order:
+                seconds[work] += self._longest(work)
+        return seconds[restore], seconds[read]
 
-    def stoker_restore(self) -> float:
-        checkpoint = newest(self._folder / "stoker")[0]
-        for path in checkpoint.iterdir():
-            _forget(path)
-        return self._longest(lambda: load(open_checkpoint(checkpoint), self.shards))
-
-    def save_cpu_seconds(self, number: int) -> float:
+    def save_cpu_seconds(self) -> float:
         self._meet()
         dist.barrier()  # nobody collects garbage any more
         busy = busy_seconds()
-        self.saves.save(2000 + number, self.shards, {})
+        self._save()
         self.saves.wait()
         dist.barrier()
         spent = busy_seconds() - busy
@@ -239,21 +243,24 @@ class Bench:
         """The share by which STEPS steps take longer with a save every 10."""
         self._products = max(1, round(self._products * step_seconds / self._longest(self.compute)))
         found = []
-        for number in range(turns):
-            without = self._longest(lambda: self._train(None))
-            first = 10_000 * (number + 1)
-            found.append(self._longest(lambda: self._train(first)) / without - 1)  # noqa: B023
+        for _ in range(turns):
+            without = self._longest(lambda: self._train(saving=False))
+            found.append(self._longest(lambda: self._train(saving=True)) / without - 1)
             self.saves.wait()
             assert not any(report.error for report in self.saves.finished())
         return found
 
-    def _train(self, first: int | None) -> None:
+    def _train(self, saving: bool) -> None:
         for step in range(STEPS):
             self.compute()
             self.saves.await_staged()
-            if first is not None and step % 10 == 0:
-                self.saves.save(first + step, self.shards, {})
+            if saving and step % 10 == 0:
+                self._save()
         self.saves.await_staged()
+
+    def _save(self) -> None:
+        self._step += 1
+        self.saves.save(self._step, self.shards, {})
 
     def _copy(self) -> None:
         target = torch.empty_like(self.tensors[0])

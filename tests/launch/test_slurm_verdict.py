@@ -129,7 +129,7 @@ def test_the_script_is_what_was_asked_for_and_a_chain_waits_link_by_link(
     for line in ("--nodes=2", "--time=24:00:00", "--signal=B:USR1@120", "--account=lab", "--no-requeue"):
         assert f"#SBATCH {line}" in lines
     assert "'data.args.pattern=*.t xt'" in text
-    assert "fresh" not in text, "a requeued job resumes"
+    assert "run.fresh" not in text, "a requeued job resumes"
     first, second, third = (tmp_path / "calls").read_text().splitlines()
     assert "dependency" not in first and "STOKER_LINK=1/3" in first
     assert "--dependency=afterany:1" in second and "--dependency=afterany:2" in third and "STOKER_LINK=3/3" in third
