@@ -1,6 +1,7 @@
 """What a save and a restore cost, against torch's distributed checkpoint and against the disk itself.
 
     python benchmarks/checkpoints.py [--sizes 256 1024] [--ranks 2] [--rounds 5] [--directory DIR] [--writer thread]
+                                     [--only-reads]
 
 Each rank holds float32 tensors of --sizes MiB and computes steps that take a little longer than copying them. Printed,
 as medians over the rounds with their range, all in one run of the same processes in turn:
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--directory", default=None, help="where to write; default: the system's temporary directory")
     parser.add_argument("--writer", default="thread", choices=["thread", "process"])
     parser.add_argument("--step-seconds", type=float, default=3.0, help="per GiB of a rank's state")
+    parser.add_argument("--only-reads", action="store_true", help="nothing but `restore`")
     parser.add_argument("--turns", type=int, default=4, help="how often the overhead is measured")
     options = parser.parse_args()
     for size in options.sizes:
@@ -68,7 +70,10 @@ def main() -> None:
                 options.step_seconds * size / 1024,
                 options.turns,
             )
-            print(run(measure, Config(), options.ranks, *arguments)[0], flush=True)
+            if options.only_reads:
+                print(run(measure_reads, Config(), options.ranks, *arguments[:4])[0], flush=True)
+            else:
+                print(run(measure, Config(), options.ranks, *arguments)[0], flush=True)
 
 
 def measure(
@@ -82,12 +87,12 @@ def measure(
     for number in range(rounds + 1):
         found = {"stoker": bench.stoker_stall()} | bench.dcp_stalls()
         pair = bench.plain_write(), bench.stoker_write_seconds
-        reading = bench.reads()
+        restored, read = bench.reads()
         if number:  # the first round warms up
             for name, seconds in found.items():
                 stalls.setdefault(name, []).append(seconds)
             writes.append(pair[0] / pair[1])
-            restores.append(reading[1] / reading[0])
+            restores.append(read / restored)
             cpu.append(bench.save_cpu_seconds())
     overhead = bench.overhead(step_seconds, pairs)
     bench.saves.close()
@@ -110,6 +115,18 @@ def measure(
             f"  overhead  {_spread([100 * share for share in overhead], '%')}, steps of {step_seconds} s",
         ]
     )
+
+
+def measure_reads(_: Config, mesh: Mesh, folder: str, size: int, rounds: int, writer: str) -> str:
+    bench = Bench(mesh, Path(folder), size, writer)
+    ratios = []
+    for _ in range(rounds + 1):
+        bench.stoker_stall()
+        bench.plain_write()
+        restored, read = bench.reads()
+        ratios.append(read / restored)
+    bench.saves.close()
+    return f"{size} MiB per rank, {mesh.layout.world} ranks: restore {_spread(ratios[1:])} of a plain read"
 
 
 class Bench:

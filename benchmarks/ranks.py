@@ -32,6 +32,7 @@ from parallel.layout import batch_plan, layout_of, threads_per_rank
 from parallel.mesh import Mesh, pick_device, start_mesh, use_threads
 from parallel.rows import Rows
 from parallel.update import StepResult
+from trainer.process import die_with_parent
 
 BATCHES = 4  # different global batches, over and over
 SECONDS_TO_WAIT = 3000.0  # for all ranks; a first step may compile for minutes
@@ -269,6 +270,7 @@ def run(function: Callable[..., Any], config: Config, ranks: int, *arguments: An
 def _rank(
     pipe: Any, store: str, rank: int, ranks: int, function: Callable[..., Any], config: Config, arguments: Sequence[Any]
 ) -> None:
+    die_with_parent()
     try:
         use_threads(None, ranks)
         layout = layout_of(config, ranks)

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint import DamagedCheckpoint
 from conf.rundir import RunDirectory, next_attempt
+from trainer.main import Attempt, _fail
 from trainer.outcome import Ending, Outcome, close_dead_attempts, read_ending, write_ending
+from trainer.process import Console, Place
 
 
 def test_the_first_outcome_of_an_attempt_stands(tmp_path: Path) -> None:
@@ -34,3 +37,27 @@ def test_a_broken_outcome_is_named(tmp_path: Path) -> None:
     run.outcome(number).write_text("{")
     with pytest.raises(ValueError, match=r"outcome\.json"):
         read_ending(run, number)
+
+
+@pytest.mark.parametrize(
+    ("error", "training", "retry"),
+    [
+        (RuntimeError("a peer is gone, or the device"), False, True),
+        (ValueError("the data do not fit"), False, False),
+        (ValueError("the data do not fit"), True, True),
+        (DamagedCheckpoint("none is sound"), True, False),
+    ],
+    ids=str,
+)
+def test_what_a_new_attempt_cannot_mend_is_not_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception, training: bool, retry: bool
+) -> None:
+    """And where a rollback finds no sound checkpoint nobody begins at step 0 again without being asked."""
+    run = RunDirectory(tmp_path)
+    place = Place(rank=1, world=2, local_rank=1, local_world=2, restart=0)
+    attempt = Attempt(run, next_attempt(run), place, met=True, training=training, step=7)
+    assert _fail(error, attempt, place, Console()) == 1
+    ending = read_ending(run, attempt.number)
+    assert ending is not None and (ending.retry, ending.rank, ending.step) == (retry, 1, 7)
+    assert str(error) in ending.message
+    assert "rank 1 failed" in capsys.readouterr().err
