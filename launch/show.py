@@ -23,6 +23,14 @@ from conf.rundir import RunDirectory
 from trainer.progress import size
 
 
+def console_for_tables() -> Console:
+    """A terminal is as wide as it is; a file or a pipe gets whole lines."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    return console
+
+
 def run_at(path: str) -> RunDirectory:
     """The run directory at `path`. Raises ValueError when it is none."""
     run = RunDirectory(Path(path).expanduser().absolute())
@@ -61,7 +69,7 @@ def list_checkpoints(path: str) -> int:
             "" if summary.loss is None else f"{summary.loss:.4f}",
             "valid" if summary.problem is None else f"[red]damaged: {summary.problem}",
         )
-    Console().print(table)
+    console_for_tables().print(table)
     return int(any(summary.problem for summary in found))
 
 

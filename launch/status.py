@@ -6,13 +6,12 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from checkpoint import newest
 from checkpoint.names import MANIFEST, step_of
 from conf.rundir import RunDirectory, read_config
-from launch.show import run_at
+from launch.show import console_for_tables, run_at
 from launch.slurm.batch import read_notes
 from launch.tend import living
 from trainer.goodput import goodput
@@ -44,9 +43,7 @@ def status(path: str) -> int:
     run = run_at(path)
     alive = living(run)
     attempts = attempts_of(run, alive)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160
+    console = console_for_tables()
     rows = [("run", str(run.path)), *facts(run, attempts, alive)]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

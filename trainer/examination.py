@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +25,11 @@ SHOWN = 32  # ranks in the table, those that are behind first
 # Frames in which a rank waits for its peers: torch's collectives, and ours, which enter C at once.
 COLLECTIVES = ("torch/distributed/distributed_c10d.py", "torch/distributed/_functional_collectives.py",
                "torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py")  # fmt: skip
+# Innermost frames that wait for a collective which was begun elsewhere.
+_WAITS = re.compile(
+    r'(parallel/replicated|distributed/pipelining/schedules|deepspeed/runtime/zero/partition_parameters)\.py", '
+    r"line \d+ in (wait|_wait_batch_p2p)$"
+)
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,8 @@ def _of_main(stacks: str) -> list[str]:
 def _waits(stacks: str) -> bool:
     """Whether the main thread is in a collective, or a backward pass is, which GPUs do in threads of their own."""
     main = _of_main(stacks)
+    if main and _WAITS.search(main[0]):
+        return True
     backward = bool(main) and _BACKWARD in main[0]
     return any(place in (stacks if backward else "\n".join(main)) for place in COLLECTIVES)
 

@@ -83,7 +83,7 @@ def test_loading_needs_the_shards_and_a_block(tmp_path, monkeypatch):
     tensors["param", "2"] = torch.full((2 * MIB, 2), 2.0)
     save(start(tmp_path, 1), 1, cut(tensors, Grid()))
     base, peak = in_child(peak_of_loading, tmp_path)
-    assert peak - base < (4 + 8) * MIB
+    assert peak - base < (4 + 16) * MIB, "a second copy would be 48"
 
 
 def bytes_from_the_disk(directory: Path) -> int:

@@ -22,7 +22,7 @@ def test_a_rolled_back_run_is_the_run_that_never_took_the_bad_step(home: Path) -
     status, output = finish(home, command("train", *words))
     assert status == 0, output
     faults = "faults=[{at: 12, rank: 1, do: nan}, {at: 17, rank: 0, do: kill}]"  # after a save that has the span
-    words = overrides(run, home / "text", *WORDS, "nonfinite.action=rollback", faults)
+    words = overrides(run, home / "text", *WORDS, "nonfinite.action=rollback", "checkpoint.mode=sync", faults)
     status, output = finish(home, command("train", *words))
     assert status == 0, output
     assert "step 12 is bad: back to step 10" in output

@@ -85,7 +85,7 @@ def test_a_port_that_is_taken_is_one_line(home: Path) -> None:
 @pytest.fixture(scope="module")
 def reference(home: Path) -> list[tuple[Any, ...]]:
     run = home / "reference"
-    assert finish(home, command("train", *overrides(run, home / "text")))[0] == 0
+    assert finish(home, command("train", *overrides(run, home / "text", "steps=60")))[0] == 0
     return steps_of(run)
 
 
@@ -93,7 +93,9 @@ def reference(home: Path) -> list[tuple[Any, ...]]:
 def test_a_run_that_is_started_twice_goes_on_once(home: Path, reference: list[tuple[Any, ...]], killed: bool) -> None:
     """`killed`: a rank of the first start is, before the ranks see that there is a second."""
     run = RunDirectory(home / f"twice-{killed}")
-    words = overrides(run.path, home / "text", "model.target=tests.launch.slow:build", "launch.max_restarts=5")
+    words = overrides(
+        run.path, home / "text", "model.target=tests.launch.slow:build", "steps=60", "launch.max_restarts=5"
+    )
     with started(home, command("train", *words), cwd=Path.cwd()) as first:
         wait_until(lambda: last_step(run.path) >= 6, first)
         ranks = rank_pids(run.path)

@@ -56,7 +56,7 @@ def test_what_comes_after_the_ranks_have_ended(changed: dict, move: Move, status
 
 def checkpoint(run: RunDirectory, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have `run` look as if its newest checkpoint were of `step`."""
-    monkeypatch.setattr("launch.slurm.batch.newest", lambda _: [run.checkpoints / f"step-{step:08}"])
+    monkeypatch.setattr("launch.slurm.batch.newest_step", lambda _: step)
 
 
 def test_only_attempts_of_this_job_in_a_row_without_progress_count(

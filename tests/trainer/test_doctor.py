@@ -105,6 +105,10 @@ def test_who_waits_for_a_slow_save_of_another_rank_does_not_hang() -> None:
         ("S", STACK.replace("/x/models/attention.py", "/y/torch/distributed/distributed_c10d.py"), "update", False,
          WAITING),
         ("S", HELPER + STACK + THREAD_ANSWERS + MAIN_ANSWERS, "update", False, "in Python, asleep"),
+        ("S", STACK.replace('models/attention.py", line 7 in forward', 'parallel/replicated.py", line 154 in wait'),
+         "update", False, WAITING),
+        ("S", STACK.replace('x/models/attention.py", line 7 in forward', 'usr/lib/threading.py", line 327 in wait'),
+         "update", False, "in a C call that keeps the interpreter, asleep"),
         ("S", HELPER + STACK.replace("/x/models/attention.py", "/y/torch/autograd/graph.py"), "update", False, WAITING),
     ],
 )  # fmt: skip

@@ -56,7 +56,10 @@ def test_what_a_new_attempt_cannot_mend_is_not_tried_again(
     run = RunDirectory(tmp_path)
     place = Place(rank=1, world=2, local_rank=1, local_world=2, restart=0)
     attempt = Attempt(run, next_attempt(run), place, met=True, training=training, step=7)
-    assert _fail(error, attempt, place, Console()) == 1
+    try:
+        raise error
+    except Exception as raised:
+        assert _fail(raised, attempt, place, Console()) == 1
     ending = read_ending(run, attempt.number)
     assert ending is not None and (ending.retry, ending.rank, ending.step) == (retry, 1, 7)
     assert str(error) in ending.message
