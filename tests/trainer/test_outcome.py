@@ -39,6 +39,14 @@ def test_a_broken_outcome_is_named(tmp_path: Path) -> None:
         read_ending(run, number)
 
 
+def raised(error: Exception) -> Exception:
+    """With a traceback."""
+    try:
+        raise error
+    except Exception as caught:
+        return caught
+
+
 @pytest.mark.parametrize(
     ("error", "training", "retry"),
     [
@@ -56,10 +64,7 @@ def test_what_a_new_attempt_cannot_mend_is_not_tried_again(
     run = RunDirectory(tmp_path)
     place = Place(rank=1, world=2, local_rank=1, local_world=2, restart=0)
     attempt = Attempt(run, next_attempt(run), place, met=True, training=training, step=7)
-    try:
-        raise error
-    except Exception as raised:
-        assert _fail(raised, attempt, place, Console()) == 1
+    assert _fail(raised(error), attempt, place, Console()) == 1
     ending = read_ending(run, attempt.number)
     assert ending is not None and (ending.retry, ending.rank, ending.step) == (retry, 1, 7)
     assert str(error) in ending.message
