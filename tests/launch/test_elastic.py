@@ -45,6 +45,7 @@ def test_what_no_longer_divides_becomes_the_next_smaller_that_does(
     assert (fitted.parallel.replicas, fitted.batch.micro) == (replicas, micro)
 
 
+@pytest.mark.long
 def test_under_elastic_torchrun_machines_join_and_are_lost_and_the_run_goes_on(home: Path) -> None:
     """A machine has two ranks, which are one model (tp=2): one machine, two, one."""
     run, reference = home / "elastic", home / "reference"

@@ -65,8 +65,8 @@ class Killer:
     ("layout", "starts"),
     [
         ("parallel.zero=0", [["rank", "launcher"], ["all ranks", None]]),
-        ("parallel.zero=3", [["rank in mid-save", "launcher"], ["rank", None]]),
-        ("parallel.pp=2", [["all ranks", "rank in mid-save", None]]),
+        pytest.param("parallel.zero=3", [["rank in mid-save", "launcher"], ["rank", None]], marks=pytest.mark.long),
+        pytest.param("parallel.pp=2", [["all ranks", "rank in mid-save", None]], marks=pytest.mark.long),
     ],
 )
 def test_a_run_killed_at_random_moments_is_bitwise_the_undisturbed_one(

@@ -15,7 +15,10 @@ from tests.launch.jobs import FOUR, SLOW, Home, at_home, come_to, ending_of, log
 from tests.launch.runs import command, kill, last_step, overrides, rank_pids, steps_of
 from trainer.outcome import Outcome
 
-pytestmark = pytest.mark.skipif(cluster.missing() is not None, reason=str(cluster.missing()))
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(cluster.missing() is not None, reason=str(cluster.missing())),
+]
 
 
 @pytest.fixture(scope="module")

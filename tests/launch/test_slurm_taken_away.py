@@ -16,7 +16,10 @@ from tests.launch.jobs import Home, at_home, come_to, ending_of, log_of
 from tests.launch.runs import last_step, steps_of
 from trainer.outcome import Outcome, read_beginning
 
-pytestmark = pytest.mark.skipif(cluster.missing() is not None, reason=str(cluster.missing()))
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(cluster.missing() is not None, reason=str(cluster.missing())),
+]
 
 
 @pytest.fixture(scope="module")

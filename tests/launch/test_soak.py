@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.launch.runs import write_text
 from tests.launch.soak import HANG_SECONDS, KINDS, Soak
 from trainer.outcome import read_beginning, read_ending
 
 
+@pytest.mark.long
 def test_a_run_survives_everything_bitwise_and_every_second_of_it_is_booked(tmp_path: Path) -> None:
     write_text(tmp_path / "text")
     soak = Soak(tmp_path, faults=15, seed=7)

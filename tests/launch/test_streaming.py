@@ -38,6 +38,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_run_ends_with_its_data_and_a_killed_one_and_other_layouts_take_the_same_steps(home):
     words = command("train", *overrides(home / "whole", home / "text", *LANES))
     status, output = finish(home, words)

@@ -25,6 +25,8 @@ from tests.launch.runs import (
 )
 from trainer.outcome import Outcome, read_ending
 
+pytestmark = pytest.mark.long
+
 HOSTS = {f"stk{os.getpid()}a": "10.77.0.1", f"stk{os.getpid()}b": "10.77.0.2"}
 FIRST, SECOND = HOSTS
 DEVICE = "stoker0"
