@@ -76,8 +76,8 @@ def resume(
                 set_aside(checkpoint, one_line(damage))
     if last is not None:
         raise DamagedCheckpoint(
-            f"no checkpoint in {directory} is sound (the last one tried: {one_line(last)}); they are in "
-            f"{directory / DAMAGED} now, and the next start begins at step 0"
+            f"no checkpoint is sound (the last one tried: {one_line(last)}); those in {directory} have been moved to "
+            f"{DAMAGED}/, and a start that finds none begins at step 0"
         )
     return None
 

@@ -16,7 +16,7 @@ from parallel.layout import batch_plan
 from parallel.mapped import offloaded
 from parallel.mesh import Mesh
 from parallel.rows import IGNORE
-from trainer.cut import cut
+from trainer.cut import cut_without_values
 from trainer.evaluation import Evaluation
 from trainer.faults import Faults
 from trainer.goodput import Booking
@@ -54,7 +54,7 @@ def assemble(
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=stream.document_mask))
 
     phase(0, "build")
-    engine = cut(config, mesh, plan)
+    engine, initialise = cut_without_values(config, mesh, plan)
     observers = open_observers(config, run.path, screen) if mesh.rank == 0 else None
     remote = Remote(config.checkpoint.remote) if config.checkpoint.remote else None
     checkpoints = Checkpoints(
@@ -102,9 +102,11 @@ def assemble(
     if state is not None:
         trainer.load_state(state)
         log.info("resumed from step %d", trainer.progress.step)
-    elif config.model.init_from is not None:
-        load_pretrained(config, engine.shards())
-        engine.shards_written()
+    else:
+        initialise()
+        if config.model.init_from is not None:
+            load_pretrained(config, engine.shards())
+            engine.shards_written()
     checkpoints.go_on_uploading()
     with offloaded(config.parallel):
         checkpoints.prepare(engine.shards())

@@ -1,4 +1,4 @@
-"""The one function that cuts a model: from a config and a mesh to an engine with initialised weights.
+"""How a model is cut: from a config and a mesh to an engine with initialised weights.
 
 The order matters and stands here only: stages (pipeline) -> tensor parallel -> fp32 modules -> activation
 checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has cut it, the model lives on the meta device
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +39,16 @@ def cut(config: Config, mesh: Mesh, plan: BatchPlan) -> Engine:
 
     `config.model.vocab_size` is known by now. Raises ValueError for a model target that cannot be imported, and for a
     model that cannot be cut as asked.
+    """
+    engine, initialise = cut_without_values(config, mesh, plan)
+    initialise()
+    return engine
+
+
+def cut_without_values(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, Callable[[], None]]:
+    """`cut` in two: an engine whose parameters hold anything, and what gives them their initial values.
+
+    A run that goes on from a checkpoint has no use for those, and to draw them takes seconds per billion.
     """
     whole = build_on_meta(config.model, whole_model(config.model.layers))
     count = sum(math.prod(parameter.shape) for parameter in whole.parameters())
@@ -69,9 +80,12 @@ def cut(config: Config, mesh: Mesh, plan: BatchPlan) -> Engine:
     log.info("layout: %s; %d micro-batches of %d rows per rank", mesh.layout, plan.micro_batches, plan.micro_rows)
     for stage in stages:
         _cuttable(stage).rebuild_buffers()
-    initialize(engine.shards(), _cuttable(stages[0]).initial, config.run.seed)
-    engine.shards_written()
-    return engine
+
+    def initialise() -> None:
+        initialize(engine.shards(), _cuttable(stages[0]).initial, config.run.seed)
+        engine.shards_written()
+
+    return engine, initialise
 
 
 def build_on_meta(config: ModelConfig, part: Part) -> nn.Module:

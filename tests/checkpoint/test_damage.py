@@ -99,7 +99,7 @@ def test_where_no_checkpoint_is_sound_all_ranks_are_told_and_none_goes_on(run):
     errors = resume_all(run, cut(NEW, Grid(rows=2)))
     for error in errors:
         assert isinstance(error, DamagedCheckpoint) and "step-00000001/rank-00001.safetensors" in str(error)
-        assert "\n" not in str(error) and str(run / "damaged") in str(error)
+        assert "\n" not in str(error) and "damaged/" in str(error)
     assert newest(run) == [] and len(list((run / "damaged").iterdir())) == 2
     assert resume_all(run, cut(NEW, Grid(rows=2))) == [None, None], "the next start begins anew"
 

@@ -139,7 +139,9 @@ def test_where_no_checkpoint_is_sound_the_run_ends_and_begins_again_only_when_as
     file.write_bytes(file.read_bytes()[:-1])
     words = overrides(run, home / "text", "steps=3")
     status, output = finish(home, command("train", *words))
-    assert status == 1 and "no checkpoint in" in output and file.name in output and "restarting" not in output, output
+    assert status == 1 and "no checkpoint is sound" in output and file.name in output and "restarting" not in output, (
+        output
+    )
     assert "Traceback" not in output and len(RunDirectory(run).attempt_numbers()) == 2
     status, output = finish(home, command("train", *words))
     assert status == 0, output
