@@ -51,7 +51,7 @@ def sweep(rank: int, call: str, effect: str) -> collections.Counter[int]:
             new_run(directory)
             blow = strike(directory, rank, call, number, effect)
             step = check_what_is_left(directory, blow)
-            if not blow.killed and not any(blow.errors):
+            if not blow.struck:
                 break
             found[step] += 1
     return found

@@ -36,7 +36,8 @@ _context.set_forkserver_preload(["torch", "checkpoint", "tests.checkpoint.simula
 class Blow:
     """What happened to a save in which one rank was struck."""
 
-    killed: bool  # the struck rank died; False: it made fewer such calls, or lives with the error
+    struck: bool  # False: the rank made fewer such calls
+    killed: bool  # the struck rank died
     errors: list[str | None]  # of each rank; "dead" for one that could not say
 
 
@@ -61,7 +62,8 @@ def strike(directory: Path, rank: int, call: str, number: int, effect: str) -> B
         theirs.close()
         ours.settimeout(60)
         assert ours.recv(5) == b"ready"
-    command = ["strace", "-f", "-p", str(processes[rank].pid), "-e", f"trace={CALLS[call]}", "-o", "/dev/null"]
+    log = directory.with_name(f"{directory.name}.strace")
+    command = ["strace", "-f", "-p", str(processes[rank].pid), "-e", f"trace={CALLS[call]}", "-o", str(log)]
     command += ["-e", f"inject={CALLS[call]}:{effect}:when={number}"]
     tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -71,7 +73,9 @@ def strike(directory: Path, rank: int, call: str, number: int, effect: str) -> B
         errors = [_told(ours) for ours, _ in pairs]
         for process in processes:
             process.join(20)
-        return Blow(processes[rank].exitcode == -9, errors)
+        tracer.wait(20)  # it ends with those that it traces, and then all of its log is there
+        killed = processes[rank].exitcode == -9
+        return Blow(killed or "INJECTED" in log.read_text(), killed, errors)
     finally:
         for process in processes:
             process.kill()
