@@ -62,18 +62,11 @@ def main() -> None:
     options = parser.parse_args()
     for size in options.sizes:
         with tempfile.TemporaryDirectory(dir=options.directory) as folder:
-            arguments = (
-                folder,
-                size,
-                options.rounds,
-                options.writer,
-                options.step_seconds * size / 1024,
-                options.turns,
-            )
-            if options.only_reads:
-                print(run(measure_reads, Config(), options.ranks, *arguments[:4])[0], flush=True)
-            else:
-                print(run(measure, Config(), options.ranks, *arguments)[0], flush=True)
+            arguments = [folder, size, options.rounds, options.writer]
+            if not options.only_reads:
+                arguments += [options.step_seconds * size / 1024, options.turns]
+            measured = run(measure_reads if options.only_reads else measure, Config(), options.ranks, *arguments)
+            print(measured[0], flush=True)
 
 
 def measure(

@@ -169,7 +169,7 @@ def _refuse_together(stored: Stored, shards: list[Shard], exchange: Exchange) ->
     if all(other["fits"] for other in findings) and not _in_all(findings, "idle"):
         return
     # Only now every index is needed, to name what is wrong.
-    found = {"problems": _together(lambda: mismatches(stored, shards)[:_TOLD], exchange)}
+    found = {"problems": _together(lambda: sorted(mismatches(stored, shards))[:_TOLD], exchange)}
     spare = sum(1 << place for place, spared in enumerate(unused(stored, shards)) if spared)
     findings = [json.loads(text) for text in exchange(json.dumps(found | {"unused": f"{spare:x}"}))]
     problems = [problem for other in findings for problem in other["problems"]]

@@ -27,8 +27,7 @@ COLLECTIVES = ("torch/distributed/distributed_c10d.py", "torch/distributed/_func
                "torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py")  # fmt: skip
 # Innermost frames that wait for a collective which was begun elsewhere.
 _WAITS = re.compile(
-    r'(parallel/replicated|distributed/pipelining/schedules)\.py", '
-    r"line \d+ in (wait|_wait_batch_p2p)$"
+    r'(parallel/replicated\.py", line \d+ in wait|distributed/pipelining/schedules\.py", line \d+ in _wait_batch_p2p)$'
 )
 
 

@@ -37,7 +37,6 @@ class Blow:
     """What happened to a save in which one rank was struck."""
 
     struck: bool  # False: the rank made fewer such calls
-    killed: bool  # the struck rank died
     errors: list[str | None]  # of each rank; "dead" for one that could not say
 
 
@@ -74,8 +73,7 @@ def strike(directory: Path, rank: int, call: str, number: int, effect: str) -> B
         for process in processes:
             process.join(20)
         tracer.wait(20)  # it ends with those that it traces, and then all of its log is there
-        killed = processes[rank].exitcode == -9
-        return Blow(killed or "INJECTED" in log.read_text(), killed, errors)
+        return Blow(processes[rank].exitcode == -9 or "INJECTED" in log.read_text(), errors)
     finally:
         for process in processes:
             process.kill()

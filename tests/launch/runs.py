@@ -18,7 +18,7 @@ from trainer.process import read_stamps
 
 SMALL = [
     "model.width=32", "model.layers=2", "model.heads=2", "model.kv_heads=1", "model.hidden=64",
-    "seq_len=32", "batch.rows=8", "batch.micro=2", "steps=30", "launch.nproc=2", "parallel.zero=0",
+    "seq_len=32", "batch.rows=8", "batch.micro=2", "steps=30", "launch.nproc=2", "parallel.zero=2",
     "precision=fp32", "optim.lr=1e-2", "checkpoint.every=5", "data=text", "launch.threads=1", "log.every=1",
 ]  # fmt: skip
 COMPARED = ("step", "updates", "loss", "grad_norm", "lr", "tokens")  # what "bitwise" speaks of

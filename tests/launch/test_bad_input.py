@@ -218,7 +218,7 @@ def test_a_model_that_no_longer_fits_its_checkpoints_is_named(home: Path, traine
     config.write_text(config.read_text().replace("layers: 2", "layers: 1"))
     assert "layers.1." in refused(home, "generate", str(run), "--prompt", "a")
     config.write_text(config.read_text().replace("layers: 1", "layers: 2").replace("hidden: 64", "hidden: 32"))
-    assert ".mlp." in refused(home, "generate", str(run), "--prompt", "a")
+    assert "layers.0.mlp" in refused(home, "generate", str(run), "--prompt", "a")
 
 
 def test_a_defect_in_a_users_model_is_located_and_not_retried(home: Path) -> None:

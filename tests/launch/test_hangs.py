@@ -59,7 +59,13 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on_bitwise(home: Path) -> N
 
 def test_a_rank_stopped_by_a_signal_is_told_from_one_that_hangs_by_itself(home: Path) -> None:
     run = home / "stopped"
-    words = ["steps=400", "schedule.total_steps=12", "launch.hang_seconds=3", "launch.max_restarts=0"]
+    words = [
+        "steps=400",
+        "schedule.total_steps=12",
+        "launch.hang_seconds=3",
+        "launch.max_restarts=0",
+        "parallel.zero=0",
+    ]
     with started(home, command("train", *overrides(run, home / "text", *words))) as process:
         wait_until(lambda: last_step(run) >= 3, process)
         kill(rank_pids(run)[0], signal.SIGSTOP)
@@ -67,6 +73,7 @@ def test_a_rank_stopped_by_a_signal_is_told_from_one_that_hangs_by_itself(home: 
         wait_until_gone(home)
     assert process.returncode == 1
     assert "rank 0 on " in output and "stopped by a signal (SIGSTOP)" in output
+    assert "waits for other ranks" in output, "for what backward has begun to reduce, under ZeRO 0"
     ending = read_ending(RunDirectory(run), 1)
     assert ending is not None and (ending.outcome, ending.rank) == (Outcome.HUNG, 0)
 
