@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import os
 import re
@@ -34,6 +35,7 @@ from trainer.cut import cut
 
 BUILD = "python -m parallel.deepspeed_engine.async_io"
 MISSING = missing_for_async_io() or (None if is_built() else f"it takes minutes to build, {BUILD} does")
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 STEPS = 4
 WIDTH = 514  # of the toy: half a matrix is a MiB and a little, so that DeepSpeed swaps it; it divides over nothing
 
@@ -175,6 +177,9 @@ def under_a_limit(config: Config, limit: int) -> None:
     """On a rank: train with at most `limit` bytes of private memory more than there are."""
     import deepspeed  # noqa: F401  (its memory is not what is measured)
 
+    # Every large tensor in a mapping of its own: glibc would raise the size from which it maps up to 32 MiB as tensors
+    # are freed, and what its heap then keeps in fragments differs by a fifth from run to run.
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20) == 1
     used = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert used is not None
     resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(used[1]) + limit, resource.RLIM_INFINITY))
@@ -187,7 +192,8 @@ def test_a_run_fits_where_offload_to_the_cpu_finds_too_little_memory(tmp_path: P
     config.model.width, config.model.layers = 1024, 4
     config.parallel.deepspeed = {"zero_optimization": {"reduce_bucket_size": 1 << 20, "sub_group_size": 1 << 20}}
     parameters = 4 * 2 * 1024 * 2048  # in the matrices of four layers
-    limit = (24 if zero == 2 else 20) * parameters  # bytes; in the CPU's memory it is 32 and 28
+    # Bytes. On NVMe it takes less than 18 and 12 for a parameter, in the CPU's memory more than 34 and 24.
+    limit = (26 if zero == 2 else 18) * parameters
     world.run(under_a_limit, 1, config, limit)
     config.parallel.offload = "cpu"
     with pytest.raises(AssertionError, match="allocate memory"):
