@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import os
 import re
@@ -32,10 +31,10 @@ from tests import world
 from tests.parallel.reference import assemble, global_rows, normwise, one_process, small_config
 from tests.trainer.test_resume import HALF, half
 from trainer.cut import cut
+from trainer.process import give_freed_memory_back
 
 BUILD = "python -m parallel.deepspeed_engine.async_io"
 MISSING = missing_for_async_io() or (None if is_built() else f"it takes minutes to build, {BUILD} does")
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 STEPS = 4
 WIDTH = 514  # of the toy: half a matrix is a MiB and a little, so that DeepSpeed swaps it; it divides over nothing
 
@@ -177,9 +176,7 @@ def under_a_limit(config: Config, limit: int) -> None:
     """On a rank: train with at most `limit` bytes of private memory more than there are."""
     import deepspeed  # noqa: F401  (its memory is not what is measured)
 
-    # Every large tensor in a mapping of its own: glibc would raise the size from which it maps up to 32 MiB as tensors
-    # are freed, and what its heap then keeps in fragments differs by a fifth from run to run.
-    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20) == 1
+    give_freed_memory_back()  # as a run does
     used = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert used is not None
     resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(used[1]) + limit, resource.RLIM_INFINITY))
