@@ -140,11 +140,17 @@ def test_peek_shows_rows_of_lanes_before_and_after_the_checkpoints(tmp_path, cap
     write_config(RunDirectory(run), config)
     stream, _ = open_all_lanes(config, open_tokenizer(config.data))
     batches, states = [], []
-    for _ in range(9):
+    for step in range(1, 10):
         batches.append(stream.next())
         states.append(stream.state())
+        if mixed and step == 5:  # the steps before that were of other weights than the config now names
+            stream.close()
+            config.data.weights = {"books": 9, "notes": 1}
+            write_config(RunDirectory(run), config)
+            stream, _ = open_all_lanes(config, open_tokenizer(config.data))
+            stream.load_state(states[-1])
     stream.close()
-    monkeypatch.setattr("launch.data_peek._states", lambda run: [states[2], states[5]])
+    monkeypatch.setattr("launch.data_peek._states", lambda run: [states[2], states[6]])
     for step in (1, 3, 4, 9):
         assert main(["data", "peek", str(run), "--step", str(step), "--rows", "8", "--characters", "10000"]) == 0
         shown = capsys.readouterr().out

@@ -209,17 +209,31 @@ def test_a_unit_that_breaks_off_is_an_error_or_loses_all_documents_from_there_on
     assert again.skips == () and again.ids.tolist() == window.ids.tolist()
 
 
+def test_a_unit_known_to_be_lost_is_not_waited_for_again():
+    """Whoever goes on from a state may not have to ask a dead server once more, with all the patience that takes."""
+    units = Breaking(after=0)
+    windows = Windows("broken", units, 3, 0, ByteTokenizer(), 0.0, True, None)
+    window = windows.read(0, Store())
+    assert window.skips == (Skip(0, 1, 0, ALL),) and sorted(units.read_units) == [0, 1, 2]
+    again = windows.read(0, Store(), window.skips)
+    assert again.ids.tolist() == window.ids.tolist() and sorted(units.read_units) == [0, 0, 1, 2, 2]
+
+
 class Breaking:
-    """Three units of three documents, of which the second breaks off after two."""
+    """Three units of three documents, of which the second breaks off after some."""
 
     fingerprint: dict = {}  # noqa: RUF012
+
+    def __init__(self, after: int = 2) -> None:
+        self._after, self.read_units = after, []
 
     def __len__(self) -> int:
         return 3
 
     def read(self, unit, store, report):
+        self.read_units.append(unit)
         for number in range(3):
-            if unit == 1 and number == 2:
+            if unit == 1 and number == self._after:
                 raise Damaged("it broke off", f"x/{unit}", 7)
             yield number, f"{unit}{'abc'[number]}"
 

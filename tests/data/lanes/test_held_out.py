@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from functools import partial
@@ -52,10 +53,13 @@ def test_the_second_start_reads_no_text_for_it(config, tmp_path):
         open_rows(config, "validation")
 
 
-def test_no_more_is_read_than_it_takes(config, tmp_path):
+def test_no_more_is_read_than_it_takes(config, tmp_path, caplog):
     write_lines(tmp_path / "texts", documents(5000))
-    plan = open_rows(config, "validation")
+    with caplog.at_level(logging.INFO):
+        plan = open_rows(config, "validation")
     assert 8 <= plan.rows_per_epoch < 80
+    (windows,) = re.findall(r"the validation documents of (\d+) windows", caplog.text)
+    assert int(windows) < 10  # of 281
 
 
 def test_more_rows_than_there_are_is_refused(config):

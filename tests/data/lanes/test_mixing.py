@@ -111,6 +111,19 @@ def test_where_and_how_often_a_run_is_started_does_not_show_where_its_sources_en
         assert digests(batches(opener, 52, splits)) == expected, first
 
 
+def test_a_rare_source_has_all_rows_at_hand_when_the_others_end(mixed):
+    """Within the period at whose dealing that becomes known: windows are dealt for it once more."""
+    mixed.data.window, mixed.data.unit_bytes = 1, 64  # two rows
+    mixed.data.sources["a"] |= {"max_epochs": 1, "weight": 100}
+    mixed.data.sources["b"]["weight"] = 1
+    del mixed.data.sources["c"]
+    opener = partial(open_stream, mixed)
+    found = batches(opener, 25)
+    assert sources_of(found[5])["a"] >= 23 and set(sources_of(found[-1])) == {"b"}
+    splits = [{"dp": 4, "batches": 11}, {"dp": 2, "peers": 2, "batches": 1}, {"dp": 3, "workers": 1}]
+    assert digests(batches(opener, 25, splits)) == digests(found)
+
+
 def test_the_data_end_when_every_source_has_ended(mixed):
     for source in mixed.data.sources.values():
         source["max_epochs"] = 1
