@@ -32,8 +32,7 @@ _context.set_forkserver_preload(
         "torch.distributed.fsdp",
         "parallel.sharded",
         "parallel.pipeline",
-        "trainer.cut",
-        "checkpoint",
+        "trainer.main",
         "deepspeed",
         "deepspeed.runtime.zero.muon.muon_optimizer",
     ]
@@ -43,17 +42,23 @@ PR_SET_PDEATHSIG = 1
 
 
 def run(
-    function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 60.0, device: str = "cpu"
+    function: Callable[..., Any],
+    ranks: int,
+    *arguments: Any,
+    timeout: float = 60.0,
+    device: str = "cpu",
+    group: bool = True,
 ) -> list[Any]:
     """Run `function(*arguments)` on `ranks` ranks; what each returned, in rank order.
 
-    Raises AssertionError with the traceback of the first rank that failed, or naming those that did not end in time.
+    Without `group` they only know their place, and make the default process group themselves. Raises AssertionError
+    with the traceback of the first rank that failed, or naming those that did not end in time.
     """
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(ranks):
             ours, theirs = _context.Pipe(duplex=False)
-            work = (theirs, os.path.join(folder, "store"), rank, ranks, timeout, device, function, arguments)
+            work = (theirs, os.path.join(folder, "store"), rank, ranks, timeout, device, group, function, arguments)
             process = _context.Process(target=_rank, args=work, daemon=True)
             process.start()
             theirs.close()
@@ -104,6 +109,7 @@ def _rank(
     ranks: int,
     timeout: float,
     device: str,
+    group: bool,
     function: Callable[..., Any],
     arguments: Any,
 ) -> None:
@@ -113,20 +119,23 @@ def _rank(
 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    os.environ["LOCAL_RANK"] = str(rank)
+    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+    os.environ |= {name: str(value) for name, value in place.items()}
     try:
         if device == "cuda":
             torch.cuda.set_device(rank)
-        dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=ranks,
-            timeout=timedelta(seconds=timeout),
-        )
+        if group:
+            dist.init_process_group(
+                "nccl" if device == "cuda" else "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=ranks,
+                timeout=timedelta(seconds=timeout),
+            )
         pipe.send_bytes(pickle.dumps((True, function(*arguments))))  # by value: torch would share memory
-        dist.barrier()  # nobody leaves while a peer still needs it
-        dist.destroy_process_group()
+        if group:
+            dist.barrier()  # nobody leaves while a peer still needs it
+            dist.destroy_process_group()
     except BaseException:
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:

@@ -143,6 +143,8 @@ def _config(overrides: Sequence[str], place: Place) -> Config:
         return from_dict(json.loads(given))
     if place.world > 1 and not any(o.startswith(("run.dir=", "run.name=")) for o in overrides):
         raise ConfigError("say run.dir=... or run.name=...: every rank must find the same run directory")
+    if place.world > 1 and "LOCAL_RANK" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
+        raise ConfigError("LOCAL_RANK is set and LOCAL_WORLD_SIZE is not: say how many ranks this machine has")
     say = (lambda line: print(f"stoker: {line}", file=sys.stderr)) if place.rank == 0 else (lambda _: None)
     config, _ = settle_config(overrides, lambda _: (place.world, torch.cuda.device_count()), refitted=say)
     return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.rundir import RunDirectory
+from tests import world
 from trainer.metrics import read
+from trainer.outcome import Outcome
 from trainer.process import read_stamps
 
 SMALL = [
@@ -69,6 +72,28 @@ def finish(home: Path, words: list[str], timeout: float = 90.0, **options: Any) 
     with started(home, words, **options) as process:
         output, _ = process.communicate(timeout=timeout)
         return process.returncode, output
+
+
+def train_here(home: Path, words: list[str]) -> None:
+    """Train to the end on forked ranks: a run to compare with, without the seconds that the start of processes takes.
+
+    Raises AssertionError unless it is completed.
+    """
+    (ranks,) = (int(word.removeprefix("launch.nproc=")) for word in words if word.startswith("launch.nproc="))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world.run(_train, ranks, environment(home) | rendezvous, words, group=False)
+
+
+def _train(environment: dict[str, str], words: list[str]) -> None:
+    from trainer.main import run  # not above: whoever starts processes only needs none of it
+
+    os.environ |= environment
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    ending = run(words)
+    assert ending.outcome is Outcome.COMPLETED, ending
 
 
 def steps_of(run: Path) -> list[tuple[Any, ...]]:

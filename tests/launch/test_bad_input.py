@@ -4,20 +4,51 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from conf.rundir import RunDirectory
-from tests.launch.runs import command, finish, last_step, overrides, started, steps_of, wait_until, write_text
+from launch.cli import main
+from tests.launch.runs import (
+    command,
+    finish,
+    last_step,
+    overrides,
+    started,
+    steps_of,
+    train_here,
+    wait_until,
+    write_text,
+)
 from trainer.metrics import read
 from trainer.outcome import Outcome, read_ending
 
+Call = Callable[..., tuple[int, str]]
 
-def refused(home: Path, *words: str) -> str:
+
+@pytest.fixture
+def call(home: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """`stoker <words>` in this process, for commands that start no ranks: (exit status, all output)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.chdir(home)
+
+    def run(*words: str) -> tuple[int, str]:
+        capfd.readouterr()
+        return main(words), "".join(capfd.readouterr())
+
+    return run
+
+
+def process(home: Path) -> Call:
+    """`stoker <words>` as a process: (exit status, all output)."""
+    return lambda *words: finish(home, command(*words), timeout=60)
+
+
+def refused(call: Call, *words: str) -> str:
     """What `stoker <words>` says when it refuses: one line, with the reasons below it where there are several."""
-    status, output = finish(home, command(*words), timeout=60)
+    status, output = call(*words)
     assert status != 0, output
     lines = output.strip().splitlines()
     complaints = [line for line in lines if line.startswith("stoker: ") and "run directory " not in line]
@@ -39,10 +70,10 @@ def refused(home: Path, *words: str) -> str:
     ],
 )
 def test_a_config_that_cannot_work_is_refused_before_a_rank_is_spawned(
-    home: Path, words: list[str], expected: str
+    home: Path, call: Call, words: list[str], expected: str
 ) -> None:
     run = home / "refused"
-    assert expected in refused(home, "train", *overrides(run, home / "text", *words))
+    assert expected in refused(call, "train", *overrides(run, home / "text", *words))
     assert not run.exists()
 
 
@@ -51,58 +82,64 @@ def test_an_unknown_command_gets_the_closest(home: Path) -> None:
     assert status == 2 and "'train'" in output and len(output.strip().splitlines()) == 1
 
 
-def test_missing_and_empty_data_are_named(home: Path) -> None:
+def test_missing_and_empty_data_are_named(home: Path, call: Call) -> None:
     (home / "empty").mkdir()
     (home / "binary").mkdir()
     (home / "binary" / "a.txt").write_bytes(b"\xff\xfe\xfa")
     for folder in ("nowhere", "empty", "binary"):
-        assert str(home / folder) in refused(home, "train", *overrides(home / f"run-{folder}", home / folder))
+        assert str(home / folder) in refused(call, "train", *overrides(home / f"run-{folder}", home / folder))
 
 
 def test_data_shorter_than_a_row_are_named(home: Path) -> None:
     (home / "short").mkdir()
     (home / "short" / "a.txt").write_text("few words")
-    assert "row" in refused(home, "train", *overrides(home / "run-short", home / "short"))
+    assert "row" in refused(process(home), "train", *overrides(home / "run-short", home / "short"))
 
 
-def test_a_run_directory_that_cannot_be_written_is_named(home: Path) -> None:
+def test_a_run_directory_that_cannot_be_written_is_named(home: Path, call: Call) -> None:
     (home / "file").touch()
-    assert str(home / "file") in refused(home, "train", *overrides(home / "file" / "run", home / "text"))
+    assert str(home / "file") in refused(call, "train", *overrides(home / "file" / "run", home / "text"))
 
 
 def test_a_model_that_cannot_be_imported_is_named(home: Path) -> None:
     words = overrides(home / "no-model", home / "text", "model.target=no_such_module:build")
-    assert "no_such_module" in refused(home, "train", *words)
+    assert "no_such_module" in refused(process(home), "train", *words)
     assert RunDirectory(home / "no-model").attempt_numbers() == [1], "there is no point in another attempt"
+
+
+def test_a_launcher_that_does_not_say_how_many_ranks_a_machine_has_is_told(home: Path) -> None:
+    place = ("RANK=0", "WORLD_SIZE=2", "LOCAL_RANK=0")
+    words = ["env", *place, command()[0], "-P", "-m", "trainer", *overrides(home / "alone", home / "text")]
+    status, output = finish(home, words)
+    assert status == 2 and len(output.splitlines()) == 1 and "LOCAL_WORLD_SIZE is not" in output, output
 
 
 @pytest.fixture(scope="module")
 def trained(home: Path) -> Path:
     run = home / "trained"
-    status, output = finish(home, command("train", *overrides(run, home / "text", "steps=3")))
-    assert status == 0, output
+    train_here(home, overrides(run, home / "text", "steps=3"))
     return run
 
 
-def test_a_wrong_prompt_run_or_step_is_named(home: Path, trained: Path) -> None:
-    assert "prompt" in refused(home, "generate", str(trained), "--prompt", "")
-    assert "temperature" in refused(home, "generate", str(trained), "--prompt", "a", "--temperature", "0")
-    assert "step 99" in refused(home, "generate", str(trained), "--prompt", "a", "--step", "99")
-    assert "not a run directory" in refused(home, "generate", str(home / "nowhere"), "--prompt", "a")
-    assert "no checkpoints" in refused(home, "generate", str(home / "no-model"), "--prompt", "a")
-    assert "no checkpoints" in refused(home, "checkpoint", "ls", str(home / "no-model"))
+def test_a_wrong_prompt_run_or_step_is_named(home: Path, call: Call, trained: Path) -> None:
+    assert "prompt" in refused(call, "generate", str(trained), "--prompt", "")
+    assert "temperature" in refused(call, "generate", str(trained), "--prompt", "a", "--temperature", "0")
+    assert "step 99" in refused(call, "generate", str(trained), "--prompt", "a", "--step", "99")
+    assert "not a run directory" in refused(call, "generate", str(home / "nowhere"), "--prompt", "a")
+    assert "no checkpoints" in refused(call, "generate", str(home / "no-model"), "--prompt", "a")
+    assert "no checkpoints" in refused(call, "checkpoint", "ls", str(home / "no-model"))
 
 
-def test_the_model_speaks_and_the_same_seed_says_the_same(home: Path, trained: Path) -> None:
-    words = command("generate", str(trained), "--prompt", "document", "--tokens", "20", "--seed", "3")
-    (status, first), (_, second) = finish(home, words), finish(home, words)
+def test_the_model_speaks_and_the_same_seed_says_the_same(home: Path, call: Call, trained: Path) -> None:
+    words = ["generate", str(trained), "--prompt", "document", "--tokens", "20", "--seed", "3"]
+    (status, first), (_, second) = process(home)(*words), call(*words)
     assert status == 0 and first == second and first.startswith("document") and len(first) > len("document\n")
 
 
-def test_checkpoints_are_listed_and_proven_and_damage_is_found(home: Path, trained: Path) -> None:
-    status, output = finish(home, command("checkpoint", "ls", str(trained)))
+def test_checkpoints_are_listed_and_proven_and_damage_is_found(home: Path, call: Call, trained: Path) -> None:
+    status, output = call("checkpoint", "ls", str(trained))
     assert status == 0 and "valid" in output
-    status, output = finish(home, command("checkpoint", "verify", str(trained)))
+    status, output = call("checkpoint", "verify", str(trained))
     assert status == 0, output
     run = home / "damaged"
     subprocess.run(["cp", "-r", trained, run], check=True)
@@ -111,13 +148,13 @@ def test_checkpoints_are_listed_and_proven_and_damage_is_found(home: Path, train
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    status, output = finish(home, command("checkpoint", "verify", str(run)))
+    status, output = call("checkpoint", "verify", str(run))
     assert status == 1 and file.name in output
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(home: Path) -> None:
     run = home / "fallback"
-    assert finish(home, command("train", *overrides(run, home / "text", "steps=10")))[0] == 0
+    train_here(home, overrides(run, home / "text", "steps=10"))
     before = steps_of(run)
     newest = RunDirectory(run).checkpoints / "step-00000010" / "rank-00001.safetensors"
     content = bytearray(newest.read_bytes())
@@ -160,19 +197,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_full_disk_fails_the_save_and_keeps_the_checkpoint_before(home: Path, small_disk: Path) -> None:
+def test_a_full_disk_fails_the_save_and_keeps_the_checkpoint_before(home: Path, call: Call, small_disk: Path) -> None:
     run = small_disk / "run"
     words = overrides(run, home / "text", "steps=12", "checkpoint.every=4", "checkpoint.keep=20")
-    with started(home, command("train", *words, "launch.max_restarts=0")) as process:
-        wait_until(lambda: (RunDirectory(run).checkpoints / "step-00000004").exists(), process)
-        output, _ = process.communicate(timeout=60)
+    with started(home, command("train", *words, "launch.max_restarts=0")) as train:
+        wait_until(lambda: (RunDirectory(run).checkpoints / "step-00000004").exists(), train)
+        output, _ = train.communicate(timeout=60)
     kept = sorted(path.name for path in RunDirectory(run).checkpoints.glob("step-*[0-9]"))
-    assert process.returncode != 0, output
+    assert train.returncode != 0, output
     assert "checkpoint" in output and "Traceback" not in output, output
     assert kept and kept[-1] < "step-00000012", "the test's disk is too large"
     ending = read_ending(RunDirectory(run), 1)
     assert ending is None or ending.outcome is Outcome.FAILED
-    status, output = finish(home, command("checkpoint", "verify", str(run)))
+    status, output = call("checkpoint", "verify", str(run))
     assert status == 0, output
 
 
@@ -182,48 +219,48 @@ def test_a_closed_terminal_does_not_end_a_run(home: Path) -> None:
     words = command("train", *overrides(run, home / "text", "steps=12"))
     from tests.launch.runs import environment
 
-    process = subprocess.Popen(
+    train = subprocess.Popen(
         words, env=environment(home), cwd=home, stdout=write_end, stderr=subprocess.DEVNULL, start_new_session=True
     )
     os.close(write_end)
     os.close(read_end)
-    assert process.wait(timeout=60) == 0
+    assert train.wait(timeout=60) == 0
     assert last_step(run) == 12 and len(read(RunDirectory(run).metrics)) == 12
 
 
-def test_a_trained_tokenizer_outlives_the_texts(home: Path) -> None:
+def test_a_trained_tokenizer_outlives_the_texts(home: Path, call: Call) -> None:
     texts = write_text(home / "passing")
     more = ["data.tokenizer=bpe", "data.bpe_vocab=320", "steps=2"]
     assert finish(home, command("train", *overrides(home / "bpe", Path("passing"), *more)))[0] == 0
     subprocess.run(["rm", "-r", texts], check=True)
-    status, output = finish(home, command("generate", str(home / "bpe"), "--prompt", "document", "--tokens", "5"))
+    status, output = call("generate", str(home / "bpe"), "--prompt", "document", "--tokens", "5")
     assert status == 0 and output.startswith("document"), output
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_speaks(home: Path, trained: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_speaks(home: Path, call: Call) -> None:
     run = home / "speaks"
-    assert finish(home, command("train", *overrides(run, home / "text", "steps=10")))[0] == 0
+    train_here(home, overrides(run, home / "text", "steps=10"))
     file = RunDirectory(run).checkpoints / "step-00000010" / "rank-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    status, output = finish(home, command("generate", str(run), "--prompt", "a", "--tokens", "5"))
+    status, output = call("generate", str(run), "--prompt", "a", "--tokens", "5")
     assert status == 0 and "step-00000010" in output and "damaged" in output
 
 
-def test_a_model_that_no_longer_fits_its_checkpoints_is_named(home: Path, trained: Path) -> None:
+def test_a_model_that_no_longer_fits_its_checkpoints_is_named(home: Path, call: Call, trained: Path) -> None:
     run = home / "unfit"
     subprocess.run(["cp", "-r", trained, run], check=True)
     config = RunDirectory(run).config
     config.write_text(config.read_text().replace("layers: 2", "layers: 1"))
-    assert "layers.1." in refused(home, "generate", str(run), "--prompt", "a")
+    assert "layers.1." in refused(call, "generate", str(run), "--prompt", "a")
     config.write_text(config.read_text().replace("layers: 1", "layers: 2").replace("hidden: 64", "hidden: 32"))
-    assert "layers.0.mlp" in refused(home, "generate", str(run), "--prompt", "a")
+    assert "layers.0.mlp" in refused(call, "generate", str(run), "--prompt", "a")
 
 
 def test_a_defect_in_a_users_model_is_located_and_not_retried(home: Path) -> None:
     (home / "mine.py").write_text("def build(config, part):\n    return config.args['reach']\n")
     run = home / "defect"
-    output = refused(home, "train", *overrides(run, home / "text", "model.target=mine:build"))
+    output = refused(process(home), "train", *overrides(run, home / "text", "model.target=mine:build"))
     assert "KeyError: 'reach'" in output and "mine.py:2" in output
     assert RunDirectory(run).attempt_numbers() == [1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conf.rundir import RunDirectory
-from tests.launch.runs import command, finish, overrides, steps_of
+from tests.launch.runs import command, finish, overrides, steps_of, train_here
 from trainer.goodput import goodput
 from trainer.metrics import read
 from trainer.outcome import Outcome, read_ending
@@ -18,9 +18,7 @@ WORDS = ["steps=18", "checkpoint.every=5", "launch.max_restarts=1"]
 
 def test_a_rolled_back_run_is_the_run_that_never_took_the_bad_step(home: Path) -> None:
     reference, run = home / "without", home / "rolled-back"
-    words = overrides(reference, home / "text", *WORDS, "skip_steps=[[12,12]]")
-    status, output = finish(home, command("train", *words))
-    assert status == 0, output
+    train_here(home, overrides(reference, home / "text", *WORDS, "skip_steps=[[12,12]]"))
     faults = "faults=[{at: 12, rank: 1, do: nan}, {at: 17, rank: 0, do: kill}]"  # after a save that has the span
     words = overrides(run, home / "text", *WORDS, "nonfinite.action=rollback", "checkpoint.mode=sync", faults)
     status, output = finish(home, command("train", *words))

@@ -12,17 +12,7 @@ import pytest
 from conf.compose import compose
 from conf.rundir import RunDirectory
 from parallel.layout import fit
-from tests.launch.runs import (
-    command,
-    finish,
-    kill,
-    last_step,
-    overrides,
-    rank_pids,
-    started,
-    steps_of,
-    wait_until,
-)
+from tests.launch.runs import command, kill, last_step, overrides, rank_pids, started, steps_of, train_here, wait_until
 from trainer.outcome import Outcome, read_beginning, read_ending
 
 
@@ -50,7 +40,7 @@ def test_under_elastic_torchrun_machines_join_and_are_lost_and_the_run_goes_on(h
     """A machine has two ranks, which are one model (tp=2): one machine, two, one."""
     run, reference = home / "elastic", home / "reference"
     more = ["parallel.tp=2", "parallel.zero=1", "batch.micro=8", "schedule.total_steps=30", "checkpoint.every=4"]
-    assert finish(home, command("train", *overrides(reference, home / "text", *more, "steps=100")))[0] == 0
+    train_here(home, overrides(reference, home / "text", *more, "steps=100"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

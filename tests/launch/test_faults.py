@@ -8,7 +8,7 @@ import pytest
 
 from conf.faults import Fault, read_faults
 from conf.rundir import RunDirectory
-from tests.launch.runs import command, finish, overrides, steps_of, wait_until_gone, write_text
+from tests.launch.runs import command, finish, overrides, steps_of, train_here, wait_until_gone, write_text
 from trainer.metrics import read
 from trainer.outcome import read_ending
 
@@ -43,8 +43,7 @@ def test_faults_strike_once_over_all_restarts_and_leave_no_trace_in_what_is_comp
     write_text(tmp_path / "text")
     reference, run = tmp_path / "undisturbed", tmp_path / "struck"
     words = ["steps=16", "checkpoint.every=3", "launch.max_restarts=4"]
-    status, output = finish(tmp_path, command("train", *overrides(reference, tmp_path / "text", *words)))
-    assert status == 0, output
+    train_here(tmp_path, overrides(reference, tmp_path / "text", *words))
     faults = (
         "faults=[{at: 2, do: slow, seconds: 0.01, steps: 2}, {at: 4, rank: 1, do: kill}, {at: 5, rank: 1, do: oom},"
         " {at: 7, rank: 1, do: net_loss}, {at: 8, rank: 1, do: disk_full}]"

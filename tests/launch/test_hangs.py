@@ -19,6 +19,7 @@ from tests.launch.runs import (
     rank_pids,
     started,
     steps_of,
+    train_here,
     wait_until,
     wait_until_gone,
     write_text,
@@ -33,8 +34,7 @@ FAULT = "faults=[{at: 6, rank: 1, do: hang}]"
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hangs")
     write_text(folder / "text")
-    status, output = finish(folder, command("train", *overrides(folder / "undisturbed", folder / "text", *HANG)))
-    assert status == 0, output
+    train_here(folder, overrides(folder / "undisturbed", folder / "text", *HANG))
     return folder
 
 

@@ -21,6 +21,7 @@ from tests.launch.runs import (
     rank_pids,
     started,
     steps_of,
+    train_here,
     wait_until,
     wait_until_gone,
 )
@@ -73,8 +74,7 @@ def test_a_run_killed_at_random_moments_is_bitwise_the_undisturbed_one(
     home: Path, layout: str, starts: list[list[str | None]]
 ) -> None:
     reference, run = home / f"undisturbed-{layout}", home / f"killed-{layout}"
-    status, output = finish(home, command("train", *overrides(reference, home / "text", *LONG, layout)))
-    assert status == 0, output
+    train_here(home, overrides(reference, home / "text", *LONG, layout))
     words = command("train", *overrides(run, home / "text", *LONG, layout))
     killer = Killer(run, seed=len(layout))
     for victims in starts:

@@ -21,6 +21,7 @@ from tests.launch.runs import (
     rank_pids,
     started,
     steps_of,
+    train_here,
     wait_until,
     wait_until_gone,
 )
@@ -85,12 +86,14 @@ def test_a_port_that_is_taken_is_one_line(home: Path) -> None:
 @pytest.fixture(scope="module")
 def reference(home: Path) -> list[tuple[Any, ...]]:
     run = home / "reference"
-    assert finish(home, command("train", *overrides(run, home / "text", "steps=60")))[0] == 0
+    train_here(home, overrides(run, home / "text", "steps=60"))
     return steps_of(run)
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_a_run_that_is_started_twice_goes_on_once(home: Path, reference: list[tuple[Any, ...]], killed: bool) -> None:
+def test_a_run_that_is_started_twice_goes_on_once(
+    home: Path, reference: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
     """`killed`: a rank of the first start is, before the ranks see that there is a second."""
     run = RunDirectory(home / f"twice-{killed}")
     words = overrides(
@@ -99,6 +102,7 @@ def test_a_run_that_is_started_twice_goes_on_once(home: Path, reference: list[tu
     with started(home, command("train", *words), cwd=Path.cwd()) as first:
         wait_until(lambda: last_step(run.path) >= 6, first)
         ranks = rank_pids(run.path)
+        monkeypatch.setenv("STOKER_TEST_SLOW", "0")
         with started(home / "again", command("train", *words), cwd=Path.cwd()) as second:
             wait_until(lambda: len(run.attempt_numbers()) == 2, second)
             if killed:

@@ -18,6 +18,7 @@ from tests.launch.runs import (
     overrides,
     started,
     steps_of,
+    train_here,
     wait_until,
     wait_until_gone,
 )
@@ -60,8 +61,7 @@ def test_a_run_leaves_everything_in_its_directory(undisturbed: Path) -> None:
 )
 def test_another_layout_computes_the_same(home: Path, undisturbed: Path, layout: list[str]) -> None:
     run = home / "-".join(layout)
-    status, output = finish(home, command("train", *overrides(run, home / "text", *layout)))
-    assert status == 0, output
+    train_here(home, overrides(run, home / "text", *layout))
     for one, two in zip(read(RunDirectory(run).metrics), read(RunDirectory(undisturbed).metrics), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
@@ -118,9 +118,7 @@ def test_a_stop_file_ends_the_run_after_a_save_and_it_resumes(home: Path, undist
 def test_a_finished_run_goes_on_elsewhere_with_more_steps(home: Path, undisturbed: Path) -> None:
     """8 -> 12 steps on other layouts, against an undisturbed run of 30 whose schedule it shares."""
     run = home / "moved"
-    first = overrides(run, home / "text", "steps=8", "schedule.total_steps=30")
-    status, output = finish(home, command("train", *first))
-    assert status == 0, output
+    train_here(home, overrides(run, home / "text", "steps=8", "schedule.total_steps=30"))
     for steps, layout in ((10, ["launch.nproc=1", "parallel.zero=0"]), (12, ["launch.nproc=4", "parallel.zero=3"])):
         status, output = finish(home, command("train", f"run.dir={run}", f"steps={steps}", *layout))
         assert status == 0, output
@@ -135,7 +133,7 @@ def test_a_finished_run_goes_on_elsewhere_with_more_steps(home: Path, undisturbe
 def test_a_resumed_run_keeps_its_number_of_ranks_unless_told_otherwise(home: Path) -> None:
     run = home / "three"
     three = ["launch.nproc=3", "batch.rows=9", "batch.micro=3", "steps=2"]
-    assert finish(home, command("train", *overrides(run, home / "text", *three)))[0] == 0
+    train_here(home, overrides(run, home / "text", *three))
     status, output = finish(home, command("train", f"run.dir={run}", "steps=3"))
     assert status == 0, output
     assert sorted(path.name for path in RunDirectory(run).attempt(2).glob("*.log")) == [
@@ -155,7 +153,7 @@ def test_ranks_that_die_before_they_can_speak_are_a_failure_even_after_a_success
 
 def test_a_change_of_the_maths_is_shown_and_needs_consent(home: Path) -> None:
     run = home / "changed"
-    assert finish(home, command("train", *overrides(run, home / "text", "steps=2")))[0] == 0
+    train_here(home, overrides(run, home / "text", "steps=2"))
     status, output = finish(home, command("train", f"run.dir={run}", "steps=3", "optim.lr=1e-3"))
     assert status == 2 and "optim.lr: 0.01 -> 0.001" in output
     status, output = finish(home, command("train", f"run.dir={run}", "steps=3", "run.seed=1"))

@@ -108,7 +108,8 @@ def layouts(ranks: int) -> Iterator[Layout]:
 
 
 def cases(layout: Layout) -> list[Case]:
-    """Every schedule with two micro-batch splits; tied or not and the optimizer take turns, so that all pairs occur.
+    """Every schedule with as few micro-batches as it takes and with more; tied or not and the optimizer take turns, so
+    that all pairs occur.
 
     The ZeRO stage shifts the turns: what one layout leaves out another one takes. `FULL` is the whole product.
     """
@@ -117,7 +118,8 @@ def cases(layout: Layout) -> list[Case]:
     found = []
     for turn, schedule in enumerate(schedules, layout.zero + layout.tp):
         stages = layout.pp * (2 if schedule == "interleaved" else 1)
-        counts = [count for count in (8, 4, 2, 1) if rows % count == 0 and count >= stages]  # of micro-batches
+        most = 8 if FULL else max(4, 2 * stages)  # with four there is one that is neither the first nor the last
+        counts = [count for count in (8, 4, 2, 1) if rows % count == 0 and stages <= count <= most]
         for number, count in enumerate((counts[0], counts[-1])):
             optimizer = "sgd" if (turn + number) % 4 in (1, 2) else "adamw"
             case = Case(rows // count, schedule, tied=(turn + number) % 2 == 0, optimizer=optimizer)
@@ -186,7 +188,7 @@ def test_tensor_parallelism_without_sequence_parallelism_computes_the_same(layou
 @pytest.mark.parametrize("sequence", [True, False])
 def test_a_users_model_with_biases_everywhere_computes_the_same(layout: Layout, sequence: bool) -> None:
     def config(layout: Layout) -> Config:
-        config = Case(2, sequence=sequence).config(layout)
+        config = Case(4, sequence=sequence).config(layout)
         config.model = small_config().model  # tests.toy
         return config
 
@@ -219,7 +221,7 @@ def test_a_stage_with_nothing_to_train_stays_as_it_is(layout: Layout, schedule: 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(1, 2, 2, 1, 3), Layout(1, 2, 1, 2, 1)], ids=str)
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(layout: Layout) -> None:
-    case = Case(2, tied=True)
+    case = Case(4, tied=True)
     results = world.run(train_poisoned, layout.world, case.config(layout), "fsdp", STEPS, 3)
     wanted = one_process(case.config(Layout()), STEPS, poison=3)
     for trace, _ in results:
@@ -284,7 +286,7 @@ def test_no_two_layers_start_with_the_same_weights() -> None:
 
 @pytest.mark.parametrize("layout", [Layout(1, 2, 2, 1, 3), Layout(1, 2, 1, 2, 2)], ids=str)
 def test_the_same_layout_twice_is_bitwise_equal(layout: Layout) -> None:
-    config = Case(2, tied=True).config(layout)
+    config = Case(4, tied=True).config(layout)
     for first, second in world.run(train, layout.world, [config, copy.deepcopy(config)]):
         assert first.trace == second.trace
         for one, other in zip(first.parameters, second.parameters, strict=True):
