@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 from conf.rundir import RunDirectory
 from tests import world
@@ -80,11 +81,9 @@ def train_here(home: Path, words: list[str]) -> None:
     Raises AssertionError unless it is completed.
     """
     (ranks,) = (int(word.removeprefix("launch.nproc=")) for word in words if word.startswith("launch.nproc="))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world.run(_train, ranks, environment(home) | rendezvous, words, group=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    world.run(_train, ranks, environment(home) | meeting, words, group=False)
 
 
 def _train(environment: dict[str, str], words: list[str]) -> None:
