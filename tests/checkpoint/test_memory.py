@@ -114,4 +114,5 @@ def test_what_two_ranks_of_a_machine_need_is_read_from_the_disk_once(tmp_path, m
         asked = list(pool.map(lambda _: in_child(bytes_from_the_disk, tmp_path), range(2)))
     if not any(asked):
         pytest.skip(f"{tmp_path} is in memory, or on a disk that is not accounted for")
-    assert 47 * MIB < sum(asked) < 52 * MIB, asked
+    # Read twice it would be 96. Besides the tensors, some of a library that was pushed out of memory may be read again.
+    assert 47 * MIB < sum(asked) < 72 * MIB, asked
