@@ -60,7 +60,7 @@ def test_twenty_saves_need_no_more_memory_than_the_pool(tmp_path, options):
     base, pool, peak = in_child(peak_over_20_saves, tmp_path, options)
     assert pool == 8 * MIB if "staging_limit" in options else 48 * MIB < pool < 49 * MIB
     assert peak <= base + pool + 64 * MIB
-    assert peak >= base + pool - 8 * MIB, "it was measured"
+    assert peak >= base + pool // 2, "it was measured"
 
 
 def peak_of_loading(directory: Path) -> tuple[int, int]:
