@@ -60,7 +60,7 @@ def test_twenty_saves_need_no_more_memory_than_the_pool(tmp_path, options):
     base, pool, peak = in_child(peak_over_20_saves, tmp_path, options)
     assert pool == 8 * MIB if "staging_limit" in options else 48 * MIB < pool < 49 * MIB
     assert peak <= base + pool + 64 * MIB
-    assert peak >= base + pool // 2, "it was measured"
+    assert peak >= base + pool - 8 * MIB, "it was measured"
 
 
 def peak_of_loading(directory: Path) -> tuple[int, int]:
@@ -86,8 +86,11 @@ def test_loading_needs_the_shards_and_a_block(tmp_path, monkeypatch):
     assert peak - base < (4 + 16) * MIB, "a second copy would be 48"
 
 
-def bytes_from_the_disk(directory: Path) -> int:
-    """What the disk was asked for by this process while it read all of the newest checkpoint."""
+def bytes_from_the_disk(directory: Path, other: Path) -> int:
+    """What the disk was asked for by this process while it read all of the newest checkpoint.
+
+    It reads one in `other` before, so that no code has to come from the disk while it is counted.
+    """
     from checkpoint import load, open_checkpoint
 
     live = [torch.zeros(4 * MIB) for _ in range(3)]
@@ -97,6 +100,7 @@ def bytes_from_the_disk(directory: Path) -> int:
         lines = Path("/proc/self/io").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
+    load(open_checkpoint(newest(other)[0]), shards)
     before = read_so_far()
     load(open_checkpoint(newest(directory)[0]), shards)
     assert all(bool((data == n).all()) for n, data in enumerate(live))
@@ -105,14 +109,15 @@ def bytes_from_the_disk(directory: Path) -> int:
 
 def test_what_two_ranks_of_a_machine_need_is_read_from_the_disk_once(tmp_path, monkeypatch):
     monkeypatch.setattr("checkpoint.writer.BLOCK_BYTES", 4 * MIB)
-    save(start(tmp_path, 1), 1, cut({("param", str(n)): torch.full((4 * MIB,), float(n)) for n in range(3)}, Grid()))
-    for path in newest(tmp_path)[0].iterdir():
+    directory, other = tmp_path / "cold", tmp_path / "warm"
+    for each in (directory, other):
+        save(start(each, 1), 1, cut({("param", str(n)): torch.full((4 * MIB,), float(n)) for n in range(3)}, Grid()))
+    for path in newest(directory)[0].iterdir():
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
     with ThreadPoolExecutor(2) as pool:
-        asked = list(pool.map(lambda _: in_child(bytes_from_the_disk, tmp_path), range(2)))
+        asked = list(pool.map(lambda _: in_child(bytes_from_the_disk, directory, other), range(2)))
     if not any(asked):
         pytest.skip(f"{tmp_path} is in memory, or on a disk that is not accounted for")
-    # Read twice it would be 96. Besides the tensors, some of a library that was pushed out of memory may be read again.
-    assert 47 * MIB < sum(asked) < 72 * MIB, asked
+    assert 47 * MIB < sum(asked) < 52 * MIB, asked

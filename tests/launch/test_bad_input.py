@@ -13,6 +13,7 @@ from conf.rundir import RunDirectory
 from launch.cli import main
 from tests.launch.runs import (
     command,
+    environment,
     finish,
     last_step,
     overrides,
@@ -217,8 +218,6 @@ def test_a_closed_terminal_does_not_end_a_run(home: Path) -> None:
     run = home / "closed"
     read_end, write_end = os.pipe()
     words = command("train", *overrides(run, home / "text", "steps=12"))
-    from tests.launch.runs import environment
-
     train = subprocess.Popen(
         words, env=environment(home), cwd=home, stdout=write_end, stderr=subprocess.DEVNULL, start_new_session=True
     )
