@@ -15,7 +15,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(BIN)/python -P -m launch.demo
+	$(BIN)/python -P -m stoker.launch.demo
 
 lint: install
 	$(BIN)/ruff check .

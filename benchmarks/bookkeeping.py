@@ -30,21 +30,21 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-import parallel.native
-from conf.compose import compose
-from conf.rundir import RunDirectory
-from data import prepare
-from parallel.mesh import Mesh
-from parallel.update import VOTES, Said, StepResult, Verdict
-from trainer.faults import Faults
-from trainer.goodput import Booking
-from trainer.loop import Trainer
-from trainer.main import main as rank
-from trainer.metrics import read
-from trainer.outcome import Outcome
-from trainer.process import Phases
-from trainer.requests import Requests
-from trainer.stragglers import Stragglers, WorkClock
+from stoker.conf.compose import compose
+from stoker.conf.rundir import RunDirectory
+from stoker.data import prepare
+from stoker.parallel import native
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.update import VOTES, Said, StepResult, Verdict
+from stoker.trainer.faults import Faults
+from stoker.trainer.goodput import Booking
+from stoker.trainer.loop import Trainer
+from stoker.trainer.main import main as rank
+from stoker.trainer.metrics import read
+from stoker.trainer.outcome import Outcome
+from stoker.trainer.process import Phases
+from stoker.trainer.requests import Requests
+from stoker.trainer.stragglers import Stragglers, WorkClock
 
 BLOCK = 10  # steps
 LEFT_OUT = 2  # first steps of a block: what was done before still has its effect
@@ -153,7 +153,7 @@ def _switch_off(stack: ExitStack) -> None:
         (Faults, "strike", None), (Faults, "in_passes", nullcontext()),
     ):  # fmt: skip
         stack.enter_context(patch.object(owner, name, lambda *_, result=result, **__: result))
-    stack.enter_context(patch.object(parallel.native, "agree", _agree_on_the_norm))
+    stack.enter_context(patch.object(native, "agree", _agree_on_the_norm))
 
 
 def _agree_on_the_norm(
@@ -167,7 +167,7 @@ def _agree_on_the_norm(
     nominal_tokens: int,
     clip_norm: float | None,
 ) -> Verdict:
-    """`parallel.update.agree` without what ranks say to each other."""
+    """`stoker.parallel.update.agree` without what ranks say to each other."""
     squares = torch.stack(list(torch._foreach_norm(list(gradients)))).double().square().sum()
     message = torch.stack([squares, loss_sum, valid_tokens])
     mesh.sum(message)

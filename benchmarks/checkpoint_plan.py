@@ -24,15 +24,15 @@ from pathlib import Path
 import torch
 from ranks import model_of
 
-from checkpoint import commit
-from checkpoint.format import BLOCK_BYTES, ShardIndex, encode_index, encode_state
-from checkpoint.names import MANIFEST, STATE, data_name, index_name
-from checkpoint.plan import plan_file
-from checkpoint.reader import find_pieces
-from checkpoint.stored import open_checkpoint
-from parallel.model import whole_model
-from parallel.shards import PARAMETER, Rectangle, Shard
-from trainer.cut import build_on_meta
+from stoker.checkpoint import commit
+from stoker.checkpoint.format import BLOCK_BYTES, ShardIndex, encode_index, encode_state
+from stoker.checkpoint.names import MANIFEST, STATE, data_name, index_name
+from stoker.checkpoint.plan import plan_file
+from stoker.checkpoint.reader import find_pieces
+from stoker.checkpoint.stored import open_checkpoint
+from stoker.parallel.model import whole_model
+from stoker.parallel.shards import PARAMETER, Rectangle, Shard
+from stoker.trainer.cut import build_on_meta
 
 KINDS = (PARAMETER, "optim.exp_avg", "optim.exp_avg_sq")
 ROW_PARALLEL = (".o.weight", ".down.weight")  # cut along dim 1; matrices else along dim 0, vectors not at all

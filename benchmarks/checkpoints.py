@@ -38,10 +38,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 
-from checkpoint import Checkpoints, load, newest, open_checkpoint
-from conf.schema import Config
-from parallel.mesh import Mesh
-from parallel.shards import PARAMETER, Rectangle, Shard
+from stoker.checkpoint import Checkpoints, load, newest, open_checkpoint
+from stoker.conf.schema import Config
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.shards import PARAMETER, Rectangle, Shard
 
 MIB = 1 << 20
 BLOCK = 4 * MIB

@@ -28,13 +28,13 @@ from typing import Any
 
 import numpy as np
 
-from conf.schema import BatchConfig, Config, DataConfig
-from data.lanes.opening import open_sources
-from data.lanes.packed import Packing
-from data.lanes.rows import Shape
-from data.lanes.stream import LaneStream
-from data.stdlib import open_source
-from data.tokenizer import JsonTokenizer
+from stoker.conf.schema import BatchConfig, Config, DataConfig
+from stoker.data.lanes.opening import open_sources
+from stoker.data.lanes.packed import Packing
+from stoker.data.lanes.rows import Shape
+from stoker.data.lanes.stream import LaneStream
+from stoker.data.stdlib import open_source
+from stoker.data.tokenizer import JsonTokenizer
 
 SEQ_LEN, BATCH, LANES, SHARDS = 1024, 16, 16, 16
 AT_ONCE = 64  # texts given to the tokenizer
@@ -125,7 +125,7 @@ def write_texts(folder: Path, size: int) -> None:
     import io
     import tarfile
 
-    texts = [document.read() for document in open_source(DataConfig(target="data.stdlib:open_source"))]
+    texts = [document.read() for document in open_source(DataConfig(target="stoker.data.stdlib:open_source"))]
     encoder = JsonTokenizer.train(iter(texts[:80]), 8192)
     (folder / "bpe.json").write_text(encoder.json)
     tars = [tarfile.open(folder / f"{shard:02}.tar", "w") for shard in range(SHARDS)]  # noqa: SIM115
@@ -168,7 +168,8 @@ Begun = tuple[Iterator[Any], Callable[[], Any], Callable[[], None]]  # batches, 
 
 def stoker(folder: Path, workers: int, state: Any) -> Begun:
     data = DataConfig(
-        units="data.lanes.webdataset:open_webdataset", name="tars", urls=[f"{folder}/{{00..{SHARDS - 1:02}}}.tar"],
+        units="stoker.data.lanes.webdataset:open_webdataset", name="tars",
+        urls=[f"{folder}/{{00..{SHARDS - 1:02}}}.tar"],
         cache=str(folder / "cache"), validation=0.0, planner="lanes", lanes=LANES, epochs=1,
     )  # fmt: skip
     config = Config(data=data, seq_len=SEQ_LEN, batch=BatchConfig(rows=BATCH))

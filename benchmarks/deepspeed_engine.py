@@ -36,18 +36,18 @@ from ranks import (
     turn_of,
 )
 
-from conf.schema import BatchConfig, Config, ModelConfig, OptimConfig, ParallelConfig
-from models.decoder import build
-from parallel.initialize import initialize
-from parallel.layout import batch_plan
-from parallel.mesh import Mesh
-from parallel.model import whole_model
-from parallel.optimizer import is_decayed
-from parallel.registry import Held, uncut
-from parallel.rows import Rows
-from parallel.shards import PARAMETER, whole
-from parallel.weights import DTYPES
-from trainer.process import keep_freed_memory
+from stoker.conf.schema import BatchConfig, Config, ModelConfig, OptimConfig, ParallelConfig
+from stoker.models.decoder import build
+from stoker.parallel.initialize import initialize
+from stoker.parallel.layout import batch_plan
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.model import whole_model
+from stoker.parallel.optimizer import is_decayed
+from stoker.parallel.registry import Held, uncut
+from stoker.parallel.rows import Rows
+from stoker.parallel.shards import PARAMETER, whole
+from stoker.parallel.weights import DTYPES
+from stoker.trainer.process import keep_freed_memory
 
 SMALL = ModelConfig(name="13M", vocab_size=4096, width=384, layers=6, heads=6, kv_heads=2, hidden=1024)
 GOAL = 0.97
@@ -88,7 +88,7 @@ class Script:
     """See `ranks.Side`: DeepSpeed as its tutorial has it."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        from parallel.deepspeed_engine.weights import imported
+        from stoker.parallel.deepspeed_engine.weights import imported
 
         deepspeed = imported(mesh.device)
         self._plan, self._device, self._tokens = batch_plan(config, mesh.layout), mesh.device, config.seq_len

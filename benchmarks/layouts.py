@@ -43,12 +43,12 @@ from ranks import (
     turn_of,
 )
 
-from conf.schema import BatchConfig, Config, ModelConfig, OptimConfig, ParallelConfig
-from parallel.layout import batch_plan
-from parallel.mesh import Mesh
-from parallel.rows import Rows
-from parallel.weights import DTYPES
-from trainer.process import keep_freed_memory
+from stoker.conf.schema import BatchConfig, Config, ModelConfig, OptimConfig, ParallelConfig
+from stoker.parallel.layout import batch_plan
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.rows import Rows
+from stoker.parallel.weights import DTYPES
+from stoker.trainer.process import keep_freed_memory
 
 GOALS = {"tp": 1.0, "zero": 0.97, "pp": 0.9}
 PEERS = {"tp": "DTensor `parallelize_module`", "zero": "`fully_shard` loop", "pp": "ideal with its bubble"}

@@ -18,10 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from conf.compose import compose
-from conf.schema import Config, to_dict
-from data import open_rows, prepare, vocabulary
-from trainer.metrics import read
+from stoker.conf.compose import compose
+from stoker.conf.schema import Config, to_dict
+from stoker.data import open_rows, prepare, vocabulary
+from stoker.trainer.metrics import read
 
 WARMUP = 8  # steps left out of the medians
 SETTINGS = ["model=tiny", "seq_len=256", "batch.rows=32", "batch.micro=8", "precision=bf16", "log.every=1000"]
@@ -57,7 +57,16 @@ def main() -> None:
 
 def ours(words: list[str], run: Path) -> float:
     """Median seconds of a step of `stoker train`."""
-    command = [sys.executable, "-P", "-m", "launch.cli", "train", f"run.dir={run}/run", *words, "checkpoint.every=0"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "stoker.launch.cli",
+        "train",
+        f"run.dir={run}/run",
+        *words,
+        "checkpoint.every=0",
+    ]
     _run(command)
     return statistics.median(step["step_seconds"] for step in read(run / "run" / "metrics.jsonl")[WARMUP:])
 

@@ -4,11 +4,11 @@
     python benchmarks/mfu.py                                                                     # this CPU, seconds
 
 Both sides train the same model from the same weights in the same processes, in turns of some steps, and must tell the
-same losses first. The loop (peers.py) has bf16 parameters over fp32 masters, torch's embedding and cross entropy,
-fused AdamW, and with --compile it compiles per block as we do, and its loss. Utilisation is that of `models.flops`
+same losses first. The loop (peers.py) has bf16 parameters over fp32 masters, torch's embedding and cross entropy, fused
+AdamW, and with --compile it compiles per block as we do, and its loss. Utilisation is that of `stoker.models.flops`
 (PaLM, appendix B) over the peak of the device: a published one, dense, where its name is known, and one measured here
-with matrix products. Choose --rows and --micro so that the GPU is full; both sides' parameters and optimizer states
-are in memory at the same time. Memory is measured in runs of each side alone (--no-memory leaves them out).
+with matrix products. Choose --rows and --micro so that the GPU is full; both sides' parameters and optimizer states are
+in memory at the same time. Memory is measured in runs of each side alone (--no-memory leaves them out).
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from ranks import (
     turn_of,
 )
 
-from conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
-from models.flops import flops_per_token
-from parallel.layout import batch_plan, layout_of
-from parallel.mesh import Mesh
-from parallel.model import whole_model
-from trainer.cut import build_on_meta
-from trainer.process import keep_freed_memory
+from stoker.conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
+from stoker.models.flops import flops_per_token
+from stoker.parallel.layout import batch_plan, layout_of
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.model import whole_model
+from stoker.trainer.cut import build_on_meta
+from stoker.trainer.process import keep_freed_memory
 
 # Dense bf16 TFLOP/s by what torch calls the device; the first that its name contains counts. NVIDIA's data sheets
 # print most of them with 2:4 sparsity, which doubles them.

@@ -20,9 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from conf.schema import Config, from_dict
-from models.decoder import build
-from parallel.model import whole_model
+from stoker.conf.schema import Config, from_dict
+from stoker.models.decoder import build
+from stoker.parallel.model import whole_model
 
 
 def main() -> None:

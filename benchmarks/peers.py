@@ -28,16 +28,16 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils import checkpoint
 
-from conf.schema import Config
-from models.decoder import build
-from parallel.initialize import initialize
-from parallel.layout import batch_plan
-from parallel.mesh import Mesh
-from parallel.model import whole_model
-from parallel.registry import Held, uncut
-from parallel.rows import IGNORE, Rows
-from parallel.shards import PARAMETER, whole
-from parallel.weights import DTYPES
+from stoker.conf.schema import Config
+from stoker.models.decoder import build
+from stoker.parallel.initialize import initialize
+from stoker.parallel.layout import batch_plan
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.model import whole_model
+from stoker.parallel.registry import Held, uncut
+from stoker.parallel.rows import IGNORE, Rows
+from stoker.parallel.shards import PARAMETER, whole
+from stoker.parallel.weights import DTYPES
 
 
 class HandWritten:

@@ -26,13 +26,13 @@ import torch
 import torch.distributed as dist
 import yaml
 
-import conf
-from conf.schema import Config, ModelConfig, from_dict
-from parallel.layout import batch_plan, layout_of, threads_per_rank
-from parallel.mesh import Mesh, pick_device, start_mesh, use_threads
-from parallel.rows import Rows
-from parallel.update import StepResult
-from trainer.process import die_with_parent
+from stoker import conf
+from stoker.conf.schema import Config, ModelConfig, from_dict
+from stoker.parallel.layout import batch_plan, layout_of, threads_per_rank
+from stoker.parallel.mesh import Mesh, pick_device, start_mesh, use_threads
+from stoker.parallel.rows import Rows
+from stoker.parallel.update import StepResult
+from stoker.trainer.process import die_with_parent
 
 BATCHES = 4  # different global batches, over and over
 SECONDS_TO_WAIT = 3000.0  # for all ranks; a first step may compile for minutes
@@ -53,10 +53,10 @@ class Side(Protocol):
 
 
 class Stoker:
-    """`trainer.cut.cut`'s engine, called as the loop calls it: each result is read a step late."""
+    """`stoker.trainer.cut.cut`'s engine, called as the loop calls it: each result is read a step late."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        from trainer.cut import cut
+        from stoker.trainer.cut import cut
 
         self.engine = cut(config, mesh, batch_plan(config, mesh.layout))
         self._lr = config.optim.lr

@@ -18,10 +18,10 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from conf.rundir import RunDirectory
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.outcome import read_ending
+from stoker.trainer.process import read_stamps
 from tests.launch.runs import command, kill, last_step, rank_pids, started, wait_until
-from trainer.outcome import read_ending
-from trainer.process import read_stamps
 
 PARTS = ("detection", "restart", "load", "first step")
 WORDS = [

@@ -26,9 +26,9 @@ from pathlib import Path
 
 from ranks import busy_seconds
 
-from conf.compose import compose
-from data import prepare
-from trainer.process import read_stamps
+from stoker.conf.compose import compose
+from stoker.data import prepare
+from stoker.trainer.process import read_stamps
 
 PEER = """
 import sys, time
@@ -112,7 +112,7 @@ def ours(folder: Path, ranks: int, overrides: list[str]) -> dict[str, float]:
     began = time.time()
     words = [f"run.dir={run}", "steps=1", f"launch.nproc={ranks}", *overrides]
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "launch.cli", "train", *words],
+        [sys.executable, "-P", "-m", "stoker.launch.cli", "train", *words],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

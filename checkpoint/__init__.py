@@ -1,7 +1,8 @@
 """Sharded, asynchronous checkpoints that can be trusted.
 
 A checkpoint is an immutable directory with a valid `MANIFEST.json`, or it is garbage. What a rank holds comes in as
-shards (`parallel.shards`), rectangles of global tensors, and leaves as shards: neither side knows the other's layout.
+shards (`stoker.parallel.shards`), rectangles of global tensors, and leaves as shards: neither side knows the other's
+layout.
 
 `tier`      where the first tier is: in the run directory, or in a faster place
 `names`     directories and files, and the errors of this room
@@ -27,17 +28,17 @@ of each tensor tile it, writes the manifest and renames the directory. Before th
 it, the checkpoint never changes. Whatever fails ends up in `SaveReport.error`, on every rank.
 """
 
-from checkpoint.audit import Summary, describe, verify
-from checkpoint.commit import fence
-from checkpoint.compare import Difference, compare
-from checkpoint.names import CheckpointMismatch, DamagedCheckpoint
-from checkpoint.reader import TensorReader, load, read_tensors
-from checkpoint.remote import Remote
-from checkpoint.resuming import newest, newest_step, resume
-from checkpoint.retention import VALIDATION_LOSS, remove
-from checkpoint.stored import open_checkpoint, read_state
-from checkpoint.tier import make_tier, tier_problem
-from checkpoint.writer import Checkpoints, SaveReport
+from stoker.checkpoint.audit import Summary, describe, verify
+from stoker.checkpoint.commit import fence
+from stoker.checkpoint.compare import Difference, compare
+from stoker.checkpoint.names import CheckpointMismatch, DamagedCheckpoint
+from stoker.checkpoint.reader import TensorReader, load, read_tensors
+from stoker.checkpoint.remote import Remote
+from stoker.checkpoint.resuming import newest, newest_step, resume
+from stoker.checkpoint.retention import VALIDATION_LOSS, remove
+from stoker.checkpoint.stored import open_checkpoint, read_state
+from stoker.checkpoint.tier import make_tier, tier_problem
+from stoker.checkpoint.writer import Checkpoints, SaveReport
 
 __all__ = [
     "VALIDATION_LOSS",

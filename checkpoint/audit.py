@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint.block_reader import BlockReader
-from checkpoint.format import Manifest, ShardIndex, safetensors_header
-from checkpoint.names import (
+from stoker.checkpoint.block_reader import BlockReader
+from stoker.checkpoint.format import Manifest, ShardIndex, safetensors_header
+from stoker.checkpoint.names import (
     MANIFEST,
     CheckpointMismatch,
     DamagedCheckpoint,
@@ -19,8 +19,8 @@ from checkpoint.names import (
     one_line,
     step_of,
 )
-from checkpoint.stored import read_index, read_manifest, read_state
-from checkpoint.tiling import assemble
+from stoker.checkpoint.stored import read_index, read_manifest, read_state
+from stoker.checkpoint.tiling import assemble
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
 

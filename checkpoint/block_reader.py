@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint.block_writer import crc32
-from checkpoint.format import DTYPES, Piece, ShardIndex
-from checkpoint.names import DamagedCheckpoint, data_name
-from checkpoint.storage import open_to_read
-from parallel.shards import Rectangle, flat_range
+from stoker.checkpoint.block_writer import crc32
+from stoker.checkpoint.format import DTYPES, Piece, ShardIndex
+from stoker.checkpoint.names import DamagedCheckpoint, data_name
+from stoker.checkpoint.storage import open_to_read
+from stoker.parallel.shards import Rectangle, flat_range
 
 _MOST_PLACES = 1024  # that one preadv takes
 _NAMED = 5  # tensors that a message names

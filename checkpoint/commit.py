@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from checkpoint.format import (
+from stoker.checkpoint.format import (
     Manifest,
     ReportHead,
     decode_head,
@@ -23,7 +23,7 @@ from checkpoint.format import (
     digest,
     encode_manifest,
 )
-from checkpoint.names import (
+from stoker.checkpoint.names import (
     FAILED,
     FENCE,
     MANIFEST,
@@ -40,9 +40,9 @@ from checkpoint.names import (
     one_line,
     rank_failure_name,
 )
-from checkpoint.storage import discard, read_json_bytes, read_line
-from checkpoint.tiling import PRIME, assemble
-from conf.durable import sync_directory, write_durably
+from stoker.checkpoint.storage import discard, read_json_bytes, read_line
+from stoker.checkpoint.tiling import PRIME, assemble
+from stoker.conf.durable import sync_directory, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ def is_of(checkpoint: Path, attempt: int) -> bool:
 
 
 def is_valid(checkpoint: Path) -> bool:
-    """Does it have a manifest that is byte for byte as written? (`checkpoint.audit.verify` proves the rest.)"""
+    """Does it have a manifest that is byte for byte as written? (`stoker.checkpoint.audit.verify` proves the rest.)"""
     try:
         decode_manifest(read_json_bytes(checkpoint / MANIFEST), MANIFEST)
     except (DamagedCheckpoint, CheckpointMismatch):

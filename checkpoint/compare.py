@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint.format import DTYPES
-from checkpoint.reader import TensorReader
-from checkpoint.stored import read_state
+from stoker.checkpoint.format import DTYPES
+from stoker.checkpoint.reader import TensorReader
+from stoker.checkpoint.stored import read_state
 
 MISSING = "-"  # the text of a value that one side does not have
 

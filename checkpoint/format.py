@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from checkpoint.names import STATE, CheckpointMismatch, DamagedCheckpoint, rank_of_index
-from parallel.shards import Rectangle
+from stoker.checkpoint.names import STATE, CheckpointMismatch, DamagedCheckpoint, rank_of_index
+from stoker.parallel.shards import Rectangle
 
 FORMAT = 1  # of all files of a checkpoint; stands in the manifest
 BLOCK_BYTES = 4 << 20  # of a shard file under one CRC32
@@ -147,7 +147,7 @@ def safetensors_header(pieces: Sequence[Piece]) -> bytes:
 
 
 def encode_index(index: ShardIndex, cover: int, origins: Sequence[str]) -> bytes:
-    """The file. `cover` and `origins` are those of its pieces (`checkpoint.tiling`)."""
+    """The file. `cover` and `origins` are those of its pieces (`stoker.checkpoint.tiling`)."""
     pieces = [
         {
             "name": piece.name,

@@ -6,9 +6,9 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from checkpoint.format import DTYPE_NAMES, DTYPES, Piece, safetensors_header
-from checkpoint.tiling import cover
-from parallel.shards import Rectangle, Shard
+from stoker.checkpoint.format import DTYPE_NAMES, DTYPES, Piece, safetensors_header
+from stoker.checkpoint.tiling import cover
+from stoker.parallel.shards import Rectangle, Shard
 
 SPLIT_ELEMENTS = 1 << 14  # a replicated shard with fewer is written whole by one replica
 
@@ -21,7 +21,7 @@ class FilePlan:
     pieces: tuple[Piece, ...]
     sources: tuple[int, ...]
     file_bytes: int
-    cover: int  # this file's share of the proof that all tensors are whole (`checkpoint.tiling`)
+    cover: int  # this file's share of the proof that all tensors are whole (`stoker.checkpoint.tiling`)
     origins: tuple[str, ...]
 
 

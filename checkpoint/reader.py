@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint.block_reader import BlockReader, Wanted, read_wanted
-from checkpoint.format import DTYPE_NAMES, DTYPES, Piece, ShardIndex
-from checkpoint.names import CheckpointMismatch, DamagedCheckpoint
-from checkpoint.stored import Stored, open_checkpoint, state_of
-from checkpoint.tiling import origin, tiling_problem
-from parallel.shards import PARAMETER, Rectangle, Shard, whole
+from stoker.checkpoint.block_reader import BlockReader, Wanted, read_wanted
+from stoker.checkpoint.format import DTYPE_NAMES, DTYPES, Piece, ShardIndex
+from stoker.checkpoint.names import CheckpointMismatch, DamagedCheckpoint
+from stoker.checkpoint.stored import Stored, open_checkpoint, state_of
+from stoker.checkpoint.tiling import origin, tiling_problem
+from stoker.parallel.shards import PARAMETER, Rectangle, Shard, whole
 
 _NAMED = 5  # tensors of each kind that a message names
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from checkpoint.format import Manifest, decode_manifest, decode_state, digest
-from checkpoint.names import (
+from stoker.checkpoint.format import Manifest, decode_manifest, decode_state, digest
+from stoker.checkpoint.names import (
     MANIFEST,
     STATE,
     CheckpointMismatch,

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from checkpoint.commit import is_valid
-from checkpoint.names import (
+from stoker.checkpoint.commit import is_valid
+from stoker.checkpoint.names import (
     DAMAGED,
     MANIFEST,
     CheckpointMismatch,
@@ -21,11 +21,11 @@ from checkpoint.names import (
     step_directory,
     step_of,
 )
-from checkpoint.reader import fits, idle, load, mismatches, refuse, unused
-from checkpoint.remote import Remote, RemoteFailed, names_of
-from checkpoint.stored import Stored, open_checkpoint
-from conf.durable import sync_directory, write_durably
-from parallel.shards import Shard
+from stoker.checkpoint.reader import fits, idle, load, mismatches, refuse, unused
+from stoker.checkpoint.remote import Remote, RemoteFailed, names_of
+from stoker.checkpoint.stored import Stored, open_checkpoint
+from stoker.conf.durable import sync_directory, write_durably
+from stoker.parallel.shards import Shard
 
 log = logging.getLogger(__name__)
 

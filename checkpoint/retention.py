@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint.commit import is_valid
-from checkpoint.names import FAILED, CheckpointMismatch, DamagedCheckpoint, committed, one_line, step_of
-from checkpoint.storage import discard
-from checkpoint.stored import read_state
+from stoker.checkpoint.commit import is_valid
+from stoker.checkpoint.names import FAILED, CheckpointMismatch, DamagedCheckpoint, committed, one_line, step_of
+from stoker.checkpoint.storage import discard
+from stoker.checkpoint.stored import read_state
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint.format import BLOCK_BYTES, DTYPES, Piece
-from checkpoint.memory import fresh_bytes
-from checkpoint.plan import FilePlan, plan_file
-from parallel.shards import Shard, flat_range, whole
+from stoker.checkpoint.format import BLOCK_BYTES, DTYPES, Piece
+from stoker.checkpoint.memory import fresh_bytes
+from stoker.checkpoint.plan import FilePlan, plan_file
+from stoker.parallel.shards import Shard, flat_range, whole
 
 
 class StagingPool:

@@ -9,7 +9,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from checkpoint.names import MANIFEST, REMOVED, DamagedCheckpoint, SaveFailed
+from stoker.checkpoint.names import MANIFEST, REMOVED, DamagedCheckpoint, SaveFailed
 
 _LARGEST_JSON_BYTES = 1 << 30
 

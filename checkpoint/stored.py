@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from checkpoint.format import (
+from stoker.checkpoint.format import (
     Manifest,
     ReportHead,
     ShardIndex,
@@ -16,9 +16,9 @@ from checkpoint.format import (
     decode_state,
     digest,
 )
-from checkpoint.names import MANIFEST, STATE, DamagedCheckpoint, index_name, step_of
-from checkpoint.storage import read_json_bytes, read_line
-from checkpoint.tiling import PRIME, StoredTensor, assemble
+from stoker.checkpoint.names import MANIFEST, STATE, DamagedCheckpoint, index_name, step_of
+from stoker.checkpoint.storage import read_json_bytes, read_line
+from stoker.checkpoint.tiling import PRIME, StoredTensor, assemble
 
 
 class Stored:

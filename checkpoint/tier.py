@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from checkpoint.names import DAMAGED, committed
-from checkpoint.storage import discard
+from stoker.checkpoint.names import DAMAGED, committed
+from stoker.checkpoint.storage import discard
 
 
 def tier_problem(checkpoints: Path, elsewhere: Path | None) -> str | None:

@@ -17,8 +17,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from checkpoint.format import Piece, ShardIndex
-from parallel.shards import Rectangle, whole
+from stoker.checkpoint.format import Piece, ShardIndex
+from stoker.parallel.shards import Rectangle, whole
 
 PRIME = (1 << 127) - 1
 

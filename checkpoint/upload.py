@@ -16,13 +16,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint.commit import is_valid
-from checkpoint.format import Manifest
-from checkpoint.names import UPLOADING, CheckpointMismatch, DamagedCheckpoint, committed, one_line, step_directory
-from checkpoint.remote import Remote, RemoteFailed, names_of
-from checkpoint.retention import VALIDATION_LOSS, Retention
-from checkpoint.stored import read_manifest
-from conf.durable import write_durably
+from stoker.checkpoint.commit import is_valid
+from stoker.checkpoint.format import Manifest
+from stoker.checkpoint.names import (
+    UPLOADING,
+    CheckpointMismatch,
+    DamagedCheckpoint,
+    committed,
+    one_line,
+    step_directory,
+)
+from stoker.checkpoint.remote import Remote, RemoteFailed, names_of
+from stoker.checkpoint.retention import VALIDATION_LOSS, Retention
+from stoker.checkpoint.stored import read_manifest
+from stoker.conf.durable import write_durably
 
 log = logging.getLogger(__name__)
 

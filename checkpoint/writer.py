@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint import commit
-from checkpoint.block_writer import WriterDied, WriterProcess, write_blocks
-from checkpoint.format import BLOCK_BYTES, ShardIndex, encode_index, encode_state
-from checkpoint.names import (
+from stoker.checkpoint import commit
+from stoker.checkpoint.block_writer import WriterDied, WriterProcess, write_blocks
+from stoker.checkpoint.format import BLOCK_BYTES, ShardIndex, encode_index, encode_state
+from stoker.checkpoint.names import (
     STATE,
     SaveFailed,
     data_name,
@@ -24,13 +24,13 @@ from checkpoint.names import (
     partial_directory,
     step_directory,
 )
-from checkpoint.remote import Remote
-from checkpoint.retention import Retention, clear_failures, retain
-from checkpoint.staging import Snapshot, StagingPool
-from checkpoint.storage import require_space
-from checkpoint.upload import Uploader, UploadReport
-from conf.durable import write_durably
-from parallel.shards import Shard
+from stoker.checkpoint.remote import Remote
+from stoker.checkpoint.retention import Retention, clear_failures, retain
+from stoker.checkpoint.staging import Snapshot, StagingPool
+from stoker.checkpoint.storage import require_space
+from stoker.checkpoint.upload import Uploader, UploadReport
+from stoker.conf.durable import write_durably
+from stoker.parallel.shards import Shard
 
 log = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import typing
 from collections.abc import Sequence
 
-from conf.faults import spelled
-from conf.overrides import GROUPS_FOLDER, parse
-from conf.schema import Config
-from conf.values import ConfigError
+from stoker.conf.faults import spelled
+from stoker.conf.overrides import GROUPS_FOLDER, parse
+from stoker.conf.schema import Config
+from stoker.conf.values import ConfigError
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:

@@ -10,8 +10,8 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
-from conf.overrides import closest
-from conf.schema import Config, lookup
+from stoker.conf.overrides import closest
+from stoker.conf.schema import Config, lookup
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,13 @@ def _is_time(value: str) -> bool:
 
 _SLURM_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d\d?(:\d\d){0,2}")
 _SLURM_ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
-ZERO_BUBBLE = ("zero_bubble", "zb1p", "zbv", "dualpipe", "dualpipev")  # schedules that `parallel.refusals` answers
+ZERO_BUBBLE = (
+    "zero_bubble",
+    "zb1p",
+    "zbv",
+    "dualpipe",
+    "dualpipev",
+)  # schedules that `stoker.parallel.refusals` answers
 
 
 LIMITS = (

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.schema import GROUPS, leaves
-from conf.values import ConfigError, expected, fits, options
+from stoker.conf.schema import GROUPS, leaves
+from stoker.conf.values import ConfigError, expected, fits, options
 
 GROUPS_FOLDER = Path(__file__).resolve().parent
 _TYPES = {key: hint for key, _, hint in leaves()}

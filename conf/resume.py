@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conf.compose import compose
-from conf.overrides import parse
-from conf.schema import PER_START, Config, from_dict, kinds, lasting, lookup, to_dict
-from conf.values import ConfigError
+from stoker.conf.compose import compose
+from stoker.conf.overrides import parse
+from stoker.conf.schema import PER_START, Config, from_dict, kinds, lasting, lookup, to_dict
+from stoker.conf.values import ConfigError
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from conf.durable import write_durably
-from conf.schema import Config, from_dict, lasting, to_dict
-from conf.values import ConfigError
+from stoker.conf.durable import write_durably
+from stoker.conf.migrations import migrate
+from stoker.conf.schema import Config, from_dict, lasting, to_dict
+from stoker.conf.values import ConfigError
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def read_config(run: RunDirectory) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"{run.config} holds no config")
     try:
-        return from_dict(values)
+        return from_dict(migrate(values))
     except ConfigError as error:
         raise ConfigError(f"{run.config}: {error}") from None
 

@@ -6,7 +6,7 @@ Each field is of one of three kinds, which decide what may change when a run is 
 - `maths`: what the run computes from here on. Shown as a difference, allowed with `run.change=true`.
 - `fixed`: what the run *is* (model shape, tokenizer, seed). Refused.
 
-`Config` is composed from the YAML groups beside this file by `conf.compose`; ranks that our own launcher starts
+`Config` is composed from the YAML groups beside this file by `stoker.conf.compose`; ranks that our own launcher starts
 receive it ready-made as JSON (`to_dict` / `from_dict`), so that they need no Hydra.
 """
 
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from conf.values import ConfigError, expected, fits, options
+from stoker.conf.values import ConfigError, expected, fits, options
 
 
 def _kind(kind: str, default: Any) -> Any:
@@ -91,7 +91,7 @@ class RopeScalingConfig:
 
 @dataclass
 class ModelConfig:
-    target: str = fixed("models.decoder:build")  # import path pkg.mod:function of the builder
+    target: str = fixed("stoker.models.decoder:build")  # import path pkg.mod:function of the builder
     name: str = free("model")  # for people: run names and tables
     family: str | None = free()  # of exports: llama | mistral | qwen2 | qwen3; default: by shape
     init_from: str | None = fixed()  # directory to take shape and weights from: Hugging Face's or a run's
@@ -116,7 +116,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    target: str = fixed("data.stdlib:open_source")  # import path pkg.mod:function of the source
+    target: str = fixed("stoker.data.stdlib:open_source")  # import path pkg.mod:function of the source
     units: str | None = fixed()  # import path pkg.mod:function of the source as units, for planner=lanes
     name: str = free("data")  # for people
     path: str | None = free()  # file or directory for sources that read one

@@ -23,9 +23,9 @@ told what differs: a run never goes on, without a word, on other rows than it be
 What a launcher does once per machine (`prepare`) makes the ranks' `open_rows` cheap: it reads file stamps, no texts.
 """
 
-from data.opening import keep_tokenizer, open_rows, open_stream, open_tokenizer, prepare, vocabulary
-from data.rows import RowPlan, read_rows
-from data.stream import EndOfData, RowSource, RowStream
+from stoker.data.opening import keep_tokenizer, open_rows, open_stream, open_tokenizer, prepare, vocabulary
+from stoker.data.rows import RowPlan, read_rows
+from stoker.data.stream import EndOfData, RowSource, RowStream
 
 __all__ = [
     "EndOfData",

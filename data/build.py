@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from data.documents import Encoder
-from data.manifest import Manifest, is_validation
-from data.pool import each
-from data.tokenizer import Tokenizer
+from stoker.data.documents import Encoder
+from stoker.data.manifest import Manifest, is_validation
+from stoker.data.pool import each
+from stoker.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
 _BATCH_CHARACTERS = 4 << 20  # texts tokenised together: enough for all cores, little memory

@@ -31,15 +31,15 @@ from typing import Any
 
 import numpy as np
 
-from conf.durable import sync_directory
-from conf.schema import DataConfig
-from data.build import SPLITS, Recipe, write_file, write_splits
-from data.documents import Source
-from data.manifest import Manifest, Memo, is_validation, read_manifest
-from data.pool import Killed
-from data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
-from data.tokenizer_files import load_kept, load_tokenizer
-from data.tokens import Tokens
+from stoker.conf.durable import sync_directory
+from stoker.conf.schema import DataConfig
+from stoker.data.build import SPLITS, Recipe, write_file, write_splits
+from stoker.data.documents import Source
+from stoker.data.manifest import Manifest, Memo, is_validation, read_manifest
+from stoker.data.pool import Killed
+from stoker.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from stoker.data.tokenizer_files import load_kept, load_tokenizer
+from stoker.data.tokens import Tokens
 
 log = logging.getLogger(__name__)
 

@@ -22,11 +22,11 @@ from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from conf.schema import DataConfig
-from data.documents import Collection, Source
-from data.jsonl import field, is_jsonl, jsonl_collections
-from data.text import files_of, known_args
-from data.tokenizer import Tokenizer
+from stoker.conf.schema import DataConfig
+from stoker.data.documents import Collection, Source
+from stoker.data.jsonl import field, is_jsonl, jsonl_collections
+from stoker.data.text import files_of, known_args
+from stoker.data.tokenizer import Tokenizer
 
 _OPEN, _CLOSE = "\ue000\ue000", "\ue001\ue001"  # of Unicode's private use: they mark what is generated
 
@@ -56,7 +56,7 @@ def open_source(config: DataConfig) -> Source:
 
 @dataclass(frozen=True)
 class ChatEncoder:
-    """See `data.documents.Encoder`."""
+    """See `stoker.data.documents.Encoder`."""
 
     template: str
     names: tuple[tuple[str, str], ...] = ()  # what a template may call on, such as bos_token

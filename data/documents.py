@@ -17,9 +17,9 @@ from typing import Protocol
 
 import numpy as np
 
-from conf.schema import DataConfig
-from conf.targets import import_target
-from data.tokenizer import Tokenizer
+from stoker.conf.schema import DataConfig
+from stoker.conf.targets import import_target
+from stoker.data.tokenizer import Tokenizer
 
 _FRESH_SECONDS = 2.0  # the coarsest clock a file system stamps with: two writes within it may carry one stamp
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from data.tokenizer import END_OF_DOCUMENT, ByteTokenizer, JsonTokenizer, Tokenizer
+from stoker.data.tokenizer import END_OF_DOCUMENT, ByteTokenizer, JsonTokenizer, Tokenizer
 
 
 def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, str]:

@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from data.packing import Pieces, Table, fill, ranges
-from data.shuffle import permute
-from data.tokens import Tokens
+from stoker.data.packing import Pieces, Table, fill, ranges
+from stoker.data.shuffle import permute
+from stoker.data.tokens import Tokens
 
 
 @dataclass(frozen=True)
 class IndexPlan:
     """The rows of one source: those of `table`, or, without one, the tokens cut every `seq_len`.
 
-    Implements `data.rows.RowPlan`. `numbers` of rows run on through the epochs. Without a table the last few tokens, if
-    they fill no row, are in none.
+    Implements `stoker.data.rows.RowPlan`. `numbers` of rows run on through the epochs. Without a table the last few
+    tokens, if they fill no row, are in none.
     """
 
     name: str  # of the source
@@ -50,7 +50,7 @@ class IndexPlan:
         """Nothing can have been different."""
 
     def read(self, numbers: np.ndarray, out: np.ndarray) -> None:
-        """See `RowPlan.read` and `data.packing.fill`."""
+        """See `RowPlan.read` and `stoker.data.packing.fill`."""
         fill(out, self.tokens.ids, self.pieces(numbers), self.document_mask, self.tokens.learned)
 
     def pieces(self, numbers: np.ndarray) -> Pieces:

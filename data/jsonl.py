@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.documents import Collection, stamp
+from stoker.data.documents import Collection, stamp
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst")
 _RANGE_BYTES = 64 << 20  # of a plain file, read as one collection: so several processes share a large file

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.documents import Collection, Document
-from data.pool import each
+from stoker.data.documents import Collection, Document
+from stoker.data.pool import each
 
 log = logging.getLogger(__name__)
 

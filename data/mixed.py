@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from data.index import IndexPlan
-from data.mixture import Mixture, mix
-from data.packing import Pieces
+from stoker.data.index import IndexPlan
+from stoker.data.mixture import Mixture, mix
+from stoker.data.packing import Pieces
 
 _HISTORY_BYTES = 16 << 20  # of the weights that there were; untouched pages cost nothing
 _ROUNDING = 8  # units of weight in 2**30 by which two machines may differ over the same shares
@@ -27,7 +27,7 @@ class Weights:
 
 
 class MixedPlan:
-    """Implements `data.rows.RowPlan` over the plans of several sources.
+    """Implements `stoker.data.rows.RowPlan` over the plans of several sources.
 
     Which weights hold from which row is known only once the run's state is: weights that were changed hold from the row
     at which the run went on. `resume` is told, and readers forked before see it too: it lies in memory they share.

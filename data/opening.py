@@ -6,22 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.schema import Config, DataConfig
-from conf.targets import import_target
-from data.build import SPLITS
-from data.cache import cache_root, named_tokenizer, open_cache, open_folder, write_tokenizer
-from data.documents import documents_of
-from data.index import IndexPlan
-from data.mixed import MixedPlan, Weights
-from data.mixture import WEIGHT_UNITS
-from data.sources import Spec, specs_of, wanted_weights
-from data.stream import RowSource, RowStream
-from data.tables import open_table
-from data.token_files import TokenFiles, largest_id
-from data.tokenizer import Tokenizer
-from data.tokenizer_files import load_kept
-from data.tokens import Tokens
-from parallel.mesh import Mesh
+from stoker.conf.schema import Config, DataConfig
+from stoker.conf.targets import import_target
+from stoker.data.build import SPLITS
+from stoker.data.cache import cache_root, named_tokenizer, open_cache, open_folder, write_tokenizer
+from stoker.data.documents import documents_of
+from stoker.data.index import IndexPlan
+from stoker.data.mixed import MixedPlan, Weights
+from stoker.data.mixture import WEIGHT_UNITS
+from stoker.data.sources import Spec, specs_of, wanted_weights
+from stoker.data.stream import RowSource, RowStream
+from stoker.data.tables import open_table
+from stoker.data.token_files import TokenFiles, largest_id
+from stoker.data.tokenizer import Tokenizer
+from stoker.data.tokenizer_files import load_kept
+from stoker.data.tokens import Tokens
+from stoker.parallel.mesh import Mesh
 
 FORMAT = 2  # of the fingerprint: rows of another format are other rows
 
@@ -89,12 +89,12 @@ def open_stream(config: Config, mesh: Mesh) -> RowSource:
     Raises ValueError for data that cannot be used.
     """
     if config.data.planner == "lanes":
-        from data.lanes.opening import open_lanes  # most runs do not need what it imports
+        from stoker.data.lanes.opening import open_lanes  # most runs do not need what it imports
 
         return open_lanes(config, mesh, open_tokenizer(config.data))
     compare = None
     if mesh.layout.tp * mesh.layout.pp > 1:
-        from data.lanes.exchange import Ranks
+        from stoker.data.lanes.exchange import Ranks
 
         compare = Ranks(mesh).compare
     return RowStream(
@@ -183,7 +183,7 @@ def open_source(config: Config, spec: Spec, split: str) -> Opened:
 
 def _held_out(config: Config, specs: list[Spec]) -> list[Opened]:
     """What each source gives to `eval.rows` rows of evaluation under data.planner=lanes, by its weight at step 1."""
-    from data.lanes.opening import open_held_out
+    from stoker.data.lanes.opening import open_held_out
 
     tokenizer = open_tokenizer(config.data)
     weights = wanted_weights(config.data, specs, [1] * len(specs))[0].weights if config.data.sources else (1,)

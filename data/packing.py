@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.rows import DOCUMENTS, LABELS, POSITIONS, TOKENS
-from data.tokens import Array
-from parallel.rows import IGNORE
+from stoker.data.rows import DOCUMENTS, LABELS, POSITIONS, TOKENS
+from stoker.data.tokens import Array
+from stoker.parallel.rows import IGNORE
 
 PACKINGS = ("concatenated", "best_fit", "padded")
 PADDING = 0  # the token where a row has none: nothing real attends it, and it has no label
@@ -56,7 +56,7 @@ class Table:
 
 
 def fill(out: np.ndarray, tokens: Array, pieces: Pieces, document_mask: bool, learned: Array | None = None) -> None:
-    """Write rows to `out`, int32 `[4, rows, seq_len]` (the planes of `data.rows`), whatever it held before.
+    """Write rows to `out`, int32 `[4, rows, seq_len]` (the planes of `stoker.data.rows`), whatever it held before.
 
     `tokens` is what the pieces were cut from: anything that an int64 array can index, such as a mapped file.
     `learned`, alike, says which tokens are worth learning; without it all are. The label of a token is the one after

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from data import forks
+from stoker.data import forks
 
 _REQUEST = struct.Struct("qq")  # item, slot
 _DONE = b""

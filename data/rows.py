@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from parallel.rows import Rows
+from stoker.parallel.rows import Rows
 
 # Between processes rows are one int32 array [4, rows, seq_len] of these planes.
 TOKENS, LABELS, POSITIONS, DOCUMENTS = range(4)

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-import conf
-from conf.schema import DataConfig
-from data.mixed import Weights
-from data.mixture import whole_weights
+from stoker import conf
+from stoker.conf.schema import DataConfig
+from stoker.data.mixed import Weights
+from stoker.data.mixture import whole_weights
 
 _KEYS = ("target", "units", "path", "urls", "validation", "args")  # of DataConfig, that every source has of its own
 

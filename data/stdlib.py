@@ -5,8 +5,8 @@ from __future__ import annotations
 import sysconfig
 from pathlib import Path
 
-from conf.schema import DataConfig
-from data.documents import Document, file_documents
+from stoker.conf.schema import DataConfig
+from stoker.data.documents import Document, file_documents
 
 _FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 _TEST_FOLDERS = {"test", "tests", "idle_test"}

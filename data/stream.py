@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.readers import Readers
-from data.rows import RowPlan, unpack
-from parallel.rows import Rows
+from stoker.data.readers import Readers
+from stoker.data.rows import RowPlan, unpack
+from stoker.parallel.rows import Rows
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Row tables in files: made once for a split, a packing and a row length, then mapped.
 
-<data.cache>/table-<key>/firsts, begins, lengths    see `data.packing.Table`
+<data.cache>/table-<key>/firsts, begins, lengths    see `stoker.data.packing.Table`
                          meta.json                  counts and CRC-32s
 """
 
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from conf.durable import sync_directory
-from data.build import write_file
-from data.cache import lock
-from data.packing import Table, best_fit, padded
-from data.tokens import Tokens
+from stoker.conf.durable import sync_directory
+from stoker.data.build import write_file
+from stoker.data.cache import lock
+from stoker.data.packing import Table, best_fit, padded
+from stoker.data.tokens import Tokens
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from conf.schema import DataConfig
-from data.documents import Collection, Document, file_document, file_paths
-from data.jsonl import field, is_jsonl, jsonl_collections
+from stoker.conf.schema import DataConfig
+from stoker.data.documents import Collection, Document, file_document, file_paths
+from stoker.data.jsonl import field, is_jsonl, jsonl_collections
 
 
 def open_source(config: DataConfig) -> list[Document | Collection]:

@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from conf.durable import sync_directory
-from conf.schema import DataConfig
-from data.build import write_file
-from data.cache import META, TokenCache, cache_root, lock, open_folder
-from data.documents import Document, stamp
-from data.manifest import Memo
-from data.pool import each
-from data.text import files_of, known_args
-from data.tokens import Tokens, View, join
+from stoker.conf.durable import sync_directory
+from stoker.conf.schema import DataConfig
+from stoker.data.build import write_file
+from stoker.data.cache import META, TokenCache, cache_root, lock, open_folder
+from stoker.data.documents import Document, stamp
+from stoker.data.manifest import Memo
+from stoker.data.pool import each
+from stoker.data.text import files_of, known_args
+from stoker.data.tokens import Tokens, View, join
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}

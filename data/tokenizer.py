@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
         ...
 
     def files(self) -> Mapping[str, bytes]:
-        """What it takes to load it again (`data.tokenizer_files.load_kept`): contents by file name."""
+        """What it takes to load it again (`stoker.data.tokenizer_files.load_kept`): contents by file name."""
         ...
 
 

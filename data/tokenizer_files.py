@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data.tokenizer import END_OF_DOCUMENT, ByteTokenizer, JsonTokenizer, Tokenizer
+from stoker.data.tokenizer import END_OF_DOCUMENT, ByteTokenizer, JsonTokenizer, Tokenizer
 
 # Closing tokens of well-known tokenizers, asked for where a bare tokenizer.json names none.
 _USUAL_ENDS = (END_OF_DOCUMENT, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")

@@ -99,73 +99,73 @@ def add_data(data: argparse.ArgumentParser, overrides: str) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from launch.slurm.submit import submit
+    from stoker.launch.slurm.submit import submit
 
     return submit(options.overrides, options.dry_run)
 
 
 def _status(options: argparse.Namespace) -> int:
-    from launch.status import status
+    from stoker.launch.status import status
 
     return status(options.run)
 
 
 def _logs(options: argparse.Namespace) -> int:
-    from launch.logs import show
+    from stoker.launch.logs import show
 
     return show(options.run, options.rank, options.attempt, options.lines, options.follow)
 
 
 def _stop(options: argparse.Namespace) -> int:
-    from launch.stopping import stop
+    from stoker.launch.stopping import stop
 
     return stop(options.run, options.wait)
 
 
 def _requeue(options: argparse.Namespace) -> int:
-    from launch.stopping import requeue
+    from stoker.launch.stopping import requeue
 
     return requeue(options.run)
 
 
 def _checkpoint_ls(options: argparse.Namespace) -> int:
-    from launch.show import list_checkpoints
+    from stoker.launch.show import list_checkpoints
 
     return list_checkpoints(options.run)
 
 
 def _checkpoint_verify(options: argparse.Namespace) -> int:
-    from launch.show import verify_checkpoints
+    from stoker.launch.show import verify_checkpoints
 
     return verify_checkpoints(options.run, options.step)
 
 
 def _checkpoint_diff(options: argparse.Namespace) -> int:
-    from launch.show import compare_checkpoints
+    from stoker.launch.show import compare_checkpoints
 
     return compare_checkpoints(options.run, options.first, options.second, options.tensors)
 
 
 def _checkpoint_rm(options: argparse.Namespace) -> int:
-    from launch.tend import remove_checkpoints
+    from stoker.launch.tend import remove_checkpoints
 
     return remove_checkpoints(options.run, options.step)
 
 
 def _checkpoint_save(options: argparse.Namespace) -> int:
-    from launch.tend import save_now
+    from stoker.launch.tend import save_now
 
     return save_now(options.run, options.wait)
 
 
 def _data_made(options: argparse.Namespace) -> int:
-    from launch import data_make as make
+    from stoker.launch import data_make as make
 
     return {"prepare": make.prepare, "pack": make.pack, "tokenizer": make.tokenizer}[options.what](options)
 
 
 def _data_shown(options: argparse.Namespace) -> int:
-    from launch import data_show as show
-    from launch.data_peek import peek
+    from stoker.launch import data_show as show
+    from stoker.launch.data_peek import peek
 
     return {"plan": show.plan, "peek": peek, "verify": show.verify}[options.what](options)

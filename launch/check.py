@@ -18,17 +18,17 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
-from checkpoint import newest, read_state, read_tensors
-from conf.overrides import parse
-from conf.rundir import RunDirectory
-from conf.schema import Config
-from data import prepare
-from launch.local import launch
-from launch.train import gpus, ranks_for, say
-from parallel.layout import layout_of
-from parallel.shards import GRADIENT, PARAMETER
-from trainer.checking import GRADIENTS
-from trainer.start import settle_config
+from stoker.checkpoint import newest, read_state, read_tensors
+from stoker.conf.overrides import parse
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import Config
+from stoker.data import prepare
+from stoker.launch.local import launch
+from stoker.launch.train import gpus, ranks_for, say
+from stoker.parallel.layout import layout_of
+from stoker.parallel.shards import GRADIENT, PARAMETER
+from stoker.trainer.checking import GRADIENTS
+from stoker.trainer.start import settle_config
 
 ONE_PROCESS = [
     "launch.nproc=1",

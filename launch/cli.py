@@ -9,8 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from launch import arguments
-from trainer.rooms import shadowed_rooms
+from stoker.launch import arguments
 
 DESCRIPTION = "Distributed training of language models: where a run runs does not change what it computes."
 
@@ -43,11 +42,7 @@ the same run.
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. What is wrong with the user's words is one line on stderr, status 2."""
-    shadows = shadowed_rooms()
-    if shadows:
-        print(f"stoker: {shadows[0]}", file=sys.stderr)
-        return 2
-    from conf.values import ConfigError
+    from stoker.conf.values import ConfigError
 
     parser = _parser()
     options, more = parser.parse_known_args(words)
@@ -141,20 +136,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from launch.train import train
+    from stoker.launch.train import train
 
     return train(options.overrides)
 
 
 def _config(options: argparse.Namespace) -> int:
-    from conf.compose import compose
-    from conf.rundir import to_yaml
-    from launch.train import gpus, ranks_for
-    from parallel.refusals import refuse
+    from stoker.conf.compose import compose
+    from stoker.conf.rundir import to_yaml
+    from stoker.launch.train import gpus, ranks_for
+    from stoker.parallel.refusals import refuse
 
     config = compose(options.overrides)
     if config.model.init_from is not None:
-        from trainer.pretrained import adopt_shape
+        from stoker.trainer.pretrained import adopt_shape
 
         config = adopt_shape(config, options.overrides)
     world = ranks_for(config)
@@ -162,8 +157,8 @@ def _config(options: argparse.Namespace) -> int:
         refuse(config, world, gpus(config))
         print(to_yaml(config), end="")
         return 0
-    from launch.layout import lines_of
-    from parallel.layout import batch_plan, layout_of
+    from stoker.launch.layout import lines_of
+    from stoker.parallel.layout import batch_plan, layout_of
 
     refuse(config, world, gpus=world)  # asked of ranks anywhere, not of the GPUs of this machine
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us in silence
@@ -174,25 +169,25 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from launch.check import check
+    from stoker.launch.check import check
 
     return check(options.overrides, options.against, options.steps)
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from launch.replay import replay_step
+    from stoker.launch.replay import replay_step
 
     return replay_step(options.run, options.step)
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from launch.generate import speak
+    from stoker.launch.generate import speak
 
     return speak(options)
 
 
 def _export(options: argparse.Namespace) -> int:
-    from launch.export import export
+    from stoker.launch.export import export
 
     return export(options)
 

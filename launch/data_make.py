@@ -12,21 +12,21 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from conf.compose import compose
-from conf.rundir import resolve
-from conf.schema import Config
-from conf.targets import import_target
-from data.cache import write_tokenizer
-from data.documents import documents_of
-from data.lanes.tar import build_index
-from data.lanes.webdataset import write_index
-from data.manifest import is_validation, parts_of
-from data.opening import open_source
-from data.sources import specs_of
-from data.token_files import TokenFiles
-from data.tokenizer import JsonTokenizer
-from launch.train import say
-from parallel.refusals import refuse
+from stoker.conf.compose import compose
+from stoker.conf.rundir import resolve
+from stoker.conf.schema import Config
+from stoker.conf.targets import import_target
+from stoker.data.cache import write_tokenizer
+from stoker.data.documents import documents_of
+from stoker.data.lanes.tar import build_index
+from stoker.data.lanes.webdataset import write_index
+from stoker.data.manifest import is_validation, parts_of
+from stoker.data.opening import open_source
+from stoker.data.sources import specs_of
+from stoker.data.token_files import TokenFiles
+from stoker.data.tokenizer import JsonTokenizer
+from stoker.launch.train import say
+from stoker.parallel.refusals import refuse
 
 
 def prepare(options: argparse.Namespace) -> int:

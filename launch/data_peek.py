@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint import DamagedCheckpoint, read_state
-from checkpoint.names import committed
-from conf.rundir import RunDirectory, read_config
-from conf.schema import Config
-from data import open_rows, open_tokenizer
-from data.index import IndexPlan
-from data.lanes.opening import open_all_lanes
-from data.mixed import MixedPlan
-from data.opening import NoTokenizer
-from data.stream import refuse_other_data
-from data.tokenizer import Tokenizer
-from launch.show import run_at
-from launch.train import say
+from stoker.checkpoint import DamagedCheckpoint, read_state
+from stoker.checkpoint.names import committed
+from stoker.conf.rundir import RunDirectory, read_config
+from stoker.conf.schema import Config
+from stoker.data import open_rows, open_tokenizer
+from stoker.data.index import IndexPlan
+from stoker.data.lanes.opening import open_all_lanes
+from stoker.data.mixed import MixedPlan
+from stoker.data.opening import NoTokenizer
+from stoker.data.stream import refuse_other_data
+from stoker.data.tokenizer import Tokenizer
+from stoker.launch.show import run_at
+from stoker.launch.train import say
 
 Piece = tuple[int, str, np.ndarray]  # row of the step, where it comes from, ids
 

@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Column, Table
 
-from conf.schema import Config
-from data import open_rows
-from data.cache import META, cache_root, open_folder
-from data.cache import verify as verify_tokens
-from data.index import IndexPlan
-from data.mixed import MixedPlan
-from data.tables import verify_table
-from launch.data_make import composed
+from stoker.conf.schema import Config
+from stoker.data import open_rows
+from stoker.data.cache import META, cache_root, open_folder
+from stoker.data.cache import verify as verify_tokens
+from stoker.data.index import IndexPlan
+from stoker.data.mixed import MixedPlan
+from stoker.data.tables import verify_table
+from stoker.launch.data_make import composed
 
 
 def plan(options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conf.rundir import RunDirectory
+from stoker.conf.rundir import RunDirectory
 
 STEPS, MORE = 320, 20
 TARGET = 2.0  # nats per byte on the validation rows
@@ -56,7 +56,7 @@ def main() -> int:
 
 def _start(arguments: list[str]) -> subprocess.Popen[bytes]:
     print(f"\n$ stoker {' '.join(arguments)}", flush=True)
-    return subprocess.Popen([sys.executable, "-P", "-m", "launch.cli", *arguments])
+    return subprocess.Popen([sys.executable, "-P", "-m", "stoker.launch.cli", *arguments])
 
 
 def _wait_for_step(run: RunDirectory, training: subprocess.Popen[bytes], step: int) -> int:
@@ -71,7 +71,7 @@ def _wait_for_step(run: RunDirectory, training: subprocess.Popen[bytes], step: i
 
 
 def _metrics(run: RunDirectory) -> list[dict[str, float]]:
-    from trainer.metrics import read
+    from stoker.trainer.metrics import read
 
     return read(run.metrics)
 

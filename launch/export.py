@@ -14,16 +14,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from checkpoint import DamagedCheckpoint, open_checkpoint, read_tensors
-from conf.rundir import RunDirectory, read_config
-from conf.schema import Config, ModelConfig
-from data import open_tokenizer
-from data.hugging_face import tokenizer_files
-from launch.show import checkpoints_of, run_at
-from launch.tensor_files import TensorWriter, index_json, plan_files
-from models.hugging_face import config_json, tensor_name
-from parallel.shards import PARAMETER
-from trainer.assemble import with_vocabulary
+from stoker.checkpoint import DamagedCheckpoint, open_checkpoint, read_tensors
+from stoker.conf.rundir import RunDirectory, read_config
+from stoker.conf.schema import Config, ModelConfig
+from stoker.data import open_tokenizer
+from stoker.data.hugging_face import tokenizer_files
+from stoker.launch.show import checkpoints_of, run_at
+from stoker.launch.tensor_files import TensorWriter, index_json, plan_files
+from stoker.models.hugging_face import config_json, tensor_name
+from stoker.parallel.shards import PARAMETER
+from stoker.trainer.assemble import with_vocabulary
 
 _DTYPES = {"fp32": (torch.float32, "F32"), "bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16")}
 _SIZE = re.compile(r"(\d+)\s*(KB|MB|GB)", re.IGNORECASE)

@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoint import CheckpointMismatch, DamagedCheckpoint, Summary, read_tensors
-from conf.rundir import read_config
-from conf.schema import Config
-from data import open_tokenizer
-from data.tokenizer import Tokenizer
-from launch.show import checkpoints_of, run_at
-from models.generate import generate
-from parallel.model import whole_model
-from parallel.weights import materialise
-from trainer.assemble import with_vocabulary
-from trainer.cut import build_on_meta
+from stoker.checkpoint import CheckpointMismatch, DamagedCheckpoint, Summary, read_tensors
+from stoker.conf.rundir import read_config
+from stoker.conf.schema import Config
+from stoker.data import open_tokenizer
+from stoker.data.tokenizer import Tokenizer
+from stoker.launch.show import checkpoints_of, run_at
+from stoker.models.generate import generate
+from stoker.parallel.model import whole_model
+from stoker.parallel.weights import materialise
+from stoker.trainer.assemble import with_vocabulary
+from stoker.trainer.cut import build_on_meta
 
 
 def speak(options: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from parallel.layout import AXES, BatchPlan, Layout
+from stoker.parallel.layout import AXES, BatchPlan, Layout
 
 TOGETHER = {
     "pp": "hold the stages of one model",

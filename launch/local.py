@@ -25,14 +25,14 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousInfo
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-from checkpoint import newest_step
-from conf.rundir import RunDirectory
-from conf.schema import Config, to_dict
-from parallel.layout import threads_per_rank
-from trainer.doctor import Doctor
-from trainer.main import CONFIG_VARIABLE
-from trainer.outcome import GOES_ON, Ending, Outcome, read_ending, write_ending
-from trainer.start import run_directory
+from stoker.checkpoint import newest_step
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import Config, to_dict
+from stoker.parallel.layout import threads_per_rank
+from stoker.trainer.doctor import Doctor
+from stoker.trainer.main import CONFIG_VARIABLE
+from stoker.trainer.outcome import GOES_ON, Ending, Outcome, read_ending, write_ending
+from stoker.trainer.start import run_directory
 
 MONITOR_SECONDS = 0.05
 GRACE_SECONDS = 600.0  # for a final save after a signal
@@ -74,7 +74,7 @@ def launch(
             local_world_size=ranks,
             rdzv_handler=_LocalRendezvous() if meeting is None else _MeetingRendezvous(meeting),
             entrypoint=sys.executable,
-            args=("-P", "-m", "trainer", *arguments),
+            args=("-P", "-m", "stoker.trainer", *arguments),
             max_restarts=config.launch.max_restarts if meeting is None else 0,
             monitor_interval=MONITOR_SECONDS,
             master_addr="127.0.0.1" if meeting is None else meeting.host,

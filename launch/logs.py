@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
-from conf.rundir import RunDirectory
-from launch.show import run_at
-from launch.tend import living
-from trainer.outcome import read_ending
+from stoker.conf.rundir import RunDirectory
+from stoker.launch.show import run_at
+from stoker.launch.tend import living
+from stoker.trainer.outcome import read_ending
 
 _POLL_SECONDS = 0.2
 _QUIET_SECONDS = 3.0  # after an end, for an attempt that follows

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from conf.resume import merge
-from conf.rundir import read_config
-from launch.check import ONE_PROCESS
-from launch.show import run_at
-from trainer.metrics import read
-from trainer.replay import lines_of, replay
+from stoker.conf.resume import merge
+from stoker.conf.rundir import read_config
+from stoker.launch.check import ONE_PROCESS
+from stoker.launch.show import run_at
+from stoker.trainer.metrics import read
+from stoker.trainer.replay import lines_of, replay
 
 
 def replay_step(path: str, step: int) -> int:

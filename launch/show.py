@@ -18,9 +18,9 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from checkpoint import Difference, Summary, compare, describe, verify
-from conf.rundir import RunDirectory
-from trainer.progress import size
+from stoker.checkpoint import Difference, Summary, compare, describe, verify
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.progress import size
 
 
 def console_for_tables() -> Console:

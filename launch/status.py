@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 from rich.table import Column, Table
 
-from checkpoint import newest
-from checkpoint.names import MANIFEST, step_of
-from conf.rundir import RunDirectory, read_config
-from launch.show import console_for_tables, run_at
-from launch.slurm.batch import read_notes
-from launch.tend import living
-from trainer.goodput import goodput
-from trainer.metrics import read_recent
-from trainer.outcome import read_beginning, read_ending
-from trainer.process import Stamp, read_stamps
-from trainer.progress import duration
+from stoker.checkpoint import newest
+from stoker.checkpoint.names import MANIFEST, step_of
+from stoker.conf.rundir import RunDirectory, read_config
+from stoker.launch.show import console_for_tables, run_at
+from stoker.launch.slurm.batch import read_notes
+from stoker.launch.tend import living
+from stoker.trainer.goodput import goodput
+from stoker.trainer.metrics import read_recent
+from stoker.trainer.outcome import read_beginning, read_ending
+from stoker.trainer.process import Stamp, read_stamps
+from stoker.trainer.progress import duration
 
 _RECENT = 50  # steps over which speed is measured
 

@@ -6,13 +6,13 @@ import sys
 import time
 from contextlib import suppress
 
-from conf.rundir import RunDirectory
-from launch.show import run_at
-from launch.slurm import commands
-from launch.slurm.batch import read_notes
-from launch.slurm.submit import submit_script
-from launch.tend import living
-from trainer.outcome import Outcome, read_beginning, read_ending
+from stoker.conf.rundir import RunDirectory
+from stoker.launch.show import run_at
+from stoker.launch.slurm import commands
+from stoker.launch.slurm.batch import read_notes
+from stoker.launch.slurm.submit import submit_script
+from stoker.launch.tend import living
+from stoker.trainer.outcome import Outcome, read_beginning, read_ending
 
 _POLL_SECONDS = 0.1
 _NOTES = 20  # newest notes of jobs that are looked at

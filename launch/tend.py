@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-from checkpoint import newest, newest_step, remove
-from conf.rundir import RunDirectory
-from launch.show import checkpoints_of, run_at
-from trainer.outcome import read_ending
-from trainer.process import Stamp, read_stamps
+from stoker.checkpoint import newest, newest_step, remove
+from stoker.conf.rundir import RunDirectory
+from stoker.launch.show import checkpoints_of, run_at
+from stoker.trainer.outcome import read_ending
+from stoker.trainer.process import Stamp, read_stamps
 
 FRESH_SECONDS = 120.0  # a rank on another machine that has stamped its progress so recently is taken for alive
 _POLL_SECONDS = 0.1

@@ -6,7 +6,7 @@ import gc
 import sys
 from collections.abc import Sequence
 
-from conf.schema import Config
+from stoker.conf.schema import Config
 
 
 def ranks_for(config: Config) -> int:
@@ -26,8 +26,8 @@ def gpus(config: Config) -> int:
 def train(overrides: Sequence[str]) -> int:
     """Train, or resume, on this machine; the exit status. Raises ConfigError before a rank is spawned."""
     gc.disable()  # see trainer/__main__.py
-    from data import prepare
-    from trainer.start import run_directory, settle_config
+    from stoker.data import prepare
+    from stoker.trainer.start import run_directory, settle_config
 
     gc.freeze()
     gc.enable()
@@ -37,7 +37,7 @@ def train(overrides: Sequence[str]) -> int:
     say(f"run directory {config.run.dir}")
     for change in changes:
         say(f"changed since the last start: {change}")
-    from launch.local import launch
+    from stoker.launch.local import launch
 
     return launch(config, ranks_for(config), say)
 

@@ -15,8 +15,8 @@ parallel engine can gather them on dim 0 and nothing but attention knows of rows
 micro-batch (its rows, rotary tables and mask) is computed once and handed to every block as one `Geometry`.
 
 Nothing here depends on where it runs. There are no buffers, so `to_empty` leaves nothing wrong; layers go by their
-global number, so a stage has the names of the whole; linear layers, embedding and head are layers of `parallel.tensor`,
-ordinary ones until ranks share them, and the number of heads is read off the weights. Activations have the dtype of the
-weights, without autocast: an engine that wants bf16 hands in bf16 weights. Norms, softmax, rotary angles and losses are
-fp32 inside.
+global number, so a stage has the names of the whole; linear layers, embedding and head are layers of
+`stoker.parallel.tensor`, ordinary ones until ranks share them, and the number of heads is read off the weights.
+Activations have the dtype of the weights, without autocast: an engine that wants bf16 hands in bf16 weights. Norms,
+softmax, rotary angles and losses are fp32 inside.
 """

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conf.schema import ModelConfig
-from models.cache import LayerCache
-from models.cpu_attention import attend_in_blocks
-from models.rope import frequencies, rotary_tables, rotate
-from parallel.tensor.layers import ColumnLinear, Enter, HeadNorm, RowLinear
+from stoker.conf.schema import ModelConfig
+from stoker.models.cache import LayerCache
+from stoker.models.cpu_attention import attend_in_blocks
+from stoker.models.rope import frequencies, rotary_tables, rotate
+from stoker.parallel.tensor.layers import ColumnLinear, Enter, HeadNorm, RowLinear
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Geometry:
     """What attention knows of a micro-batch, computed once and handed to every block.
 
-    `cos` and `signed_sin` are the tables of `models.rope`. `mask` is None for causal attention within a row, else
-    what `document_mask` made, or a tensor that is added to the scores, `[rows or 1, 1, queries, keys]`.
+    `cos` and `signed_sin` are the tables of `stoker.models.rope`. `mask` is None for causal attention within a row,
+    else what `document_mask` made, or a tensor that is added to the scores, `[rows or 1, 1, queries, keys]`.
     """
 
     rows: int

@@ -15,7 +15,7 @@ BLOCK = 128  # queries
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`models.attention.attend` for as many keys as queries, and a mask that allows no key after its query."""
+    """`stoker.models.attention.attend` for as many keys as queries, and a mask that allows no key after its query."""
     if mask is not None:
         mask = mask.expand(len(q), -1, -1, -1)
     return _BlockedAttention.apply(q, k, v, mask)

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conf.schema import ModelConfig
-from models.attention import Attention, Geometry, cached_mask, document_mask, geometry_of, head_dim_of
-from models.cache import Cache, LayerCache
-from models.embedding import Embedding
-from models.loss import Head
-from parallel.model import Constant, Normal, Part
-from parallel.tensor.layers import ColumnLinear, Enter, RowLinear
+from stoker.conf.schema import ModelConfig
+from stoker.models.attention import Attention, Geometry, cached_mask, document_mask, geometry_of, head_dim_of
+from stoker.models.cache import Cache, LayerCache
+from stoker.models.embedding import Embedding
+from stoker.models.loss import Head
+from stoker.parallel.model import Constant, Normal, Part
+from stoker.parallel.tensor.layers import ColumnLinear, Enter, RowLinear
 
 
 def build(config: ModelConfig, part: Part) -> nn.Module:
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A `parallel.model.CuttableModel`. Tied, it holds one matrix under the name `embedding.weight`."""
+    """A `stoker.parallel.model.CuttableModel`. Tied, it holds one matrix under the name `embedding.weight`."""
 
     def __init__(self, config: ModelConfig, part: Part) -> None:
         super().__init__()

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.tensor.layers import VocabularyLayer
-from parallel.tensor.regions import leave
+from stoker.parallel.tensor.layers import VocabularyLayer
+from stoker.parallel.tensor.regions import leave
 
 
 class Embedding(VocabularyLayer):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from conf.schema import ModelConfig
-from models.attention import head_dim_of
+from stoker.conf.schema import ModelConfig
+from stoker.models.attention import head_dim_of
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, parameters: int) -> int:

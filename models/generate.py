@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from models.cache import Cache
+from stoker.models.cache import Cache
 
 
 def generate(

@@ -1,7 +1,7 @@
 """The decoder family in Hugging Face's words: config.json and the names of tensors, in both directions.
 
-No weight changes its layout on the way: `models.rope` pairs channels as Hugging Face's models do, and queries, keys and
-values are tensors of their own on both sides.
+No weight changes its layout on the way: `stoker.models.rope` pairs channels as Hugging Face's models do, and queries,
+keys and values are tensors of their own on both sides.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from conf.schema import ModelConfig, RopeScalingConfig
-from models.attention import head_dim_of
+from stoker.conf.schema import ModelConfig, RopeScalingConfig
+from stoker.models.attention import head_dim_of
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parallel.rows import IGNORE
-from parallel.tensor.layers import Vocabulary, VocabularyLayer
-from parallel.tensor.regions import all_gather, enter
+from stoker.parallel.rows import IGNORE
+from stoker.parallel.tensor.layers import Vocabulary, VocabularyLayer
+from stoker.parallel.tensor.regions import all_gather, enter
 
 
 class Head(VocabularyLayer):

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from conf.schema import RopeScalingConfig
+from stoker.conf.schema import RopeScalingConfig
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScalingConfig, device: torch.device | None = None) -> Tensor:

@@ -6,9 +6,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from parallel.rows import Rows
-from parallel.shards import Shard
-from parallel.update import SILENCE, Said, StepResult
+from stoker.parallel.rows import Rows
+from stoker.parallel.shards import Shard
+from stoker.parallel.update import SILENCE, Said, StepResult
 
 
 class Engine(Protocol):

@@ -14,7 +14,7 @@ def compute_in_full(model: nn.Module, patterns: Sequence[str], dtype: torch.dtyp
     """Have the modules of `model` that match `patterns` (such as `layers.*.mlp`) take and compute in float32.
 
     Floating-point inputs are cast on their way in, outputs to `dtype` on their way out, except for a scalar, the loss.
-    Their weights have to be float32 as well, which is the store's part (`parallel.weights.Precision`). Raises
+    Their weights have to be float32 as well, which is the store's part (`stoker.parallel.weights.Precision`). Raises
     ValueError where a parameter is shared with a module that does not match.
     """
     chosen: dict[str, nn.Module] = {}

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from parallel.model import Constant, Normal
-from parallel.shards import PARAMETER, Rectangle, Shard
+from stoker.parallel.model import Constant, Normal
+from stoker.parallel.shards import PARAMETER, Rectangle, Shard
 
 BLOCK_NUMEL = 1 << 18  # elements per row block: small enough that a rank makes little it does not need
 

@@ -1,11 +1,11 @@
-"""What does not go together with `data.planner=lanes`: entries of `parallel.refusals`."""
+"""What does not go together with `data.planner=lanes`: entries of `stoker.parallel.refusals`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from parallel.nearest import around, divisors, either, multiples_around
-from parallel.start import Start
+from stoker.parallel.nearest import around, divisors, either, multiples_around
+from stoker.parallel.start import Start
 
 
 def _ranks(start: Start) -> str | None:

@@ -2,7 +2,7 @@
 
 Gradients too small for fp16 vanish, so the loss is multiplied by a scale and what comes out divided by it. Where the
 scaled gradients overflow, the update is left out and the scale halved; after enough updates in a row it is doubled.
-The verdict is the one that all ranks agree on anyway (`parallel.update`), so the scale is equal everywhere.
+The verdict is the one that all ranks agree on anyway (`stoker.parallel.update`), so the scale is equal everywhere.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conf.schema import ParallelConfig
+from stoker.conf.schema import ParallelConfig
 
 LARGE_BYTES = 1 << 20  # what is smaller is not worth a file
 

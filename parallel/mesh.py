@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.layout import AXES, Coordinate, Layout, threads_per_rank
+from stoker.parallel.layout import AXES, Coordinate, Layout, threads_per_rank
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

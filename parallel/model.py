@@ -1,4 +1,4 @@
-"""The protocol of a model that Stoker can cut. `models.decoder` is one; `model.target=pkg.mod:build` names another."""
+"""The protocol of a model that Stoker can cut; `stoker.models.decoder` is one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from conf.schema import ModelConfig
+from stoker.conf.schema import ModelConfig
 
 
 @dataclass(frozen=True)

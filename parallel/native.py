@@ -12,24 +12,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from conf.schema import Config
-from parallel.layout import BatchPlan
-from parallel.loss_scale import LossScale
-from parallel.mapped import offloaded
-from parallel.mesh import Mesh
-from parallel.optimizer import LocalOptimizer
-from parallel.passes import Passes, StraightPasses
-from parallel.registry import Held, Registry
-from parallel.replicated import ReplicatedWeights
-from parallel.rows import Rows
-from parallel.shards import GRADIENT, PARAMETER, Shard
-from parallel.stages import stages_of
-from parallel.update import SILENCE, Said, StepResult, agree
-from parallel.weights import DTYPES, Precision, Weights
+from stoker.conf.schema import Config
+from stoker.parallel.layout import BatchPlan
+from stoker.parallel.loss_scale import LossScale
+from stoker.parallel.mapped import offloaded
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.optimizer import LocalOptimizer
+from stoker.parallel.passes import Passes, StraightPasses
+from stoker.parallel.registry import Held, Registry
+from stoker.parallel.replicated import ReplicatedWeights
+from stoker.parallel.rows import Rows
+from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
+from stoker.parallel.stages import stages_of
+from stoker.parallel.update import SILENCE, Said, StepResult, agree
+from stoker.parallel.weights import DTYPES, Precision, Weights
 
 
 class NativeEngine:
-    """`parallel.engine.Engine`: `passes` through this rank's stages, whose weights are `weights`, one for each."""
+    """An `Engine`: `passes` through this rank's stages, whose weights are `weights`, one for each."""
 
     def __init__(
         self, config: Config, mesh: Mesh, passes: Passes, registry: Registry, weights: Sequence[Weights]
@@ -173,7 +173,7 @@ def build_native(
     if mesh.layout.pp == 1:
         passes = StraightPasses(weights[0], plan, mesh.device, mask)
     else:
-        from parallel.pipeline import PipelinePasses, Stage  # a second of imports that only pipelines need
+        from stoker.parallel.pipeline import PipelinePasses, Stage  # a second of imports that only pipelines need
 
         tokens = plan.micro_rows * config.seq_len
         if config.parallel.sequence:
@@ -189,12 +189,14 @@ def _store(
     config: Config, mesh: Mesh, plan: BatchPlan, registry: Registry, model: nn.Module, precision: Precision
 ) -> Weights:
     if config.parallel.engine == "deepspeed":
-        from parallel.deepspeed_engine.weights import DeepSpeedWeights  # it imports DeepSpeed, which takes seconds
+        from stoker.parallel.deepspeed_engine.weights import (
+            DeepSpeedWeights,  # it imports DeepSpeed, which takes seconds
+        )
 
         return DeepSpeedWeights(config, mesh, plan, model, registry)
     offload = config.parallel.offload == "cpu"
     if mesh.layout.dp_shard == 1:
         return ReplicatedWeights(model, mesh.device, precision, mesh.group("dp_replicate"), offload)
-    from parallel.sharded import ShardedWeights  # half a second of imports that ZeRO 0 does not need
+    from stoker.parallel.sharded import ShardedWeights  # half a second of imports that ZeRO 0 does not need
 
     return ShardedWeights(model, mesh, precision, mesh.layout.zero, offload)

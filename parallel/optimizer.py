@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conf.schema import OptimConfig
-from conf.targets import import_target
+from stoker.conf.schema import OptimConfig
+from stoker.conf.targets import import_target
 
 
 def is_decayed(name: str, shape: tuple[int, ...]) -> bool:

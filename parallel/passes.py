@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from parallel.layout import BatchPlan
-from parallel.rows import Rows
-from parallel.weights import Weights
+from stoker.parallel.layout import BatchPlan
+from stoker.parallel.rows import Rows
+from stoker.parallel.weights import Weights
 
 
 class Passes(Protocol):

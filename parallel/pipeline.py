@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.profiler import record_function
 
-from parallel.layout import BatchPlan
-from parallel.mesh import Mesh
-from parallel.rows import Rows
-from parallel.weights import Weights
+from stoker.parallel.layout import BatchPlan
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.rows import Rows
+from stoker.parallel.weights import Weights
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
 
@@ -44,7 +44,7 @@ class Stage:
 
 
 class PipelinePasses:
-    """`parallel.passes.Passes` of a rank that holds `stages`, in the order of the pipeline.
+    """`stoker.parallel.passes.Passes` of a rank that holds `stages`, in the order of the pipeline.
 
     `activation` is a tensor on the meta device like those that go from stage to stage: `[tokens of a micro-batch,
     width]` in the compute dtype, fewer tokens where tensor-parallel ranks share them.

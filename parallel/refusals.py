@@ -1,7 +1,7 @@
 """What Stoker refuses to start, and why: one table, printed in docs/refusals.md.
 
-A start is judged as a whole before any rank is spawned. `conf.limits` judges each value alone; the refusals here judge
-values together, with the number of ranks and GPUs. Every message names the values and the nearest that work.
+A start is judged as a whole before any rank is spawned. `stoker.conf.limits` judges each value alone; the refusals here
+judge values together, with the number of ranks and GPUs. Every message names the values and the nearest that work.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from conf.faults import read_faults
-from conf.limits import LIMITS, ZERO_BUBBLE
-from conf.schema import Config
-from conf.values import ConfigError
-from parallel.deepspeed_engine.refused import ENTRIES as OF_DEEPSPEED
-from parallel.lanes_refused import ENTRIES as OF_LANES
-from parallel.nearest import around, divisors, either, multiples_around
-from parallel.start import Start
+from stoker.conf.faults import read_faults
+from stoker.conf.limits import LIMITS, ZERO_BUBBLE
+from stoker.conf.schema import Config
+from stoker.conf.values import ConfigError
+from stoker.parallel.deepspeed_engine.refused import ENTRIES as OF_DEEPSPEED
+from stoker.parallel.lanes_refused import ENTRIES as OF_LANES
+from stoker.parallel.nearest import around, divisors, either, multiples_around
+from stoker.parallel.start import Start
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from parallel.shards import Rectangle, Shard, whole
+from stoker.parallel.shards import Rectangle, Shard, whole
 
 
 @dataclass(frozen=True)

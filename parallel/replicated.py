@@ -14,16 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.registry import Held
-from parallel.shards import whole
-from parallel.weights import Precision, materialise, replace_parameters
+from stoker.parallel.registry import Held
+from stoker.parallel.shards import whole
+from stoker.parallel.weights import Precision, materialise, replace_parameters
 
 ALIGNMENT = 16  # elements: keeps every view on a 64-byte boundary
 BUCKET_NUMEL = 1 << 21  # elements per all-reduce: 8 MiB of float32
 
 
 class ReplicatedWeights:
-    """See `parallel.weights.Weights`. `group` are the ranks that hold the same, None if this is the only one.
+    """See `stoker.parallel.weights.Weights`. `group` are the ranks that hold the same, None if this is the only one.
 
     With `offload` the float32 parameters, and so the optimizer, live in the CPU's memory: gradients are copied there
     after their reduction, and the compute copy back after the update.

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from parallel.mesh import Mesh
-from parallel.model import CuttableModel
-from parallel.registry import Held
-from parallel.shards import Rectangle
-from parallel.weights import Precision, materialise
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.model import CuttableModel
+from stoker.parallel.registry import Held
+from stoker.parallel.shards import Rectangle
+from stoker.parallel.weights import Precision, materialise
 
 
 class ShardedWeights:

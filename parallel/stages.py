@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from torch import nn
 
-from parallel.model import CuttableModel, Part
+from stoker.parallel.model import CuttableModel, Part
 
 # An embedding does no arithmetic, but its gradient, as large as a head's matrix, is written for every micro-batch.
 EMBEDDING_SHARE = 0.05

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conf.schema import Config, ModelConfig
-from parallel.layout import BatchPlan, Layout, batch_plan
+from stoker.conf.schema import Config, ModelConfig
+from stoker.parallel.layout import BatchPlan, Layout, batch_plan
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from parallel.loss_scale import FLOOR
-from parallel.mesh import Mesh
+from stoker.parallel.loss_scale import FLOOR
+from stoker.parallel.mesh import Mesh
 
 VOTES = ("stop", "preempt", "save", "save_failed", "superseded")  # what ranks agree on, one step late
 

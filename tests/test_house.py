@@ -1,12 +1,10 @@
-"""The rules of the house: floors, private names, file sizes, no pickle near a checkpoint, units in the schema."""
+"""The rules of the house: floors, circles, private names, file sizes, no pickle in checkpoints, units in the schema."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("conf", "parallel", "data", "models", "checkpoint", "trainer", "launch")  # bottom first
@@ -25,7 +23,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str, str | None]]:
         if isinstance(node, ast.Import):
             yield from ((node.lineno, name.name, None) for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: rooms are imported by their absolute name"
+            assert node.level == 0, f"line {node.lineno}: modules are imported by their absolute name"
             yield from ((node.lineno, node.module or "", name.name) for name in node.names)
 
 
@@ -33,15 +31,23 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
 
 
-def room_of(module: str) -> str | None:
-    room = module.partition(".")[0]
-    return room if room in FLOORS else None
+def room_of(module: str, name: str | None = None) -> str | None:
+    """The room of `stoker.ROOM...`; `from stoker import ROOM` names it too."""
+    top, *rest = [*module.split("."), *([name] if name else [])]
+    return rest[0] if top == "stoker" and rest and rest[0] in FLOORS else None
+
+
+def bare_imports(source: str) -> list[str]:
+    """Imports of a room by a name that a user's own folder may have."""
+    found = imports(ast.parse(source))
+    return [f"line {line}: {module}" for line, module, _ in found if module.partition(".")[0] in FLOORS]
 
 
 def upward_imports(room: str, source: str) -> list[str]:
     """Imports of a room that stands above `room`."""
     above = FLOORS[FLOORS.index(room) + 1 :]
-    return [f"line {line}: {module}" for line, module, _ in imports(ast.parse(source)) if room_of(module) in above]
+    found = imports(ast.parse(source))
+    return [f"line {line}: {module} {name or ''}" for line, module, name in found if room_of(module, name) in above]
 
 
 def private_uses(room: str, source: str) -> list[str]:
@@ -49,22 +55,20 @@ def private_uses(room: str, source: str) -> list[str]:
     tree = ast.parse(source)
     found, foreign = [], set()
     for line, module, name in imports(tree):
-        if room_of(module) in (None, room):
+        if room_of(module, name) in (None, room):
             continue
         if any(is_private(part) for part in [*module.split("."), name or ""]):
             found.append(f"line {line}: {module} {name or ''}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             for alias in node.names:
-                module = node.module or "" if isinstance(node, ast.ImportFrom) else alias.name
+                module = f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
                 if room_of(module) not in (None, room):
-                    foreign.add(alias.asname or alias.name.partition(".")[0])
+                    foreign.add(alias.asname or alias.name)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
-            base = node.value
-            while isinstance(base, ast.Attribute):
-                base = base.value
-            if isinstance(base, ast.Name) and base.id in foreign:
+            chain = ast.unparse(node.value)
+            if any(chain == name or chain.startswith(f"{name}.") for name in foreign):
                 found.append(f"line {node.lineno}: {ast.unparse(node)}")
     return found
 
@@ -95,100 +99,105 @@ def keys_without_comment(source: str) -> list[str]:
     ]
 
 
-IN_ROOMS = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in files(*FLOORS)]
-EVERYWHERE = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in files(*FLOORS, "tests", "benchmarks")]
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Which of the modules of `sources` each of them imports, at any depth of its code."""
+    graph: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        named = {
+            f"{imported}.{name}" if f"{imported}.{name}" in sources else imported
+            for _, imported, name in imports(ast.parse(source))
+        }
+        graph[module] = named & sources.keys() - {module}
+    return graph
 
 
-@pytest.mark.parametrize("path", IN_ROOMS)
-def test_floors_only_go_down(path):
-    assert upward_imports(path.relative_to(ROOT).parts[0], path.read_text()) == []
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other on whatever way: strongly connected components of more than one."""
+    reach = {module: _reachable(graph, module) for module in graph}
+    groups = {frozenset(other for other in reach[module] if module in reach[other]) for module in graph}
+    return sorted(sorted(group) for group in groups if len(group) > 1)
 
 
-@pytest.mark.parametrize("path", IN_ROOMS)
-def test_no_room_uses_private_names_of_another(path):
-    assert private_uses(path.relative_to(ROOT).parts[0], path.read_text()) == []
+def _reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    found, ahead = set(), [start]
+    while ahead:
+        for module in graph[ahead.pop()]:
+            if module not in found:
+                found.add(module)
+                ahead.append(module)
+    return found
 
 
-@pytest.mark.parametrize("path", EVERYWHERE)
-def test_files_are_short_and_named_after_what_they_hold(path):
-    assert len(path.read_text().splitlines()) <= MOST_LINES
-    assert path.name not in NAMELESS
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("stoker", *(parts[:-1] if parts[-1] == "__init__" else parts)))
 
 
-@pytest.mark.parametrize("path", files("benchmarks"), ids=lambda path: path.name)
-def test_no_benchmark_hides_a_room(path):
-    """`python benchmarks/NAME.py` puts benchmarks/ before the rooms on the import path."""
-    assert path.stem not in FLOORS
+def broken(paths: Iterable[Path], rule: Callable[[str, str], list[str]]) -> list[str]:
+    """What `rule(room, source)` finds in each file."""
+    found = ((path.relative_to(ROOT), path.read_text()) for path in paths)
+    return [f"{path}: {line}" for path, source in found for line in rule(path.parts[0], source)]
 
 
-@pytest.mark.parametrize("path", files("checkpoint"), ids=lambda path: path.name)
-def test_checkpoints_never_meet_pickle(path):
-    assert pickles(path.read_text()) == []
+def test_rooms_import_rooms_below_them_under_the_name_of_the_package():
+    assert broken(files(*FLOORS), upward_imports) == []
+    assert broken(files(*FLOORS, "tests", "benchmarks", "stoker"), lambda _, source: bare_imports(source)) == []
+    for source in (
+        "import stoker.parallel.layout",
+        "from stoker import data",
+        "def f():\n    from stoker.trainer.loop import fit",
+        "class A:\n    def f(self):\n        import stoker.launch",
+    ):
+        assert len(upward_imports("conf", source)) == 1, source
+    assert upward_imports("data", "from stoker import conf\nimport torch\nfrom stoker.parallel.rows import Rows") == []
+    assert len(bare_imports("import conf\nfrom data.x import y\nfrom stoker.data import z")) == 2
 
 
-def test_every_key_says_its_unit():
-    assert keys_without_comment((ROOT / "conf" / "schema.py").read_text()) == []
+def test_no_modules_import_each_other():
+    graph = import_graph({module_name(path): path.read_text() for path in files(*FLOORS)})
+    assert sum(map(len, graph.values())) > len(graph)  # it sees the imports
+    assert circles(graph) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
 
 
-@pytest.mark.parametrize("room", FLOORS)
-def test_every_room_opens_with_an_essay(room):
-    essays = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in (ROOT / room).glob("*.py")]
-    assert any(len(essay.splitlines()) >= 4 for essay in essays)
+def test_no_room_uses_private_names_of_another():
+    assert broken(files(*FLOORS), private_uses) == []
+    for source in (
+        "from stoker.conf.schema import _kind",
+        "from stoker.conf._x import y",
+        "def f():\n    from stoker.conf import _secret as fine",
+        "from stoker.conf import schema\nschema._kind",
+        "import stoker.conf.schema\nstoker.conf.schema._kind(1)",
+        "import stoker.conf.schema as s\nx = s.Config._y.z",
+        "from stoker.conf.schema import Config\nConfig._fields",
+    ):
+        assert len(private_uses("data", source)) == 1, source
+    allowed = "from stoker.data.x import _y\nfrom stoker import conf\nimport torch\nconf.__file__\ntorch._C\nself._x"
+    assert private_uses("data", allowed + "\nfrom stoker.data import z\nz._w") == []
 
 
-@pytest.mark.parametrize(
-    ("room", "source"),
-    [
-        ("conf", "import parallel.layout"),
-        ("conf", "from parallel import layout"),
-        ("data", "def f():\n    from trainer.loop import fit"),
-        ("data", "if True:\n    import conf, models.decoder as d"),
-        ("trainer", "class A:\n    def f(self):\n        import launch"),
-    ],
-)
-def test_an_import_that_goes_up_is_caught(room, source):
-    assert len(upward_imports(room, source)) == 1
-
-
-def test_an_import_that_goes_down_or_outside_is_not():
-    assert upward_imports("data", "import conf, torch\nfrom parallel.rows import Rows\nimport data.x") == []
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "from conf.schema import _kind",
-        "from conf._x import y",
-        "def f():\n    from conf import _secret as fine",
-        "from conf import schema\nschema._kind",
-        "import conf.schema\nconf.schema._kind(1)",
-        "import conf.schema as s\nx = s.Config._y.z",
-        "from conf.schema import Config\nConfig._fields",
-    ],
-)
-def test_a_private_name_of_another_room_is_caught(source):
-    assert len(private_uses("data", source)) == 1
-
-
-def test_private_names_of_the_own_room_and_dunders_are_not():
-    source = "from data.x import _y\nimport conf, torch\nconf.__file__\ntorch._C\nself._x\nfrom data import z\nz._w"
-    assert private_uses("data", source) == []
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
+def test_checkpoints_never_meet_pickle():
+    assert broken(files("checkpoint"), lambda _, source: pickles(source)) == []
+    for source in (
         "import pickle",
         "def f():\n    from pickle import loads",
         "import torch\ntorch.load('x')",
         "from torch import save",
         "from multiprocessing.reduction import pickle",
-    ],
-)
-def test_a_pickle_is_caught(source):
-    assert len(pickles(source)) == 1
+    ):
+        assert len(pickles(source)) == 1, source
 
 
-def test_a_key_without_a_comment_is_caught():
+def test_files_are_short_and_named_after_what_they_hold():
+    everywhere = files(*FLOORS, "tests", "benchmarks", "stoker")
+    assert [path.name for path in everywhere if len(path.read_text().splitlines()) > MOST_LINES] == []
+    assert [path.name for path in everywhere if path.name in NAMELESS] == []
+    for room in FLOORS:
+        essays = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in (ROOT / room).glob("*.py")]
+        assert any(len(essay.splitlines()) >= 4 for essay in essays), f"no file of {room} explains the room"
+
+
+def test_every_key_has_a_comment_with_its_unit():
+    assert keys_without_comment((ROOT / "conf" / "schema.py").read_text()) == []
     source = "class A:\n    x: int = 1\n    y: int = 2  # steps\nclass B:\n    a: A = free(A)\n"
     assert keys_without_comment(source) == ["A.x"]

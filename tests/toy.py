@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from conf.schema import ModelConfig
-from models.embedding import Embedding
-from models.loss import Head
-from parallel.model import Constant, Normal, Part
-from parallel.tensor.layers import ColumnLinear, Enter, RowLinear
+from stoker.conf.schema import ModelConfig
+from stoker.models.embedding import Embedding
+from stoker.models.loss import Head
+from stoker.parallel.model import Constant, Normal, Part
+from stoker.parallel.tensor.layers import ColumnLinear, Enter, RowLinear
 
 
 class Layer(nn.Module):

@@ -30,9 +30,9 @@ _context.set_forkserver_preload(
     [
         "torch._dynamo",
         "torch.distributed.fsdp",
-        "parallel.sharded",
-        "parallel.pipeline",
-        "trainer.main",
+        "stoker.parallel.sharded",
+        "stoker.parallel.pipeline",
+        "stoker.trainer.main",
         "deepspeed",
         "deepspeed.runtime.zero.muon.muon_optimizer",
     ]

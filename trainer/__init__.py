@@ -1,6 +1,7 @@
 """The loop, what one optimizer step is made of, and the one function that cuts a model.
 
-`main`        the rank program (`python -m trainer`): config -> mesh -> model -> engine -> data -> `Trainer.fit()`
+`main`        the rank program (`python -m stoker.trainer`): config -> mesh -> model -> engine -> data ->
+`Trainer.fit()`
 `start`       from overrides to the config of this start; `assemble`: from that config to a `Trainer`
 `cut`         from a model on the meta device to an engine: the order in which a model is cut stands there only
 `loop`        the loop; `ledger`: results of steps, read one step late; `schedule`; `evaluation`
@@ -14,24 +15,4 @@
 
 A step never waits for the device: its result is read while the next step is already queued, and whatever ranks have
 to agree on (stop, skip) travels in the same message and takes effect one step late, on all of them alike.
-
-From Python the same run is
-
-    import trainer
-    ending = trainer.run(["model=tiny", "steps=20", "run.dir=runs/first"])
 """
-
-from __future__ import annotations
-
-import importlib
-from typing import Any
-
-_PLACES = {"run": "trainer.main", "Trainer": "trainer.loop", "assemble": "trainer.assemble", "cut": "trainer.cut"}
-__all__ = ["Trainer", "assemble", "cut", "run"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import on use: `python -m trainer` looks at what it would import before it imports torch."""
-    if name in _PLACES:
-        return getattr(importlib.import_module(_PLACES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

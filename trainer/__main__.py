@@ -1,4 +1,4 @@
-"""`python -m trainer [overrides]`: one rank of a run, under torchrun or any launcher that sets its variables.
+"""`python -m stoker.trainer [overrides]`: one rank of a run, under torchrun or any launcher that sets its variables.
 
 With `--measure` instead of overrides it does what `stoker check` asks of a rank.
 """
@@ -7,22 +7,17 @@ import gc
 import os
 import sys
 
-from trainer.rooms import shadowed_rooms
-
 if __name__ == "__main__":
-    shadows = shadowed_rooms()  # before anything of another room is imported
-    if shadows:
-        sys.exit("stoker: " + shadows[0])
     # OpenMP threads spin while they wait, and beside another busy process for 50 times longer than the work takes. So
     # few rounds cost nothing on an idle machine and keep that to a factor of 5. It is read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     gc.disable()  # torch is a quarter of a million objects that stay: looking for garbage there is a fifth of a start
-    from trainer.main import main
+    from stoker.trainer.main import main
 
     gc.freeze()
     gc.enable()
     if sys.argv[1:] == ["--measure"]:
-        from trainer.checking import measure
+        from stoker.trainer.checking import measure
 
         status = main([], measure)
     else:

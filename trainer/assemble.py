@@ -7,27 +7,27 @@ import logging
 from pathlib import Path
 from typing import Any, TextIO
 
-from checkpoint import Checkpoints, Remote, resume
-from conf.faults import read_faults
-from conf.rundir import RunDirectory
-from conf.schema import Config
-from data import RowSource, open_rows, open_stream, prepare, read_rows, vocabulary
-from parallel.layout import batch_plan
-from parallel.mapped import offloaded
-from parallel.mesh import Mesh
-from parallel.rows import IGNORE
-from trainer.cut import cut_without_values
-from trainer.evaluation import Evaluation
-from trainer.faults import Faults
-from trainer.goodput import Booking
-from trainer.grace import Grace
-from trainer.loop import Trainer
-from trainer.metrics import read_recent
-from trainer.observers import open_observers
-from trainer.pretrained import load_pretrained
-from trainer.process import Phases, Place
-from trainer.profile import Profiler
-from trainer.requests import Requests, deadline_of
+from stoker.checkpoint import Checkpoints, Remote, resume
+from stoker.conf.faults import read_faults
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import Config
+from stoker.data import RowSource, open_rows, open_stream, prepare, read_rows, vocabulary
+from stoker.parallel.layout import batch_plan
+from stoker.parallel.mapped import offloaded
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.rows import IGNORE
+from stoker.trainer.cut import cut_without_values
+from stoker.trainer.evaluation import Evaluation
+from stoker.trainer.faults import Faults
+from stoker.trainer.goodput import Booking
+from stoker.trainer.grace import Grace
+from stoker.trainer.loop import Trainer
+from stoker.trainer.metrics import read_recent
+from stoker.trainer.observers import open_observers
+from stoker.trainer.pretrained import load_pretrained
+from stoker.trainer.process import Phases, Place
+from stoker.trainer.profile import Profiler
+from stoker.trainer.requests import Requests, deadline_of
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def assemble(
 ) -> Trainer:
     """The trainer of this rank, resumed from the newest valid checkpoint of `run` if there is one.
 
-    `config` is settled (`trainer.start`). Raises ValueError for data or a checkpoint that do not fit it.
+    `config` is settled (`stoker.trainer.start`). Raises ValueError for data or a checkpoint that do not fit it.
     """
     plan = batch_plan(config, mesh.layout)
     phase(0, "open_data")

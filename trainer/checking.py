@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint import Checkpoints, fence
-from parallel.shards import PARAMETER, Shard
-from trainer.loop import Trainer
-from trainer.outcome import Outcome
-from trainer.schedule import learning_rate
+from stoker.checkpoint import Checkpoints, fence
+from stoker.parallel.shards import PARAMETER, Shard
+from stoker.trainer.loop import Trainer
+from stoker.trainer.outcome import Outcome
+from stoker.trainer.schedule import learning_rate
 
 GRADIENTS = "gradients"
 

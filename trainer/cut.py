@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from conf.schema import Config, ModelConfig
-from conf.targets import import_target
-from parallel.engine import Engine
-from parallel.full_precision import compute_in_full
-from parallel.initialize import initialize
-from parallel.layout import BatchPlan
-from parallel.mesh import Mesh
-from parallel.model import CuttableModel, Part, whole_model
-from parallel.native import build_native
-from parallel.registry import Registry
-from parallel.stages import costs_of, parts, stages_of
-from parallel.tensor import cut_tensors, enable_async_tensor_parallelism
-from parallel.weights import DTYPES
+from stoker.conf.schema import Config, ModelConfig
+from stoker.conf.targets import import_target
+from stoker.parallel.engine import Engine
+from stoker.parallel.full_precision import compute_in_full
+from stoker.parallel.initialize import initialize
+from stoker.parallel.layout import BatchPlan
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.model import CuttableModel, Part, whole_model
+from stoker.parallel.native import build_native
+from stoker.parallel.registry import Registry
+from stoker.parallel.stages import costs_of, parts, stages_of
+from stoker.parallel.tensor import cut_tensors, enable_async_tensor_parallelism
+from stoker.parallel.weights import DTYPES
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,8 @@
 Every machine has one: our launcher, or under another launcher a process beside local rank 0 (`python -m
 trainer.doctor`). All see the stamps of all ranks in the run directory and judge by their own clocks. When the rank that
 is furthest behind has not moved for longer than its phase may take, each examines the ranks of its machine
-(`trainer.examination`), the one of rank 0 prints one table, and each kills its ranks; the launcher starts them again.
+(`stoker.trainer.examination`), the one of rank 0 prints one table, and each kills its ranks; the launcher starts them
+again.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from conf.rundir import RunDirectory
-from trainer.examination import Finding, behind, examine, explain, is_stopped, place_of, table
-from trainer.outcome import Ending, Outcome, read_ending, write_ending
-from trainer.process import Stamp, read_stamps
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.examination import Finding, behind, examine, explain, is_stopped, place_of, table
+from stoker.trainer.outcome import Ending, Outcome, read_ending, write_ending
+from stoker.trainer.process import Stamp, read_stamps
 
 LOOK_SECONDS = 0.5
 REST = 50  # times as long as a look takes, which grows with the ranks, a doctor waits for the next one

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from parallel.engine import Engine
-from parallel.mesh import Mesh
-from parallel.rows import Rows
+from stoker.parallel.engine import Engine
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.rows import Rows
 
 
 class Evaluation:

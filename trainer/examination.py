@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.rundir import RunDirectory
-from trainer.process import Stamp
-from trainer.witness import MAIN_ANSWERS, SIGNAL, THREAD_ANSWERS
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.process import Stamp
+from stoker.trainer.witness import MAIN_ANSWERS, SIGNAL, THREAD_ANSWERS
 
 ANSWER_SECONDS = 2.0
 LEAST_SECONDS = 0.5  # who computes is known by the processor time that it takes meanwhile
@@ -60,7 +60,7 @@ def behind(findings: Sequence[Finding]) -> list[Finding]:
 def examine(
     run: RunDirectory, attempt: int, stamps: Mapping[int, Stamp], seconds: Mapping[int, float]
 ) -> list[Finding]:
-    """Ask the ranks of this machine (see `trainer.witness`) and the kernel. Takes up to ANSWER_SECONDS."""
+    """Ask the ranks of this machine (see `stoker.trainer.witness`) and the kernel. Takes up to ANSWER_SECONDS."""
     before = {rank: _processor_seconds(stamp.pid) for rank, stamp in stamps.items()}
     for stamp in stamps.values():
         with suppress(ProcessLookupError):

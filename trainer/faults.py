@@ -1,4 +1,4 @@
-"""Faults struck on purpose, to see a run survive them: `conf.faults` says which there are and what each does."""
+"""Faults struck on purpose, to see a run survive them: `stoker.conf.faults` says which there are and what each does."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from checkpoint import Checkpoints
-from conf.faults import Fault
-from conf.rundir import RunDirectory
-from trainer.module_names import ModuleNames
+from stoker.checkpoint import Checkpoints
+from stoker.conf.faults import Fault
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.module_names import ModuleNames
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conf.rundir import RunDirectory
-from trainer.outcome import read_ending
-from trainer.process import Phases, read_stamps
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.outcome import read_ending
+from stoker.trainer.process import Phases, read_stamps
 
 BOOKS = ("training", "data", "checkpoint", "evaluation", "startup", "lost", "down")
 _BOOK_OF = {

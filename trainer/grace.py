@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from conf.schema import Config
-from trainer.observers import CheckpointReport, Observer, StepRecord
-from trainer.progress import brief
+from stoker.conf.schema import Config
+from stoker.trainer.observer import CheckpointReport, Observer, StepRecord
+from stoker.trainer.progress import brief
 
 GRACE_VARIABLE = "STOKER_GRACE"  # seconds between the scheduler's signal and its SIGKILL, where it is known
 CHECKPOINT_SECONDS = "checkpoint_seconds"  # of metrics.jsonl

@@ -12,14 +12,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from conf.schema import Config
-from parallel.update import StepResult
-from trainer.observers import Observers, StepRecord
-from trainer.outcome import Outcome, Superseded
-from trainer.process import Phases, read_stamps
-from trainer.requests import SUPERSEDED, ending_of
-from trainer.spikes import ceilings
-from trainer.stragglers import STEPS, Stragglers
+from stoker.conf.schema import Config
+from stoker.parallel.update import StepResult
+from stoker.trainer.observer import StepRecord
+from stoker.trainer.observers import Observers
+from stoker.trainer.outcome import Outcome, Superseded
+from stoker.trainer.process import Phases, read_stamps
+from stoker.trainer.requests import SUPERSEDED, ending_of
+from stoker.trainer.spikes import ceilings
+from stoker.trainer.stragglers import STEPS, Stragglers
 
 
 @dataclass
@@ -33,7 +34,9 @@ class Progress:
     loss: float | None = None  # of the last step
     val_loss: float | None = None  # of the last evaluation
     val_step: int | None = None  # after which that was
-    seen: list[list[float]] = field(default_factory=list)  # step, loss, norm of sound steps, for `trainer.spikes`
+    seen: list[list[float]] = field(
+        default_factory=list
+    )  # step, loss, norm of sound steps, for `stoker.trainer.spikes`
     passed_over: list[list[int]] = field(default_factory=list)  # first and last step of spans found bad
 
 

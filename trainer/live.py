@@ -10,9 +10,9 @@ import os
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from conf.schema import Config
-from trainer.observers import CheckpointReport, Observer, StepRecord
-from trainer.progress import (
+from stoker.conf.schema import Config
+from stoker.trainer.observer import CheckpointReport, Observer, StepRecord
+from stoker.trainer.progress import (
     Pace,
     describe_save,
     duration,

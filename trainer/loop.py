@@ -9,31 +9,31 @@ from typing import Any
 
 from torch.profiler import record_function
 
-from checkpoint import VALIDATION_LOSS, Checkpoints, SaveReport
-from conf.schema import Config, to_dict
-from data import RowSource
-from parallel.engine import Engine
-from parallel.mesh import Mesh
-from parallel.update import Said
-from trainer.evaluation import Evaluation
-from trainer.faults import Faults
-from trainer.goodput import Booking
-from trainer.grace import CHECKPOINT_SECONDS
-from trainer.ledger import Ledger, Progress
-from trainer.observers import Observers
-from trainer.outcome import Outcome
-from trainer.process import Phases
-from trainer.profile import Profiler
-from trainer.requests import PREEMPT, STOP, Requests, ending_of
-from trainer.schedule import learning_rate
-from trainer.stragglers import Stragglers, WorkClock
+from stoker.checkpoint import VALIDATION_LOSS, Checkpoints, SaveReport
+from stoker.conf.schema import Config, to_dict
+from stoker.data import RowSource
+from stoker.parallel.engine import Engine
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.update import Said
+from stoker.trainer.evaluation import Evaluation
+from stoker.trainer.faults import Faults
+from stoker.trainer.goodput import Booking
+from stoker.trainer.grace import CHECKPOINT_SECONDS
+from stoker.trainer.ledger import Ledger, Progress
+from stoker.trainer.observers import Observers
+from stoker.trainer.outcome import Outcome
+from stoker.trainer.process import Phases
+from stoker.trainer.profile import Profiler
+from stoker.trainer.requests import PREEMPT, STOP, Requests, ending_of
+from stoker.trainer.schedule import learning_rate
+from stoker.trainer.stragglers import Stragglers, WorkClock
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Trainer:
-    """One rank's part of a training run. `trainer.assemble` puts one together from a config."""
+    """One rank's part of a training run. `stoker.trainer.assemble` puts one together from a config."""
 
     config: Config
     run_config: Config  # as the run directory keeps it: what later starts begin with

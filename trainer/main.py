@@ -17,18 +17,18 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from checkpoint import DamagedCheckpoint, fence, make_tier, newest_step
-from conf.rundir import RunDirectory, next_attempt, write_config
-from conf.schema import Config, from_dict
-from conf.values import ConfigError
-from data import keep_tokenizer
-from parallel.layout import layout_of
-from parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
-from trainer.assemble import assemble
-from trainer.hearing import Hearing
-from trainer.loop import Trainer
-from trainer.meeting import ask_for_attempt, meet, tell_attempt
-from trainer.outcome import (
+from stoker.checkpoint import DamagedCheckpoint, fence, make_tier, newest_step
+from stoker.conf.rundir import RunDirectory, next_attempt, write_config
+from stoker.conf.schema import Config, from_dict
+from stoker.conf.values import ConfigError
+from stoker.data import keep_tokenizer
+from stoker.parallel.layout import layout_of
+from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
+from stoker.trainer.assemble import assemble
+from stoker.trainer.hearing import Hearing
+from stoker.trainer.loop import Trainer
+from stoker.trainer.meeting import ask_for_attempt, meet, tell_attempt
+from stoker.trainer.outcome import (
     Beginning,
     Ending,
     Outcome,
@@ -37,7 +37,7 @@ from trainer.outcome import (
     write_beginning,
     write_ending,
 )
-from trainer.process import (
+from stoker.trainer.process import (
     Console,
     Phases,
     Place,
@@ -46,10 +46,10 @@ from trainer.process import (
     keep_freed_memory,
     place_from_environment,
 )
-from trainer.requests import Requests, deadline_of
-from trainer.start import first_tier, run_directory, settle_config
-from trainer.summary import summarize
-from trainer.witness import Witness
+from stoker.trainer.requests import Requests, deadline_of
+from stoker.trainer.start import first_tier, run_directory, settle_config
+from stoker.trainer.summary import summarize
+from stoker.trainer.witness import Witness
 
 log = logging.getLogger(__name__)
 
@@ -117,13 +117,13 @@ def _call_doctor(config: Config, attempt: Attempt, console: Console) -> None:
     """Start the doctor of this machine: our own launcher is one itself, others are not. It ends with this process."""
     place, patience = attempt.place, config.launch.hang_seconds
     words = [str(attempt.run.path), attempt.number, place.rank, place.local_world, patience or ""]
-    program = [sys.executable, "-P", "-m", "trainer.doctor", *map(str, words)]
+    program = [sys.executable, "-P", "-m", "stoker.trainer.doctor", *map(str, words)]
     subprocess.Popen(program, stdin=subprocess.DEVNULL, stderr=console.errors)
 
 
 def run(overrides: Sequence[str]) -> Ending:
-    """Train from Python, as `python -m trainer` does: in this process, which is the only rank unless the environment
-    says otherwise (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+    """Train from Python, as `python -m stoker.trainer` does: in this process, which is the only rank unless the
+    environment says otherwise (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
     Returns how the run ended. Errors are raised, signals are left to the caller, and nothing is redirected.
     """

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-from conf.rundir import RunDirectory
-from conf.values import ConfigError
-from trainer.process import Place
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.values import ConfigError
+from stoker.trainer.process import Place
 
 SHARED_SECONDS = 15.0  # for a network file system to show what another machine has written
 SKEW_SECONDS = 5.0  # by which clocks may differ without a word

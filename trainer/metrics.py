@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conf.durable import sync_directory, write_durably
-from conf.schema import Config
-from trainer.observers import Observer, StepRecord
+from stoker.conf.durable import sync_directory, write_durably
+from stoker.conf.schema import Config
+from stoker.trainer.observer import Observer, StepRecord
 
 _RECENT_BYTES = 4 << 20  # some ten thousand steps
 _encode = json.JSONEncoder(allow_nan=False).encode

@@ -12,80 +12,19 @@ thread or process.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TextIO
 
-from conf.rundir import RunDirectory
-from conf.schema import Config
-
-if TYPE_CHECKING:
-    from trainer.metrics import MetricsFile
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import Config, LogConfig
+from stoker.trainer.metrics import MetricsFile
+from stoker.trainer.observer import CheckpointReport, Observer, StepRecord
+from stoker.trainer.progress import PlainProgress
+from stoker.trainer.trackers import Tracker
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One step as it is shown and stored. A loss or norm that is not finite is passed as it is (nan, inf)."""
-
-    step: int  # global batches attempted
-    updates: int  # optimizer steps taken
-    loss: float | None  # nats per valid token
-    grad_norm: float | None  # before clipping
-    lr: float
-    tokens: int  # valid tokens trained so far
-    tokens_per_second: float
-    step_seconds: float  # wall time since the step before
-    data_seconds: float  # of which waiting for rows
-    skipped: bool = False  # no update: the loss or the norm was not finite
-    val_loss: float | None = None  # nats per valid token, at the steps that evaluate
-    extra: Mapping[str, float] = field(default_factory=dict)  # more numbers for metrics.jsonl and trackers
-
-
-class CheckpointReport(Protocol):
-    """What observers read of a save that ended."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def bytes(self) -> int: ...
-    @property
-    def error(self) -> str | None: ...
-    @property
-    def stall_seconds(self) -> float: ...
-    @property
-    def write_bytes_per_second(self) -> float: ...
-
-
-class Observer:
-    """Sees a run go by. Every event is optional."""
-
-    name = "observer"
-
-    def start(self, config: Config, resumed_from_step: int | None, total_steps: int, facts: Mapping[str, str]) -> None:
-        """Before the first step. `facts` are for people: {"layout": "dp_shard 2, ZeRO 1", ...}."""
-
-    def step(self, record: StepRecord) -> None:
-        """After every step, in order."""
-
-    def saving(self, step: int) -> None:
-        """A save of the state after `step` has begun."""
-
-    def checkpoint(self, report: CheckpointReport) -> None:
-        """A save has ended, well or not."""
-
-    def rolled_back(self, step: int) -> None:
-        """The run has gone back to `step`: what came after it will be told anew."""
-
-    def message(self, text: str) -> None:
-        """One line for the person who watches."""
-
-    def finish(self, outcome: str, step: int) -> None:
-        """The run ends here, at `step`; no event follows. Returns within seconds."""
 
 
 class Observers(Observer):
@@ -138,13 +77,19 @@ class Observers(Observer):
 
 def open_observers(config: Config, run_dir: Path, screen: TextIO) -> Observers:
     """The observers that `config` asks for. `screen` is where a person looks: a terminal, a pipe or a file."""
-    from trainer.metrics import MetricsFile  # here, because the three build on this module
-    from trainer.progress import open_progress
-    from trainer.trackers import Tracker
-
     run = RunDirectory(run_dir)
     views = [open_progress(config.log, screen)] if config.log.progress != "none" else []
     observers = Observers(MetricsFile(run.metrics), views)
     if config.tracker.name != "none":
         observers.add(Tracker(config.tracker, run, say=observers.message))
     return observers
+
+
+def open_progress(log: LogConfig, screen: TextIO) -> Observer:
+    """The view that `log.progress` asks for: `auto` is live on a terminal and plain elsewhere."""
+    terminal = screen.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    if log.progress == "live" or (log.progress == "auto" and terminal):
+        from stoker.trainer.live import LiveProgress
+
+        return LiveProgress(screen)
+    return PlainProgress(screen, log.every)

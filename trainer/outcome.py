@@ -9,8 +9,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from conf.durable import write_durably
-from conf.rundir import RunDirectory
+from stoker.conf.durable import write_durably
+from stoker.conf.rundir import RunDirectory
 
 GOES_ON = 75  # exit status for a run that was preempted: the same command goes on (EX_TEMPFAIL of sysexits.h)
 

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import Summary, describe, load, open_checkpoint
-from conf.overrides import parse
-from conf.rundir import RunDirectory, read_config
-from conf.schema import Config, ModelConfig, from_dict, kinds, lookup, to_dict
-from conf.values import ConfigError
-from models.hugging_face import shape_of, tensor_name
-from parallel.model import whole_model
-from parallel.shards import PARAMETER, Rectangle, Shard
-from trainer.cut import build_on_meta
+from stoker.checkpoint import Summary, describe, load, open_checkpoint
+from stoker.conf.overrides import parse
+from stoker.conf.rundir import RunDirectory, read_config
+from stoker.conf.schema import Config, ModelConfig, from_dict, kinds, lookup, to_dict
+from stoker.conf.values import ConfigError
+from stoker.models.hugging_face import shape_of, tensor_name
+from stoker.parallel.model import whole_model
+from stoker.parallel.shards import PARAMETER, Rectangle, Shard
+from stoker.trainer.cut import build_on_meta
 
 log = logging.getLogger(__name__)
 

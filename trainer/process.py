@@ -1,4 +1,4 @@
-"""A rank as a process: what it dies of, what it says and where. What it is asked: `trainer.requests`.
+"""A rank as a process: what it dies of, what it says and where. What it is asked: `stoker.trainer.requests`.
 
 All of it works under any launcher that sets the usual torchrun variables, because it lives in the run directory:
 logs, progress stamps, request files and the outcome.

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from conf.schema import ProfileConfig
-from trainer.breakdown import events_of, phase_seconds
+from stoker.conf.schema import ProfileConfig
+from stoker.trainer.breakdown import events_of, phase_seconds
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Progress on the screen: plain lines for logs and pipes; `trainer.live` is its sister for terminals."""
+"""Progress on the screen: plain lines for logs and pipes; `stoker.trainer.live` is its sister for terminals."""
 
 from __future__ import annotations
 
@@ -8,20 +8,10 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TextIO
 
-from conf.schema import Config, LogConfig
-from trainer.observers import CheckpointReport, Observer, StepRecord
+from stoker.conf.schema import Config
+from stoker.trainer.observer import CheckpointReport, Observer, StepRecord
 
 WINDOW = 50  # steps over which speed is measured
-
-
-def open_progress(log: LogConfig, screen: TextIO) -> Observer:
-    """The view that `log.progress` asks for: `auto` is live on a terminal and plain elsewhere."""
-    terminal = screen.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-    if log.progress == "live" or (log.progress == "auto" and terminal):
-        from trainer.live import LiveProgress
-
-        return LiveProgress(screen)
-    return PlainProgress(screen, log.every)
 
 
 class Pace:

@@ -21,22 +21,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from checkpoint import newest, read_state
-from checkpoint.names import step_of
-from conf.faults import read_faults
-from conf.rundir import RunDirectory
-from conf.schema import Config
-from parallel.layout import layout_of
-from parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
-from parallel.shards import PARAMETER
-from parallel.update import Said
-from trainer.assemble import assemble
-from trainer.faults import Poison
-from trainer.loop import Trainer
-from trainer.module_names import ModuleNames
-from trainer.process import Phases, Place
-from trainer.requests import Requests
-from trainer.schedule import learning_rate
+from stoker.checkpoint import newest, read_state
+from stoker.checkpoint.names import step_of
+from stoker.conf.faults import read_faults
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import Config
+from stoker.parallel.layout import layout_of
+from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
+from stoker.parallel.shards import PARAMETER
+from stoker.parallel.update import Said
+from stoker.trainer.assemble import assemble
+from stoker.trainer.faults import Poison
+from stoker.trainer.loop import Trainer
+from stoker.trainer.module_names import ModuleNames
+from stoker.trainer.process import Phases, Place
+from stoker.trainer.requests import Requests
+from stoker.trainer.schedule import learning_rate
 
 
 @dataclass

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 
-from conf.rundir import RunDirectory
-from trainer.hearing import Hearing
-from trainer.outcome import Outcome
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.hearing import Hearing
+from stoker.trainer.outcome import Outcome
 
 STOP, PREEMPT, SAVE, SUPERSEDED = "stop", "preempt", "save", "superseded"  # of parallel.update.VOTES
 DEADLINE_VARIABLE = "STOKER_DEADLINE"  # seconds since the epoch; whoever starts ranks knows when they will be ended

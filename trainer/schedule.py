@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from conf.schema import OptimConfig, ScheduleConfig
+from stoker.conf.schema import OptimConfig, ScheduleConfig
 
 
 def learning_rate(schedule: ScheduleConfig, optim: OptimConfig, step: int) -> float:

@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from checkpoint import DamagedCheckpoint, Remote, newest, tier_problem
-from conf.compose import compose
-from conf.resume import Change, check_changes, merge, pin
-from conf.rundir import RunDirectory, read_config, resolve
-from conf.schema import Config, from_dict, lookup
-from conf.values import ConfigError
-from parallel.layout import fit
-from parallel.refusals import refuse
+from stoker.checkpoint import DamagedCheckpoint, Remote, newest, tier_problem
+from stoker.conf.compose import compose
+from stoker.conf.migrations import migrate
+from stoker.conf.resume import Change, check_changes, merge, pin
+from stoker.conf.rundir import RunDirectory, read_config, resolve
+from stoker.conf.schema import Config, from_dict, lookup
+from stoker.conf.values import ConfigError
+from stoker.parallel.layout import fit
+from stoker.parallel.refusals import refuse
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def settle_config(
         check_changes(changes, config.run.change)
         config = merged
     elif config.model.init_from is not None:
-        from trainer.pretrained import adopt_shape  # most starts do not need what it imports
+        from stoker.trainer.pretrained import adopt_shape  # most starts do not need what it imports
 
         config = adopt_shape(config, overrides)
     if refitted is not None and run.attempt_numbers():
@@ -79,7 +80,7 @@ def _stored_config(run: RunDirectory, config: Config) -> Config | None:
         try:
             found = remote.manifest(step)
             if found is not None:
-                return from_dict(remote.state(found[0])["config"])
+                return from_dict(migrate(remote.state(found[0])["config"]))
         except DamagedCheckpoint as damage:
             log.warning("passed over: %s", damage)
     return None

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from conf.rundir import RunDirectory
-from conf.schema import Config
-from trainer.goodput import goodput
-from trainer.metrics import read
-from trainer.progress import duration
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import Config
+from stoker.trainer.goodput import goodput
+from stoker.trainer.metrics import read
+from stoker.trainer.progress import duration
 
 LOG_STEPS_FROM = 1000  # runs this long are drawn over log steps: the start would be a cliff
 

@@ -1,4 +1,4 @@
-"""The process behind `trainer.trackers`: reads metrics.jsonl as it grows and gives every step to a tracker once.
+"""The process behind `stoker.trainer.trackers`: reads metrics.jsonl as it grows and gives every step to a tracker once.
 
 Run as a script, and on the standard library alone, so that it starts in a moment and holds neither torch nor the
 training process's memory. It outlives signals meant for the ranks, and ends by itself when they have ended.

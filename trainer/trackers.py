@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from conf.rundir import RunDirectory
-from conf.schema import Config, TrackerConfig, to_dict
-from trainer.observers import Observer, StepRecord
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import Config, TrackerConfig, to_dict
+from stoker.trainer.observer import Observer, StepRecord
 
 TRACKERS = ("wandb", "tensorboard")
 LOG = "tracker.log"

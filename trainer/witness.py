@@ -1,7 +1,7 @@
 """What a rank tells of itself when it makes no progress any more: three answers to one signal, each needing less.
 
-The doctor (`trainer.doctor`) sends SIGNAL. faulthandler answers from the signal handler itself, whatever Python is
-doing: the stacks of all threads. A thread answers if the interpreter's lock can be had, and dumps torch's flight
+The doctor (`stoker.trainer.doctor`) sends SIGNAL. faulthandler answers from the signal handler itself, whatever Python
+is doing: the stacks of all threads. A thread answers if the interpreter's lock can be had, and dumps torch's flight
 recorder: the last collectives, as JSON. The main thread answers if it comes back from the C call it may be in. Which of
 the three are missing tells where a rank hangs. Nothing of this costs anything until the signal comes.
 """
@@ -13,7 +13,7 @@ import os
 import signal
 from pathlib import Path
 
-from trainer.hearing import Hearing
+from stoker.trainer.hearing import Hearing
 
 SIGNAL = signal.SIGUSR2
 THREAD_ANSWERS = "the interpreter answers\n"

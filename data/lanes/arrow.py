@@ -12,8 +12,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data.remote.shards import Shard
-from data.remote.store import Store
+from stoker.data.remote.shards import Shard
+from stoker.data.remote.store import Store
 
 _SCHEMA, _DICTIONARY, _BATCH = 1, 2, 3  # kinds of messages (Message.fbs, MessageHeader)
 _CONTINUES = b"\xff\xff\xff\xff"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from parallel.mesh import Mesh
+from stoker.parallel.mesh import Mesh
 
 
 class Exchange(Protocol):

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from data.lanes.units import Content
-from data.remote import Damaged, Loss, Report
-from data.remote.shards import Shard
-from data.remote.store import Store
+from stoker.data.lanes.units import Content
+from stoker.data.remote import Damaged, Loss, Report
+from stoker.data.remote.shards import Shard
+from stoker.data.remote.store import Store
 
 
 @dataclass(frozen=True)

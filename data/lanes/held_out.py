@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cache import lock
-from data.lanes.packed import Packed, Packing
-from data.lanes.windows import Window, Windows
-from data.remote.store import Store
-from data.tokens import Tokens
+from stoker.data.cache import lock
+from stoker.data.lanes.packed import Packed, Packing
+from stoker.data.lanes.windows import Window, Windows
+from stoker.data.remote.store import Store
+from stoker.data.tokens import Tokens
 
 log = logging.getLogger(__name__)
 

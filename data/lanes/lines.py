@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from conf.targets import import_target
-from data.lanes.units import ByteBlocks, Content
-from data.remote import Damaged, Loss, Report
-from data.remote.shards import Shard, names_fingerprint
-from data.remote.store import Store
+from stoker.conf.targets import import_target
+from stoker.data.lanes.units import ByteBlocks, Content
+from stoker.data.remote import Damaged, Loss, Report
+from stoker.data.remote.shards import Shard, names_fingerprint
+from stoker.data.remote.store import Store
 
 COMPRESSED = (".gz", ".zst")
 # Bytes read beyond a block at first, so that its last line rarely takes a second request: a part of it, within limits.

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from data.mixed import Weights, weights_from
-from data.mixture import Mixture, mix
+from stoker.data.mixed import Weights, weights_from
+from stoker.data.mixture import Mixture, mix
 
 Limits = tuple[int | None, ...]  # rows of each source in all
 NOBODY = -1
@@ -17,9 +17,9 @@ NOBODY = -1
 class LaneMixture:
     """The source of each row of the global sequence.
 
-    Which weights hold from which row is known only once the run's state is: see `data.mixed.MixedPlan`. And how many
-    rows a source has is known only when its last windows are read; from then on it is told by the `limits` of every
-    call (None: not known yet). Rows before a source's last are not moved by its limit.
+    Which weights hold from which row is known only once the run's state is: see `stoker.data.mixed.MixedPlan`. And how
+    many rows a source has is known only when its last windows are read; from then on it is told by the `limits` of
+    every call (None: not known yet). Rows before a source's last are not moved by its limit.
     """
 
     def __init__(self, wanted: Sequence[Weights], batch_rows: int) -> None:

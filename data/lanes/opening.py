@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from conf.schema import Config, DataConfig
-from conf.targets import import_target
-from data.cache import cache_root
-from data.lanes.exchange import Ranks
-from data.lanes.held_out import held_out
-from data.lanes.mixing import LaneMixture
-from data.lanes.packed import Packing
-from data.lanes.rows import Shape
-from data.lanes.sources import open_store
-from data.lanes.stream import LaneStream
-from data.lanes.units import Units
-from data.lanes.windows import Windows
-from data.sources import Spec, specs_of, wanted_weights
-from data.tokenizer import Tokenizer
-from data.tokens import Tokens
-from parallel.mesh import Mesh
+from stoker.conf.schema import Config, DataConfig
+from stoker.conf.targets import import_target
+from stoker.data.cache import cache_root
+from stoker.data.lanes.exchange import Ranks
+from stoker.data.lanes.held_out import held_out
+from stoker.data.lanes.mixing import LaneMixture
+from stoker.data.lanes.packed import Packing
+from stoker.data.lanes.rows import Shape
+from stoker.data.lanes.sources import open_store
+from stoker.data.lanes.stream import LaneStream
+from stoker.data.lanes.units import Units
+from stoker.data.lanes.windows import Windows
+from stoker.data.sources import Spec, specs_of, wanted_weights
+from stoker.data.tokenizer import Tokenizer
+from stoker.data.tokens import Tokens
+from stoker.parallel.mesh import Mesh
 
 
 def open_windows(data: DataConfig, seed: int, tokenizer: Tokenizer, epochs: int | None) -> Windows:

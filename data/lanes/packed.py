@@ -11,8 +11,8 @@ from functools import cached_property
 
 import numpy as np
 
-from data.lanes.windows import Window
-from data.packing import Pieces, Table, best_fit, fill, padded
+from stoker.data.lanes.windows import Window
+from stoker.data.packing import Pieces, Table, best_fit, fill, padded
 
 CONTINUES, BEGINS, NOTHING = range(3)  # what a token is: inside a piece of a document, its first, or no token at all
 

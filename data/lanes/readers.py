@@ -1,6 +1,6 @@
 """Processes that read and tokenise windows for a rank.
 
-They are like the processes of `data.readers`: forked early, holding no state. What they read has
+They are like the processes of `stoker.data.readers`: forked early, holding no state. What they read has
 no known size, so each window comes back in anonymous memory of its own (memfd), whose descriptor is passed over a
 socket: nothing is copied, and nothing has a name that could be left behind.
 """
@@ -21,9 +21,9 @@ from typing import NoReturn
 
 import numpy as np
 
-from data import forks
-from data.lanes.dealing import Skip
-from data.lanes.windows import Window
+from stoker.data import forks
+from stoker.data.lanes.dealing import Skip
+from stoker.data.lanes.windows import Window
 
 _MOST = 1 << 20  # bytes of one message
 _ON_THE_WAY = 8  # windows that a reader is asked for and has not sent

@@ -12,12 +12,12 @@ from functools import partial
 
 import numpy as np
 
-from data.lanes.dealing import UNCOUNTED, Count, Deal, Segment, Skip, Terms, deal, nothing_dealt
-from data.lanes.exchange import Exchange
-from data.lanes.mixing import NOBODY, LaneMixture, Limits
-from data.lanes.packed import NOTHING, Packed, Packing
-from data.lanes.readers import Key, WindowReaders
-from data.lanes.windows import Windows
+from stoker.data.lanes.dealing import UNCOUNTED, Count, Deal, Segment, Skip, Terms, deal, nothing_dealt
+from stoker.data.lanes.exchange import Exchange
+from stoker.data.lanes.mixing import NOBODY, LaneMixture, Limits
+from stoker.data.lanes.packed import NOTHING, Packed, Packing
+from stoker.data.lanes.readers import Key, WindowReaders
+from stoker.data.lanes.windows import Windows
 
 
 @dataclass(frozen=True)

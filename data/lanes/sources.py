@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from conf.schema import DataConfig
-from data.lanes.files import Files, group
-from data.lanes.lines import COMPRESSED, Lines
-from data.lanes.units import ByteBlocks, Units
-from data.remote.blocks import BlockCache
-from data.remote.lookup import look_up
-from data.remote.retries import Patience
-from data.remote.shards import Shard, addresses
-from data.remote.store import Store
-from data.text import files_of, known_args
+from stoker.conf.schema import DataConfig
+from stoker.data.lanes.files import Files, group
+from stoker.data.lanes.lines import COMPRESSED, Lines
+from stoker.data.lanes.units import ByteBlocks, Units
+from stoker.data.remote.blocks import BlockCache
+from stoker.data.remote.lookup import look_up
+from stoker.data.remote.retries import Patience
+from stoker.data.remote.shards import Shard, addresses
+from stoker.data.remote.store import Store
+from stoker.data.text import files_of, known_args
 
 _WINDOWS_PER_LANE = 16  # windows of each lane in an epoch, at least, as far as the smallest unit allows
 _UNIT_BYTES = (4 << 10, 1 << 20)  # least and most that is chosen when data.unit_bytes is not given

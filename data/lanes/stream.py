@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from data.lanes.dealing import from_json, to_json
-from data.lanes.exchange import Alone, Exchange
-from data.lanes.mixing import LaneMixture, one_source
-from data.lanes.packed import planes
-from data.lanes.readers import Key, WindowReaders
-from data.lanes.rows import LaneRows, Place, Shape
-from data.lanes.windows import Windows
-from data.remote.store import Store
-from data.rows import unpack
-from data.stream import COMPARED_EVERY, EndOfData, refuse_other_data
-from parallel.rows import Rows
+from stoker.data.lanes.dealing import from_json, to_json
+from stoker.data.lanes.exchange import Alone, Exchange
+from stoker.data.lanes.mixing import LaneMixture, one_source
+from stoker.data.lanes.packed import planes
+from stoker.data.lanes.readers import Key, WindowReaders
+from stoker.data.lanes.rows import LaneRows, Place, Shape
+from stoker.data.lanes.windows import Windows
+from stoker.data.remote.store import Store
+from stoker.data.rows import unpack
+from stoker.data.stream import COMPARED_EVERY, EndOfData, refuse_other_data
+from stoker.parallel.rows import Rows
 
 log = logging.getLogger(__name__)
 

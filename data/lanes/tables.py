@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from conf.schema import DataConfig
-from conf.targets import import_target
-from data.lanes.arrow import Batches, batches, is_stream
-from data.lanes.lines import content_of
-from data.lanes.sources import ENDINGS_OF_LINES, open_lines, open_store, shards_of
-from data.lanes.units import Content, Units
-from data.remote import Damaged, Loss, Report
-from data.remote.shards import Shard, names_fingerprint
-from data.remote.store import Store
-from data.text import known_args
+from stoker.conf.schema import DataConfig
+from stoker.conf.targets import import_target
+from stoker.data.lanes.arrow import Batches, batches, is_stream
+from stoker.data.lanes.lines import content_of
+from stoker.data.lanes.sources import ENDINGS_OF_LINES, open_lines, open_store, shards_of
+from stoker.data.lanes.units import Content, Units
+from stoker.data.remote import Damaged, Loss, Report
+from stoker.data.remote.shards import Shard, names_fingerprint
+from stoker.data.remote.store import Store
+from stoker.data.text import known_args
 
 _AT_ONCE = 32  # footers read at the same time
 

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.remote import Loss, Report
-from data.remote.damage import Damaged
-from data.remote.shards import Shard
-from data.remote.store import Store
+from stoker.data.remote import Loss, Report
+from stoker.data.remote.damage import Damaged
+from stoker.data.remote.shards import Shard
+from stoker.data.remote.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -22,18 +22,18 @@ from typing import Any
 
 import numpy as np
 
-from conf.schema import DataConfig
-from conf.targets import import_target
-from data.cache import cache_root
-from data.lanes.lines import content_of
-from data.lanes.sources import bytes_of_unit, patience_of
-from data.lanes.tar import Broken, Index, Reader, Sample, build_index, dump, load, samples
-from data.lanes.units import ByteBlocks, Content, Units
-from data.remote import Damaged, Loss, Report
-from data.remote.lookup import look_up
-from data.remote.shards import Shard, addresses, local_path, names_fingerprint, scheme
-from data.remote.store import Store
-from data.text import known_args
+from stoker.conf.schema import DataConfig
+from stoker.conf.targets import import_target
+from stoker.data.cache import cache_root
+from stoker.data.lanes.lines import content_of
+from stoker.data.lanes.sources import bytes_of_unit, patience_of
+from stoker.data.lanes.tar import Broken, Index, Reader, Sample, build_index, dump, load, samples
+from stoker.data.lanes.units import ByteBlocks, Content, Units
+from stoker.data.remote import Damaged, Loss, Report
+from stoker.data.remote.lookup import look_up
+from stoker.data.remote.shards import Shard, addresses, local_path, names_fingerprint, scheme
+from stoker.data.remote.store import Store
+from stoker.data.text import known_args
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from data.lanes.dealing import ALL, Skip
-from data.lanes.units import Content, Losses, Units, whole
-from data.remote import Damaged, Loss
-from data.remote.store import Store
-from data.shuffle import permute
-from data.tokenizer import Tokenizer
+from stoker.data.lanes.dealing import ALL, Skip
+from stoker.data.lanes.units import Content, Losses, Units, whole
+from stoker.data.remote import Damaged, Loss
+from stoker.data.remote.store import Store
+from stoker.data.shuffle import permute
+from stoker.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from data.remote.shards import Shard
+from stoker.data.remote.shards import Shard
 
 log = logging.getLogger(__name__)
 

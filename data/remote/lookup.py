@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from data.documents import stamp
-from data.remote.retries import PATIENCE, Patience, Refused, Transient, persist
-from data.remote.shards import Shard, local_path, scheme
-from data.remote.systems import open_system, told
-from data.remote.web import Web
+from stoker.data.documents import stamp
+from stoker.data.remote.retries import PATIENCE, Patience, Refused, Transient, persist
+from stoker.data.remote.shards import Shard, local_path, scheme
+from stoker.data.remote.systems import open_system, told
+from stoker.data.remote.web import Web
 
 _AT_ONCE = 32  # requests
 

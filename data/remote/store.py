@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
-from data.remote.blocks import BlockCache
-from data.remote.damage import Damaged
-from data.remote.retries import PATIENCE, Patience, Refused, Transient, persist
-from data.remote.shards import Shard, local_path, scheme
-from data.remote.systems import open_system, told
-from data.remote.web import Web
+from stoker.data.remote.blocks import BlockCache
+from stoker.data.remote.damage import Damaged
+from stoker.data.remote.retries import PATIENCE, Patience, Refused, Transient, persist
+from stoker.data.remote.shards import Shard, local_path, scheme
+from stoker.data.remote.systems import open_system, told
+from stoker.data.remote.web import Web
 
 _PIECE = 4 << 20  # bytes of one request where a request cannot be taken up again in its middle
 _LAST_WORDS = 4096  # bytes of what a command that failed has said, of which the last line is told

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from data.remote.retries import Patience, Refused, Transient
+from stoker.data.remote.retries import Patience, Refused, Transient
 
 
 def open_system(name: str, patience: Patience) -> Any:

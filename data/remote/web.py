@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from data.remote.retries import Patience, Refused, Transient
+from stoker.data.remote.retries import Patience, Refused, Transient
 
 _PIECE = 256 << 10  # bytes taken from a connection at once
 _PASSING = {408, 425, 429, 500, 502, 503, 504}  # answers of servers that may be better soon

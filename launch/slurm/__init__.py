@@ -2,7 +2,7 @@
 
 `submit`    `stoker submit`: a settled config becomes a script in the run directory, and the script a job
 `batch`     the job's own process, on its first node: starts the ranks, passes signals on, decides what comes next
-`node`      on each node, under srun: that node's ranks, through the agent of `launch.local`
+`node`      on each node, under srun: that node's ranks, through the agent of `stoker.launch.local`
 `verdict`   what comes next, as a function of what is known: end, restart, requeue, leave it to the next job of a chain
 `commands`  sbatch, scontrol and scancel, and what they answer
 `train.sbatch`  the script that `sbatch` takes as it is and that `submit` fills in

@@ -1,4 +1,4 @@
-"""`python -P -m launch.slurm.batch KEY=VALUE ...`: a Slurm job's own process, on its first node."""
+"""`python -P -m stoker.launch.slurm.batch KEY=VALUE ...`: a Slurm job's own process, on its first node."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import newest_step
-from conf.rundir import RunDirectory
-from conf.schema import Config, to_dict
-from conf.values import ConfigError
-from launch.slurm import commands
-from launch.slurm.verdict import Move, Situation, Verdict, judge
-from launch.train import say
-from trainer.grace import GRACE_VARIABLE
-from trainer.main import CONFIG_VARIABLE
-from trainer.outcome import Ending, Outcome, read_beginning, read_ending
-from trainer.process import RESTARTS_VARIABLE
-from trainer.requests import DEADLINE_VARIABLE
-from trainer.start import run_directory, settle_config
+from stoker.checkpoint import newest_step
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import Config, to_dict
+from stoker.conf.values import ConfigError
+from stoker.launch.slurm import commands
+from stoker.launch.slurm.verdict import Move, Situation, Verdict, judge
+from stoker.launch.train import say
+from stoker.trainer.grace import GRACE_VARIABLE
+from stoker.trainer.main import CONFIG_VARIABLE
+from stoker.trainer.outcome import Ending, Outcome, read_beginning, read_ending
+from stoker.trainer.process import RESTARTS_VARIABLE
+from stoker.trainer.requests import DEADLINE_VARIABLE
+from stoker.trainer.start import run_directory, settle_config
 
 MEETING_VARIABLE = "STOKER_MEETING"  # host:port of the store at which the nodes meet
 LINK_VARIABLE = "STOKER_LINK"  # which job of how many of a chain this is: 2/5
@@ -148,7 +148,7 @@ class Batch:
         words += ["--kill-on-bad-exit=1", "--export=ALL"]
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
             words.append(f"--cpus-per-task={cpus}")  # since 22.05 srun does not take the job's
-        return [*words, *self.config.launch.srun_args, sys.executable, "-P", "-m", "launch.slurm.node"]
+        return [*words, *self.config.launch.srun_args, sys.executable, "-P", "-m", "stoker.launch.slurm.node"]
 
     def _pass_on(self, number: int, _frame: object) -> None:
         """The allocation ends soon. Slurm may have told the ranks too; twice does no harm."""

@@ -1,4 +1,4 @@
-"""`python -P -m launch.slurm.node`: the ranks of one node of a job, started by srun."""
+"""`python -P -m stoker.launch.slurm.node`: the ranks of one node of a job, started by srun."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import signal
 import socket
 import sys
 
-from conf.schema import from_dict
+from stoker.conf.schema import from_dict
 
 
 def main() -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is a rank to pass it on to
-    from launch.local import Meeting, launch
-    from launch.slurm.batch import MEETING_VARIABLE
-    from launch.train import say
-    from trainer.main import CONFIG_VARIABLE
+    from stoker.launch.local import Meeting, launch
+    from stoker.launch.slurm.batch import MEETING_VARIABLE
+    from stoker.launch.train import say
+    from stoker.trainer.main import CONFIG_VARIABLE
 
     if MEETING_VARIABLE not in os.environ:
         say("this is started by a job's own process: see launch/slurm/train.sbatch")

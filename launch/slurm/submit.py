@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conf.overrides import parse
-from conf.rundir import RunDirectory
-from conf.schema import Config
-from conf.values import ConfigError
-from launch.slurm import commands
-from launch.slurm.batch import LINK_VARIABLE, RANKS_DEFAULT, SUBMITTED, write_note
-from launch.train import say
-from trainer.start import run_directory, settle_config
+from stoker.conf.overrides import parse
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import Config
+from stoker.conf.values import ConfigError
+from stoker.launch.slurm import commands
+from stoker.launch.slurm.batch import LINK_VARIABLE, RANKS_DEFAULT, SUBMITTED, write_note
+from stoker.launch.train import say
+from stoker.trainer.start import run_directory, settle_config
 
 TEMPLATE = Path(__file__).with_name("train.sbatch")
 _BODY = "# --- what follows is the same for every job ---\n"

@@ -3,7 +3,7 @@
 `settings`    DeepSpeed's own settings: those that follow from our config, those a user may pass on, those refused
 `unit`        our process groups as the `mpu` object that DeepSpeed asks for its groups
 `partitions`  where its three ZeRO optimizers keep fp32 masters and reduced gradients
-`weights`     `parallel.weights.Weights` over them
+`weights`     `stoker.parallel.weights.Weights` over them
 `swapping`    parameters on NVMe: the folder, the room and the locked memory that its swapper takes for granted
 `async_io`    the extension that the swapper reads and writes with: what building it needs, and that it takes long
 `refused`     what does not go together with any of this
@@ -11,7 +11,7 @@
 What DeepSpeed does: partition parameters, gather them, reduce gradients as backward makes them, keep fp32 masters
 where they are to live. What it does not get to do is whatever decides the numbers of a run: the engine sums losses,
 measures the norm, clips, scales the loss and steps the optimizer on DeepSpeed's fp32 partitions, exactly as it does on
-its own (`parallel.native`). So `deepspeed_engine.step()` is never called: its norm waits for the device, counts
+its own (`stoker.parallel.native`). So `deepspeed_engine.step()` is never called: its norm waits for the device, counts
 replicated parameters by attributes that do not survive, and its verdict on overflow is not the one of all ranks.
 
 DeepSpeed's data-parallel group is our axis `dp_shard`; whatever else a gradient is to be summed over is summed after

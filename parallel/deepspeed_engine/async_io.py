@@ -1,6 +1,6 @@
 """DeepSpeed's asynchronous IO: an extension over libaio that it compiles at first use, for minutes and without a word.
 
-python -m parallel.deepspeed_engine.async_io    # compiles it beforehand
+python -m stoker.parallel.deepspeed_engine.async_io    # compiles it beforehand
 """
 
 from __future__ import annotations

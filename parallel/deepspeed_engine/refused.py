@@ -1,4 +1,4 @@
-"""What does not go together with `parallel.engine=deepspeed`, or with its offload: entries of `parallel.refusals`."""
+"""What does not go together with `parallel.engine=deepspeed`, or with its offload."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from parallel.deepspeed_engine.async_io import missing_for_async_io
-from parallel.deepspeed_engine.settings import refused_settings
-from parallel.start import Start
+from stoker.parallel.deepspeed_engine.async_io import missing_for_async_io
+from stoker.parallel.deepspeed_engine.settings import refused_settings
+from stoker.parallel.start import Start
 
 
 def _pipelines(start: Start) -> str | None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.overrides import closest
-from conf.schema import Config
-from parallel.layout import BatchPlan
+from stoker.conf.overrides import closest
+from stoker.conf.schema import Config
+from stoker.parallel.layout import BatchPlan
 
 # Its buckets are allocated whole, 5e8 elements by default: no larger than the model needs.
 BUCKET_NUMEL = 50_000_000

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from parallel.mesh import Mesh
+from stoker.parallel.mesh import Mesh
 
 PREFIX = "stoker-"
 LEAST_BYTES = 1 << 20  # DeepSpeed leaves a part of a parameter that is smaller in memory

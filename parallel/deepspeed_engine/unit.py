@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from parallel.mesh import Mesh
+from stoker.parallel.mesh import Mesh
 
 
 class ModelParallelUnit(Protocol):

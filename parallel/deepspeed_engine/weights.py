@@ -14,35 +14,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conf.schema import Config
-from parallel.deepspeed_engine.async_io import load_async_io
-from parallel.deepspeed_engine.partitions import (
+from stoker.conf.schema import Config
+from stoker.parallel.deepspeed_engine.async_io import load_async_io
+from stoker.parallel.deepspeed_engine.partitions import (
     FlatBf16Partitions,
     FlatPartitions,
     Partitions,
     SplitPartitions,
     part_of,
 )
-from parallel.deepspeed_engine.settings import Swap, settings
-from parallel.deepspeed_engine.swapping import (
+from stoker.parallel.deepspeed_engine.settings import Swap, settings
+from stoker.parallel.deepspeed_engine.swapping import (
     SwapFolder,
     keep_in_memory,
     require_lockable,
     require_room,
     swapped_bytes,
 )
-from parallel.deepspeed_engine.unit import MeshUnit
-from parallel.layout import BatchPlan
-from parallel.mapped import offloaded
-from parallel.mesh import Mesh
-from parallel.model import CuttableModel
-from parallel.registry import Held, Registry
-from parallel.shards import flat_range
-from parallel.weights import DTYPES, materialise, replace_parameters
+from stoker.parallel.deepspeed_engine.unit import MeshUnit
+from stoker.parallel.layout import BatchPlan
+from stoker.parallel.mapped import offloaded
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.model import CuttableModel
+from stoker.parallel.registry import Held, Registry
+from stoker.parallel.shards import flat_range
+from stoker.parallel.weights import DTYPES, materialise, replace_parameters
 
 
 class DeepSpeedWeights:
-    """See `parallel.weights.Weights`. Each tensor of `tensors` is flat: a range of the flattened parameter."""
+    """See `stoker.parallel.weights.Weights`. Each tensor of `tensors` is flat: a range of the flattened parameter."""
 
     def __init__(self, config: Config, mesh: Mesh, plan: BatchPlan, model: nn.Module, registry: Registry) -> None:
         deepspeed = imported(mesh.device)

@@ -21,7 +21,7 @@ have seen each neighbour's own queries.
 The first region starts with an embedding whose vocabulary is shared, the last one ends in a loss whose vocabulary is.
 """
 
-from parallel.tensor.cut import cut_tensors
-from parallel.tensor.regions import enable_async_tensor_parallelism
+from stoker.parallel.tensor.cut import cut_tensors
+from stoker.parallel.tensor.regions import enable_async_tensor_parallelism
 
 __all__ = ["cut_tensors", "enable_async_tensor_parallelism"]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from parallel.mesh import Mesh
-from parallel.registry import Entry, Piece
-from parallel.shards import Rectangle
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.registry import Entry, Piece
+from stoker.parallel.shards import Rectangle
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from parallel.mesh import Mesh
-from parallel.registry import Entry, Registry, uncut, whole_entry
-from parallel.shards import whole
-from parallel.tensor.axis import tensor_axis
-from parallel.tensor.layers import TensorLayer
-from parallel.weights import replace_parameters
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.registry import Entry, Registry, uncut, whole_entry
+from stoker.parallel.shards import whole
+from stoker.parallel.tensor.axis import tensor_axis
+from stoker.parallel.tensor.layers import TensorLayer
+from stoker.parallel.weights import replace_parameters
 
 
 def cut_tensors(model: nn.Module, mesh: Mesh, sequence: bool) -> Registry:

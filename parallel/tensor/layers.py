@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.registry import Entry, Piece
-from parallel.shards import whole
-from parallel.tensor.axis import Share, TensorAxis, cut_entry
-from parallel.tensor.regions import enter, leave
+from stoker.parallel.registry import Entry, Piece
+from stoker.parallel.shards import whole
+from stoker.parallel.tensor.axis import Share, TensorAxis, cut_entry
+from stoker.parallel.tensor.regions import enter, leave
 
 
 class TensorLayer(nn.Module, ABC):

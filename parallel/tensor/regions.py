@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.tensor.axis import TensorAxis
+from stoker.parallel.tensor.axis import TensorAxis
 
 
 def enter(x: Tensor, axis: TensorAxis) -> Tensor:

@@ -15,8 +15,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoint.writer
-from checkpoint import Checkpoints, newest
+from stoker.checkpoint import Checkpoints, newest, writer
 from tests.checkpoint.simulated import Grid, blank, cut, holds, resume_all, saved, small_model
 
 CALLS = {
@@ -29,7 +28,7 @@ CALLS = {
 GRID = Grid(rows=2)
 OLD, NEW = small_model(1), small_model(2)
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "checkpoint", "tests.checkpoint.simulated"])
+_context.set_forkserver_preload(["torch", "stoker.checkpoint", "tests.checkpoint.simulated"])
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def _told(channel: socket.socket) -> str | None:
 
 
 def _rank(directory: Path, rank: int, channel: socket.socket) -> None:
-    checkpoint.writer.BLOCK_BYTES = 1024
+    writer.BLOCK_BYTES = 1024
     saves = Checkpoints(directory, rank=rank, world=GRID.world, attempt=1, keep=1, timeout_seconds=0.2)
     shards = cut(NEW, GRID)[rank]
     saves.prepare(shards)

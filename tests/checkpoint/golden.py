@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-import checkpoint.plan
-import checkpoint.writer
-from checkpoint.format import DTYPES, FORMAT
+from stoker.checkpoint import plan, writer
+from stoker.checkpoint.format import DTYPES, FORMAT
 from tests.checkpoint.simulated import Grid, Tensors, cut, save, start
 
 HOME = Path(__file__).with_name("golden")
@@ -32,7 +31,7 @@ def tensors() -> Tensors:
 
 
 def write(directory: Path) -> None:
-    checkpoint.writer.BLOCK_BYTES, checkpoint.plan.SPLIT_ELEMENTS = 1024, 16
+    writer.BLOCK_BYTES, plan.SPLIT_ELEMENTS = 1024, 16
     save(start(directory, GRID.world, timeout_seconds=60.0), STEP, cut(tensors(), GRID), STATE)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import Checkpoints, Remote, SaveReport, resume
-from parallel.shards import Rectangle, Shard, whole
+from stoker.checkpoint import Checkpoints, Remote, SaveReport, resume
+from stoker.parallel.shards import Rectangle, Shard, whole
 
 Tensors = dict[tuple[str, str], Tensor]  # by (kind, name)
 Ranks = list[list[Shard]]  # the shards of each rank

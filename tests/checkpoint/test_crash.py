@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import fence, read_state, verify
+from stoker.checkpoint import fence, read_state, verify
 from tests.checkpoint.crash import CALLS, GRID, NEW, check_what_is_left, new_run, strike, why_not
 from tests.checkpoint.simulated import begin, cut, end, save, small_model, start
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoint import (
+from stoker.checkpoint import (
     CheckpointMismatch,
     DamagedCheckpoint,
     compare,
@@ -29,9 +29,9 @@ from checkpoint import (
     read_tensors,
     verify,
 )
-from checkpoint.format import decode_index, decode_manifest, decode_state, digest, encode_manifest
-from checkpoint.names import MANIFEST
-from checkpoint.stored import read_manifest
+from stoker.checkpoint.format import decode_index, decode_manifest, decode_state, digest, encode_manifest
+from stoker.checkpoint.names import MANIFEST
+from stoker.checkpoint.stored import read_manifest
 from tests.checkpoint.simulated import Grid, blank, cut, holds, resume_all, saved, small_model
 
 OLD, NEW = small_model(1), small_model(2)

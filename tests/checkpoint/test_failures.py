@@ -17,13 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint.commit
-import checkpoint.storage
-import checkpoint.writer
-from checkpoint import fence, newest, verify
-from checkpoint.block_writer import write_blocks
-from checkpoint.names import MANIFEST
-from checkpoint.staging import StagingPool
+from stoker.checkpoint import commit, fence, newest, verify, writer
+from stoker.checkpoint.block_writer import write_blocks
+from stoker.checkpoint.names import MANIFEST
+from stoker.checkpoint.staging import StagingPool
 from tests.checkpoint.simulated import Grid, begin, blank, cut, end, holds, resume_all, save, saved, small_model, start
 
 TENSORS = small_model()
@@ -117,13 +114,13 @@ def test_an_error_of_storage_on_one_rank_fails_the_save_on_all(tmp_path, monkeyp
 def test_an_error_during_the_commit_fails_the_save_on_all(tmp_path, monkeypatch, what):
     saved(tmp_path, TENSORS, 1)
     writers, ranks = start(tmp_path, 2), cut(TENSORS, Grid(rows=2))
-    real = getattr(checkpoint.commit, what)
+    real = getattr(commit, what)
 
     def fail_once(*arguments):
-        monkeypatch.setattr(checkpoint.commit, what, real)
+        monkeypatch.setattr(commit, what, real)
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint.commit, what, fail_once)
+    monkeypatch.setattr(commit, what, fail_once)
     begin(writers, 2, ranks)
     assert ["Input/output error" in error for error in errors(writers)] == [True, True]
     only_first_is_left(tmp_path)
@@ -170,8 +167,8 @@ def test_a_slow_rank_cannot_report_its_failed_save_as_the_next_one_of_that_step(
 
     monkeypatch.setattr(StagingPool, "fill", slow_fill)
     (first, _), (_, slow) = start(tmp_path, 2, timeout_seconds=0.1), start(tmp_path, 2)
-    for writer, shards in zip((first, slow), cut(old, Grid(rows=2)), strict=True):
-        writer.save(1, shards, {})
+    for one, shards in zip((first, slow), cut(old, Grid(rows=2)), strict=True):
+        one.save(1, shards, {})
     assert first.wait()[0].error
     again = threading.Thread(target=slow.save, args=(1, cut(new, Grid(rows=2))[1], {}))
     again.start()
@@ -212,7 +209,7 @@ def test_a_full_disk_fails_the_save_and_keeps_the_checkpoint_before(tmp_path, mo
     ).returncode:
         pytest.skip("cannot mount a small file system")
     try:
-        monkeypatch.setattr(checkpoint.writer, "require_space", lambda *_: None)  # others fill the disk meanwhile
+        monkeypatch.setattr(writer, "require_space", lambda *_: None)  # others fill the disk meanwhile
         saved(disk, TENSORS, 1)
         large = {("param", "w"): torch.zeros(300_000)}
         writers = start(disk, 2)
@@ -284,15 +281,15 @@ def test_an_orphan_that_begins_a_save_after_the_fence_cannot_commit(tmp_path):
 
 def test_an_orphan_stopped_right_before_its_rename_cannot_commit(tmp_path, monkeypatch):
     orphans, ranks = start(tmp_path, 1, attempt=1), cut(TENSORS, Grid())
-    real = checkpoint.commit.write_durably
+    real = commit.write_durably
 
     def fenced_meanwhile(path, data):
         real(path, data)
         if path.name == MANIFEST:
-            monkeypatch.setattr(checkpoint.commit, "write_durably", real)
+            monkeypatch.setattr(commit, "write_durably", real)
             fence(tmp_path, 2)
 
-    monkeypatch.setattr(checkpoint.commit, "write_durably", fenced_meanwhile)
+    monkeypatch.setattr(commit, "write_durably", fenced_meanwhile)
     begin(orphans, 1, ranks)
     assert all(errors(orphans)) and newest(tmp_path) == []
 

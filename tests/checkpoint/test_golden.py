@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import TensorReader, describe, verify
-from checkpoint.format import FORMAT
-from checkpoint.names import MANIFEST
+from stoker.checkpoint import TensorReader, describe, verify
+from stoker.checkpoint.format import FORMAT
+from stoker.checkpoint.names import MANIFEST
 from tests.checkpoint.golden import HOME, STATE, STEP, tensors, write
 from tests.checkpoint.simulated import Grid, blank, cut, holds, resume_all, same_bits
 

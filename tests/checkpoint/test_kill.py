@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from checkpoint import fence, newest, resume
+from stoker.checkpoint import fence, newest, resume
 from tests.checkpoint.simulated import Grid, Tensors, begin, blank, cut, end, holds, resume_all, small_model, start
 
 _context = multiprocessing.get_context("forkserver")

@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from checkpoint import newest, read_state, read_tensors, verify
-from checkpoint.format import DTYPES, Piece, ShardIndex
-from checkpoint.plan import pieces_to_write
-from checkpoint.reader import load
-from checkpoint.stored import Stored, open_checkpoint
-from checkpoint.tiling import PRIME, assemble, cover, tiling_problem
-from parallel.shards import Rectangle, Shard, whole
+from stoker.checkpoint import newest, read_state, read_tensors, verify
+from stoker.checkpoint.format import DTYPES, Piece, ShardIndex
+from stoker.checkpoint.plan import pieces_to_write
+from stoker.checkpoint.reader import load
+from stoker.checkpoint.stored import Stored, open_checkpoint
+from stoker.checkpoint.tiling import PRIME, assemble, cover, tiling_problem
+from stoker.parallel.shards import Rectangle, Shard, whole
 from tests.checkpoint.simulated import Grid, blank, cut, holds, random_tensor, resume_all, same_bits, save, saved, start
 
 grids = st.builds(Grid, st.integers(1, 4), st.integers(1, 3), st.integers(1, 2))

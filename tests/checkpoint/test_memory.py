@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import newest
-from parallel.shards import Shard, whole
+from stoker.checkpoint import newest
+from stoker.parallel.shards import Shard, whole
 from tests.checkpoint.simulated import Grid, cut, save, start
 
 _context = multiprocessing.get_context("forkserver")
@@ -65,7 +65,7 @@ def test_twenty_saves_need_no_more_memory_than_the_pool(tmp_path, options):
 
 def peak_of_loading(directory: Path) -> tuple[int, int]:
     """Bytes resident before, and at the most while a checkpoint of 48 MiB is read, a third of it transposed."""
-    from checkpoint import load, open_checkpoint
+    from stoker.checkpoint import load, open_checkpoint
 
     live = [torch.ones(4 * MIB), torch.ones(4 * MIB), torch.ones(2, 2 * MIB).T]
     shards = [Shard(str(n), "param", data.shape, whole(data.shape), data) for n, data in enumerate(live)]
@@ -78,7 +78,7 @@ def peak_of_loading(directory: Path) -> tuple[int, int]:
 
 
 def test_loading_needs_the_shards_and_a_block(tmp_path, monkeypatch):
-    monkeypatch.setattr("checkpoint.writer.BLOCK_BYTES", 4 * MIB)
+    monkeypatch.setattr("stoker.checkpoint.writer.BLOCK_BYTES", 4 * MIB)
     tensors = {("param", str(n)): torch.full((4 * MIB,), float(n)) for n in range(2)}
     tensors["param", "2"] = torch.full((2 * MIB, 2), 2.0)
     save(start(tmp_path, 1), 1, cut(tensors, Grid()))
@@ -91,7 +91,7 @@ def bytes_from_the_disk(directory: Path, other: Path) -> int:
 
     It reads one in `other` before, so that no code has to come from the disk while it is counted.
     """
-    from checkpoint import load, open_checkpoint
+    from stoker.checkpoint import load, open_checkpoint
 
     live = [torch.zeros(4 * MIB) for _ in range(3)]
     shards = [Shard(str(n), "param", data.shape, whole(data.shape), data) for n, data in enumerate(live)]
@@ -108,7 +108,7 @@ def bytes_from_the_disk(directory: Path, other: Path) -> int:
 
 
 def test_what_two_ranks_of_a_machine_need_is_read_from_the_disk_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("checkpoint.writer.BLOCK_BYTES", 4 * MIB)
+    monkeypatch.setattr("stoker.checkpoint.writer.BLOCK_BYTES", 4 * MIB)
     directory, other = tmp_path / "cold", tmp_path / "warm"
     for each in (directory, other):
         save(start(each, 1), 1, cut({("param", str(n)): torch.full((4 * MIB,), float(n)) for n in range(3)}, Grid()))

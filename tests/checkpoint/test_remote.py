@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-import checkpoint.upload
-from checkpoint import DamagedCheckpoint, Remote, newest, verify
-from checkpoint.names import MANIFEST
-from checkpoint.stored import read_manifest
+from stoker.checkpoint import DamagedCheckpoint, Remote, newest, upload, verify
+from stoker.checkpoint.names import MANIFEST
+from stoker.checkpoint.stored import read_manifest
 from tests.checkpoint.simulated import (
     Grid,
     blank,
@@ -35,7 +34,7 @@ OLD, NEW = small_model(1), small_model(2)
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint.upload, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(upload, "_LOOK_SECONDS", 0.02)
     for name, value in (
         ("AWS_ACCESS_KEY_ID", "somebody"),
         ("AWS_SECRET_ACCESS_KEY", "something"),
@@ -188,8 +187,8 @@ def test_a_checkpoint_that_waits_for_its_upload_is_not_removed(tmp_path, folder,
 
 
 def test_the_manifest_waits_for_the_shares_of_all_ranks(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(checkpoint.upload, "_PATIENCE_SECONDS", 0.1)
-    monkeypatch.setattr(checkpoint.upload.Uploader, "_follow", lambda self: None)  # rank 1 is gone
+    monkeypatch.setattr(upload, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(upload.Uploader, "_follow", lambda self: None)  # rank 1 is gone
     (error,) = run_with(folder, tmp_path / "here", 2)
     assert "rank-00000.safetensors was not uploaded" in (error or "") or "rank-0000" in (error or "")
     assert quick(folder).manifest(2) is None
@@ -262,7 +261,7 @@ class Flaky:
 
 def test_what_fails_for_a_while_is_tried_again_with_growing_pauses(tmp_path, folder, monkeypatch):
     pauses: list[float] = []
-    monkeypatch.setattr("checkpoint.remote.time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr("stoker.checkpoint.remote.time", SimpleNamespace(sleep=pauses.append))
     saved(tmp_path / "here", NEW, 2)
     manifest = read_manifest(tmp_path / "here" / "step-00000002")
     remote = Remote(folder, tries=3, pause_seconds=0.5)

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import checkpoint.staging
-from checkpoint import CheckpointMismatch, Checkpoints, describe, newest, read_tensors
-from checkpoint.names import MANIFEST
-from checkpoint.retention import Retention
-from checkpoint.storage import discard
-from parallel.shards import Rectangle, Shard, whole
+from stoker import checkpoint
+from stoker.checkpoint import CheckpointMismatch, Checkpoints, describe, newest, read_tensors, staging
+from stoker.checkpoint.names import MANIFEST
+from stoker.checkpoint.retention import Retention
+from stoker.checkpoint.storage import discard
+from stoker.parallel.shards import Rectangle, Shard, whole
 from tests.checkpoint.simulated import (
     Grid,
     begin,
@@ -38,13 +37,13 @@ def names(directory: Path) -> list[str]:
 def hold_copies(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Snapshots wait for the returned event before they copy anything."""
     go = threading.Event()
-    fill = checkpoint.staging.StagingPool.fill
+    fill = staging.StagingPool.fill
 
     def late(self, shards, snapshot):
         assert go.wait(10)
         return fill(self, shards, snapshot)
 
-    monkeypatch.setattr(checkpoint.staging.StagingPool, "fill", late)
+    monkeypatch.setattr(staging.StagingPool, "fill", late)
     return go
 
 
@@ -298,14 +297,14 @@ def test_a_rank_that_cannot_read_stops_all_and_condemns_nothing(tmp_path, monkey
             raise PermissionError("no right to read")
         return load(stored, shards, near)
 
-    monkeypatch.setattr("checkpoint.resuming.load", unlucky)
+    monkeypatch.setattr("stoker.checkpoint.resuming.load", unlucky)
     for error in resume_all(tmp_path, ranks):
         assert isinstance(error, OSError) and "no right to read" in str(error)
     assert len(newest(tmp_path)) == 1
 
 
 def test_a_sound_manifest_of_another_format_is_refused_and_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr("checkpoint.format.FORMAT", 2)
+    monkeypatch.setattr("stoker.checkpoint.format.FORMAT", 2)
     saved(tmp_path, small_model(), 1)
     monkeypatch.undo()
     (error,) = resume_all(tmp_path, cut(small_model(), Grid()))

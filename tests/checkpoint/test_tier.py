@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import make_tier, newest, tier_problem
+from stoker.checkpoint import make_tier, newest, tier_problem
 from tests.checkpoint.simulated import saved, small_model
 
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import Checkpoints, newest, read_tensors, verify
-from checkpoint.block_writer import NICE, WriterProcess, write_blocks
-from checkpoint.memory import fresh_bytes
-from checkpoint.staging import Snapshot, StagingPool
-from parallel.shards import Shard, whole
+from stoker.checkpoint import Checkpoints, newest, read_tensors, verify
+from stoker.checkpoint.block_writer import NICE, WriterProcess, write_blocks
+from stoker.checkpoint.memory import fresh_bytes
+from stoker.checkpoint.staging import Snapshot, StagingPool
+from stoker.parallel.shards import Shard, whole
 from tests.checkpoint.simulated import Grid, begin, blank, cut, end, holds, resume_all, save, small_model, start
 
 TENSORS = small_model()
@@ -178,8 +178,8 @@ def test_a_save_that_is_given_up_ends_the_process_at_once(tmp_path):
 
 TRAINER = """
 import os, pathlib, sys, time, torch
-from checkpoint import Checkpoints
-from parallel.shards import Shard, whole
+from stoker.checkpoint import Checkpoints
+from stoker.parallel.shards import Shard, whole
 writer = Checkpoints(pathlib.Path(sys.argv[1]), rank=0, world=2, attempt=1, keep=1, writer="process")
 shards = [Shard("w", "param", (1000,), whole((1000,)), torch.zeros(1000))]
 writer.prepare(shards)

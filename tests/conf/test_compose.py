@@ -5,9 +5,9 @@ import json
 import subprocess
 import sys
 
-from conf.compose import compose
-from conf.overrides import GROUPS_FOLDER
-from conf.schema import Config, DataConfig, ModelConfig, from_dict, to_dict
+from stoker.conf.compose import compose
+from stoker.conf.overrides import GROUPS_FOLDER
+from stoker.conf.schema import Config, DataConfig, ModelConfig, from_dict, to_dict
 
 
 def test_nothing_overridden_gives_the_defaults_of_the_schema():

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from conf.compose import compose
-from conf.resume import Change, check_changes, merge, pin
-from conf.schema import kinds, lookup
-from conf.values import ConfigError
+from stoker.conf.compose import compose
+from stoker.conf.resume import Change, check_changes, merge, pin
+from stoker.conf.schema import kinds, lookup
+from stoker.conf.values import ConfigError
 
 STORED = pin(compose(["steps=50", "optim.lr=0.5", "optim.eps=1e-6", "model.args={a: 1, b: 2}", "run.change=true"]))
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from conf.compose import compose
-from conf.overrides import GROUPS_FOLDER, choices, parse, quote
-from conf.schema import GROUPS, to_dict
-from conf.values import ConfigError
+from stoker.conf.compose import compose
+from stoker.conf.overrides import GROUPS_FOLDER, choices, parse, quote
+from stoker.conf.schema import GROUPS, to_dict
+from stoker.conf.values import ConfigError
 
 TEXT = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")))
 HYDRA_LETTERS = st.text("ab01.,:=?&#~+-*/\\'\"[]{}() $@%^|<>!;_éж", max_size=12)

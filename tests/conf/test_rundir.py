@@ -10,10 +10,10 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from conf.compose import compose
-from conf.rundir import RunDirectory, next_attempt, read_config, resolve, to_yaml, write_config
-from conf.schema import Config
-from conf.values import ConfigError
+from stoker.conf.compose import compose
+from stoker.conf.rundir import RunDirectory, next_attempt, read_config, resolve, to_yaml, write_config
+from stoker.conf.schema import Config
+from stoker.conf.values import ConfigError
 
 NOON = datetime(2026, 3, 4, 12, 0, 5)
 

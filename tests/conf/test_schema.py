@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from conf.schema import Config, from_dict, kinds, lasting, lookup, to_dict
-from conf.values import ConfigError
+from stoker.conf.schema import Config, from_dict, kinds, lasting, lookup, to_dict
+from stoker.conf.values import ConfigError
 
 
 def test_a_config_survives_json():

@@ -7,7 +7,7 @@ import hashlib
 
 import torch
 
-from parallel.rows import Rows
+from stoker.parallel.rows import Rows
 
 
 def digest(rows: Rows) -> str:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import BatchConfig, Config, DataConfig
-from conf.targets import import_target
-from data.cache import TokenCache, open_cache
-from data.documents import documents_of
+from stoker.conf.schema import BatchConfig, Config, DataConfig
+from stoker.conf.targets import import_target
+from stoker.data.cache import TokenCache, open_cache
+from stoker.data.documents import documents_of
 
 WORDS = ["stoker", "feeds", "the", "furnace", "while", "a", "train", "moves", "through", "night", "über", "hills"]
 
@@ -38,7 +38,7 @@ def config(tmp_path: Path) -> Config:
     """Forty short texts in a folder, a fifth of them for validation, rows of 16 tokens."""
     write_texts(tmp_path / "texts", 40)
     data = DataConfig(
-        target="data.text:open_source",
+        target="stoker.data.text:open_source",
         name="texts",
         path=str(tmp_path / "texts"),
         cache=str(tmp_path / "cache"),

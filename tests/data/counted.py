@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conf.schema import BatchConfig, Config, DataConfig
+from stoker.conf.schema import BatchConfig, Config, DataConfig
 from tests.data.conftest import WORDS, write_texts
 
 BATCH = 24  # rows: divides over 1, 2, 3, 4, 6 and 8 ranks
@@ -47,7 +47,7 @@ def conversations(count: int, seed: int = 0) -> list[object]:
 
 def text(folder: Path) -> Config:
     write_texts(folder / "texts", 40)
-    return base(folder, target="data.text:open_source", name="texts", path=str(folder / "texts"))
+    return base(folder, target="stoker.data.text:open_source", name="texts", path=str(folder / "texts"))
 
 
 def masked(folder: Path) -> Config:
@@ -74,13 +74,13 @@ def jsonl(folder: Path) -> Config:
     write_lines(folder / "lines" / "a.jsonl", texts[:40])
     write_lines(folder / "lines" / "b.jsonl.gz", texts[40:])
     path = str(folder / "lines")
-    return base(folder, target="data.text:open_source", name="lines", path=path, args={"text": "body"})
+    return base(folder, target="stoker.data.text:open_source", name="lines", path=path, args={"text": "body"})
 
 
 def chat(folder: Path) -> Config:
     write_lines(folder / "chats" / "a.jsonl", conversations(80))
     path = str(folder / "chats")
-    return base(folder, 256, target="data.chat:open_source", name="chats", path=path, packing="best_fit")
+    return base(folder, 256, target="stoker.data.chat:open_source", name="chats", path=path, packing="best_fit")
 
 
 def tokens(folder: Path) -> Config:
@@ -91,7 +91,7 @@ def tokens(folder: Path) -> Config:
         ids = np.concatenate([np.append(chance.integers(0, 256, length), 256) for length in lengths])
         ids.astype(np.uint16).tofile(folder / "ids" / f"{number}.u16")
     path, args = str(folder / "ids"), {"end_of_document": 256}
-    return base(folder, target="data.token_files:open_source", name="ids", path=path, tokenizer=None, args=args)
+    return base(folder, target="stoker.data.token_files:open_source", name="ids", path=path, tokenizer=None, args=args)
 
 
 def mixture(folder: Path) -> Config:
@@ -115,7 +115,7 @@ def standard_library(folder: Path) -> Config:
         link = folder / "library" / path.name
         if not link.exists():
             link.symlink_to(path)
-    return base(folder, 512, target="data.text:open_source", name="library", path=str(folder / "library"))
+    return base(folder, 512, target="stoker.data.text:open_source", name="library", path=str(folder / "library"))
 
 
 KINDS: dict[str, Make] = {

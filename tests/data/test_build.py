@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.schema import Config
-from data import build, manifest, pool
-from data.cache import verify
-from data.pool import Killed, each
+from stoker.conf.schema import Config
+from stoker.data import build, manifest, pool
+from stoker.data.cache import verify
+from stoker.data.pool import Killed, each
 from tests.data.conftest import cache_of, write_text
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.schema import Config
-from data import cache as cache_module
-from data import open_rows, prepare
-from data.tokenizer import ByteTokenizer
+from stoker.conf.schema import Config
+from stoker.data import cache as cache_module
+from stoker.data import open_rows, prepare
+from stoker.data.tokenizer import ByteTokenizer
 from tests.data.conftest import cache_of, write_text, write_texts
 
 
@@ -64,15 +64,15 @@ def test_tokens_are_made_once(config, builds):
 
 
 def test_a_ready_cache_is_opened_without_reading_a_text(config, monkeypatch):
-    monkeypatch.setattr("data.documents._FRESH_SECONDS", -1.0)
+    monkeypatch.setattr("stoker.data.documents._FRESH_SECONDS", -1.0)
     prepare(config)
-    monkeypatch.setattr("data.documents._read", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("stoker.data.documents._read", lambda path: pytest.fail(f"{path} was read"))
     assert open_rows(config, "train").rows_per_epoch > 0
 
 
 @pytest.mark.parametrize("fresh_seconds", [2.0, -1.0], ids=["stamps too fresh to trust", "stamps trusted"])
 def test_a_changed_text_is_noticed(config, monkeypatch, fresh_seconds):
-    monkeypatch.setattr("data.documents._FRESH_SECONDS", fresh_seconds)
+    monkeypatch.setattr("stoker.data.documents._FRESH_SECONDS", fresh_seconds)
     before = open_rows(config, "train").fingerprint["content"]
     path = Path(config.data.path) / "text-007.txt"
     stamps = path.stat().st_mtime
@@ -145,7 +145,7 @@ def test_another_tokenizer_file_is_damage(config, builds):
 
 
 def test_a_wrong_memory_of_the_texts_does_no_harm(config, monkeypatch):
-    monkeypatch.setattr("data.documents._FRESH_SECONDS", -1.0)
+    monkeypatch.setattr("stoker.data.documents._FRESH_SECONDS", -1.0)
     before = texts_of(config, "train")
     (remembered,) = (Path(config.data.cache) / "versions").iterdir()
     for content in ("", "x" * 32, "\n" * 32):

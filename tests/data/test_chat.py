@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import open_rows, prepare, read_rows
-from data.chat import CHATML, ChatEncoder
-from data.tokenizer import ByteTokenizer
-from data.tokenizer_files import load_tokenizer
-from parallel.rows import IGNORE
+from stoker.data import open_rows, prepare, read_rows
+from stoker.data.chat import CHATML, ChatEncoder
+from stoker.data.tokenizer import ByteTokenizer
+from stoker.data.tokenizer_files import load_tokenizer
+from stoker.parallel.rows import IGNORE
 from tests.data.counted import base, chat, conversations, write_lines
 from tests.data.test_tokenizer_files import tokenizer_json
 
@@ -135,7 +135,7 @@ def test_a_bad_conversation_or_template_is_one_clear_error(tmp_path, line, templ
     (tmp_path / "a.jsonl").write_text(line + "\n")
     args = {} if template is None else {"template": template}
     path = str(tmp_path / "a.jsonl")
-    config = base(tmp_path, 64, target="data.chat:open_source", path=path, args=args, validation=0.0)
+    config = base(tmp_path, 64, target="stoker.data.chat:open_source", path=path, args=args, validation=0.0)
     with pytest.raises(ValueError, match=message):
         prepare(config)
 
@@ -144,7 +144,7 @@ def test_a_template_whose_text_changes_as_messages_follow_is_refused_with_the_wa
     write_lines(tmp_path / "a.jsonl", conversations(3))
     template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     path = str(tmp_path / "a.jsonl")
-    config = base(tmp_path, 64, target="data.chat:open_source", path=path, args={"template": template})
+    config = base(tmp_path, 64, target="stoker.data.chat:open_source", path=path, args={"template": template})
     with pytest.raises(ValueError, match=r"changes when more follow: mark what the assistant says with \{% generation"):
         prepare(config)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.schema import BatchConfig, Config, DataConfig
-from data import open_rows, read_rows
+from stoker.conf.schema import BatchConfig, Config, DataConfig
+from stoker.data import open_rows, read_rows
 from tests.data.lanes.conftest import open_stream
 from tests.data.lanes.simulated import batches, digests
 
@@ -52,7 +52,8 @@ def is_text(content: bytes) -> bool:
 
 def test_every_byte_is_in_one_row_of_an_epoch_under_both_planners(corpus, tmp_path):
     data = DataConfig(
-        target="data.text:open_source", units="data.lanes.sources:open_text", name="corpus", path=str(corpus),
+        target="stoker.data.text:open_source", units="stoker.data.lanes.sources:open_text", name="corpus",
+        path=str(corpus),
         cache=str(tmp_path / "cache"), validation=0.0, epochs=1, lanes=12, window=2, deal_every=3,
     )  # fmt: skip
     config = Config(data=data, seq_len=512, batch=BatchConfig(rows=12))

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from conf.schema import Config
-from data import RowStream, open_rows, read_rows
-from data.index import IndexPlan
-from data.mixed import MixedPlan
-from data.rows import LABELS, TOKENS
-from parallel.rows import IGNORE, Rows
+from stoker.conf.schema import Config
+from stoker.data import RowStream, open_rows, read_rows
+from stoker.data.index import IndexPlan
+from stoker.data.mixed import MixedPlan
+from stoker.data.rows import LABELS, TOKENS
+from stoker.parallel.rows import IGNORE, Rows
 from tests.data.batches import digest, together
 from tests.data.counted import BATCH, KINDS, changed, mixture, standard_library
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import open_rows, read_rows
-from data.index import IndexPlan
-from data.tokens import Tokens
-from parallel.rows import IGNORE
+from stoker.data import open_rows, read_rows
+from stoker.data.index import IndexPlan
+from stoker.data.tokens import Tokens
+from stoker.parallel.rows import IGNORE
 
 END = 256
 

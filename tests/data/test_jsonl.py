@@ -6,12 +6,12 @@ import random
 
 import pytest
 
-from conf.schema import DataConfig
-from data import jsonl as jsonl_module
-from data import open_rows, prepare
-from data.documents import Collection, open_source
-from data.manifest import parts_of
-from data.tokenizer import ByteTokenizer
+from stoker.conf.schema import DataConfig
+from stoker.data import jsonl as jsonl_module
+from stoker.data import open_rows, prepare
+from stoker.data.documents import Collection, open_source
+from stoker.data.manifest import parts_of
+from stoker.data.tokenizer import ByteTokenizer
 from tests.data.counted import base
 
 TEXTS = [f"{n} " + "\u00fc" * random.Random(n).randrange(30) for n in range(40)]
@@ -19,7 +19,9 @@ LINES = [json.dumps({"text": text}, ensure_ascii=False) for text in TEXTS]
 
 
 def config_of(path, **args):
-    return DataConfig(target="data.text:open_source", path=str(path), args=args, cache=str(path.parent / "cache"))
+    return DataConfig(
+        target="stoker.data.text:open_source", path=str(path), args=args, cache=str(path.parent / "cache")
+    )
 
 
 def read(path, **args) -> list[str]:
@@ -82,7 +84,7 @@ def test_ranges_of_a_file_are_read_by_name_of_its_lines(tmp_path):
 )
 def test_what_cannot_be_read_is_one_error_that_names_file_and_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    config = base(tmp_path, target="data.text:open_source", path=str(tmp_path / name))
+    config = base(tmp_path, target="stoker.data.text:open_source", path=str(tmp_path / name))
     with pytest.raises(ValueError, match=message):
         prepare(config)
 
@@ -97,9 +99,11 @@ def test_a_zstd_file_cut_short_is_an_error_and_no_shorter_epoch(tmp_path):
 
 
 def test_another_key_of_the_same_lines_is_another_source(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.documents._FRESH_SECONDS", -1.0)
+    monkeypatch.setattr("stoker.data.documents._FRESH_SECONDS", -1.0)
     (tmp_path / "a.jsonl").write_text('{"a": "first", "b": "second"}\n' * 20)
-    config = base(tmp_path, target="data.text:open_source", path=str(tmp_path / "a.jsonl"), validation=0.0, seq_len=4)
+    config = base(
+        tmp_path, target="stoker.data.text:open_source", path=str(tmp_path / "a.jsonl"), validation=0.0, seq_len=4
+    )
     for key, text in (("a", "first"), ("b", "second"), ("a", "first")):
         config.data.args = {"text": key}
         assert ByteTokenizer().decode(open_rows(config, "train").tokens.ids[:]) == text * 20
@@ -107,7 +111,7 @@ def test_another_key_of_the_same_lines_is_another_source(tmp_path, monkeypatch):
 
 def test_lines_become_tokens(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(LINES), encoding="utf-8")
-    config = base(tmp_path, target="data.text:open_source", path=str(tmp_path / "a.jsonl"), validation=0.0)
+    config = base(tmp_path, target="stoker.data.text:open_source", path=str(tmp_path / "a.jsonl"), validation=0.0)
     tokens = open_rows(config, "train").tokens
     assert len(tokens.starts) == 40
     assert ByteTokenizer().decode(tokens.ids[:]) == "".join(TEXTS)

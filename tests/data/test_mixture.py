@@ -5,8 +5,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data import mixture as mixture_module
-from data.mixture import WEIGHT_UNITS, Mixture, mix, whole_weights
+from stoker.data import mixture as mixture_module
+from stoker.data.mixture import WEIGHT_UNITS, Mixture, mix, whole_weights
 
 # Weights that make deep trees, where errors add up, are as likely as plain ones.
 weights = st.one_of(

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.packing import Table, best_fit, fill, fit, padded
-from data.rows import DOCUMENTS, LABELS, POSITIONS, TOKENS
-from parallel.rows import IGNORE
+from stoker.data.packing import Table, best_fit, fill, fit, padded
+from stoker.data.rows import DOCUMENTS, LABELS, POSITIONS, TOKENS
+from stoker.parallel.rows import IGNORE
 
 END = 256
 lengths_of_documents = st.lists(st.integers(1, 40), min_size=1, max_size=40)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import to_dict
-from data import RowStream
+from stoker.conf.schema import to_dict
+from stoker.data import RowStream
 from tests.data.plans import NumberPlan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ def soon(holds: Callable[[], bool], seconds: float = 5.0) -> bool:
 
 RANK = """
     import os, signal, sys
-    from data import RowStream
+    from stoker.data import RowStream
     from tests.data.plans import NumberPlan
     asked = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -147,8 +147,8 @@ def test_a_killed_reader_is_one_clear_error_within_seconds():
 def test_a_token_file_cut_under_a_reader_is_an_error_that_says_so(config):
     program = """
         import json, os, sys
-        from conf.schema import Config, from_dict
-        from data import RowStream, open_rows
+        from stoker.conf.schema import Config, from_dict
+        from stoker.data import RowStream, open_rows
         from tests.data.conftest import cache_of
         config = from_dict(json.loads(sys.argv[1]))
         plan = open_rows(config, "train")

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.shuffle import permute
+from stoker.data.shuffle import permute
 
 sizes = st.integers(1, 3000)
 seeds = st.integers(0, 2**63)

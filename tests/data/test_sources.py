@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import Config, DataConfig
-from data import open_rows, prepare
-from data.documents import Document, file_document, open_source
-from data.tokenizer import ByteTokenizer
+from stoker.conf.schema import Config, DataConfig
+from stoker.data import open_rows, prepare
+from stoker.data.documents import Document, file_document, open_source
+from stoker.data.tokenizer import ByteTokenizer
 from tests.data.conftest import cache_of, write_text
 
 
@@ -34,7 +34,7 @@ def test_the_standard_library_makes_rows(tmp_path):
 
 
 def test_the_standard_library_reads_no_path(config):
-    config.data.target = "data.stdlib:open_source"
+    config.data.target = "stoker.data.stdlib:open_source"
     with pytest.raises(ValueError, match=r"data=stdlib reads no data.path=.*: say data=text data.path="):
         prepare(config)
 
@@ -43,7 +43,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
     for name in ("b.txt", "a/z.txt", "a.txt", ".hidden", ".git/config", "c.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_text(tmp_path / name, name)
-    config = DataConfig(target="data.text:open_source", path=str(tmp_path))
+    config = DataConfig(target="stoker.data.text:open_source", path=str(tmp_path))
     assert [document.name for document in open_source(config)] == ["a.txt", "a/z.txt", "b.txt", "c.md"]
     config.args = {"pattern": "*.md"}
     assert [document.read() for document in open_source(config)] == ["c.md"]

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.schema import Config
-from data import EndOfData, RowPlan, RowStream, open_rows, read_rows
-from parallel.rows import Rows
+from stoker.conf.schema import Config
+from stoker.data import EndOfData, RowPlan, RowStream, open_rows, read_rows
+from stoker.parallel.rows import Rows
 from tests import world
 from tests.data.plans import NumberPlan
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.schema import Config, DataConfig
-from data import open_rows, open_tokenizer, prepare, read_rows, vocabulary
-from data.cache import open_folder
-from data.tokens import Joined, View
+from stoker.conf.schema import Config, DataConfig
+from stoker.data import open_rows, open_tokenizer, prepare, read_rows, vocabulary
+from stoker.data.cache import open_folder
+from stoker.data.tokens import Joined, View
 from tests.data.conftest import cache_of
 from tests.data.counted import base
 
@@ -61,7 +61,7 @@ def write_olmo(folder: Path) -> dict[str, object]:
 
 
 def config_of(folder: Path, args: dict[str, object], **data: object) -> Config:
-    values = {"target": "data.token_files:open_source", "path": str(folder / "ids"), "tokenizer": None} | data
+    values = {"target": "stoker.data.token_files:open_source", "path": str(folder / "ids"), "tokenizer": None} | data
     config = base(folder, 4, validation=0.0, args=args, **values)
     config.model.vocab_size = 300
     return config
@@ -106,7 +106,7 @@ def test_what_prepare_made_is_a_source_of_its_own_with_its_tokenizer_and_splits(
     folder = cache_of(config.data).folder
     folder.rename(tmp_path / "elsewhere")
     moved = DataConfig(
-        target="data.token_files:open_source",
+        target="stoker.data.token_files:open_source",
         path=str(tmp_path / "elsewhere"),
         tokenizer=None,
         cache=config.data.cache,
@@ -123,11 +123,11 @@ def test_what_prepare_made_is_a_source_of_its_own_with_its_tokenizer_and_splits(
 
 
 def test_files_that_are_known_are_not_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.documents._FRESH_SECONDS", -1.0)
+    monkeypatch.setattr("stoker.data.documents._FRESH_SECONDS", -1.0)
     (tmp_path / "ids").mkdir()
     config = config_of(tmp_path, write_npy(tmp_path / "ids"))
     before = open_rows(config, "train").fingerprint
-    monkeypatch.setattr("data.token_files._sampled", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("stoker.data.token_files._sampled", lambda path: pytest.fail(f"{path} was read"))
     assert open_rows(config, "train").fingerprint == before
 
 

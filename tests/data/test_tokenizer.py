@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import open_rows, open_tokenizer, vocabulary
-from data.tokenizer import END_OF_DOCUMENT, ByteTokenizer, JsonTokenizer, Tokenizer
+from stoker.data import open_rows, open_tokenizer, vocabulary
+from stoker.data.tokenizer import END_OF_DOCUMENT, ByteTokenizer, JsonTokenizer, Tokenizer
 from tests.data.conftest import cache_of
 
 TEXTS = ["the stoker feeds the furnace", "the furnace moves the train", "über den Wolken"] * 4

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import DataConfig
-from data import keep_tokenizer, open_rows, open_tokenizer, vocabulary
-from data.cache import write_tokenizer
-from data.tokenizer import JsonTokenizer, Tokenizer
-from data.tokenizer_files import load_kept, load_tokenizer
+from stoker.conf.schema import DataConfig
+from stoker.data import keep_tokenizer, open_rows, open_tokenizer, vocabulary
+from stoker.data.cache import write_tokenizer
+from stoker.data.tokenizer import JsonTokenizer, Tokenizer
+from stoker.data.tokenizer_files import load_kept, load_tokenizer
 from tests.data.conftest import cache_of
 
 TEXTS = ["the stoker feeds the furnace", "the furnace moves the train", "über den Wolken"] * 4

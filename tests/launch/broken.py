@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from conf.schema import ModelConfig
-from parallel.model import Part
+from stoker.conf.schema import ModelConfig
+from stoker.parallel.model import Part
 from tests.toy import Toy
 
 

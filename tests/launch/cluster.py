@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from launch.slurm.commands import facts_of_job
+from stoker.launch.slurm.commands import facts_of_job
 
 NODES = ("n1", "n2", "n3")
 CONFIG = """\

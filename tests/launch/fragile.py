@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-import models.decoder
+from stoker.models import decoder
 
 LARGE = 1e4  # usual are numbers around 1; with optim.lr=1e3 one update is enough
 
 
 def build(config: Any, part: Any) -> Any:
-    model = models.decoder.build(config, part)
+    model = decoder.build(config, part)
     for name, block in model.layers.items():
         if int(name) == config.layers - 1:
             block.forward = _breaking(block.forward)

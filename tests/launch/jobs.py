@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.rundir import RunDirectory
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.outcome import Ending, read_ending
 from tests.launch import cluster
 from tests.launch.runs import command, environment, last_step, overrides, steps_of, wait_until_gone, write_text
-from trainer.outcome import Ending, read_ending
 
 ROOT = Path(__file__).parents[2]
 FOUR = ["launch.threads=1", "parallel.zero=2", "schedule.total_steps=30", "checkpoint.every=20", "log.every=20"]

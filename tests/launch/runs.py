@@ -14,11 +14,11 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-from conf.rundir import RunDirectory
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.metrics import read
+from stoker.trainer.outcome import Outcome
+from stoker.trainer.process import read_stamps
 from tests import world
-from trainer.metrics import read
-from trainer.outcome import Outcome
-from trainer.process import read_stamps
 
 SMALL = [
     "model.width=32", "model.layers=2", "model.heads=2", "model.kv_heads=1", "model.hidden=64",
@@ -48,7 +48,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def command(*words: str) -> list[str]:
-    return [sys.executable, "-P", "-m", "launch.cli", *words]
+    return [sys.executable, "-P", "-m", "stoker.launch.cli", *words]
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def train_here(home: Path, words: list[str]) -> None:
 
 
 def _train(environment: dict[str, str], words: list[str]) -> None:
-    from trainer.main import run  # not above: whoever starts processes only needs none of it
+    from stoker.trainer.main import run  # not above: whoever starts processes only needs none of it
 
     os.environ |= environment
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

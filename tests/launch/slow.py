@@ -9,12 +9,12 @@ import os
 import time
 from typing import Any
 
-import models.decoder
+from stoker.models import decoder
 
 SECONDS = float(os.environ.get("STOKER_TEST_SLOW", "0.2"))
 
 
 def build(config: Any, part: Any) -> Any:
-    model = models.decoder.build(config, part)
+    model = decoder.build(config, part)
     model.register_forward_pre_hook(lambda *_: time.sleep(SECONDS))
     return model

@@ -10,7 +10,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conf.rundir import RunDirectory
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.goodput import Goodput, goodput
+from stoker.trainer.outcome import read_ending
 from tests.launch.runs import (
     command,
     finish,
@@ -23,8 +25,6 @@ from tests.launch.runs import (
     wait_until,
     wait_until_gone,
 )
-from trainer.goodput import Goodput, goodput
-from trainer.outcome import read_ending
 
 KINDS = ("rank", "all ranks", "launcher", "hang", "terminate", "mid-save")
 HANG_SECONDS = 5  # a busy machine is not to be taken for a hang

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from conf.rundir import RunDirectory
-from launch.cli import main
+from stoker.conf.rundir import RunDirectory
+from stoker.launch.cli import main
+from stoker.trainer.metrics import read
+from stoker.trainer.outcome import Outcome, read_ending
 from tests.launch.runs import (
     command,
     environment,
@@ -23,8 +25,6 @@ from tests.launch.runs import (
     wait_until,
     write_text,
 )
-from trainer.metrics import read
-from trainer.outcome import Outcome, read_ending
 
 Call = Callable[..., tuple[int, str]]
 
@@ -110,7 +110,7 @@ def test_a_model_that_cannot_be_imported_is_named(home: Path) -> None:
 
 def test_a_launcher_that_does_not_say_how_many_ranks_a_machine_has_is_told(home: Path) -> None:
     place = ("RANK=0", "WORLD_SIZE=2", "LOCAL_RANK=0")
-    words = ["env", *place, command()[0], "-P", "-m", "trainer", *overrides(home / "alone", home / "text")]
+    words = ["env", *place, command()[0], "-P", "-m", "stoker.trainer", *overrides(home / "alone", home / "text")]
     status, output = finish(home, words)
     assert status == 2 and len(output.splitlines()) == 1 and "LOCAL_WORLD_SIZE is not" in output, output
 

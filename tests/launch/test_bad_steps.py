@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from conf.rundir import RunDirectory
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.goodput import goodput
+from stoker.trainer.metrics import read
+from stoker.trainer.outcome import Outcome, read_ending
 from tests.launch.runs import command, finish, overrides, steps_of, train_here
-from trainer.goodput import goodput
-from trainer.metrics import read
-from trainer.outcome import Outcome, read_ending
 
 WORDS = ["steps=18", "checkpoint.every=5", "launch.max_restarts=1"]
 

@@ -11,7 +11,7 @@ from tests.launch.runs import SMALL, command, finish
 # A model whose gradient depends on how many ranks there are: what a wrong reduction does.
 WRONG = """
 import torch.distributed as dist
-from models.decoder import build as decoder
+from stoker.models.decoder import build as decoder
 
 
 def build(config, part):

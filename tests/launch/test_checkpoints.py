@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import newest, read_state, verify
-from conf.rundir import RunDirectory
-from launch.cli import main
+from stoker.checkpoint import newest, read_state, verify
+from stoker.conf.rundir import RunDirectory
+from stoker.launch.cli import main
+from stoker.trainer.metrics import read
+from stoker.trainer.outcome import Outcome, read_ending
 from tests.launch.runs import (
     command,
     finish,
@@ -21,8 +23,6 @@ from tests.launch.runs import (
     wait_until,
     wait_until_gone,
 )
-from trainer.metrics import read
-from trainer.outcome import Outcome, read_ending
 
 
 def run_with_an_obstacle(home: Path, name: str, *more: str) -> tuple[int, str, RunDirectory]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data.cache import open_folder
-from data.lanes.tar import load
-from launch.cli import main
+from stoker.data.cache import open_folder
+from stoker.data.lanes.tar import load
+from stoker.launch.cli import main
 from tests.data.counted import conversations, write_lines
 from tests.launch.runs import overrides, write_text
 
@@ -103,12 +103,12 @@ def test_a_trained_tokenizer_is_one_to_train_with(tmp_path, capsys):
 def test_peek_shows_what_a_step_read_and_will_read(tmp_path, capsys):
     run = tmp_path / "run"
     (run / "attempts").mkdir(parents=True)
-    from conf.compose import compose
-    from conf.rundir import RunDirectory, write_config
+    from stoker.conf.compose import compose
+    from stoker.conf.rundir import RunDirectory, write_config
 
     config = compose(overrides(run, tmp_path / "text", "data.validation=0", "data.epochs=2", "skip_steps=[[5,6]]"))
     write_config(RunDirectory(run), config)
-    from data import open_rows, open_tokenizer, read_rows
+    from stoker.data import open_rows, open_tokenizer, read_rows
 
     rows = read_rows(open_rows(config, "train"), range(16, 24))
     assert main(["data", "peek", str(run), "--step", "3", "--rows", "8", "--characters", "10000"]) == 0
@@ -124,10 +124,10 @@ def test_peek_shows_what_a_step_read_and_will_read(tmp_path, capsys):
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_peek_shows_rows_of_lanes_before_and_after_the_checkpoints(tmp_path, capsys, monkeypatch, mixed):
-    from conf.compose import compose
-    from conf.rundir import RunDirectory, write_config
-    from data import open_tokenizer
-    from data.lanes.opening import open_all_lanes
+    from stoker.conf.compose import compose
+    from stoker.conf.rundir import RunDirectory, write_config
+    from stoker.data import open_tokenizer
+    from stoker.data.lanes.opening import open_all_lanes
 
     run = tmp_path / "run"
     (run / "attempts").mkdir(parents=True)
@@ -150,7 +150,7 @@ def test_peek_shows_rows_of_lanes_before_and_after_the_checkpoints(tmp_path, cap
             stream, _ = open_all_lanes(config, open_tokenizer(config.data))
             stream.load_state(states[-1])
     stream.close()
-    monkeypatch.setattr("launch.data_peek._states", lambda run: [states[2], states[6]])
+    monkeypatch.setattr("stoker.launch.data_peek._states", lambda run: [states[2], states[6]])
     for step in (1, 3, 4, 9):
         assert main(["data", "peek", str(run), "--step", str(step), "--rows", "8", "--characters", "10000"]) == 0
         shown = capsys.readouterr().out

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from parallel.deepspeed_engine.async_io import folder, is_built, missing_for_async_io
+from stoker.parallel.deepspeed_engine.async_io import folder, is_built, missing_for_async_io
 from tests import world
 from tests.launch.runs import command, finish, overrides, started, steps_of, wait_until_gone
 from tests.launch.test_kills import Killer
@@ -21,13 +21,13 @@ EXTENSIONS = folder() if is_built() and missing_for_async_io() is None else None
 
 def undisturbed(words: list[str], port: int, store: str) -> str:
     """On a rank: the run that `words` ask for, as torchrun would start it."""
-    import trainer
+    import stoker
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()  # tests/world.py made one; a rank has none yet
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ending = trainer.run(words)
+    ending = stoker.run(words)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     return ending.outcome.value
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from conf.compose import compose
-from conf.rundir import RunDirectory
-from parallel.layout import fit
+from stoker.conf.compose import compose
+from stoker.conf.rundir import RunDirectory
+from stoker.parallel.layout import fit
+from stoker.trainer.outcome import Outcome, read_beginning, read_ending
 from tests.launch.runs import command, kill, last_step, overrides, rank_pids, started, steps_of, train_here, wait_until
-from trainer.outcome import Outcome, read_beginning, read_ending
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_under_elastic_torchrun_machines_join_and_are_lost_and_the_run_goes_on(h
             "env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",  # see docs/launch.md
             sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=2", "--max-restarts=5",
             "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic", "--monitor-interval=0.1",
-            f"--rdzv-conf=is_host={keeps_store},last_call_timeout=1", "-m", "trainer", *words,
+            f"--rdzv-conf=is_host={keeps_store},last_call_timeout=1", "-m", "stoker.trainer", *words,
         ]  # fmt: skip
 
     directory, other = RunDirectory(run), home / "other"

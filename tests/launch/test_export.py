@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from conf.rundir import RunDirectory, read_config
-from data import open_tokenizer
-from data.tokenizer import ByteTokenizer
-from launch.cli import main
-from launch.generate import load_model
-from models.generate import generate
+from stoker.conf.rundir import RunDirectory, read_config
+from stoker.data import open_tokenizer
+from stoker.data.tokenizer import ByteTokenizer
+from stoker.launch.cli import main
+from stoker.launch.generate import load_model
+from stoker.models.generate import generate
+from stoker.trainer.assemble import with_vocabulary
 from tests import world
 from tests.launch.runs import overrides, write_text
 from tests.models.families import FAMILIES, write_family
 from tests.trainer.test_python_api import trained
-from trainer.assemble import with_vocabulary
 
 transformers = pytest.importorskip("transformers")
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from conf.faults import Fault, read_faults
-from conf.rundir import RunDirectory
+from stoker.conf.faults import Fault, read_faults
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.metrics import read
+from stoker.trainer.outcome import read_ending
 from tests.launch.runs import command, finish, overrides, steps_of, train_here, wait_until_gone, write_text
-from trainer.metrics import read
-from trainer.outcome import read_ending
 
 
 @pytest.mark.parametrize(

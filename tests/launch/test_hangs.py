@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from conf.rundir import RunDirectory
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.outcome import Outcome, read_ending
 from tests.launch.runs import (
     command,
     finish,
@@ -24,7 +25,6 @@ from tests.launch.runs import (
     wait_until_gone,
     write_text,
 )
-from trainer.outcome import Outcome, read_ending
 
 HANG = ["steps=12", "checkpoint.every=4", "launch.hang_seconds=3", "launch.max_restarts=2"]
 FAULT = "faults=[{at: 6, rank: 1, do: hang}]"
@@ -81,7 +81,7 @@ def test_a_rank_stopped_by_a_signal_is_told_from_one_that_hangs_by_itself(home: 
 def test_under_a_foreign_torchrun_a_process_beside_the_ranks_does_the_same(home: Path) -> None:
     run = home / "torchrun"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [*torchrun, "--max-restarts", "1", "-m", "trainer", *overrides(run, home / "text", *HANG, FAULT)]
+    words = [*torchrun, "--max-restarts", "1", "-m", "stoker.trainer", *overrides(run, home / "text", *HANG, FAULT)]
     status, output = finish(home, words)
     assert status == 0, output
     wait_until_gone(home)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from conf.rundir import RunDirectory
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.outcome import Outcome, read_ending
 from tests.launch.runs import (
     command,
     finish,
@@ -25,7 +26,6 @@ from tests.launch.runs import (
     wait_until,
     wait_until_gone,
 )
-from trainer.outcome import Outcome, read_ending
 
 STEPS = 60
 LONG = [f"steps={STEPS}", "checkpoint.every=2", "launch.max_restarts=20", "tracker=none"]
@@ -110,7 +110,16 @@ def test_a_killed_rank_is_named_in_one_line(home: Path) -> None:
 def test_kill_of_a_foreign_torchrun_leaves_nobody_and_the_next_start_goes_on(home: Path) -> None:
     run = home / "torchrun"
     words = overrides(run, home / "text", f"steps={STEPS}", "checkpoint.every=2")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "stoker.trainer",
+    ]
     with started(home, [*torchrun, *words]) as process:
         wait_until(lambda: last_step(run) >= 5, process)
         kill(process.pid, signal.SIGKILL)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.layout import lines_of, ranks_in_words
-from parallel.layout import AXES, BatchPlan, Layout
+from stoker.launch.layout import lines_of, ranks_in_words
+from stoker.parallel.layout import AXES, BatchPlan, Layout
 from tests.launch.runs import command, finish
 from tests.parallel.test_layout import LAYOUTS
 

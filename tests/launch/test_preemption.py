@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from conf.rundir import RunDirectory, next_attempt
-from launch import local
+from stoker.conf.rundir import RunDirectory, next_attempt
+from stoker.launch import local
+from stoker.trainer.outcome import Ending, Outcome, read_ending, write_ending
+from stoker.trainer.process import Stamp, read_stamps
 from tests.launch.runs import (
     command,
     finish,
@@ -25,8 +27,6 @@ from tests.launch.runs import (
     wait_until,
     wait_until_gone,
 )
-from trainer.outcome import Ending, Outcome, read_ending, write_ending
-from trainer.process import Stamp, read_stamps
 
 SLOW = ["model.target=tests.launch.slow:build", "steps=100000", "schedule.total_steps=30"]
 
@@ -77,7 +77,7 @@ def test_a_port_that_is_taken_is_one_line(home: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        words = [command()[0], "-P", "-m", "trainer", *overrides(home / "taken", home / "text")]
+        words = [command()[0], "-P", "-m", "stoker.trainer", *overrides(home / "taken", home / "text")]
         status, output = finish(home, ["env", *(f"{key}={value}" for key, value in place.items()), *words])
     assert status == 2 and f"another program listens on 127.0.0.1:{port}" in output
     assert len(output.splitlines()) == 1, output

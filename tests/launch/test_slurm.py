@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from conf.rundir import RunDirectory
-from launch.slurm import commands
+from stoker.conf.rundir import RunDirectory
+from stoker.launch.slurm import commands
+from stoker.trainer.outcome import Outcome
 from tests.launch import cluster
 from tests.launch.jobs import FOUR, SLOW, Home, at_home, come_to, ending_of, log_of
 from tests.launch.runs import command, kill, last_step, overrides, rank_pids, steps_of
-from trainer.outcome import Outcome
 
 pytestmark = [
     pytest.mark.long,

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from conf.rundir import RunDirectory
-from launch.slurm import commands
-from launch.slurm.batch import read_notes
+from stoker.conf.rundir import RunDirectory
+from stoker.launch.slurm import commands
+from stoker.launch.slurm.batch import read_notes
+from stoker.trainer.outcome import Outcome, read_beginning
 from tests.launch import cluster
 from tests.launch.jobs import Home, at_home, come_to, ending_of, log_of
 from tests.launch.runs import last_step, steps_of
-from trainer.outcome import Outcome, read_beginning
 
 pytestmark = [
     pytest.mark.long,

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from conf.rundir import RunDirectory, next_attempt
-from launch.cli import main
-from launch.slurm import commands
-from launch.slurm.batch import Job, job_from, settings_of, stalled_attempts
-from launch.slurm.node import unreachable
-from launch.slurm.verdict import Move, Situation, judge
-from trainer.outcome import Beginning, Ending, Outcome, write_beginning
+from stoker.conf.rundir import RunDirectory, next_attempt
+from stoker.launch.cli import main
+from stoker.launch.slurm import commands
+from stoker.launch.slurm.batch import Job, job_from, settings_of, stalled_attempts
+from stoker.launch.slurm.node import unreachable
+from stoker.launch.slurm.verdict import Move, Situation, judge
+from stoker.trainer.outcome import Beginning, Ending, Outcome, write_beginning
 
 FAILED = Ending(Outcome.FAILED, "rank 1 was killed by SIGKILL", 7, rank=1, retry=True)
 PREEMPTED = Ending(Outcome.PREEMPTED, "preempted at step 9, saved (SIGUSR1)", 9)
@@ -56,7 +56,7 @@ def test_what_comes_after_the_ranks_have_ended(changed: dict, move: Move, status
 
 def checkpoint(run: RunDirectory, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have `run` look as if its newest checkpoint were of `step`."""
-    monkeypatch.setattr("launch.slurm.batch.newest_step", lambda _: step)
+    monkeypatch.setattr("stoker.launch.slurm.batch.newest_step", lambda _: step)
 
 
 def test_only_attempts_of_this_job_in_a_row_without_progress_count(

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from stoker.trainer.outcome import read_beginning, read_ending
 from tests.launch.runs import write_text
 from tests.launch.soak import HANG_SECONDS, KINDS, Soak
-from trainer.outcome import read_beginning, read_ending
 
 
 @pytest.mark.long

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from conf.rundir import RunDirectory
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.metrics import read
 from tests.launch.runs import (
     command,
     finish,
@@ -20,7 +21,6 @@ from tests.launch.runs import (
     wait_until,
     wait_until_gone,
 )
-from trainer.metrics import read
 
 LANES = [
     "data.planner=lanes", "data.lanes=4", "data.unit_bytes=1024", "data.window=2", "data.deal_every=2", "data.epochs=1",

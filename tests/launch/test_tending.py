@@ -6,10 +6,10 @@ import subprocess
 import time
 from pathlib import Path
 
-from conf.rundir import RunDirectory
-from launch.slurm.batch import notes_file
+from stoker.conf.rundir import RunDirectory
+from stoker.launch.slurm.batch import notes_file
+from stoker.trainer.outcome import Outcome, read_ending
 from tests.launch.runs import command, environment, last_step, overrides, started, wait_until
-from trainer.outcome import Outcome, read_ending
 
 SLOW = ["model.target=tests.launch.slow:build", "steps=100000", "schedule.total_steps=30", "checkpoint.every=3"]
 

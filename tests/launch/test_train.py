@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from conf.rundir import RunDirectory
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.metrics import read
+from stoker.trainer.outcome import Outcome, read_ending
 from tests.launch.runs import (
     command,
     finish,
@@ -22,8 +24,6 @@ from tests.launch.runs import (
     wait_until,
     wait_until_gone,
 )
-from trainer.metrics import read
-from trainer.outcome import Outcome, read_ending
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,16 @@ def test_another_layout_computes_the_same(home: Path, undisturbed: Path, layout:
 
 def test_torchrun_runs_the_same_program_bitwise(home: Path, undisturbed: Path) -> None:
     run = home / "torchrun"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "stoker.trainer",
+    ]
     status, output = finish(home, [*torchrun, *overrides(run, home / "text")])
     assert status == 0, output
     assert steps_of(run) == steps_of(undisturbed)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from conf.rundir import RunDirectory
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.outcome import Outcome, read_ending
 from tests.launch.runs import (
     command,
     finish,
@@ -23,7 +24,6 @@ from tests.launch.runs import (
     wait_until_gone,
     write_text,
 )
-from trainer.outcome import Outcome, read_ending
 
 pytestmark = pytest.mark.long
 
@@ -65,7 +65,8 @@ def node(host: str, words: list[str], restarts: int, before: str = "true", inter
         "--node-rank", str(list(HOSTS).index(host)), "--rdzv-backend", "c10d",
         "--rdzv-endpoint", f"{HOSTS[FIRST]}:{PORT}",
         "--rdzv-conf", f"is_host={int(host == FIRST)}",  # it would look the host's name up, which no one knows
-        "--rdzv-id", "stoker", "--local-addr", HOSTS[host], "--max-restarts", str(restarts), "-m", "trainer", *words,
+        "--rdzv-id", "stoker", "--local-addr", HOSTS[host], "--max-restarts", str(restarts),
+        "-m", "stoker.trainer", *words,
     ]  # fmt: skip
     script = f'hostname {host} && {before} && exec env GLOO_SOCKET_IFNAME={interface} "$@"'
     return ["ip", "netns", "exec", host, "unshare", "--uts", "--mount", "sh", "-c", script, "sh", *torchrun]

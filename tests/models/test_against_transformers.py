@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conf.schema import RopeScalingConfig
+from stoker.conf.schema import RopeScalingConfig
 from tests.models.tiny import decoder, gradients, rows, shape
 
 transformers = pytest.importorskip("transformers")

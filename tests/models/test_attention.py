@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.attention import attend, document_mask
-from models.cpu_attention import BLOCK, attend_in_blocks
+from stoker.models.attention import attend, document_mask
+from stoker.models.cpu_attention import BLOCK, attend_in_blocks
 from tests.models.tiny import decoder, rows, shape
 
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 14, [0] * 20], dtype=torch.int32)
@@ -48,7 +48,7 @@ def test_the_mask_is_made_once_per_micro_batch(monkeypatch: pytest.MonkeyPatch) 
         made.append(1)
         return document_mask(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("models.decoder.document_mask", counting)
+    monkeypatch.setattr("stoker.models.decoder.document_mask", counting)
     config = shape()
     tokens, positions, _ = rows(config)
     decoder(config)(tokens, positions, DOCUMENTS)
@@ -100,7 +100,7 @@ def test_bf16_on_a_cpu_is_as_precise_as_bf16() -> None:
 def test_the_block_mask_for_gpus_allows_what_the_tensor_for_cpus_allows() -> None:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    from models.attention import same_document
+    from stoker.models.attention import same_document
 
     documents = torch.cat([DOCUMENTS] * 8, 1).sort(1).values
     seq_len = documents.shape[1]

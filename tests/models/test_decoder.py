@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
-from conf.schema import ModelConfig, from_dict
-from models.decoder import build
-from models.flops import flops_per_token
-from parallel.model import Constant, Normal, Part, whole_model
+from stoker.conf.schema import ModelConfig, from_dict
+from stoker.models.decoder import build
+from stoker.models.flops import flops_per_token
+from stoker.parallel.model import Constant, Normal, Part, whole_model
 from tests.models.tiny import decoder, gradients, rows, shape
 
 GROUP = Path(__file__).parents[2] / "conf" / "model"

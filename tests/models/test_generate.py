@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.cache import Cache
-from models.decoder import Decoder
-from models.generate import generate
+from stoker.models.cache import Cache
+from stoker.models.decoder import Decoder
+from stoker.models.generate import generate
 from tests.models.tiny import decoder, shape
 
 

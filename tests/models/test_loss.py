@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.loss import Head, summed_loss
-from parallel.rows import IGNORE
+from stoker.models.loss import Head, summed_loss
+from stoker.parallel.rows import IGNORE
 
 
 def inputs(tokens: int, ignored: float = 0.3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:

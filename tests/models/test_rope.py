@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.schema import RopeScalingConfig
-from models.rope import frequencies, rotary_tables, rotate
+from stoker.conf.schema import RopeScalingConfig
+from stoker.models.rope import frequencies, rotary_tables, rotate
 
 
 @given(first=st.integers(0, 500), shift=st.integers(0, 500), apart=st.integers(0, 100))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from conf.schema import ModelConfig
-from models.decoder import Decoder, build
-from parallel.model import Normal, Part, whole_model
-from parallel.rows import IGNORE
+from stoker.conf.schema import ModelConfig
+from stoker.models.decoder import Decoder, build
+from stoker.parallel.model import Normal, Part, whole_model
+from stoker.parallel.rows import IGNORE
 
 
 def shape(**changes: object) -> ModelConfig:

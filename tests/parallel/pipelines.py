@@ -10,20 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conf.schema import BatchConfig, Config, ModelConfig, ParallelConfig
-from conf.targets import import_target
-from parallel.initialize import initialize
-from parallel.layout import BatchPlan, batch_plan, layout_of
-from parallel.mesh import Mesh, mesh_over_default_group
-from parallel.model import Part, whole_model
-from parallel.pipeline import PipelinePasses, Stage
-from parallel.registry import Registry, uncut
-from parallel.replicated import ReplicatedWeights
-from parallel.rows import IGNORE, Rows
-from parallel.sharded import ShardedWeights
-from parallel.shards import GRADIENT, PARAMETER, Shard
-from parallel.stages import costs_of, parts, stages_of
-from parallel.weights import DTYPES, Precision, Weights
+from stoker.conf.schema import BatchConfig, Config, ModelConfig, ParallelConfig
+from stoker.conf.targets import import_target
+from stoker.parallel.initialize import initialize
+from stoker.parallel.layout import BatchPlan, batch_plan, layout_of
+from stoker.parallel.mesh import Mesh, mesh_over_default_group
+from stoker.parallel.model import Part, whole_model
+from stoker.parallel.pipeline import PipelinePasses, Stage
+from stoker.parallel.registry import Registry, uncut
+from stoker.parallel.replicated import ReplicatedWeights
+from stoker.parallel.rows import IGNORE, Rows
+from stoker.parallel.sharded import ShardedWeights
+from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
+from stoker.parallel.stages import costs_of, parts, stages_of
+from stoker.parallel.weights import DTYPES, Precision, Weights
 from tests.parallel.reference import VOCABULARY, global_rows, small_config
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved")

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conf.schema import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig
-from conf.targets import import_target
-from parallel.initialize import initialize
-from parallel.model import whole_model
-from parallel.optimizer import is_decayed
-from parallel.registry import Held, uncut
-from parallel.rows import IGNORE, Rows
-from parallel.shards import PARAMETER, Shard, whole
+from stoker.conf.schema import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig
+from stoker.conf.targets import import_target
+from stoker.parallel.initialize import initialize
+from stoker.parallel.model import whole_model
+from stoker.parallel.optimizer import is_decayed
+from stoker.parallel.registry import Held, uncut
+from stoker.parallel.rows import IGNORE, Rows
+from stoker.parallel.shards import PARAMETER, Shard, whole
 
 VOCABULARY = 50
 

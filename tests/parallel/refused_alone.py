@@ -1,4 +1,4 @@
-"""For every limit of `conf.limits`, in their order, a value beyond it."""
+"""For every limit of `stoker.conf.limits`, in their order, a value beyond it."""
 
 from tests.parallel.refused_lanes import BEYOND_OF_LANES
 

@@ -18,8 +18,8 @@ from unittest import mock
 import torch
 from torch.distributed.pipelining import schedules
 
-from parallel.pipeline import SCHEDULES, Outbox
-from parallel.stages import stages_of
+from stoker.parallel.pipeline import SCHEDULES, Outbox
+from stoker.parallel.stages import stages_of
 
 
 class Deadlock(Exception):

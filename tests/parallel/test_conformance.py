@@ -10,17 +10,17 @@ from functools import cache
 import pytest
 import torch
 
-from conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
-from parallel.engine import Engine
-from parallel.layout import BatchPlan, Layout, batch_plan, layout_of
-from parallel.mesh import Mesh, mesh_over_default_group
-from parallel.rows import IGNORE
-from parallel.shards import PARAMETER, Shard
-from parallel.update import Said
+from stoker.conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
+from stoker.parallel.engine import Engine
+from stoker.parallel.layout import BatchPlan, Layout, batch_plan, layout_of
+from stoker.parallel.mesh import Mesh, mesh_over_default_group
+from stoker.parallel.rows import IGNORE
+from stoker.parallel.shards import PARAMETER, Shard
+from stoker.parallel.update import Said
+from stoker.trainer.cut import cut
 from tests import world
 from tests.parallel.reference import Trace, assemble, global_rows, normwise, one_process, small_config
 from tests.parallel.toy_engine import ToyEngine
-from trainer.cut import cut
 
 STEPS = 10
 SGD = OptimConfig(name="sgd", lr=0.5, momentum=0.9)

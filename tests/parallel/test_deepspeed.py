@@ -15,15 +15,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
-from parallel.layout import Layout, batch_plan, layout_of
-from parallel.mesh import mesh_over_default_group
-from parallel.shards import GRADIENT, PARAMETER, Shard
+from stoker.conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
+from stoker.parallel.layout import Layout, batch_plan, layout_of
+from stoker.parallel.mesh import mesh_over_default_group
+from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
+from stoker.trainer.cut import cut
 from tests import world
 from tests.parallel import test_conformance as conformance
 from tests.parallel.reference import Trace, assemble, global_rows, normwise, one_process, small_config
 from tests.parallel.test_parity import STEPS, Case, Measured, expected, train
-from trainer.cut import cut
 
 ENGINE = "deepspeed"
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-import parallel.deepspeed_engine.partitions as partitions
-from conf.schema import Config, ParallelConfig
-from conf.values import ConfigError
-from parallel.deepspeed_engine.settings import (
+import stoker.parallel.deepspeed_engine.partitions as partitions
+from stoker.conf.schema import Config, ParallelConfig
+from stoker.conf.values import ConfigError
+from stoker.parallel.deepspeed_engine.settings import (
     OFFLOAD_PASSED_ON,
     OWNED,
     PASSED_ON,
@@ -22,14 +22,14 @@ from parallel.deepspeed_engine.settings import (
     refused_settings,
     settings,
 )
-from parallel.deepspeed_engine.swapping import LEAST_BYTES
-from parallel.deepspeed_engine.unit import MeshUnit, ModelParallelUnit
-from parallel.layout import BatchPlan, Layout, batch_plan, layout_of
-from parallel.mesh import mesh_over_default_group
-from parallel.refusals import refuse
+from stoker.parallel.deepspeed_engine.swapping import LEAST_BYTES
+from stoker.parallel.deepspeed_engine.unit import MeshUnit, ModelParallelUnit
+from stoker.parallel.layout import BatchPlan, Layout, batch_plan, layout_of
+from stoker.parallel.mesh import mesh_over_default_group
+from stoker.parallel.refusals import refuse
+from stoker.trainer.cut import cut
 from tests import world
 from tests.parallel.reference import global_rows, small_config
-from trainer.cut import cut
 
 
 def seen(config: Config) -> dict[str, list[str]]:

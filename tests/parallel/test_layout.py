@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from conf.schema import Config
-from parallel.layout import AXES, Coordinate, Layout, batch_plan, layout_of, threads_per_rank
+from stoker.conf.schema import Config
+from stoker.parallel.layout import AXES, Coordinate, Layout, batch_plan, layout_of, threads_per_rank
 
 SIZE = st.integers(1, 5)
 LAYOUTS = st.builds(Layout, SIZE, SIZE, SIZE, SIZE)

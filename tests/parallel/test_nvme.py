@@ -18,22 +18,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
-from conf.values import ConfigError
-from parallel.deepspeed_engine.async_io import is_built, missing_for_async_io
-from parallel.deepspeed_engine.swapping import SwapFolder, require_lockable
-from parallel.layout import Layout, batch_plan, layout_of
-from parallel.mapped import LARGE_BYTES, MappedMemory
-from parallel.mesh import mesh_over_default_group
-from parallel.refusals import refuse
-from parallel.shards import PARAMETER, Shard
+from stoker.conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
+from stoker.conf.values import ConfigError
+from stoker.parallel.deepspeed_engine.async_io import is_built, missing_for_async_io
+from stoker.parallel.deepspeed_engine.swapping import SwapFolder, require_lockable
+from stoker.parallel.layout import Layout, batch_plan, layout_of
+from stoker.parallel.mapped import LARGE_BYTES, MappedMemory
+from stoker.parallel.mesh import mesh_over_default_group
+from stoker.parallel.refusals import refuse
+from stoker.parallel.shards import PARAMETER, Shard
+from stoker.trainer.cut import cut
+from stoker.trainer.process import give_freed_memory_back
 from tests import world
 from tests.parallel.reference import assemble, global_rows, normwise, one_process, small_config
 from tests.trainer.test_resume import HALF, half
-from trainer.cut import cut
-from trainer.process import give_freed_memory_back
 
-BUILD = "python -m parallel.deepspeed_engine.async_io"
+BUILD = "python -m stoker.parallel.deepspeed_engine.async_io"
 MISSING = missing_for_async_io() or (None if is_built() else f"it takes minutes to build, {BUILD} does")
 STEPS = 4
 WIDTH = 514  # of the toy: half a matrix is a MiB and a little, so that DeepSpeed swaps it; it divides over nothing

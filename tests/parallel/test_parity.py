@@ -17,14 +17,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from conf.schema import BatchConfig, Config, ModelConfig, OptimConfig, ParallelConfig
-from parallel.layout import Layout, batch_plan, layout_of
-from parallel.mesh import mesh_over_default_group
-from parallel.shards import GRADIENT, PARAMETER, Shard
+from stoker.conf.schema import BatchConfig, Config, ModelConfig, OptimConfig, ParallelConfig
+from stoker.parallel.layout import Layout, batch_plan, layout_of
+from stoker.parallel.mesh import mesh_over_default_group
+from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
+from stoker.trainer.cut import cut
 from tests import world
 from tests.parallel.reference import VOCABULARY, Trace, assemble, global_rows, normwise, one_process, small_config
 from tests.parallel.test_conformance import train as train_poisoned
-from trainer.cut import cut
 
 STEPS = 10
 ROWS = 16

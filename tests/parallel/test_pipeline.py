@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conf.schema import Config, ModelConfig
-from parallel.model import whole_model
-from parallel.pipeline import Ring
-from parallel.registry import uncut
-from parallel.rows import Rows
-from parallel.shards import GRADIENT, Shard
-from parallel.weights import Weights
+from stoker.conf.schema import Config, ModelConfig
+from stoker.parallel.model import whole_model
+from stoker.parallel.pipeline import Ring
+from stoker.parallel.registry import uncut
+from stoker.parallel.rows import Rows
+from stoker.parallel.shards import GRADIENT, Shard
+from stoker.parallel.weights import Weights
 from tests import world
 from tests.parallel.pipelines import FACTOR, SCHEDULES, Pipeline, Watched, build, fill, pipeline_config, uneven_rows
 from tests.parallel.reference import VOCABULARY, assemble, normwise

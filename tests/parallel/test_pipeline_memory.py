@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from conf.schema import Config
-from parallel.weights import Weights
+from stoker.conf.schema import Config
+from stoker.parallel.weights import Weights
 from tests import world
 from tests.parallel.pipelines import Pipeline, Watched, pipeline_config, uneven_rows
 

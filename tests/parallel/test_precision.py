@@ -10,22 +10,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from conf.schema import Config, ModelConfig
-from launch.check import LIMITS
-from parallel.full_precision import compute_in_full
-from parallel.layout import Layout, batch_plan, layout_of
-from parallel.loss_scale import BACKOFF, FIRST, FLOOR, GROWS_AFTER, GROWTH, LossScale
-from parallel.mesh import mesh_over_default_group
-from parallel.model import whole_model
-from parallel.replicated import ReplicatedWeights
-from parallel.sharded import ShardedWeights
-from parallel.shards import GRADIENT
-from parallel.update import Agreed
-from parallel.weights import Precision
+from stoker.conf.schema import Config, ModelConfig
+from stoker.launch.check import LIMITS
+from stoker.parallel.full_precision import compute_in_full
+from stoker.parallel.layout import Layout, batch_plan, layout_of
+from stoker.parallel.loss_scale import BACKOFF, FIRST, FLOOR, GROWS_AFTER, GROWTH, LossScale
+from stoker.parallel.mesh import mesh_over_default_group
+from stoker.parallel.model import whole_model
+from stoker.parallel.replicated import ReplicatedWeights
+from stoker.parallel.sharded import ShardedWeights
+from stoker.parallel.shards import GRADIENT
+from stoker.parallel.update import Agreed
+from stoker.parallel.weights import Precision
+from stoker.trainer.cut import build_on_meta, cut
 from tests import world
 from tests.parallel.reference import VOCABULARY, assemble, global_rows, normwise, one_process, small_config
 from tests.parallel.test_parity import Case, Measured, train
-from trainer.cut import build_on_meta, cut
 
 LAYOUTS = [
     Layout(2),

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conf.compose import compose
-from conf.limits import LIMITS
-from conf.overrides import choices, parse
-from conf.schema import GROUPS, Config, kinds, lookup
-from conf.values import ConfigError
-from parallel.layout import batch_plan, layout_of
-from parallel.nearest import around, divisors, either, multiples_around
-from parallel.refusals import REFUSALS, Start, refuse, table_markdown
+from stoker.conf.compose import compose
+from stoker.conf.limits import LIMITS
+from stoker.conf.overrides import choices, parse
+from stoker.conf.schema import GROUPS, Config, kinds, lookup
+from stoker.conf.values import ConfigError
+from stoker.parallel.layout import batch_plan, layout_of
+from stoker.parallel.nearest import around, divisors, either, multiples_around
+from stoker.parallel.refusals import REFUSALS, Start, refuse, table_markdown
 from tests.parallel.refused_alone import BEYOND
 from tests.parallel.refused_lanes import LANES, OF_LANES
 
@@ -333,7 +333,7 @@ def test_every_number_is_limited():
 
 
 def test_the_printed_table_is_the_table():
-    assert DOC.read_text() == table_markdown(), "run: python -m parallel.refusals > docs/refusals.md"
+    assert DOC.read_text() == table_markdown(), "run: python -m stoker.parallel.refusals > docs/refusals.md"
 
 
 @given(st.integers(1, 3000))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.shards import flat_range, whole
+from stoker.parallel.shards import flat_range, whole
 
 
 @st.composite

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from conf.schema import ModelConfig
-from models import decoder
-from parallel.model import Part, whole_model
-from parallel.stages import EMBEDDING_SHARE, Costs, costs_of, parts, split_layers, stages_of
+from stoker.conf.schema import ModelConfig
+from stoker.models import decoder
+from stoker.parallel.model import Part, whole_model
+from stoker.parallel.stages import EMBEDDING_SHARE, Costs, costs_of, parts, split_layers, stages_of
 
 COST = st.floats(0, 1e12, allow_nan=False)
 SPLITS = st.lists(COST, min_size=1, max_size=9).flatmap(

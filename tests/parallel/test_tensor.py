@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from conf.schema import ModelConfig
-from models.decoder import build
-from parallel.initialize import initialize
-from parallel.layout import Layout
-from parallel.mesh import Mesh, mesh_over_default_group
-from parallel.model import Part, whole_model
-from parallel.registry import Held, Registry
-from parallel.rows import IGNORE
-from parallel.shards import GRADIENT, PARAMETER, Shard, whole
-from parallel.tensor import cut_tensors
-from parallel.tensor.axis import Share, TensorAxis
-from parallel.weights import materialise
+from stoker.conf.schema import ModelConfig
+from stoker.models.decoder import build
+from stoker.parallel.initialize import initialize
+from stoker.parallel.layout import Layout
+from stoker.parallel.mesh import Mesh, mesh_over_default_group
+from stoker.parallel.model import Part, whole_model
+from stoker.parallel.registry import Held, Registry
+from stoker.parallel.rows import IGNORE
+from stoker.parallel.shards import GRADIENT, PARAMETER, Shard, whole
+from stoker.parallel.tensor import cut_tensors
+from stoker.parallel.tensor.axis import Share, TensorAxis
+from stoker.parallel.weights import materialise
 from tests import toy, world
 from tests.models.tiny import decoder, rows, shape
 from tests.parallel.reference import assemble, normwise

@@ -9,17 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conf.schema import Config
-from conf.targets import import_target
-from parallel.initialize import initialize
-from parallel.layout import BatchPlan
-from parallel.mesh import Mesh
-from parallel.model import whole_model
-from parallel.optimizer import LocalOptimizer
-from parallel.registry import Held, uncut
-from parallel.rows import Rows
-from parallel.shards import GRADIENT, PARAMETER, Shard, whole
-from parallel.update import SILENCE, Said, StepResult, agree
+from stoker.conf.schema import Config
+from stoker.conf.targets import import_target
+from stoker.parallel.initialize import initialize
+from stoker.parallel.layout import BatchPlan
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.model import whole_model
+from stoker.parallel.optimizer import LocalOptimizer
+from stoker.parallel.registry import Held, uncut
+from stoker.parallel.rows import Rows
+from stoker.parallel.shards import GRADIENT, PARAMETER, Shard, whole
+from stoker.parallel.update import SILENCE, Said, StepResult, agree
 
 
 class ToyEngine:

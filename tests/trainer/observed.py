@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.rundir import RunDirectory
-from conf.schema import Config
-from trainer.observers import StepRecord
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import Config
+from stoker.trainer.observer import StepRecord
 
 
 @dataclass(frozen=True)

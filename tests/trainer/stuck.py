@@ -16,10 +16,10 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from conf.rundir import RunDirectory
-from trainer.hearing import Hearing
-from trainer.process import Phases
-from trainer.witness import Witness
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.hearing import Hearing
+from stoker.trainer.process import Phases
+from stoker.trainer.witness import Witness
 
 COLLECTIVES = ("in a collective", "out of it")  # kinds of ranks that form a group
 

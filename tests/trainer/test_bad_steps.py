@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from conf.schema import Config
-from parallel.update import Agreed
-from trainer.ledger import Ledger, Progress, Verdict
-from trainer.outcome import Outcome
-from trainer.process import Phases
-from trainer.spikes import LEAST_STEPS, ceilings
-from trainer.stragglers import STEPS, Stragglers, WorkClock
+from stoker.conf.schema import Config
+from stoker.parallel.update import Agreed
+from stoker.trainer.ledger import Ledger, Progress, Verdict
+from stoker.trainer.outcome import Outcome
+from stoker.trainer.process import Phases
+from stoker.trainer.spikes import LEAST_STEPS, ceilings
+from stoker.trainer.stragglers import STEPS, Stragglers, WorkClock
 
 SOUND = [(step, 2.0 + 0.01 * (step % 5), 1.0) for step in range(1, 41)]
 

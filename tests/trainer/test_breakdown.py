@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.breakdown import EXPOSED, Event, minus, phase_seconds, union
+from stoker.trainer.breakdown import EXPOSED, Event, minus, phase_seconds, union
 
 SPANS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).map(sorted), max_size=8)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conf.schema import BatchConfig, ModelConfig, ParallelConfig
-from parallel.layout import batch_plan, layout_of
-from parallel.mesh import mesh_over_default_group
+from stoker.conf.schema import BatchConfig, ModelConfig, ParallelConfig
+from stoker.parallel.layout import batch_plan, layout_of
+from stoker.parallel.mesh import mesh_over_default_group
+from stoker.trainer.cut import cut
 from tests import world
 from tests.parallel.reference import VOCABULARY, assemble, global_rows, normwise, one_process, small_config
-from trainer.cut import cut
 
 DECODER = ModelConfig(vocab_size=VOCABULARY, width=32, layers=3, heads=4, kv_heads=2, hidden=48)
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from conf.rundir import RunDirectory
-from trainer.doctor import GENEROUS, LEAST_SECONDS, REST, STEPS, Doctor, Watch
-from trainer.examination import WAITING, Finding, behind, explain, innermost, state_of, table
-from trainer.process import Stamp
-from trainer.witness import MAIN_ANSWERS, THREAD_ANSWERS
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.doctor import GENEROUS, LEAST_SECONDS, REST, STEPS, Doctor, Watch
+from stoker.trainer.examination import WAITING, Finding, behind, explain, innermost, state_of, table
+from stoker.trainer.process import Stamp
+from stoker.trainer.witness import MAIN_ANSWERS, THREAD_ANSWERS
 
 STACK = """Thread 0x00007f (most recent call first):
   File "/x/trainer/witness.py", line 50 in _listen
@@ -157,8 +157,8 @@ def test_the_more_there_is_to_read_the_more_seldom_it_is_read(tmp_path: Path, mo
         clock[0] += 0.1  # of a great many ranks
         return {}
 
-    monkeypatch.setattr("trainer.doctor.read_stamps", read)
-    monkeypatch.setattr("trainer.doctor.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("stoker.trainer.doctor.read_stamps", read)
+    monkeypatch.setattr("stoker.trainer.doctor.time", SimpleNamespace(monotonic=lambda: clock[0]))
     doctor = Doctor(RunDirectory(tmp_path), 1, range(8), None, lambda _: None)
     while clock[0] < 116:
         doctor.look()

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from conf.compose import compose
-from data import open_rows, read_rows
-from parallel.rows import IGNORE
+from stoker.conf.compose import compose
+from stoker.data import open_rows, read_rows
+from stoker.parallel.rows import IGNORE
+from stoker.trainer.metrics import read
 from tests import world
 from tests.data.counted import KINDS, changed, chat
 from tests.launch.runs import overrides, steps_of
 from tests.models.tiny import decoder, shape
 from tests.trainer.test_python_api import trained
-from trainer.metrics import read
 
 
 @pytest.mark.parametrize("packing", ["concatenated", "best_fit", "padded"])

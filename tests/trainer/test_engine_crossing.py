@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import Config
-from parallel.layout import Layout
-from parallel.shards import Shard
+from stoker.conf.schema import Config
+from stoker.parallel.layout import Layout
+from stoker.parallel.shards import Shard
 from tests import world
 from tests.parallel.reference import Trace, assemble, normwise, one_process
 from tests.parallel.test_parity import Case

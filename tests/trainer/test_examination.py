@@ -10,11 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-from conf.rundir import RunDirectory
-from trainer.doctor import Doctor
-from trainer.examination import WAITING
-from trainer.outcome import Outcome, read_ending
-from trainer.process import read_stamps
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.doctor import Doctor
+from stoker.trainer.examination import WAITING
+from stoker.trainer.outcome import Outcome, read_ending
+from stoker.trainer.process import read_stamps
 
 STUCK = {  # kind of tests/trainer/stuck.py: what the table says
     "stopped": "stopped by a signal (SIGSTOP)",

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from conf.rundir import RunDirectory
-from trainer.goodput import BOOKS, Booking, goodput
-from trainer.outcome import Ending, Outcome, write_ending
-from trainer.process import Phases
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.goodput import BOOKS, Booking, goodput
+from stoker.trainer.outcome import Ending, Outcome, write_ending
+from stoker.trainer.process import Phases
 
 
 def attempt(

@@ -7,8 +7,8 @@ import signal
 import threading
 import time
 
+from stoker.trainer.hearing import Hearing
 from tests.trainer.deaf import deaf_for
-from trainer.hearing import Hearing
 
 
 def test_who_asked_for_it_hears_of_a_signal_before_its_handler_can_run() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from conf.schema import Config
-from parallel.update import Agreed
-from trainer.ledger import Ledger, Progress
-from trainer.outcome import Outcome
-from trainer.process import Phases
+from stoker.conf.schema import Config
+from stoker.parallel.update import Agreed
+from stoker.trainer.ledger import Ledger, Progress
+from stoker.trainer.outcome import Outcome
+from stoker.trainer.process import Phases
 
 
 class Result:

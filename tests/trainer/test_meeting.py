@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from conf.rundir import RunDirectory
-from conf.values import ConfigError
-from trainer import meeting
-from trainer.meeting import Machine, ask_for_attempt, meet, tell_attempt
-from trainer.process import Place
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.values import ConfigError
+from stoker.trainer import meeting
+from stoker.trainer.meeting import Machine, ask_for_attempt, meet, tell_attempt
+from stoker.trainer.process import Place
 
 
 def meet_all(runs: list[RunDirectory], machines: list[Machine | None]) -> list[str | ConfigError | None]:

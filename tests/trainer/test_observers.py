@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
+from stoker.trainer.metrics import MetricsFile, read
+from stoker.trainer.observer import Observer
+from stoker.trainer.observers import Observers
 from tests.trainer.observed import Report, a_config, record
-from trainer.metrics import MetricsFile, read
-from trainer.observers import Observer, Observers
 
 
 class Recorder(Observer):
@@ -104,12 +105,12 @@ def test_errors_of_the_metrics_file_surface_and_the_terminal_is_still_put_in_ord
 def test_plain_observers_import_nothing_heavy(tmp_path):
     program = f"""
 import io, pathlib, sys
-from conf.schema import Config
-from trainer.observers import open_observers
+from stoker.conf.schema import Config
+from stoker.trainer.observers import open_observers
 observers = open_observers(Config(), pathlib.Path({str(tmp_path)!r}), io.StringIO())
 observers.start(Config(), None, 1, {{}})
 observers.finish("completed", 0)
-import trainer.summary, trainer.trackers
+import stoker.trainer.summary, stoker.trainer.trackers
 print([name for name in ("torch", "rich", "wandb", "tensorboard", "matplotlib") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stoker.trainer.metrics import MetricsFile, read, read_recent
 from tests.trainer.observed import a_config, record
-from trainer.metrics import MetricsFile, read, read_recent
 
 
 def opened(path: Path, resumed_from_step: int | None = None) -> MetricsFile:
@@ -53,7 +53,7 @@ def test_the_recent_ones_are_whole_lines_and_the_last_ones(tmp_path, monkeypatch
     for step in range(1, 41):
         metrics.step(record(step))
     assert read_recent(tmp_path / "m") == read(tmp_path / "m")
-    monkeypatch.setattr("trainer.metrics._RECENT_BYTES", 2000)
+    monkeypatch.setattr("stoker.trainer.metrics._RECENT_BYTES", 2000)
     recent = [line["step"] for line in read_recent(tmp_path / "m")]
     assert recent == list(range(41 - len(recent), 41)) and 3 < len(recent) < 20
 
@@ -160,7 +160,7 @@ def test_after_kill_9_in_mid_run_every_step_stands_once(tmp_path):
     program = f"""
 from pathlib import Path
 from tests.trainer.observed import a_config, record
-from trainer.metrics import MetricsFile
+from stoker.trainer.metrics import MetricsFile
 metrics = MetricsFile(Path({str(tmp_path / "m")!r}))
 metrics.start(a_config(), None, 10**9, {{}})
 for step in range(1, 10**9):

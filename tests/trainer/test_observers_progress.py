@@ -12,11 +12,12 @@ from contextlib import suppress
 
 import pytest
 
-from conf.schema import LogConfig
+from stoker.conf.schema import LogConfig
+from stoker.trainer import live, progress
+from stoker.trainer.live import LiveProgress
+from stoker.trainer.observers import open_progress
+from stoker.trainer.progress import Pace, PlainProgress, duration, rate, size
 from tests.trainer.observed import Report, a_config, record
-from trainer import live, progress
-from trainer.live import LiveProgress
-from trainer.progress import Pace, PlainProgress, duration, open_progress, rate, size
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,10 @@ import struct
 
 import pytest
 
+from stoker.trainer import summary
+from stoker.trainer.metrics import MetricsFile
+from stoker.trainer.summary import smooth, summarize
 from tests.trainer.observed import a_config, a_run, record
-from trainer import summary
-from trainer.metrics import MetricsFile
-from trainer.summary import smooth, summarize
 
 
 def write_steps(run, records) -> None:

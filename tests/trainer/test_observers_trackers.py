@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from conf.rundir import RunDirectory
-from conf.schema import TrackerConfig
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import TrackerConfig
+from stoker.trainer import trackers
+from stoker.trainer.metrics import MetricsFile
+from stoker.trainer.observer import Observer
+from stoker.trainer.observers import Observers
+from stoker.trainer.trackers import Tracker, wandb_mode
 from tests.trainer.observed import a_config, a_run, record
-from trainer import trackers
-from trainer.metrics import MetricsFile
-from trainer.observers import Observer, Observers
-from trainer.trackers import Tracker, wandb_mode
 
 FAKE_WANDB = """
 import json, os, sys, time
@@ -254,8 +255,8 @@ def test_kill_9_of_rank_0_loses_no_step_and_repeats_none(tmp_path, fake, monkeyp
     program = f"""
 import os, time
 from pathlib import Path
-from conf.rundir import RunDirectory
-from conf.schema import TrackerConfig
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import TrackerConfig
 from tests.trainer.test_observers_trackers import Attempt
 attempt = Attempt(RunDirectory(Path({str(run.path)!r})), TrackerConfig(name="wandb"), None)
 worker = os.fork()  # a data worker holds copies of all that rank 0 has open, and may outlive it for a while

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import DamagedCheckpoint
-from conf.rundir import RunDirectory, next_attempt
-from trainer.main import Attempt, _fail
-from trainer.outcome import Ending, Outcome, close_dead_attempts, read_ending, write_ending
-from trainer.process import Console, Place
+from stoker.checkpoint import DamagedCheckpoint
+from stoker.conf.rundir import RunDirectory, next_attempt
+from stoker.trainer.main import Attempt, _fail
+from stoker.trainer.outcome import Ending, Outcome, close_dead_attempts, read_ending, write_ending
+from stoker.trainer.process import Console, Place
 
 
 def test_the_first_outcome_of_an_attempt_stands(tmp_path: Path) -> None:

@@ -10,22 +10,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from conf.compose import compose
-from conf.schema import Config
-from conf.values import ConfigError
-from launch.cli import main
-from models.hugging_face import tensor_name
-from parallel.layout import Layout, batch_plan, layout_of
-from parallel.mesh import mesh_over_default_group
-from parallel.shards import PARAMETER, Shard
+from stoker.conf.compose import compose
+from stoker.conf.schema import Config
+from stoker.conf.values import ConfigError
+from stoker.launch.cli import main
+from stoker.models.hugging_face import tensor_name
+from stoker.parallel.layout import Layout, batch_plan, layout_of
+from stoker.parallel.mesh import mesh_over_default_group
+from stoker.parallel.shards import PARAMETER, Shard
+from stoker.trainer.assemble import with_vocabulary
+from stoker.trainer.cut import cut
+from stoker.trainer.pretrained import adopt_shape, load_pretrained
 from tests import world
 from tests.launch.runs import overrides, write_text
 from tests.models.families import write_family
 from tests.parallel.reference import assemble
 from tests.trainer.test_python_api import trained
-from trainer.assemble import with_vocabulary
-from trainer.cut import cut
-from trainer.pretrained import adopt_shape, load_pretrained
 
 pytest.importorskip("transformers")
 
@@ -152,7 +152,7 @@ def test_a_run_begins_with_the_weights_of_another_run_and_then_needs_it_no_more(
     assert main(["config", *again]) == 0
     assert "width: 32" in capsys.readouterr().out
     assert world.run(trained, 1, [*again, "steps=1"]) == [("completed", 1)]
-    from checkpoint import read_tensors
+    from stoker.checkpoint import read_tensors
 
     ours = dict(read_tensors(second / "checkpoints" / "step-00000001"))
     for name, value in read_tensors(first / "checkpoints" / "step-00000002"):

@@ -1,15 +1,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import pytest
-
-from trainer.process import Phases, read_stamps
-from trainer.rooms import shadowed_rooms
+from stoker.trainer.process import Phases, read_stamps
 
 
 def test_phases_stamp_the_step_and_add_up_seconds(tmp_path: Path) -> None:
@@ -31,20 +26,3 @@ def test_stamps_are_read_back_and_half_ones_left_out(tmp_path: Path) -> None:
     (tmp_path / "rank-1.stamp").write_text("")
     (stamp,) = read_stamps(tmp_path).values()
     assert (stamp.step, stamp.phase, stamp.pid) == (7, "data", os.getpid())
-
-
-@pytest.mark.parametrize("package", [True, False])
-def test_a_users_folder_in_the_place_of_a_room_is_named(tmp_path: Path, package: bool) -> None:
-    (tmp_path / "data").mkdir()
-    if package:
-        (tmp_path / "data" / "__init__.py").touch()
-    ended = subprocess.run(
-        [sys.executable, "-m", "trainer", "run.name=x"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"},
-    )  # fmt: skip
-    assert ended.returncode == 1
-    assert len(ended.stderr.splitlines()) == 1 and "'data'" in ended.stderr and str(tmp_path) in ended.stderr
-
-
-def test_our_own_rooms_are_our_own() -> None:
-    assert shadowed_rooms() == []

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from conf.rundir import RunDirectory
-from conf.schema import ProfileConfig
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import ProfileConfig
+from stoker.trainer.metrics import read
+from stoker.trainer.profile import Profiler
 from tests import world
 from tests.launch.runs import command, finish, overrides, write_text
-from trainer.metrics import read
-from trainer.profile import Profiler
 
 CPU = torch.device("cpu")
 PHASES = [f"phase_{name}_seconds" for name in ("data", "forward", "backward", "update", "communication_exposed")]

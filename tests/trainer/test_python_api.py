@@ -9,10 +9,10 @@ from tests.launch.runs import overrides, steps_of, write_text
 def trained(words: list[str]) -> tuple[str, int | None]:
     import torch.distributed as dist
 
-    import trainer
+    import stoker
 
     dist.destroy_process_group()  # tests/world.py made one; a user's process has none
-    ending = trainer.run(words)
+    ending = stoker.run(words)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return ending.outcome.value, ending.step
 

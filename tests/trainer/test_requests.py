@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import SaveReport
-from conf.rundir import RunDirectory, next_attempt
-from conf.schema import Config
+from stoker.checkpoint import SaveReport
+from stoker.conf.rundir import RunDirectory, next_attempt
+from stoker.conf.schema import Config
+from stoker.trainer.grace import GRACE_VARIABLE, Grace
+from stoker.trainer.hearing import Hearing
+from stoker.trainer.observer import StepRecord
+from stoker.trainer.outcome import Outcome
+from stoker.trainer.requests import DEADLINE_VARIABLE, Requests, deadline_of, ending_of
 from tests.trainer.deaf import deaf_for
-from trainer.grace import GRACE_VARIABLE, Grace
-from trainer.hearing import Hearing
-from trainer.observers import StepRecord
-from trainer.outcome import Outcome
-from trainer.requests import DEADLINE_VARIABLE, Requests, deadline_of, ending_of
 
 Left = list[tuple[Outcome, str]]
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from checkpoint import Checkpoints, resume
-from conf.schema import Config
-from parallel.layout import Layout, batch_plan, layout_of
-from parallel.mesh import mesh_over_default_group
-from parallel.shards import Shard
+from stoker.checkpoint import Checkpoints, resume
+from stoker.conf.schema import Config
+from stoker.parallel.layout import Layout, batch_plan, layout_of
+from stoker.parallel.mesh import mesh_over_default_group
+from stoker.parallel.shards import Shard
+from stoker.trainer.cut import cut
 from tests import world
 from tests.parallel.reference import Trace, assemble, global_rows, normwise, one_process
 from tests.parallel.test_parity import Case
-from trainer.cut import cut
 
 HALF = 5
 LAYOUTS: list[tuple[Layout, str]] = [  # with the schedule of the pipeline

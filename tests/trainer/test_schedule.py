@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from conf.schema import OptimConfig, ScheduleConfig
-from trainer.schedule import learning_rate
+from stoker.conf.schema import OptimConfig, ScheduleConfig
+from stoker.trainer.schedule import learning_rate
 
 OPTIM = OptimConfig(lr=2.0)
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from conf.schema import BatchConfig, Config, DataConfig
-from data.lanes.opening import open_sources
-from data.lanes.packed import Packing
-from data.lanes.rows import Shape
-from data.lanes.stream import LaneStream
-from data.tokenizer import ByteTokenizer, Tokenizer
+from stoker.conf.schema import BatchConfig, Config, DataConfig
+from stoker.data.lanes.opening import open_sources
+from stoker.data.lanes.packed import Packing
+from stoker.data.lanes.rows import Shape
+from stoker.data.lanes.stream import LaneStream
+from stoker.data.tokenizer import ByteTokenizer, Tokenizer
 
 BYTES = ByteTokenizer()
 
@@ -37,8 +37,8 @@ def config(tmp_path: Path) -> Config:
     """JSON lines of 300 documents in three shards: units of 1 KiB, windows of 2, 6 lanes, rows of 32 tokens."""
     write_lines(tmp_path / "texts", documents(300))
     data = DataConfig(
-        target="data.text:open_source",
-        units="data.lanes.sources:open_text",
+        target="stoker.data.text:open_source",
+        units="stoker.data.lanes.sources:open_text",
         name="texts",
         path=str(tmp_path / "texts"),
         validation=0.0,

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from data.lanes.stream import LaneStream
-from parallel.rows import IGNORE, Rows
+from stoker.data.lanes.stream import LaneStream
+from stoker.parallel.rows import IGNORE, Rows
 from tests.data.batches import digest, together
 
 

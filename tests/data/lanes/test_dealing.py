@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.lanes.dealing import UNCOUNTED, Count, Deal, Terms, deal, from_json, nothing_dealt, to_json
+from stoker.data.lanes.dealing import UNCOUNTED, Count, Deal, Terms, deal, from_json, nothing_dealt, to_json
 
 NEED, PERIOD = 10, 4
 

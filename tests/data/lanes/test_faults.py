@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import zstandard
 
-from conf.schema import Config
-from data.lanes.dealing import ALL, Skip
-from data.lanes.lines import Lines
-from data.lanes.opening import open_sources
-from data.lanes.sources import open_text
-from data.lanes.units import ByteBlocks
-from data.lanes.windows import Window, Windows
-from data.remote import Damaged, refuse
-from data.remote.lookup import look_up
-from data.remote.retries import Patience
-from data.remote.store import Store
-from data.tokenizer import ByteTokenizer
+from stoker.conf.schema import Config
+from stoker.data.lanes.dealing import ALL, Skip
+from stoker.data.lanes.lines import Lines
+from stoker.data.lanes.opening import open_sources
+from stoker.data.lanes.sources import open_text
+from stoker.data.lanes.units import ByteBlocks
+from stoker.data.lanes.windows import Window, Windows
+from stoker.data.remote import Damaged, refuse
+from stoker.data.remote.lookup import look_up
+from stoker.data.remote.retries import Patience
+from stoker.data.remote.store import Store
+from stoker.data.tokenizer import ByteTokenizer
 from tests.data.lanes.conftest import documents, open_stream, write_lines
 from tests.data.lanes.simulated import World, batches, digests, lane_tokens
 from tests.data.server import serving

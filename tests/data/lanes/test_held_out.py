@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 
-from data import open_rows, open_tokenizer, prepare, read_rows
-from data.tokenizer import JsonTokenizer
+from stoker.data import open_rows, open_tokenizer, prepare, read_rows
+from stoker.data.tokenizer import JsonTokenizer
 from tests.data.batches import digest
 from tests.data.lanes.conftest import documents, write_lines
 from tests.data.lanes.conftest import open_stream as open_lanes
@@ -89,7 +89,7 @@ def test_rows_to_train_on_have_no_numbers(config):
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_tokenizer_trained_before_is_used_as_it_lies(config, tmp_path, folder):
     """A tokenizer.json, or the folder that `stoker data tokenizer` writes."""
-    from data.cache import write_tokenizer
+    from stoker.data.cache import write_tokenizer
     from tests.data.lanes.simulated import World
 
     trained = JsonTokenizer.train(documents(300), 400)

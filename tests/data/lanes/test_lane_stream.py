@@ -10,9 +10,9 @@ from functools import partial
 
 import pytest
 
-from data import EndOfData
-from data.tokenizer import ByteTokenizer
-from parallel.rows import IGNORE
+from stoker.data import EndOfData
+from stoker.data.tokenizer import ByteTokenizer
+from stoker.parallel.rows import IGNORE
 from tests.data.batches import digest
 from tests.data.lanes.conftest import documents, open_stream, write_lines
 from tests.data.lanes.simulated import World, batches, digests, lane_tokens

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.lanes.mixing import LaneMixture
-from data.mixed import Weights
-from data.mixture import whole_weights
-from parallel.rows import IGNORE
+from stoker.data.lanes.mixing import LaneMixture
+from stoker.data.mixed import Weights
+from stoker.data.mixture import whole_weights
+from stoker.parallel.rows import IGNORE
 from tests.data.lanes.conftest import open_stream, write_lines
 from tests.data.lanes.simulated import World, batches, digests
 

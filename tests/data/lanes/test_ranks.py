@@ -9,12 +9,12 @@ import time
 import numpy as np
 import pytest
 
-from conf.schema import Config
-from data.lanes.exchange import Ranks
-from data.lanes.readers import WindowReaders
-from data.lanes.windows import Window
-from parallel.layout import Layout
-from parallel.mesh import mesh_over_default_group
+from stoker.conf.schema import Config
+from stoker.data.lanes.exchange import Ranks
+from stoker.data.lanes.readers import WindowReaders
+from stoker.data.lanes.windows import Window
+from stoker.parallel.layout import Layout
+from stoker.parallel.mesh import mesh_over_default_group
 from tests import world
 from tests.data.batches import digest, together
 from tests.data.lanes.conftest import open_stream
@@ -41,7 +41,7 @@ def read_as_rank(config: Config, tp: int, pp: int, dp: int, count: int) -> list:
 def test_ranks_of_a_process_group_read_what_one_process_reads(config, opener, tp, pp, dp):
     import torch
 
-    from parallel.rows import Rows
+    from stoker.parallel.rows import Rows
 
     count = 1000  # to the end
     ranks = world.run(read_as_rank, tp * pp * dp, config, tp, pp, dp, count)
@@ -59,12 +59,16 @@ def test_ranks_of_a_process_group_read_what_one_process_reads(config, opener, tp
 def read_counted(folder: str, differing: bool, tp: int, pp: int) -> str:
     import torch
 
-    from conf.schema import BatchConfig, DataConfig
-    from data import open_stream as open_any
+    from stoker.conf.schema import BatchConfig, DataConfig
+    from stoker.data import open_stream as open_any
 
     mesh = mesh_over_default_group(Layout(tp=tp, pp=pp), torch.device("cpu"), 30.0)
     data = DataConfig(
-        target="data.text:open_source", name="texts", path=f"{folder}/texts", cache=f"{folder}/cache", validation=0.0
+        target="stoker.data.text:open_source",
+        name="texts",
+        path=f"{folder}/texts",
+        cache=f"{folder}/cache",
+        validation=0.0,
     )
     config = Config(data=data, seq_len=16, batch=BatchConfig(rows=4))
     if differing:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from data.remote import Damaged
-from data.remote.blocks import BlockCache
-from data.remote.lookup import look_up
-from data.remote.retries import Patience
-from data.remote.shards import Shard, addresses, expand, scheme
-from data.remote.store import Store
+from stoker.data.remote import Damaged
+from stoker.data.remote.blocks import BlockCache
+from stoker.data.remote.lookup import look_up
+from stoker.data.remote.retries import Patience
+from stoker.data.remote.shards import Shard, addresses, expand, scheme
+from stoker.data.remote.store import Store
 from tests.data.lanes.conftest import open_stream
 from tests.data.lanes.simulated import batches, digests
 from tests.data.server import RangeServer, serving

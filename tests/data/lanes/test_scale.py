@@ -8,12 +8,12 @@ import time
 
 import numpy as np
 
-from data.lanes.dealing import Count, Terms, deal, from_json, nothing_dealt, to_json
-from data.lanes.lines import Lines
-from data.lanes.units import ByteBlocks
-from data.lanes.windows import Windows
-from data.remote.shards import Shard
-from data.tokenizer import ByteTokenizer
+from stoker.data.lanes.dealing import Count, Terms, deal, from_json, nothing_dealt, to_json
+from stoker.data.lanes.lines import Lines
+from stoker.data.lanes.units import ByteBlocks
+from stoker.data.lanes.windows import Windows
+from stoker.data.remote.shards import Shard
+from stoker.data.tokenizer import ByteTokenizer
 
 RANKS, SHARDS, PERIOD, SEQ_LEN = 4096, 100_000, 16, 4096
 

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conf.schema import BatchConfig, Config, DataConfig
-from data.lanes.tables import open_hf
-from data.remote import Damaged, refuse
-from data.remote.store import Store
+from stoker.conf.schema import BatchConfig, Config, DataConfig
+from stoker.data.lanes.tables import open_hf
+from stoker.data.remote import Damaged, refuse
+from stoker.data.remote.store import Store
 from tests.data.lanes.conftest import documents, open_stream, write_lines
 from tests.data.lanes.simulated import batches, digests
 from tests.data.server import serving
@@ -45,8 +45,8 @@ def config(request, tmp_path: Path) -> Config:
     """Three shards of 80 rows, in units of 16."""
     write_tables(tmp_path / "tables", request.param)
     data = DataConfig(
-        target="data.lanes.sources:streamed_only",
-        units="data.lanes.tables:open_hf",
+        target="stoker.data.lanes.sources:streamed_only",
+        units="stoker.data.lanes.tables:open_hf",
         name="hf",
         path=str(tmp_path / "tables"),
         validation=0.0,

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.schema import BatchConfig, Config, DataConfig
-from data.lanes.opening import open_sources
-from data.lanes.tar import Broken, Reader, build_index, dump, load, samples
-from data.lanes.webdataset import open_webdataset
-from data.lanes.windows import Window
-from data.remote import Damaged, refuse
-from data.remote.store import Store
-from data.tokenizer import ByteTokenizer
+from stoker.conf.schema import BatchConfig, Config, DataConfig
+from stoker.data.lanes.opening import open_sources
+from stoker.data.lanes.tar import Broken, Reader, build_index, dump, load, samples
+from stoker.data.lanes.webdataset import open_webdataset
+from stoker.data.lanes.windows import Window
+from stoker.data.remote import Damaged, refuse
+from stoker.data.remote.store import Store
+from stoker.data.tokenizer import ByteTokenizer
 from tests.data.lanes.conftest import documents, open_stream
 from tests.data.lanes.simulated import batches, digests
 
@@ -48,8 +48,8 @@ def config(tmp_path: Path) -> Config:
     for n in range(3):
         (tmp_path / f"s-{n:02}.tar").write_bytes(shard(range(40 * n, 40 * n + 40)))
     data = DataConfig(
-        target="data.lanes.sources:streamed_only",
-        units="data.lanes.webdataset:open_webdataset",
+        target="stoker.data.lanes.sources:streamed_only",
+        units="stoker.data.lanes.webdataset:open_webdataset",
         name="tars",
         urls=[f"{tmp_path}/s-{{00..02}}.tar"],
         cache=str(tmp_path / "cache"),
