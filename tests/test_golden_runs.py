@@ -21,7 +21,7 @@ from tests.launch.runs import steps_of, train_here
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 DATA = {"indexed": "text", "streaming": "lines.jsonl"}
-# The version that made them ran on one processor: others sum in another order. On that one all is equal to the last bit.
+# On the processor that made them all is equal to the last bit; another one sums in another order.
 SAME = {"rel": 1e-6}
 
 
