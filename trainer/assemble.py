@@ -25,7 +25,7 @@ from stoker.trainer.loop import Trainer
 from stoker.trainer.metrics import read_recent
 from stoker.trainer.observers import open_observers
 from stoker.trainer.pretrained import load_pretrained
-from stoker.trainer.process import Phases, Place
+from stoker.trainer.process import Phase, Phases, Place
 from stoker.trainer.profile import Profiler
 from stoker.trainer.requests import Requests, deadline_of
 
@@ -47,13 +47,13 @@ def assemble(
     `config` is settled (`stoker.trainer.start`). Raises ValueError for data or a checkpoint that do not fit it.
     """
     plan = batch_plan(config, mesh.layout)
-    phase(0, "open_data")
+    phase(0, Phase.OPEN_DATA)
     run_config = config
     config = with_vocabulary(config)
     stream, evaluation = _open_data(config, mesh, place)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=stream.document_mask))
 
-    phase(0, "build")
+    phase(0, Phase.BUILD)
     engine, initialise = cut_without_values(config, mesh, plan)
     observers = open_observers(config, run.path, screen) if mesh.rank == 0 else None
     remote = Remote(config.checkpoint.remote) if config.checkpoint.remote else None
@@ -97,7 +97,7 @@ def assemble(
         faults=faults,
         restore=restore,
     )
-    phase(0, "resume")
+    phase(0, Phase.RESUME)
     state = restore()
     if state is not None:
         trainer.load_state(state)

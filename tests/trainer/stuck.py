@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.hearing import Hearing
-from stoker.trainer.process import Phases
+from stoker.trainer.process import Phase, Phases
 from stoker.trainer.witness import Witness
 
 COLLECTIVES = ("in a collective", "out of it")  # kinds of ranks that form a group
@@ -48,8 +48,8 @@ def get_stuck(run: RunDirectory, rank: int, kind: str) -> None:
         store = dist.FileStore(str(run.path / "store"), 2)
         dist.init_process_group("gloo", store=store, rank=COLLECTIVES.index(kind), world_size=2)
         dist.all_reduce(torch.ones(1))
-    phase(1, "data")
-    phase(2 + (kind == "out of it"), "update")
+    phase(1, Phase.DATA)
+    phase(2 + (kind == "out of it"), Phase.UPDATE)
     if kind == "in a collective":
         dist.all_reduce(torch.ones(1))
     elif kind == "stopped":

@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from stoker.conf.schema import Config
-from stoker.parallel.update import Agreed
+from stoker.parallel.update import Agreed, ControlFlag
 from stoker.trainer.ledger import Ledger, Progress
-from stoker.trainer.outcome import Outcome
+from stoker.trainer.outcome import Outcome, Superseded
 from stoker.trainer.process import Phases
 
 
 class Result:
     """A `StepResult` that is there already."""
 
-    def __init__(self, skipped: bool, overflowed: bool, *votes: str) -> None:
+    def __init__(self, skipped: bool, overflowed: bool, *votes: ControlFlag) -> None:
         self.agreed = Agreed(2.0, float("inf"), 10, skipped, frozenset(votes), 2.0**10, overflowed)
 
     def read(self) -> Agreed:
@@ -53,16 +55,16 @@ def late_ledger(folder: Path, on_error: str) -> tuple[Ledger, Progress]:
     return Ledger(config, progress, None, Phases(folder / "stamp")), progress
 
 
-def enter(ledger: Ledger, step: int, *votes: str) -> None:
+def enter(ledger: Ledger, step: int, *votes: ControlFlag) -> None:
     result: Any = Result(False, False, *votes)
     ledger.enter(step, 1e-3, result, None, {})
 
 
 def test_a_request_to_save_is_heard_a_step_late_and_then_every_result_is_read(tmp_path: Path) -> None:
     ledger, progress = late_ledger(tmp_path, "warn")
-    enter(ledger, 1, "save")
+    enter(ledger, 1, ControlFlag.SAVE)
     assert not ledger.settle(everything=False).save and progress.step == 0
-    enter(ledger, 2, "save")
+    enter(ledger, 2, ControlFlag.SAVE)
     verdict = ledger.settle(everything=False)
     assert verdict.save and verdict.outcome is None and progress.step == 2, "what is saved is the state after step 2"
     enter(ledger, 3)
@@ -73,6 +75,17 @@ def test_a_request_to_save_is_heard_a_step_late_and_then_every_result_is_read(tm
 def test_a_save_that_failed_on_any_rank_ends_the_run_only_if_that_is_the_policy(tmp_path: Path) -> None:
     for on_error, outcome in (("warn", None), ("fail", Outcome.FAILED)):
         ledger, _ = late_ledger(tmp_path, on_error)
-        enter(ledger, 1, "save_failed")
+        enter(ledger, 1, ControlFlag.SAVE_FAILED)
         enter(ledger, 2)
         assert ledger.settle(everything=False).outcome is outcome
+
+
+@pytest.mark.parametrize("flag", ControlFlag)
+def test_no_flag_is_ignored(tmp_path: Path, flag: ControlFlag) -> None:
+    ledger, _ = late_ledger(tmp_path, "fail")
+    enter(ledger, 1, flag)
+    try:
+        verdict = ledger.settle(everything=True)
+    except Superseded:
+        return
+    assert verdict.save or verdict.outcome is not None
