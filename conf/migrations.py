@@ -1,7 +1,7 @@
 """Configs that were stored by earlier versions, read as configs of this one.
 
-A run directory and a checkpoint keep the config they were made with. What has been renamed since stands here, and
-nowhere else.
+A run directory and a checkpoint keep the config they were made with. What has been renamed or removed since stands
+here, and nowhere else.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _TARGETS = {
         ("data.lanes.webdataset", "open_webdataset"),
     )
 }
+_REMOVED = {("checkpoint", "writer"): ("thread", "process")}  # key: its values, all of which computed the same
 _HOLD_TARGETS = (("model", "target"), ("data", "target"), ("data", "units"))
 
 
@@ -32,4 +33,8 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
         held = moved.get(section)
         if isinstance(held, dict) and isinstance(held.get(key), str):
             moved[section] = held | {key: _TARGETS.get(held[key], held[key])}
+    for (section, key), equal in _REMOVED.items():
+        held = moved.get(section)
+        if isinstance(held, dict) and held.get(key) in equal:
+            moved[section] = {name: value for name, value in held.items() if name != key}
     return moved

@@ -66,7 +66,6 @@ def assemble(
         keep_every=config.checkpoint.keep_every,
         keep_best=config.checkpoint.keep_best,
         mode=config.checkpoint.mode,
-        writer=config.checkpoint.writer,
         staging_limit=config.checkpoint.staging_limit,
         remote=remote,
     )

@@ -179,7 +179,7 @@ def test_the_state_comes_back_as_it_was(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"writer": "process"}, {"staging_limit": 1 << 20}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"staging_limit": 1 << 20}], ids=str)
 def test_tensors_on_a_gpu_are_saved_as_they_were_when_save_was_called(tmp_path, options):
     data = torch.zeros(1 << 24, device="cuda")
     (writer,) = start(tmp_path, 1, **options)
