@@ -38,6 +38,7 @@ from ranks import (
 
 from stoker.conf.schema import BatchConfig, Config, ModelConfig, OptimConfig, ParallelConfig
 from stoker.models.decoder import build
+from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import batch_plan
 from stoker.parallel.mesh import Mesh
@@ -46,7 +47,6 @@ from stoker.parallel.optimizer import is_decayed
 from stoker.parallel.registry import Held, uncut
 from stoker.parallel.rows import Rows
 from stoker.parallel.shards import PARAMETER, whole
-from stoker.parallel.weights import DTYPES
 from stoker.trainer.process import keep_freed_memory
 
 SMALL = ModelConfig(name="13M", vocab_size=4096, width=384, layers=6, heads=6, kv_heads=2, hidden=1024)
@@ -126,7 +126,7 @@ class Script:
             settings[config.precision] = {"enabled": True}
         self._unit = Everyone(mesh)
         self._engine, *_ = deepspeed.initialize(
-            model=model.to(DTYPES[config.precision]), optimizer=optimizer, mpu=self._unit, config=settings,
+            model=model.to(PRECISIONS[config.precision]), optimizer=optimizer, mpu=self._unit, config=settings,
             dist_init_required=False,
         )  # fmt: skip
         self._loss = torch.zeros((), device=mesh.device)

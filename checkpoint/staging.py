@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from stoker.checkpoint.format import BLOCK_BYTES, DTYPES, Piece
+from stoker.checkpoint.format import BLOCK_BYTES, Piece
 from stoker.checkpoint.memory import fresh_bytes
 from stoker.checkpoint.plan import FilePlan, plan_file
+from stoker.parallel.dtypes import DTYPES
 from stoker.parallel.shards import Shard, flat_range, whole
 
 

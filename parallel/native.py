@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from stoker.conf.schema import Config
+from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.layout import BatchPlan
 from stoker.parallel.loss_scale import LossScale
 from stoker.parallel.mapped import offloaded
@@ -25,7 +26,7 @@ from stoker.parallel.rows import Rows
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.stages import stages_of
 from stoker.parallel.update import SILENCE, Said, StepResult, agree
-from stoker.parallel.weights import DTYPES, Precision, Weights
+from stoker.parallel.weights import Precision, Weights
 
 
 class NativeEngine:
@@ -162,7 +163,7 @@ def build_native(
 
     Without a pipeline there is one stage, the whole model. `full` are those modules of each that compute in float32.
     """
-    dtype = DTYPES[config.precision]
+    dtype = PRECISIONS[config.precision]
     precisions = [Precision(dtype, modules) for modules in full]
     weights = [
         _store(config, mesh, plan, registry, stage, precision)

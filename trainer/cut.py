@@ -19,6 +19,7 @@ from torch import nn
 
 from stoker.conf.schema import Config, ModelConfig
 from stoker.conf.targets import import_target
+from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.engine import Engine
 from stoker.parallel.full_precision import compute_in_full
 from stoker.parallel.initialize import initialize
@@ -29,7 +30,6 @@ from stoker.parallel.native import build_native
 from stoker.parallel.registry import Registry
 from stoker.parallel.stages import costs_of, parts, stages_of
 from stoker.parallel.tensor import cut_tensors, enable_async_tensor_parallelism
-from stoker.parallel.weights import DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def cut_without_values(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Eng
     if mesh.layout.pp > 1:
         registry = _tie_stages(config, mesh, registry, stages)
 
-    dtype = DTYPES[config.precision]
+    dtype = PRECISIONS[config.precision]
     full = [compute_in_full(stage, config.fp32_modules, dtype) if config.fp32_modules else () for stage in stages]
     if config.fp32_modules:
         log.info("fp32 modules: %s", ", ".join(config.fp32_modules))

@@ -32,13 +32,14 @@ from stoker.parallel.deepspeed_engine.swapping import (
     swapped_bytes,
 )
 from stoker.parallel.deepspeed_engine.unit import MeshUnit
+from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.layout import BatchPlan
 from stoker.parallel.mapped import offloaded
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import CuttableModel
 from stoker.parallel.registry import Held, Registry
 from stoker.parallel.shards import flat_range
-from stoker.parallel.weights import DTYPES, materialise, replace_parameters
+from stoker.parallel.weights import materialise, replace_parameters
 
 
 class DeepSpeedWeights:
@@ -53,7 +54,7 @@ class DeepSpeedWeights:
         shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
         trained = sum(parameter.numel() for parameter in named.values() if parameter.requires_grad)
 
-        dtype = DTYPES[config.precision]
+        dtype = PRECISIONS[config.precision]
         replace_parameters(model, lambda _, old: nn.Parameter(old.to(dtype), old.requires_grad))
         swap = self._prepare_swapping(config, mesh, model, ranks) if split else None
         wanted = settings(config, plan, trained, mesh.device.type == "cuda", swap)

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from stoker.checkpoint import newest, read_state, read_tensors, verify
-from stoker.checkpoint.format import DTYPES, Piece, ShardIndex
+from stoker.checkpoint.format import Piece, ShardIndex
 from stoker.checkpoint.plan import pieces_to_write
 from stoker.checkpoint.reader import load
 from stoker.checkpoint.stored import Stored, open_checkpoint
 from stoker.checkpoint.tiling import PRIME, assemble, cover, tiling_problem
+from stoker.parallel.dtypes import DTYPES
 from stoker.parallel.shards import Rectangle, Shard, whole
 from tests.checkpoint.simulated import Grid, blank, cut, holds, random_tensor, resume_all, same_bits, save, saved, start
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stoker.conf.schema import BatchConfig, Config, ModelConfig, ParallelConfig
 from stoker.conf.targets import import_target
+from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import BatchPlan, batch_plan, layout_of
 from stoker.parallel.mesh import Mesh, mesh_over_default_group
@@ -23,7 +24,7 @@ from stoker.parallel.rows import IGNORE, Rows
 from stoker.parallel.sharded import ShardedWeights
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.stages import costs_of, parts, stages_of
-from stoker.parallel.weights import DTYPES, Precision, Weights
+from stoker.parallel.weights import Precision, Weights
 from tests.parallel.reference import VOCABULARY, global_rows, small_config
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
@@ -104,13 +105,13 @@ class Pipeline:
             self.stages.append(Stage(number, model, wrap(weights, model)))
             self.registries.append(registry)
         tokens = self.plan.micro_rows * config.seq_len
-        activation = torch.empty(tokens, config.model.width, dtype=DTYPES[config.precision], device="meta")
+        activation = torch.empty(tokens, config.model.width, dtype=PRECISIONS[config.precision], device="meta")
         self.passes = PipelinePasses(
             self.mesh, self.plan, self.stages, config.parallel.schedule, config.data.document_mask, activation
         )
 
     def store(self, model: nn.Module) -> Weights:
-        precision, layout = Precision(DTYPES[self.config.precision]), self.mesh.layout
+        precision, layout = Precision(PRECISIONS[self.config.precision]), self.mesh.layout
         if layout.dp_shard == 1:
             return ReplicatedWeights(model, self.mesh.device, precision, self.mesh.group("dp_replicate"))
         return ShardedWeights(model, self.mesh, precision, layout.zero)
