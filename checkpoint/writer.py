@@ -100,8 +100,6 @@ class Checkpoints:
         remote: Remote | None = None,
         timeout_seconds: float = 1800.0,
     ) -> None:
-        if mode not in ("async", "sync"):
-            raise ValueError(f"checkpoint.mode={mode!r}: choose async or sync")
         self._directory = Path(directory)
         self._rank, self._world, self._attempt = rank, world, attempt
         self._retention = Retention(keep, keep_every, keep_best)

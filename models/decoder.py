@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stoker.conf.schema import ModelConfig
-from stoker.models.attention import Attention, Geometry, cached_mask, document_mask, geometry_of, head_dim_of
+from stoker.models.attention import Attention, Geometry, cached_mask, document_mask, geometry_of
 from stoker.models.cache import Cache, LayerCache
 from stoker.models.embedding import Embedding
 from stoker.models.loss import Head
@@ -20,9 +20,8 @@ from stoker.parallel.tensor.layers import ColumnLinear, Enter, RowLinear
 def build(config: ModelConfig, part: Part) -> nn.Module:
     """The `part` of the decoder that `config` describes, uninitialised, on torch's default device.
 
-    Raises ValueError for a shape that cannot be built.
+    Which shapes can be built is judged in `stoker.conf.limits` and `stoker.parallel.refusals`. The vocabulary is known.
     """
-    _check(config)
     return Decoder(config, part)
 
 
@@ -112,17 +111,3 @@ class Decoder(nn.Module):
         """There are no buffers; but `to_empty` unties what is tied."""
         if self.part.head and self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
-
-
-def _check(config: ModelConfig) -> None:
-    heads, kv_heads = config.heads, config.kv_heads or config.heads
-    if config.vocab_size is None:
-        raise ValueError("model.vocab_size is not known: give it, or take the tokenizer's")
-    if config.head_dim is None and config.width % heads:
-        raise ValueError(f"model.width={config.width} does not divide into {heads} heads: give model.head_dim")
-    if head_dim_of(config) % 2:
-        raise ValueError(f"model.head_dim={head_dim_of(config)} is odd: rotary embedding turns pairs of channels")
-    if heads % kv_heads:
-        raise ValueError(f"model.heads={heads} do not divide into groups for model.kv_heads={kv_heads}")
-    if config.loss_chunk < 1:
-        raise ValueError(f"model.loss_chunk={config.loss_chunk}: at least one token has logits at a time")
