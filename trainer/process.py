@@ -10,7 +10,6 @@ import ctypes
 import enum
 import logging
 import os
-import signal
 import socket
 import sys
 import time
@@ -20,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from stoker.conf.parent_death import die_with
+
 RESTARTS_VARIABLE = "STOKER_RESTARTS"  # how often a Slurm job has started its ranks again
-_PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _STAMP_BYTES = 128  # of a stamp: each is written over the one before
 
@@ -53,15 +53,7 @@ def die_with_launcher() -> None:
     Only under an elastic launcher: a rank started by hand may outlive its shell.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends."""
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the kernel was told
-        os.kill(os.getpid(), signal.SIGKILL)
+        die_with(os.getppid())
 
 
 def keep_freed_memory() -> None:
