@@ -97,7 +97,7 @@ def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None
 def test_deepspeed_is_imported_where_it_is_asked_for_only(tmp_path: Path) -> None:
     write_text(tmp_path / "text")
     words = overrides(
-        tmp_path / "run", tmp_path / "text", "steps=1", "batch.micro=8", f"data.cache={tmp_path / 'cache'}",
+        tmp_path / "run", tmp_path / "text", "steps=1", "batch.micro_size=8", f"data.cache={tmp_path / 'cache'}",
         "parallel.engine=fsdp", "launch.device=cpu", "launch.nproc=1",
     )  # fmt: skip
     program = f"""
