@@ -24,10 +24,10 @@ _INNER = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layer
 _PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 _SHAPE = {  # ours -> theirs, where both mean the same number
     "vocab_size": "vocab_size",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "hidden": "intermediate_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
     "rms_norm_eps": "rms_norm_eps",
     "initializer_range": "initializer_range",
 }
@@ -129,8 +129,8 @@ def shape_of(values: Mapping[str, Any], seq_len: int) -> dict[str, Any]:
     rope = _rope(values)
     return found | {
         "family": family,
-        "kv_heads": values.get("num_key_value_heads") or found["heads"],
-        "head_dim": values.get("head_dim") or found["width"] // found["heads"],
+        "num_key_value_heads": values.get("num_key_value_heads") or found["num_attention_heads"],
+        "head_dim": values.get("head_dim") or found["hidden_size"] // found["num_attention_heads"],
         "qkv_bias": FAMILIES[family].qkv_bias,
         "qk_norm": FAMILIES[family].qk_norm,
         "tie_word_embeddings": bool(values.get("tie_word_embeddings", False)),

@@ -119,7 +119,11 @@ def _tensor_parallel(start: Start) -> str | None:
     def shares_kv_heads(ranks: int) -> bool:
         return kv_heads % ranks == 0 or ranks % kv_heads == 0
 
-    uneven = [f"model.{name}={size}" for name, size in (("heads", heads), ("hidden", hidden)) if size % tp]
+    uneven = [
+        f"model.{name}={size}"
+        for name, size in (("num_attention_heads", heads), ("intermediate_size", hidden))
+        if size % tp
+    ]
     if model.num_key_value_heads and not shares_kv_heads(tp):
         uneven.append(f"model.num_key_value_heads={kv_heads}")
     if not uneven:

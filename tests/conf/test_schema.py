@@ -38,7 +38,7 @@ def test_defaults_are_not_shared_between_configs():
         ({"compile": 1}, "compile=1: expected true or false"),
         ({"parallel": 3}, "parallel=3: expected a section of keys"),
         ({"optim": {"betas": [0.9, "x"]}}, "optim.betas=[0.9, 'x']: expected a list of numbers"),
-        ({"batch": {"micro": 1.5}}, "batch.micro_size=1.5: expected a whole number or null"),
+        ({"batch": {"micro_size": 1.5}}, "batch.micro_size=1.5: expected a whole number or null"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named_with_its_whole_key(values, words):

@@ -17,7 +17,7 @@ SCALING = RopeScalingConfig(factor=8.0, low_frequency_factor=1.0, high_frequency
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama with scaled rotary": ("Llama", {"rope_scaling": SCALING, "rope_theta": 5000.0}),
-    "tied llama without groups": ("Llama", {"tie_word_embeddings": True, "kv_heads": None}),
+    "tied llama without groups": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": None}),
     "qwen2": ("Qwen2", {"qkv_bias": True}),
     "qwen3": ("Qwen3", {"qk_norm": True, "head_dim": 16, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}),
 }

@@ -178,8 +178,8 @@ def test_a_compiled_block_is_one_graph() -> None:
     ("changes", "says"),
     [
         ({"vocab_size": None}, "vocab_size"),
-        ({"width": 30}, "width=30"),
-        ({"kv_heads": 3}, "num_key_value_heads=3"),
+        ({"hidden_size": 30}, "hidden_size=30"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
         ({"head_dim": 7}, "head_dim=7"),
         ({"loss_chunk": 0}, "loss_chunk=0"),
     ],

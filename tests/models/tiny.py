@@ -14,11 +14,11 @@ from stoker.parallel.model import Normal, Part, whole_model
 def shape(**changes: object) -> ModelConfig:
     values: dict[str, object] = {
         "vocab_size": 96,
-        "width": 32,
-        "layers": 3,
-        "heads": 4,
-        "kv_heads": 2,
-        "hidden": 48,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
         "loss_chunk": 7,
         "initializer_range": 0.2,
     }

@@ -112,14 +112,14 @@ def asked(**parallel: object) -> Config:
 @given(SIZE, SIZE, SIZE, SIZE, st.integers(1, 3))
 def test_the_layout_asked_for_has_as_many_ranks_as_there_are(replicas, shards, tp, pp, zero):
     world = replicas * shards * tp * pp
-    layout = layout_of(asked(tp=tp, pp=pp, zero=zero, replicas=replicas), world)
+    layout = layout_of(asked(tp=tp, pp=pp, zero=zero, dp_replicate=replicas), world)
     assert layout == Layout(replicas, shards, tp, pp, zero, "fsdp") and layout.world == world
 
 
 @given(SIZE, SIZE)
 def test_zero_0_replicates_and_the_others_shard_over_all_unless_told(dp, tp):
     assert layout_of(asked(tp=tp, zero=0), dp * tp) == Layout(dp, 1, tp, 1, 0)
-    assert layout_of(asked(tp=tp, zero=0, replicas=dp), dp * tp) == Layout(dp, 1, tp, 1, 0)
+    assert layout_of(asked(tp=tp, zero=0, dp_replicate=dp), dp * tp) == Layout(dp, 1, tp, 1, 0)
     assert layout_of(asked(tp=tp, zero=3), dp * tp) == Layout(1, dp, tp, 1, 3)
 
 
@@ -128,8 +128,8 @@ def test_zero_0_replicates_and_the_others_shard_over_all_unless_told(dp, tp):
     [
         ({"tp": 3}, 4, "4 ranks do not divide into tp 3 x pp 1"),
         ({"tp": 2, "pp": 2}, 2, "2 ranks do not divide into tp 2 x pp 2"),
-        ({"zero": 0, "replicas": 2}, 4, "ZeRO 0 keeps a replica on each of the 4"),
-        ({"zero": 1, "replicas": 3}, 4, "4 data-parallel ranks do not divide into 3 replicas"),
+        ({"zero": 0, "dp_replicate": 2}, 4, "ZeRO 0 keeps a replica on each of the 4"),
+        ({"zero": 1, "dp_replicate": 3}, 4, "4 data-parallel ranks do not divide into 3 replicas"),
     ],
 )
 def test_axes_that_do_not_fit_the_ranks_raise(parallel, world, words):

@@ -81,11 +81,11 @@ class Case:
 ALL = {"tie_word_embeddings": True, "qkv_bias": True, "qk_norm": True}
 CASES = {
     "decoder": Case(),
-    "one kv head": Case({"kv_heads": 1, "qkv_bias": True}),
-    "kv heads as many as heads": Case({"kv_heads": 4, "qkv_bias": True, "qk_norm": True}),
+    "one kv head": Case({"num_key_value_heads": 1, "qkv_bias": True}),
+    "kv heads as many as heads": Case({"num_key_value_heads": 4, "qkv_bias": True, "qk_norm": True}),
     "tied": Case({"tie_word_embeddings": True, "vocab_size": 98}),
     "biases and norms": Case({"qkv_bias": True, "qk_norm": True}),
-    "all": Case({**ALL, "kv_heads": 1, "loss_chunk": 100}, masked=True),
+    "all": Case({**ALL, "num_key_value_heads": 1, "loss_chunk": 100}, masked=True),
     "documents": Case(masked=True),
     "no label": Case(ALL, without_labels=True),
     "first part": Case(ALL, Part(range(2), embedding=True, head=False)),
@@ -203,7 +203,10 @@ def test_no_label_is_a_loss_of_zero_with_gradients_of_zero() -> None:
 
 @pytest.mark.parametrize("sequence", [False, True])
 def test_bf16_loses_no_more_than_it_does_uncut(sequence: bool) -> None:
-    precise, coarse = Case({**ALL, "kv_heads": 1}), Case({**ALL, "kv_heads": 1}, dtype=torch.bfloat16)
+    precise, coarse = (
+        Case({**ALL, "num_key_value_heads": 1}),
+        Case({**ALL, "num_key_value_heads": 1}, dtype=torch.bfloat16),
+    )
     output, gradients, _ = ran_uncut(precise)
     rough_output, rough_gradients, _ = ran_uncut(coarse)
     of_ranks = [result[0] for result in world.run(ran_cut, 4, [coarse], sequence)]
@@ -258,7 +261,13 @@ def initial_shards(config: ModelConfig, built_by_user: bool, sequence: bool) -> 
 
 @pytest.mark.parametrize(
     ("ranks", "changes", "built_by_user"),
-    [(2, ALL, False), (4, {"qkv_bias": True}, False), (4, ALL, False), (4, {"kv_heads": 1}, False), (4, {}, True)],
+    [
+        (2, ALL, False),
+        (4, {"qkv_bias": True}, False),
+        (4, ALL, False),
+        (4, {"num_key_value_heads": 1}, False),
+        (4, {}, True),
+    ],
 )
 def test_initial_weights_are_bitwise_those_of_one_process(ranks: int, changes: dict, built_by_user: bool) -> None:
     config = shape(**{"vocab_size": 97, "initializer_range": 0.02, **changes})
@@ -318,10 +327,10 @@ def refused(changes: dict[str, Any], ordinary: bool = False) -> str:
 def refusals_of_three_ranks() -> list[str]:
     return [
         refused({}, ordinary=True),
-        refused({"heads": 4}),
-        refused({"heads": 6, "kv_heads": 2, "head_dim": 8}),
-        refused({"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 47}),
-        refused({"heads": 6, "kv_heads": 3, "head_dim": 8, "vocab_size": 2}),
+        refused({"num_attention_heads": 4}),
+        refused({"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}),
+        refused({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 47}),
+        refused({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "vocab_size": 2}),
     ]
 
 
