@@ -1,10 +1,10 @@
 """The loop, what one optimizer step is made of, and the one function that cuts a model.
 
-`main`         the rank program (`python -m stoker.trainer`): config -> mesh -> model -> engine -> data -> `Trainer.fit()`
+`main`         the rank program (`python -m stoker.trainer`), from config to `Trainer.fit()`
 `start`        from overrides to the config of this start; `assemble`: from that config to a `Trainer`
-`parallelize`  from a model on the meta device to an engine: the order in which a model is parallelized stands there only
+`parallelize`  from a model on the meta device to an engine, in one order
 `loop`         the loop; `step_log`: results of steps, read one step late; `schedule`; `evaluation`
-`spikes`       which losses are taken for spikes; `replay`: one step computed again; `checking`: what `stoker check` measures
+`spikes`       which losses are taken for spikes; `replay`: a step again; `checking`: for `stoker check`
 `pretrained`   weights from Hugging Face's files or from another run
 `runtime`      how a rank lives, hangs and ends
 `report`       what a person sees of a run
