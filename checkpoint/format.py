@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stoker.checkpoint.names import STATE, CheckpointMismatch, DamagedCheckpoint, rank_of_index
+from stoker.conf.migrations import migrate_state
 from stoker.parallel.dtypes import DTYPES
 from stoker.parallel.shards import Chunk
 
@@ -246,8 +247,9 @@ def encode_state(state: dict[str, Any]) -> bytes:
 
 
 def decode_state(data: bytes, where: str) -> dict[str, Any]:
+    """The state of a checkpoint under today's names. Raises DamagedCheckpoint for what is no JSON object."""
     try:
-        return _object(_parse(data))
+        return migrate_state(_object(_parse(data)))
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{where}: no state: {_reason(error)}") from None
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from stoker.parallel.update import ControlFlag
-from stoker.trainer.process import Phase
+from stoker.trainer.runtime.process import Phase
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("conf", "parallel", "data", "models", "checkpoint", "trainer", "launch")  # bottom first
@@ -203,7 +203,7 @@ def test_no_modules_import_each_other():
 
 
 def test_control_flags_and_phases_are_declared_once():
-    declared = {ROOT / "parallel" / "update.py", ROOT / "trainer" / "process.py"}
+    declared = {ROOT / "parallel" / "update.py", ROOT / "trainer" / "runtime" / "process.py"}
     assert all(undeclared_states(path.read_text()) for path in declared), "it sees the declarations"
     assert broken(set(files(*FLOORS)) - declared, lambda _, source: undeclared_states(source)) == []
     for source in (
