@@ -124,6 +124,8 @@ LIMITS = (
     _at_least("data.split_bytes", 512, "smaller reads cost more than they bring"),
     _at_least("data.assign_every", 1, "it counts rows"),
     _choice("data.on_damage", "error", "skip"),
+    _above_zero("data.max_decompressed_gib", "a line takes memory"),
+    Limit("data.zstd_window_log", "from 10 to 31", "zstd knows no other windows", lambda value: 10 <= value <= 31),
     _at_least("data.skip_limit", 0, "it counts skips"),
     _at_least("data.retries", 0, "it counts attempts"),
     _above_zero("data.stall_seconds", "no answer comes at once"),

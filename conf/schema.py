@@ -131,6 +131,8 @@ class DataConfig:
     block_cache: str | None = free()  # folder for blocks downloaded from servers; default: none are kept
     block_cache_gib: float = free(16.0)  # GiB in it, above which the blocks used longest ago are removed
     on_damage: str = maths("error")  # mode=streaming: error | skip damaged documents, recorded in the state
+    max_decompressed_gib: float = free(1.0)  # GiB of a compressed file held at once: a line, or a file read whole
+    zstd_window_log: int = free(27)  # largest window of .zst files, log2 of its bytes; 31 reads `zstd --long=31`
     skip_limit: int = free(10_000)  # on_damage=skip: skips of a source; the run fails at more
     sources: dict[str, Any] = fixed({})  # several at once: {name: {kind: text, path: ..., weight: 2, max_epochs: 3}}
     weights: dict[str, Any] = maths({})  # share of the tokens by source; default: those in data.sources

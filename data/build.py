@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from stoker.data.documents import Encoder
-from stoker.data.manifest import Manifest, is_validation
+from stoker.data.keys import is_validation
+from stoker.data.manifest import Manifest
 from stoker.data.pool import each
 from stoker.data.tokenizer import Tokenizer
 
@@ -59,7 +60,8 @@ def write_splits(folder: Path, manifest: Manifest, recipe: Recipe) -> dict[str, 
     notes = [_read_note(parts, number, recipe) for number in range(len(sizes))]
     splits = {split: _put_together(folder, parts, split, notes, recipe) for split in SPLITS}
     shutil.rmtree(parts)
-    return {"tokenizer": recipe.tokenizer.fingerprint, "dtype": recipe.dtype, "splits": splits}
+    found = {"tokenizer": recipe.tokenizer.fingerprint, "dtype": recipe.dtype, "splits": splits}
+    return {**found, "left_out": manifest.left_out}
 
 
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> int:

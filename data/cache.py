@@ -17,7 +17,6 @@ reads it.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -35,7 +34,8 @@ from stoker.conf.durable import sync_directory
 from stoker.conf.schema import DataConfig
 from stoker.data.build import SPLITS, Recipe, write_file, write_splits
 from stoker.data.documents import Source
-from stoker.data.manifest import Manifest, Memo, is_validation, read_manifest
+from stoker.data.keys import TokensKey, is_validation
+from stoker.data.manifest import Manifest, Memo, read_manifest
 from stoker.data.pool import Killed
 from stoker.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from stoker.data.tokenizer_files import load_kept, load_tokenizer
@@ -43,7 +43,8 @@ from stoker.data.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
+_READ = (2, 3)  # formats that a folder may have: 2 does not count the documents without text
 META = "meta.json"
 _BLOCK = 4 << 20  # bytes read at a time to verify
 
@@ -60,6 +61,16 @@ class TokenCache:
     def content(self) -> str:
         """Fingerprint of the texts."""
         return self.meta["recipe"]["content"]
+
+    @property
+    def encoder(self) -> str | None:
+        """Fingerprint of what made tokens of the texts, where it was not the tokenizer alone."""
+        return self.meta["recipe"].get("encoder")
+
+    @property
+    def left_out(self) -> int | None:
+        """How many documents had no text; None where the version that made the folder did not count them."""
+        return self.meta.get("left_out")
 
     def tokens(self, split: str) -> Tokens:
         """The tokens of `train` or `validation`."""
@@ -78,19 +89,19 @@ def open_cache(config: DataConfig, source: Source) -> TokenCache:
     tokenizer = named_tokenizer(config)
     content = memo.recall()
     if content is not None:
-        ready = _open(root, _recipe(config, source, tokenizer, content))
+        ready = _open(root, _key(config, source, tokenizer, content))
         if ready is not None:
             return ready
     manifest = read_manifest(source.documents)
-    recipe = _recipe(config, source, tokenizer, manifest.fingerprint)
-    ready = _open(root, recipe)
+    key = _key(config, source, tokenizer, manifest.fingerprint)
+    ready = _open(root, key)
     if ready is None:
         try:
-            with lock(_folder(root, recipe).with_suffix(".lock")):
-                ready = _open(root, recipe)  # another process may have built it meanwhile
+            with lock(root / f"{key.key}.lock"):
+                ready = _open(root, key)  # another process may have built it meanwhile
                 if ready is None:
-                    _build(root, recipe, config, manifest, source, tokenizer)
-                    ready = _open(root, recipe)
+                    _build(root, key, config, manifest, source, tokenizer)
+                    ready = _open(root, key)
         except OSError as error:
             raise ValueError(
                 f"cannot keep tokens in {root}: {error.strerror or error}; name another data.cache"
@@ -123,7 +134,7 @@ def open_folder(folder: Path) -> TokenCache:
     """A cache directory wherever it lies now. Raises ValueError when it is none or is damaged."""
     try:
         meta = json.loads((folder / META).read_text())
-        if meta["recipe"]["format"] != FORMAT:
+        if meta["recipe"]["format"] not in _READ:
             raise ValueError(f"it has format {meta['recipe']['format']}, and this version reads {FORMAT}")
         for split in SPLITS:
             for _, name, dtype, count in _arrays(meta, split):
@@ -170,32 +181,26 @@ def lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _recipe(config: DataConfig, source: Source, tokenizer: Tokenizer | None, content: str) -> dict[str, Any]:
+def _key(config: DataConfig, source: Source, tokenizer: Tokenizer | None, content: str) -> TokensKey:
     """All that the files of a cache directory depend on."""
-    recipe = {
-        "format": FORMAT,
-        "content": content,
-        "tokenizer": f"bpe {config.bpe_vocab}" if tokenizer is None else tokenizer.fingerprint,
-        "validation": config.validation,
-    }
-    if source.encoder is not None:
-        recipe["encoder"] = source.encoder.fingerprint
-    return recipe
+    return TokensKey(
+        FORMAT,
+        content,
+        f"bpe {config.bpe_vocab}" if tokenizer is None else tokenizer.fingerprint,
+        config.validation,
+        None if source.encoder is None else source.encoder.fingerprint,
+    )
 
 
-def _folder(root: Path, recipe: dict[str, Any]) -> Path:
-    return root / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _open(root: Path, recipe: dict[str, Any]) -> TokenCache | None:
-    """The cache of `recipe`, or None when it is not there or, with a warning, damaged."""
-    folder = _folder(root, recipe)
+def _open(root: Path, key: TokensKey) -> TokenCache | None:
+    """The cache of `key`, or None when it is not there or, with a warning, damaged."""
+    folder = root / key.key
     if not folder.is_dir():
         return None
     try:
         ready = open_folder(folder)
-        if ready.meta["recipe"] != recipe:
-            raise ValueError(f"{folder}: its {META} speaks of another recipe")
+        if ready.meta["recipe"] != key.values():
+            raise ValueError(f"{folder}: its {META} names other ingredients")
     except ValueError as error:  # whatever is wrong with a cache, making it again is the cure
         log.warning("the token cache is damaged and made again: %s", error)
         return None
@@ -220,13 +225,13 @@ def _map(path: Path, dtype: str, count: int) -> np.ndarray:
 
 def _build(
     root: Path,
-    recipe: dict[str, Any],
+    key: TokensKey,
     config: DataConfig,
     manifest: Manifest,
     source: Source,
     tokenizer: Tokenizer | None,
 ) -> None:
-    folder = _folder(root, recipe)
+    folder = root / key.key
     log.info("tokenising %d documents into %s", manifest.documents, folder)
     unfinished = folder.with_suffix(".unfinished")
     unfinished.mkdir(exist_ok=True)  # a builder that was killed has left its parts
@@ -234,7 +239,7 @@ def _build(
         tokenizer = tokenizer or _trained(unfinished / "tokenizer", config, manifest)
         _keep(tokenizer, unfinished / "tokenizer")
         meta = write_splits(unfinished, manifest, Recipe(tokenizer, source.encoder, config.validation))
-        write_file(unfinished / META, [json.dumps({"recipe": recipe, **meta}, indent=1).encode()])
+        write_file(unfinished / META, [json.dumps({"recipe": key.values(), **meta}, indent=1).encode()])
         sync_directory(unfinished)
         if folder.exists():
             shutil.rmtree(folder)

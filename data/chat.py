@@ -23,9 +23,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from stoker.conf.schema import DataConfig
-from stoker.data.documents import Collection, Source
-from stoker.data.jsonl import field, is_jsonl, jsonl_collections
-from stoker.data.text import files_of, known_args
+from stoker.data.documents import Source
+from stoker.data.jsonl import field
+from stoker.data.text import json_documents, known_args
 from stoker.data.tokenizer import Tokenizer
 
 _OPEN, _CLOSE = "\ue000\ue000", "\ue001\ue001"  # of Unicode's private use: they mark what is generated
@@ -46,9 +46,11 @@ def open_source(config: DataConfig) -> Source:
     """
     args = known_args(config, "data=chat", messages="messages", pattern="*", template=None)
     take, what = field(args["messages"], list), f"{args['messages']} as messages"
-    collections: list[Collection] = []
-    for name, path in files_of(config, "data=chat", args["pattern"], keep=lambda name: is_jsonl(Path(name))):
-        collections += jsonl_collections(name, path, what, lambda values: json.dumps(take(values), ensure_ascii=False))
+
+    def text_of(values: dict[str, Any]) -> str:
+        return json.dumps(take(values), ensure_ascii=False)
+
+    collections = json_documents(config, "data=chat", args["pattern"], args["messages"], text_of, what)
     folder = config.tokenizer if config.tokenizer not in ("byte", "bpe", None) else None
     source, names = _template_of(args["template"], Path(folder).expanduser() if folder else None)
     return Source(collections, ChatEncoder(source, tuple(sorted(names.items()))))

@@ -29,6 +29,7 @@ class IndexPlan:
     document_mask: bool
     fingerprint: Mapping[str, Any]
     table: Table | None = None
+    left_out: int | None = 0  # documents without text, which are in no row; None: not counted
 
     @property
     def rows_per_epoch(self) -> int:
@@ -37,11 +38,17 @@ class IndexPlan:
         return max(0, len(self.tokens.ids) - 1) // self.seq_len
 
     @property
+    def tokens_in_no_row(self) -> int:
+        """Tokens at the end that fill no row, and are in none; the last of a row is the first of the next one."""
+        return 0 if self.table is not None else max(0, len(self.tokens.ids) - 1 - self.rows_per_epoch * self.seq_len)
+
+    @property
     def total_rows(self) -> int | None:
         return None if self.epochs is None else self.epochs * self.rows_per_epoch
 
     def counts(self, row: int) -> dict[str, dict[str, int]]:
-        return {self.name: {"rows": row, "epoch": row // self.rows_per_epoch}}
+        found = {"rows": row, "epoch": row // self.rows_per_epoch}
+        return {self.name: found if self.left_out is None else {**found, "leftovers": self.left_out}}
 
     def history(self, row: int) -> None:
         return None

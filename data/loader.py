@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from stoker.data.keys import compare as compare_fingerprints
 from stoker.data.readers import Readers
 from stoker.data.rows import RowPlan, unpack
 from stoker.parallel.batch import Batch
@@ -85,15 +86,18 @@ class IndexedLoader:
         prefetch: int = 4,
         pin: bool = False,
         compare: Callable[[np.ndarray], None] | None = None,
+        change: bool = False,
     ) -> None:
         """`row`: global number of the first row; `prefetch`: global batches that each of `workers` reads ahead.
 
         `pin` puts the rows into page-locked memory. `compare` is given this rank's rows now and then, and raises when
-        the ranks that should hold the same do not. Raises ValueError when `batch_rows` does not divide over `dp`.
+        the ranks that should hold the same do not. `change` (run.change) allows a state of an earlier version that
+        lacks an ingredient of its fingerprint. Raises ValueError when `batch_rows` does not divide over `dp`.
         """
         if batch_rows % dp:
             raise ValueError(f"batch.size={batch_rows} does not divide over {dp} data-parallel ranks")
         self._plan, self._batch_rows, self._pin, self._compare = plan, batch_rows, pin, compare
+        self._change = change
         self._handed_out = 0  # batches since this start
         self._mine = np.arange(dp_rank, batch_rows, dp)  # places of this rank's rows in a global batch
         self._row = self._ask_from = row
@@ -184,18 +188,30 @@ class IndexedLoader:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on after the rows that `state` has seen. Raises ValueError, with what differs, for other rows."""
-        refuse_other_data(self._plan.fingerprint, state)
+        refuse_other_data(self._plan.fingerprint, state, self._change)
+        self._plan.resume(state["weights"], state["row"], state["step"])
+        self._refuse_other_counts(state)
         if self._readers is not None:
             self._readers.discard()
         self._row = self._ask_from = state["row"]
         self._step = state["step"]
-        self._plan.resume(state["weights"], self._row, self._step)
         self._ask()
 
     def close(self) -> None:
         """End the reader processes at once."""
         if self._readers is not None:
             self._readers.close()
+
+    def _refuse_other_counts(self, state: Mapping[str, Any]) -> None:
+        """A mixture counts on from the rows that each source has given: they follow from the weights and the epochs."""
+        for name, counts in self._plan.counts(state["row"]).items():
+            given = state["sources"].get(name, counts)["rows"]  # one source alone may have another name now
+            if given != counts["rows"]:
+                raise ValueError(
+                    f"the first {state['row']} rows hold {given} of {name}, and with the epochs that its sources have "
+                    f"now they would hold {counts['rows']}: a source that has ended cannot go on in a mixture, so set "
+                    "data.epochs and max_epochs back to what they were"
+                )
 
     @property
     def _rows_left(self) -> int:
@@ -213,10 +229,20 @@ class IndexedLoader:
             self._ask_from += self._batch_rows
 
 
-def refuse_other_data(fingerprint: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Raises ValueError, with what differs, when `state` is of data with another fingerprint."""
+def refuse_other_data(fingerprint: Mapping[str, Any], state: Mapping[str, Any], change: bool = False) -> None:
+    """Raises ValueError, with what differs, when `state` is of data with another fingerprint.
+
+    `change` allows ingredients that a state of an earlier version does not record (`stoker.data.keys.compare`).
+    """
     ours, theirs = dict(fingerprint), dict(state["fingerprint"])
-    if ours != theirs:
-        names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
-        differences = ", ".join(f"{name} was {theirs.get(name)} and is {ours.get(name)}" for name in names)
+    found = compare_fingerprints(ours, theirs)
+    if found.different:
+        differences = ", ".join(f"{name} was {theirs.get(name)} and is {ours.get(name)}" for name in found.different)
         raise ValueError(f"these are not the data that the checkpoint has read {state['row']} rows of: {differences}")
+    if not found.unrecorded:
+        return
+    names = ", ".join(f"{name} (now {ours[name]})" for name in found.unrecorded)
+    unknown = f"an earlier version of Stoker stored this checkpoint and did not record {names}"
+    if not change:
+        raise ValueError(f"{unknown}: if it is what it was, run.change=true goes on")
+    log.warning("%s: going on as run.change=true says", unknown)

@@ -5,18 +5,19 @@ The documents are taken in parts of some megabytes, which processes work through
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stoker.data.documents import Collection, Document
+from stoker.data.keys import MemoKey, digest, text_digest
 from stoker.data.pool import each
 
 log = logging.getLogger(__name__)
 
-_EMPTY = hashlib.sha256(b"").digest()
+_MEMO_FORMAT = 2  # of what is remembered: another number where a reader takes other texts from the same bytes
+_EMPTY = text_digest(b"")
 _DIGEST = len(_EMPTY)
 _PART_BYTES = 8 << 20  # of text: seconds of work, little memory
 _MOST_PARTS = 10_000
@@ -35,15 +36,18 @@ class Part:
 
         Raises ValueError, naming the document, when it is no text.
         """
+        return (entry for entry in self._all() if entry[2] != _EMPTY)
+
+    def digests(self) -> tuple[bytes, int]:
+        """The SHA-256 of its texts one after the other, and how many documents have no text."""
+        found = [known for _, _, known in self._all()]
+        held = [known for known in found if known != _EMPTY]
+        return b"".join(held), len(found) - len(held)
+
+    def _all(self) -> Iterator[tuple[str, str, bytes]]:
         for document in self.documents:
             for name, text in _texts(document):
-                digest = _digest(name, text)
-                if digest != _EMPTY:
-                    yield name, text, digest
-
-    def digests(self) -> bytes:
-        """The SHA-256 of its texts one after the other."""
-        return b"".join(digest for _, _, digest in self.texts())
+                yield name, text, _digest(name, text)
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,11 @@ class Manifest:
 
     parts: tuple[Part, ...]
     digests: tuple[bytes, ...]  # by part
+    left_out: int = 0  # documents without text
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(b"".join(self.digests)).hexdigest()[:32]
+        return digest(b"".join(self.digests))
 
     @property
     def documents(self) -> int:
@@ -64,18 +69,13 @@ class Manifest:
     def texts(self, number: int) -> Iterator[tuple[str, str, bytes]]:
         """The texts of a part again. Raises ValueError when they are no longer those of the digests."""
         known, place = self.digests[number], 0
-        for name, text, digest in self.parts[number].texts():
-            if digest != known[place : place + _DIGEST]:
+        for name, text, found in self.parts[number].texts():
+            if found != known[place : place + _DIGEST]:
                 raise ValueError(f"the document {name} changed while it was being tokenised: start again")
             place += _DIGEST
-            yield name, text, digest
+            yield name, text, found
         if place != len(known):
             raise ValueError("documents vanished while they were being tokenised: start again")
-
-
-def is_validation(digest: bytes, share: float) -> bool:
-    """Whether a text is kept for validation, as a share of all texts is. Equal texts land on one side."""
-    return int.from_bytes(digest[:8]) < share * 2**64
 
 
 def parts_of(documents: Sequence[Document | Collection]) -> list[Part]:
@@ -96,8 +96,8 @@ def parts_of(documents: Sequence[Document | Collection]) -> list[Part]:
 def read_manifest(documents: Sequence[Document | Collection]) -> Manifest:
     """Read every text of a source. Raises ValueError for one that cannot be read, or when none holds any text."""
     parts = parts_of(documents)
-    digests = each(lambda number: parts[number].digests(), [part.size for part in parts], "reading")
-    manifest = Manifest(tuple(parts), tuple(digests))
+    found = each(lambda number: parts[number].digests(), [part.size for part in parts], "reading")
+    manifest = Manifest(tuple(parts), tuple(digests for digests, _ in found), sum(empty for _, empty in found))
     if not manifest.documents:
         raise ValueError(f"none of the {len(documents)} documents (first: {documents[0].name}) holds any text")
     return manifest
@@ -110,7 +110,8 @@ class Memo:
     """
 
     def __init__(self, folder: Path, documents: Sequence[Document | Collection]) -> None:
-        self._path = folder / hashlib.sha256("\n".join(_versions(documents)).encode()).hexdigest()[:32]
+        versions = tuple((document.name, document.version) for document in documents)
+        self._path = folder / MemoKey(_MEMO_FORMAT, versions).key
         self._usable = all(document.version is not None for document in documents)
 
     def recall(self) -> str | None:
@@ -146,10 +147,6 @@ def _digest(name: str, text: str) -> bytes:
     if not isinstance(text, str):
         raise ValueError(f"the document {name} reads as {type(text).__name__}, not as text (str)")
     try:
-        return hashlib.sha256(text.encode()).digest()
+        return text_digest(text.encode())
     except UnicodeEncodeError as error:
         raise ValueError(f"the document {name} is not valid Unicode: {error}") from error
-
-
-def _versions(documents: Sequence[Document | Collection]) -> Iterator[str]:
-    return (f"{document.name} {document.version}" for document in documents)

@@ -12,6 +12,7 @@ from stoker.data.build import SPLITS
 from stoker.data.cache import cache_root, named_tokenizer, open_cache, open_folder, write_tokenizer
 from stoker.data.documents import documents_of
 from stoker.data.indexed import IndexPlan
+from stoker.data.keys import IndexedFingerprint, SourceKey
 from stoker.data.loader import IndexedLoader, RowSource
 from stoker.data.mixed import MixedPlan, Weights
 from stoker.data.mixture import WEIGHT_UNITS
@@ -36,6 +37,13 @@ class Opened:
     tokens: Tokens
     is_chat: bool
     folder: Path | None  # of the cache that holds the tokens; None: they lie where they were
+    encoder: str | None = None  # fingerprint of what made documents and tokens of them besides the tokenizer
+    left_out: int | None = 0  # documents without text; None: not counted
+
+    @property
+    def key(self) -> SourceKey:
+        tokenizer = self.tokenizer.fingerprint if self.tokenizer else None
+        return SourceKey(self.content, tokenizer, self.encoder, self.spec.config.validation)
 
 
 def prepare(config: Config) -> None:
@@ -66,18 +74,17 @@ def open_rows(config: Config, split: str) -> IndexPlan | MixedPlan:
     mask = config.data.document_mask
     if mask is None:
         mask = config.data.packing == "best_fit" or any(source.is_chat for source in opened)
-    common = _fingerprint(config, opened, split, mask)
-    plans = [_plan(config, source, split, mask, common) for source in opened]
+    fingerprint = _fingerprint(config, opened, split, mask).values()
+    plans = [_plan(config, source, split, mask, fingerprint) for source in opened]
     if not config.data.sources:
         plan: IndexPlan | MixedPlan = plans[0]
     elif split == "train":
         wanted = wanted_weights(config.data, specs, [plan.rows_per_epoch for plan in plans])
-        contents = {source.spec.name: source.content for source in opened}
-        plan = MixedPlan(plans, wanted, config.batch.size, {**common, "sources": contents})
+        plan = MixedPlan(plans, wanted, config.batch.size, fingerprint)
     else:
         rows = [found.rows_per_epoch for found in plans]
         whole = tuple(count * WEIGHT_UNITS // max(1, sum(rows)) for count in rows)
-        plan = MixedPlan(plans, [Weights(1, whole)], config.batch.size, common)
+        plan = MixedPlan(plans, [Weights(1, whole)], config.batch.size, fingerprint)
     if split == "validation":
         _check_validation(config, plan, plans)
     return plan
@@ -106,6 +113,7 @@ def open_stream(config: Config, mesh: Mesh) -> RowSource:
         prefetch=config.data.prefetch,
         pin=mesh.device.type == "cuda",
         compare=compare,
+        change=config.run.change,
     )
 
 
@@ -175,10 +183,15 @@ def open_source(config: Config, spec: Spec, split: str) -> Opened:
                 f"data.path={spec.config.path} holds token {largest_id(tokens)}, but the vocabulary has {limit}: "
                 "the tokens are another tokenizer's, or of another dtype"
             )
-        return Opened(spec, found.content, tokenizer, tokens, tokens.learned is not None, None)
+        chat = tokens.learned is not None
+        left_out = 0 if found.cache is None else found.cache.left_out
+        return Opened(spec, found.content, tokenizer, tokens, chat, None, encoder=found.reading, left_out=left_out)
     source = documents_of(found, spec.config.target)
-    cache = open_cache(spec.config, source)
-    return Opened(spec, cache.content, cache.tokenizer, cache.tokens(split), source.encoder is not None, cache.folder)
+    cache, chat = open_cache(spec.config, source), source.encoder is not None
+    tokens = cache.tokens(split)
+    return Opened(
+        spec, cache.content, cache.tokenizer, tokens, chat, cache.folder, encoder=cache.encoder, left_out=cache.left_out
+    )
 
 
 def _held_out(config: Config, specs: list[Spec]) -> list[Opened]:
@@ -195,11 +208,8 @@ def _held_out(config: Config, specs: list[Spec]) -> list[Opened]:
     return opened
 
 
-def _plan(config: Config, source: Opened, split: str, mask: bool, common: dict[str, Any]) -> IndexPlan:
-    training = split == "train"
-    content = f"{source.content} {source.tokenizer.fingerprint if source.tokenizer else None} {split} " + str(
-        source.spec.config.validation
-    )
+def _plan(config: Config, source: Opened, split: str, mask: bool, fingerprint: dict[str, Any]) -> IndexPlan:
+    training, root, packing = split == "train", cache_root(config.data), config.data.packing
     plan = IndexPlan(
         name=source.spec.name,
         tokens=source.tokens,
@@ -207,28 +217,31 @@ def _plan(config: Config, source: Opened, split: str, mask: bool, common: dict[s
         seed=config.run.seed if training else None,
         epochs=source.spec.epochs if training else 1,
         document_mask=mask,
-        fingerprint={**common, "content": source.content},
-        table=open_table(cache_root(config.data), content, source.tokens, config.data.packing, config.seq_len),
+        fingerprint=fingerprint,
+        table=open_table(root, source.key, split, source.tokens, packing, config.seq_len),
+        left_out=source.left_out,
     )
     if not plan.rows_per_epoch and (training or not config.data.sources):
         raise ValueError(_no_row(config, plan, split))
     return plan
 
 
-def _fingerprint(config: Config, opened: list[Opened], split: str, mask: bool) -> dict[str, Any]:
+def _fingerprint(config: Config, opened: list[Opened], split: str, mask: bool) -> IndexedFingerprint:
     tokenizers = {source.tokenizer.fingerprint if source.tokenizer else None for source in opened} - {None}
     if len(tokenizers) > 1:
         raise ValueError(f"the sources have different tokenizers: {', '.join(sorted(map(str, tokenizers)))}")
-    return {
-        "format": FORMAT,
-        "tokenizer": tokenizers.pop() if tokenizers else None,
-        "split": split,
-        "validation": config.data.validation,
-        "packing": config.data.packing,
-        "document_mask": mask,
-        "seq_len": config.seq_len,
-        "seed": config.run.seed,
-    }
+    return IndexedFingerprint(
+        format=FORMAT,
+        tokenizer=tokenizers.pop() if tokenizers else None,
+        split=split,
+        validation=config.data.validation,
+        packing=config.data.packing,
+        document_mask=mask,
+        seq_len=config.seq_len,
+        seed=config.run.seed,
+        sources=tuple((source.spec.name, source.key) for source in opened),
+        mixed=bool(config.data.sources),
+    )
 
 
 def _check_validation(config: Config, plan: IndexPlan | MixedPlan, plans: list[IndexPlan]) -> None:

@@ -46,7 +46,8 @@ class RowPlan(Protocol):
         ...
 
     def counts(self, row: int) -> dict[str, dict[str, int]]:
-        """How far each source is read when the rows before `row` are: `{name: {"rows": rows, "epoch": epoch}}`."""
+        """How far each source is read when the rows before `row` are: `{name: {"rows": rows, "epoch": epoch}}`, and
+        where it is known the number of documents that are in no row, `"leftovers"`."""
         ...
 
     def history(self, row: int) -> Any:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -19,26 +18,26 @@ import numpy as np
 from stoker.conf.durable import sync_directory
 from stoker.data.build import write_file
 from stoker.data.cache import lock
+from stoker.data.keys import RowTableKey, SourceKey
 from stoker.data.packing import Table, best_fit, padded
 from stoker.data.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _BUILD: dict[str, Callable[[np.ndarray, np.ndarray, int], Table]] = {"best_fit": best_fit, "padded": padded}
 _DTYPES = {"firsts": "int64", "begins": "int64", "lengths": "int32"}
 _BLOCK = 4 << 20  # bytes written at a time
 
 
-def open_table(root: Path, content: str, tokens: Tokens, packing: str, seq_len: int) -> Table | None:
-    """The rows of `tokens`, whose fingerprint is `content`, under `packing`; None where they need no table.
+def open_table(root: Path, source: SourceKey, split: str, tokens: Tokens, packing: str, seq_len: int) -> Table | None:
+    """The rows of `tokens`, the `split` of `source`, under `packing`; None where they need no table.
 
     Made under `root` first if it is not there or is damaged. Raises ValueError for a root that cannot be written.
     """
     if packing not in _BUILD:
         return None
-    recipe = {"format": _FORMAT, "content": content, "packing": packing, "seq_len": seq_len}
-    folder = root / f"table-{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]}"
+    folder = root / f"table-{RowTableKey(_FORMAT, source, split, packing, seq_len).key}"
     found = _read(folder)
     if found is None:
         try:

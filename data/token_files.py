@@ -11,7 +11,6 @@ document. A file's end closes a document too.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import struct
@@ -26,6 +25,7 @@ from stoker.conf.schema import DataConfig
 from stoker.data.build import write_file
 from stoker.data.cache import META, TokenCache, cache_root, lock, open_folder
 from stoker.data.documents import Document, stamp
+from stoker.data.keys import digest, file_digest
 from stoker.data.manifest import Memo
 from stoker.data.pool import each
 from stoker.data.text import files_of, known_args
@@ -45,6 +45,7 @@ class TokenFiles:
     content: str  # fingerprint: sizes, and samples of every file
     cache: TokenCache | None
     whole: Tokens | None  # of foreign files: all documents
+    reading: str | None = None  # fingerprint of what else decides where documents begin: indexes, the format
 
     def tokens(self, split: str, validation: float) -> Tokens:
         """The documents of `train` or `validation`; of foreign files the last are kept for validation."""
@@ -71,13 +72,15 @@ def open_source(config: DataConfig) -> TokenFiles:
     if root is not None and args["format"] in ("auto", "stoker") and (root / META).exists():
         cache = open_folder(root)
         sums = {split: cache.meta["splits"][split]["crc32"] for split in cache.meta["splits"]}
-        return TokenFiles(_digest([cache.content, cache.meta["tokenizer"], sums]), cache, None)
+        return TokenFiles(digest([cache.content, cache.meta["tokenizer"], sums]), cache, None)
     if args["format"] == "stoker":
         raise ValueError(f"data.path={root} is no folder of token files: it has no {META}")
     paths = [path for _, path in files_of(config, "data=tokens", args["pattern"], keep=lambda n: n.endswith(_SUFFIXES))]
     files = [_open(path, args) for path in paths]
-    content = _content(config, paths, args)
-    return TokenFiles(content, None, Tokens(join([ids for ids, _ in files]), _starts(config, content, files, args)))
+    content, reading = _content(config, paths, args), _reading([index for _, index in files if index is not None], args)
+    known = content if reading is None else digest([content, reading])
+    starts = _starts(config, known, files, args)
+    return TokenFiles(content, None, Tokens(join([ids for ids, _ in files]), starts), reading)
 
 
 def largest_id(tokens: Tokens) -> int:
@@ -194,21 +197,26 @@ def _content(config: DataConfig, paths: list[Path], args: dict[str, Any]) -> str
     memo = Memo(cache_root(config) / "versions", documents)
     content = memo.recall()
     if content is None:
-        content = _digest([[_sampled(path) for path in paths], args["end_of_document"], args["dtype"]])
+        content = digest([[_sampled(path) for path in paths], args["end_of_document"], args["dtype"]])
         memo.remember(content)
     return content
+
+
+def _reading(indexes: list[Path], args: dict[str, Any]) -> str | None:
+    """What decides, besides the files of ids, which documents there are; None where nothing does."""
+    if not indexes and args["format"] == "auto":
+        return None
+    return digest([[_sampled(path) for path in indexes], args["format"]])
 
 
 def _sampled(path: Path) -> list[Any]:
     """The size of a file and a hash of samples of it."""
     size = path.stat().st_size
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for at in np.linspace(0, max(size - _SAMPLE_BYTES, 0), _SAMPLES).astype(np.int64).tolist():
+
+        def sample(at: int) -> bytes:
             file.seek(at)
-            digest.update(file.read(_SAMPLE_BYTES))
-    return [size, digest.hexdigest()]
+            return file.read(_SAMPLE_BYTES)
 
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+        places = np.linspace(0, max(size - _SAMPLE_BYTES, 0), _SAMPLES).astype(np.int64).tolist()
+        return [size, file_digest(map(sample, places))]

@@ -80,7 +80,7 @@ def add_data(data: argparse.ArgumentParser, overrides: str) -> None:
         ("tokenizer", _data_made, "Train a byte-level BPE on the training documents."),
         ("plan", _data_shown, "What a run of this config reads: documents, tokens, rows and epochs by source."),
         ("peek", _data_shown, "Show the documents of a step of a run, past or to come."),
-        ("verify", _data_shown, "Read every byte of token files and prove them whole."),
+        ("verify", _data_shown, "Read every byte of token files, or every document of sources, and prove them whole."),
     ):
         made[name] = data_commands.add_parser(name, help=text, description=text)
         made[name].set_defaults(command=run, what=name)
@@ -95,7 +95,9 @@ def add_data(data: argparse.ArgumentParser, overrides: str) -> None:
     made["peek"].add_argument("--step", type=int, required=True, help="which step")
     made["peek"].add_argument("--rows", type=int, default=4, help="how many rows at most (default 4)")
     made["peek"].add_argument("--characters", type=int, default=600, help="of a document at most (default 600)")
-    made["verify"].add_argument("paths", nargs="*", help="token files, or a cache (default: the default cache)")
+    made["verify"].add_argument(
+        "paths", nargs="*", help="token files or a cache (default: the default cache), or KEY=VALUE of sources"
+    )
 
 
 def _submit(options: argparse.Namespace) -> int:
@@ -167,5 +169,6 @@ def _data_made(options: argparse.Namespace) -> int:
 def _data_shown(options: argparse.Namespace) -> int:
     from stoker.launch import data_show as show
     from stoker.launch.data_peek import peek
+    from stoker.launch.data_verify import verify
 
-    return {"plan": show.plan, "peek": peek, "verify": show.verify}[options.what](options)
+    return {"plan": show.plan, "peek": peek, "verify": verify}[options.what](options)

@@ -18,7 +18,8 @@ from stoker.conf.schema import Config
 from stoker.conf.targets import import_target
 from stoker.data.cache import write_tokenizer
 from stoker.data.documents import documents_of
-from stoker.data.manifest import is_validation, parts_of
+from stoker.data.keys import is_validation
+from stoker.data.manifest import parts_of
 from stoker.data.opening import open_source
 from stoker.data.sources import specs_of
 from stoker.data.streaming.tar import build_index

@@ -91,7 +91,7 @@ def _of_streams(
     stream, mixture = open_all_streams(config, tokenizer)
     try:
         for state in states[-1:]:
-            refuse_other_data(stream.fingerprint, state)
+            refuse_other_data(stream.fingerprint, state, change=True)
         before = [state for state in states if state["step"] < step]
         if before:
             stream.load_state(before[-1])
@@ -122,10 +122,7 @@ def _first_row(
     if not states:
         return (step - 1) * config.batch.size
     state = next((state for state in states if state["step"] >= step), states[-1])
-    if dict(rows.fingerprint) != dict(state["fingerprint"]):
-        raise ValueError(
-            f"{run.path} was trained on other data than its config names now: stoker train says what differs"
-        )
+    refuse_other_data(rows.fingerprint, state, change=True)
     rows.resume(state["weights"], state["row"], state["step"])
     return state["row"] - (state["step"] - step + 1) * config.batch.size
 

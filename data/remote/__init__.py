@@ -11,6 +11,6 @@ answer is compared with them. A connection that breaks, stalls or ends early is 
 broke, `data.retries` times; what is then still missing is `Damaged`, as is what can be read but not understood.
 """
 
-from stoker.data.remote.damage import Damaged, Loss, Report, refuse
+from stoker.data.remote.damage import Damaged, Leftover, Loss, Report, refuse
 
-__all__ = ["Damaged", "Loss", "Report", "refuse"]
+__all__ = ["Damaged", "Leftover", "Loss", "Report", "refuse"]

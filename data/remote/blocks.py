@@ -10,7 +10,6 @@ flipped is fetched again.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import zlib
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from stoker.data.keys import BlockKey
 from stoker.data.remote.shards import Shard
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,7 @@ class BlockCache:
         return data[begin - first * self._block : end - first * self._block]
 
     def _path(self, shard: Shard, number: int) -> Path:
-        text = f"{shard.url}\n{shard.size}\n{shard.version}\n{self._block}\n{number}"
-        key = hashlib.sha256(text.encode()).hexdigest()[:40]
+        key = BlockKey(shard.url, shard.size, shard.version, self._block, number).key
         return self._folder / key[:2] / key
 
     def _load(self, shard: Shard, number: int) -> bytes | None:

@@ -16,7 +16,7 @@ class Damaged(ValueError):
         self.reason, self.url, self.byte, self.sample = reason, url, byte, sample
         place = "" if byte is None else f" at byte {byte}"
         which = "" if sample is None else f", sample {sample}"
-        super().__init__(f"{url}{place}{which}: {reason}")
+        super().__init__(printable(f"{url}{place}{which}: {reason}"))
 
     def __reduce__(self) -> tuple:
         return Damaged, (self.reason, self.url, self.byte, self.sample)
@@ -31,10 +31,31 @@ class Loss:
     count: int | None
 
 
-# Told of each loss while a split is read; returning goes on without what is lost.
-Report = Callable[[Loss], None]
+@dataclass(frozen=True)
+class Leftover:
+    """Something that lies between documents, is none, and is left out: no damage, but counted."""
+
+    url: str
+    byte: int
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return printable(f"{self.url} at byte {self.byte}, {self.name}: {self.reason}")
 
 
-def refuse(loss: Loss) -> None:
+# Called with each loss and each leftover while a split is read; returning goes on without what is lost.
+Report = Callable[[Loss | Leftover], None]
+
+
+def refuse(found: Loss | Leftover) -> None:
     """`data.on_damage=error`."""
-    raise loss.damage
+    if isinstance(found, Loss):
+        raise found.damage
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and bytes that are no UTF-8 spelt out: names come from other people's files."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -14,6 +14,18 @@ from stoker.data.remote.systems import open_system, told
 from stoker.data.remote.web import Web
 
 _AT_ONCE = 32  # requests
+# What fsspec's file systems call the version of a file, or else the time at which it was written.
+_VERSIONS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "mtime",
+    "modification_time",
+    "created",
+)
 
 
 def look_up(urls: Sequence[str], patience: Patience = PATIENCE) -> list[Shard]:
@@ -24,7 +36,8 @@ def look_up(urls: Sequence[str], patience: Patience = PATIENCE) -> list[Shard]:
     def one(url: str) -> Shard:
         kind = scheme(url)
         if kind == "file":
-            return Shard(url, stamp(Path(local_path(url)))[1])
+            version, size = stamp(Path(local_path(url)))
+            return Shard(url, size, version or "")
         if kind == "pipe":
             return Shard(url, -1)
         if kind in ("http", "https"):
@@ -54,4 +67,4 @@ def _patiently(url: str, patience: Patience, ask: Callable[[], tuple[int, str]])
 def _information(system: Any, url: str) -> tuple[int, str]:
     with told():
         values = system.info(url)
-        return int(values["size"]), str(values.get("ETag") or values.get("etag") or "")
+        return int(values["size"]), str(next(filter(None, map(values.get, _VERSIONS)), ""))

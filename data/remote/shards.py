@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from stoker.data.keys import digest
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -66,5 +67,4 @@ def addresses(urls: Any) -> list[str]:
 
 def names_fingerprint(shards: Sequence[Shard]) -> str:
     """Fingerprint of the shards' names and sizes, in order. Where they lie and when they were written is not in it."""
-    lines = "\n".join(f"{shard.name} {shard.size}" for shard in shards)
-    return hashlib.sha256(lines.encode()).hexdigest()[:32]
+    return digest("\n".join(f"{shard.name} {shard.size}" for shard in shards).encode())

@@ -46,7 +46,7 @@ class Store:
             return b""
         if scheme(shard.url) == "file":
             return self._local(shard, begin, end)
-        if self._cache is None:
+        if self._cache is None or not shard.version:  # what has no version may change unseen
             return self._remote(shard, begin, end)
         return self._cache.read(shard, begin, end, self._remote)
 

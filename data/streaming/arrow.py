@@ -40,7 +40,11 @@ def is_stream(shard: Shard, store: Store) -> bool:
 
 
 def messages(shard: Shard, store: Store) -> Iterator[Message]:
-    """The messages of a stream in order. Raises ValueError where there is none though the stream goes on."""
+    """The messages of a stream in order.
+
+    Raises ValueError where there is none though the stream goes on, for a stream without its end mark, which is cut
+    short, and for bytes behind it, such as a second stream.
+    """
     at = 0
     while at < shard.size:
         head = store.read(shard, at, at + _HEAD)
@@ -48,6 +52,8 @@ def messages(shard: Shard, store: Store) -> Iterator[Message]:
             raise ValueError(f"no message at byte {at} of an arrow stream")
         (size,) = struct.unpack_from("<i", head, 4)
         if size == 0:  # the end
+            if at + _PREFIX != shard.size:
+                raise ValueError(f"{shard.size - at - _PREFIX} bytes follow the end of the arrow stream at byte {at}")
             return
         if not 0 < size <= shard.size - at - _PREFIX:
             raise ValueError(f"the message at byte {at} of an arrow stream is cut short")
@@ -59,6 +65,7 @@ def messages(shard: Shard, store: Store) -> Iterator[Message]:
             raise ValueError(f"the message at byte {at} of an arrow stream is cut short")
         yield Message(kind, at, end)
         at = end
+    raise ValueError("an arrow stream without its end mark: it is cut short")
 
 
 def batches(shard: Shard, store: Store) -> Batches:

@@ -65,6 +65,7 @@ class Count:
     documents: int = 0
     tokens: int = 0
     skips: tuple[Skip, ...] = ()
+    leftovers: int = 0  # things between documents that are none
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,7 @@ class _Hand:
                 total.documents + found.documents,
                 total.tokens + found.tokens,
                 total.skips + found.skips,
+                total.leftovers + found.leftovers,
             )
 
     def assign(self) -> Assignment:
@@ -257,6 +259,7 @@ def to_json(assign: Assignment) -> dict[str, Any]:
         "amount": total.amount,
         "documents": total.documents,
         "tokens": total.tokens,
+        "leftovers": total.leftovers,
         "skips": [list(skip) for skip in total.skips],
         "tail": None if assign.tail is None else list(assign.tail),
     }
@@ -271,7 +274,7 @@ def from_json(state: Mapping[str, Any]) -> Assignment:
         ),
         begins=np.array(state["begins"], np.int64),
         next_window=state["next_window"],
-        counted=Count(state["amount"], state["documents"], state["tokens"], skips),
+        counted=Count(state["amount"], state["documents"], state["tokens"], skips, state.get("leftovers", 0)),
         windows_counted=state["windows_counted"],
         empty_windows=state["empty_windows"],
         tail=None if state["tail"] is None else Tail(*state["tail"]),

@@ -7,9 +7,7 @@ order does not follow the run's seed: every run over the same data evaluates the
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import logging
 import os
 from bisect import bisect_left
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from stoker.data.cache import lock
+from stoker.data.keys import HeldOutKey
 from stoker.data.remote.store import Store
 from stoker.data.streaming.packed import Packed, Packing
 from stoker.data.streaming.shuffle_windows import ShuffleWindows, Window
@@ -36,8 +35,7 @@ def held_out(root: Path, windows: ShuffleWindows, packing: Packing, rows: int, s
     Raises ValueError for data that cannot be read and a `root` that cannot be written.
     """
     kept = replace(windows, seed=_SEED, epochs=1, held_out=True)
-    recipe = {"format": 1, **kept.fingerprint, "rows": rows, "seq_len": packing.seq_len, "packing": packing.name}
-    content = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
+    content = HeldOutKey(2, kept.key, rows, packing.seq_len, packing.name, kept.skipping).key
     path = root / f"held-out-{content}.npz"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

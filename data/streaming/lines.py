@@ -1,10 +1,10 @@
-"""JSON lines, in blocks of bytes: a document belongs to the block that its line begins in."""
+"""JSON lines, in blocks of bytes: a document belongs to the block that its line begins in.
+
+Compressed lines and JSON arrays cannot be cut: a block is a whole shard.
+"""
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,74 +12,102 @@ from typing import Any
 import numpy as np
 
 from stoker.conf.targets import import_target
-from stoker.data.remote import Damaged, Loss, Report
+from stoker.data import decompress
+from stoker.data.decompress import Limits, TooLarge, decompressed
+from stoker.data.formats import JSON_ARRAY, JSON_LINES, Kind
+from stoker.data.json_text import elements, parse
+from stoker.data.keys import SplitsKey
+from stoker.data.remote import Damaged, Leftover, Loss, Report
 from stoker.data.remote.shards import Shard, names_fingerprint
 from stoker.data.remote.store import Store
 from stoker.data.streaming.splits import ByteBlocks, Content
+from stoker.data.table_files import shard_pieces
 
-COMPRESSED = (".gz", ".zst")
 # Bytes read beyond a block at first, so that its last line rarely takes a second request: a part of it, within limits.
 _BEYOND_PART, _LEAST_BEYOND, _MOST_BEYOND = 16, 256, 64 << 10
 
 
+def can_be_cut(kind: Kind) -> bool:
+    """Whether a part of such a shard can be read by itself."""
+    return kind.format is JSON_LINES and kind.compression is None
+
+
 @dataclass(frozen=True)
 class Lines:
-    """Units over `.jsonl` shards: blocks of bytes, or whole shards where they are compressed.
+    """Units over shards of JSON lines or JSON arrays: blocks of bytes, or whole shards where they cannot be cut.
 
-    A document is the text at `column` of a line's object, or the token ids if it is a list of whole numbers.
+    A document is the text at `column` of an object, or the token ids if it is a list of whole numbers.
     """
 
     blocks: ByteBlocks
+    kinds: Mapping[str, Kind]  # by URL
     column: str
+    limits: Limits
     map: str | None = None  # import path of a user's function of the object, instead of `column`
+    content: str | None = None
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        return {
-            "format": "jsonl",
-            "shards": names_fingerprint(self.blocks.shards),
-            "split_bytes": self.blocks.block,
-            "column": self.column,
-            "map": self.map,
-        }
+        reading = (("split_bytes", self.blocks.block), ("column", self.column), ("map", self.map))
+        return SplitsKey("jsonl", names_fingerprint(self.blocks.shards), self.content, reading).values()
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def read(self, split: int, store: Store, report: Report) -> Iterator[tuple[int, Content]]:
         shard, begin, end = self.blocks.locate(split)
-        if shard.name.endswith(COMPRESSED):
-            lines = _lines(_decompressed(shard, store.read(shard, begin, end)), 0)
-        else:
-            lines = _lines_that_begin(shard, begin, end, store)
         number = 0
-        for byte, line in lines:
-            if not line.strip():
+        for byte, value in self._values(shard, begin, end, store):
+            if isinstance(value, bytes) and not value.strip():
                 continue
             try:
-                content = self._document(shard, byte, line, number)
+                content = self._document(shard, byte, value, number)
             except Damaged as error:
                 report(Loss(error, number, 1))
             else:
-                if content is not None:
+                if content is None:
+                    report(Leftover(shard.url, byte or 0, f"line {number} of its split", f"left out by {self.map}"))
+                else:
                     yield number, content
             number += 1
 
-    def _document(self, shard: Shard, byte: int, line: bytes, number: int) -> Content | None:
-        where = (shard.url, byte, f"line {number} of its split")
+    def _values(self, shard: Shard, begin: int, end: int, store: Store) -> Iterator[tuple[int | None, Any]]:
+        """The place and the bytes of each line of a block, or the elements of an array."""
+        kind = self.kinds[shard.url]
+        if can_be_cut(kind):
+            yield from _lines_that_begin(shard, begin, end, store)
+            return
+        pieces = decompressed(shard_pieces(shard, store), kind.compression, self.limits)
         try:
-            values = json.loads(line)
-        except UnicodeDecodeError as error:
-            raise Damaged(f"not UTF-8: byte {line[error.start]:#04x} at offset {error.start} of it", *where) from error
-        except (ValueError, RecursionError) as error:
-            raise Damaged(f"not JSON: {error}", *where) from error
+            if kind.format is JSON_ARRAY:
+                found = elements(decompress.whole(pieces, self.limits), self.column)
+                yield from ((None, value) for value in found)
+                return
+            byte = 0
+            for line in decompress.lines(pieces, self.limits):
+                yield byte, line
+                byte += len(line) + 1
+        except TooLarge as error:
+            raise TooLarge(f"cannot read {shard.url}: {error}") from error
+        except Damaged:
+            raise
+        except (OSError, EOFError, ValueError) as error:
+            raise Damaged(f"it cannot be read: {error}", shard.url) from error
+
+    def _document(self, shard: Shard, byte: int | None, value: Any, number: int) -> Content | None:
+        where = (shard.url, byte, f"line {number} of its split" if isinstance(value, bytes) else f"element {number}")
+        if isinstance(value, bytes):
+            try:
+                value = parse(value, self.column if self.map is None else None)
+            except ValueError as error:
+                raise Damaged(str(error), *where) from error
         if self.map is not None:
-            found = import_target(self.map)(values)
+            found = import_target(self.map)(value)
             return None if found is None else content_of(found, self.map, where)
-        if not isinstance(values, dict) or self.column not in values:
-            names = f"it has {', '.join(values)}" if isinstance(values, dict) else "it is no object"
+        if not isinstance(value, dict) or self.column not in value:
+            names = f"it has {', '.join(value)}" if isinstance(value, dict) else "it is no object"
             raise Damaged(f"no column {self.column!r}: {names}", *where)
-        return content_of(values[self.column], self.column, where)
+        return content_of(value[self.column], self.column, where)
 
 
 def content_of(value: Any, column: str, where: tuple[str, int | None, str | None]) -> Content:
@@ -124,28 +152,3 @@ def _lines(data: bytes, byte: int) -> Iterator[tuple[int, bytes]]:
     for line in data.split(b"\n"):
         yield byte, line
         byte += len(line) + 1
-
-
-def _decompressed(shard: Shard, data: bytes) -> bytes:
-    try:
-        return gzip.decompress(data) if shard.name.endswith(".gz") else _unzstd(data)
-    except ImportError as error:
-        raise ValueError(f"{shard.url}: reading .zst takes the package zstandard: pip install zstandard") from error
-    except (EOFError, OSError, zlib.error) as error:
-        raise Damaged(f"it cannot be decompressed: {error}", shard.url) from error
-
-
-def _unzstd(data: bytes) -> bytes:
-    import zstandard
-
-    pieces = []
-    while data:  # frame after frame
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        try:
-            pieces.append(frame.decompress(data))
-        except zstandard.ZstdError as error:
-            raise EOFError(str(error)) from error
-        if not frame.eof:
-            raise EOFError("its last frame is cut short")
-        data = frame.unused_data
-    return b"".join(pieces)

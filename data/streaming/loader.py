@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from stoker.data.keys import StreamedFingerprint
 from stoker.data.loader import COMPARED_EVERY, EndOfData, refuse_other_data
 from stoker.data.remote.store import Store
 from stoker.data.rows import unpack
@@ -54,16 +55,27 @@ class StreamingLoader:
         prefetch: int = 4,
         pin: bool = False,
         skip_limit: int = 10_000,
+        change: bool = False,
     ) -> None:
-        """`skip_limit`: skips of a source that may be recorded. Raises ValueError unless dp divides the streams and the
-        streams divide `batch_rows`."""
+        """`skip_limit`: skips of a source that may be recorded; `change` as in `IndexedLoader`.
+
+        Raises ValueError unless dp divides the streams and the streams divide `batch_rows`.
+        """
         if batch_rows % shape.streams:
             raise ValueError(f"batch.size={batch_rows} is no multiple of data.streams={shape.streams}")
         self._sources, self._shape, self._batch_rows = sources, shape, batch_rows
         self.document_mask = document_mask
-        self._pin, self._prefetch = pin, prefetch
+        self._pin, self._prefetch, self._change = pin, prefetch, change
         self._exchange = exchange or Alone()
-        self.fingerprint = _fingerprint(sources, shape, document_mask)
+        self.fingerprint = StreamedFingerprint(
+            format=FORMAT,
+            streams=shape.streams,
+            assign_every=shape.period,
+            packing=shape.packing.name,
+            document_mask=document_mask,
+            seq_len=shape.packing.seq_len,
+            sources=tuple((source.name, source.key) for source in sources),
+        ).values()
         store = store or Store()
         self._mixture = mixture or one_source()
 
@@ -143,16 +155,23 @@ class StreamingLoader:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on after the rows that `state` has seen. Raises ValueError, with what differs, for other rows."""
-        refuse_other_data(self.fingerprint, state)
+        refuse_other_data(self.fingerprint, state, self._change)
         self._stop()
         self._rows.forget()
         streams = self._shape.streams
         states = [state["sources"][source.name] for source in self._sources]
+        assignments = tuple(from_json(values) for values in states)
+        for source, assign in zip(self._sources, assignments, strict=True):
+            if assign.tail is not None and (source.total is None or source.total > assign.next_window):
+                raise ValueError(
+                    f"{source.name} has come to the end of its data, which were divided among the streams after "
+                    f"{assign.next_window / source.per_epoch:g} epochs: no more can follow, so set data.epochs back"
+                )
         self._step = state["step"]
         self._mixture.resume(state["weights"], state["row"], self._step)
         self._place = Place(
             state["row"] // streams,
-            tuple(from_json(values) for values in states),
+            assignments,
             tuple(np.broadcast_to(np.array(values["rows"], np.int64), streams) for values in states),
         )
 
@@ -168,6 +187,7 @@ class StreamingLoader:
                 "tokens": assign.counted.tokens,
                 "epoch": assign.next_window / source.per_epoch,
                 "skips": len(assign.counted.skips),
+                "leftovers": assign.counted.leftovers,
             }
             values |= {f"data.{source.name}.{name}": value for name, value in found.items()}
         return values
@@ -228,22 +248,6 @@ class StreamingLoader:
             log.warning("the loader of rows did not end within %.0f s: another rank is gone", _LEAVE_SECONDS)
         self._loader = None
         self._ready.clear()
-
-
-def _fingerprint(sources: Sequence[ShuffleWindows], shape: Shape, document_mask: bool) -> dict[str, Any]:
-    """Everything that the rows depend on, as JSON values by name."""
-    values: dict[str, Any] = {
-        "mode": "streaming",
-        "format": FORMAT,
-        "streams": shape.streams,
-        "assign_every": shape.period,
-        "packing": shape.packing.name,
-        "document_mask": document_mask,
-        "seq_len": shape.packing.seq_len,
-    }
-    for source in sources:
-        values |= {f"{source.name}.{name}": value for name, value in source.fingerprint.items()}
-    return values
 
 
 def _short(rows: np.ndarray) -> int | list[int]:

@@ -93,6 +93,7 @@ def _stream(
         store=open_store(data),
         mixture=mixture,
         skip_limit=data.skip_limit,
+        change=config.run.change,
         **options,
     )
 

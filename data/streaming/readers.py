@@ -154,6 +154,7 @@ def _send(end: socket.socket, window: Window) -> None:
         "documents": len(window.starts),
         "bytes": window.bytes,
         "retries": window.retries,
+        "leftovers": window.leftovers,
         "skips": [list(skip) for skip in window.skips],
     }
     descriptor = _memory()
@@ -182,4 +183,5 @@ def _map(descriptor: int, head: dict) -> Window:
         os.close(descriptor)
     starts = np.frombuffer(memory, np.int64, head["documents"])
     ids = np.frombuffer(memory, head["dtype"], head["tokens"], offset=starts.nbytes)
-    return Window(ids, starts, tuple(Skip(*skip) for skip in head["skips"]), head["bytes"], head["retries"])
+    skips = tuple(Skip(*skip) for skip in head["skips"])
+    return Window(ids, starts, skips, head["bytes"], head["retries"], head["leftovers"])

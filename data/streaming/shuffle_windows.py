@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
+from stoker.data.keys import WindowsKey, is_validation, text_digest
 from stoker.data.remote import Damaged, Loss
 from stoker.data.remote.store import Store
 from stoker.data.shuffle import permute
@@ -27,6 +26,7 @@ class Window:
     skips: tuple[Skip, ...]
     bytes: int  # read from files and servers
     retries: int
+    leftovers: int = 0  # things that lie between the documents and are none
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ class ShuffleWindows:
         return None if self.epochs is None else self.epochs * self.per_epoch
 
     @property
-    def fingerprint(self) -> dict[str, Any]:
+    def key(self) -> WindowsKey:
         """All that the windows depend on."""
-        return {
-            **self.splits.fingerprint,
-            "splits": len(self.splits),
-            "shuffle_window": self.splits_per_window,
-            "seed": self.seed,
-            "tokenizer": self.tokenizer.fingerprint,
-            "validation": self.validation,
-        }
+        return WindowsKey(
+            source=self.splits.fingerprint,
+            splits=len(self.splits),
+            window=self.splits_per_window,
+            seed=self.seed,
+            tokenizer=self.tokenizer.fingerprint,
+            validation=self.validation,
+        )
 
     def splits_of(self, window: int) -> list[int]:
         """Which splits make up a window."""
@@ -80,6 +80,7 @@ class ShuffleWindows:
         before = (store.traffic.bytes, store.traffic.retries)
         contents: list[Content] = []
         skips: list[Skip] = []
+        leftovers = 0
         for split in self.splits_of(window):
             losses = Losses(
                 self.skipping and known is None,
@@ -89,18 +90,23 @@ class ShuffleWindows:
                 continue
             documents = whole(partial(self.splits.read, split, store, losses), losses)
             for number, content in documents:
-                if losses.lost(number) or not len(content):
+                if losses.lost(number):
+                    continue
+                if not len(content):
+                    leftovers += 1
                     continue
                 if wrong := self._wrong_ids(content):
                     where = f"{self.name}, split {split}"
                     losses(Loss(Damaged(wrong, where, None, f"document {number}"), number, 1))
-                elif is_validation(content, self.validation) == self.held_out:
+                elif is_held_out(content, self.validation) == self.held_out:
                     contents.append(content)
+            leftovers += losses.leftovers
             skips += [Skip(window, split, loss.first, ALL if loss.count is None else loss.count) for loss in losses.new]
         order = permute(np.arange(len(contents)), max(1, len(contents)), self.seed, window, of="documents")
         ids, starts = self._tokenise([contents[place] for place in order.tolist()])
         traffic = store.traffic
-        return Window(ids, starts, tuple(skips), traffic.bytes - before[0], traffic.retries - before[1])
+        read, retried = traffic.bytes - before[0], traffic.retries - before[1]
+        return Window(ids, starts, tuple(skips), read, retried, leftovers)
 
     def _wrong_ids(self, content: Content) -> str | None:
         if isinstance(content, str) or (content.min() >= 0 and content.max() < self.tokenizer.vocab_size):
@@ -120,9 +126,10 @@ class ShuffleWindows:
         return ids, ends - lengths
 
 
-def is_validation(content: Content, share: float) -> bool:
+def is_held_out(content: Content, share: float) -> bool:
     """Whether a document is kept for validation, as a share of all is. Equal documents land on one side."""
     if not share:
         return False
-    data = content.encode() if isinstance(content, str) else content.astype("<u4").tobytes()
-    return int.from_bytes(hashlib.sha256(data).digest()[:8]) < share * 2**64
+    return is_validation(
+        text_digest(content.encode() if isinstance(content, str) else content.astype("<u4").tobytes()), share
+    )

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from stoker.data.remote import Loss, Report
+from stoker.data.remote import Leftover, Loss, Report
 from stoker.data.remote.damage import Damaged
 from stoker.data.remote.shards import Shard
 from stoker.data.remote.store import Store
@@ -31,7 +31,8 @@ class Splits(Protocol):
     def read(self, split: int, store: Store, report: Report) -> Iterator[tuple[int, Content]]:
         """(number, document) of the documents of `split`, numbered from 0 in the order they lie.
 
-        What damage makes unreadable is reported, by numbers of the same count, and left out.
+        What damage makes unreadable is reported, by numbers of the same count, and left out. What lies between
+        documents and is none is reported as a Leftover.
         """
         ...
 
@@ -39,12 +40,18 @@ class Splits(Protocol):
 class ByteBlocks:
     """Blocks of `block` bytes of shards laid side by side: a shard of n bytes has ceil(n / block), at least one.
 
-    With `block` None every shard is one block. Which blocks there are follows from the sizes alone.
+    A shard that is `whole_registry`, and with `block` None every shard, is one block. Which blocks there are follows
+    from the sizes alone.
     """
 
-    def __init__(self, shards: Sequence[Shard], block: int | None) -> None:
-        self.shards, self.block = shards, block
-        counts = [1 if block is None else max(1, -(-shard.size // block)) for shard in shards]
+    def __init__(self, shards: Sequence[Shard], block: int | None, whole_registry: Sequence[bool] = ()) -> None:
+        self.shards = shards
+        self.block = None if len(whole_registry) and all(whole_registry) else block  # bytes
+        self._uncut = tuple(whole_registry) or (self.block is None,) * len(shards)
+        counts = [
+            1 if whole or self.block is None else max(1, -(-shard.size // self.block))
+            for shard, whole in zip(shards, self._uncut, strict=True)
+        ]
         self._firsts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
     def __len__(self) -> int:
@@ -54,7 +61,7 @@ class ByteBlocks:
         """The shard of a block, and the block's first byte and the one after its last."""
         number = int(np.searchsorted(self._firsts, split, side="right")) - 1
         shard = self.shards[number]
-        if self.block is None:
+        if self.block is None or self._uncut[number]:
             return shard, 0, shard.size
         begin = (split - int(self._firsts[number])) * self.block
         return shard, begin, min(begin + self.block, shard.size)
@@ -67,8 +74,12 @@ class Losses:
         """`known`: (first, count) of losses that a state recorded: these are no news, and stay lost."""
         self._skipping, self._known = skipping, known
         self.new: list[Loss] = []
+        self.leftovers = 0
 
-    def __call__(self, loss: Loss) -> None:
+    def __call__(self, loss: Loss | Leftover) -> None:
+        if isinstance(loss, Leftover):
+            self.leftovers += 1
+            return
         if (loss.first, loss.count) in self._known:
             return
         if not self._skipping:

@@ -224,7 +224,8 @@ class StreamRows:
             for key in mine:
                 found = self._take(key)
                 window = found.window
-                message += [key[1], found.amount, len(window.starts), len(window.ids), len(window.skips)]
+                message += [key[1], found.amount, len(window.starts), len(window.ids), window.leftovers]
+                message += [len(window.skips)]
                 message += [value for skip in window.skips for value in skip[1:]]
         message = [len(message), self._unreported.bytes, self._unreported.retries, *message]
         self._unreported = Counters()
@@ -239,11 +240,11 @@ class StreamRows:
             self.counters.retries += values[place + 2]
             place += 3
             while place < end:
-                window, amount, documents, tokens, skips = values[place : place + 5]
-                place += 5
+                window, amount, documents, tokens, leftovers, skips = values[place : place + 6]
+                place += 6
                 found = [Skip(window, *values[place + 3 * n : place + 3 * n + 3]) for n in range(skips)]
                 place += 3 * skips
-                counts[window] = Count(amount, documents, tokens, tuple(found))
+                counts[window] = Count(amount, documents, tokens, tuple(found), leftovers)
         return counts
 
     def _hold(self, place: Place, coming: _Coming) -> None:

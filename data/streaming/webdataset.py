@@ -7,7 +7,6 @@ which split follows from their places alone, so whether there was an index chang
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -25,7 +24,9 @@ import numpy as np
 from stoker.conf.schema import DataConfig
 from stoker.conf.targets import import_target
 from stoker.data.cache import cache_root
+from stoker.data.keys import IndexKey, SplitsKey
 from stoker.data.remote import Damaged, Loss, Report
+from stoker.data.remote.contents import content_of as content_of_shards
 from stoker.data.remote.lookup import look_up
 from stoker.data.remote.shards import Shard, addresses, local_path, names_fingerprint, scheme
 from stoker.data.remote.store import Store
@@ -54,17 +55,13 @@ class TarShards:
     json_key: str
     map: str | None
     indexes: Path  # folder
+    content: str | None = None  # see `stoker.data.remote.contents`
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        return {
-            "format": "webdataset",
-            "shards": names_fingerprint(self.blocks.shards),
-            "split_bytes": self.blocks.block,
-            "member": self.member,
-            "json_key": self.json_key,
-            "map": self.map,
-        }
+        reading = {"split_bytes": self.blocks.block, "member": self.member, "json_key": self.json_key, "map": self.map}
+        shards = names_fingerprint(self.blocks.shards)
+        return SplitsKey("webdataset", shards, self.content, tuple(reading.items())).values()
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -161,8 +158,7 @@ class TarShards:
     def _index(self, shard: Shard, store: Store) -> Index:
         if scheme(shard.url) == "file" and (found := _stored(Path(f"{local_path(shard.url)}.index"), shard.size)):
             return found
-        named = hashlib.sha256(f"{shard.url}\n{shard.size}\n{shard.version}".encode()).hexdigest()[:32]
-        kept = self.indexes / f"{named}.index"
+        kept = self.indexes / f"{IndexKey(shard.url, shard.size, shard.version).key}.index"
         if found := _stored(kept, shard.size):
             return found
         index = build_index(_Through(shard, store))
@@ -192,7 +188,8 @@ def open_webdataset(config: DataConfig) -> Splits:
     if any(piped) and not all(piped):
         raise ValueError("data.urls: pipes and files cannot be mixed in one source")
     blocks = ByteBlocks(shards, None if any(piped) else bytes_of_split(config, shards))
-    return TarShards(blocks, args["member"], args["json_key"], args["map"], cache_root(config) / "indexes")
+    content = content_of_shards(shards, Store(patience_of(config)), cache_root(config))
+    return TarShards(blocks, args["member"], args["json_key"], args["map"], cache_root(config) / "indexes", content)
 
 
 class _Through:

@@ -13,6 +13,8 @@ import pytest
 from stoker.conf.schema import Config
 from stoker.data import cache as cache_module
 from stoker.data import open_rows, prepare
+from stoker.data.cache import open_folder
+from stoker.data.loader import IndexedLoader
 from stoker.data.tokenizer import ByteTokenizer
 from tests.data.conftest import cache_of, write_text, write_texts
 
@@ -231,3 +233,29 @@ def test_more_texts_make_another_cache_beside_the_first(config, builds):
     write_texts(Path(config.data.path), 41)
     assert cache_of(config.data).folder != first and first.exists()
     assert len(builds) == 2
+
+
+def test_a_document_without_text_is_counted(config):
+    write_text(Path(config.data.path) / "empty.txt", "")
+    assert cache_of(config.data).left_out == 1
+    assert IndexedLoader(open_rows(config, "train"), 24).metrics()["data.texts.leftovers"] == 1
+
+
+def test_a_folder_of_an_earlier_version_is_read_and_what_it_did_not_count_is_unknown(config):
+    folder = cache_of(config.data).folder
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["recipe"]["format"] = 2
+    del meta["left_out"], meta["recipe"]["encoder"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    found = open_folder(folder)
+    assert found.left_out is None and found.encoder is None and len(found.tokens("train").starts) > 20
+    config.data.target, config.data.path, config.data.tokenizer = (
+        "stoker.data.token_files:open_source",
+        str(folder),
+        None,
+    )
+    assert "data.texts.leftovers" not in IndexedLoader(open_rows(config, "train"), 24).metrics()
+    meta["recipe"]["format"] = 1
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="it has format 1, and this version reads 3"):
+        open_folder(folder)

@@ -68,7 +68,7 @@ def test_plan_counts_what_a_run_reads_of_each_source_and_where_the_data_end(tmp_
     assert main(["data", "plan", *words, "steps=10"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["source", "texts", "chats"]
-    assert [int(line.split()[5]) for line in lines[1:3]] == [60, 20]
+    assert [int(line.split()[7]) for line in lines[1:3]] == [60, 20]
     assert main(["data", "plan", *words, "steps=10000", "data.epochs=1"]) == 0
     assert "the data end there: steps=10000 would need 80,000 rows" in capsys.readouterr().out
 
@@ -180,3 +180,27 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "meta.json").write_text("{")
     assert "holds no sound token files" in failed(capsys, "plan", "data=tokens", f"data.path={tmp_path / 'damaged'}")
+
+
+def test_what_is_left_out_is_counted_in_both_modes(tmp_path, capsys):
+    values = [{"text": f"document {n} " * 9 if n % 5 else ""} for n in range(40)]
+    write_lines(tmp_path / "lines" / "a.jsonl", values)
+    words = ["data=text", f"data.path={tmp_path / 'lines'}", "seq_len=32", "batch.size=8", "data.validation=0"]
+    assert main(["data", "plan", *words, "steps=3"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[1].split()[1:4] == ["32", "0", "8"]
+    assert "text: 8 documents without text are left out" in shown and "tokens of an epoch fill no row" in shown
+    assert main(["data", "verify"]) == 0
+    assert "whole, every byte read; 8 documents without text left out" in capsys.readouterr().out
+    assert main(["data", "verify", *words]) == 0
+    assert "text: 32 documents, 0 for validation; 8 documents without text left out" in capsys.readouterr().out
+    assert main(["data", "verify", *words, "data.mode=streaming"]) == 0
+    assert "text: 32 documents in 1 units, whole, every unit read; 8 left out" in capsys.readouterr().out
+
+
+def test_verify_of_a_streamed_source_names_what_is_damaged(tmp_path, capsys):
+    write_lines(tmp_path / "lines" / "a.jsonl", [{"text": "a text"}, {"body": "none"}, {"text": "another"}])
+    words = ["data=text", f"data.path={tmp_path / 'lines'}", "seq_len=32", "batch.size=8", "data.mode=streaming"]
+    assert main(["data", "verify", *words]) == 1
+    shown = capsys.readouterr().out
+    assert "2 documents in 1 units, 1 damaged" in shown and "no column 'text': it has body" in shown

@@ -11,6 +11,8 @@ from functools import partial
 import pytest
 
 from stoker.data import EndOfData
+from stoker.data.streaming.sources import open_shards
+from stoker.data.text import READS
 from stoker.data.tokenizer import ByteTokenizer
 from stoker.parallel.batch import IGNORE_INDEX
 from tests.data.batches import digest
@@ -187,6 +189,9 @@ def test_data_that_changed_under_a_resumed_run_are_noticed(opener, tmp_path):
     for path in (tmp_path / "texts").glob("*.jsonl"):  # as many bytes, fewer documents
         path.write_bytes(path.read_bytes().replace(b"xx", b"\\n"))
     with World(opener) as world:
+        with pytest.raises(ValueError, match=r"has read 72 rows of: texts.content was \w+ and is \w+$"):
+            world.load(state)
+        del state["fingerprint"]["texts.content"]  # which earlier versions did not record
         world.load(state)
         with pytest.raises(
             ValueError, match=r"texts: the splits \[.*\] make \d+ and made \d+ tokens .* the data changed"
@@ -229,3 +234,36 @@ def test_every_lane_takes_new_windows_only_when_it_needs_them(opener):
             assign = world.streams[0]._place.assignments[0]
             if assign.tail is None:
                 assert max(len(queue) for queue in assign.queues) <= 4
+
+
+def test_a_source_that_has_ended_does_not_go_on_with_more_epochs(config, opener):
+    with World(opener) as world:
+        world.batches()
+        state = world.state()
+    config.data.epochs = 2
+    with (
+        World(opener) as world,
+        pytest.raises(ValueError, match=r"texts has come to the end .* after 1 epochs: no more"),
+    ):
+        world.load(state)
+
+
+def test_what_is_no_document_is_counted(config, opener, tmp_path):
+    write_lines(tmp_path / "texts", ["", *documents(100), ""])
+    config.data.splits, config.data.args = "tests.data.streaming.test_loader:open_some", {"text": "text"}
+    with World(opener, dp=2) as world:
+        world.batches()
+        metrics = world.streams[1].metrics()
+        assert (metrics["data.texts.documents"], metrics["data.texts.leftovers"]) == (99, 3)
+        state = world.state()
+    with World(opener) as world:
+        world.load(state)
+        assert world.streams[0].metrics()["data.texts.leftovers"] == 3
+
+
+def open_some(data):
+    return open_shards(data, "*", READS, "auto", "text", "tests.data.streaming.test_loader:some")
+
+
+def some(values):
+    return None if values["id"] == 7 else values["text"]

@@ -8,6 +8,8 @@ import time
 
 import numpy as np
 
+from stoker.data.decompress import Limits
+from stoker.data.formats import JSON_LINES, Kind
 from stoker.data.remote.shards import Shard
 from stoker.data.streaming.assignment import Count, Terms, assign, from_json, nothing_assigned, to_json
 from stoker.data.streaming.lines import Lines
@@ -22,10 +24,10 @@ def test_a_large_run_starts_at_once_deals_in_no_time_and_keeps_a_small_state():
     chance = random.Random(0)
     began = time.process_time()
     shards = [Shard(f"s3://bucket/{n:06}.jsonl", chance.randrange(100 << 20, 300 << 20), "etag") for n in range(SHARDS)]
-    splits = Lines(ByteBlocks(shards, 1 << 20), "text")
+    splits = Lines(ByteBlocks(shards, 1 << 20), {shard.url: Kind(JSON_LINES) for shard in shards}, "text", Limits())
     windows = ShuffleWindows("web", splits, 4, 0, ByteTokenizer(), 0.0, False, None)
     terms = Terms(RANKS, windows.total, windows.per_epoch, SEQ_LEN, 1)
-    assert windows.fingerprint["splits"] > 15_000_000
+    assert windows.key.values()["splits"] > 15_000_000
     assigned = nothing_assigned(RANKS)
     full = np.full(RANKS, PERIOD)
     sizes = [chance.randrange(800_000, 1_200_000) for _ in range(997)]

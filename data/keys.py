@@ -1,0 +1,236 @@
+"""The key of every cache and the fingerprint of every state, each made here, of typed ingredients.
+
+A key that lacks an ingredient hands one run the files of another; a fingerprint that lacks one lets a run go on with
+other sequences than it began with. So whatever changes sequences is a field of one of these classes:
+
+    MemoKey              which texts some versions of files had             manifest.py
+    TokensKey            the tokens of a source                             cache.py
+    RowTableKey          the rows that a packing makes of them              tables.py
+    IndexedFingerprint   the sequences of an indexed run                    opening.py
+    SplitsKey            which documents lie where in a streamed source     streams/
+    WindowsKey           the windows of a streamed source
+    HeldOutKey           the validation documents of one                    streams/held_out.py
+    StreamedFingerprint  the sequences of a streamed run                    streams/stream.py
+    BlockKey, IndexKey   a downloaded block; where the samples of a tar lie
+
+Where the data lie, what they are called, when they were written, and how many processes read them is in none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+def digest(value: Any) -> str:
+    """128 bits of SHA-256, in hex, of JSON values or of bytes."""
+    data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def text_digest(text: bytes) -> bytes:
+    """The SHA-256 of one document."""
+    return hashlib.sha256(text).digest()
+
+
+def is_validation(document: bytes, share: float) -> bool:
+    """Whether the document with this SHA-256 is kept for validation, as `share` of all are. Copies land on one side."""
+    return int.from_bytes(document[:8]) < share * 2**64
+
+
+class _Ingredients:
+    """A frozen dataclass whose fields are JSON values, or ingredients themselves."""
+
+    def values(self) -> dict[str, Any]:
+        """The ingredients by name."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {name: value.values() if isinstance(value, _Ingredients) else value for name, value in held.items()}
+
+    @property
+    def key(self) -> str:
+        """A name for a file or folder."""
+        return digest([type(self).__name__, self.values()])
+
+
+@dataclass(frozen=True)
+class MemoKey(_Ingredients):
+    format: int
+    versions: tuple[tuple[str, str | None], ...]  # name and version of each document, in order
+
+
+@dataclass(frozen=True)
+class TokensKey(_Ingredients):
+    format: int
+    content: str  # of the texts: each byte of each document, in order
+    tokenizer: str
+    validation: float
+    encoder: str | None  # how texts become tokens where it is not by the tokenizer alone: the chat template
+
+
+@dataclass(frozen=True)
+class SourceKey(_Ingredients):
+    """The documents of a source as tokens."""
+
+    content: str
+    tokenizer: str | None
+    encoder: str | None
+    validation: float
+
+
+@dataclass(frozen=True)
+class RowTableKey(_Ingredients):
+    format: int
+    source: SourceKey
+    split: str
+    packing: str
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class IndexedFingerprint(_Ingredients):
+    """Everything that the sequences of an indexed run depend on. `sources` by name, in the order of the config."""
+
+    format: int
+    tokenizer: str | None
+    split: str
+    validation: float
+    packing: str
+    document_mask: bool
+    seq_len: int
+    seed: int
+    sources: tuple[tuple[str, SourceKey], ...]
+    mixed: bool  # do the sources stand in data.sources, where one may stand alone?
+
+    def values(self) -> dict[str, Any]:
+        common = {field.name: getattr(self, field.name) for field in fields(self)[:-2]}
+        encoders = {name: source.encoder for name, source in self.sources if source.encoder is not None}
+        own = {name: source.validation for name, source in self.sources if source.validation != self.validation}
+        if not self.mixed:
+            ((_, source),) = self.sources
+            return {**common, "content": source.content, "encoder": source.encoder}
+        return {
+            **common,
+            "sources": {name: source.content for name, source in self.sources},
+            "encoders": encoders or None,
+            "validations": own or None,
+            "order": [name for name, _ in self.sources] if len(self.sources) > 1 else None,
+        }
+
+
+@dataclass(frozen=True)
+class SplitsKey(_Ingredients):
+    """Which documents a streamed source has, and in which unit each lies."""
+
+    format: str
+    shards: str | None  # their names and sizes; None where they have none
+    content: str | None  # samples of their bytes; None where only reading through them would tell
+    reading: tuple[tuple[str, Any], ...]  # what else decides which documents are read of them, by name
+
+    def values(self) -> dict[str, Any]:
+        found = {"format": self.format, **dict(self.reading), "content": self.content}
+        return found if self.shards is None else {**found, "shards": self.shards}
+
+
+@dataclass(frozen=True)
+class WindowsKey(_Ingredients):
+    source: Mapping[str, Any]  # `SplitsKey.values()`
+    units: int
+    window: int
+    seed: int
+    tokenizer: str
+    validation: float
+
+    def values(self) -> dict[str, Any]:
+        return {**self.source, **{field.name: getattr(self, field.name) for field in fields(self)[1:]}}
+
+
+@dataclass(frozen=True)
+class HeldOutKey(_Ingredients):
+    format: int
+    windows: WindowsKey
+    rows: int
+    seq_len: int
+    packing: str
+    skipping: bool  # were damaged documents left out?
+
+
+@dataclass(frozen=True)
+class StreamedFingerprint(_Ingredients):
+    """Everything that the sequences of a streamed run depend on. `sources` by name, in the order of the config."""
+
+    format: int
+    streams: int
+    assign_every: int
+    packing: str
+    document_mask: bool
+    seq_len: int
+    sources: tuple[tuple[str, WindowsKey], ...]
+
+    def values(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"mode": "streaming"}
+        found |= {field.name: getattr(self, field.name) for field in fields(self)[:-1]}
+        for name, source in self.sources:
+            found |= {f"{name}.{key}": value for key, value in source.values().items()}
+        return {**found, "order": [name for name, _ in self.sources] if len(self.sources) > 1 else None}
+
+
+@dataclass(frozen=True)
+class BlockKey(_Ingredients):
+    url: str
+    size: int
+    version: str
+    block: int  # bytes
+    number: int
+
+
+@dataclass(frozen=True)
+class IndexKey(_Ingredients):
+    url: str
+    size: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the fingerprint of a state compares with today's."""
+
+    different: tuple[str, ...]  # names of ingredients
+    unrecorded: tuple[str, ...]  # ingredients that the state does not hold, and that may be others than they were
+
+
+# Of shards every version recorded names and sizes, and the windows that a state holds are read and counted again.
+_PROVEN_BY_READING = "content"
+
+
+def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Comparison:
+    """Compare today's fingerprint with the one of a state, which an earlier version may have stored.
+
+    One rule holds for an ingredient that the state lacks because that version did not record it. If today's value is
+    None the data have no such thing, and had none then. If it is samples of the shards of a streamed source, the
+    windows that are read again prove it. Any other may have changed since: it is unrecorded, for the user to decide.
+    """
+    different, unrecorded = [], []
+    for name in sorted({*ours, *theirs}):
+        value = ours.get(name)
+        if name in theirs or name == "format":  # which every version records
+            if value != theirs.get(name):
+                different.append(name)
+        elif value is not None and name.rpartition(".")[2] != _PROVEN_BY_READING:
+            unrecorded.append(name)
+    return Comparison(tuple(different), tuple(unrecorded))
+
+
+def bytes_digest(pieces: Iterable[bytes]) -> str:
+    """128 bits of the SHA-256 of bytes, a piece after the other, in hex."""
+    return file_digest(pieces)[:32]
+
+
+def file_digest(pieces: Iterable[bytes]) -> str:
+    """The SHA-256 of bytes, a piece after the other, in hex."""
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece)
+    return found.hexdigest()
