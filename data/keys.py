@@ -7,10 +7,10 @@ other sequences than it began with. So whatever changes sequences is a field of 
     TokensKey            the tokens of a source                             cache.py
     RowTableKey          the rows that a packing makes of them              tables.py
     IndexedFingerprint   the sequences of an indexed run                    opening.py
-    SplitsKey            which documents lie where in a streamed source     streams/
+    SplitsKey            which documents lie where in a streamed source     streaming/
     WindowsKey           the windows of a streamed source
-    HeldOutKey           the validation documents of one                    streams/held_out.py
-    StreamedFingerprint  the sequences of a streamed run                    streams/stream.py
+    HeldOutKey           the validation documents of one                    streaming/held_out.py
+    StreamedFingerprint  the sequences of a streamed run                    streaming/loader.py
     BlockKey, IndexKey   a downloaded block; where the samples of a tar lie
 
 Where the data lie, what they are called, when they were written, and how many processes read them is in none.
@@ -122,7 +122,7 @@ class IndexedFingerprint(_Ingredients):
 
 @dataclass(frozen=True)
 class SplitsKey(_Ingredients):
-    """Which documents a streamed source has, and in which unit each lies."""
+    """Which documents a streamed source has, and in which split each lies."""
 
     format: str
     shards: str | None  # their names and sizes; None where they have none
@@ -137,8 +137,8 @@ class SplitsKey(_Ingredients):
 @dataclass(frozen=True)
 class WindowsKey(_Ingredients):
     source: Mapping[str, Any]  # `SplitsKey.values()`
-    units: int
-    window: int
+    splits: int
+    shuffle_window: int
     seed: int
     tokenizer: str
     validation: float

@@ -52,7 +52,7 @@ def _verify_sources(config: Config) -> int:
     problems = 0
     console = Console()
     for spec in specs_of(config.data):
-        if config.data.mode == "streams":
+        if config.data.mode == "streaming":
             windows = open_windows(spec.config, config.run.seed, open_tokenizer(config.data), spec.epochs)
             damage = _read_through(windows, spec.config, console)
         else:
@@ -70,19 +70,19 @@ def _verify_sources(config: Config) -> int:
 
 def _read_through(windows: ShuffleWindows, data: DataConfig, console: Console) -> list[str]:
     """Read every document of a streamed source; what is damaged, a line each."""
-    units, store = windows.units, open_store(data)
+    splits, store = windows.splits, open_store(data)
     documents = left_out = 0
     damage: list[str] = []
-    for unit in range(len(units)):
+    for split in range(len(splits)):
         losses = Losses(skipping=True)
-        for _, content in whole(partial(units.read, unit, store, losses), losses):
+        for _, content in whole(partial(splits.read, split, store, losses), losses):
             documents += bool(len(content))
             left_out += not len(content)
         left_out += losses.leftovers
         damage += [str(loss.damage) for loss in losses.new]
     left = f"; {left_out:,} left out: without text, or what is no document" if left_out else ""
-    state = f"{len(damage):,} damaged" if damage else "whole, every unit read"
-    console.print(f"{windows.name}: {documents:,} documents in {len(units):,} units, {state}{left}", soft_wrap=True)
+    state = f"{len(damage):,} damaged" if damage else "whole, every split read"
+    console.print(f"{windows.name}: {documents:,} documents in {len(splits):,} splits, {state}{left}", soft_wrap=True)
     return damage
 
 

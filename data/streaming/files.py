@@ -19,7 +19,7 @@ from stoker.data.streaming.splits import Content
 
 @dataclass(frozen=True)
 class Files:
-    """Units over whole files, each one document of UTF-8 text."""
+    """Splits over whole files, each one document of UTF-8 text."""
 
     shards: Sequence[Shard]
     names: Sequence[str]  # of each file, below the folder

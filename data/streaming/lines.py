@@ -34,7 +34,7 @@ def can_be_cut(kind: Kind) -> bool:
 
 @dataclass(frozen=True)
 class Lines:
-    """Units over shards of JSON lines or JSON arrays: blocks of bytes, or whole shards where they cannot be cut.
+    """Splits over shards of JSON lines or JSON arrays: blocks of bytes, or whole shards where they cannot be cut.
 
     A document is the text at `column` of an object, or the token ids if it is a list of whole numbers.
     """

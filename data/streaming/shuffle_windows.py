@@ -58,7 +58,7 @@ class ShuffleWindows:
         return WindowsKey(
             source=self.splits.fingerprint,
             splits=len(self.splits),
-            window=self.splits_per_window,
+            shuffle_window=self.splits_per_window,
             seed=self.seed,
             tokenizer=self.tokenizer.fingerprint,
             validation=self.validation,

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stoker.data.streaming.table_splits import documents_of_rows
-
 from stoker.conf.schema import DataConfig
 from stoker.data.cache import cache_root
 from stoker.data.formats import TABLES
@@ -23,12 +21,13 @@ from stoker.data.remote.shards import scheme
 from stoker.data.remote.store import Store
 from stoker.data.streaming.sources import open_shards
 from stoker.data.streaming.splits import Content, Splits
+from stoker.data.streaming.table_splits import documents_of_rows
 from stoker.data.text import known_args
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """Units over a `datasets.IterableDataset`, cut into as many pieces as its format has. It cannot be asked for bytes,
+    """Splits over a `datasets.IterableDataset`, cut into as many pieces as its format has. It cannot be asked for bytes,
     so what is read through it is not counted, and damage is known by piece only."""
 
     dataset: Any

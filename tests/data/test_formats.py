@@ -29,7 +29,6 @@ TEXTS = [f"text of document {n}" for n in range(20)]
 OBJECTS = [{"id": n, "text": text} for n, text in enumerate(TEXTS)]
 LINES = "".join(json.dumps(value) + "\n" for value in OBJECTS).encode()
 CSV = b"id,text\n" + b"".join(b"%d,text of document %d\n" % (n, n) for n in range(20))
-MODES = ("index", "streaming")
 
 Read = Callable[..., list[str]]
 
@@ -40,12 +39,12 @@ def indexed(path: Path, **data: object) -> list[str]:
 
 
 def streamed(path: Path, **data: object) -> list[str]:
-    units = "stoker.data.streaming.sources:open_text"
+    target = "stoker.data.streaming.sources:open_text"
     cache = str((path if path.is_dir() else path.parent).parent / "cache")
-    config = DataConfig(splits=units, name="text", path=str(path), split_bytes=512, cache=cache, **data)  # type: ignore[arg-type]
-    found, store = import_target(units)(config), open_store(config)
+    config = DataConfig(splits=target, name="text", path=str(path), split_bytes=512, cache=cache, **data)  # type: ignore[arg-type]
+    found, store = import_target(target)(config), open_store(config)
     return [
-        str(content) for unit in range(len(found)) for _, content in found.read(unit, store, refuse) if len(content)
+        str(content) for split in range(len(found)) for _, content in found.read(split, store, refuse) if len(content)
     ]
 
 

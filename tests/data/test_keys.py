@@ -153,7 +153,7 @@ def streamed(folder: Path) -> Config:
 
 
 def fingerprint(config: Config) -> str:
-    if config.data.mode == "index":
+    if config.data.mode == "indexed":
         return json.dumps(dict(open_rows(config, "train").fingerprint), sort_keys=True)
     stream, _ = open_all_streams(config, ByteTokenizer() if config.data.tokenizer == "byte" else tokenizer_of(config))
     try:
@@ -210,8 +210,7 @@ def reorder(config: Config, folder: Path) -> None:
 
 def data(**keys: Any) -> Callable[[Config, Path], None]:
     def change(config: Config, folder: Path) -> None:
-        for name, value in keys.items():
-            setattr(config.data, name, value)
+        config.data = dataclasses.replace(config.data, **keys)
 
     return change
 
@@ -252,9 +251,9 @@ CHANGES = {
         "the tokenizer": other_tokenizer,
         "the byte tokenizer": data(tokenizer="byte"),
         "the key of the text": data(args={"text": "body"}),
-        "a user's function": data(args={"text": "text"}, units="tests.data.test_keys:mapped"),
+        "a user's function": data(args={"text": "text"}, splits="tests.data.test_keys:mapped"),
         "streams": data(streams=8),
-        "window": data(window=3),
+        "shuffle_window": data(shuffle_window=3),
         "split_bytes": data(split_bytes=2048),
         "assign_every": data(assign_every=4),
         "packing": data(packing="best_fit"),

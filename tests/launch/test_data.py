@@ -195,7 +195,7 @@ def test_what_is_left_out_is_counted_in_both_modes(tmp_path, capsys):
     assert main(["data", "verify", *words]) == 0
     assert "text: 32 documents, 0 for validation; 8 documents without text left out" in capsys.readouterr().out
     assert main(["data", "verify", *words, "data.mode=streaming"]) == 0
-    assert "text: 32 documents in 1 units, whole, every unit read; 8 left out" in capsys.readouterr().out
+    assert "text: 32 documents in 1 splits, whole, every split read; 8 left out" in capsys.readouterr().out
 
 
 def test_verify_of_a_streamed_source_names_what_is_damaged(tmp_path, capsys):
@@ -203,4 +203,4 @@ def test_verify_of_a_streamed_source_names_what_is_damaged(tmp_path, capsys):
     words = ["data=text", f"data.path={tmp_path / 'lines'}", "seq_len=32", "batch.size=8", "data.mode=streaming"]
     assert main(["data", "verify", *words]) == 1
     shown = capsys.readouterr().out
-    assert "2 documents in 1 units, 1 damaged" in shown and "no column 'text': it has body" in shown
+    assert "2 documents in 1 splits, 1 damaged" in shown and "no column 'text': it has body" in shown

@@ -26,7 +26,7 @@ _AT_ONCE = 32  # footers read at the same time
 
 @dataclass(frozen=True)
 class Tables:
-    """Units over the pieces of tables (`stoker.data.table_files`).
+    """Splits over the pieces of tables (`stoker.data.table_files`).
 
     A document is a row's `column`, or what the user's function `map` makes of the row.
     """
