@@ -122,23 +122,20 @@ def measure(loader: str, folder: Path, workers: int) -> dict[str, float]:
 
 
 def write_texts(folder: Path, size: int) -> None:
-    import io
-    import tarfile
+    from webdataset import TarWriter
 
     texts = [document.read() for document in open_source(DataConfig(target="stoker.data.stdlib:open_source"))]
     encoder = JsonTokenizer.train(iter(texts[:80]), 8192)
     (folder / "bpe.json").write_text(encoder.json)
-    tars = [tarfile.open(folder / f"{shard:02}.tar", "w") for shard in range(SHARDS)]  # noqa: SIM115
+    tars = [TarWriter(open(folder / f"{shard:02}.tar", "wb"), encoder=False) for shard in range(SHARDS)]  # noqa: SIM115
     lines = [open(folder / f"{shard:02}.jsonl", "w") for shard in range(SHARDS)]  # noqa: SIM115
     written = number = 0
     while written < size:
         text = texts[number % len(texts)]
-        info = tarfile.TarInfo(f"{number:08}.txt")
-        info.size = len(text.encode())
-        tars[number % SHARDS].addfile(info, io.BytesIO(text.encode()))
+        written += tars[number % SHARDS].write({"__key__": f"{number:08}", "txt": text.encode()})
         lines[number % SHARDS].write(json.dumps({"text": text}) + "\n")
-        written, number = written + info.size, number + 1
-    for file in (*tars, *lines):
+        number += 1
+    for file in (*tars, *(tar.stream for tar in tars), *lines):
         file.close()
 
 

@@ -55,6 +55,8 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
     for section, keys in _KEYS.items():
         if section and isinstance(moved.get(section), dict):
             moved[section] = _renamed(moved[section], keys)
+    if isinstance(moved.get("data"), dict):
+        moved["data"] = _with_stated_width(moved["data"])
     for section, key in (("model", "target"), ("data", "target"), ("data", "splits")):
         held = moved.get(section)
         if isinstance(held, dict) and isinstance(held.get(key), str):
@@ -91,3 +93,20 @@ def _migrate_fingerprint(values: dict[str, Any]) -> dict[str, Any]:
 
 def _renamed(values: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
     return {keys.get(key, key): value for key, value in values.items()}
+
+
+def _with_stated_width(data: dict[str, Any]) -> dict[str, Any]:
+    """`data` of a stored config. Versions whose targets had bare names read token files without a header as uint16."""
+    if str(data.get("target")) not in _TARGETS:
+        return data
+    moved = dict(data)
+    if data["target"] == "data.token_files:open_source":
+        moved["args"] = {"dtype": "uint16"} | (data.get("args") or {})
+    if isinstance(data.get("sources"), dict):
+        moved["sources"] = {
+            name: source | {"args": {"dtype": "uint16"} | (source.get("args") or {})}
+            if isinstance(source, dict) and source.get("kind") == "tokens"
+            else source
+            for name, source in data["sources"].items()
+        }
+    return moved

@@ -18,7 +18,7 @@ from stoker.data.mixed import MixedPlan, Weights
 from stoker.data.mixture import WEIGHT_UNITS
 from stoker.data.sources import Spec, specs_of, wanted_weights
 from stoker.data.tables import open_table
-from stoker.data.token_files import TokenFiles, largest_id
+from stoker.data.token_files import TokenFiles
 from stoker.data.tokenizer import Tokenizer
 from stoker.data.tokenizer_files import load_kept
 from stoker.data.tokens import Tokens
@@ -177,12 +177,9 @@ def open_source(config: Config, spec: Spec, split: str) -> Opened:
         else:
             tokenizer = None if spec.config.tokenizer is None else open_tokenizer(spec.config)
         tokens = found.tokens(split, spec.config.validation)
-        limit = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
-        if limit is not None and largest_id(tokens) >= limit:
-            raise ValueError(
-                f"data.path={spec.config.path} holds token {largest_id(tokens)}, but the vocabulary has {limit}: "
-                "the tokens are another tokenizer's, or of another dtype"
-            )
+        limits = [config.model.vocab_size, tokenizer.vocab_size if tokenizer else None]
+        if known := [limit for limit in limits if limit is not None]:
+            found.refuse_vocabulary(min(known))
         chat = tokens.learned is not None
         left_out = 0 if found.cache is None else found.cache.left_out
         return Opened(spec, found.content, tokenizer, tokens, chat, None, encoder=found.reading, left_out=left_out)

@@ -1,19 +1,20 @@
 """Texts that are tokens already: `data.path` names token files, which are mapped where they lie.
 
     stoker      a folder of `stoker data prepare` (the token cache's own format)
-    megatron    NAME.bin and NAME.idx of Megatron-LM's indexed datasets
-    npy         NumPy arrays of one dimension
-    raw         numbers and nothing else, two or four bytes each (OLMo's .npy files are such)
+    megatron    NAME.bin and NAME.idx of Megatron-LM's indexed datasets         megatron.py
+    npy         NumPy arrays of one dimension                                   npy.py
+    llm.c       its .bin, with a header of its own                              token_formats.py
+    raw         numbers and nothing else, of the width that the user states
 
-Only where documents begin is written down, once, in the cache: from the .idx, or by looking for the token that closes a
-document. A file's end closes a document too.
+What is written down, once, in the cache: where documents begin, from the .idx or by looking for the token that closes a
+document (a file's end closes one too), and which ids are the smallest and the largest of all.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,12 @@ from stoker.data.keys import digest, file_digest
 from stoker.data.manifest import Memo
 from stoker.data.pool import each
 from stoker.data.text import files_of, known_args
+from stoker.data.token_formats import DTYPES, FORMATS, SUFFIXES, TokenFile, open_file
 from stoker.data.tokens import Tokens, View, join
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-_SUFFIXES = (".bin", ".npy", ".u16", ".u32", ".tokens")
 _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10  # of each file that are read for its fingerprint
-_BLOCK = 16 << 20  # tokens looked through at a time
+_BLOCK = 16 << 20  # tokens looked through at a time, an even number
+_TELLING = 64  # tokens of which every second one is 0 by no accident
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class TokenFiles:
     cache: TokenCache | None
     whole: Tokens | None  # of foreign files: all documents
     reading: str | None = None  # fingerprint of what else decides where documents begin: indexes, the format
+    largest: tuple[int, str] | None = None  # of foreign files: the largest id, and where it lies
+    narrowest: tuple[str, str] | None = None  # of foreign files: the narrowest dtype, and a file that has it
 
     def tokens(self, split: str, validation: float) -> Tokens:
         """The documents of `train` or `validation`; of foreign files the last are kept for validation."""
@@ -59,15 +61,37 @@ class TokenFiles:
             return Tokens(View(ids, 0, cut), starts[:kept])
         return Tokens(View(ids, cut, len(ids)), starts[kept:] - cut)
 
+    def refuse_vocabulary(self, size: int) -> None:
+        """Raises ValueError, with file and place, where a vocabulary of `size` ids is another than that of the ids."""
+        if self.cache is not None:
+            largest = _sampled_largest(self.cache.tokens("train"))
+            where = f"{self.cache.folder} holds token {largest}"
+        else:
+            largest, place = self.largest or (-1, "")
+            where = f"{place} is {largest}"
+        if largest >= size:
+            raise ValueError(
+                f"{where}, but the vocabulary has {size}: the tokens are another tokenizer's, or of another dtype"
+            )
+        if self.narrowest is not None and np.iinfo(self.narrowest[0]).bits == 16:
+            dtype, path = self.narrowest
+            if np.iinfo(dtype).max + 1 < size:
+                raise ValueError(
+                    f"{path} holds {dtype}, which cannot tell more than {np.iinfo(dtype).max + 1} ids apart, and the "
+                    f"vocabulary has {size}: the tokens are another tokenizer's, or of another dtype"
+                )
+
 
 def open_source(config: DataConfig) -> TokenFiles:
     """The token files at `data.path`.
 
-    `data.args.format` is `auto`, `stoker`, `megatron`, `npy` or `raw`; `data.args.dtype` the type of raw numbers
-    (default `uint16`); `data.args.end_of_document` the id that closes a document in npy and raw files (default: every
-    file is one document). Raises ValueError for files that are not what they should be.
+    `data.args.format` is `auto`, `stoker`, `megatron`, `npy`, `llm.c` or `raw`; `data.args.dtype` the type of the ids
+    of files without a header, which must be stated; `data.args.end_of_document` the id that closes a document in files
+    without an index (default: every file is one document). Raises ValueError for files that are not what they should
+    be.
     """
-    args = known_args(config, "data=tokens", format="auto", dtype="uint16", end_of_document=None, pattern="*")
+    args = known_args(config, "data=tokens", format="auto", dtype=None, end_of_document=None, pattern="*")
+    _check_args(args)
     root = Path(config.path) if config.path is not None else None
     if root is not None and args["format"] in ("auto", "stoker") and (root / META).exists():
         cache = open_folder(root)
@@ -75,71 +99,57 @@ def open_source(config: DataConfig) -> TokenFiles:
         return TokenFiles(digest([cache.content, cache.meta["tokenizer"], sums]), cache, None)
     if args["format"] == "stoker":
         raise ValueError(f"data.path={root} is no folder of token files: it has no {META}")
-    paths = [path for _, path in files_of(config, "data=tokens", args["pattern"], keep=lambda n: n.endswith(_SUFFIXES))]
-    files = [_open(path, args) for path in paths]
-    content, reading = _content(config, paths, args), _reading([index for _, index in files if index is not None], args)
+    found = files_of(config, "data=tokens", args["pattern"], keep=lambda n: n.endswith((*SUFFIXES, ".idx")))
+    for _, path in found:
+        if path.suffix == ".idx" and not path.with_suffix(".bin").exists():
+            raise ValueError(f"{path} has no ids: {path.stem}.bin is not beside it")
+    paths = [path for _, path in found if path.suffix != ".idx"]
+    if not paths:
+        raise ValueError(f"data.path={root}: name the .bin, or the folder of both")
+    files = [open_file(path, args) for path in paths]
+    content, reading = _content(config, files, args), _reading(files, args)
     known = content if reading is None else digest([content, reading])
-    starts = _starts(config, known, files, args)
-    return TokenFiles(content, None, Tokens(join([ids for ids, _ in files]), starts), reading)
+    starts, meta = _starts(config, known, files, args)
+    if meta["smallest"] is not None and meta["smallest"][0] < 0:
+        number, file, place = meta["smallest"]
+        raise ValueError(f"{paths[file]}, token {place} is {number}: ids are not negative")
+    largest = None
+    if meta["largest"] is not None:
+        number, file, place = meta["largest"]
+        largest = number, f"{paths[file]}, token {place}"
+    narrowest = min(files, key=lambda file: file.ids.dtype.itemsize)
+    return TokenFiles(
+        content,
+        None,
+        Tokens(join([file.ids for file in files]), starts),
+        reading,
+        largest,
+        (narrowest.ids.dtype.name, str(narrowest.path)),
+    )
 
 
-def largest_id(tokens: Tokens) -> int:
-    """The largest of samples of the ids: enough to notice that they are another tokenizer's."""
+def _check_args(args: dict[str, Any]) -> None:
+    for name, known in (("format", FORMATS), ("dtype", (None, *DTYPES))):
+        if args[name] not in known:
+            raise ValueError(f"data.args.{name}={args[name]}: choose from {', '.join(filter(None, known))}")
+    end = args["end_of_document"]
+    if end is not None and (not isinstance(end, int) or isinstance(end, bool) or end < 0):
+        raise ValueError(f"data.args.end_of_document={end}: must be the id of a token")
+
+
+def _sampled_largest(tokens: Tokens) -> int:
+    """The largest of samples of the ids of our own format, whose tokenizer is known."""
     places = np.linspace(0, max(len(tokens.ids) - 1, 0), 1 << 16).astype(np.int64)
     return int(np.max(tokens.ids[places], initial=0)) if len(tokens.ids) else 0
 
 
-def _open(path: Path, args: dict[str, Any]) -> tuple[np.ndarray, Path | None]:
-    """The mapped ids of a file, and its index if it is Megatron's. Raises ValueError when it is not of the format."""
-    stamp(path)
-    wanted, index = args["format"], path.with_suffix(".idx")
-    if wanted == "megatron" or (wanted == "auto" and path.suffix == ".bin" and index.exists()):
-        return _map(path, _megatron(index)[0]), index
-    with open(path, "rb") as file:
-        is_npy = file.read(6) == b"\x93NUMPY"
-    if wanted == "npy" or (wanted == "auto" and is_npy):
-        try:
-            ids = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{path} is no NumPy array: {error}") from error
-        if ids.ndim != 1 or ids.dtype.kind not in "ui":
-            raise ValueError(f"{path} holds {ids.dtype} of shape {ids.shape}, not a line of whole numbers")
-        return ids.view(np.ndarray), None
-    if args["dtype"] not in ("uint16", "uint32"):
-        raise ValueError(f"data.args.dtype={args['dtype']}: raw tokens are uint16 or uint32")
-    return _map(path, args["dtype"]), None
-
-
-def _map(path: Path, dtype: str) -> np.ndarray:
-    size, item = path.stat().st_size, np.dtype(dtype).itemsize
-    if size % item:
-        raise ValueError(f"{path} has {size} bytes, no multiple of {item}: it is cut short, or not of {dtype}")
-    return np.memmap(path, dtype, "r").view(np.ndarray) if size else np.empty(0, dtype)
-
-
-def _megatron(index: Path) -> tuple[str, np.ndarray, np.ndarray]:
-    """dtype, tokens of each sequence and first sequence of each document, as an .idx file says."""
-    try:
-        content = np.memmap(index, np.uint8, "r").view(np.ndarray)
-        if content[:9].tobytes() != _MAGIC:
-            raise ValueError("it does not begin as one")
-        version, code, sequences, documents = struct.unpack("<QBQQ", content[9:34].tobytes())
-        if version != 1 or code not in _MEGATRON_TYPES:
-            raise ValueError(f"version {version}, dtype {code}")
-        at = 34 + sequences * 12
-        sizes: np.ndarray = content[34 : 34 + sequences * 4].view("<i4")
-        firsts: np.ndarray = content[at : at + documents * 8].view("<i8")
-        if len(sizes) != sequences or len(firsts) != documents:
-            raise ValueError("it is cut short")
-    except (OSError, ValueError, struct.error) as error:
-        raise ValueError(f"{index} is no index of Megatron's: {error}") from error
-    return _MEGATRON_TYPES[code], sizes, firsts
-
-
 def _starts(
-    config: DataConfig, content: str, files: list[tuple[np.ndarray, Path | None]], args: dict[str, Any]
-) -> np.ndarray:
-    """Where documents begin in all files end to end, mapped from the cache; written there first if need be."""
+    config: DataConfig, content: str, files: Sequence[TokenFile], args: dict[str, Any]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Where documents begin in all files end to end, mapped from the cache, and what else was found in all ids.
+
+    Every id is read, and the result written to the cache, if it is not there.
+    """
     root = cache_root(config)
     folder = root / f"starts-{content}"
     if not _sound(folder):
@@ -150,60 +160,93 @@ def _starts(
         except OSError as error:
             problem = f"cannot keep an index in {root}: {error.strerror or error}"
             raise ValueError(f"{problem}; name another data.cache") from error
-    count = json.loads((folder / META).read_text())["documents"]
-    return np.memmap(folder / "starts", np.int64, "r").view(np.ndarray) if count else np.empty(0, np.int64)
+    meta = json.loads((folder / META).read_text())
+    if not meta["documents"]:
+        return np.empty(0, np.int64), meta
+    return np.memmap(folder / "starts", np.int64, "r").view(np.ndarray), meta
 
 
 def _sound(folder: Path) -> bool:
     try:
-        return (folder / "starts").stat().st_size == 8 * json.loads((folder / META).read_text())["documents"]
+        meta = json.loads((folder / META).read_text())
+        return {"smallest", "largest"} <= {*meta} and (folder / "starts").stat().st_size == 8 * meta["documents"]
     except (OSError, ValueError, KeyError):
         return False
 
 
-def _write_starts(folder: Path, files: list[tuple[np.ndarray, Path | None]], end: int | None) -> None:
+@dataclass(frozen=True)
+class _Scan:
+    """What reading all ids of a file tells."""
+
+    starts: np.ndarray  # int64: the first token of each document
+    smallest: tuple[int, int] | None  # an id and its place; None without any
+    largest: tuple[int, int] | None
+
+
+def _write_starts(folder: Path, files: Sequence[TokenFile], end: int | None) -> None:
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a builder that was killed
     unfinished.mkdir(parents=True)
-    found = each(lambda number: _begins(*files[number], end), [ids.nbytes for ids, _ in files], "finding documents")
-    firsts = np.cumsum([0, *(len(ids) for ids, _ in files)])
-    starts = np.concatenate([begins + first for begins, first in zip(found, firsts, strict=False)])
+    sizes = [len(file.ids) * file.ids.dtype.itemsize for file in files]
+    scans = each(lambda number: _scan(files[number], end), sizes, "reading all tokens")
+    firsts = np.cumsum([0, *(len(file.ids) for file in files)])
+    starts = np.concatenate([scan.starts + first for scan, first in zip(scans, firsts, strict=False)])
+    smallest = [(scan.smallest[0], number, scan.smallest[1]) for number, scan in enumerate(scans) if scan.smallest]
+    largest = [(scan.largest[0], number, scan.largest[1]) for number, scan in enumerate(scans) if scan.largest]
+    meta = {
+        "documents": len(starts),
+        "smallest": min(smallest, default=None),
+        "largest": max(largest, default=None, key=lambda found: found[0]),
+    }
     write_file(unfinished / "starts", [starts.astype(np.int64).tobytes()])
-    write_file(unfinished / META, [json.dumps({"documents": len(starts)}).encode()])
+    write_file(unfinished / META, [json.dumps(meta).encode()])
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     sync_directory(folder.parent)
 
 
-def _begins(ids: np.ndarray, index: Path | None, end: int | None) -> np.ndarray:
-    """The first token of each document of a file that has any tokens: int64."""
-    if index is not None:
-        _, sizes, firsts = _megatron(index)
-        ends = np.cumsum(sizes, dtype=np.int64)
-        if (int(ends[-1]) if len(ends) else 0) != len(ids):
-            raise ValueError(f"{index} speaks of {ends[-1] if len(ends) else 0} tokens, and its .bin has {len(ids)}")
-        edges = np.concatenate([[0], ends])[firsts]
-        return np.unique(edges[edges < len(ids)])
-    if end is None or not len(ids):
-        return np.zeros(min(len(ids), 1), np.int64)
-    blocks = range(0, len(ids), _BLOCK)
-    after = np.concatenate([np.flatnonzero(ids[at : at + _BLOCK] == end) + at + 1 for at in blocks])
-    return np.concatenate([[0], after[after < len(ids)]])
+def _scan(file: TokenFile, end: int | None) -> _Scan:
+    """Read all ids of a file. Raises ValueError if they look like others of twice the width."""
+    smallest: tuple[int, int] | None = None
+    largest: tuple[int, int] | None = None
+    after = [np.zeros(1, np.int64)]
+    odd = even = False  # is there an id but 0 at an odd, or an even, place?
+    for at in range(0, len(file.ids), _BLOCK):
+        ids = file.ids[at : at + _BLOCK]
+        least, most = int(np.argmin(ids)), int(np.argmax(ids))
+        smallest = min(smallest or (int(ids[least]), at + least), (int(ids[least]), at + least))
+        if largest is None or int(ids[most]) > largest[0]:
+            largest = int(ids[most]), at + most
+        odd, even = odd or bool(ids[1::2].any()), even or bool(ids[::2].any())
+        if file.starts is None and end is not None:
+            after.append(np.flatnonzero(ids == end) + at + 1)
+    width = file.ids.dtype.itemsize
+    if file.stated and even and not odd and width < 8 and len(file.ids) >= _TELLING:
+        raise ValueError(
+            f"{file.path}: read as {file.ids.dtype}, every second id is 0, as if they had {2 * width} bytes each: "
+            f"state another data.args.dtype, such as uint{16 * width}"
+        )
+    starts = np.concatenate(after) if file.starts is None else file.starts
+    return _Scan(starts[starts < len(file.ids)], smallest, largest)
 
 
-def _content(config: DataConfig, paths: list[Path], args: dict[str, Any]) -> str:
+def _content(config: DataConfig, files: Sequence[TokenFile], args: dict[str, Any]) -> str:
     """The fingerprint of the files, remembered for their stamps: not every rank reads the samples at every start."""
+    paths = [file.path for file in files]
     documents = [Document(f"{path} as tokens {sorted(args.items())}", str, stamp(path)[0]) for path in paths]
     memo = Memo(cache_root(config) / "versions", documents)
     content = memo.recall()
     if content is None:
-        content = digest([[_sampled(path) for path in paths], args["end_of_document"], args["dtype"]])
+        # Earlier versions took uint16 where nothing was stated: the fingerprints of what they read right are the same.
+        dtype = args["dtype"] or next((file.ids.dtype.name for file in files if file.stated), "uint16")
+        content = digest([[_sampled(path) for path in paths], args["end_of_document"], dtype])
         memo.remember(content)
     return content
 
 
-def _reading(indexes: list[Path], args: dict[str, Any]) -> str | None:
+def _reading(files: Sequence[TokenFile], args: dict[str, Any]) -> str | None:
     """What decides, besides the files of ids, which documents there are; None where nothing does."""
+    indexes = [file.path.with_suffix(".idx") for file in files if file.starts is not None]
     if not indexes and args["format"] == "auto":
         return None
     return digest([[_sampled(path) for path in indexes], args["format"]])

@@ -25,10 +25,10 @@ class Array(Protocol):
 class Joined:
     """Arrays end to end, taken for one: `joined[indices]` for an int64 array, `joined[a:b]`, and `len`."""
 
-    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+    def __init__(self, parts: Sequence[Array]) -> None:
         self._parts = tuple(part for part in parts if len(part))
         self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
-        self._dtype = np.result_type(*self._parts) if self._parts else np.dtype(np.uint16)
+        self._dtype = np.result_type(*(part.dtype for part in self._parts)) if self._parts else np.dtype(np.uint16)
 
     @property
     def dtype(self) -> np.dtype:
@@ -48,6 +48,28 @@ class Joined:
             part = self._parts[number]
             found[chosen] = part[wanted[chosen] - (self._ends[number] - len(part))]
         return found
+
+
+class Pieced:
+    """Pieces of an array, end to end in any order, as one: `lengths[n]` numbers from place `begins[n]` of it on."""
+
+    def __init__(self, whole: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> None:
+        kept = lengths > 0
+        self._whole, self._ends = whole, np.cumsum(lengths[kept], dtype=np.int64)
+        self._shifts = begins[kept] - (self._ends - lengths[kept])  # from a place here to the place in the array
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._whole.dtype
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, wanted: Any) -> np.ndarray:
+        if isinstance(wanted, slice):
+            wanted = np.arange(*wanted.indices(len(self)))
+        wanted = np.asarray(wanted, np.int64)
+        return self._whole[wanted + self._shifts[np.searchsorted(self._ends, wanted, side="right")]]
 
 
 class View:
@@ -70,7 +92,7 @@ class View:
         return self._whole[wanted + self._begin]
 
 
-def join(parts: Sequence[np.ndarray]) -> Array:
+def join(parts: Sequence[Array]) -> Array:
     """`parts` as one array; the part itself where there is only one, which is faster."""
     return parts[0] if len(parts) == 1 else Joined(parts)
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import os
 import shutil
-import tarfile
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -22,8 +20,6 @@ from stoker.data.keys import is_validation
 from stoker.data.manifest import parts_of
 from stoker.data.opening import open_source
 from stoker.data.sources import specs_of
-from stoker.data.streaming.tar import build_index
-from stoker.data.streaming.webdataset import write_index
 from stoker.data.token_files import TokenFiles
 from stoker.data.tokenizer import JsonTokenizer
 from stoker.launch.train import say
@@ -55,6 +51,11 @@ def prepare(options: argparse.Namespace) -> int:
 
 def pack(options: argparse.Namespace) -> int:
     """Write the training documents as webdataset shards: tar files, a text each member, and an index beside each."""
+    from webdataset import TarWriter  # it imports torch, which no other command of this module needs
+
+    from stoker.data.streaming.tar_index import build_index
+    from stoker.data.streaming.webdataset import write_index
+
     out = Path(options.out).expanduser()
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} holds something already: name a folder that is new or empty")
@@ -68,17 +69,14 @@ def pack(options: argparse.Namespace) -> int:
         raise ValueError("the data hold no training documents")
     while entry is not None:
         path = out / f"shard-{shards:06}.tar"
-        with tarfile.open(path.with_suffix(".unfinished"), "w", format=tarfile.USTAR_FORMAT) as archive:
-            while entry is not None and archive.offset < options.megabytes * 1e6:
+        with open(path.with_suffix(".unfinished"), "wb") as file, TarWriter(file, encoder=False, mtime=0) as archive:
+            while entry is not None and file.tell() < options.megabytes * 1e6:
                 documents, (suffix, text) = entry
-                content = text.encode()
-                member = tarfile.TarInfo(f"{documents:09}.{suffix}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+                archive.write({"__key__": f"{documents:09}", suffix: text.encode()})
                 entry = next(texts, None)
         path.with_suffix(".unfinished").rename(path)
-        with open(path, "rb") as file:
-            write_index(Path(f"{path}.index"), build_index(file), path.stat().st_size)
+        with open(path, "rb") as written:
+            write_index(Path(f"{path}.index"), build_index(written), path.stat().st_size)
         shards += 1
     say(f"{documents + 1:,} documents in {shards} shards: {out}/shard-{{000000..{shards - 1:06}}}.tar")
     return 0

@@ -22,6 +22,8 @@ from stoker.data.streaming.splits import Losses, whole
 from stoker.data.tables import verify_table
 from stoker.launch.data_make import composed
 
+_NAMED = 3  # things left out of a source that are named
+
 
 def verify(options: argparse.Namespace) -> int:
     """Read every byte of token files and row tables, and compare with the sums they were written with.
@@ -73,16 +75,21 @@ def _read_through(windows: ShuffleWindows, data: DataConfig, console: Console) -
     splits, store = windows.splits, open_store(data)
     documents = left_out = 0
     damage: list[str] = []
+    named: list[str] = []
     for split in range(len(splits)):
         losses = Losses(skipping=True)
         for _, content in whole(partial(splits.read, split, store, losses), losses):
             documents += bool(len(content))
             left_out += not len(content)
         left_out += losses.leftovers
+        if losses.first_leftover is not None and len(named) < _NAMED:
+            named.append(str(losses.first_leftover))
         damage += [str(loss.damage) for loss in losses.new]
     left = f"; {left_out:,} left out: without text, or what is no document" if left_out else ""
     state = f"{len(damage):,} damaged" if damage else "whole, every split read"
     console.print(f"{windows.name}: {documents:,} documents in {len(splits):,} splits, {state}{left}", soft_wrap=True)
+    for line in named:
+        console.print(f"  left out, for instance: {line}", highlight=False, markup=False, soft_wrap=True)
     return damage
 
 

@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-from stoker.data.streaming.table_splits import open_tables
-
 from stoker.conf.schema import DataConfig
 from stoker.data.cache import cache_root
 from stoker.data.decompress import limits_of
@@ -23,6 +21,7 @@ from stoker.data.remote.store import Store
 from stoker.data.streaming.files import Files, group
 from stoker.data.streaming.lines import Lines, can_be_cut
 from stoker.data.streaming.splits import ByteBlocks, Splits
+from stoker.data.streaming.table_splits import open_tables
 from stoker.data.text import READS as TEXT_READS
 from stoker.data.text import files_of, known_args
 

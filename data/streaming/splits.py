@@ -75,10 +75,12 @@ class Losses:
         self._skipping, self._known = skipping, known
         self.new: list[Loss] = []
         self.leftovers = 0
+        self.first_leftover: Leftover | None = None
 
     def __call__(self, loss: Loss | Leftover) -> None:
         if isinstance(loss, Leftover):
             self.leftovers += 1
+            self.first_leftover = self.first_leftover or loss
             return
         if (loss.first, loss.count) in self._known:
             return

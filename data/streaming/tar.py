@@ -1,23 +1,33 @@
-"""Tar archives as webdataset writes them: members whose names are equal up to the first dot make a sample.
+"""Tar archives of samples: headers read by Python's tarfile, members grouped into samples by webdataset.
 
-A member's header is 512 bytes with a checksum, so every step from member to member is verified. What a reader must not
-do is take an archive that ends early for a short one: an archive ends with two blocks of zeros, and one that does
-not was cut, perhaps between the files of a sample.
+Both stop without an error where an archive is cut short or garbled, and webdataset passes over what is no sample. Here
+every byte of an archive is accounted for: each member belongs to a sample or is `Left`, an archive ends with its end
+marker, and nothing but zeros follows it.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any, Protocol, cast
+
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
+
+from stoker.data.remote import Damaged
 
 _BLOCK = tarfile.BLOCKSIZE
-_EXTENDED = {tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK}
-_MOST_EXTENDED = 1 << 20  # bytes of an extended header: a larger one is garbage
 _PIECE = 1 << 20  # bytes of a member read at once
+_MOST_HEADERS = 256 << 10  # bytes of all headers of one member: names, attributes, maps of sparse files
+MOST_SAMPLE = 1 << 30  # bytes of a sample, which is held in memory
+# tarfile's search for the character set of an extended header takes time by the square of a run of digits.
+_LONG_NUMBER = re.compile(rb"\d{513}")
+_METADATA = re.compile(signature(tar_file_iterator).parameters["skip_meta"].default)
+_COMPRESSED = {b"\x1f\x8b": "gzip -dc", b"BZh": "bzip2 -dc", b"\xfd7zXZ": "xz -dc", b"\x28\xb5\x2f\xfd": "zstd -dc"}
+_MEMBER_FIELDS = {"path", "size", "linkpath", "hdrcharset"}  # of pax: what a global header must not set
 
 
 class Bytes(Protocol):
@@ -29,97 +39,40 @@ class Bytes(Protocol):
 
 
 class Broken(Exception):
-    """The archive cannot be read from `byte` on."""
+    """The archive cannot be read from `byte` on. `whole`: it ended well before that."""
 
-    def __init__(self, byte: int, reason: str) -> None:
+    def __init__(self, byte: int, reason: str, whole: bool = False) -> None:
         super().__init__(reason)
-        self.byte, self.reason = byte, reason
+        self.byte, self.reason, self.whole = byte, reason, whole
+
+
+class Compressed(ValueError):
+    """Not an archive, but a compressed file. `command` writes what is in it to its output."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(f"it is compressed: {command} unpacks it")
+        self.command = command
+
+
+@dataclass(frozen=True)
+class Left:
+    """A member that is in no sample."""
+
+    byte: int  # where its headers begin
+    name: str
+    reason: str
+    extension: str | None  # of the sample that its name puts it in; None: of no sample
 
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file of an archive. Offsets are bytes of the archive."""
+    """A file of a sample. Offsets are bytes of the archive."""
 
     name: str
     header: int  # where its headers begin, extended ones included
-    data: int
-    size: int
-
-    @property
-    def end(self) -> int:
-        """The byte after its last block."""
-        return self.data + -(-self.size // _BLOCK) * _BLOCK
-
-    @property
-    def key(self) -> str:
-        folder, slash, base = self.name.rpartition("/")
-        return folder + slash + base.partition(".")[0]
-
-    @property
-    def extension(self) -> str:
-        return self.name.rpartition("/")[2].partition(".")[2]
-
-
-class Reader:
-    """Reads an archive through, from a byte at which a header stands."""
-
-    def __init__(self, file: Bytes, byte: int = 0, end: int | None = None) -> None:
-        """`end`: where to stop, for a part of an archive; None: at the archive's own end."""
-        self._file, self._byte, self._end = file, byte, end
-        self.check = 0  # CRC-32 of the member read last, its headers included
-
-    def members(self) -> Iterator[tuple[Member, bytes]]:
-        """Every member that is a regular file, with its content. Raises Broken."""
-        begin, named = self._byte, dict[str, str]()
-        while self._end is None or self._byte < self._end:
-            at = self._byte
-            if at == begin:
-                self.check = 0
-            info = self._header()
-            if info is None:
-                return
-            if info.type in _EXTENDED:
-                if info.size > _MOST_EXTENDED:
-                    raise Broken(at, f"an extended header of {info.size} bytes")
-                named |= _extended(info, self._content(at, info.size), at)
-                continue
-            size, name = int(named.get("size", info.size)), named.get("path", info.name)
-            member = Member(name, begin, self._byte, size if info.isreg() else 0)
-            content = self._content(at, member.size)
-            named = {}
-            if info.isreg():
-                yield member, content
-            begin = self._byte
-
-    def _header(self) -> tarfile.TarInfo | None:
-        at, block = self._byte, self._take(_BLOCK)
-        if len(block) < _BLOCK:
-            what = f"it ends inside a header of {len(block)} bytes" if block else "it ends without its end marker"
-            raise Broken(at, f"{what}: the archive was cut short")
-        try:
-            return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            if self._take(_BLOCK).strip(b"\0") or self._byte != at + 2 * _BLOCK:
-                raise Broken(at, "one block of zeros where the end marker has two") from None
-            return None
-        except tarfile.HeaderError as error:
-            raise Broken(at, f"garbage where a header should be: {error}") from error
-
-    def _content(self, header: int, size: int) -> bytes:
-        at, pieces, left = self._byte, [], -(-size // _BLOCK) * _BLOCK
-        while left:
-            pieces.append(self._take(min(left, _PIECE)))
-            left -= len(pieces[-1])
-            if not pieces[-1]:
-                held = sum(map(len, pieces))
-                raise Broken(at + held, f"it ends inside a member of {size} bytes: the archive was cut short")
-        return b"".join(pieces)[:size]
-
-    def _take(self, size: int) -> bytes:
-        found = self._file.read(size)
-        self._byte += len(found)
-        self.check = zlib.crc32(found, self.check)
-        return found
+    end: int  # the byte after its last block
+    check: int  # CRC-32 of all of that
+    content: bytes
 
 
 @dataclass(frozen=True)
@@ -133,85 +86,219 @@ class Sample:
     extensions: tuple[str, ...]
 
 
-def samples(reader: Reader) -> Iterator[tuple[Sample, dict[str, bytes]]]:
-    """Every sample and the contents of its members by extension. Raises Broken after the last sample before it."""
-    sample, contents = None, dict[str, bytes]()
-    try:
-        for member, content in reader.members():
-            if sample is not None and sample.key != member.key:
-                yield sample, contents
-                sample, contents = None, {}
-            before = sample or Sample(member.key, member.header, member.end, 0, ())
-            check = zlib.crc32(reader.check.to_bytes(4, "little"), before.check)
-            sample = replace(before, end=member.end, check=check, extensions=(*before.extensions, member.extension))
-            contents[member.extension] = content
-    except Broken:
-        if sample is not None:
-            yield sample, contents
-        raise
-    if sample is not None:
-        yield sample, contents
-
-
 @dataclass(frozen=True)
-class Index:
-    """The samples of an archive, and from which byte on it is damaged, if it is."""
+class Found:
+    """A sample as webdataset makes it: `__key__`, `__url__` and the contents of its members by extension."""
 
-    samples: tuple[Sample, ...]
-    broken: tuple[int, str] | None = None  # byte, reason
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "samples": [[s.key, s.begin, s.end, s.check, list(s.extensions)] for s in self.samples],
-            "broken": self.broken,
-        }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Index:
-        found = tuple(Sample(key, begin, end, check, tuple(rest)) for key, begin, end, check, rest in values["samples"])
-        return cls(found, None if values["broken"] is None else (values["broken"][0], values["broken"][1]))
+    sample: Sample
+    values: dict[str, Any]
+    wrong: str | None  # why webdataset refuses it
 
 
-def build_index(file: Bytes) -> Index:
-    """Read an archive through. In one that is cut short, a last sample with fewer files than the first is lost too."""
-    found: list[Sample] = []
-    try:
-        found.extend(sample for sample, _ in samples(Reader(file)))
-    except Broken as error:
-        if len(found) > 1 and len(found[-1].extensions) < len(found[0].extensions):
-            return Index(tuple(found[:-1]), (found[-1].begin, f"the last sample lacks files, and then {error.reason}"))
-        return Index(tuple(found), (error.byte, error.reason))
-    return Index(tuple(found))
+@dataclass
+class Reader:
+    """Reads an archive through, from a byte at which a header stands.
 
+    `end`: where to stop, for a part of an archive; None: at the archive's own end. `keep`: whether members come with
+    their contents. `left` is called with each member that is in no sample; directories are none that could be.
+    """
 
-def dump(index: Index, size: int) -> bytes:
-    """`index` of an archive of `size` bytes, as a file beside it."""
-    return json.dumps({"format": 1, "size": size, **index.to_json()}).encode()
+    file: Bytes
+    byte: int = 0
+    end: int | None = None
+    keep: bool = True
+    left: Callable[[Left], None] = field(default=lambda member: None)
 
+    def __post_init__(self) -> None:
+        self._source = _Source(self.file, self.byte)
+        # What TarInfo.fromtarfile reads from and writes to. A TarFile itself would read ahead, and stop at garbage.
+        self._archive = _Archive(self._source)
+        self._globals: dict[str, str] = {}
 
-def load(data: bytes, size: int) -> Index | None:
-    """The inverse of `dump`; None for what is no index of an archive of `size` bytes."""
-    try:
-        values = json.loads(data)
-        if values["format"] != 1 or values["size"] != size:
+    def members(self) -> Iterator[Member]:
+        """The members of samples, in order. Raises Broken and, at the beginning of the archive, Compressed."""
+        source = self._source
+        while self.end is None or source.at < self.end:
+            begin, source.check = source.at, 0
+            info = self._header()
+            if info is None:
+                self._refuse_more()
+                return
+            size, reason = self._archive.offset - source.at, _why_left(info)
+            if size < 0 or (reason is None and size != -(-info.size // _BLOCK) * _BLOCK):
+                raise Broken(begin, f"member {info.name}: its headers contradict each other about its size")
+            if reason is None and size > MOST_SAMPLE:
+                raise Broken(begin, f"member {info.name} has {size} bytes: a sample has {MOST_SAMPLE} at most")
+            content = self._content(size, self.keep and reason is None)
+            if reason is None:
+                yield Member(info.name, begin, source.at, source.check, content[: info.size])
+            elif not info.isdir():
+                self.left(Left(begin, info.name, reason, _extension(info.name)))
+
+    def _header(self) -> tarfile.TarInfo | None:
+        """The next member, all its headers read; None at the end marker."""
+        source = self._source
+        at = source.at
+        source.begin_headers()
+        try:
+            info = tarfile.TarInfo.fromtarfile(cast(tarfile.TarFile, self._archive))
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            source.begin_headers()
+            if source.read(_BLOCK).strip(b"\0") or source.at != at + 2 * _BLOCK:
+                raise Broken(at, "one block of zeros where the end marker has two") from None
             return None
-        return Index.from_json(values)
-    except (ValueError, KeyError, TypeError, IndexError):
-        return None
+        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
+            raise Broken(at, "it ends without its end marker: the archive was cut short") from None
+        except Damaged:  # of the file below
+            raise
+        except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+            for magic, command in _COMPRESSED.items():
+                if at == 0 and source.first.startswith(magic):
+                    raise Compressed(command) from error
+            if source.short:
+                what = f"it ends inside a header of {source.at - at} bytes"
+                raise Broken(at, f"{what}: the archive was cut short") from error
+            raise Broken(at, f"garbage where a header should be: {error}") from error
+        if self._archive.pax_headers != self._globals:
+            self._refuse_globals(at)
+        return info
+
+    def _refuse_globals(self, at: int) -> None:
+        """Refuse a global header that changes what the members after it are: a part of the archive read by itself would
+        not know."""
+        known, now = self._globals, self._archive.pax_headers
+        changed = {key for key, value in now.items() if known.get(key) != value}
+        if wrong := {key for key in changed if key in _MEMBER_FIELDS or key.startswith("GNU.sparse.")}:
+            raise Broken(at, f"a global header that sets {', '.join(sorted(wrong))} of all members after it")
+        self._globals = dict(now)
+
+    def _content(self, size: int, keep: bool) -> bytes:
+        pieces, left, source = [], size, self._source
+        while left:
+            piece = source.take(min(left, _PIECE))
+            left -= len(piece)
+            if not piece:
+                raise Broken(source.at, f"it ends inside a member of {size} bytes: the archive was cut short")
+            if keep:
+                pieces.append(piece)
+        return b"".join(pieces)
+
+    def _refuse_more(self) -> None:
+        """An archive may be filled up with zeros. A second one behind it is what tarfile and webdataset never see."""
+        source = self._source
+        while piece := source.take(_PIECE):
+            zeros = len(piece) - len(piece.lstrip(b"\0"))
+            if zeros == len(piece):
+                continue
+            where = source.at - len(piece) + zeros
+            what = "bytes behind the end marker, which readers of tar pass over"
+            raise Broken(where, f"{what}: join archives by tar --concatenate, not by cat", whole=True)
 
 
-def _extended(info: tarfile.TarInfo, content: bytes, at: int) -> dict[str, str]:
-    """What an extended header says of the member after it: `path` and `size`."""
-    if info.type == tarfile.GNUTYPE_LONGNAME:
-        return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
-    if info.type != tarfile.XHDTYPE:
-        return {}
-    found = {}
-    while content:  # records of "LENGTH KEY=VALUE\n" (POSIX pax)
-        digits, _, _ = content.partition(b" ")
-        if not digits.isdigit() or not 0 < int(digits) <= len(content):
-            raise Broken(at, "a garbled extended header")
-        key, _, value = content[len(digits) + 1 : int(digits) - 1].partition(b"=")
-        found[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        content = content[int(digits) :]
-    return {key: found[key] for key in ("path", "size") if key in found}
+def samples(reader: Reader, url: str = "") -> Iterator[Found]:
+    """Every sample as webdataset groups members. Raises Broken after the last sample before it, and Compressed."""
+    seconds: list[Member] = []  # members that webdataset refuses, of the sample being made
+    last: Member | None = None
+    broken: Broken | None = None
+
+    def files() -> Iterator[dict[str, Any]]:
+        nonlocal last, broken
+        try:
+            for member in reader.members():
+                last = member
+                yield {"fname": member.name, "data": member, "__url__": url}
+        except Broken as error:  # told after the sample that is being made
+            broken = error
+
+    def refused(error: Exception) -> bool:
+        assert last is not None
+        seconds.append(last)
+        return True  # go on
+
+    for group in group_by_keys(files(), handler=refused):
+        yield _found(group, seconds)
+        seconds.clear()
+    if broken is not None:
+        raise broken
+
+
+def _found(group: dict[str, Any], seconds: list[Member]) -> Found:
+    extensions = tuple(name for name, value in group.items() if isinstance(value, Member))
+    members: list[Member] = [group[name] for name in extensions]
+    if seconds:
+        members = sorted([*members, *seconds], key=lambda member: member.header)
+    check = 0
+    for member in members:
+        check = zlib.crc32(member.check.to_bytes(4, "little"), check)
+    begin, end = members[0].header, members[-1].end
+    if end - begin > MOST_SAMPLE:
+        raise Broken(begin, f"sample {group['__key__']} of {end - begin} bytes: at most {MOST_SAMPLE}")
+    values = group | {name: group[name].content for name in extensions}
+    wrong = None
+    if seconds:
+        wrong = f"member {seconds[0].name} at byte {seconds[0].header}: a second one of its name, or a reserved name"
+    return Found(Sample(group["__key__"], begin, end, check, extensions), values, wrong)
+
+
+def _why_left(info: tarfile.TarInfo) -> str | None:
+    """Why a member is in no sample; None if it is in one."""
+    if info.issym() or info.islnk():
+        return f"a {'symbolic' if info.issym() else 'hard'} link to {info.linkname}, where its content lies"
+    if not info.isreg():
+        return f"no regular file: its type is {info.type!r}"
+    if _METADATA.match(info.name):
+        return "metadata, by its name"
+    extension = _extension(info.name)
+    if extension is None:
+        return "a name without an extension"
+    if extension == "__bad__":
+        return "an extension for which webdataset leaves the sample out"
+    return "a sparse file" if info.issparse() else None
+
+
+def _extension(name: str) -> str | None:
+    found = None if _METADATA.match(name) else base_plus_ext(name)[1]
+    return None if found is None else found.lower()
+
+
+class _Source:
+    """The bytes of an archive, one after the other: where the next one lies, and a CRC-32 of those since it was set."""
+
+    def __init__(self, file: Bytes, at: int) -> None:
+        self._file, self.at, self.check = file, at, 0
+        self.first, self.short, self._left = b"", False, 0
+
+    def begin_headers(self) -> None:
+        self.first, self.short, self._left = b"", False, _MOST_HEADERS
+
+    def take(self, size: int) -> bytes:
+        found = self._file.read(size)
+        self.at += len(found)
+        self.check = zlib.crc32(found, self.check)
+        return found
+
+    def read(self, size: int) -> bytes:
+        """A part of a header, for tarfile."""
+        self._left -= size
+        if self._left < 0:
+            raise ValueError(f"extended headers of more than {_MOST_HEADERS} bytes")
+        found = self.take(size)
+        self.first = self.first or found
+        self.short = len(found) < size
+        if size != _BLOCK and _LONG_NUMBER.search(found):
+            raise ValueError("a number of more than 512 digits in an extended header")
+        return found
+
+    def tell(self) -> int:
+        return self.at
+
+
+@dataclass
+class _Archive:
+    """What TarInfo.fromtarfile takes for a TarFile."""
+
+    fileobj: _Source
+    offset: int = 0  # set by it: where the next header begins
+    encoding: str = tarfile.ENCODING
+    errors: str = "surrogateescape"
+    pax_headers: dict[str, str] = field(default_factory=dict)

@@ -1,5 +1,7 @@
 """`data=webdataset`: splits of tar shards, in blocks of bytes: a sample belongs to the block that it begins in.
 
+What a sample is, and what is in it, webdataset decides (tar.py, members.py). Where it lies is ours to know.
+
 Where the samples of a shard begin is known from an index, which is built when the shard is first read (by reading all
 of it) and kept: beside the shard as NAME.index, if it was made there, else below `data.cache`. Which samples belong to
 which split follows from their places alone, so whether there was an index changes nothing but the bytes read.
@@ -8,32 +10,33 @@ which split follows from their places alone, so whether there was an index chang
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
+import shlex
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from stoker.conf.schema import DataConfig
 from stoker.conf.targets import import_target
 from stoker.data.cache import cache_root
 from stoker.data.keys import IndexKey, SplitsKey
-from stoker.data.remote import Damaged, Loss, Report
+from stoker.data.remote import Damaged, Leftover, Loss, Report
 from stoker.data.remote.contents import content_of as content_of_shards
+from stoker.data.remote.damage import printable
 from stoker.data.remote.lookup import look_up
 from stoker.data.remote.shards import Shard, addresses, local_path, names_fingerprint, scheme
 from stoker.data.remote.store import Store
 from stoker.data.streaming.lines import content_of
+from stoker.data.streaming.members import document_of, refuse_member
 from stoker.data.streaming.sources import bytes_of_split, patience_of
 from stoker.data.streaming.splits import ByteBlocks, Content, Splits
-from stoker.data.streaming.tar import Broken, Index, Reader, Sample, build_index, dump, load, samples
+from stoker.data.streaming.tar import Broken, Compressed, Found, Left, Reader, Sample, samples
+from stoker.data.streaming.tar_index import Index, build_index, dump, load
 from stoker.data.text import known_args
 
 log = logging.getLogger(__name__)
@@ -45,10 +48,7 @@ _CHUNK = 4 << 20  # bytes of one request while a shard is read through
 
 @dataclass(frozen=True)
 class TarShards:
-    """Units over tar shards. A document is the member `member` of a sample: `.txt`, `.json` or `.npy`.
-
-    Of `.json` it is the string, or the value at `json_key` of the object; of `.npy` the token ids.
-    """
+    """Units over tar shards. A document is the member `member` of a sample, or what the function `map` makes of one."""
 
     blocks: ByteBlocks
     member: str
@@ -71,19 +71,21 @@ class TarShards:
         if shard.size < 0:
             yield from self._read_through(shard, store, report)
             return
-        index = self._index(shard, store)
-        first, after = (bisect_left(index.samples, byte, key=attrgetter("begin")) for byte in (begin, end))
-        here = index.samples[first:after]
+        index, kept = self._index(shard, store)
+        for left in index.left[slice(*_between(index.left, begin, end, "byte"))]:
+            self._report_left(shard, left, report)
+        here = index.samples[slice(*_between(index.samples, begin, end, "begin"))]
         number = 0
         if here:
             data = io.BytesIO(store.read(shard, here[0].begin, here[-1].end))
             reader = Reader(data, here[0].begin, here[-1].end)
             try:
-                for expected, (sample, contents) in zip(here, samples(reader), strict=True):
+                for expected, found in zip(here, samples(reader, shard.url), strict=True):
+                    sample = found.sample
                     if sample != expected:
-                        which = f"sample {sample.key}" if sample.key == expected.key else "other samples"
-                        raise Broken(sample.begin, f"{which} than when its index was made: the checksums differ")
-                    yield from self._document(shard, sample, contents, number, report)
+                        which = "its checksum differs from" if sample.key == expected.key else "it is not the one of"
+                        raise Broken(sample.begin, f"{which} {kept}: remove that if the shard is meant to be new")
+                    yield from self._document(shard, found, number, report)
                     number += 1
             except (Broken, ValueError) as error:
                 if isinstance(error, Damaged):
@@ -99,74 +101,82 @@ class TarShards:
         """A shard that comes through a pipe."""
         number, first, last = 0, None, None
         with store.stream(shard) as stream:
+            reader = Reader(stream, left=lambda left: self._report_left(shard, left, report))
             try:
-                for sample, contents in samples(Reader(stream)):
+                for found in samples(reader, shard.url):
                     if last is not None:
-                        yield from self._document(shard, *last, number, report)
+                        yield from self._document(shard, last, number, report)
                         number += 1
-                    first, last = first or sample, (sample, contents)
+                    first, last = first or found.sample, found
+            except Compressed as error:
+                raise ValueError(f"{shard.url}: {error}: add | {error.command} to the command") from error
             except Broken as error:
-                if last is not None and first is not None and len(last[0].extensions) == len(first.extensions):
-                    yield from self._document(shard, *last, number, report)
+                if last is not None and first is not None and (error.whole or not _lacks(last.sample, first)):
+                    yield from self._document(shard, last, number, report)
                     number += 1
-                raise Damaged(error.reason, shard.url, error.byte, last[0].key if last else None) from error
+                near = last.sample.key if last else None
+                raise Damaged(error.reason, shard.url, error.byte, near) from error
             while stream.read(_CHUNK):  # to the end of the command, which may fail yet
                 pass
         if last is not None:
-            yield from self._document(shard, *last, number, report)
+            yield from self._document(shard, last, number, report)
 
-    def _document(
-        self, shard: Shard, sample: Sample, contents: dict[str, bytes], number: int, report: Report
-    ) -> Iterator[tuple[int, Content]]:
+    def _report_left(self, shard: Shard, left: Left, report: Report) -> None:
+        if left.extension is not None and (self.map is not None or left.extension == self.member):
+            report(Loss(Damaged(f"{left.name} is {left.reason}", shard.url, left.byte, left.name), 0, 0))
+        else:
+            report(Leftover(shard.url, left.byte, left.name, left.reason))
+
+    def _document(self, shard: Shard, found: Found, number: int, report: Report) -> Iterator[tuple[int, Content]]:
+        sample = found.sample
         where = (shard.url, sample.begin, sample.key)
         try:
+            if found.wrong is not None:
+                raise Damaged(found.wrong, *where)
             if self.map is not None:
-                found = import_target(self.map)({"__key__": sample.key, **contents})
-                content = None if found is None else content_of(found, self.map, where)
-            elif self.member not in contents:
+                made = import_target(self.map)(found.values)
+                content = None if made is None else content_of(made, self.map, where)
+            elif self.member not in sample.extensions:
                 raise Damaged(f"no member .{self.member}: it has .{', .'.join(sample.extensions)}", *where)
             else:
-                content = self._decode(contents[self.member], where)
+                content = document_of(self.member, found.values[self.member], self.json_key, where)
         except Damaged as error:
             report(Loss(error, number, 1))
             return
         if content is not None:
             yield number, content
 
-    def _decode(self, data: bytes, where: tuple[str, int, str]) -> Content:
-        kind = self.member.rpartition(".")[2]
-        try:
-            if kind == "npy":
-                return content_of(np.load(io.BytesIO(data), allow_pickle=False), self.member, where)
-            text = data.decode()
-            if kind != "json":
-                return text
-            values = json.loads(text)
-        except UnicodeDecodeError as error:
-            byte = f"byte {data[error.start]:#04x} at offset {error.start}"
-            raise Damaged(f"its .{self.member} is not UTF-8: {byte}", *where) from error
-        except (ValueError, EOFError, RecursionError) as error:
-            if isinstance(error, Damaged):
-                raise
-            raise Damaged(f"its .{self.member} cannot be read: {error}", *where) from error
-        if isinstance(values, dict):
-            if self.json_key not in values:
-                raise Damaged(f"its .{self.member} has no {self.json_key!r}: it has {', '.join(values)}", *where)
-            values = values[self.json_key]
-        return content_of(values, self.member, where)
-
-    def _index(self, shard: Shard, store: Store) -> Index:
-        if scheme(shard.url) == "file" and (found := _stored(Path(f"{local_path(shard.url)}.index"), shard.size)):
-            return found
-        kept = self.indexes / f"{IndexKey(shard.url, shard.size, shard.version).key}.index"
+    def _index(self, shard: Shard, store: Store) -> tuple[Index, Path]:
+        """The index of a shard, and where it is kept."""
+        version = shard.version
+        if scheme(shard.url) == "file":
+            beside = Path(f"{local_path(shard.url)}.index")
+            if found := _stored(beside, shard.size):
+                return found, beside
+            version = str(_changed(local_path(shard.url)))
+        kept = self.indexes / f"{IndexKey(shard.url, shard.size, version).key}.index"
         if found := _stored(kept, shard.size):
-            return found
-        index = build_index(_Through(shard, store))
+            return found, kept
+        try:
+            index = build_index(_Through(shard, store))
+        except Compressed as error:
+            local = scheme(shard.url) == "file"
+            unpacked = f"{error.command} {shlex.quote(local_path(shard.url))}" if local else f"... | {error.command}"
+            raise ValueError(
+                f"{shard.url}: {error}. No part of it can be read by itself: unpack it, or have it read as a whole "
+                f"with data.urls=pipe:{unpacked}"
+            ) from error
+        if index.left:
+            first = ", ".join(left.name for left in index.left[:3])
+            log.warning(
+                "%s: %d members are in no sample, as webdataset reads it: %s%s",
+                shard.url, len(index.left), printable(first), " ..." * (len(index.left) > 3),
+            )  # fmt: skip
         try:
             write_index(kept, index, shard.size)
         except OSError as error:
             log.info("%s not written, so %s is read through again: %s", kept, shard.url, error)
-        return index
+        return index, kept
 
 
 def write_index(path: Path, index: Index, size: int) -> None:
@@ -183,6 +193,7 @@ def open_webdataset(config: DataConfig) -> Splits:
     if not urls:
         raise ValueError("data=webdataset needs data.urls=PATTERN, such as shards/s-{000..099}.tar")
     args = known_args(config, "data=webdataset", member="txt", json_key="text", map=None)
+    refuse_member(args["member"])
     shards = look_up(urls, patience_of(config))
     piped = [shard.size < 0 for shard in shards]
     if any(piped) and not all(piped):
@@ -211,7 +222,10 @@ class _Through:
 
 def _stored(path: Path, size: int) -> Index | None:
     try:
-        return _loaded(path, size, path.stat().st_mtime_ns)
+        status = path.stat()
+        if status.st_size > 4 * size + _CHUNK:  # more than an index of such an archive can have
+            return None
+        return _loaded(path, size, status.st_mtime_ns)
     except OSError:
         return None
 
@@ -219,6 +233,24 @@ def _stored(path: Path, size: int) -> Index | None:
 @lru_cache(maxsize=64)  # a block is read faster than the index of a shard of thousands of samples is parsed
 def _loaded(path: Path, size: int, changed: int) -> Index | None:
     return load(path.read_bytes(), size)
+
+
+def _changed(path: str) -> int:
+    """When a file was written, as its file system has it; 0 for one that is gone, which reading it tells."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _between(places: Sequence[Any], begin: int, end: int, name: str) -> tuple[int, int]:
+    """The first of `places` whose attribute `name` is at least `begin`, and the first at least `end`."""
+    first, after = (bisect_left(places, byte, key=attrgetter(name)) for byte in (begin, end))
+    return first, after
+
+
+def _lacks(last: Sample, first: Sample) -> bool:
+    return len(last.extensions) < len(first.extensions)
 
 
 def _after(index: Index) -> str | None:

@@ -89,7 +89,7 @@ def test_nothing_is_copied_but_where_documents_begin(tmp_path):
 def test_without_an_end_of_document_a_file_is_a_document(tmp_path):
     (tmp_path / "ids").mkdir()
     raw(tmp_path / "ids", "uint16")
-    assert len(open_rows(config_of(tmp_path, {}), "train").tokens.starts) == 2
+    assert len(open_rows(config_of(tmp_path, {"dtype": "uint16"}), "train").tokens.starts) == 2
 
 
 def test_the_last_documents_are_kept_for_validation(tmp_path):
@@ -141,7 +141,7 @@ def test_changed_tokens_are_another_source(tmp_path):
 
 def cut_short(folder: Path) -> str:
     (folder / "a.u16").write_bytes(b"123")
-    return r"a.u16 has 3 bytes, no multiple of 2: it is cut short, or not of uint16"
+    return r"a.u16 has 3 bytes of ids, no multiple of 2: it is cut short, or not of uint16"
 
 
 def index_of_nothing(folder: Path) -> str:
@@ -160,7 +160,7 @@ def index_cut_short(folder: Path) -> str:
 def index_of_more(folder: Path) -> str:
     megatron(folder / "a", DOCUMENTS)
     np.arange(4, dtype=np.uint16).tofile(folder / "a.bin")
-    return "speaks of 10 tokens, and its .bin has 4"
+    return r"a.idx speaks of sequence 1 of 2 tokens from byte 6 on, and a.bin has 8 bytes"
 
 
 def two_dimensions(folder: Path) -> str:
@@ -174,8 +174,10 @@ def pickled(folder: Path) -> str:
 
 
 def too_large(folder: Path) -> str:
-    np.full(100, 301, np.uint16).tofile(folder / "a.u16")
-    return "holds token 301, but the vocabulary has 300: the tokens are another tokenizer's"
+    ids = np.full(200_000, 299, np.uint16)
+    ids[100_001] = 301
+    ids.tofile(folder / "a.u16")
+    return "a.u16, token 100001 is 301, but the vocabulary has 300: the tokens are another tokenizer's"
 
 
 def no_files(folder: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stoker.data.cache import open_folder
-from stoker.data.streaming.tar import load
+from stoker.data.streaming.tar_index import load
 from stoker.launch.cli import main
 from tests.data.counted import conversations, write_lines
 from tests.launch.runs import overrides, write_text
