@@ -27,8 +27,10 @@ from stoker.data.text import known_args
 
 @dataclass(frozen=True)
 class Streamed:
-    """Splits over a `datasets.IterableDataset`, cut into as many pieces as its format has. It cannot be asked for bytes,
-    so what is read through it is not counted, and damage is known by piece only."""
+    """Splits over a `datasets.IterableDataset`, cut into as many pieces as its format has.
+
+    It cannot be asked for bytes, so what is read through it is not counted, and damage is known by piece only.
+    """
 
     dataset: Any
     name: str
