@@ -1,0 +1,269 @@
+"""A chat template at work: rendered by transformers, and which of what it writes is learned.
+
+Where a template marks what the assistant writes (`{% generation %}`), the mask is that of transformers'
+`apply_chat_template`. Any other template is rendered message by message: what the text grows by where the assistant
+writes, without the opening that the template gives to a reply (`add_generation_prompt`), is learned. A template that
+writes an earlier message in another way when more follow is refused: no part of its text belongs to one message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+
+from stoker.data.chat_limits import LimitReached, Limits, dated, limited
+from stoker.data.tokenizer import Renderer, Span, Tokenizer
+
+Message = dict[str, Any]
+
+_MARK = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
+_PROBE = "stoker 0123456789"  # a reply that no template writes by itself
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a template is given, and which of the messages are learned."""
+
+    messages: Sequence[Message]
+    learned: Sequence[bool] = ()  # one for each message
+    tools: Sequence[Any] | None = None
+    documents: Sequence[Any] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TemplateSettings:
+    """What is said of templates in the config."""
+
+    template: str | None = None  # text, or the name of one of the tokenizer's; None: the tokenizer's own
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    date: datetime | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+class ChatTemplate:
+    """The template of `settings`, or the tokenizer's own, for chats in the ids of `tokenizer`."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: TemplateSettings) -> None:
+        self._tokenizer, self._settings = tokenizer, settings
+        self._renderer: Renderer = tokenizer.renderer
+
+    def encode(self, chat: Conversation) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a conversation, uint32, and which are learned, uint8.
+
+        The token that closes a document follows where the template has not written a special token at the end itself.
+        Raises TemplateError for a conversation that the template refuses or would write only in part, and for one of
+        whose text it is not clear what the assistant writes; and LimitReached.
+        """
+        template = self._source(chat)
+        _refuse_what_is_left_out(template, chat)
+        text = self.text(chat)
+        if chat.tools == [] and text != self.text(replace(chat, tools=None)):
+            raise TemplateError("the template writes an empty list of tools in another way than none: leave it out")
+        if _MARK.search(template):
+            ids, spans, mask = self._marked(chat, text)
+            mask &= ~_overlaps(spans, list(self._not_learned(chat, text)))
+        else:
+            ids, spans = self._tokenizer.encode_template(text)
+            turns = list(self._learned(chat, text))
+            mask = _overlaps(spans, turns)
+            self._learn_stops(ids, spans, mask, text, turns)
+        if not self._closed(ids, spans, text):
+            ids = [*ids, self._tokenizer.end_of_document]
+            mask = np.append(mask, chat.messages[-1]["role"] == "assistant" and chat.learned[-1])
+        return np.array(ids, np.uint32), mask.astype(np.uint8)
+
+    def text(self, chat: Conversation, messages: Sequence[Message] | None = None, opening: bool = False) -> str:
+        """The text of the conversation, or of `messages` in its place; with the `opening` of a reply."""
+        with limited(self._settings.limits), dated(self._settings.date):
+            text = self._apply(chat, messages or chat.messages, tokenize=False, add_generation_prompt=opening)
+            if len(text) > self._settings.limits.characters:
+                raise LimitReached(f"it writes more than {self._settings.limits.megabytes:g} MB")
+        return text
+
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a reply: what the template writes behind one, and the end of a document."""
+        found = {self._tokenizer.end_of_document}
+        user = {"role": "user", "content": _PROBE[::-1]}
+        talk = [user, {"role": "assistant", "content": _PROBE}]
+        for messages in (talk, [*talk, user]):
+            try:
+                text = self.text(Conversation(messages))
+            except TemplateError:  # it refuses such a conversation
+                continue
+            ids, spans = self._tokenizer.encode_template(text)
+            place = text.rfind(_PROBE) + len(_PROBE)
+            behind = [number for number, (begin, _) in zip(ids, spans, strict=True) if begin >= place]
+            found.update([number for number in behind if number in self._tokenizer.special_ids][:1])
+        return frozenset(found)
+
+    def _source(self, chat: Conversation) -> str:
+        return self._renderer.backend.get_chat_template(self._settings.template, chat.tools)
+
+    def _apply(self, chat: Conversation, messages: Sequence[Message], **how: Any) -> Any:
+        names = {**self._renderer.names, **self._settings.variables, **chat.variables}
+        try:
+            return self._renderer.backend.apply_chat_template(
+                list(messages),
+                tools=chat.tools,
+                documents=chat.documents,
+                chat_template=self._settings.template,
+                **how,
+                **names,
+            )
+        except (TemplateError, LimitReached, MemoryError):
+            raise
+        except Exception as error:  # a template is a program, and ends with what it likes
+            raise TemplateError(f"{type(error).__name__}: {error}") from error
+
+    def _marked(self, chat: Conversation, text: str) -> tuple[list[int], list[Span], np.ndarray]:
+        """Ids, the characters of each, and transformers' mask of them, bool."""
+        with dated(self._settings.date):
+            found = self._apply(
+                chat,
+                chat.messages,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
+            )
+        mask = np.array(found["assistant_masks"], bool)
+        if self._renderer.same_ids:
+            return found["input_ids"], found["offset_mapping"], mask
+        characters = [span for span, learned in zip(found["offset_mapping"], mask, strict=True) if learned]
+        ids, spans = self._tokenizer.encode_template(text)
+        return ids, spans, _overlaps(spans, characters)
+
+    def _learned(self, chat: Conversation, whole: str) -> Iterator[Span]:
+        """Where in the text the replies are that are learned, each without its opening."""
+        for number, message in enumerate(chat.messages):
+            if message["role"] != "assistant" or not chat.learned[number]:
+                continue
+            if not number:
+                raise TemplateError(
+                    "the assistant begins, and the template does not mark what it writes: put a message of the "
+                    f"system or the user before it, or {_ADVICE}"
+                )
+            after = self._up_to(chat, number + 1, whole)
+            before = self._opening(chat, number)
+            if not after.startswith(before):
+                raise _rewritten(number)
+            yield len(before), len(after)
+
+    def _not_learned(self, chat: Conversation, whole: str) -> Iterator[Span]:
+        """Where in the text the replies are that are not learned."""
+        for number, message in enumerate(chat.messages):
+            if message["role"] == "assistant" and not chat.learned[number]:
+                before = self._up_to(chat, number, whole) if number else ""
+                yield len(before), len(self._up_to(chat, number + 1, whole))
+
+    def _up_to(self, chat: Conversation, count: int, whole: str) -> str:
+        """The text of the first messages, which is the beginning of that of all."""
+        text = self.text(chat, chat.messages[:count]) if count < len(chat.messages) else whole
+        if not whole.startswith(text):
+            raise _rewritten(count - 1)
+        return text
+
+    def _opening(self, chat: Conversation, number: int) -> str:
+        """The text up to where the reply `number` begins."""
+        earlier = chat.messages[:number]
+        opened = self.text(chat, earlier, opening=True)
+        if opened != self.text(chat, earlier):
+            return opened
+        # The template opens no reply: is there a heading before the assistant's words that nobody is to learn?
+        reply = self.text(chat, [*earlier, {"role": "assistant", "content": _PROBE}])
+        if not reply.startswith(opened) or not reply[len(opened) :].lstrip().startswith(_PROBE):
+            raise TemplateError(
+                "it writes a heading before a reply, and does not write it alone for add_generation_prompt: what of "
+                f"the text the assistant writes is not known. {_ADVICE[0].upper()}{_ADVICE[1:]}"
+            )
+        return opened
+
+    def _learn_stops(
+        self, ids: Sequence[int], spans: Sequence[Span], mask: np.ndarray, text: str, turns: Sequence[Span]
+    ) -> None:
+        """Learn the special token that follows a turn where the template writes none at the turn's own end."""
+        for begin, end in turns:
+            inside = [place for place, (first, _) in enumerate(spans) if begin <= first < end]
+            if not inside or inside[-1] + 1 == len(ids):
+                continue
+            following = inside[-1] + 1
+            own = self._closed(ids[:following], spans[:following], text)
+            if not own and ids[following] in self._tokenizer.special_ids:
+                mask[following] = True
+
+    def _closed(self, ids: Sequence[int], spans: Sequence[Span], text: str) -> bool:
+        """Whether the last of `ids`, spaces left aside, is a special token."""
+        for number, (begin, end) in zip(reversed(ids), reversed(spans), strict=True):
+            if number in self._tokenizer.special_ids:
+                return True
+            if text[begin:end].strip():
+                return False
+        return False
+
+
+def refuse_template(source: str) -> None:
+    """Raises ValueError for what is no template, and for one that does not write the same text each time."""
+    environment = Environment(extensions=[_Generation, loopcontrols])
+    try:
+        found = environment.parse(source)
+    except (TemplateError, RecursionError) as error:
+        raise ValueError(f"it is no Jinja template: {error}") from error
+    calls = {node.node.name for node in found.find_all(nodes.Call) if isinstance(node.node, nodes.Name)}
+    if "lipsum" in calls or any(node.name == "random" for node in found.find_all(nodes.Filter)):
+        raise ValueError("it writes something else each time (lipsum, random): tokens are a function of the data")
+    for kind in (nodes.Macro, nodes.CallBlock, nodes.AssignBlock, nodes.FilterBlock):
+        if any(node.find(nodes.Scope) for node in found.find_all(kind)):
+            raise ValueError(
+                "it marks what the assistant writes ({% generation %}) inside a macro, a call, a set or a filter block, "
+                "where transformers finds another place in the text than where it ends up: mark it outside of them"
+            )
+    if next(found.find_all(nodes.Pow), None) is not None:
+        raise ValueError("it raises numbers to powers (**), which no limit of time can interrupt")
+
+
+class _Generation(Extension):
+    """Parses `{% generation %} ... {% endgeneration %}` to a `Scope`, which nothing else is parsed to."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _rewritten(number: int) -> TemplateError:
+    return TemplateError(f"what it writes for message {number + 1} changes when more follow: {_ADVICE}")
+
+
+_ADVICE = "mark what the assistant writes with {% generation %} ... {% endgeneration %}"
+
+
+def _refuse_what_is_left_out(template: str, chat: Conversation) -> None:
+    if chat.tools and "tools" not in template:
+        raise TemplateError("the conversation has tools, and the template does not write them")
+    if chat.documents and "documents" not in template:
+        raise TemplateError("the conversation has documents, and the template does not write them")
+    for number, message in enumerate(chat.messages, 1):
+        if message.get("tool_calls") and "tool_calls" not in template:
+            raise TemplateError(f"message {number} has tool_calls, and the template does not write them")
+
+
+def _overlaps(spans: Sequence[Span], wanted: Sequence[Span]) -> np.ndarray:
+    """Which of `spans` share a character with one of `wanted`, both in order: bool. As in apply_chat_template."""
+    found = np.zeros(len(spans), bool)
+    current = 0
+    for place, (begin, end) in enumerate(spans):
+        while current < len(wanted) and begin >= wanted[current][1]:
+            current += 1
+        if current == len(wanted):
+            break
+        found[place] = end > wanted[current][0]
+    return found
