@@ -6,8 +6,8 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
-from datetime import datetime
 from dataclasses import replace
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from jinja2 import TemplateError
 
 from stoker.conf.schema import DataConfig
 from stoker.data.chat_limits import LimitReached, Limits
-from stoker.data.chat_template import ChatTemplate, Conversation, Message, TemplateSettings, refuse_template
+from stoker.data.chat_refusals import Conversation, Message, refuse_template
+from stoker.data.chat_template import ChatTemplate, TemplateSettings
 from stoker.data.documents import Collection, Source
 from stoker.data.hub_tokenizer import HubTokenizer
 from stoker.data.jsonl import field, is_jsonl, jsonl_collections
@@ -30,7 +31,7 @@ CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% elif not message['content'] %}{{ raise_exception('a message of the role ' + message['role'] + ' has no content') }}"
+    "{% elif not message['content'] %}{{ raise_exception('a message of ' + message['role'] + ' has no content') }}"
     "{% else %}{% for part in message['content'] %}"
     "{% if part['type'] != 'text' %}{{ raise_exception('a part of type ' + part['type']) }}{% endif %}"
     "{{ part['text'] }}{% endfor %}{% endif %}"

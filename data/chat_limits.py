@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -65,26 +64,30 @@ def dated(date: datetime | None) -> Iterator[None]:
     """
     from transformers.utils import chat_template_utils
 
-    class Fixed(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
-            if date is None:
-                raise TemplateError("it writes the date (strftime_now): data.args.date=YYYY-MM-DD fixes it")
-            return date
-
     with _CLOCK:
-        clock = chat_template_utils.datetime
-        chat_template_utils.datetime = Fixed  # type: ignore[misc]
+        before = chat_template_utils.datetime, _Clock.fixed
+        chat_template_utils.datetime, _Clock.fixed = _Clock, date  # type: ignore[misc]
         try:
             yield
         finally:
-            chat_template_utils.datetime = clock  # type: ignore[misc]
+            chat_template_utils.datetime, _Clock.fixed = before  # type: ignore[misc]
+
+
+class _Clock(datetime):
+    fixed: datetime | None = None
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+        if cls.fixed is None:
+            raise TemplateError("it writes the date (strftime_now): data.args.date=YYYY-MM-DD fixes it")
+        return cls.fixed
 
 
 def _address_space(limits: Limits, memory: tuple[int, int]) -> int:
     """Bytes of address space that the process may have, or its present limit where that is lower."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            pages = int(file.read(100).split()[0])
     except OSError:  # not Linux, where address space is not limited this way
         return memory[0]
     wanted = pages * resource.getpagesize() + _MEMORY_FACTOR * int(limits.megabytes * 1e6)

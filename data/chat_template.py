@@ -15,28 +15,14 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
+from jinja2 import TemplateError
 
 from stoker.data.chat_limits import LimitReached, Limits, dated, limited
+from stoker.data.chat_refusals import Conversation, Message, refuse_what_is_left_out, refuse_what_is_misread
 from stoker.data.tokenizer import Renderer, Span, Tokenizer
-
-Message = dict[str, Any]
 
 _MARK = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 _PROBE = "stoker 0123456789"  # a reply that no template writes by itself
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What a template is given, and which of the messages are learned."""
-
-    messages: Sequence[Message]
-    learned: Sequence[bool] = ()  # one for each message
-    tools: Sequence[Any] | None = None
-    documents: Sequence[Any] | None = None
-    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,29 +50,32 @@ class ChatTemplate:
         whose text it is not clear what the assistant writes; and LimitReached.
         """
         template = self._source(chat)
-        _refuse_what_is_left_out(template, chat)
-        text = self.text(chat)
-        if chat.tools == [] and text != self.text(replace(chat, tools=None)):
+        refuse_what_is_left_out(template, chat)
+        texts = _Texts(self, chat)
+        whole = texts.whole
+        refuse_what_is_misread(whole, chat)
+        if chat.tools == [] and whole != self.text(replace(chat, tools=None)):
             raise TemplateError("the template writes an empty list of tools in another way than none: leave it out")
         if _MARK.search(template):
-            ids, spans, mask = self._marked(chat, text)
-            mask &= ~_overlaps(spans, list(self._not_learned(chat, text)))
+            ids, spans, mask = self._marked(chat, whole)
+            mask &= ~_overlaps(spans, list(texts.not_learned()))
         else:
-            ids, spans = self._tokenizer.encode_template(text)
-            turns = list(self._learned(chat, text))
-            mask = _overlaps(spans, turns)
-            self._learn_stops(ids, spans, mask, text, turns)
-        if not self._closed(ids, spans, text):
+            ids, spans = self._tokenizer.encode_template(whole)
+            replies = list(texts.learned())
+            mask = _overlaps(spans, replies)
+            self._learn_stops(ids, spans, mask, whole, replies)
+        if not self._closed(ids, spans, whole):
             ids = [*ids, self._tokenizer.end_of_document]
             mask = np.append(mask, chat.messages[-1]["role"] == "assistant" and chat.learned[-1])
         return np.array(ids, np.uint32), mask.astype(np.uint8)
 
     def text(self, chat: Conversation, messages: Sequence[Message] | None = None, opening: bool = False) -> str:
         """The text of the conversation, or of `messages` in its place; with the `opening` of a reply."""
-        with limited(self._settings.limits), dated(self._settings.date):
+        limits = self._settings.limits
+        with limited(limits), dated(self._settings.date):
             text = self._apply(chat, messages or chat.messages, tokenize=False, add_generation_prompt=opening)
-            if len(text) > self._settings.limits.characters:
-                raise LimitReached(f"it writes more than {self._settings.limits.megabytes:g} MB")
+        if len(text) > limits.characters:
+            raise LimitReached(f"it writes more than {limits.megabytes:g} MB")
         return text
 
     def stop_ids(self) -> frozenset[int]:
@@ -141,51 +130,6 @@ class ChatTemplate:
         ids, spans = self._tokenizer.encode_template(text)
         return ids, spans, _overlaps(spans, characters)
 
-    def _learned(self, chat: Conversation, whole: str) -> Iterator[Span]:
-        """Where in the text the replies are that are learned, each without its opening."""
-        for number, message in enumerate(chat.messages):
-            if message["role"] != "assistant" or not chat.learned[number]:
-                continue
-            if not number:
-                raise TemplateError(
-                    "the assistant begins, and the template does not mark what it writes: put a message of the "
-                    f"system or the user before it, or {_ADVICE}"
-                )
-            after = self._up_to(chat, number + 1, whole)
-            before = self._opening(chat, number)
-            if not after.startswith(before):
-                raise _rewritten(number)
-            yield len(before), len(after)
-
-    def _not_learned(self, chat: Conversation, whole: str) -> Iterator[Span]:
-        """Where in the text the replies are that are not learned."""
-        for number, message in enumerate(chat.messages):
-            if message["role"] == "assistant" and not chat.learned[number]:
-                before = self._up_to(chat, number, whole) if number else ""
-                yield len(before), len(self._up_to(chat, number + 1, whole))
-
-    def _up_to(self, chat: Conversation, count: int, whole: str) -> str:
-        """The text of the first messages, which is the beginning of that of all."""
-        text = self.text(chat, chat.messages[:count]) if count < len(chat.messages) else whole
-        if not whole.startswith(text):
-            raise _rewritten(count - 1)
-        return text
-
-    def _opening(self, chat: Conversation, number: int) -> str:
-        """The text up to where the reply `number` begins."""
-        earlier = chat.messages[:number]
-        opened = self.text(chat, earlier, opening=True)
-        if opened != self.text(chat, earlier):
-            return opened
-        # The template opens no reply: is there a heading before the assistant's words that nobody is to learn?
-        reply = self.text(chat, [*earlier, {"role": "assistant", "content": _PROBE}])
-        if not reply.startswith(opened) or not reply[len(opened) :].lstrip().startswith(_PROBE):
-            raise TemplateError(
-                "it writes a heading before a reply, and does not write it alone for add_generation_prompt: what of "
-                f"the text the assistant writes is not known. {_ADVICE[0].upper()}{_ADVICE[1:]}"
-            )
-        return opened
-
     def _learn_stops(
         self, ids: Sequence[int], spans: Sequence[Span], mask: np.ndarray, text: str, turns: Sequence[Span]
     ) -> None:
@@ -209,34 +153,61 @@ class ChatTemplate:
         return False
 
 
-def refuse_template(source: str) -> None:
-    """Raises ValueError for what is no template, and for one that does not write the same text each time."""
-    environment = Environment(extensions=[_Generation, loopcontrols])
-    try:
-        found = environment.parse(source)
-    except (TemplateError, RecursionError) as error:
-        raise ValueError(f"it is no Jinja template: {error}") from error
-    calls = {node.node.name for node in found.find_all(nodes.Call) if isinstance(node.node, nodes.Name)}
-    if "lipsum" in calls or any(node.name == "random" for node in found.find_all(nodes.Filter)):
-        raise ValueError("it writes something else each time (lipsum, random): tokens are a function of the data")
-    for kind in (nodes.Macro, nodes.CallBlock, nodes.AssignBlock, nodes.FilterBlock):
-        if any(node.find(nodes.Scope) for node in found.find_all(kind)):
-            raise ValueError(
-                "it marks what the assistant writes ({% generation %}) inside a macro, a call, a set or a filter block, "
-                "where transformers finds another place in the text than where it ends up: mark it outside of them"
+class _Texts:
+    """A conversation, as its template writes more and more of its messages."""
+
+    def __init__(self, template: ChatTemplate, chat: Conversation) -> None:
+        self._template, self._chat = template, chat
+        self._known: dict[tuple[int, bool], str] = {}
+        self.whole = self._text(len(chat.messages))
+
+    def learned(self) -> Iterator[Span]:
+        """Where in the text the replies are that are learned, each without its opening."""
+        for number, message in enumerate(self._chat.messages):
+            if message["role"] != "assistant" or not self._chat.learned[number]:
+                continue
+            if not number:
+                raise TemplateError(
+                    "the assistant begins, and the template does not mark what it writes: put a message of the "
+                    f"system or the user before it, or {_ADVICE}"
+                )
+            after, before = self._up_to(number + 1), self._opening(number)
+            if not after.startswith(before):
+                raise _rewritten(number)
+            yield len(before), len(after)
+
+    def not_learned(self) -> Iterator[Span]:
+        """Where in the text the replies are that are not learned."""
+        for number, message in enumerate(self._chat.messages):
+            if message["role"] == "assistant" and not self._chat.learned[number]:
+                yield len(self._up_to(number)) if number else 0, len(self._up_to(number + 1))
+
+    def _up_to(self, count: int) -> str:
+        """The text of the first messages, which is the beginning of that of all."""
+        text = self._text(count)
+        if not self.whole.startswith(text):
+            raise _rewritten(count - 1)
+        return text
+
+    def _opening(self, number: int) -> str:
+        """The text up to where the reply `number` begins."""
+        opened = self._text(number, opening=True)
+        if opened != self._text(number):
+            return opened
+        # The template opens no reply: is there a heading before the assistant's words that nobody is to learn?
+        messages = [*self._chat.messages[:number], {"role": "assistant", "content": _PROBE}]
+        reply = self._template.text(self._chat, messages)
+        if not reply.startswith(opened) or not reply[len(opened) :].lstrip().startswith(_PROBE):
+            raise TemplateError(
+                "it writes a heading before a reply, and does not write it alone for add_generation_prompt: what of "
+                f"the text the assistant writes is not known. {_ADVICE[0].upper()}{_ADVICE[1:]}"
             )
-    if next(found.find_all(nodes.Pow), None) is not None:
-        raise ValueError("it raises numbers to powers (**), which no limit of time can interrupt")
+        return opened
 
-
-class _Generation(Extension):
-    """Parses `{% generation %} ... {% endgeneration %}` to a `Scope`, which nothing else is parsed to."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+    def _text(self, count: int, opening: bool = False) -> str:
+        if (count, opening) not in self._known:
+            self._known[count, opening] = self._template.text(self._chat, self._chat.messages[:count], opening)
+        return self._known[count, opening]
 
 
 def _rewritten(number: int) -> TemplateError:
@@ -244,16 +215,6 @@ def _rewritten(number: int) -> TemplateError:
 
 
 _ADVICE = "mark what the assistant writes with {% generation %} ... {% endgeneration %}"
-
-
-def _refuse_what_is_left_out(template: str, chat: Conversation) -> None:
-    if chat.tools and "tools" not in template:
-        raise TemplateError("the conversation has tools, and the template does not write them")
-    if chat.documents and "documents" not in template:
-        raise TemplateError("the conversation has documents, and the template does not write them")
-    for number, message in enumerate(chat.messages, 1):
-        if message.get("tool_calls") and "tool_calls" not in template:
-            raise TemplateError(f"message {number} has tool_calls, and the template does not write them")
 
 
 def _overlaps(spans: Sequence[Span], wanted: Sequence[Span]) -> np.ndarray:

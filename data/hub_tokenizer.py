@@ -139,4 +139,3 @@ def _encoding(source: str) -> dict[str, object]:
 
 
 _NOT_OF_IDS = ("post_processor", "truncation", "padding")  # they add special tokens, shift offsets, cut or fill
-

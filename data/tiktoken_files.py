@@ -146,7 +146,10 @@ class TiktokenTokenizer:
 
     def files(self) -> Mapping[str, bytes]:
         facts: dict[str, Any] = {"kind": "tiktoken", "end_of_document": self.end_token, "pattern": self.pattern}
-        return {"tokens.tiktoken": self.content, "stoker.json": json.dumps(facts | {"specials": self.specials}).encode()}
+        return {
+            "tokens.tiktoken": self.content,
+            "stoker.json": json.dumps(facts | {"specials": self.specials}).encode(),
+        }
 
 
 def _ranks(content: bytes) -> dict[bytes, int]:
@@ -163,9 +166,7 @@ def _ranks(content: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def _specials(
-    count: int, known: _Known | None, pattern: str | None, end: str | None, last: int
-) -> Mapping[str, int]:
+def _specials(count: int, known: _Known | None, pattern: str | None, end: str | None, last: int) -> Mapping[str, int]:
     if known is not None and (end is None or pattern is None or end in known.specials):
         return known.specials
     if pattern is None or end is None:

@@ -25,8 +25,8 @@ def generate(
 ) -> Iterator[int]:
     """The tokens that `model` continues `prompt` with, each as soon as it is known.
 
-    At most `limit` of them, none after one of the tokens `stop`, which is not given out. `greedy` takes the likeliest; else
-    one is drawn with `seed` from the `top_k` likeliest, cut down to the smallest set whose probability reaches
+    At most `limit` of them, none after one of the tokens `stop`, which is not given out. `greedy` takes the likeliest;
+    else one is drawn with `seed` from the `top_k` likeliest, cut down to the smallest set whose probability reaches
     `top_p`. The model sees at most `context` tokens: when they are full, it goes on from the last half of them.
 
     Raises ValueError, before any token, for values out of range and for a model that lacks `next_logits`.

@@ -123,7 +123,8 @@ MISTRAL = """{{- bos_token }}
 
 # Marks around roles, all in one expression.
 PHI4 = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_sep|>' }}
-{%- if m['role'] == 'assistant' %}[[{{ m['content'] + '<|im_end|>' }}]]{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}
+{%- set text = m['content'] + '<|im_end|>' %}
+{%- if m['role'] == 'assistant' %}[[{{ text }}]]{% else %}{{ text }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"""
 
@@ -142,13 +143,17 @@ GLM4 = """[gMASK]<sop>
 {%- if add_generation_prompt %}<|assistant|>{{ '\\n' }}{% endif %}"""
 
 # The date, channels, thoughts of the last turn only, and another end for the last turn.
-GPT_OSS = """{%- macro system() %}{{- '<|start|>system<|message|>Date: ' + strftime_now('%Y-%m-%d') + '<|end|>' }}{%- endmacro %}
+GPT_OSS = """{%- macro system() %}
+    {{- '<|start|>system<|message|>Date: ' + strftime_now('%Y-%m-%d') + '<|end|>' }}
+{%- endmacro %}
 {{- system() }}
 {%- if tools %}{{- '<|start|>developer<|message|>' + (tools | tojson) + '<|end|>' }}{%- endif %}
 {%- for m in messages %}
     {%- if m.role == 'assistant' %}
         {{- '<|start|>assistant' }}[[
-        {%- if loop.last and m.thinking %}{{- '<|channel|>analysis<|message|>' + m.thinking + '<|end|><|start|>assistant' }}{%- endif %}
+        {%- if loop.last and m.thinking %}
+            {{- '<|channel|>analysis<|message|>' + m.thinking + '<|end|><|start|>assistant' }}
+        {%- endif %}
         {%- if m.tool_calls %}
             {{- '<|channel|>commentary to=' + m.tool_calls[0].function.name + '<|message|>' }}
             {{- m.tool_calls[0].function.arguments | tojson + '<|call|>' }}
@@ -161,7 +166,7 @@ GPT_OSS = """{%- macro system() %}{{- '<|start|>system<|message|>Date: ' + strft
 
 # A system prompt gathered from all messages, thoughts cut out of earlier answers, end of text behind each answer.
 DEEPSEEK = """{%- set ns = namespace(system='') %}
-{%- for m in messages %}{%- if m['role'] == 'system' %}{%- set ns.system = ns.system + m['content'] %}{%- endif %}{%- endfor %}
+{%- for m in messages if m['role'] == 'system' %}{%- set ns.system = ns.system + m['content'] %}{%- endfor %}
 {{- bos_token + ns.system }}
 {%- for m in messages %}
     {%- if m['role'] == 'user' %}{{- '<|user|>' + m['content'] }}
@@ -183,14 +188,17 @@ MACROS = """{%- macro heading(m) -%}<|header|>{{ m.role | upper }}<|/header|>{%-
 {%- for m in messages -%}
 {%- if m.role == 'tool' -%}{%- continue -%}{%- endif -%}
 {{ heading(m) }}
-{%- if m.role == 'assistant' -%}[[{{ m.content | default('', true) }}{{ m.tool_calls | length if m.tool_calls }}<|eot|>]]
+{%- if m.role == 'assistant' -%}[[{{ m.content | default('', true) }}
+{{- m.tool_calls | length if m.tool_calls }}<|eot|>]]
 {%- else -%}{{ m.content | default('', true) }}<|eot|>{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ heading({'role': 'assistant'}) }}{%- endif -%}"""
 
 # Plain words: no special token but the one at the very end.
-PLAIN = """{% for m in messages %}{% if m.role == 'assistant' %}Assistant: [[{{ m.content }}]]{% else %}
-{{- m.role | capitalize }}: {{ m.content }}{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}Assistant: {% else %}{{ eos_token if messages[-1].role == 'assistant' }}{% endif %}"""
+PLAIN = """{% for m in messages %}
+{{- m.role | capitalize }}: {% if m.role == 'assistant' %}[[{{ m.content }}]]{% else %}{{ m.content }}{% endif %}
+{{- '\\n' }}{% endfor %}
+{%- if add_generation_prompt %}Assistant: {% elif messages[-1].role == 'assistant' %}{{ eos_token }}{% endif %}"""
 
 STYLES = {
     "chatml": CHATML,
@@ -214,8 +222,36 @@ def template(style: str, marked: bool) -> str:
 
 
 _WORDS = (
-    *("what is", " the colour", "\n\n", "of the sea", " ", "\n", "blue", "grey", "it is", "north", "\t", "", "!", "12345"),
-    *("é", "日本", "\U0001f682", "\ue000\ue000", "\ue001\ue001", "\U000f0000", "\u200b", "e\u0301", "\u2028", "<", "&", '"'),
+    *(
+        "what is",
+        " the colour",
+        "\n\n",
+        "of the sea",
+        " ",
+        "\n",
+        "blue",
+        "grey",
+        "it is",
+        "north",
+        "\t",
+        "",
+        "!",
+        "12345",
+    ),
+    *(
+        "é",
+        "日本",
+        "\U0001f682",
+        "\ue000\ue000",
+        "\ue001\ue001",
+        "\U000f0000",
+        "\u200b",
+        "e\u0301",
+        "\u2028",
+        "<",
+        "&",
+        '"',
+    ),
     *("<|im_end|>", "<|eos|>", "<think>a</think>", "</think>", "{{ x }}", "{% if %}", "[/INST]", "assistant\n", "\\n"),
 )
 
@@ -233,7 +269,10 @@ def a_conversation(chance: random.Random) -> dict[str, Any]:
         return None if kind < 0.08 else text()
 
     def call() -> dict[str, Any]:
-        function = {"name": chance.choice(("weather", "météo")), "arguments": {"place": text(), "n": chance.randrange(9)}}
+        function = {
+            "name": chance.choice(("weather", "météo")),
+            "arguments": {"place": text(), "n": chance.randrange(9)},
+        }
         return {"type": "function", "function": function}
 
     messages: list[dict[str, Any]] = []
