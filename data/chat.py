@@ -182,7 +182,10 @@ def text_of(values: dict[str, Any], key: str) -> str:
         if values.get(name) is not None:
             beside[name] = field(name, kind)(values)
     _refuse_parameters(beside.get("chat_template_kwargs", {}), "its 'chat_template_kwargs'")
-    text = json.dumps({"messages": messages, **beside} if beside else messages, ensure_ascii=False)
+    try:
+        text = json.dumps({"messages": messages, **beside} if beside else messages, ensure_ascii=False)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
     text.encode()  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
     return text
 

@@ -197,7 +197,9 @@ class _Texts:
         # The template opens no reply: is there a heading before the assistant's words that nobody is to learn?
         messages = [*self._chat.messages[:number], {"role": "assistant", "content": _PROBE}]
         reply = self._template.text(self._chat, messages)
-        if not reply.startswith(opened) or not reply[len(opened) :].lstrip().startswith(_PROBE):
+        if not reply.startswith(opened):
+            raise _rewritten(number - 1)
+        if not reply[len(opened) :].lstrip().startswith(_PROBE):
             raise TemplateError(
                 "it writes a heading before a reply, and does not write it alone for add_generation_prompt: what of "
                 f"the text the assistant writes is not known. {_ADVICE[0].upper()}{_ADVICE[1:]}"

@@ -61,7 +61,7 @@ class HubTokenizer:
         self._plain = JsonTokenizer(_as_in_the_file(backend, self._files), end)
         self.end_token, self.end_of_document = end, self._plain.end_of_document
         self.vocab_size, self.fingerprint = self._plain.vocab_size, self._plain.fingerprint
-        self.special_ids = self._plain.special_ids | set(self.hub.all_special_ids)
+        self.special_ids = self._plain.special_ids
 
     @classmethod
     def of_files(cls, files: Mapping[str, bytes], end_of_document: str | None = None) -> HubTokenizer:

@@ -149,7 +149,11 @@ class JsonTokenizer:
             raise ValueError(f"the tokenizer has no token {end_of_document}: data.end_of_document=TOKEN names one")
         self.end_of_document = end
         added = self._encoder.get_added_tokens_decoder().items()
-        self.special_ids = frozenset({end, *(number for number, token in added if token.special)})
+        model = json.loads(source)["model"]
+        unknown = (
+            model.get("unk_id") if model.get("unk_token") is None else self._encoder.token_to_id(model["unk_token"])
+        )
+        self.special_ids = frozenset(number for number, token in added if token.special) - {unknown} | {end}
         content = hashlib.sha256(source.encode()).hexdigest()[:16]
         self.fingerprint = f"json {self.vocab_size} {content} {end_of_document}"
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,8 +14,6 @@ from stoker.data.hugging_face import tokenizer_files
 from stoker.data.tokenizer import JsonTokenizer
 from stoker.data.tokenizer_files import load_kept, load_tokenizer
 from tests.data.hub_folders import SPECIALS, encoder_json, hub_folder
-
-transformers = pytest.importorskip("transformers")
 
 NAMED = {"content": "<|turn|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 FOLDERS = {
