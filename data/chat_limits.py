@@ -47,7 +47,7 @@ def limited(limits: Limits) -> Iterator[None]:
     memory = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_address_space(limits, memory), memory[1]))
     try:
-        with _timed(limits):
+        with timed(limits):
             yield
     except MemoryError as error:
         raise LimitReached(f"it needs more memory than {_MEMORY_FACTOR * limits.megabytes:g} MB") from error
@@ -95,7 +95,8 @@ def _address_space(limits: Limits, memory: tuple[int, int]) -> int:
 
 
 @contextmanager
-def _timed(limits: Limits) -> Iterator[None]:
+def timed(limits: Limits) -> Iterator[None]:
+    """Raises LimitReached where what is done here takes more processor time than `limits` allow."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

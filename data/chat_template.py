@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
-from stoker.data.chat_limits import LimitReached, Limits, dated, limited
+from stoker.data.chat_limits import LimitReached, Limits, dated, limited, timed
 from stoker.data.chat_refusals import Conversation, Message, refuse_what_is_left_out, refuse_what_is_misread
 from stoker.data.tokenizer import Renderer, Span, Tokenizer
 
@@ -64,7 +64,8 @@ class ChatTemplate:
             replies = list(texts.learned())
             mask = _overlaps(spans, replies)
             self._learn_stops(ids, spans, mask, whole, replies)
-        if not self._closed(ids, spans, whole):
+        last = texts.last_reply()
+        if not self._closed(ids, spans, whole, last):
             ids = [*ids, self._tokenizer.end_of_document]
             mask = np.append(mask, chat.messages[-1]["role"] == "assistant" and chat.learned[-1])
         return np.array(ids, np.uint32), mask.astype(np.uint8)
@@ -115,7 +116,7 @@ class ChatTemplate:
 
     def _marked(self, chat: Conversation, text: str) -> tuple[list[int], list[Span], np.ndarray]:
         """Ids, the characters of each, and transformers' mask of them, bool."""
-        with dated(self._settings.date):
+        with timed(self._settings.limits), dated(self._settings.date):
             found = self._apply(
                 chat,
                 chat.messages,
@@ -131,24 +132,23 @@ class ChatTemplate:
         return ids, spans, _overlaps(spans, characters)
 
     def _learn_stops(
-        self, ids: Sequence[int], spans: Sequence[Span], mask: np.ndarray, text: str, turns: Sequence[Span]
+        self, ids: Sequence[int], spans: Sequence[Span], mask: np.ndarray, text: str, replies: Sequence[Span]
     ) -> None:
-        """Learn the special token that follows a turn where the template writes none at the turn's own end."""
-        for begin, end in turns:
-            inside = [place for place, (first, _) in enumerate(spans) if begin <= first < end]
-            if not inside or inside[-1] + 1 == len(ids):
+        """Learn the special token that follows a reply where the template writes none at the reply's own end."""
+        for reply in replies:
+            following = next((place for place, (begin, _) in enumerate(spans) if begin >= reply[1]), None)
+            if following is None or self._closed(ids, spans, text, reply):
                 continue
-            following = inside[-1] + 1
-            own = self._closed(ids[:following], spans[:following], text)
-            if not own and ids[following] in self._tokenizer.special_ids:
-                mask[following] = True
+            mask[following] |= ids[following] in self._tokenizer.special_ids
 
-    def _closed(self, ids: Sequence[int], spans: Sequence[Span], text: str) -> bool:
-        """Whether the last of `ids`, spaces left aside, is a special token."""
+    def _closed(self, ids: Sequence[int], spans: Sequence[Span], text: str, reply: Span) -> bool:
+        """Whether the last of the `ids` that begin in a `reply` is a special token, spaces left aside."""
         for number, (begin, end) in zip(reversed(ids), reversed(spans), strict=True):
-            if number in self._tokenizer.special_ids:
+            if begin < reply[0]:
+                return False
+            if begin < reply[1] and number in self._tokenizer.special_ids:
                 return True
-            if text[begin:end].strip():
+            if begin < reply[1] and text[begin:end].strip():
                 return False
         return False
 
@@ -181,6 +181,17 @@ class _Texts:
         for number, message in enumerate(self._chat.messages):
             if message["role"] == "assistant" and not self._chat.learned[number]:
                 yield len(self._up_to(number)) if number else 0, len(self._up_to(number + 1))
+
+    def last_reply(self) -> Span:
+        """Where in the text the last message is, if it is the assistant's and that is known; else all of the text."""
+        number, begin = len(self._chat.messages) - 1, 0
+        if number and self._chat.messages[number]["role"] == "assistant":
+            try:
+                opened = self._text(number, opening=True)
+            except TemplateError:  # the messages before it are no conversation to the template
+                opened = ""
+            begin = len(opened) if self.whole.startswith(opened) else 0
+        return begin, len(self.whole)
 
     def _up_to(self, count: int) -> str:
         """The text of the first messages, which is the beginning of that of all."""

@@ -95,6 +95,16 @@ def test_a_turn_that_nothing_ends_is_learned_up_to_the_special_token_that_follow
     assert found == [*tokenizer.encode("hi"), user, *tokenizer.encode("no"), end]
 
 
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("content", ["", " "])
+def test_an_empty_reply_is_ended_too(tmp_path, content, marked):
+    tokenizer = load_tokenizer(hub_folder(tmp_path / "hub", template("glm-4", marked)))
+    ids, learned = encoded(tokenizer, [HELLO, HI | {"content": content}, MORE, HI | {"content": content}])
+    assert (ids[-1], learned[-1]) == (tokenizer.end_of_document, 1)
+    user = tokenizer.encode_template("<|user|>")[0][0]
+    assert marked or [mark for number, mark in zip(ids, learned, strict=True) if number == user] == [0, 1]
+
+
 def test_special_tokens_named_in_special_tokens_map_reach_the_template(tmp_path):
     token = {"content": "<|sop|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     files = {

@@ -94,6 +94,10 @@ def test_settings_that_cannot_be_used_are_one_clear_error(args, message):
 
 BOMBS = {
     "loops in loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "0.3 seconds"),
+    "marks without end": (
+        "{% for a in range(99999) %}{% generation %}x{% endgeneration %}{% endfor %}",
+        "0.3 seconds",
+    ),
     "doubled text": (
         "{% set n = namespace(x='x') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
         "memory",
