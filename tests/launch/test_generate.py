@@ -11,7 +11,7 @@ import transformers
 from stoker.conf.rundir import RunDirectory, read_config
 from stoker.launch.cli import main
 from stoker.launch.generate import load_model
-from stoker.launch.show import checkpoints_of
+from stoker.launch.inspect import checkpoints_of
 from stoker.models.generate import generate
 from stoker.trainer.assemble import with_vocabulary
 from tests import world
@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "chats" / "a.jsonl", conversations(60))
     hub_folder(folder / "hub", template("qwen-2.5", marked=True), eos_token="<|im_end|>")
     words = overrides(
-        folder / "run", folder / "chats", "data=chat", f"data.tokenizer={folder / 'hub'}", "steps=8", "batch.micro=8",
+        folder / "run", folder / "chats", "data=chat", f"data.tokenizer={folder / 'hub'}", "steps=8", "batch.micro_size=8",
         "optim.lr=3e-2", "seq_len=256", f"data.cache={folder / 'cache'}",
     )  # fmt: skip
     assert world.run(trained, 1, words) == [("completed", 8)]
