@@ -28,8 +28,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "chats" / "a.jsonl", conversations(60))
     hub_folder(folder / "hub", template("qwen-2.5", marked=True), eos_token="<|im_end|>")
     words = overrides(
-        folder / "run", folder / "chats", "data=chat", f"data.tokenizer={folder / 'hub'}", "steps=8", "batch.micro_size=8",
-        "optim.lr=3e-2", "seq_len=256", f"data.cache={folder / 'cache'}",
+        folder / "run", folder / "chats", "data=chat", f"data.tokenizer={folder / 'hub'}", "steps=8",
+        "batch.micro_size=8", "optim.lr=3e-2", "seq_len=256", f"data.cache={folder / 'cache'}",
     )  # fmt: skip
     assert world.run(trained, 1, words) == [("completed", 8)]
     (folder / "hub" / "tokenizer.json").unlink()  # a run keeps its own
