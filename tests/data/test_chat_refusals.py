@@ -21,6 +21,13 @@ REFUSED = {
         "{{ messages | length }}" + CHATML,
         r"for message 3 changes when more follow: mark what the assistant writes with \{% generation",
     ),
+    "another end of the last reply": (
+        TALK,
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}"
+        "{{ '!' if loop.last and m['role'] == 'assistant' else ';' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}",
+        "for message 3 changes when more follow",
+    ),
     "a heading that is not written alone": (TALK, CHATML_OLD, "it writes a heading before a reply"),
     "tools left out": ({"messages": TALK, "tools": [TOOL]}, CHATML, "has tools, and the template does not write them"),
     "calls left out": ([HELLO, HI | {"content": None, "tool_calls": [CALL]}], CHATML, "message 2 has tool_calls, and"),
