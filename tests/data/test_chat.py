@@ -95,6 +95,16 @@ def test_a_turn_that_nothing_ends_is_learned_up_to_the_special_token_that_follow
     assert found == [*tokenizer.encode("hi"), user, *tokenizer.encode("no"), end]
 
 
+def test_a_token_that_begins_in_the_opening_and_ends_in_the_reply_is_learned_with_and_without_marks(tmp_path):
+    talk, found = [HELLO, HI | {"content": "\n\nit"}], []
+    for marked in (True, False):
+        folder = hub_folder(tmp_path / str(marked), template("chatml", marked))
+        ids, learned = encoded(load_tokenizer(folder), talk)
+        found.append([number for number, mark in zip(ids, learned, strict=True) if mark])
+    assert ids == theirs(tmp_path / "True", {"messages": talk})[0]
+    assert found[1][: len(found[0])] == found[0] and load_tokenizer(folder).decode(found[0]) == "\n\n\nit"
+
+
 @pytest.mark.parametrize("marked", [True, False])
 @pytest.mark.parametrize("content", ["", " "])
 def test_an_empty_reply_is_ended_too(tmp_path, content, marked):
