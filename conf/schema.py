@@ -141,6 +141,7 @@ class DataConfig:
     tokenizer: str | None = fixed("byte")  # byte | bpe (trained on this data at first use) | path; null: the data's own
     bpe_vocab: int = fixed(8192)  # vocabulary of tokenizer=bpe
     end_of_document: str | None = fixed()  # token that closes a document; default: what the tokenizer calls its end
+    tiktoken_pattern: str | None = fixed()  # regex that cuts texts for a .tiktoken file; default: by its token count
     epochs: int | None = maths()  # passes over the data after which it ends; default: no end
     validation: float = fixed(0.02)  # share of the documents kept for validation
     packing: str = fixed("concatenated")  # concatenated | best_fit | padded: how documents become rows

@@ -23,6 +23,7 @@ told what differs: a run never goes on, without a word, on other rows than it be
 What a launcher does once per machine (`prepare`) makes the ranks' `open_rows` cheap: it reads file stamps, no texts.
 """
 
+from stoker.data.chat import chat_prompt
 from stoker.data.loader import EndOfData, IndexedLoader, RowSource
 from stoker.data.opening import keep_tokenizer, open_rows, open_stream, open_tokenizer, prepare, vocabulary
 from stoker.data.rows import RowPlan, read_rows
@@ -32,6 +33,7 @@ __all__ = [
     "IndexedLoader",
     "RowPlan",
     "RowSource",
+    "chat_prompt",
     "keep_tokenizer",
     "open_rows",
     "open_stream",

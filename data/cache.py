@@ -37,8 +37,8 @@ from stoker.data.documents import Source
 from stoker.data.keys import TokensKey, is_validation
 from stoker.data.manifest import Manifest, Memo, read_manifest
 from stoker.data.pool import Killed
-from stoker.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
-from stoker.data.tokenizer_files import load_kept, load_tokenizer
+from stoker.data.tokenizer import JsonTokenizer, Tokenizer
+from stoker.data.tokenizer_files import load_kept, named_tokenizer
 from stoker.data.tokens import Tokens
 
 log = logging.getLogger(__name__)
@@ -118,18 +118,6 @@ def cache_root(config: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stoker"
 
 
-def named_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """The tokenizer that the config names; None for one that is trained on the data first.
-
-    Raises ValueError for a path that holds none.
-    """
-    if config.tokenizer == "bpe":
-        return None
-    if config.tokenizer in ("byte", None):
-        return ByteTokenizer()
-    return load_tokenizer(Path(config.tokenizer).expanduser(), config.end_of_document)
-
-
 def open_folder(folder: Path) -> TokenCache:
     """A cache directory wherever it lies now. Raises ValueError when it is none or is damaged."""
     try:
@@ -166,7 +154,10 @@ def verify(cache: TokenCache, seen: Callable[[int], None] = lambda size: None) -
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Keep `tokenizer` in `folder`, which is not there yet: whole or not at all."""
+    """Keep `tokenizer` in `folder`, which is not there yet: whole or not at all.
+
+    Raises ValueError when it would not be the same one when it is loaded again.
+    """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     _keep(tokenizer, temporary)
     temporary.rename(folder)
@@ -267,6 +258,12 @@ def _trained(kept: Path, config: DataConfig, manifest: Manifest) -> Tokenizer:
 
 
 def _keep(tokenizer: Tokenizer, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
     for name, content in tokenizer.files().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(folder / name, [content])
+    found = load_kept(folder).fingerprint
+    if found != tokenizer.fingerprint:
+        raise ValueError(
+            f"the tokenizer depends on more than its files: its copy in {folder} is {found}, not "
+            f"{tokenizer.fingerprint}. Save it again by transformers' save_pretrained"
+        )

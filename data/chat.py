@@ -1,177 +1,266 @@
-"""Conversations: JSON lines of messages, written out by a chat template; only the assistant's tokens are learned.
-
-Which tokens those are is known in one of two ways. A template that marks them with `{% generation %}` says it itself
-(as in transformers). Any other is rendered message by message: what the text grows by where the assistant speaks,
-without the opening that the template gives to a reply (`add_generation_prompt`), is the assistant's.
-"""
+"""Conversations: JSON lines of messages, written out by a chat template; only the assistant's tokens are learned."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Template, TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import CallBlock, Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 
 from stoker.conf.schema import DataConfig
+from stoker.data.chat_limits import LimitReached, Limits
+from stoker.data.chat_refusals import Conversation, Message, refuse_template
+from stoker.data.chat_template import ChatTemplate, TemplateSettings
 from stoker.data.documents import Source
+from stoker.data.hub_tokenizer import HubTokenizer
 from stoker.data.jsonl import field
+from stoker.data.sources import specs_of
 from stoker.data.text import json_documents, known_args
 from stoker.data.tokenizer import Tokenizer
-
-_OPEN, _CLOSE = "\ue000\ue000", "\ue001\ue001"  # of Unicode's private use: they mark what is generated
+from stoker.data.tokenizer_files import named_tokenizer
 
 CHATML = (
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% elif not message['content'] %}{{ raise_exception('a message of ' + message['role'] + ' has no content') }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] != 'text' %}{{ raise_exception('a part of type ' + part['type']) }}{% endif %}"
+    "{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>' + '\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+_TARGET = "stoker.data.chat:open_source"
+
+# What a line gives to the template beside its messages, by key and type.
+_BESIDE = {"tools": list, "documents": list, "chat_template_kwargs": dict}
 
 
 def open_source(config: DataConfig) -> Source:
     """The conversations under `data.path`: files of JSON lines, in the key `data.args.messages` (default `messages`).
 
-    `data.args.template` is a Jinja template, or a file with one; default: the one in the folder of `data.tokenizer`,
-    else ChatML. Raises ValueError for a path without such files and a template that is none.
+    A line may hold `tools`, `documents` and `chat_template_kwargs` beside them. `settings_of` reads the other
+    `data.args`. Raises ValueError for a path without such files and for a template that cannot be used.
     """
-    args = known_args(config, "data=chat", messages="messages", pattern="*", template=None)
-    take, what = field(args["messages"], list), f"{args['messages']} as messages"
-
-    def text_of(values: dict[str, Any]) -> str:
-        return json.dumps(take(values), ensure_ascii=False)
-
-    collections = json_documents(config, "data=chat", args["pattern"], args["messages"], text_of, what)
-    folder = config.tokenizer if config.tokenizer not in ("byte", "bpe", None) else None
-    source, names = _template_of(args["template"], Path(folder).expanduser() if folder else None)
-    return Source(collections, ChatEncoder(source, tuple(sorted(names.items()))))
+    key, tokenizer = _args(config)["messages"], named_tokenizer(config)
+    encoder = ChatEncoder(settings_of(config, tokenizer), tokenizer)
+    what = f"{key}, {', '.join(_BESIDE)} as a conversation"
+    collections = json_documents(
+        config, "data=chat", _args(config)["pattern"], key, lambda values: text_of(values, key), what
+    )
+    return Source(collections, encoder)
 
 
-@dataclass(frozen=True)
+def settings_of(config: DataConfig, tokenizer: Tokenizer | None) -> TemplateSettings:
+    """What `data.args` say of the template; `tokenizer` is the one of `config`, or None before it is trained.
+
+    `template`: its text, the path of a file with it, or the name of one of the tokenizer's; default: the tokenizer's
+    own, else ChatML. `variables`: what it is given beside the messages. `date`: the day it finds (`strftime_now`).
+    `render_seconds`, `render_megabytes`: limits of one rendering. Raises ValueError for what cannot be used.
+    """
+    args = _args(config)
+    variables = args["variables"]
+    if not isinstance(variables, Mapping):
+        raise ValueError(f"data.args.variables={variables}: expected the template's variables by name: {{name: value}}")
+    _refuse_parameters(variables, "data.args.variables")
+    date = None
+    if args["date"] is not None:
+        try:
+            date = datetime.fromisoformat(str(args["date"]))
+        except ValueError as error:
+            raise ValueError(f"data.args.date={args['date']}: expected a day as 2026-01-31") from error
+    limits = Limits(_positive(args, "render_seconds"), _positive(args, "render_megabytes"))
+    return TemplateSettings(_template(args["template"], _own_templates(tokenizer)), dict(variables), date, limits)
+
+
+def chat_prompt(
+    config: DataConfig, tokenizer: Tokenizer, prompt: str, system: str | None = None
+) -> tuple[list[int], frozenset[int]]:
+    """The ids that a reply follows, and the ids that end one, by the template of `config`.
+
+    `prompt` is a user's message, or JSON: a list of messages, or an object with `messages`, `tools` and what else a
+    line of data may hold. Of a run on several sources the template is that of its chats. Raises ValueError for what the
+    template refuses.
+    """
+    chats = [spec.config for spec in specs_of(config) if spec.config.target == _TARGET]
+    settings = {repr(found): found for found in (settings_of(chat, tokenizer) for chat in chats)}
+    if len(settings) > 1:
+        raise ValueError("the run has chats of several templates: which one the prompt is for is not known")
+    template = ChatTemplate(tokenizer, next(iter(settings.values()), None) or settings_of(DataConfig(), tokenizer))
+    talk = _prompted(prompt)
+    if system is not None:
+        talk = replace(talk, messages=[{"role": "system", "content": system}, *talk.messages])
+    try:
+        return tokenizer.encode_template(template.text(talk, opening=True))[0], template.stop_ids()
+    except (TemplateError, LimitReached) as error:
+        raise ValueError(f"the chat template refuses the prompt: {error}") from error
+
+
+def _prompted(prompt: str) -> Conversation:
+    try:
+        values = json.loads(prompt)
+    except ValueError:
+        values = None
+    if isinstance(values, list) and values and isinstance(values[0], dict):
+        return conversation(values)
+    if isinstance(values, dict) and isinstance(values.get("messages"), list):
+        return conversation(values)
+    return Conversation([{"role": "user", "content": prompt}])
+
+
 class ChatEncoder:
     """See `stoker.data.documents.Encoder`."""
 
-    template: str
-    names: tuple[tuple[str, str], ...] = ()  # what a template may call on, such as bos_token
-
-    @property
-    def fingerprint(self) -> str:
-        return "chat " + hashlib.sha256(repr((self.template, self.names)).encode()).hexdigest()[:16]
+    def __init__(self, settings: TemplateSettings, tokenizer: Tokenizer | None = None) -> None:
+        """`tokenizer`: the one whose own template is used where `settings` name none."""
+        self.settings = settings
+        own = ""
+        if isinstance(tokenizer, HubTokenizer):
+            own = f"{tokenizer.renderer.fingerprint} {sorted(_own_templates(tokenizer).items())}"
+        said = (settings.template, sorted(settings.variables.items()), str(settings.date), own)
+        # Its code hands the messages to the template: another version may do so in another way.
+        release = ".".join(version("transformers").split(".")[:2])
+        self.fingerprint = f"chat {hashlib.sha256(repr(said).encode()).hexdigest()[:16]} transformers {release}"
+        self._bound: tuple[Tokenizer, ChatTemplate] | None = None
 
     def encode(self, tokenizer: Tokenizer, name: str, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of the conversation `text` (JSON), closed by the end of a document, and which the assistant said."""
-        messages = json.loads(text)
-        if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
-            raise ValueError(f"{name}: messages are objects with a 'role' and a 'content'")
+        """The ids of the conversation `text` (JSON), and which are learned. Raises ValueError naming it."""
         try:
-            rendered, spoken = self.render(messages)
+            return self._template(tokenizer).encode(conversation(json.loads(text)))
         except TemplateError as error:
             raise ValueError(f"{name}: the chat template refuses it: {error}") from error
-        ids, ends = tokenizer.encode_template(rendered)
-        said = np.zeros(len(rendered) + 1, np.uint8)
-        for begin, end in spoken:
-            said[begin:end] = 1
-        learned = said[np.array(ends, np.int64) - 1] if ids else np.empty(0, np.uint8)
-        return np.array([*ids, tokenizer.end_of_document], np.uint32), np.append(
-            learned, np.uint8(self._learns_end(messages))
-        )
+        except LimitReached as error:
+            given = self.settings.template or "the tokenizer's"
+            raise ValueError(
+                f"{name}: the chat template ({given[:60]!r}) was stopped: {error} "
+                "(data.args.render_seconds, data.args.render_megabytes)"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
-    def render(self, messages: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation, and which stretches of it (begin, end) the assistant said.
-
-        Raises jinja2.TemplateError for messages that the template refuses.
-        """
-        if "generation %}" in self.template or "generation -%}" in self.template:
-            return _unmarked(self._text(messages, False))
-        whole = self._text(messages, False)
-        spoken = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._text(messages[:number], True) if number else ""
-            after = self._text(messages[: number + 1], False) if number + 1 < len(messages) else whole
-            if not whole.startswith(after) or not after.startswith(before):
-                raise TemplateError(
-                    "what it writes for a message changes when more follow: mark what the assistant says with "
-                    "{% generation %} ... {% endgeneration %}"
-                )
-            spoken.append((len(before), len(after)))
-        return whole, spoken
-
-    def _learns_end(self, messages: Sequence[dict[str, Any]]) -> bool:
-        return bool(messages) and messages[-1]["role"] == "assistant"
-
-    def _text(self, messages: Sequence[dict[str, Any]], opening: bool) -> str:
-        return self._compiled.render(messages=messages, add_generation_prompt=opening, **dict(self.names))
-
-    @cached_property
-    def _compiled(self) -> Template:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
-        environment.globals["raise_exception"] = _refuse
-        environment.filters["tojson"] = _to_json
-        return environment.from_string(self.template)
+    def _template(self, tokenizer: Tokenizer) -> ChatTemplate:
+        if self._bound is None or self._bound[0] is not tokenizer:
+            self._bound = tokenizer, ChatTemplate(tokenizer, self.settings)
+        return self._bound[1]
 
 
-class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`, as in transformers: what stands between is marked."""
+def conversation(values: Any) -> Conversation:
+    """What a line's text stands for: a list of messages, or an object with `messages` and what stands beside them.
 
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def parse(self, parser: Parser) -> Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Callable[[], str]) -> str:
-        return f"{_OPEN}{caller()}{_CLOSE}"
-
-
-def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
-    rendered, spoken = "", []
-    for number, piece in enumerate(text.split(_OPEN)):
-        said, _, rest = piece.partition(_CLOSE) if number else ("", "", piece)
-        if said:
-            spoken.append((len(rendered), len(rendered) + len(said)))
-        rendered += said + rest
-    return rendered, spoken
+    Raises ValueError for what is no conversation.
+    """
+    beside = values if isinstance(values, dict) else {"messages": values}
+    messages = beside["messages"]
+    if not messages:
+        raise ValueError("a conversation has at least one message")
+    if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
+        raise ValueError("messages are objects with a 'role' and a 'content'")
+    return Conversation(
+        messages=messages,
+        learned=[_is_learned(number, message) for number, message in enumerate(messages, 1)],
+        tools=beside.get("tools"),
+        documents=beside.get("documents"),
+        variables=beside.get("chat_template_kwargs") or {},
+    )
 
 
-def _template_of(given: str | None, folder: Path | None) -> tuple[str, dict[str, str]]:
-    """The template's text, and the special tokens that it may call by name."""
-    names: dict[str, str] = {}
-    found = None
-    if folder is not None and folder.is_dir():
-        try:
-            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            config = {}
-        for key, value in config.items():
-            if key.endswith("_token") and value:
-                names[key] = value["content"] if isinstance(value, dict) else str(value)
-        found = config.get("chat_template")
-        if isinstance(found, list):  # several, by name
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
-        if (folder / "chat_template.jinja").exists():
-            found = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if given is not None:
-        found = given if "{" in given else _read(Path(given).expanduser())
-    source = found or CHATML
+def text_of(values: dict[str, Any], key: str) -> str:
+    """The text of a line's conversation. Raises ValueError for what is none."""
+    messages = field(key, list)(values)
+    beside = {}
+    for name, kind in _BESIDE.items():
+        if values.get(name) is not None:
+            beside[name] = field(name, kind)(values)
+    _refuse_parameters(beside.get("chat_template_kwargs", {}), "its 'chat_template_kwargs'")
     try:
-        ChatEncoder(source)._compiled  # noqa: B018 (it compiles)
-    except TemplateError as error:
-        raise ValueError(f"data.args.template is no Jinja template: {error}") from error
-    return source, {"bos_token": "", "eos_token": ""} | names
+        text = json.dumps({"messages": messages, **beside} if beside else messages, ensure_ascii=False)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    text.encode()  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
+    return text
+
+
+def _is_learned(number: int, message: Message) -> bool:
+    """By the role, and by `weight` and `train` where a message has them."""
+    wanted = [message[key] for key in ("weight", "train") if message.get(key) is not None]
+    for value in wanted:
+        if value not in (0, 1):
+            raise ValueError(f"message {number} has the weight {value!r}: 0 and 1 are known, and true and false")
+    if message["role"] == "assistant":
+        return all(wanted)
+    if any(wanted):
+        raise ValueError(f"message {number} is to be learned, and its role is {message['role']!r}, not 'assistant'")
+    return False
+
+
+def _args(config: DataConfig) -> dict[str, Any]:
+    return known_args(
+        config,
+        "data=chat",
+        messages="messages",
+        pattern="*",
+        template=None,
+        variables={},
+        date=None,
+        render_seconds=Limits.seconds,
+        render_megabytes=Limits.megabytes,
+    )
+
+
+def _positive(args: Mapping[str, Any], name: str) -> float:
+    value = args[name]
+    if not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"data.args.{name}={value}: must be above 0")
+    return float(value)
+
+
+def _refuse_parameters(variables: Mapping[str, Any], what: str) -> None:
+    """Names that transformers would not hand on to the template, but take for its own settings."""
+    if not variables:
+        return
+    from transformers import PreTrainedTokenizerBase  # seconds, which most data need not spend
+
+    own = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+    taken = sorted(own & set(variables) | {name for name in variables if not isinstance(name, str)})
+    if taken:
+        raise ValueError(f"{what} names {', '.join(map(str, taken))}, which is no variable of a template")
+
+
+def _template(given: str | None, own: Mapping[str, str]) -> str | None:
+    """The text of the template, or the name of one of the tokenizer's `own`; None for the tokenizer's default."""
+    if given is None and own:
+        for name, source in own.items():
+            _check(source, f"the chat template {name!r} of data.tokenizer")
+        return None
+    if given is not None and given in own:
+        _check(own[given], f"data.args.template={given}")
+        return given
+    source = CHATML if given is None else given if "{" in given else _read(Path(given).expanduser())
+    _check(source, "data.args.template")
+    return source
+
+
+def _check(source: str, what: str) -> None:
+    try:
+        refuse_template(source)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _own_templates(tokenizer: Tokenizer | None) -> dict[str, str]:
+    """The templates that come with a tokenizer, by name."""
+    found = tokenizer.hub.chat_template if isinstance(tokenizer, HubTokenizer) else None
+    return found if isinstance(found, dict) else {"default": found} if found else {}
 
 
 def _read(path: Path) -> str:
@@ -179,11 +268,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read data.args.template={path}: {error}") from error
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _to_json(value: Any, **settings: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, **settings)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 
-from stoker.data.tokenizer import END_OF_DOCUMENT, ByteTokenizer, JsonTokenizer, Tokenizer
+from stoker.data.hub_tokenizer import HubTokenizer
+from stoker.data.tokenizer import END_OF_DOCUMENT, ByteTokenizer, JsonTokenizer, Tokenizer, byte_encoder
+
+_NOT_OF_THE_TOKENIZER = ("config.json", "stoker.json")  # the model's, and ours
 
 
-def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, str]:
-    """Texts by file name; none for a tokenizer that transformers has no class for. `context`: tokens of a model."""
+def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
+    """Contents by file name; none for a tokenizer that transformers has no class for. `context`: tokens of a model.
+
+    A tokenizer that came as a folder of transformers goes as it came.
+    """
+    if isinstance(tokenizer, HubTokenizer):
+        return {name: content for name, content in tokenizer.files().items() if name not in _NOT_OF_THE_TOKENIZER}
     if isinstance(tokenizer, ByteTokenizer):
         encoder, end = _bytes_json(), END_OF_DOCUMENT
     elif isinstance(tokenizer, JsonTokenizer):
@@ -21,22 +29,13 @@ def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, str]:
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
-    return {"tokenizer.json": encoder, "tokenizer_config.json": json.dumps(words, indent=2)}
+    return {"tokenizer.json": encoder.encode(), "tokenizer_config.json": json.dumps(words, indent=2).encode()}
 
 
 def _bytes_json() -> str:
-    """The byte tokenizer as a byte-level BPE that knows no merges."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Encoder
+    from tokenizers import AddedToken
 
-    # Byte-level BPE (Radford et al. 2019) writes bytes as letters: those that can be seen as themselves, the others,
-    # in order, as the letters from 256 on.
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    unseen = [byte for byte in range(256) if byte not in seen]
-    vocabulary = {chr(byte): byte for byte in seen} | {chr(256 + n): byte for n, byte in enumerate(unseen)}
-    encoder = Encoder(models.BPE(vocab=vocabulary, merges=[]))
-    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    encoder.decoder = decoders.ByteLevel()
+    encoder = byte_encoder()
     encoder.add_special_tokens([AddedToken(END_OF_DOCUMENT, special=True)])
     assert encoder.token_to_id(END_OF_DOCUMENT) == ByteTokenizer.end_of_document
     return encoder.to_str()

@@ -9,7 +9,7 @@ from typing import Any
 from stoker.conf.schema import Config, DataConfig
 from stoker.conf.targets import import_target
 from stoker.data.build import SPLITS
-from stoker.data.cache import cache_root, named_tokenizer, open_cache, open_folder, write_tokenizer
+from stoker.data.cache import cache_root, open_cache, open_folder, write_tokenizer
 from stoker.data.documents import documents_of
 from stoker.data.indexed import IndexPlan
 from stoker.data.keys import IndexedFingerprint, SourceKey
@@ -20,7 +20,7 @@ from stoker.data.sources import Spec, specs_of, wanted_weights
 from stoker.data.tables import open_table
 from stoker.data.token_files import TokenFiles
 from stoker.data.tokenizer import Tokenizer
-from stoker.data.tokenizer_files import load_kept
+from stoker.data.tokenizer_files import load_kept, named_tokenizer
 from stoker.data.tokens import Tokens
 from stoker.parallel.mesh import Mesh
 

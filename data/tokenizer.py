@@ -1,8 +1,9 @@
-"""Tokenizers: bytes as they are, a byte-level BPE trained on the data, or one that somebody made.
+"""Tokenizers: bytes as they are, a byte-level BPE trained on the data, or one that was made elsewhere.
 
     byte               UTF-8 bytes
     bpe                trained on the training documents at first use
-    PATH               a tokenizer.json, a folder as transformers keeps it, or a .tiktoken file     tokenizer_files.py
+    PATH               a folder as transformers keeps it (hub_tokenizer.py), a tokenizer.json, a SentencePiece .model
+                       or a .tiktoken file (tiktoken_files.py); tokenizer_files.py finds which
 
 Every tokenizer but `byte` can be written to a folder, and loaded from it where the original is gone: a run and a token
 cache keep theirs.
@@ -14,11 +15,17 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 END_OF_DOCUMENT = "<|end_of_document|>"
+
+Span = tuple[int, int]  # of a text: its first character, and the one after its last
 
 
 class Tokenizer(Protocol):
@@ -28,14 +35,24 @@ class Tokenizer(Protocol):
     end_of_document: int  # the id that closes each document; no text encodes to it
     fingerprint: str  # two tokenizers that encode differently differ here
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that no text encodes to, only a template; `end_of_document` is among them."""
+        ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text, of any unsigned integer dtype, on as many cores as help."""
         ...
 
-    def encode_template(self, text: str) -> tuple[list[int], list[int]]:
-        """The ids of a text whose special tokens count as such, and where each ends in it, in characters."""
+    def encode_template(self, text: str) -> tuple[list[int], list[Span]]:
+        """The ids of a text whose special tokens count as such, and the characters that each id stands for."""
+        ...
+
+    @property
+    def renderer(self) -> Renderer:
+        """What renders chat templates for this tokenizer."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -47,6 +64,33 @@ class Tokenizer(Protocol):
         ...
 
 
+class Renderer:
+    """A tokenizer of transformers as it renders chat templates.
+
+    `names` are variables of the template that the tokenizer itself does not give it, such as `eos_token`.
+    `same_ids`: whether its ids are those of the tokenizer it stands for; otherwise they are UTF-8 bytes.
+    """
+
+    def __init__(self, backend: PreTrainedTokenizerBase, names: Mapping[str, str], same_ids: bool) -> None:
+        self.backend, self.names, self.same_ids = backend, dict(names), same_ids
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with all that ids and their places in a text depend on, and with the names a template is given."""
+        values = json.loads(self.backend.backend_tokenizer.to_str())
+        encoding = {key: value for key, value in values.items() if key not in ("truncation", "padding")}
+        names = {**self.backend.special_tokens_map, **self.names}
+        facts = [encoding, names, self.backend.split_special_tokens]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @classmethod
+    def of_bytes(cls, names: Mapping[str, str]) -> Renderer:
+        """For a tokenizer that transformers has no class for."""
+        from transformers import PreTrainedTokenizerFast
+
+        return cls(PreTrainedTokenizerFast(tokenizer_object=byte_encoder()), names, same_ids=False)
+
+
 class ByteTokenizer:
     """UTF-8 bytes: ids 0-255, 256 ends a document, the rest up to a multiple of 64 is reserved.
 
@@ -55,6 +99,7 @@ class ByteTokenizer:
 
     vocab_size = 320
     end_of_document = 256
+    special_ids = frozenset({256})
     fingerprint = "byte"
 
     def encode(self, text: str) -> list[int]:
@@ -63,9 +108,13 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
-    def encode_template(self, text: str) -> tuple[list[int], list[int]]:
-        ends = np.repeat(np.arange(1, len(text) + 1), [len(letter.encode()) for letter in text])
-        return self.encode(text), ends.tolist()
+    def encode_template(self, text: str) -> tuple[list[int], list[Span]]:
+        ids = self.encode(text)
+        return ids, spans_of_bytes(text, np.arange(len(ids) + 1))
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        return Renderer.of_bytes({"bos_token": "", "eos_token": ""})
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(number for number in ids if number < 256).decode(errors="replace")
@@ -99,6 +148,12 @@ class JsonTokenizer:
         if end is None:
             raise ValueError(f"the tokenizer has no token {end_of_document}: data.end_of_document=TOKEN names one")
         self.end_of_document = end
+        added = self._encoder.get_added_tokens_decoder().items()
+        model = json.loads(source)["model"]
+        unknown = (
+            model.get("unk_id") if model.get("unk_token") is None else self._encoder.token_to_id(model["unk_token"])
+        )
+        self.special_ids = frozenset(number for number, token in added if token.special) - {unknown} | {end}
         content = hashlib.sha256(source.encode()).hexdigest()[:16]
         self.fingerprint = f"json {self.vocab_size} {content} {end_of_document}"
 
@@ -129,9 +184,16 @@ class JsonTokenizer:
         found = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in found]
 
-    def encode_template(self, text: str) -> tuple[list[int], list[int]]:
+    def encode_template(self, text: str) -> tuple[list[int], list[Span]]:
         found = self._specials.encode(text, add_special_tokens=False)
-        return found.ids, [end for _, end in found.offsets]
+        return found.ids, found.offsets
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        from transformers import PreTrainedTokenizerFast
+
+        names = {"bos_token": "", "eos_token": self.end_token}
+        return Renderer(PreTrainedTokenizerFast(tokenizer_object=self._specials), names, same_ids=True)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoder.decode(list(ids))
@@ -139,6 +201,29 @@ class JsonTokenizer:
     def files(self) -> Mapping[str, bytes]:
         facts: dict[str, Any] = {"kind": "json", "end_of_document": self.end_token, "vocab_size": self.vocab_size}
         return {"tokenizer.json": self.json.encode(), "stoker.json": json.dumps(facts).encode()}
+
+
+def byte_encoder() -> Any:
+    """UTF-8 bytes as a tokenizer of the `tokenizers` library: a byte-level BPE without merges."""
+    from tokenizers import Tokenizer as Encoder
+    from tokenizers import decoders, models, pre_tokenizers
+
+    # Byte-level BPE (Radford et al. 2019) writes bytes as letters: those that can be seen as themselves, the others,
+    # in order, as the letters from 256 on.
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    vocabulary = {chr(byte): byte for byte in seen} | {chr(256 + n): byte for n, byte in enumerate(unseen)}
+    encoder = Encoder(models.BPE(vocab=vocabulary, merges=[]))
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    encoder.decoder = decoders.ByteLevel()
+    return encoder
+
+
+def spans_of_bytes(text: str, bounds: np.ndarray) -> list[Span]:
+    """The characters of `text` that lie, if only in part, between one of its bytes' `bounds` and the next."""
+    ends = np.cumsum([len(letter.encode()) for letter in text])  # bytes up to the end of each character
+    begins = np.searchsorted(ends, bounds[:-1], side="right")
+    return list(zip(begins.tolist(), (np.searchsorted(ends, bounds[1:], side="left") + 1).tolist(), strict=True))
 
 
 def _let_threads_run() -> None:

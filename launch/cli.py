@@ -108,7 +108,11 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = add("generate", _generate, "Continue a text with a run's newest checkpoint.")
     generate.add_argument("run", help="run directory")
-    generate.add_argument("--prompt", required=True, help="text to continue")
+    generate.add_argument("--prompt", required=True, help="text to continue; with --chat what the user writes")
+    generate.add_argument(
+        "--chat", action="store_true", help="the prompt is a user's turn (or JSON: a list of messages)"
+    )
+    generate.add_argument("--system", help="with --chat: a system message before it")
     generate.add_argument("--tokens", type=int, default=200, help="how many tokens at most (default 200)")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 < t; smaller is more certain (default 0.8)")
     generate.add_argument("--top-k", type=int, help="only the k likeliest tokens")

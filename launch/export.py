@@ -65,8 +65,9 @@ def _write_words(folder: Path, run: RunDirectory, config: Config, dtype: str) ->
     context = max(config.seq_len, extended)
     _write_json(folder / "config.json", config_json(config.model, dtype, context, tokenizer.end_of_document))
     _write_json(folder / "generation_config.json", {"eos_token_id": tokenizer.end_of_document, "do_sample": True})
-    for name, text in tokenizer_files(tokenizer, context).items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, content in tokenizer_files(tokenizer, context).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def _write_weights(folder: Path, checkpoint: Path, dtype: str, file_bytes: int) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from stoker.checkpoint import CheckpointMismatch, DamagedCheckpoint, Summary, read_tensors
 from stoker.conf.rundir import read_config
 from stoker.conf.schema import Config
-from stoker.data import open_tokenizer
+from stoker.data import chat_prompt, open_tokenizer
 from stoker.data.tokenizer import Tokenizer
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.models.generate import generate
@@ -24,24 +24,34 @@ from stoker.trainer.parallelize import build_on_meta
 
 
 def generate_text(options: argparse.Namespace) -> int:
-    """Print the prompt and what the model makes of it. Raises ValueError for a run or values that cannot be used."""
+    """Print the prompt and what the model makes of it; of a chat, the reply alone.
+
+    Raises ValueError for a run or values that cannot be used.
+    """
     run = run_at(options.run)
     checkpoints = checkpoints_of(run, options.step)
     config = with_vocabulary(read_config(run), run.tokenizer)
     tokenizer = open_tokenizer(config.data, run.tokenizer)
+    if options.chat:
+        prompt, stop = chat_prompt(config.data, tokenizer, options.prompt, options.system)
+    elif options.system is not None:
+        raise ValueError("--system is a message of a chat: add --chat")
+    else:
+        prompt, stop = tokenizer.encode_template(options.prompt)[0], frozenset({tokenizer.end_of_document})
     tokens = generate(
         _newest_model(config, checkpoints),
-        tokenizer.encode_template(options.prompt)[0],
+        prompt,
         limit=options.tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         greedy=options.greedy,
         seed=options.seed,
-        stop=tokenizer.end_of_document,
+        stop=stop,
         context=config.seq_len,
     )
-    sys.stdout.write(options.prompt)
+    if not options.chat:
+        sys.stdout.write(options.prompt)
     for text in _as_text(tokenizer, tokens):
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,13 @@ def generate(
     top_p: float | None = None,
     greedy: bool = False,
     seed: int = 0,
-    stop: int | None = None,
+    stop: Collection[int] = (),
     context: int,
 ) -> Iterator[int]:
     """The tokens that `model` continues `prompt` with, each as soon as it is known.
 
-    At most `limit` of them, none after the token `stop`, which is not given out. `greedy` takes the likeliest; else
-    one is drawn with `seed` from the `top_k` likeliest, cut down to the smallest set whose probability reaches
+    At most `limit` of them, none after one of the tokens `stop`, which is not given out. `greedy` takes the likeliest;
+    else one is drawn with `seed` from the `top_k` likeliest, cut down to the smallest set whose probability reaches
     `top_p`. The model sees at most `context` tokens: when they are full, it goes on from the last half of them.
 
     Raises ValueError, before any token, for values out of range and for a model that lacks `next_logits`.
@@ -63,7 +63,7 @@ def generate(
             with torch.inference_mode():
                 logits = model.next_logits(torch.tensor([unseen], device=device), cache)  # type: ignore[operator]
             token = choose(logits[0].cpu())
-            if token == stop:
+            if token in stop:
                 return
             yield token
             unseen = [token]

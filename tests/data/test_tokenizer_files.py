@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from stoker.data.cache import write_tokenizer
 from stoker.data.tokenizer import JsonTokenizer, Tokenizer
 from stoker.data.tokenizer_files import load_kept, load_tokenizer
 from tests.data.conftest import cache_of
+from tests.data.tiktokens import tiktoken_file
 
 TEXTS = ["the stoker feeds the furnace", "the furnace moves the train", "über den Wolken"] * 4
 
@@ -33,15 +33,12 @@ def with_another_end(folder: Path) -> Path:
     vocab["<|im_end|>"] = vocab.pop("<|end_of_document|>")
     (folder / "hf").mkdir()
     (folder / "hf" / "tokenizer.json").write_text(json.dumps(values))
-    (folder / "hf" / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    (folder / "hf" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
     return folder / "hf"
 
 
-def tiktoken_file(folder: Path) -> Path:
-    tokens = [bytes([number]) for number in range(256)] + [b"th", b"the", b" f", b" st"]
-    lines = (f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens))
-    (folder / "tiny.tiktoken").write_text("\n".join(lines) + "\n")
-    return folder / "tiny.tiktoken"
+def gpt2_tiktoken(folder: Path) -> Path:
+    return tiktoken_file(folder / "gpt2.tiktoken", 50256, b"th", b"the", b" f", b" st")
 
 
 def kept_folder(folder: Path) -> Path:
@@ -49,7 +46,7 @@ def kept_folder(folder: Path) -> Path:
     return folder / "kept"
 
 
-@pytest.fixture(params=[tokenizer_json, with_another_end, tiktoken_file, kept_folder])
+@pytest.fixture(params=[tokenizer_json, with_another_end, gpt2_tiktoken, kept_folder])
 def path(request, tmp_path):
     return request.param(tmp_path)
 
@@ -79,11 +76,13 @@ def test_it_is_loaded_again_from_what_a_run_keeps(path, tmp_path):
     assert same(load_kept(tmp_path / "of-the-run"), tokenizer)
 
 
-def test_ends_of_tokens_are_places_in_the_text(path):
+def test_the_characters_of_tokens_are_places_in_the_text(path):
     tokenizer = load_tokenizer(path)
     text = "the stoker \u00fcber the \U0001f682 train"
-    ids, ends = tokenizer.encode_template(text)
+    ids, spans = tokenizer.encode_template(text)
+    ends = [end for _, end in spans]
     assert len(ids) == len(ends) and ends == sorted(ends) and ends[-1] == len(text)
+    assert all(begin <= end for (begin, _), (_, end) in zip(spans[1:], spans, strict=False))
     for number, end in enumerate(ends):
         decoded = tokenizer.decode(ids[: number + 1])
         assert "\ufffd" in decoded or decoded == text[:end]
@@ -94,7 +93,7 @@ def test_the_end_of_a_document_is_the_one_the_folder_names_or_the_one_asked_for(
     expected = trained().end_of_document
     assert load_tokenizer(folder).end_of_document == expected
     (folder / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"no token <\|end_of_document\|>: data.end_of_document=TOKEN names one"):
+    with pytest.raises(ValueError, match=r"names no eos_token: data.end_of_document=TOKEN names one"):
         load_tokenizer(folder)
     assert load_tokenizer(folder, "<|im_end|>").end_of_document == expected
 
@@ -105,6 +104,7 @@ def test_the_end_of_a_document_is_the_one_the_folder_names_or_the_one_asked_for(
         ("tokenizer.json", "{}", "data.tokenizer=.*tokenizer.json: this is no tokenizer.json"),
         ("tokenizer.json", "[]", "data.tokenizer=.*it holds no JSON object"),
         ("a.tiktoken", "what is this\n", "data.tokenizer=.*a.tiktoken: this is no .tiktoken file"),
+        ("a.model", "what is this\n", "data.tokenizer=.*a.model: transformers cannot read this folder"),
         ("missing", None, "data.tokenizer=.*missing: it is not there; say byte, bpe or the path of a tokenizer"),
     ],
 )
@@ -136,19 +136,7 @@ def test_a_run_keeps_its_tokenizer_and_needs_neither_the_data_nor_the_file(path,
 
 def test_another_tokenizer_is_another_cache(config, tmp_path):
     folders = {cache_of(config.data).folder}
-    for make in (tokenizer_json, tiktoken_file):
+    for make in (tokenizer_json, gpt2_tiktoken):
         config.data.tokenizer = str(make(tmp_path))
         folders.add(cache_of(config.data).folder)
     assert len(folders) == 3
-
-
-def test_a_folder_that_transformers_wrote_encodes_as_transformers_does(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    saved = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer_json(tmp_path)), eos_token="<|end_of_document|>"
-    )
-    saved.save_pretrained(tmp_path / "saved")
-    ours = load_tokenizer(tmp_path / "saved")
-    for text in TEXTS:
-        assert ours.encode(text) == saved(text, add_special_tokens=False)["input_ids"]
-    assert ours.end_of_document == saved.eos_token_id

@@ -63,7 +63,7 @@ def test_what_came_in_goes_out_byte_for_byte_and_computes_the_same(case: str, tm
     assert (found - expected).norm() / expected.norm() < 1e-5
 
     prompt = tokens[0, :20].tolist()
-    spoken = list(generate(ours, prompt, limit=40, greedy=True, context=512, stop=ByteTokenizer.end_of_document))
+    spoken = list(generate(ours, prompt, limit=40, greedy=True, context=512, stop=[ByteTokenizer.end_of_document]))
     answer = model.generate(tokens[:1, :20], max_new_tokens=40, do_sample=False)[0, 20:].tolist()
     assert spoken == [token for token in answer if token != ByteTokenizer.end_of_document]
 

@@ -74,7 +74,7 @@ def test_generation_ends_at_the_stop_token_without_giving_it_out() -> None:
     tokens = list(generate(model, [5, 17], limit=12, greedy=True, context=32))
     stop = tokens[6]
     expected = tokens[: tokens.index(stop)]
-    assert list(generate(model, [5, 17], limit=12, greedy=True, context=32, stop=stop)) == expected
+    assert list(generate(model, [5, 17], limit=12, greedy=True, context=32, stop=[stop])) == expected
 
 
 class Fixed(nn.Module):
