@@ -80,13 +80,15 @@ class ParallelConfig:
 
 
 @dataclass
-class RopeScalingConfig:
-    """Llama-3 frequency scaling (Llama 3.1 model card); off when factor is 1."""
+class RopeParameters:
+    """Rotary position embedding, with the keys of transformers' `rope_parameters`; a key that is null is not there."""
 
-    factor: float = fixed(1.0)  # context extension
-    low_frequency_factor: float = fixed(1.0)  # original_context / wavelength below which all is scaled
-    high_frequency_factor: float = fixed(4.0)  # and above which nothing is
-    original_context: int = fixed(8192)  # tokens the base model was trained at
+    rope_type: str = fixed("default")  # default | llama3 (frequencies scaled as in the Llama 3.1 model card)
+    rope_theta: float = fixed(10000.0)  # base of the rotary wavelengths, in tokens
+    factor: float | None = fixed()  # llama3: context extension
+    low_freq_factor: float | None = fixed()  # llama3: original context / wavelength below which all is scaled
+    high_freq_factor: float | None = fixed()  # llama3: and above which nothing is
+    original_max_position_embeddings: int | None = fixed()  # llama3: tokens the base model was trained at
 
 
 @dataclass
@@ -104,8 +106,7 @@ class ModelConfig:
     head_dim: int | None = fixed()  # channels per head; default: width / heads
     hidden: int = fixed(704)  # channels inside the SwiGLU MLP
     norm_eps: float = fixed(1e-5)  # added to the mean square in RMSNorm
-    rope_theta: float = fixed(10000.0)  # base of the rotary wavelengths, in tokens
-    rope_scaling: RopeScalingConfig = fixed(RopeScalingConfig)
+    rope_parameters: RopeParameters = fixed(RopeParameters)
     qk_norm: bool = fixed(False)  # RMSNorm on queries and keys per head (Qwen3)
     qkv_bias: bool = fixed(False)  # biases on the query, key and value projections (Qwen2)
     tie_embeddings: bool = fixed(False)  # one matrix for the embedding and the head

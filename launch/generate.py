@@ -28,25 +28,40 @@ def speak(options: argparse.Namespace) -> int:
     run = run_at(options.run)
     checkpoints = checkpoints_of(run, options.step)
     config = with_vocabulary(read_config(run), run.tokenizer)
-    tokenizer = open_tokenizer(config.data, run.tokenizer)
+    tokenizer = None if options.ids is not None else open_tokenizer(config.data, run.tokenizer)
+    prompt = _ids(options.ids, config) if tokenizer is None else tokenizer.encode_template(options.prompt)[0]
     tokens = generate(
         _newest_model(config, checkpoints),
-        tokenizer.encode_template(options.prompt)[0],
+        prompt,
         limit=options.tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         greedy=options.greedy,
         seed=options.seed,
-        stop=tokenizer.end_of_document,
+        stop=None if tokenizer is None else tokenizer.end_of_document,
         context=config.seq_len,
     )
+    if tokenizer is None:
+        print(*prompt, *tokens, sep=",")
+        return 0
     sys.stdout.write(options.prompt)
     for text in _as_text(tokenizer, tokens):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
+
+
+def _ids(text: str, config: Config) -> list[int]:
+    """Token ids such as `1,5,3`. Raises ValueError for what is none of the model's."""
+    words = text.replace(",", " ").split()
+    most = config.model.vocab_size
+    assert most is not None
+    strange = [word for word in words if not word.isdecimal() or int(word) >= most]
+    if strange:
+        raise ValueError(f"--ids: {strange[0]!r} is no token id: 0 to {most - 1} are, separated by commas")
+    return [int(word) for word in words]
 
 
 def load_model(config: Config, checkpoint: Path) -> nn.Module:

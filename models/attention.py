@@ -38,7 +38,7 @@ class Geometry:
 
 def geometry_of(config: ModelConfig, positions: Tensor, mask: Tensor | BlockMask | None) -> Geometry:
     """The geometry of tokens at `positions` `[rows, seq_len]`."""
-    radians = frequencies(head_dim_of(config), config.rope_theta, config.rope_scaling, positions.device)
+    radians = frequencies(head_dim_of(config), config.rope_parameters, positions.device)
     rows, seq_len = positions.shape
     return Geometry(rows, seq_len, *rotary_tables(positions, radians), mask)
 

@@ -43,6 +43,16 @@ def refusals_of(config: Config, world: int, gpus: int) -> str:
     return ""
 
 
+LLAMA3 = [
+    f"model.rope_parameters.{value}"
+    for value in (
+        "rope_type=llama3",
+        "factor=8",
+        "low_freq_factor=1",
+        "high_freq_factor=4",
+        "original_max_position_embeddings=8192",
+    )
+]
 DEEPSPEED = ["parallel.engine=deepspeed"]
 
 # entry -> (overrides, world, gpus, what the message says), each at the edge of what is refused
@@ -144,14 +154,6 @@ TOGETHER = {
         (["model.width=250"], 1, 0, "model.width=240 or 256 does, or set model.head_dim"),
         (["model.width=248"], 1, 0, "does not split into model.heads=8 of an even width"),
     ],
-    "context extension": [
-        (
-            ["model.rope_scaling.factor=8", "model.rope_scaling.low_frequency_factor=4"],
-            1,
-            0,
-            "low_frequency_factor=4 must be above 0 and below high_frequency_factor=4",
-        )
-    ],
     "warmup": [
         (["schedule.warmup_steps=201"], 1, 0, "do not fit into 200 steps: schedule.warmup_steps=200 does"),
         (["schedule.warmup_steps=51", "schedule.total_steps=50"], 1, 0, "do not fit into 50 steps"),
@@ -195,6 +197,23 @@ TOGETHER = {
         ([*DEEPSPEED, "parallel.deepspeed={train_batch_size: 8}"], 2, 0, "batch.rows"),
     ],
     **OF_LANES,
+    "rotary scaling": [
+        (["model.rope_parameters.factor=8"], 1, 0, "factor=8 have no effect with rope_type=default: set"),
+        (
+            LLAMA3[:2],
+            1,
+            0,
+            "rope_type=llama3 needs low_freq_factor, high_freq_factor, original_max_position_embeddings",
+        ),
+    ],
+    "context extension": [
+        (
+            [*LLAMA3, "model.rope_parameters.low_freq_factor=4"],
+            1,
+            0,
+            "low_freq_factor=4 must be above 0 and below high_freq_factor=4",
+        )
+    ],
 }
 
 
@@ -235,7 +254,7 @@ def test_every_entry_is_tried():
         (["data.validation=0"], 1, 0),
         ([*LANES, "data.lanes=8"], 4, 0),
         (["clip_norm=null", "activation_checkpoint=full", "compile=true", "optim.name=sgd"], 1, 0),
-        (["model.rope_scaling.factor=8"], 1, 0),
+        (LLAMA3, 1, 0),
     ],
 )
 def test_what_works_is_not_refused(overrides, world, gpus):
@@ -325,11 +344,7 @@ def test_every_choice_of_every_group_may_start():
 def test_every_number_is_limited():
     values = {key: lookup(Config(), key) for key in kinds()}
     numbers = {key for key, value in values.items() if type(value) in (int, float)}
-    judged_together = {
-        "model.rope_scaling.low_frequency_factor",
-        "model.rope_scaling.high_frequency_factor",
-    }
-    assert numbers - {limit.key for limit in LIMITS} == {"run.seed", *judged_together}
+    assert numbers - {limit.key for limit in LIMITS} == {"run.seed"}
 
 
 def test_the_printed_table_is_the_table():
