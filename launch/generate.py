@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from stoker.checkpoint import CheckpointMismatch, DamagedCheckpoint, Summary, read_tensors
-from stoker.conf.rundir import read_config
+from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.schema import Config
 from stoker.data import open_tokenizer
+from stoker.data.opening import NoTokenizer
 from stoker.data.tokenizer import Tokenizer
 from stoker.launch.show import checkpoints_of, run_at
 from stoker.models.generate import generate
@@ -28,7 +29,7 @@ def speak(options: argparse.Namespace) -> int:
     run = run_at(options.run)
     checkpoints = checkpoints_of(run, options.step)
     config = with_vocabulary(read_config(run), run.tokenizer)
-    tokenizer = None if options.ids is not None else open_tokenizer(config.data, run.tokenizer)
+    tokenizer = None if options.ids is not None else _tokenizer(config, run)
     prompt = _ids(options.ids, config) if tokenizer is None else tokenizer.encode_template(options.prompt)[0]
     tokens = generate(
         _newest_model(config, checkpoints),
@@ -51,6 +52,13 @@ def speak(options: argparse.Namespace) -> int:
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
+
+
+def _tokenizer(config: Config, run: RunDirectory) -> Tokenizer:
+    try:
+        return open_tokenizer(config.data, run.tokenizer)
+    except NoTokenizer:
+        raise ValueError(f"{run.path} was trained on tokens without a tokenizer: --ids 1,5,3 continues ids") from None
 
 
 def _ids(text: str, config: Config) -> list[int]:

@@ -64,7 +64,7 @@ def test_what_came_in_goes_out_byte_for_byte_and_computes_the_same(case: str, tm
 def test_bf16_comes_in_and_goes_out_byte_for_byte(tmp_path: Path) -> None:
     theirs, out = tmp_path / "theirs", tmp_path / "out"
     write_family(theirs, "qwen3", "bfloat16")
-    assert main(["export", str(unchanged_run(tmp_path, theirs)), str(out), "--dtype", "bf16"]) == 0
+    assert main(["export", str(unchanged_run(tmp_path, theirs)), str(out)]) == 0
     assert (out / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 

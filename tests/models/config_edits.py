@@ -99,10 +99,8 @@ def edited(seed: int, folder: Path) -> tuple[str, str]:
     write_family(folder, case)
     path = folder / "config.json"
     values = json.loads(path.read_text())
-    edits = [
-        draw.choice((_remove, _respell, _change, _change, _change, _old_rope))(draw, values)
-        for _ in range(draw.choice((1, 1, 2, 3)))
-    ]
+    kinds = (_remove, _respell, _change, _change, _change, _old_rope)
+    edits = [draw.choice(kinds)(draw, values) for _ in range(draw.choice((1, 1, 2, 3)))]
     path.write_text(json.dumps(values))
     return case, "; ".join(edits)
 
