@@ -100,7 +100,7 @@ def _compared(config: Config, run: RunDirectory) -> tuple[list[Difference], str]
             expected.double(), own["labels"].flatten(), reduction="sum", ignore_index=IGNORE
         )
         sum_of_losses.backward()
-        loss += float(sum_of_losses)
+        loss += sum_of_losses.item()
         if number < len(logits):
             ours, reference = logits[number], expected.detach()
             where = f"sequence {number + 1} of the batch"

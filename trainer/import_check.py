@@ -129,7 +129,11 @@ def _their_outputs(folder: Path, parsed: Any, layers: int, tokens: Tensor) -> di
     modules = {"embedding": model.model.embed_tokens}
     modules |= {f"layers.{number}": layer for number, layer in enumerate(model.model.layers)}
     with _recorded(modules) as outputs:
-        logits = model(tokens).logits
+        try:
+            logits = model(tokens).logits
+        except Exception as error:  # a value that only the forward pass stumbles over
+            reason = f"transformers cannot compute its logits: {theirs.in_one_line(error)}"
+            raise ConfigError(f"model.init_from={folder}: {reason}") from error
     return {**outputs, "logits": logits.flatten(0, 1)}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from stoker.conf.rundir import RunDirectory, read_config
 from stoker.data import open_tokenizer
@@ -19,8 +20,6 @@ from tests import world
 from tests.launch.runs import overrides, write_text
 from tests.models.families import FAMILIES, write_family
 from tests.trainer.test_python_api import trained
-
-transformers = pytest.importorskip("transformers")
 
 SHAPE = ("optim.lr=1e-2", "model.width", "model.layers", "model.heads", "model.kv_heads", "model.hidden")
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from stoker.launch.cli import main
@@ -17,8 +18,6 @@ from tests import world
 from tests.launch.runs import overrides, write_text
 from tests.models.families import SCALED, write_family
 from tests.trainer.test_python_api import trained
-
-transformers = pytest.importorskip("transformers")
 
 SHAPE = ("model.width", "model.layers", "model.heads", "model.kv_heads", "model.hidden")
 BEGIN, END, TURN, PAD = 257, 258, 259, 256

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from stoker.conf.schema import RopeParameters
 from stoker.models.hugging_face import rope_parameters, tensor_name
 from tests.models.tiny import decoder, gradients, rows, shape
-
-transformers = pytest.importorskip("transformers")
 
 SCALED = RopeParameters("llama3", 5000.0, 8.0, 1.0, 4.0, 64)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -28,8 +28,6 @@ from tests.models.families import write_family
 from tests.parallel.reference import assemble
 from tests.trainer.test_python_api import trained
 
-pytest.importorskip("transformers")
-
 
 def asked(folder: Path, *more: str) -> Config:
     words = [f"model.init_from={folder}", "seq_len=32", "batch.rows=8", "precision=fp32", *more]
