@@ -15,6 +15,7 @@ receive it ready-made as JSON (`to_dict` / `from_dict`), so that they need no Hy
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import typing
 from collections.abc import Iterator
@@ -287,7 +288,8 @@ def from_dict(values: dict[str, Any], kind: type = Config, prefix: str = "") -> 
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in hints:
-            raise ConfigError(f"unknown key {key!r}")
+            near = difflib.get_close_matches(name, hints, 1)
+            raise ConfigError(f"unknown key {key!r}" + (f": did you mean {prefix + near[0]!r}?" if near else ""))
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):

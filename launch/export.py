@@ -37,6 +37,11 @@ def export(options: argparse.Namespace) -> int:
         raise ValueError(f"{summary.path}: {summary.problem}; --step takes another checkpoint")
     config = with_vocabulary(read_config(run), run.tokenizer)
     dtype = options.dtype or export_dtype(run)
+    if config.model.init_from is not None and not run.base_model.is_dir():
+        print(
+            f"stoker: {run.base_model} is not there: files are made anew instead of those of {config.model.init_from}",
+            file=sys.stderr,
+        )
     file_bytes = _bytes(options.shard_size)
     out = Path(options.out).expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

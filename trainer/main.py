@@ -219,7 +219,8 @@ def _train(
     if rank == 0:
         write_config(run, config)  # after everybody has read the old one
         keep_tokenizer(config.data, run.tokenizer)
-        keep_base(config, run)
+        if trainer.progress.step == 0:
+            keep_base(config, run)
     attempt.training = True
     requests.training()
     try:

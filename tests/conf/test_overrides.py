@@ -121,6 +121,8 @@ def test_own_keys_go_below_args_without_plus_signs():
         ("step=3", "did you mean 'steps'?"),
         ("modle=tiny", "did you mean 'model'?"),
         ("factor=2", "did you mean 'model.rope_parameters.factor'?"),
+        ("model.rope_theta=5e5", "did you mean 'model.rope_parameters.rope_theta'?"),
+        ("model.rope_scaling.low_frequency_factor=1", "did you mean 'model.rope_parameters.low_freq_factor'?"),
         ("every=5", "did you mean 'checkpoint.every' or 'eval.every' or 'log.every'?"),
         ("qqq=5", "unknown key 'qqq': `stoker config` prints every key"),
         ("+parallel.zeros=3", "did you mean 'parallel.zero'? (+ adds keys only below data.args"),

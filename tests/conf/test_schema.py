@@ -32,7 +32,10 @@ def test_defaults_are_not_shared_between_configs():
     ("values", "words"),
     [
         ({"stepz": 3}, "unknown key 'stepz'"),
-        ({"model": {"rope_parameters": {"faktor": 2}}}, "unknown key 'model.rope_parameters.faktor'"),
+        (
+            {"model": {"rope_parameters": {"faktor": 2}}},
+            "unknown key 'model.rope_parameters.faktor': did you mean 'model.rope_parameters.factor'?",
+        ),
         ({"steps": "many"}, "steps='many': expected a whole number"),
         ({"steps": True}, "steps=True: expected a whole number"),
         ({"compile": 1}, "compile=1: expected true or false"),

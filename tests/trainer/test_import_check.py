@@ -14,6 +14,7 @@ import transformers
 from stoker.conf.compose import compose
 from stoker.conf.schema import Config, from_dict, to_dict
 from stoker.conf.values import ConfigError
+from stoker.launch.cli import main
 from stoker.models import hugging_face_config
 from stoker.parallel.refusals import refuse
 from stoker.trainer import import_check
@@ -116,6 +117,20 @@ def test_as_many_layers_as_fit_into_memory_are_compared(plain: Config, tmp_path:
     with pytest.raises(ConfigError, match=r"holds mystery, which transformers' LlamaConfig does not declare"):
         compare_import(config, lambda: rest)
     assert "all 3 layers" in str(compare_import(config))  # it makes no difference
+
+
+def test_a_model_that_cannot_be_imported_is_refused_before_a_rank_is_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, folder = tmp_path / "run", tmp_path / "theirs"
+    words = ["train", f"run.dir={run}", f"model.init_from={folder}", "launch.nproc=1", "seq_len=64"]
+    assert main(words) == 2
+    assert f"model.init_from={folder}: there is no such directory" in capsys.readouterr().err
+    write_family(folder, "llama")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": 5000}))
+    assert main(words) == 2
+    assert "transformers cannot load it" in capsys.readouterr().err and not run.exists()
 
 
 def logits_of_both(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
