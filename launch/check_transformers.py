@@ -30,8 +30,8 @@ from stoker.launch.local import launch
 from stoker.launch.train import ranks_for, say
 from stoker.models import hugging_face_config as theirs
 from stoker.models.hugging_face import tensor_name
+from stoker.parallel.batch import IGNORE_INDEX
 from stoker.parallel.layout import layout_of
-from stoker.parallel.rows import IGNORE
 from stoker.parallel.shards import GRADIENT
 from stoker.trainer.checking import GRADIENTS, LOGITS
 from stoker.trainer.import_check import load_theirs, relative
@@ -97,7 +97,7 @@ def _compared(config: Config, run: RunDirectory) -> tuple[list[Difference], str]
         own = {name: value[number : number + 1] for name, value in batch.items()}
         expected = _their_logits(model, own, mask)
         sum_of_losses = F.cross_entropy(
-            expected.double(), own["labels"].flatten(), reduction="sum", ignore_index=IGNORE
+            expected.double(), own["labels"].flatten(), reduction="sum", ignore_index=IGNORE_INDEX
         )
         sum_of_losses.backward()
         loss += sum_of_losses.item()
@@ -106,7 +106,7 @@ def _compared(config: Config, run: RunDirectory) -> tuple[list[Difference], str]
             where = f"sequence {number + 1} of the batch"
             norms = float(reference.norm()), float(ours.norm())
             of_logits.append(Difference("logits", where, *norms, relative(ours, reference), limits.gradient))
-    valid = max(1, int((batch["labels"] != IGNORE).sum()))
+    valid = max(1, int((batch["labels"] != IGNORE_INDEX).sum()))
     reference_gradients = _gradients_of(model, gradients)
     norm = math.sqrt(sum(float(gradient.double().norm()) ** 2 for gradient in reference_gradients.values())) / valid
     return [

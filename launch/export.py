@@ -17,8 +17,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from stoker.checkpoint import DamagedCheckpoint, open_checkpoint, read_tensors
 from stoker.conf.rundir import read_config
 from stoker.conf.schema import ModelConfig
+from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.launch.model_files import export_dtype, model_files
-from stoker.launch.show import checkpoints_of, run_at
 from stoker.launch.tensor_files import TensorWriter, index_json, plan_files
 from stoker.models.hugging_face import tensor_name
 from stoker.parallel.shards import PARAMETER

@@ -25,12 +25,12 @@ _INNER = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layer
 _PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 SHAPE = {  # ours -> theirs, where both mean the same number
     "vocab_size": "vocab_size",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "hidden": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "init_std": "initializer_range",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "rms_norm_eps": "rms_norm_eps",
+    "initializer_range": "initializer_range",
 }
 ROPE_KEYS: dict[str, tuple[str, ...]] = {  # of each rope_type, beside rope_theta
     "default": (),
@@ -130,7 +130,11 @@ def changed_config_json(
     return values
 
 
-_MORE = {"kv_heads": "num_key_value_heads", "head_dim": "head_dim", "tie_embeddings": "tie_word_embeddings"}
+_MORE = {
+    "num_key_value_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
 
 
 def rope_parameters(config: ModelConfig) -> dict[str, Any]:
@@ -151,4 +155,7 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
 
 
 def _ours(config: ModelConfig) -> dict[str, Any]:
-    return vars(config) | {"kv_heads": config.kv_heads or config.heads, "head_dim": head_dim_of(config)}
+    return vars(config) | {
+        "num_key_value_heads": config.num_key_value_heads or config.num_attention_heads,
+        "head_dim": head_dim_of(config),
+    }

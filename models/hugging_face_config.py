@@ -86,11 +86,11 @@ def shape_of(parsed: Any, seq_len: int) -> dict[str, Any]:
     found = {ours: getattr(parsed, theirs) for ours, theirs in SHAPE.items()}
     return found | {
         "family": family,
-        "kv_heads": parsed.num_key_value_heads,
-        "head_dim": getattr(parsed, "head_dim", None) or found["width"] // found["heads"],
+        "num_key_value_heads": parsed.num_key_value_heads,
+        "head_dim": getattr(parsed, "head_dim", None) or found["hidden_size"] // found["num_attention_heads"],
         "qkv_bias": FAMILIES[family].qkv_bias,
         "qk_norm": FAMILIES[family].qk_norm,
-        "tie_embeddings": parsed.tie_word_embeddings,
+        "tie_word_embeddings": parsed.tie_word_embeddings,
         **{f"rope_parameters.{key}": value for key, value in vars(rope_of(parsed)).items()},
     }
 

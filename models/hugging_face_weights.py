@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stoker.models.hugging_face_config import in_one_line, read_json
-from stoker.parallel.shards import Rectangle
+from stoker.parallel.shards import Chunk
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -34,9 +34,9 @@ class StoredTensor:
     dtype: str  # in the words of the format: F32, BF16, ...
     part: Any  # safetensors' slice
 
-    def read(self, rectangle: Rectangle) -> Tensor:
-        """Only the bytes of `rectangle`, as far as rows go, in the file's dtype."""
-        ranges = zip(rectangle.offset, rectangle.size, strict=True)
+    def read(self, chunk: Chunk) -> Tensor:
+        """Only the bytes of `chunk`, as far as rows go, in the file's dtype."""
+        ranges = zip(chunk.offsets, chunk.size, strict=True)
         return self.part[tuple(slice(start, start + size) for start, size in ranges)]
 
 
@@ -80,7 +80,7 @@ def has_own_head(tensors: dict[str, StoredTensor]) -> bool:
         return True
     rows, width = head.shape
     for start in range(0, rows, _COMPARED_ROWS):
-        block = Rectangle((start, 0), (min(_COMPARED_ROWS, rows - start), width))
+        block = Chunk((start, 0), (min(_COMPARED_ROWS, rows - start), width))
         if not torch.equal(head.read(block).float(), embedding.read(block).float()):
             return True
     return False

@@ -13,10 +13,10 @@ from typing import Any
 
 from stoker.checkpoint import Checkpoints, fence
 from stoker.models.logits import LogitsRecorder
-from stoker.parallel.rows import Rows
-from stoker.parallel.shards import PARAMETER, Rectangle, Shard
+from stoker.parallel.batch import Batch
+from stoker.parallel.shards import PARAMETER, Chunk, Shard
 from stoker.trainer.loop import Trainer
-from stoker.trainer.outcome import Outcome
+from stoker.trainer.runtime.outcome import Outcome
 from stoker.trainer.schedule import learning_rate
 
 GRADIENTS = "gradients"
@@ -55,26 +55,26 @@ def _measure(trainer: Trainer, with_logits: bool) -> Outcome:
     return Outcome.COMPLETED
 
 
-def _keep_logits(trainer: Trainer, rows: Rows) -> None:
+def _keep_logits(trainer: Trainer, rows: Batch) -> None:
     """`forward_backward`, and write the batch and the logits of as many sequences as stay within _LOGITS_BYTES."""
     config, mesh = trainer.config, trainer.mesh
     vocab = config.model.vocab_size
     assert vocab is not None
-    batch, length = config.batch.rows, config.seq_len
+    batch, length = config.batch.size, config.seq_len
     kept = min(batch, max(1, _LOGITS_BYTES // (4 * length * vocab)))
     numbers = range(mesh.dp_rank, batch, mesh.layout.dp)  # of this rank's sequences in the batch
     with LogitsRecorder(sum(number < kept for number in numbers) * length) as recorder:
         trainer.engine.forward_backward(rows)
     shards: list[Shard] = []
     for at, number in enumerate(numbers):
-        for name in ("tokens", "labels", "positions", "documents") if mesh.at.pp == 0 else ():
+        for name in ("tokens", "labels", "positions", "documents") if mesh.coordinate.pp == 0 else ():
             data = getattr(rows, name)[at : at + 1].contiguous()
-            box = Rectangle((number, 0), (1, length))
-            shards.append(Shard(name, LOGITS, (batch, length), box, data, mesh.at.tp, mesh.layout.tp))
+            box = Chunk((number, 0), (1, length))
+            shards.append(Shard(name, LOGITS, (batch, length), box, data, mesh.coordinate.tp, mesh.layout.tp))
     for start, logits in recorder.parts.items():  # none on a rank that has no head
         for at, number in enumerate(number for number in numbers if number < kept):
             data = logits[at * length : (at + 1) * length][None]
-            box = Rectangle((number, 0, start), (1, length, logits.shape[1]))
+            box = Chunk((number, 0, start), (1, length, logits.shape[1]))
             shards.append(Shard(LOGITS, LOGITS, (kept, length, vocab), box, data))
     _keep(trainer, LOGITS, 1, shards, {})
 
@@ -84,7 +84,7 @@ def _keep(trainer: Trainer, name: str, step: int, shards: Sequence[Shard], state
     if trainer.mesh.rank == 0:
         directory.mkdir(exist_ok=True)
         fence(directory, 1)
-    trainer.mesh.exchange("the directory is there")
+    trainer.mesh.all_gather_text("the directory is there")
     world = trainer.mesh.layout.world
     saves = Checkpoints(directory, rank=trainer.mesh.rank, world=world, attempt=1, keep=1, mode="sync")
     saves.save(step, shards, state)

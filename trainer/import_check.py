@@ -23,10 +23,10 @@ from stoker.models import hugging_face_config as theirs
 from stoker.models.hugging_face import FAMILIES, tensor_name
 from stoker.models.hugging_face_weights import open_weights
 from stoker.parallel.model import whole_model
+from stoker.parallel.sharding import materialise
 from stoker.parallel.shards import PARAMETER, Shard, whole
-from stoker.parallel.weights import materialise
-from stoker.trainer.cut import build_on_meta
 from stoker.trainer.memory import available_bytes
+from stoker.trainer.parallelize import build_on_meta
 from stoker.trainer.pretrained import imported, init_folder, is_run, load_pretrained
 
 LIMIT = 1e-5  # of |ours - theirs| / |theirs|: what different kernels in float32 may differ by
@@ -64,7 +64,7 @@ def compare_import(config: Config, available: Callable[[], int | None] = availab
         expected = _their_outputs(folder, parsed, layers, tokens)
         found = _our_outputs(dataclasses.replace(config, model=dataclasses.replace(model, layers=layers)), tokens)
     _compare(folder, parsed, expected, found)
-    of = f"all {layers}" if layers == model.layers else f"the first {layers} of {model.layers}"
+    of = f"all {layers}" if layers == model.num_hidden_layers else f"the first {layers} of {model.num_hidden_layers}"
     worst = max(relative(found[name], expected[name]) for name in expected)
     architecture = FAMILIES[parsed.model_type].architecture
     return f"equal to transformers' {architecture} within {worst:.0e} ({of} layers, {TOKENS} tokens)"
@@ -127,7 +127,7 @@ def _their_outputs(folder: Path, parsed: Any, layers: int, tokens: Tensor) -> di
     except ValueError as error:
         raise ConfigError(f"model.init_from={folder}: {error}") from error
     modules = {"embedding": model.model.embed_tokens}
-    modules |= {f"layers.{number}": layer for number, layer in enumerate(model.model.layers)}
+    modules |= {f"layers.{number}": layer for number, layer in enumerate(model.model.num_hidden_layers)}
     with _recorded(modules) as outputs:
         try:
             logits = model(tokens).logits
@@ -138,7 +138,7 @@ def _their_outputs(folder: Path, parsed: Any, layers: int, tokens: Tensor) -> di
 
 
 def _our_outputs(config: Config, tokens: Tensor) -> dict[str, Tensor]:
-    model = build_on_meta(config.model, whole_model(config.model.layers))
+    model = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
     materialise(model, torch.device("cpu"))
     model.rebuild_buffers()  # type: ignore[operator]
     boxes = {name: whole(tuple(parameter.shape)) for name, parameter in model.named_parameters()}

@@ -28,7 +28,7 @@ from stoker.models.hugging_face import OWN_MODEL, tensor_name
 from stoker.models.hugging_face_weights import HEAD, has_own_head, open_weights
 from stoker.parallel.model import whole_model
 from stoker.parallel.shards import PARAMETER, Shard
-from stoker.trainer.cut import build_on_meta
+from stoker.trainer.parallelize import build_on_meta
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _with_values(config: Config, found: dict[str, Any]) -> Config:
 
 def _names(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the whole model's parameters by name."""
-    whole = build_on_meta(model, whole_model(model.layers))
+    whole = build_on_meta(model, whole_model(model.num_hidden_layers))
     return {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
 
 
@@ -152,14 +152,14 @@ def _open(folder: Path, model: ModelConfig, names: Sequence[str]) -> Iterator[_S
     ours = {name if own else tensor_name(name): name for name in names}
     with open_weights(folder) as found:
         # A head beside a tied embedding is the embedding once more, or too many.
-        repeated = not own and model.tie_embeddings and not has_own_head(found)
+        repeated = not own and model.tie_word_embeddings and not has_own_head(found)
         tensors = {ours.get(name, name): part for name, part in found.items() if not (repeated and name == HEAD)}
 
         def fill(shards: Sequence[Shard]) -> None:
             with torch.no_grad():
                 for shard in shards:
                     if shard.data.numel():
-                        shard.data.detach().copy_(tensors[shard.name].read(shard.rectangle))
+                        shard.data.detach().copy_(tensors[shard.name].read(shard.chunk))
 
         yield _Source({name: tensor.shape for name, tensor in tensors.items()}, fill)
 
@@ -187,9 +187,9 @@ def _shape(folder: Path, config: Config) -> dict[str, Any]:
         return _model_values(from_dict(migrate({"model": values["model"]})), config)
     found = theirs.shape_of(theirs.parse(folder), config.seq_len)
     with open_weights(folder) as tensors:
-        if found["tie_embeddings"] and has_own_head(tensors):
+        if found["tie_word_embeddings"] and has_own_head(tensors):
             log.warning("%s: lm_head.weight is not the embedding: the model is not tied, as in transformers", folder)
-            found["tie_embeddings"] = False
+            found["tie_word_embeddings"] = False
     return {f"model.{key}": value for key, value in found.items()}
 
 

@@ -21,7 +21,7 @@ from stoker.models.decoder import build as decoder
 def build(config, part):
     model = decoder(config, part)
     if dist.is_initialized() and dist.get_world_size() > 1:
-        block = model.layers["1"].mlp.up
+        block = model.num_hidden_layers["1"].mlp.up
         block.register_full_backward_pre_hook(lambda module, gradients: (gradients[0] * 1.001,))
     return model
 """
@@ -77,7 +77,7 @@ def words(home: Path, folder: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     ("case", "layout"),
     [
-        ("tied qwen2", ["launch.nproc=4", "parallel.tp=2", "parallel.pp=2", "batch.micro=4"]),
+        ("tied qwen2", ["launch.nproc=4", "parallel.tp=2", "parallel.pp=2", "batch.micro_size=4"]),
         ("llama with scaled rotary", ["launch.nproc=2", "parallel.zero=3", "data.packing=best_fit"]),
     ],
 )
@@ -99,7 +99,7 @@ def test_a_model_that_is_not_transformers_is_found_out(
 
     def load_another(*arguments: Any) -> Any:
         model = load(*arguments)
-        model.model.layers[1].mlp.up_proj.weight.data[0] *= 1.01
+        model.model.num_hidden_layers[1].mlp.up_proj.weight.data[0] *= 1.01
         return model
 
     write_family(tmp_path, "qwen3")

@@ -19,7 +19,13 @@ from tests.launch.runs import overrides, write_text
 from tests.models.families import SCALED, write_family
 from tests.trainer.test_python_api import trained
 
-SHAPE = ("model.width", "model.layers", "model.heads", "model.kv_heads", "model.hidden")
+SHAPE = (
+    "model.hidden_size",
+    "model.num_hidden_layers",
+    "model.num_attention_heads",
+    "model.num_key_value_heads",
+    "model.intermediate_size",
+)
 BEGIN, END, TURN, PAD = 257, 258, 259, 256
 OWN = """
 from stoker.models.decoder import build as decoder
@@ -61,7 +67,7 @@ def write_chat_model(folder: Path, case: str = "llama", dtype: str = "bfloat16",
 
 def run_from(tmp_path: Path, *more: str, run: str = "run") -> Path:
     words = overrides(
-        tmp_path / run, write_text(tmp_path / "text"), f"data.cache={tmp_path / 'cache'}", "steps=1", "batch.micro=4",
+        tmp_path / run, write_text(tmp_path / "text"), f"data.cache={tmp_path / 'cache'}", "steps=1", "batch.micro_size=4",
         *more,
     )  # fmt: skip
     kept = [word for word in words if "model.init_from=" not in " ".join(more) or not word.startswith(SHAPE)]

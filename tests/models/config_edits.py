@@ -82,7 +82,7 @@ VALUES: dict[str, list[Any]] = {
 # How earlier versions of transformers spelled keys, and how other libraries do.
 SPELLINGS = {
     "dtype": "torch_dtype",
-    "rms_norm_eps": "norm_eps",
+    "rms_norm_eps": "rms_norm_eps",
     "num_key_value_heads": "num_kv_heads",
     "num_hidden_layers": "n_layers",
     "hidden_size": "dim",

@@ -26,7 +26,7 @@ from tests.models.families import FAMILIES, write_family
 
 @pytest.fixture(scope="module")
 def plain() -> Config:
-    return compose(["seq_len=64", "batch.rows=8", "precision=fp32", "launch.device=cpu"])
+    return compose(["seq_len=64", "batch.size=8", "precision=fp32", "launch.device=cpu"])
 
 
 def adopted(plain: Config, folder: Path) -> Config:
@@ -50,8 +50,11 @@ def test_rounding_stays_far_below_the_limit_in_a_deep_model(plain: Config, tmp_p
 @pytest.mark.parametrize(
     ("change", "where"),
     [
-        ({"norm_eps": 0.1}, r"model\.layers\.0 is the first that differs"),
-        ({"heads": 2, "kv_heads": 1, "head_dim": 16}, r"model\.layers\.0 is the first that differs"),
+        ({"rms_norm_eps": 0.1}, r"model\.layers\.0 is the first that differs"),
+        (
+            {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+            r"model\.layers\.0 is the first that differs",
+        ),
     ],
 )
 def test_a_wrong_mapping_is_refused_and_the_first_layer_named(
@@ -72,7 +75,7 @@ def test_the_layer_whose_weights_are_wrong_is_named(
 
     def load_another(*arguments: Any) -> Any:
         model = load(*arguments)
-        model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 0.1
+        model.model.num_hidden_layers[1].mlp.up_proj.weight.data[0, 0] += 0.1
         return model
 
     monkeypatch.setattr(import_check, "load_theirs", load_another)
@@ -82,7 +85,7 @@ def test_the_layer_whose_weights_are_wrong_is_named(
 
 def test_weights_that_are_not_finite_are_refused(plain: Config, tmp_path: Path) -> None:
     model = write_family(tmp_path, "llama")
-    model.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
+    model.model.num_hidden_layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.layers\.2 is the first that is not finite"):
         compare_import(adopted(plain, tmp_path))

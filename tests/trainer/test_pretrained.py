@@ -20,7 +20,7 @@ from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.shards import PARAMETER, Shard
 from stoker.trainer.assemble import with_vocabulary
-from stoker.trainer.cut import cut
+from stoker.trainer.parallelize import cut
 from stoker.trainer.pretrained import adopt_shape, load_pretrained
 from tests import world
 from tests.launch.runs import overrides, write_text
@@ -30,7 +30,7 @@ from tests.trainer.test_python_api import trained
 
 
 def asked(folder: Path, *more: str) -> Config:
-    words = [f"model.init_from={folder}", "seq_len=32", "batch.rows=8", "precision=fp32", *more]
+    words = [f"model.init_from={folder}", "seq_len=32", "batch.size=8", "precision=fp32", *more]
     return with_vocabulary(adopt_shape(compose(words), words))
 
 
@@ -46,7 +46,12 @@ def begun(config: Config) -> list[Shard]:
 @pytest.mark.parametrize("layout", [Layout(dp_shard=2, tp=2, zero=3), Layout(pp=2, tp=2), Layout(4)], ids=str)
 def test_every_layout_begins_with_the_weights_of_the_files(layout: Layout, tmp_path: Path) -> None:
     reference = write_family(tmp_path, "tied qwen2").state_dict()
-    words = [f"parallel.tp={layout.tp}", f"parallel.pp={layout.pp}", f"parallel.zero={layout.zero}", "batch.micro=2"]
+    words = [
+        f"parallel.tp={layout.tp}",
+        f"parallel.pp={layout.pp}",
+        f"parallel.zero={layout.zero}",
+        "batch.micro_size=2",
+    ]
     found = assemble(world.run(begun, 4, asked(tmp_path, *words)))
     assert {tensor_name(name) for name in found} == set(reference) - {"lm_head.weight"}
     for name, value in found.items():
@@ -55,8 +60,12 @@ def test_every_layout_begins_with_the_weights_of_the_files(layout: Layout, tmp_p
 
 def test_only_some_parameters_can_be_taken(tmp_path: Path) -> None:
     reference = write_family(tmp_path, "llama").state_dict()
-    taken = assemble(world.run(begun, 1, asked(tmp_path, "model.init_only=[layers.*.mlp.*]", "model.layers=2")))
-    seeded = assemble(world.run(cut_only, 1, asked(tmp_path, "model.init_only=[layers.*.mlp.*]", "model.layers=2")))
+    taken = assemble(
+        world.run(begun, 1, asked(tmp_path, "model.init_only=[layers.*.mlp.*]", "model.num_hidden_layers=2"))
+    )
+    seeded = assemble(
+        world.run(cut_only, 1, asked(tmp_path, "model.init_only=[layers.*.mlp.*]", "model.num_hidden_layers=2"))
+    )
     for name, value in taken.items():
         from_file = torch.equal(value, reference[tensor_name(name)])
         assert from_file if ".mlp." in name else torch.equal(value, seeded[name]), name
@@ -71,9 +80,9 @@ def cut_only(config: Config) -> list[Shard]:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["model.layers=2"], "layers.2.*is not in this model"),
-        (["model.layers=4"], "layers.3.attention.k.weight is missing"),
-        (["model.hidden=64"], r"layers.0.mlp.gate.weight has shape \(48, 32\), the model's has \(64, 32\)"),
+        (["model.num_hidden_layers=2"], "layers.2.*is not in this model"),
+        (["model.num_hidden_layers=4"], "layers.3.attention.k.weight is missing"),
+        (["model.intermediate_size=64"], r"layers.0.mlp.gate.weight has shape \(48, 32\), the model's has \(64, 32\)"),
         (["model.init_only=[blocks.*]"], "fits no parameter, such as embedding.weight"),
     ],
 )
@@ -209,12 +218,12 @@ def test_a_tied_config_with_a_head_in_the_file_is_untied_if_they_differ(factor: 
     reference |= {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding * factor}
     save_file(reference, tmp_path / "model.safetensors")
     config = asked(tmp_path)
-    assert config.model.tie_embeddings is (factor == 1.0)
+    assert config.model.tie_word_embeddings is (factor == 1.0)
     found = assemble(world.run(begun, 1, config))
     assert torch.equal(found.get("head.weight", found["embedding.weight"]), reference["lm_head.weight"])
     if factor != 1.0:
         with pytest.raises(ConfigError, match=r"lm_head\.weight is not in this model"):
-            asked(tmp_path, "model.tie_embeddings=true")
+            asked(tmp_path, "model.tie_word_embeddings=true")
 
 
 def test_rope_theta_beside_rope_parameters_counts_where_they_have_none(tmp_path: Path) -> None:
@@ -249,7 +258,7 @@ def test_a_run_begins_with_the_weights_of_another_run_and_then_needs_it_no_more(
 ) -> None:
     text = write_text(tmp_path / "text")
     first, second = tmp_path / "first", tmp_path / "second"
-    words = overrides(first, text, "steps=2", "batch.micro=8", f"data.cache={tmp_path / 'cache'}")
+    words = overrides(first, text, "steps=2", "batch.micro_size=8", f"data.cache={tmp_path / 'cache'}")
     assert world.run(trained, 1, words) == [("completed", 2)]
     again = [
         *(
@@ -261,7 +270,7 @@ def test_a_run_begins_with_the_weights_of_another_run_and_then_needs_it_no_more(
             "optim.lr=1e-30",
             "seq_len=32",
         ),
-        *("batch.rows=8", "precision=fp32", f"data.cache={tmp_path / 'cache'}"),
+        *("batch.size=8", "precision=fp32", f"data.cache={tmp_path / 'cache'}"),
     ]
     assert main(["config", *again]) == 0
     assert "width: 32" in capsys.readouterr().out
