@@ -36,7 +36,7 @@ class StoredTensor:
 
     def read(self, chunk: Chunk) -> Tensor:
         """Only the bytes of `chunk`, as far as rows go, in the file's dtype."""
-        ranges = zip(chunk.offsets, chunk.size, strict=True)
+        ranges = zip(chunk.offsets, chunk.sizes, strict=True)
         return self.part[tuple(slice(start, start + size) for start, size in ranges)]
 
 

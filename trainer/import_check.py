@@ -62,7 +62,7 @@ def compare_import(config: Config, available: Callable[[], int | None] = availab
     tokens = torch.randint(0, model.vocab_size or 1, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         expected = _their_outputs(folder, parsed, layers, tokens)
-        found = _our_outputs(dataclasses.replace(config, model=dataclasses.replace(model, layers=layers)), tokens)
+        found = _our_outputs(dataclasses.replace(config, model=dataclasses.replace(model, num_hidden_layers=layers)), tokens)
     _compare(folder, parsed, expected, found)
     of = f"all {layers}" if layers == model.num_hidden_layers else f"the first {layers} of {model.num_hidden_layers}"
     worst = max(relative(found[name], expected[name]) for name in expected)
@@ -143,7 +143,7 @@ def _our_outputs(config: Config, tokens: Tensor) -> dict[str, Tensor]:
     model.rebuild_buffers()  # type: ignore[operator]
     boxes = {name: whole(tuple(parameter.shape)) for name, parameter in model.named_parameters()}
     shards = [
-        Shard(name, PARAMETER, boxes[name].size, boxes[name], parameter.detach())
+        Shard(name, PARAMETER, boxes[name].sizes, boxes[name], parameter.detach())
         for name, parameter in model.named_parameters()
     ]
     load_pretrained(dataclasses.replace(config, model=dataclasses.replace(config.model, init_only=["*"])), shards)

@@ -67,8 +67,8 @@ def write_chat_model(folder: Path, case: str = "llama", dtype: str = "bfloat16",
 
 def run_from(tmp_path: Path, *more: str, run: str = "run") -> Path:
     words = overrides(
-        tmp_path / run, write_text(tmp_path / "text"), f"data.cache={tmp_path / 'cache'}", "steps=1", "batch.micro_size=4",
-        *more,
+        tmp_path / run, write_text(tmp_path / "text"), f"data.cache={tmp_path / 'cache'}", "steps=1",
+        "batch.micro_size=4", *more,
     )  # fmt: skip
     kept = [word for word in words if "model.init_from=" not in " ".join(more) or not word.startswith(SHAPE)]
     assert world.run(trained, 1, kept) == [("completed", 1)]

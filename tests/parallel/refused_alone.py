@@ -26,6 +26,7 @@ BEYOND = [
     "model.head_dim=33",
     "model.intermediate_size=0",
     "model.rms_norm_eps=0",
+    "model.rope_parameters.rope_type=lama3",
     "model.rope_parameters.rope_theta=0",
     "model.rope_parameters.factor=0.5",
     "model.rope_parameters.original_max_position_embeddings=0",
