@@ -288,7 +288,7 @@ def from_dict(values: dict[str, Any], kind: type = Config, prefix: str = "") -> 
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, 1)
+            near = difflib.get_close_matches(str(name), hints, 1)
             raise ConfigError(f"unknown key {key!r}" + (f": did you mean {prefix + near[0]!r}?" if near else ""))
         hint = hints[name]
         if dataclasses.is_dataclass(hint):

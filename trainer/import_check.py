@@ -62,7 +62,9 @@ def compare_import(config: Config, available: Callable[[], int | None] = availab
     tokens = torch.randint(0, model.vocab_size or 1, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         expected = _their_outputs(folder, parsed, layers, tokens)
-        found = _our_outputs(dataclasses.replace(config, model=dataclasses.replace(model, num_hidden_layers=layers)), tokens)
+        found = _our_outputs(
+            dataclasses.replace(config, model=dataclasses.replace(model, num_hidden_layers=layers)), tokens
+        )
     _compare(folder, parsed, expected, found)
     of = f"all {layers}" if layers == model.num_hidden_layers else f"the first {layers} of {model.num_hidden_layers}"
     worst = max(relative(found[name], expected[name]) for name in expected)
@@ -127,7 +129,7 @@ def _their_outputs(folder: Path, parsed: Any, layers: int, tokens: Tensor) -> di
     except ValueError as error:
         raise ConfigError(f"model.init_from={folder}: {error}") from error
     modules = {"embedding": model.model.embed_tokens}
-    modules |= {f"layers.{number}": layer for number, layer in enumerate(model.model.num_hidden_layers)}
+    modules |= {f"layers.{number}": layer for number, layer in enumerate(model.model.layers)}
     with _recorded(modules) as outputs:
         try:
             logits = model(tokens).logits

@@ -99,7 +99,7 @@ def test_a_model_that_is_not_transformers_is_found_out(
 
     def load_another(*arguments: Any) -> Any:
         model = load(*arguments)
-        model.model.num_hidden_layers[1].mlp.up_proj.weight.data[0] *= 1.01
+        model.model.layers[1].mlp.up_proj.weight.data[0] *= 1.01
         return model
 
     write_family(tmp_path, "qwen3")

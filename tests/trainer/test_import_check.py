@@ -75,7 +75,7 @@ def test_the_layer_whose_weights_are_wrong_is_named(
 
     def load_another(*arguments: Any) -> Any:
         model = load(*arguments)
-        model.model.num_hidden_layers[1].mlp.up_proj.weight.data[0, 0] += 0.1
+        model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 0.1
         return model
 
     monkeypatch.setattr(import_check, "load_theirs", load_another)
@@ -85,7 +85,7 @@ def test_the_layer_whose_weights_are_wrong_is_named(
 
 def test_weights_that_are_not_finite_are_refused(plain: Config, tmp_path: Path) -> None:
     model = write_family(tmp_path, "llama")
-    model.model.num_hidden_layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
+    model.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.layers\.2 is the first that is not finite"):
         compare_import(adopted(plain, tmp_path))

@@ -273,7 +273,7 @@ def test_a_run_begins_with_the_weights_of_another_run_and_then_needs_it_no_more(
         *("batch.size=8", "precision=fp32", f"data.cache={tmp_path / 'cache'}"),
     ]
     assert main(["config", *again]) == 0
-    assert "width: 32" in capsys.readouterr().out
+    assert "hidden_size: 32" in capsys.readouterr().out
     assert world.run(trained, 1, [*again, "steps=1"]) == [("completed", 1)]
     from stoker.checkpoint import read_tensors
 
