@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
@@ -21,10 +20,10 @@ from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.launch.model_files import export_dtype, model_files
 from stoker.launch.tensor_files import TensorWriter, index_json, plan_files
 from stoker.models.hugging_face import tensor_name
+from stoker.parallel.dtypes import DTYPE_NAMES, PRECISIONS
 from stoker.parallel.shards import PARAMETER
 from stoker.trainer.assemble import with_vocabulary
 
-_DTYPES = {"fp32": (torch.float32, "F32"), "bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16")}
 _SIZE = re.compile(r"(\d+)\s*(KB|MB|GB)", re.IGNORECASE)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -68,8 +67,8 @@ def _write_weights(folder: Path, checkpoint: Path, dtype: str, file_bytes: int, 
     """The parameters as `named`, one in memory at a time. Raises DamagedCheckpoint."""
     stored = open_checkpoint(checkpoint).tensors.values()
     shapes = {named(tensor.name): tensor.shape for tensor in stored if tensor.kind == PARAMETER}
-    theirs, word = _DTYPES[dtype]
-    files = plan_files(shapes, word, theirs.itemsize, file_bytes)
+    theirs = PRECISIONS[dtype]
+    files = plan_files(shapes, DTYPE_NAMES[theirs], theirs.itemsize, file_bytes)
     console = Console(stderr=True)
     columns = (TextColumn("exporting"), BarColumn(), DownloadColumn())
     with (

@@ -12,9 +12,10 @@ from typing import Any
 
 from stoker.conf.schema import ModelConfig
 from stoker.models.attention import head_dim_of
+from stoker.parallel.dtypes import PRECISIONS
 
 OWN_MODEL = "stoker"  # model_type of an exported model that is none of Hugging Face's (`model.target`)
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in PRECISIONS.items()}  # in config.json's words
 
 _OUTER = {
     "embedding.weight": "model.embed_tokens.weight",

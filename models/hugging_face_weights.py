@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from stoker.models.hugging_face_config import in_one_line, read_json
+from stoker.parallel.dtypes import DTYPES
 from stoker.parallel.shards import Chunk
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_FLOATS = {"F64", "F32", "BF16", "F16"}
+_FLOATS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
 _NAMED = 5  # files or tensors that a message names
 _COMPARED_ROWS = 4096  # of two matrices at a time
 

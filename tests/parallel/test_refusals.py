@@ -15,6 +15,7 @@ from stoker.parallel.layout import batch_plan, layout_of
 from stoker.parallel.refusals import REFUSALS, Start, refuse, table_markdown
 from stoker.parallel.suggestions import around, divisors, either, multiples_around
 from tests.parallel.refused_alone import BEYOND
+from tests.parallel.refused_rope import LLAMA3, OF_ROPE
 from tests.parallel.refused_streaming import OF_STREAMS, STREAMS
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "refusals.md"
@@ -43,16 +44,6 @@ def refusals_of(config: Config, world: int, gpus: int) -> str:
     return ""
 
 
-LLAMA3 = [
-    f"model.rope_parameters.{value}"
-    for value in (
-        "rope_type=llama3",
-        "factor=8",
-        "low_freq_factor=1",
-        "high_freq_factor=4",
-        "original_max_position_embeddings=8192",
-    )
-]
 DEEPSPEED = ["parallel.engine=deepspeed"]
 
 # entry -> (overrides, world, gpus, what the message says), each at the edge of what is refused
@@ -245,23 +236,7 @@ TOGETHER = {
         ([*DEEPSPEED, "parallel.deepspeed={train_batch_size: 8}"], 2, 0, "batch.size"),
     ],
     **OF_STREAMS,
-    "rotary scaling": [
-        (["model.rope_parameters.factor=8"], 1, 0, "factor=8 have no effect with rope_type=default: set"),
-        (
-            LLAMA3[:2],
-            1,
-            0,
-            "rope_type=llama3 needs low_freq_factor, high_freq_factor, original_max_position_embeddings",
-        ),
-    ],
-    "context extension": [
-        (
-            [*LLAMA3, "model.rope_parameters.low_freq_factor=4"],
-            1,
-            0,
-            "low_freq_factor=4 must be above 0 and below high_freq_factor=4",
-        )
-    ],
+    **OF_ROPE,
 }
 
 
