@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -118,21 +118,30 @@ def safetensors_header(pieces: Sequence[Piece]) -> bytes:
 
     Of `pieces` only order, dtype and chunk count: their `start` follows from the header's length.
     """
+    return safetensors_frame(
+        _canonical(safetensors_entries((piece.key, piece.dtype, piece.chunk.sizes, piece.bytes) for piece in pieces))
+    )
+
+
+def safetensors_entries(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> dict[str, Any]:
+    """What a header says of tensors that follow each other: (name, dtype, shape, bytes) each.
+
+    Raises ValueError for a name that stands twice.
+    """
     entries: dict[str, Any] = {}
     offset = 0
-    for piece in pieces:
-        end = offset + piece.bytes
-        if piece.key in entries:
-            raise ValueError(f"{piece.key} stands twice among the shards of this rank")
-        entries[piece.key] = {
-            "dtype": piece.dtype,
-            "shape": list(piece.chunk.sizes),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = _canonical(entries)
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    for name, dtype, shape, size in tensors:
+        if name in entries:
+            raise ValueError(f"{name} stands twice among the shards of this rank")
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    return entries
+
+
+def safetensors_frame(header: bytes) -> bytes:
+    """The first bytes of a file with this JSON header: its length, and the header padded to a multiple of 8."""
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
 
 
 def encode_index(index: ShardIndex, cover: int, origins: Sequence[str]) -> bytes:

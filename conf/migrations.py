@@ -44,6 +44,12 @@ _KEYS = {
     },
     "eval": {"rows": "sequences"},
 }
+_ROPE_SCALING = {  # old key -> new key and the old default
+    "factor": ("factor", 1.0),
+    "low_frequency_factor": ("low_freq_factor", 1.0),
+    "high_frequency_factor": ("high_freq_factor", 4.0),
+    "original_context": ("original_max_position_embeddings", 8192),
+}
 _REMOVED = {("checkpoint", "writer"): ("thread", "process")}  # key: its values, all of which computed the same
 _MODES = {"index": "indexed", "lanes": "streaming"}
 _STATE_KEYS = _KEYS["data"]
@@ -68,7 +74,20 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
     data = moved.get("data")
     if isinstance(data, dict) and data.get("mode") in _MODES:
         moved["data"] = data | {"mode": _MODES[data["mode"]]}
+    if isinstance(moved.get("model"), dict):
+        moved["model"] = _with_rope_parameters(moved["model"])
     return moved
+
+
+def _with_rope_parameters(model: dict[str, Any]) -> dict[str, Any]:
+    """`model` with the dict of transformers 5 in the place of `rope_theta` and `rope_scaling`."""
+    kept = {key: value for key, value in model.items() if key not in ("rope_theta", "rope_scaling")}
+    rope = {"rope_theta": model["rope_theta"]} if "rope_theta" in model else {}
+    scaling = model.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling.get("factor", 1.0) != 1.0:  # at 1 scaling was off
+        values = {new: scaling.get(old, default) for old, (new, default) in _ROPE_SCALING.items()}
+        rope |= {"rope_type": "llama3", **values}
+    return kept | ({"rope_parameters": rope} if rope else {})
 
 
 def migrate_state(state: dict[str, Any]) -> dict[str, Any]:

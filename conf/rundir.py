@@ -62,6 +62,11 @@ class RunDirectory:
         """A folder with the tokenizer: it outlives the cache, the texts and the file it was loaded from."""
         return self.path / "tokenizer"
 
+    @property
+    def base_model(self) -> Path:
+        """A folder with what the model of `model.init_from` came with beside its weights, for the way out."""
+        return self.path / "base_model"
+
     def struck(self, fault: str) -> Path:
         """A file that says that the fault of this name (`faults`) has struck, and does so no more."""
         return self.path / "faults" / fault

@@ -15,6 +15,7 @@ receive it ready-made as JSON (`to_dict` / `from_dict`), so that they need no Hy
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import typing
 from collections.abc import Iterator
@@ -80,13 +81,15 @@ class ParallelConfig:
 
 
 @dataclass
-class RopeScalingConfig:
-    """Llama-3 frequency scaling (Llama 3.1 model card); off when factor is 1."""
+class RopeParameters:
+    """Rotary position embedding, with the keys of transformers' `rope_parameters`; a key that is null is not there."""
 
-    factor: float = fixed(1.0)  # context extension
-    low_frequency_factor: float = fixed(1.0)  # original_context / wavelength below which all is scaled
-    high_frequency_factor: float = fixed(4.0)  # and above which nothing is
-    original_context: int = fixed(8192)  # tokens the base model was trained at
+    rope_type: str = fixed("default")  # default | llama3 (frequencies scaled as in the Llama 3.1 model card)
+    rope_theta: float = fixed(10000.0)  # base of the rotary wavelengths, in tokens
+    factor: float | None = fixed()  # llama3: context extension
+    low_freq_factor: float | None = fixed()  # llama3: original context / wavelength below which all is scaled
+    high_freq_factor: float | None = fixed()  # llama3: and above which nothing is
+    original_max_position_embeddings: int | None = fixed()  # llama3: tokens the base model was trained at
 
 
 @dataclass
@@ -104,8 +107,7 @@ class ModelConfig:
     head_dim: int | None = fixed()  # channels per head; default: hidden_size / num_attention_heads
     intermediate_size: int = fixed(704)  # channels inside the SwiGLU MLP
     rms_norm_eps: float = fixed(1e-5)  # added to the mean square in RMSNorm
-    rope_theta: float = fixed(10000.0)  # base of the rotary wavelengths, in tokens
-    rope_scaling: RopeScalingConfig = fixed(RopeScalingConfig)
+    rope_parameters: RopeParameters = fixed(RopeParameters)
     qk_norm: bool = fixed(False)  # RMSNorm on queries and keys per head (Qwen3)
     qkv_bias: bool = fixed(False)  # biases on the query, key and value projections (Qwen2)
     tie_word_embeddings: bool = fixed(False)  # one matrix for the embedding and the head
@@ -288,7 +290,8 @@ def from_dict(values: dict[str, Any], kind: type = Config, prefix: str = "") -> 
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in hints:
-            raise ConfigError(f"unknown key {key!r}")
+            near = difflib.get_close_matches(str(name), hints, 1)
+            raise ConfigError(f"unknown key {key!r}" + (f": did you mean {prefix + near[0]!r}?" if near else ""))
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):

@@ -34,6 +34,7 @@ examples:
   stoker check launch.nproc=4 parallel.tp=2 parallel.zero=3        against one process
   stoker check model.target=mine:build launch.nproc=2 parallel.pp=2
   stoker check parallel.zero=3 --against "parallel.zero=0"         one layout against another
+  stoker check model.init_from=DIR launch.nproc=2 parallel.tp=2 --against transformers
 
 It computes in fp32, where a difference means something, unless you say precision=... . The status is 0 if both are
 the same run.
@@ -99,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
 
     check = add("check", _check, "Prove that a layout computes what one process computes.", CHECK_EXAMPLES)
     check.add_argument("overrides", nargs="*", help=overrides)
-    check.add_argument("--against", metavar='"OVERRIDES"', help="compare with this layout instead of one process")
-    check.add_argument("--steps", type=int, default=5, help="how many steps (default 5)")
+    check.add_argument("--against", metavar='"OVERRIDES"', help="this layout, or transformers; default: one process")
+    check.add_argument("--steps", type=int, default=5, help="how many steps (default 5; one against transformers)")
 
     replay = add("replay", _replay, "Compute one step of a run again, and name where a number is not finite.")
     replay.add_argument("run", help="run directory")
@@ -108,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = add("generate", _generate, "Continue a text with a run's newest checkpoint.")
     generate.add_argument("run", help="run directory")
-    generate.add_argument("--prompt", required=True, help="text to continue; with --chat what the user writes")
+    begin = generate.add_mutually_exclusive_group(required=True)
+    begin.add_argument("--prompt", help="text to continue; with --chat what the user writes")
+    begin.add_argument("--ids", help="token ids to continue, such as 1,5,3: ids come out, and no tokenizer is needed")
     generate.add_argument(
         "--chat", action="store_true", help="the prompt is a user's turn (or JSON: a list of messages)"
     )
@@ -126,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", help="directory to make; must not exist, or be empty")
     export.add_argument("--format", choices=("hf",), default="hf", help="hf: safetensors + config.json (default)")
     export.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights (default fp32)"
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as the model came in, else fp32)"
     )
     export.add_argument("--step", type=int, help="of this step's checkpoint instead of the newest")
     export.add_argument("--shard-size", default="5GB", help="largest size of one file (default 5GB)")
@@ -173,6 +176,10 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    if options.against == "transformers":
+        from stoker.launch.check_transformers import check_transformers
+
+        return check_transformers(options.overrides)
     from stoker.launch.check import check
 
     return check(options.overrides, options.against, options.steps)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from stoker.checkpoint import CheckpointMismatch, DamagedCheckpoint, Summary, read_tensors
-from stoker.conf.rundir import read_config
+from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.schema import Config
 from stoker.data import chat_prompt, open_tokenizer
+from stoker.data.opening import NoTokenizer
 from stoker.data.tokenizer import Tokenizer
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.models.generate import generate
@@ -31,11 +32,16 @@ def generate_text(options: argparse.Namespace) -> int:
     run = run_at(options.run)
     checkpoints = checkpoints_of(run, options.step)
     config = with_vocabulary(read_config(run), run.tokenizer)
-    tokenizer = open_tokenizer(config.data, run.tokenizer)
-    if options.chat:
-        prompt, stop = chat_prompt(config.data, tokenizer, options.prompt, options.system)
-    elif options.system is not None:
+    tokenizer = None if options.ids is not None else _tokenizer(config, run)
+    stop: frozenset[int] = frozenset()
+    if options.system is not None and not options.chat:
         raise ValueError("--system is a message of a chat: add --chat")
+    if tokenizer is None:
+        if options.chat:
+            raise ValueError("--chat needs a text: give --prompt instead of --ids")
+        prompt = _ids(options.ids, config)
+    elif options.chat:
+        prompt, stop = chat_prompt(config.data, tokenizer, options.prompt, options.system)
     else:
         prompt, stop = tokenizer.encode_template(options.prompt)[0], frozenset({tokenizer.end_of_document})
     tokens = generate(
@@ -50,6 +56,9 @@ def generate_text(options: argparse.Namespace) -> int:
         stop=stop,
         context=config.seq_len,
     )
+    if tokenizer is None:
+        print(*prompt, *tokens, sep=",")
+        return 0
     if not options.chat:
         sys.stdout.write(options.prompt)
     for text in _as_text(tokenizer, tokens):
@@ -57,6 +66,24 @@ def generate_text(options: argparse.Namespace) -> int:
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
+
+
+def _tokenizer(config: Config, run: RunDirectory) -> Tokenizer:
+    try:
+        return open_tokenizer(config.data, run.tokenizer)
+    except NoTokenizer:
+        raise ValueError(f"{run.path} was trained on tokens without a tokenizer: --ids 1,5,3 continues ids") from None
+
+
+def _ids(text: str, config: Config) -> list[int]:
+    """Token ids such as `1,5,3`. Raises ValueError for what is none of the model's."""
+    words = text.replace(",", " ").split()
+    most = config.model.vocab_size
+    assert most is not None
+    strange = [word for word in words if not word.isdecimal() or int(word) >= most]
+    if strange:
+        raise ValueError(f"--ids: {strange[0]!r} is no token id: 0 to {most - 1} are, separated by commas")
+    return [int(word) for word in words]
 
 
 def load_model(config: Config, checkpoint: Path) -> nn.Module:

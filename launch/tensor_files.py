@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stoker.checkpoint.format import safetensors_entries, safetensors_frame
+
 Shape = tuple[int, ...]
 
 
@@ -35,15 +37,12 @@ class TensorFile:
 
     def layout(self) -> tuple[bytes, dict[str, int]]:
         """The first bytes of the file, and where each tensor begins in it."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        start, starts = 0, {}
-        for name, shape in self.shapes.items():
-            starts[name], end = start, start + self.element * math.prod(shape)
-            entries[name] = {"dtype": self.dtype, "shape": list(shape), "data_offsets": [start, end]}
-            start = end
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + at for name, at in starts.items()}
+        entries = safetensors_entries(
+            (name, self.dtype, shape, self.element * math.prod(shape)) for name, shape in self.shapes.items()
+        )
+        header = {"__metadata__": {"format": "pt"}, **entries}
+        frame = safetensors_frame(json.dumps(header, separators=(",", ":")).encode())
+        return frame, {name: len(frame) + entry["data_offsets"][0] for name, entry in entries.items()}
 
 
 def plan_files(shapes: Mapping[str, Shape], dtype: str, element: int, file_bytes: int) -> list[TensorFile]:

@@ -38,7 +38,7 @@ class AttentionContext:
 
 def attention_context(config: ModelConfig, positions: Tensor, mask: Tensor | BlockMask | None) -> AttentionContext:
     """The geometry of tokens at `positions` `[rows, seq_len]`."""
-    radians = frequencies(head_dim_of(config), config.rope_theta, config.rope_scaling, positions.device)
+    radians = frequencies(head_dim_of(config), config.rope_parameters, positions.device)
     rows, seq_len = positions.shape
     return AttentionContext(rows, seq_len, *rotary_tables(positions, radians), mask)
 

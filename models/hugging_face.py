@@ -1,4 +1,4 @@
-"""The decoder family in Hugging Face's words: config.json and the names of tensors, in both directions.
+"""The decoder family in Hugging Face's words: the names of tensors, and config.json on the way out.
 
 No weight changes its layout on the way: `stoker.models.rope` pairs channels as Hugging Face's models do, and queries,
 keys and values are tensors of their own on both sides.
@@ -7,12 +7,15 @@ keys and values are tensors of their own on both sides.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from stoker.conf.schema import ModelConfig, RopeScalingConfig
+from stoker.conf.schema import ModelConfig
 from stoker.models.attention import head_dim_of
 from stoker.parallel.dtypes import PRECISIONS
+
+OWN_MODEL = "stoker"  # model_type of an exported model that is none of Hugging Face's (`model.target`)
+DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in PRECISIONS.items()}  # in config.json's words
 
 _OUTER = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -21,7 +24,7 @@ _OUTER = {
 }
 _INNER = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attention": "self_attn"}
 _PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-_SHAPE = {  # ours -> theirs, where both mean the same number
+SHAPE = {  # ours -> theirs, where both mean the same number
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_hidden_layers",
@@ -30,11 +33,9 @@ _SHAPE = {  # ours -> theirs, where both mean the same number
     "rms_norm_eps": "rms_norm_eps",
     "initializer_range": "initializer_range",
 }
-_ROPE_SCALING = {
-    "factor": "factor",
-    "low_frequency_factor": "low_freq_factor",
-    "high_frequency_factor": "high_freq_factor",
-    "original_context": "original_max_position_embeddings",
+ROPE_KEYS: dict[str, tuple[str, ...]] = {  # of each rope_type, beside rope_theta
+    "default": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
 
@@ -80,85 +81,82 @@ def family_of(config: ModelConfig) -> str:
     raise ValueError(f"model.family={config.family} does not have {what}: {' and '.join(fitting)} do")
 
 
-def config_json(config: ModelConfig, dtype: str, context: int, end_of_document: int) -> dict[str, Any]:
-    """The config.json of `config`, whose `vocab_size` is known. `dtype` is one of PRECISIONS, `context` counts tokens.
+def config_json(config: ModelConfig, dtype: str, context: int, end_of_document: int | None) -> dict[str, Any]:
+    """The config.json of `config`, whose `vocab_size` is known. `dtype` is one of DTYPES, `context` counts tokens.
 
     Raises ValueError for a shape that no family has.
     """
-    family = family_of(config)
-    scaling, named = config.rope_scaling, str(PRECISIONS[dtype]).removeprefix("torch.")
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if scaling.factor != 1.0:
-        rope |= {"rope_type": "llama3"} | {theirs: getattr(scaling, ours) for ours, theirs in _ROPE_SCALING.items()}
-    values: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in _SHAPE.items()}
-    values |= {
-        "architectures": [FAMILIES[family].architecture],
-        "model_type": family,
-        "num_key_value_heads": config.num_key_value_heads or config.num_attention_heads,
-        "head_dim": head_dim_of(config),
+    rope = rope_parameters(config)
+    scaled = config.rope_parameters.rope_type != "default"
+    values = _architecture(config) | {
         "hidden_act": "silu",
         "max_position_embeddings": context,
-        "tie_word_embeddings": config.tie_word_embeddings,
         "sliding_window": None,
         "use_cache": True,
         "rope_parameters": rope,  # transformers 5; what follows are the names of transformers 4
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if scaling.factor == 1.0 else {k: v for k, v in rope.items() if k != "rope_theta"},
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {key: value for key, value in rope.items() if key != "rope_theta"} if scaled else None,
         "bos_token_id": None,
         "eos_token_id": end_of_document,
-        "dtype": named,
-        "torch_dtype": named,
+        "dtype": DTYPES[dtype],
+        "torch_dtype": DTYPES[dtype],
     }
     return dict(sorted(values.items()))
 
 
-def shape_of(values: Mapping[str, Any], seq_len: int) -> dict[str, Any]:
-    """What a config.json says of a `ModelConfig`: values by key (`rope_scaling.factor`), for rows of `seq_len` tokens.
+def changed_config_json(
+    base: Mapping[str, Any], base_shape: Mapping[str, Any], config: ModelConfig, dtype: str, same_dtype: bool
+) -> dict[str, Any]:
+    """`base`, the config.json that a model came with, with what `config` and `dtype` have changed since.
 
-    Raises ValueError naming what our decoder does not compute, and what the file lacks.
+    `base_shape` is what `stoker.models.hugging_face_config.shape_of` made of it, and `same_dtype` says whether its
+    weights were in `dtype`. What did not change keeps its spelling and its place.
     """
-    family = values.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"model_type {family!r}: known are {', '.join(FAMILIES)}")
-    _refuse_foreign(values, seq_len)
-    missing = [theirs for theirs in _SHAPE.values() if theirs not in values and theirs != "initializer_range"]
-    if missing:
-        raise ValueError(f"it lacks {', '.join(missing)}")
-    found = {ours: values[theirs] for ours, theirs in _SHAPE.items() if theirs in values}
-    rope = _rope(values)
-    return found | {
-        "family": family,
-        "num_key_value_heads": values.get("num_key_value_heads") or found["num_attention_heads"],
-        "head_dim": values.get("head_dim") or found["hidden_size"] // found["num_attention_heads"],
-        "qkv_bias": FAMILIES[family].qkv_bias,
-        "qk_norm": FAMILIES[family].qk_norm,
-        "tie_word_embeddings": bool(values.get("tie_word_embeddings", False)),
-        "rope_theta": float(rope.get("rope_theta", 10000.0)),
-        **_scaling(rope),
+    values = dict(base)
+    before = {key: value for key, value in base_shape.items() if not key.startswith("rope_parameters.")}
+    theirs = _architecture(config)
+    for key, name in {**SHAPE, **_MORE}.items():
+        if before[key] != _ours(config)[key]:
+            values[name] = theirs[name]
+    if before["family"] != theirs["model_type"]:
+        values |= {"model_type": theirs["model_type"], "architectures": theirs["architectures"]}
+    rope_before = {key.partition(".")[2]: value for key, value in base_shape.items() if key not in before}
+    if rope_before != vars(config.rope_parameters):
+        for old in ("rope_theta", "rope_scaling"):
+            values.pop(old, None)
+        values["rope_parameters"] = rope_parameters(config)
+    if not same_dtype:
+        for key in [key for key in ("dtype", "torch_dtype") if key in values] or ["dtype"]:
+            values[key] = DTYPES[dtype]
+    return values
+
+
+_MORE = {
+    "num_key_value_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+
+
+def rope_parameters(config: ModelConfig) -> dict[str, Any]:
+    """The dict of transformers 5: what its rope_type has, and nothing else."""
+    rope = config.rope_parameters
+    keys = ("rope_type", "rope_theta", *ROPE_KEYS[rope.rope_type])
+    return {key: getattr(rope, key) for key in keys}
+
+
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    """What makes the model, but for its rotary embedding, by transformers' names."""
+    family = family_of(config)
+    values = _ours(config)
+    return {name: values[key] for key, name in {**SHAPE, **_MORE}.items()} | {
+        "architectures": [FAMILIES[family].architecture],
+        "model_type": family,
     }
 
 
-def _refuse_foreign(values: Mapping[str, Any], seq_len: int) -> None:
-    wanted = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
-    for key, value in wanted.items():
-        if values.get(key, value) != value:
-            raise ValueError(f"{key}={values[key]}: our decoder has {key}={value}")
-    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
-    if window is not None and window < seq_len:
-        raise ValueError(f"sliding_window={window}: our decoder attends to the whole row; seq_len={window} works")
-
-
-def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding's values, in the words of transformers 5, also from a file of transformers 4."""
-    rope = dict(values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10000.0)})
-    return rope | dict(values.get("rope_scaling") or {})
-
-
-def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"rope_type={kind!r}: known are 'default' and 'llama3'")
-    values = asdict(RopeScalingConfig())
-    if kind == "llama3":
-        values |= {ours: type(values[ours])(rope[theirs]) for ours, theirs in _ROPE_SCALING.items() if theirs in rope}
-    return {f"rope_scaling.{name}": value for name, value in values.items()}
+def _ours(config: ModelConfig) -> dict[str, Any]:
+    return vars(config) | {
+        "num_key_value_heads": config.num_key_value_heads or config.num_attention_heads,
+        "head_dim": head_dim_of(config),
+    }

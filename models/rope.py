@@ -10,23 +10,26 @@ import math
 import torch
 from torch import Tensor
 
-from stoker.conf.schema import RopeScalingConfig
+from stoker.conf.schema import RopeParameters
 
 
-def frequencies(head_dim: int, theta: float, scaling: RopeScalingConfig, device: torch.device | None = None) -> Tensor:
+def frequencies(head_dim: int, rope: RopeParameters, device: torch.device | None = None) -> Tensor:
     """Radians per position of each channel pair: fp32 `[head_dim / 2]`.
 
-    With `scaling.factor` > 1 waves longer than the original context are slowed down by the factor, waves that fit
-    into it often are left alone, and those between are blended (Llama 3.1's reference code, `apply_scaling`).
+    With rope_type llama3 waves longer than the original context are slowed down by the factor, waves that fit into it
+    often are left alone, and those between are blended (Llama 3.1's reference code, `apply_scaling`).
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    radians = 1.0 / theta**exponents
-    if scaling.factor == 1.0:
+    radians = 1.0 / rope.rope_theta**exponents
+    if rope.rope_type == "default":
         return radians
-    turns = scaling.original_context * radians / (2 * math.pi)
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    assert rope.rope_type == "llama3", rope.rope_type  # the other types and missing values are refused at a start
+    factor, low, high = rope.factor, rope.low_freq_factor, rope.high_freq_factor
+    assert factor is not None and low is not None and high is not None
+    assert rope.original_max_position_embeddings is not None
+    turns = rope.original_max_position_embeddings * radians / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return radians * (kept + (1.0 - kept) / scaling.factor)
+    return radians * (kept + (1.0 - kept) / factor)
 
 
 def rotary_tables(positions: Tensor, radians: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from stoker.conf.limits import LIMITS, ZERO_BUBBLE
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.parallel.deepspeed_engine.refused import ENTRIES as OF_DEEPSPEED
+from stoker.parallel.rope_refused import ENTRIES as OF_ROPE
 from stoker.parallel.start import Start
 from stoker.parallel.streaming_refused import ENTRIES as OF_LANES
 from stoker.parallel.suggestions import around, divisors, either, multiples_around
@@ -289,18 +290,6 @@ def _head_width(start: Start) -> str | None:
     )
 
 
-@_refuses("context extension", "rope_scaling whose frequency factors are not in order", "it divides by their distance")
-def _context_extension(start: Start) -> str | None:
-    scaling = start.config.model.rope_scaling
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    if not start.built_in_model or scaling.factor == 1 or 0 < low < high:
-        return None
-    return (
-        f"model.rope_scaling: low_frequency_factor={low} must be above 0 and below high_frequency_factor={high}; "
-        f"Llama 3.1 has 1 and 4"
-    )
-
-
 @_refuses("warmup", "a warmup, with wsd also the decay, longer than the schedule", "the peak is never reached")
 def _warmup(start: Start) -> str | None:
     schedule = start.config.schedule
@@ -368,7 +357,7 @@ def _faults(start: Start) -> str | None:
     return None
 
 
-REFUSALS.extend(Refusal(*entry) for entry in (*OF_DEEPSPEED, *OF_LANES))
+REFUSALS.extend(Refusal(*entry) for entry in (*OF_DEEPSPEED, *OF_LANES, *OF_ROPE))
 
 
 def refuse(config: Config, world: int, gpus: int) -> None:

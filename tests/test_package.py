@@ -87,10 +87,10 @@ def imported() -> set[str]:
 def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    needed = declared(project["dependencies"]) | declared(extras["hf"] + extras["tiktoken"] + extras["s3"])
-    without_work = {"webdataset", "peft"}  # until data=webdataset reads with the one, and adapters with the other
+    needed = declared(project["dependencies"]) | declared(extras["tiktoken"] + extras["s3"])
+
     by_address = {"s3fs"}  # fsspec imports it for s3://
-    assert needed - imported() - without_work == by_address
+    assert needed - imported() == by_address
     assert imported() - needed == set()
 
 

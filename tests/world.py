@@ -33,6 +33,11 @@ _context.set_forkserver_preload(
         "stoker.parallel.sharded",
         "stoker.parallel.pipeline",
         "stoker.trainer.main",
+        "stoker.trainer.import_check",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.qwen2.modeling_qwen2",
+        "transformers.models.qwen3.modeling_qwen3",
         "deepspeed",
         "deepspeed.runtime.zero.muon.muon_optimizer",
     ]

@@ -1,6 +1,6 @@
 """`python -m stoker.trainer [overrides]`: one rank of a run, under torchrun or any launcher that sets its variables.
 
-With `--measure` instead of overrides it does what `stoker check` asks of a rank.
+With `--measure` or `--measure-logits` instead of overrides it does what `stoker check` asks of a rank.
 """
 
 import gc
@@ -16,10 +16,10 @@ if __name__ == "__main__":
 
     gc.freeze()
     gc.enable()
-    if sys.argv[1:] == ["--measure"]:
-        from stoker.trainer.checking import measure
+    if sys.argv[1:] in (["--measure"], ["--measure-logits"]):
+        from stoker.trainer.checking import measure, measure_logits
 
-        status = main([], measure)
+        status = main([], measure if sys.argv[1] == "--measure" else measure_logits)
     else:
         status = main(sys.argv[1:])
     sys.stdout.flush()

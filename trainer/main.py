@@ -25,6 +25,7 @@ from stoker.data import keep_tokenizer
 from stoker.parallel.layout import layout_of
 from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from stoker.trainer.assemble import assemble
+from stoker.trainer.base_model import keep_base
 from stoker.trainer.loop import Trainer
 from stoker.trainer.report.summary import summarize
 from stoker.trainer.runtime.outcome import (
@@ -147,7 +148,12 @@ def _config(overrides: Sequence[str], place: Place) -> Config:
     if place.world > 1 and "LOCAL_RANK" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
         raise ConfigError("LOCAL_RANK is set and LOCAL_WORLD_SIZE is not: say how many ranks this machine has")
     say = (lambda line: print(f"stoker: {line}", file=sys.stderr)) if place.rank == 0 else (lambda _: None)
-    config, _ = settle_config(overrides, lambda _: (place.world, torch.cuda.device_count()), refitted=say)
+    config, _ = settle_config(
+        overrides,
+        lambda _: (place.world, torch.cuda.device_count()),
+        refitted=say,
+        imported=say if place.rank == 0 else None,  # the others wait for it where they meet
+    )
     return config
 
 
@@ -214,6 +220,8 @@ def _train(
     if rank == 0:
         write_config(run, config)  # after everybody has read the old one
         keep_tokenizer(config.data, run.tokenizer)
+        if trainer.progress.step == 0:
+            keep_base(config, run)
     attempt.training = True
     requests.training()
     try:

@@ -23,14 +23,16 @@ def settle_config(
     overrides: Sequence[str],
     where: Callable[[Config], tuple[int, int]],
     refitted: Callable[[str], None] | None = None,
+    imported: Callable[[str], None] | None = None,
 ) -> tuple[Config, list[Change]]:
     """The config of this start, and what differs from the start before.
 
     A run directory that holds a checkpoint is resumed: its stored config plus `overrides`. `where` says on how many
     ranks and GPUs the resulting config will run. Under a launcher that may have found another number of machines than
     before nobody is there to choose: with `refitted` a run that has been started before takes the layout that fits, and
-    `refitted` is told of what that changes. Raises ConfigError for everything that can be known to be wrong before a
-    rank is spawned.
+    `refitted` is told of what that changes. With `imported` a model that comes in by `model.init_from` is compared with
+    transformers', and `imported` gets the result in words. Raises ConfigError for everything that can be known to be
+    wrong before a rank is spawned.
     """
     config = resolve(compose(overrides), datetime.now())
     run = run_directory(config)
@@ -59,6 +61,12 @@ def settle_config(
                 refitted(f"on {world} ranks {key}={old} becomes {new}")
         config = fitted
     refuse(config, *where(config))
+    if imported is not None and stored is None and config.model.init_from is not None:
+        from stoker.trainer.import_check import compare_import
+
+        result = compare_import(config)
+        if result is not None:
+            imported(f"model.init_from={config.model.init_from}: {result}")
     problem = tier_problem(run.checkpoints, first_tier(config))
     if problem is not None:
         raise ConfigError(problem)

@@ -18,7 +18,7 @@ def test_a_config_survives_json():
 def test_every_key_has_a_kind():
     found = kinds()
     assert found["seq_len"] == "fixed" and found["optim.lr"] == "maths" and found["parallel.tp"] == "free"
-    assert found["model.rope_scaling.factor"] == "fixed"
+    assert found["model.rope_parameters.factor"] == "fixed"
     assert set(found.values()) == {"free", "maths", "fixed"}
 
 
@@ -32,7 +32,10 @@ def test_defaults_are_not_shared_between_configs():
     ("values", "words"),
     [
         ({"stepz": 3}, "unknown key 'stepz'"),
-        ({"model": {"rope_scaling": {"faktor": 2}}}, "unknown key 'model.rope_scaling.faktor'"),
+        (
+            {"model": {"rope_parameters": {"faktor": 2}}},
+            "unknown key 'model.rope_parameters.faktor': did you mean 'model.rope_parameters.factor'?",
+        ),
         ({"steps": "many"}, "steps='many': expected a whole number"),
         ({"steps": True}, "steps=True: expected a whole number"),
         ({"compile": 1}, "compile=1: expected true or false"),
@@ -54,7 +57,7 @@ def test_a_whole_number_may_stand_for_a_float_and_becomes_one():
 
 
 def test_lookup_follows_dots():
-    assert lookup(Config(), "model.rope_scaling.original_context") == 8192
+    assert lookup(Config(), "model.rope_parameters.rope_theta") == 10000.0
 
 
 def test_what_speaks_of_one_start_does_not_last():

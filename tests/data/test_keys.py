@@ -336,7 +336,10 @@ def test_a_run_does_not_go_on_under_an_edited_template(tmp_path):
     stream.next()
     state = json.loads(json.dumps(stream.state()))
     IndexedLoader(open_rows(chat(tmp_path, SHORT), "train"), 2).load_state(state)
-    with pytest.raises(ValueError, match=r"has read 2 rows of: encoder was chat \w+ transformers [\d.]+ and is chat \w+ transformers [\d.]+$"):
+    with pytest.raises(
+        ValueError,
+        match=r"has read 2 rows of: encoder was chat \w+ transformers [\d.]+ and is chat \w+ transformers [\d.]+$",
+    ):
         IndexedLoader(open_rows(chat(tmp_path, LONG), "train"), 2).load_state(state)
 
 

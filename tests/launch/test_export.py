@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from stoker.conf.rundir import RunDirectory, read_config
 from stoker.data import open_tokenizer
@@ -19,8 +20,6 @@ from tests import world
 from tests.launch.runs import overrides, write_text
 from tests.models.families import FAMILIES, write_family
 from tests.trainer.test_python_api import trained
-
-transformers = pytest.importorskip("transformers")
 
 SHAPE = (
     "optim.lr=1e-2",
@@ -71,7 +70,7 @@ def test_what_came_in_goes_out_byte_for_byte_and_computes_the_same(case: str, tm
 def test_bf16_comes_in_and_goes_out_byte_for_byte(tmp_path: Path) -> None:
     theirs, out = tmp_path / "theirs", tmp_path / "out"
     write_family(theirs, "qwen3", "bfloat16")
-    assert main(["export", str(unchanged_run(tmp_path, theirs)), str(out), "--dtype", "bf16"]) == 0
+    assert main(["export", str(unchanged_run(tmp_path, theirs)), str(out)]) == 0
     assert (out / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 

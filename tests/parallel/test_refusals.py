@@ -15,6 +15,7 @@ from stoker.parallel.layout import batch_plan, layout_of
 from stoker.parallel.refusals import REFUSALS, Start, refuse, table_markdown
 from stoker.parallel.suggestions import around, divisors, either, multiples_around
 from tests.parallel.refused_alone import BEYOND
+from tests.parallel.refused_rope import LLAMA3, OF_ROPE
 from tests.parallel.refused_streaming import OF_STREAMS, STREAMS
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "refusals.md"
@@ -177,14 +178,6 @@ TOGETHER = {
         (["model.hidden_size=250"], 1, 0, "model.hidden_size=240 or 256 does, or set model.head_dim"),
         (["model.hidden_size=248"], 1, 0, "does not split into num_attention_heads=8 of an even width"),
     ],
-    "context extension": [
-        (
-            ["model.rope_scaling.factor=8", "model.rope_scaling.low_frequency_factor=4"],
-            1,
-            0,
-            "low_frequency_factor=4 must be above 0 and below high_frequency_factor=4",
-        )
-    ],
     "warmup": [
         (["schedule.warmup_steps=201"], 1, 0, "do not fit into 200 steps: schedule.warmup_steps=200 does"),
         (["schedule.warmup_steps=51", "schedule.total_steps=50"], 1, 0, "do not fit into 50 steps"),
@@ -243,6 +236,7 @@ TOGETHER = {
         ([*DEEPSPEED, "parallel.deepspeed={train_batch_size: 8}"], 2, 0, "batch.size"),
     ],
     **OF_STREAMS,
+    **OF_ROPE,
 }
 
 
@@ -283,7 +277,7 @@ def test_every_entry_is_tried():
         (["data.validation=0"], 1, 0),
         ([*STREAMS, "data.streams=8"], 4, 0),
         (["grad_clip_norm=null", "activation_checkpointing=full", "compile=true", "optim.name=sgd"], 1, 0),
-        (["model.rope_scaling.factor=8"], 1, 0),
+        (LLAMA3, 1, 0),
     ],
 )
 def test_what_works_is_not_refused(overrides, world, gpus):
@@ -373,11 +367,7 @@ def test_every_choice_of_every_group_may_start():
 def test_every_number_is_limited():
     values = {key: lookup(Config(), key) for key in kinds()}
     numbers = {key for key, value in values.items() if type(value) in (int, float)}
-    judged_together = {
-        "model.rope_scaling.low_frequency_factor",
-        "model.rope_scaling.high_frequency_factor",
-    }
-    assert numbers - {limit.key for limit in LIMITS} == {"run.seed", *judged_together}
+    assert numbers - {limit.key for limit in LIMITS} == {"run.seed"}
 
 
 def test_the_printed_table_is_the_table():

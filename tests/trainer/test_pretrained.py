@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from stoker.conf.compose import compose
 from stoker.conf.schema import Config
@@ -26,8 +27,6 @@ from tests.launch.runs import overrides, write_text
 from tests.models.families import write_family
 from tests.parallel.reference import assemble
 from tests.trainer.test_python_api import trained
-
-pytest.importorskip("transformers")
 
 
 def asked(folder: Path, *more: str) -> Config:
@@ -64,7 +63,9 @@ def test_only_some_parameters_can_be_taken(tmp_path: Path) -> None:
     taken = assemble(
         world.run(begun, 1, asked(tmp_path, "model.init_only=[layers.*.mlp.*]", "model.num_hidden_layers=2"))
     )
-    seeded = assemble(world.run(cut_only, 1, asked(tmp_path, "model.num_hidden_layers=2")))
+    seeded = assemble(
+        world.run(cut_only, 1, asked(tmp_path, "model.init_only=[layers.*.mlp.*]", "model.num_hidden_layers=2"))
+    )
     for name, value in taken.items():
         from_file = torch.equal(value, reference[tensor_name(name)])
         assert from_file if ".mlp." in name else torch.equal(value, seeded[name]), name
@@ -87,19 +88,26 @@ def cut_only(config: Config) -> list[Shard]:
 )
 def test_weights_of_another_model_are_refused_by_name(more: list[str], message: str, tmp_path: Path) -> None:
     write_family(tmp_path, "llama")
-    with pytest.raises(AssertionError, match=message):
-        world.run(begun, 1, asked(tmp_path, *more))
+    with pytest.raises(ConfigError, match=message):
+        asked(tmp_path, *more)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model_type", "gpt2", "known are llama, mistral, qwen2, qwen3"),
+        ("model_type", "qwen", "model_type='qwen': known are qwen"),
         ("attention_bias", True, "attention_bias=True"),
         ("hidden_act", "gelu", "hidden_act=gelu"),
-        ("sliding_window", 16, "sliding_window=16.*seq_len=16 works"),
+        ("attention_dropout", 0.1, "attention_dropout=0.1: the decoder has attention_dropout=0.0"),
         ("quantization_config", {"bits": 4}, "quantization_config"),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "rope_type='yarn'"),
+        ("auto_map", {"AutoConfig": "theirs.Config"}, "auto_map.*code of its own, which is not run"),
+        ("configuration_files", ["config.4.0.0.json"], "configuration_files.*another file"),
+        ("transformers_weights", "other.safetensors", "transformers_weights=other.safetensors"),
+        ("per_layer_config", {"0": {"hidden_size": 8}}, "per_layer_config.*layers of different shapes"),
+        ("hidden_size", "32", "transformers cannot read it"),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 2.0}, "transformers cannot read it.*low_freq_factor"),
+        ("rope_parameters", {"rope_theta": 1e4, "factor": 2.0}, "factor=2.0, which rope_type=default does not have"),
+        ("rope_parameters", {"rope_type": "linear", "factor": 2.0}, "rope_type='linear': known are default and llama3"),
     ],
 )
 def test_an_architecture_that_ours_is_not_is_refused_before_any_rank(
@@ -121,20 +129,128 @@ def test_an_older_config_json_says_the_same(tmp_path: Path) -> None:
     values |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     path.write_text(json.dumps(values))
     assert asked(tmp_path).model == new.model
-    assert new.model.rope_scaling.factor == 8.0
+    assert new.model.rope_parameters.factor == 8.0
 
 
-def test_a_directory_that_holds_no_model_is_refused(tmp_path: Path) -> None:
+def test_a_directory_that_holds_no_model_is_refused_before_any_rank(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"init_from=/not/there: there is no such directory"):
+        asked(Path("/not/there"))
     with pytest.raises(ConfigError, match="neither a Hugging Face model nor a run"):
         asked(tmp_path)
     write_family(tmp_path, "llama")
-    config = asked(tmp_path)
-    weights = (tmp_path / "model.safetensors").rename(tmp_path / "moved")
-    with pytest.raises(AssertionError, match=r"no \.safetensors file"):
-        world.run(begun, 1, config)
+    weights = (tmp_path / "model.safetensors").rename(tmp_path / "model_ema.safetensors")
+    with pytest.raises(ConfigError, match=r"neither model\.safetensors nor.*; model_ema\.safetensors are not read"):
+        asked(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(AssertionError, match=r"model\.safetensors cannot be read"):
-        world.run(begun, 1, config)
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
+        asked(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff{}")
+    with pytest.raises(ConfigError, match=r"config\.json is not valid JSON"):
+        asked(tmp_path)
+
+
+def test_the_file_that_transformers_reads_counts_and_no_other(tmp_path: Path) -> None:
+    reference = write_family(tmp_path, "llama").state_dict()
+    zeros = {name: torch.zeros_like(value) for name, value in reference.items()}
+    save_file(zeros, tmp_path / "model_ema.safetensors")  # sorts last
+    save_file(zeros, tmp_path / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(zeros, "model-00001-of-00001.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))  # of an earlier save
+    found = assemble(world.run(begun, 1, asked(tmp_path)))
+    assert all(torch.equal(value, reference[tensor_name(name)]) for name, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (
+            "../theirs/a.safetensors",
+            r"the file of .* is '\.\./theirs/a\.safetensors': not a \.safetensors file",
+        ),
+        ("/etc/a.safetensors", "'/etc/a.safetensors': not a .safetensors file of this folder"),
+        (7, "is 7: not a .safetensors file"),
+        ("pytorch_model.bin", "not a .safetensors file of this folder"),
+        ("c.safetensors", "names c.safetensors, not there"),
+        ("b.safetensors", r"lm_head\.weight is in a\.safetensors, not in b\.safetensors"),
+    ],
+)
+def test_an_index_that_leads_elsewhere_is_refused(file: object, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    reference = write_family(folder, "llama").state_dict()
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    save_file({"extra": torch.zeros(1)}, folder / "b.safetensors")
+    weight_map = {**dict.fromkeys(reference, "a.safetensors"), "extra": "b.safetensors", "lm_head.weight": file}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ConfigError, match=message):
+        asked(folder)
+
+
+def test_tensors_too_many_or_quantised_or_held_twice_are_named(tmp_path: Path) -> None:
+    reference = write_family(tmp_path, "llama").state_dict()
+    reference = {name: value.clone() for name, value in reference.items()}
+    file = tmp_path / "model.safetensors"
+    save_file({**reference, "score.weight": torch.zeros(1, 32)}, file)
+    with pytest.raises(ConfigError, match=r"score\.weight is not in this model"):
+        asked(tmp_path)
+    norm = {"model.norm.weight": torch.ones(32, dtype=torch.int8)}
+    save_file(reference | norm, file)
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight is I8: quantised"):
+        asked(tmp_path)
+    file.rename(tmp_path / "a.safetensors")
+    save_file(norm, tmp_path / "b.safetensors")
+    index = {"weight_map": {**dict.fromkeys(reference, "a.safetensors"), "model.norm.weight": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"a\.safetensors both hold model\.norm\.weight"):
+        asked(tmp_path)
+
+
+def test_an_adapter_beside_the_model_is_not_left_out_unseen(tmp_path: Path) -> None:
+    write_family(tmp_path, "llama")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds an adapter"):
+        asked(tmp_path)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0], ids=["equal to the embedding", "different"])
+def test_a_tied_config_with_a_head_in_the_file_is_untied_if_they_differ(factor: float, tmp_path: Path) -> None:
+    reference = dict(write_family(tmp_path, "tied llama without groups").state_dict())
+    embedding = reference["model.embed_tokens.weight"].clone()
+    reference |= {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding * factor}
+    save_file(reference, tmp_path / "model.safetensors")
+    config = asked(tmp_path)
+    assert config.model.tie_word_embeddings is (factor == 1.0)
+    found = assemble(world.run(begun, 1, config))
+    assert torch.equal(found.get("head.weight", found["embedding.weight"]), reference["lm_head.weight"])
+    if factor != 1.0:
+        with pytest.raises(ConfigError, match=r"lm_head\.weight is not in this model"):
+            asked(tmp_path, "model.tie_word_embeddings=true")
+
+
+def test_rope_theta_beside_rope_parameters_counts_where_they_have_none(tmp_path: Path) -> None:
+    write_family(tmp_path, "llama")
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["rope_parameters"]["rope_theta"]
+    path.write_text(json.dumps(values | {"rope_theta": 500000.0}))
+    assert asked(tmp_path).model.rope_parameters.rope_theta == 500000.0
+
+
+def test_a_window_shorter_than_a_sequence_is_refused_wherever_it_is_used(tmp_path: Path) -> None:
+    write_family(tmp_path, "mistral", sliding_window=16)
+    with pytest.raises(ConfigError, match=r"sliding_window=16.*seq_len=16 works"):
+        asked(tmp_path)
+    write_family(tmp_path, "mistral")  # whose class has a window of 4096, if config.json has none
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "sliding_window"}))
+    with pytest.raises(ConfigError, match="sliding_window=4096"):
+        asked(tmp_path, "seq_len=5000")
+    write_family(tmp_path, "qwen2", sliding_window=16, use_sliding_window=False)
+    asked(tmp_path)
+    write_family(tmp_path, "qwen2", sliding_window=16, use_sliding_window=True, max_window_layers=3)
+    asked(tmp_path)  # no layer uses it
+    write_family(tmp_path, "qwen2", sliding_window=16, use_sliding_window=True, max_window_layers=2)
+    with pytest.raises(ConfigError, match="sliding_window=16"):
+        asked(tmp_path)
 
 
 def test_a_run_begins_with_the_weights_of_another_run_and_then_needs_it_no_more(
@@ -157,7 +273,7 @@ def test_a_run_begins_with_the_weights_of_another_run_and_then_needs_it_no_more(
         *("batch.size=8", "precision=fp32", f"data.cache={tmp_path / 'cache'}"),
     ]
     assert main(["config", *again]) == 0
-    assert "width: 32" in capsys.readouterr().out
+    assert "hidden_size: 32" in capsys.readouterr().out
     assert world.run(trained, 1, [*again, "steps=1"]) == [("completed", 1)]
     from stoker.checkpoint import read_tensors
 

@@ -1,0 +1,141 @@
+"""`stoker check --against transformers`: does the decoder compute what transformers' own class computes?
+
+A model that came in with `model.init_from` takes one step on the run's data, on any layout; transformers' model of the
+same folder takes the same sequences in this process, float32 on the CPU, one sequence at a time. What is compared: the
+loss, the logits of the first sequences, the norm of all gradients together and each gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stoker.checkpoint import newest, read_state, read_tensors
+from stoker.conf.overrides import parse
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import Config, ModelConfig
+from stoker.conf.values import ConfigError
+from stoker.data import prepare
+from stoker.launch.check import settle, together
+from stoker.launch.differences import LIMITS, SMALL_GRADIENT, Difference, show, worst, worst_number, worst_tensor
+from stoker.launch.local import launch
+from stoker.launch.train import ranks_for, say
+from stoker.models import hugging_face_config as theirs
+from stoker.models.hugging_face import tensor_name
+from stoker.parallel.batch import IGNORE_INDEX
+from stoker.parallel.layout import layout_of
+from stoker.parallel.shards import GRADIENT
+from stoker.trainer.checking import GRADIENTS, LOGITS
+from stoker.trainer.import_check import load_theirs, relative
+from stoker.trainer.memory import available_bytes
+from stoker.trainer.pretrained import imported, init_folder, is_run
+
+_BYTES = 8  # of a parameter and its gradient
+
+
+def check_transformers(overrides: Sequence[str]) -> int:
+    """Print the table; status 0 if both compute the same. Raises ConfigError for a start that is refused."""
+    folder = Path(tempfile.mkdtemp(prefix="stoker-check-"))
+    spoken = {parse(override).key for override in overrides}
+    asked = overrides if "precision" in spoken else together(overrides, ["precision=fp32"])
+    config = settle(asked, folder / "asked", 1)
+    _refuse_what_is_not_theirs(config)
+    prepare(config)
+    ranks = ranks_for(config)
+    say(f"one step: {layout_of(config, ranks)}")
+    run = RunDirectory(Path(str(config.run.dir)))
+    run.attempts.mkdir(parents=True)
+    status = launch(config, ranks, say, "--measure-logits")
+    if status != 0:
+        say(f"that run failed; what it wrote is in {config.run.dir}")
+        return status
+    found, layout = _compared(config, run)
+    show(f"transformers {_version()}, one process, fp32", layout, config.precision, found)
+    shutil.rmtree(folder)
+    return 0 if all(difference.sound for difference in found) else 1
+
+
+def _refuse_what_is_not_theirs(config: Config) -> None:
+    model = config.model
+    if model.init_from is None or model.target != ModelConfig().target or is_run(init_folder(config)):
+        raise ConfigError("--against transformers: model.init_from=DIR names a model folder that transformers can load")
+    as_it_is = vars(imported(config).model) | {"init_only": []}
+    changed = [f"model.{key}={value}" for key, value in vars(model).items() if value != as_it_is[key]]
+    if changed:
+        raise ConfigError(f"--against transformers: {', '.join(changed)} makes another model than {model.init_from}")
+
+
+def _compared(config: Config, run: RunDirectory) -> tuple[list[Difference], str]:
+    state = read_state(newest(run.checkpoints)[0])
+    batch = dict(read_tensors(newest(run.path / LOGITS)[0], LOGITS))
+    gradients = dict(read_tensors(newest(run.path / GRADIENTS)[0], GRADIENT))
+    logits = batch.pop(LOGITS)
+    folder = init_folder(config)
+    needed, available = _BYTES * sum(gradient.numel() for gradient in gradients.values()), available_bytes()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"--against transformers: its weights and gradients take {needed / 2**30:.1f} GiB of memory, and "
+            f"{available / 2**30:.1f} are free"
+        )
+    try:
+        model = load_theirs(folder, theirs.parse(folder))
+    except ValueError as error:
+        raise ConfigError(f"model.init_from={folder}: {error}") from error
+    model.model.embed_tokens.padding_idx = None  # our embedding learns the row of pad_token_id as well
+    limits = LIMITS[config.precision]
+    mask = bool(state["document_mask"])
+    loss, of_logits = 0.0, []
+    for number in range(len(batch["tokens"])):
+        own = {name: value[number : number + 1] for name, value in batch.items()}
+        expected = _their_logits(model, own, mask)
+        sum_of_losses = F.cross_entropy(
+            expected.double(), own["labels"].flatten(), reduction="sum", ignore_index=IGNORE_INDEX
+        )
+        sum_of_losses.backward()
+        loss += sum_of_losses.item()
+        if number < len(logits):
+            ours, reference = logits[number], expected.detach()
+            where = f"sequence {number + 1} of the batch"
+            norms = float(reference.norm()), float(ours.norm())
+            of_logits.append(Difference("logits", where, *norms, relative(ours, reference), limits.gradient))
+    valid = max(1, int((batch["labels"] != IGNORE_INDEX).sum()))
+    reference_gradients = _gradients_of(model, gradients)
+    norm = math.sqrt(sum(float(gradient.double().norm()) ** 2 for gradient in reference_gradients.values())) / valid
+    return [
+        worst_number("loss", [loss / valid], state["losses"], limits.loss),
+        worst(of_logits),
+        worst_number("gradient norm", [norm], state["norms"], limits.grad_norm),
+        worst_tensor("gradient", reference_gradients, gradients, limits.gradient, SMALL_GRADIENT),
+    ], state["layout"]
+
+
+def _their_logits(model: Any, batch: dict[str, Tensor], mask: bool) -> Tensor:
+    """fp32 `[tokens, vocab]` of one sequence; with `mask` attention stays inside its documents."""
+    length = batch["tokens"].shape[1]
+    allowed = torch.ones(length, length, dtype=torch.bool).tril()
+    if mask:
+        allowed &= batch["documents"][0][:, None] == batch["documents"][0][None, :]
+    # A mask for every pair of tokens is taken as it is: nothing is inferred from the positions.
+    bias = torch.zeros(1, 1, length, length).masked_fill_(~allowed, torch.finfo(torch.float32).min)
+    return model(batch["tokens"], attention_mask=bias, position_ids=batch["positions"]).logits[0]
+
+
+def _gradients_of(model: Any, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' gradients by our names; one that has no counterpart keeps its own name, and is found out."""
+    by_theirs = {tensor_name(name): name for name in ours}
+    named = model.named_parameters()  # tied ones once
+    return {by_theirs.get(name, name): parameter.grad for name, parameter in named if parameter.grad is not None}
+
+
+def _version() -> str:
+    import transformers
+
+    return transformers.__version__

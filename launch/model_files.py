@@ -1,0 +1,117 @@
+"""All files of an exported model but its weights.
+
+A model that came in with `model.init_from` goes out with the files it came with: what training changed is changed in
+them, everything else stays. A run that began with nothing gets files of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import Config, ModelConfig, to_dict
+from stoker.data import open_tokenizer
+from stoker.data.hugging_face import tokenizer_files
+from stoker.data.opening import NoTokenizer
+from stoker.data.tokenizer import Tokenizer
+from stoker.models import hugging_face_config as theirs
+from stoker.models.hugging_face import DTYPES, OWN_MODEL, changed_config_json, config_json
+from stoker.trainer.base_model import GENERATION, BaseFacts, base_facts, kept_tokenizer_files
+
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def model_files(run: RunDirectory, config: Config, dtype: str) -> dict[str, bytes]:
+    """Contents by path within the model's folder; `config.model.vocab_size` is known, `dtype` a key of DTYPES.
+
+    Raises ValueError for a shape that no family of Hugging Face's has.
+    """
+    tokenizer = _tokenizer(run, config)
+    facts = base_facts(run)
+    end = None if tokenizer is None else tokenizer.end_of_document
+    if config.model.target != ModelConfig().target:
+        files = {theirs.CONFIG: _json(_own_config(config, dtype))}
+    elif facts is not None and facts.dtype is not None:
+        files = _changed_files(run, config, dtype, facts, end)
+    else:
+        generation = {"do_sample": True} if end is None else {"eos_token_id": end, "do_sample": True}
+        files = {
+            theirs.CONFIG: _json(config_json(config.model, dtype, _context(config), end)),
+            GENERATION: _json(generation),
+        }
+    came_with = kept_tokenizer_files(run)
+    if came_with or tokenizer is None:
+        return files | came_with
+    made = tokenizer_files(tokenizer, _context(config))
+    return files | made
+
+
+def export_dtype(run: RunDirectory) -> str:
+    """What a run's weights are exported in unless something else is asked for: what the model came in, else fp32."""
+    facts = base_facts(run)
+    return "fp32" if facts is None or facts.dtype is None else facts.dtype
+
+
+def _tokenizer(run: RunDirectory, config: Config) -> Tokenizer | None:
+    try:
+        return open_tokenizer(config.data, run.tokenizer)
+    except NoTokenizer:
+        return None
+
+
+def _context(config: Config) -> int:
+    """Positions that a model of this run is good for: those it was trained at, or those that scaling extends to."""
+    rope = config.model.rope_parameters
+    if rope.factor is None or rope.original_max_position_embeddings is None:
+        return config.seq_len
+    return max(config.seq_len, round(rope.original_max_position_embeddings * rope.factor))
+
+
+def _changed_files(
+    run: RunDirectory, config: Config, dtype: str, facts: BaseFacts, end: int | None
+) -> dict[str, bytes]:
+    """config.json and generation_config.json as they came, with what the run has changed."""
+    path = run.base_model / theirs.CONFIG
+    before = theirs.read_json(path)
+    parsed = theirs.parse(run.base_model)
+    shape = theirs.shape_of(parsed, 0)
+    values = changed_config_json(before, shape, config.model, dtype, dtype == facts.dtype)
+    rope_changed = theirs.rope_of(parsed) != config.model.rope_parameters
+    positions = _context(config) if rope_changed else config.seq_len
+    if positions > parsed.max_position_embeddings:
+        values["max_position_embeddings"] = positions
+    values = _with_special_ids(values, facts.same_tokenizer, end)
+    files = {theirs.CONFIG: path.read_bytes() if values == before else _json(values)}
+    path = run.base_model / GENERATION
+    if path.is_file():
+        before = theirs.read_json(path)
+        values = _with_special_ids(before, facts.same_tokenizer, end)
+        files[GENERATION] = path.read_bytes() if values == before else _json(values)
+    return files
+
+
+def _with_special_ids(values: dict[str, Any], same_tokenizer: bool, end: int | None) -> dict[str, Any]:
+    """`values` with token ids of the run's tokenizer: `end`, the id that closed its documents, ends a text as well."""
+    if end is None:
+        return values
+    if not same_tokenizer:
+        kept = {key: None if key in _SPECIAL else value for key, value in values.items()}
+        return kept | {"eos_token_id": end}
+    ends = values.get("eos_token_id")
+    known = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    return values if end in known else values | {"eos_token_id": [*known, end] if known else end}
+
+
+def _own_config(config: Config, dtype: str) -> dict[str, Any]:
+    """What it takes to build the model again: `model.init_from` of another run reads it."""
+    return {
+        "model_type": OWN_MODEL,
+        "model": {**to_dict(config)["model"], "init_from": None, "init_only": []},
+        "seq_len": config.seq_len,
+        "dtype": DTYPES[dtype],
+    }
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,163 @@
+"""A config.json of Hugging Face's, parsed by transformers' own class and mapped to the shape of our decoder.
+
+Defaults, old spellings and which of two keys counts are transformers' business: they differ by class and by version.
+What is left is to map the parsed values. A value that the decoder does not compute is refused here; a key that
+transformers' class does not declare is in `unknown_keys`, and comparing logits shows whether it matters.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from stoker.conf.schema import RopeParameters
+from stoker.models.hugging_face import FAMILIES, ROPE_KEYS, SHAPE
+
+CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
+_SILU = ("silu", "swish")  # two names of one function
+# Keys that transformers acts on before any class of a model reads them.
+_ELSEWHERE = {
+    "auto_map": "the model brings code of its own, which is not run",
+    "configuration_files": "another file of the folder holds the config of this version of transformers",
+    "transformers_weights": "it names the file of the weights",
+    "per_layer_config": "layers of different shapes are not built",
+    "quantization_config": "quantised weights are not read",
+    "compression_config": "quantised weights are not read",
+}
+_OLD_SPELLINGS = {"rope_theta", "rope_scaling", "torch_dtype", "num_labels", "_name_or_path", "name_or_path"}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises OSError, and ValueError naming the file when it holds something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, not a JSON object")
+    return values
+
+
+def parse(folder: Path) -> Any:
+    """transformers' config object of `folder`, of one of our FAMILIES.
+
+    Raises ValueError for another family, for keys that lead away from this file, and for what transformers refuses.
+    """
+    values = read_json(folder / CONFIG)
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        known = sorted(FAMILIES, key=lambda name: -difflib.SequenceMatcher(None, str(family), name).ratio())
+        raise ValueError(f"{CONFIG}: model_type={family!r}: known are {', '.join(known)}")
+    for key, why in _ELSEWHERE.items():
+        if values.get(key):
+            raise ValueError(f"{CONFIG}: {key}={_short(values[key])}: {why}")
+    if (folder / ADAPTER).exists():
+        raise ValueError(f"{ADAPTER}: the folder holds an adapter: merge it into the model's weights first")
+    with quiet_transformers():
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of many kinds, some of them transformers' own
+            raise ValueError(f"{CONFIG}: transformers cannot read it: {in_one_line(error)}") from error
+
+
+def shape_of(parsed: Any, seq_len: int) -> dict[str, Any]:
+    """`parsed` as values of a `ModelConfig` by key (`rope_parameters.factor`), for sequences of `seq_len` tokens.
+
+    Raises ValueError naming the key of config.json that our decoder does not compute.
+    """
+    family = parsed.model_type
+    declared = {field.name for field in fields(type(parsed))}
+    if parsed.hidden_act not in _SILU:
+        raise ValueError(f"{CONFIG}: hidden_act={parsed.hidden_act}: the decoder has hidden_act=silu")
+    for key in ("attention_bias", "mlp_bias", "attention_dropout"):
+        if key in declared and getattr(parsed, key):
+            unset = f"{key}={0.0 if key.endswith('dropout') else False}"
+            raise ValueError(f"{CONFIG}: {key}={getattr(parsed, key)}: the decoder has {unset}")
+    if "sliding_window" in declared:
+        _refuse_short_windows(parsed, seq_len)
+    found = {ours: getattr(parsed, theirs) for ours, theirs in SHAPE.items()}
+    return found | {
+        "family": family,
+        "num_key_value_heads": parsed.num_key_value_heads,
+        "head_dim": getattr(parsed, "head_dim", None) or found["hidden_size"] // found["num_attention_heads"],
+        "qkv_bias": FAMILIES[family].qkv_bias,
+        "qk_norm": FAMILIES[family].qk_norm,
+        "tie_word_embeddings": parsed.tie_word_embeddings,
+        **{f"rope_parameters.{key}": value for key, value in vars(rope_of(parsed)).items()},
+    }
+
+
+def unknown_keys(folder: Path, parsed: Any) -> list[str]:
+    """Keys of the folder's config.json that transformers' class does not declare."""
+    from transformers import GenerationConfig
+
+    declared = {field.name for field in fields(type(parsed))} | set(GenerationConfig().to_dict())
+    return sorted(set(read_json(folder / CONFIG)) - declared - _OLD_SPELLINGS - {"model_type"})
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars, and without its warnings: what matters in them is refused here by name."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def in_one_line(error: BaseException) -> str:
+    return _short(" ".join(str(error).split()) or type(error).__name__, 300)
+
+
+def _refuse_short_windows(parsed: Any, seq_len: int) -> None:
+    """Attention in a window is causal attention only where the whole sequence fits into it."""
+    layers = getattr(parsed, "layer_types", None) or ["sliding_attention"]  # Mistral has one kind of layer
+    strange = sorted(set(layers) - {"full_attention", "sliding_attention"})
+    if strange:
+        raise ValueError(f"{CONFIG}: layer_types holds {strange[0]}: the decoder has full_attention")
+    window = parsed.sliding_window if "sliding_attention" in layers else None
+    if window is not None and window < seq_len:
+        raise ValueError(
+            f"{CONFIG}: sliding_window={window}: the decoder attends to the whole sequence of {seq_len} tokens; "
+            f"seq_len={window} works"
+        )
+
+
+def rope_of(parsed: Any) -> RopeParameters:
+    """Raises ValueError for a rope_type, a key or a value that the decoder does not know."""
+    given: Mapping[str, Any] = parsed.rope_parameters
+    kind = given.get("rope_type")
+    if kind not in ROPE_KEYS:
+        raise ValueError(f"{CONFIG}: rope_type={kind!r}: known are {' and '.join(ROPE_KEYS)}")
+    known = ("rope_theta", *ROPE_KEYS[kind])
+    unused = [key for key in given if key not in (*known, "rope_type", "type")]
+    if unused:
+        raise ValueError(
+            f"{CONFIG}: rope_parameters holds {unused[0]}={_short(given[unused[0]])}, which rope_type={kind} does "
+            f"not have: remove it"
+        )
+    for key in known:
+        if type(given.get(key)) not in (int, float):
+            raise ValueError(f"{CONFIG}: rope_parameters: {key}={_short(given.get(key))} is not a number")
+    original = given["original_max_position_embeddings"] if "original_max_position_embeddings" in known else None
+    values = {key: float(given[key]) for key in known if key != "original_max_position_embeddings"}
+    return RopeParameters(rope_type=kind, original_max_position_embeddings=original, **values)
+
+
+def _short(value: Any, most: int = 80) -> str:
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}..."

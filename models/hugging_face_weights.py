@@ -1,0 +1,124 @@
+"""The tensors of a model folder of Hugging Face's: those that transformers would read, and no others.
+
+`model.safetensors` counts where it is there, else the files that `model.safetensors.index.json` names. Other
+safetensors files of the folder (averages, optimizer states, another precision, a backup) are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stoker.models.hugging_face_config import in_one_line, read_json
+from stoker.parallel.dtypes import DTYPES
+from stoker.parallel.shards import Chunk
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_FLOATS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
+_NAMED = 5  # files or tensors that a message names
+_COMPARED_ROWS = 4096  # of two matrices at a time
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file that is open: its bytes are read when they are asked for."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # in the words of the format: F32, BF16, ...
+    part: Any  # safetensors' slice
+
+    def read(self, chunk: Chunk) -> Tensor:
+        """Only the bytes of `chunk`, as far as rows go, in the file's dtype."""
+        ranges = zip(chunk.offsets, chunk.sizes, strict=True)
+        return self.part[tuple(slice(start, start + size) for start, size in ranges)]
+
+
+@contextmanager
+def open_weights(folder: Path) -> Iterator[dict[str, StoredTensor]]:
+    """The tensors of `folder` by the names in its files, readable until the context ends.
+
+    Raises ValueError, naming file and tensor, for a folder without such files, for a file that is missing or damaged,
+    for an index that does not fit its files, and for tensors that are not floating-point numbers.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    paths, index = _files_of(folder)
+    found: dict[str, StoredTensor] = {}
+    with ExitStack() as files:
+        for path in paths:
+            try:
+                opened = files.enter_context(safe_open(path, "pt"))
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{path} cannot be read: {in_one_line(error)}") from error
+            for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                if name in found:
+                    raise ValueError(f"{path.name} and {found[name].file.name} both hold {name}")
+                part = opened.get_slice(name)
+                found[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype(), part)
+        if index is not None:
+            _compare_with_index(index, found)
+        for name, tensor in found.items():
+            if tensor.dtype not in _FLOATS:
+                raise ValueError(f"{tensor.file}: {name} is {tensor.dtype}: quantised weights are not read")
+        # Old files hold tables of the rotary embedding, which transformers does not read either.
+        yield {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def has_own_head(tensors: dict[str, StoredTensor]) -> bool:
+    """Whether the head differs from the embedding: transformers then unties a model whose config ties them."""
+    if HEAD not in tensors or EMBEDDING not in tensors:
+        return False
+    head, embedding = tensors[HEAD], tensors[EMBEDDING]
+    if head.shape != embedding.shape or len(head.shape) != 2:
+        return True
+    rows, width = head.shape
+    for start in range(0, rows, _COMPARED_ROWS):
+        block = Chunk((start, 0), (min(_COMPARED_ROWS, rows - start), width))
+        if not torch.equal(head.read(block).float(), embedding.read(block).float()):
+            return True
+    return False
+
+
+def _files_of(folder: Path) -> tuple[list[Path], dict[str, Path] | None]:
+    """The files that count, and what the index says of each tensor where it counts."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE], None
+    if not (folder / INDEX).is_file():
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        seen = f"; {', '.join(others[:_NAMED])} are not read" if others else "; weights in pickles are not read"
+        raise ValueError(f"it has neither {SINGLE} nor {INDEX}{seen}")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{INDEX} has no weight_map")
+    index: dict[str, Path] = {}
+    for name, file in weight_map.items():
+        path = PurePosixPath(file) if isinstance(file, str) else PurePosixPath("/")
+        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
+            raise ValueError(f"{INDEX}: the file of {name} is {file!r}: not a .safetensors file of this folder")
+        index[name] = folder / path
+    paths = sorted(set(index.values()))
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(f"{INDEX} names {', '.join(missing[:_NAMED])}, not there")
+    return paths, index
+
+
+def _compare_with_index(index: dict[str, Path], found: dict[str, StoredTensor]) -> None:
+    problems = [f"{name} is not in {path.name}" for name, path in index.items() if name not in found]
+    problems += [
+        f"{name} is in {found[name].file.name}, not in {path.name}"
+        for name, path in index.items()
+        if name in found and found[name].file != path
+    ]
+    problems += [f"{name} of {tensor.file.name} is not listed" for name, tensor in found.items() if name not in index]
+    if problems:
+        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        raise ValueError(f"{INDEX} does not fit its files: {'; '.join(sorted(problems)[:_NAMED])}{more}")

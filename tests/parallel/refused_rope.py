@@ -1,0 +1,34 @@
+"""What values of `model.rope_parameters` are refused with: entries for the table of `test_refusals`."""
+
+from __future__ import annotations
+
+LLAMA3 = [
+    f"model.rope_parameters.{value}"
+    for value in (
+        "rope_type=llama3",
+        "factor=8",
+        "low_freq_factor=1",
+        "high_freq_factor=4",
+        "original_max_position_embeddings=8192",
+    )
+]
+
+OF_ROPE: dict[str, list[tuple[list[str], int, int, str]]] = {
+    "rotary scaling": [
+        (["model.rope_parameters.factor=8"], 1, 0, "factor=8 have no effect with rope_type=default: set"),
+        (
+            LLAMA3[:2],
+            1,
+            0,
+            "rope_type=llama3 needs low_freq_factor, high_freq_factor, original_max_position_embeddings",
+        ),
+    ],
+    "context extension": [
+        (
+            [*LLAMA3, "model.rope_parameters.low_freq_factor=4"],
+            1,
+            0,
+            "low_freq_factor=4 must be above 0 and below high_freq_factor=4",
+        )
+    ],
+}

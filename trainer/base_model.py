@@ -1,0 +1,153 @@
+"""What an imported model came with beside its weights, kept in the run directory until it is exported again.
+
+A run needs `model.init_from` and the folder of its tokenizer only at its first start, and both may go after that.
+`RUN/base_model` holds config.json and generation_config.json as they came, the tokenizer's files under `tokenizer/`
+(chat templates and special tokens among them), and in `base.json` what an export has to know of them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import Config, DataConfig
+from stoker.data import open_tokenizer
+from stoker.data.opening import NoTokenizer
+from stoker.data.tokenizer_files import load_tokenizer
+from stoker.models.hugging_face import DTYPES, FAMILIES
+from stoker.models.hugging_face_config import CONFIG, read_json
+from stoker.models.hugging_face_weights import open_weights
+from stoker.trainer.pretrained import init_folder, is_run
+
+GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer"
+_FACTS = "base.json"
+# Of all that a tokenizer of transformers may be made of; code (*.py) is not copied.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tekken.json",
+    "*.tiktoken",
+)
+_OF_FILES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    dtype: str | None  # of the model's weights, a key of DTYPES; None: there is no model, only a tokenizer
+    same_tokenizer: bool  # the run's token ids are those of the base model
+
+
+def keep_base(config: Config, run: RunDirectory) -> None:
+    """Copy what `model.init_from` and the tokenizer's folder hold into `RUN/base_model`, if it is not there.
+
+    Whole or not at all. Nothing is kept where the run began with neither, or where both have gone.
+    """
+    target = run.base_model
+    if target.is_dir():
+        return
+    base = init_folder(config) if config.model.init_from is not None else None
+    if base is not None and is_run(base) and RunDirectory(base).base_model.is_dir():
+        found = RunDirectory(base).base_model
+        _copied(target, lambda folder: shutil.copytree(found, folder, dirs_exist_ok=True))
+        return
+    if base is not None and (is_run(base) or not (base / CONFIG).is_file()):
+        base = None
+    if base is not None and read_json(base / CONFIG).get("model_type") not in FAMILIES:
+        base = None
+    same = base is not None and _same_tokenizer(config.data, base)
+    source = base if same else _tokenizer_folder(config.data)
+    files = _tokenizer_files(source) if source is not None else []
+    if base is None and not files:
+        return
+
+    def fill(folder: Path) -> None:
+        if base is not None:
+            for name in (CONFIG, GENERATION):
+                if (base / name).is_file():
+                    shutil.copyfile(base / name, folder / name)
+        for file in files:
+            assert source is not None
+            place = folder / TOKENIZER / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+        facts = BaseFacts(_dtype(base) if base is not None else None, same)
+        (folder / _FACTS).write_text(json.dumps(asdict(facts)))
+
+    _copied(target, fill)
+
+
+def base_facts(run: RunDirectory) -> BaseFacts | None:
+    """None where nothing was kept."""
+    if not (run.base_model / _FACTS).is_file():
+        return None
+    values = read_json(run.base_model / _FACTS)
+    return BaseFacts(values["dtype"], values["same_tokenizer"])
+
+
+def kept_tokenizer_files(run: RunDirectory) -> dict[str, bytes]:
+    """The tokenizer's files as they came, by their paths within the folder of a model."""
+    folder = run.base_model / TOKENIZER
+    return {str(file.relative_to(folder)): file.read_bytes() for file in _tokenizer_files(folder)}
+
+
+def _tokenizer_folder(data: DataConfig) -> Path | None:
+    """The folder of `data.tokenizer`, if transformers can load a tokenizer from it as it is."""
+    if data.tokenizer in (None, "byte", "bpe"):
+        return None
+    folder = Path(str(data.tokenizer))
+    return folder if (folder / "tokenizer_config.json").is_file() else None
+
+
+def _copied(target: Path, fill: Callable[[Path], object]) -> None:
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a start that was killed
+    unfinished.mkdir()
+    fill(unfinished)
+    unfinished.rename(target)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+
+
+def _same_tokenizer(data: DataConfig, base: Path) -> bool:
+    """Whether token ids mean in the run what they mean in the base model. Tokens without a tokenizer are its own."""
+    try:
+        ours = open_tokenizer(data)
+    except NoTokenizer:
+        return True
+    if not _tokenizer_files(base):
+        return False
+    try:
+        return load_tokenizer(base, data.end_of_document).fingerprint == ours.fingerprint
+    except ValueError:  # the base model's tokenizer cannot be read: it is not the run's
+        return False
+
+
+def _dtype(base: Path) -> str:
+    """What config.json says, else what most of the files' numbers are in."""
+    values = read_json(base / CONFIG)
+    named = values.get("dtype") or values.get("torch_dtype")
+    for dtype, theirs in DTYPES.items():
+        if named == theirs:
+            return dtype
+    with open_weights(base) as tensors:
+        found = Counter(tensor.dtype for tensor in tensors.values())
+    return _OF_FILES.get(found.most_common(1)[0][0], "fp32")

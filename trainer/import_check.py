@@ -1,0 +1,192 @@
+"""Is an imported model the model of its files? Its logits beside those of transformers' own class.
+
+Both compute in float32 on the CPU, one after the other, from the same random tokens. What is compared is what comes
+out of the embedding, of each layer, and of the head: the first that differs is where the mapping of config.json, or of
+the names of tensors, went wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stoker.conf.schema import Config, ModelConfig
+from stoker.conf.values import ConfigError
+from stoker.models import hugging_face_config as theirs
+from stoker.models.hugging_face import FAMILIES, tensor_name
+from stoker.models.hugging_face_weights import open_weights
+from stoker.parallel.model import whole_model
+from stoker.parallel.sharding import materialise
+from stoker.parallel.shards import PARAMETER, Shard, whole
+from stoker.trainer.memory import available_bytes
+from stoker.trainer.parallelize import build_on_meta
+from stoker.trainer.pretrained import imported, init_folder, is_run, load_pretrained
+
+LIMIT = 1e-5  # of |ours - theirs| / |theirs|: what different kernels in float32 may differ by
+TOKENS = 64
+_SHARE_OF_MEMORY = 0.7  # for the weights; the rest is for activations and for what else the machine does
+_LAYER = "model.layers."
+
+
+def compare_import(config: Config, available: Callable[[], int | None] = available_bytes) -> str | None:
+    """Compare the model in `model.init_from` with transformers'; in words what was compared, or why nothing was.
+
+    As many layers are compared as fit into the `available` bytes of memory. None where there is nothing to compare: no
+    `model.init_from`, a run directory, or a model of the user's own. Raises ConfigError naming the first layer that
+    differs, or what transformers says when it cannot load the model.
+    """
+    if config.model.init_from is None or config.model.target != ModelConfig().target:
+        return None
+    folder = init_folder(config)
+    if is_run(folder) or theirs.read_json(folder / theirs.CONFIG).get("model_type") not in FAMILIES:
+        return None
+    model = dataclasses.replace(imported(config).model, init_only=[])
+    layers, needed = _layers_that_fit(folder, available())
+    parsed = theirs.parse(folder)
+    if not layers:
+        unknown = theirs.unknown_keys(folder, parsed)
+        if unknown:
+            raise ConfigError(
+                f"model.init_from={folder}: {theirs.CONFIG} holds {', '.join(unknown)}, which transformers' "
+                f"{type(parsed).__name__} does not declare. Comparing logits would show whether they matter, but takes "
+                f"{needed / 2**30:.1f} GiB of free memory: remove them, or start where there is more"
+            )
+        return f"not compared with transformers' logits: one layer takes {needed / 2**30:.1f} GiB of free memory"
+    tokens = torch.randint(0, model.vocab_size or 1, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        expected = _their_outputs(folder, parsed, layers, tokens)
+        found = _our_outputs(
+            dataclasses.replace(config, model=dataclasses.replace(model, num_hidden_layers=layers)), tokens
+        )
+    _compare(folder, parsed, expected, found)
+    of = f"all {layers}" if layers == model.num_hidden_layers else f"the first {layers} of {model.num_hidden_layers}"
+    worst = max(relative(found[name], expected[name]) for name in expected)
+    architecture = FAMILIES[parsed.model_type].architecture
+    return f"equal to transformers' {architecture} within {worst:.0e} ({of} layers, {TOKENS} tokens)"
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|, in float64; nan where one of them is not finite."""
+    difference = float((found.double() - expected.double()).norm())
+    return difference / max(float(expected.double().norm()), math.ulp(0.0)) if difference else 0.0
+
+
+def load_theirs(folder: Path, parsed: Any) -> Any:
+    """transformers' model of `folder`, float32 on the CPU. Raises ValueError for what it cannot load whole."""
+    from transformers import AutoModelForCausalLM
+
+    with theirs.quiet_transformers():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                config=parsed,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except Exception as error:  # of many kinds, some of them transformers' own
+            raise ValueError(f"transformers cannot load it: {theirs.in_one_line(error)}") from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"transformers finds no {', '.join(missing[:3])} in its files and would draw them at random")
+    return model.eval()
+
+
+def _layers_that_fit(folder: Path, available: int | None) -> tuple[int, int]:
+    """How many layers fit into memory in float32, with all that is no layer; and the bytes that one takes so."""
+    sizes: dict[int, int] = {}
+    rest = 0
+    with open_weights(folder) as tensors:
+        for name, tensor in tensors.items():
+            number = name.removeprefix(_LAYER).partition(".")[0]
+            bytes_ = 4 * math.prod(tensor.shape)
+            if name.startswith(_LAYER) and number.isdecimal():
+                sizes[int(number)] = sizes.get(int(number), 0) + bytes_
+            else:
+                rest += bytes_
+    layer = max(sizes.values(), default=0)
+    if available is None:
+        return len(sizes), rest + layer
+    return min(len(sizes), max(0, int((available * _SHARE_OF_MEMORY - rest) // max(1, layer)))), rest + layer
+
+
+def _their_outputs(folder: Path, parsed: Any, layers: int, tokens: Tensor) -> dict[str, Tensor]:
+    parsed.num_hidden_layers = layers
+    if getattr(parsed, "layer_types", None):
+        parsed.layer_types = parsed.layer_types[:layers]
+    try:
+        model = load_theirs(folder, parsed)
+    except ValueError as error:
+        raise ConfigError(f"model.init_from={folder}: {error}") from error
+    modules = {"embedding": model.model.embed_tokens}
+    modules |= {f"layers.{number}": layer for number, layer in enumerate(model.model.layers)}
+    with _recorded(modules) as outputs:
+        try:
+            logits = model(tokens).logits
+        except Exception as error:  # a value that only the forward pass stumbles over
+            reason = f"transformers cannot compute its logits: {theirs.in_one_line(error)}"
+            raise ConfigError(f"model.init_from={folder}: {reason}") from error
+    return {**outputs, "logits": logits.flatten(0, 1)}
+
+
+def _our_outputs(config: Config, tokens: Tensor) -> dict[str, Tensor]:
+    model = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
+    materialise(model, torch.device("cpu"))
+    model.rebuild_buffers()  # type: ignore[operator]
+    boxes = {name: whole(tuple(parameter.shape)) for name, parameter in model.named_parameters()}
+    shards = [
+        Shard(name, PARAMETER, boxes[name].sizes, boxes[name], parameter.detach())
+        for name, parameter in model.named_parameters()
+    ]
+    load_pretrained(dataclasses.replace(config, model=dataclasses.replace(config.model, init_only=["*"])), shards)
+    modules = {"embedding": model.embedding}
+    modules |= {f"layers.{number}": layer for number, layer in model.blocks().items()}  # type: ignore[operator]
+    with _recorded(modules) as outputs:
+        logits = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+    return {**outputs, "logits": logits}
+
+
+@contextmanager
+def _recorded(modules: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """What each of `modules` gives out, by its name, as `[tokens, width]`."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            outputs[name] = value.reshape(-1, value.shape[-1])
+
+        return hook
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _compare(folder: Path, parsed: Any, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    for name, value in expected.items():
+        difference = relative(found[name], value)
+        if difference <= LIMIT:
+            continue
+        where = name if name == "logits" else tensor_name(name)
+        what = f"differs by {difference:.1e}" if difference == difference else "is not finite"
+        unknown = theirs.unknown_keys(folder, parsed)
+        hint = f"; {theirs.CONFIG} holds keys that its class does not declare: {', '.join(unknown)}" if unknown else ""
+        raise ConfigError(
+            f"model.init_from={folder}: the decoder does not compute what transformers' "
+            f"{FAMILIES[parsed.model_type].architecture} computes: {where} is the first that {what} "
+            f"(limit {LIMIT:.0e}){hint}"
+        )
