@@ -42,7 +42,7 @@ from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import batch_plan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import whole_model
-from stoker.parallel.optimizer import is_decayed
+from stoker.parallel.optimizer import DECAYED
 from stoker.parallel.registry import Held, uncut
 from stoker.parallel.rows import Rows
 from stoker.parallel.shards import PARAMETER, whole
@@ -97,8 +97,9 @@ class Script:
         for name, parameter in named.items():
             held = Held((whole(tuple(parameter.shape)),))
             initialize(registry.shards(name, PARAMETER, held, parameter.detach()), model.initial, config.run.seed)
-        decayed = [p for n, p in named.items() if is_decayed(n, tuple(p.shape))]
-        others = [p for n, p in named.items() if not is_decayed(n, tuple(p.shape))]
+        roles = registry.roles()
+        decayed = [p for n, p in named.items() if roles[n] in DECAYED]
+        others = [p for n, p in named.items() if roles[n] not in DECAYED]
         groups = [
             {"params": decayed, "weight_decay": config.optim.weight_decay},
             {"params": others, "weight_decay": 0.0},

@@ -153,6 +153,7 @@ class DataConfig:
 class OptimConfig:
     name: str = maths("adamw")  # adamw | sgd
     target: str | None = maths()  # import path pkg.mod:function of a user's own torch optimizer
+    needs: str | None = free()  # optim.target: elementwise | norms | matrix, what it must see; default: as it declares
     lr: float = maths(1e-3)  # peak learning rate
     weight_decay: float = maths(0.1)  # decoupled: share of lr x weight taken off per step
     betas: list[float] = maths([0.9, 0.95])  # adamw: decay per step of the two moments

@@ -17,6 +17,7 @@ from stoker.conf.values import ConfigError
 from stoker.parallel.deepspeed_engine.refused import ENTRIES as OF_DEEPSPEED
 from stoker.parallel.lanes_refused import ENTRIES as OF_LANES
 from stoker.parallel.nearest import around, divisors, either, multiples_around
+from stoker.parallel.optimizer_needs import refused_optimizer
 from stoker.parallel.start import Start
 
 
@@ -212,6 +213,14 @@ def _interleaved_rounds(start: Start) -> str | None:
         f"{plan.micro_batches} micro-batches do not split into rounds over parallel.pp={wanted.pp}: "
         f"batch.micro={micro} does"
     )
+
+
+_refuses(
+    "optimizer",
+    "an optim.target that declares nothing, or needs norms or matrices, where ZeRO, DeepSpeed or parallel.tp divides "
+    "parameters; one that declares nothing under parallel.pp; optim.needs without optim.target",
+    "the optimizer of a rank sees only what the rank holds",
+)(refused_optimizer)
 
 
 @_refuses("GPUs", "more ranks than GPUs when they compute on GPUs", "NCCL wants a GPU for each rank")
