@@ -195,7 +195,7 @@ class EvalConfig:
 @dataclass
 class NonfiniteConfig:
     action: str = maths("skip")  # of a bad step: skip (leave its update out) | rollback (and train without it) | stop
-    limit: int = free(10)  # the run ends after so many bad steps in a row (skip), or with one more rollback
+    limit: int = free(10)  # the run ends after so many bad (skip) or unlabelled steps in a row, or one more rollback
     spike: float | None = maths()  # bad too: above median + so many deviations (1.4826 MAD); default: only nan and inf
     window: int = maths(100)  # sound steps over which these are taken
 

@@ -46,7 +46,7 @@ def fill_buffers(model: nn.Module, registry: Registry) -> None:
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
         raise ValueError(
             f"{type(model).__name__}.rebuild_buffers() leaves {', '.join(left[:3])}{more} uninitialised: a model is "
-            "built on the meta device, where buffers get no values; it must compute each of them, on the buffer's device"
+            "built on the meta device, where buffers get no values; it must compute each of them on its device"
         )
 
 

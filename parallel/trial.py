@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stoker.parallel.model import Part
 from stoker.parallel.registry import Registry
 from stoker.parallel.tensor.check import refuse_open_regions
+from stoker.parallel.weights import replace_parameters
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +47,14 @@ class Trial:
             if part.head:
                 break
             try:
+                replace_parameters(model, lambda _, old: nn.Parameter(old.to(dtype)))  # buffers stay as they are
                 with torch.no_grad():
-                    output = self._run(model.to(dtype), found[-1] if found else None)
+                    output = self._run(model, found[-1] if found else None)
             except Exception as error:
                 raise ValueError(
                     f"{type(model).__name__}, layers {part.layers.start} to {part.layers.stop - 1}, does not run on "
-                    "the meta device, where a pipeline finds the sizes of activations; forward may not depend on values "
-                    f"(such as by .item()): {_first_line(error)}"
+                    "the meta device, where a pipeline finds the sizes of activations; forward may not depend on "
+                    f"values (such as by .item()): {_first_line(error)}"
                 ) from error
             found.append(torch.empty(output.shape, dtype=output.dtype, device="meta"))
         return found
@@ -77,7 +79,8 @@ class Trial:
             if self._runs_uncut(build(), uncut):
                 raise ValueError(
                     f"{type(model).__name__} does not run once it is cut over tensor-parallel ranks: "
-                    f"{_first_line(error)} (is every region that Enter begins ended by a RowLinear?); parallel.tp=1 works"
+                    f"{_first_line(error)} (does a RowLinear end every region that Enter begins?); "
+                    "parallel.tp=1 works"
                 ) from error
             log.warning(
                 "%s does not run on the meta device, so it is not known whether it leaves every tensor-parallel region "

@@ -22,7 +22,8 @@ LAYERS = "the layers of parallel.tensor.layers"
 def refuse_open_regions(model: nn.Module, registry: Registry, output: Tensor, x: Tensor | None) -> None:
     """Raises ValueError, naming a parameter or module, where `output` of the cut `model` shows a region left open.
 
-    `x` are the activations that the model was called with, None for tokens; `registry` knows which parameters belong inside. `output` has its graph.
+    `x` are the activations that the model was called with, None for tokens. `output` has its graph; `registry` knows
+    which parameters belong inside.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     walk: list[tuple[Any, bool, str | None]] = [(output.grad_fn, False, None)]  # node, inside?, last parameter's name
@@ -50,8 +51,8 @@ def _check_side(name: str, registry: Registry, inside: bool) -> None:
     entry = registry.entries[name]
     if inside and not entry.inside:
         raise ValueError(
-            f"{name} is used inside a tensor-parallel region, where each rank has its own channels only, and its gradient "
-            f"is not summed over them: make its layer one of {LAYERS}, such as ColumnLinear, or mix in `Inside`; "
+            f"{name} is used inside a tensor-parallel region, where each rank has its own channels only, and its "
+            f"gradient is not summed over them: make its layer one of {LAYERS}, or mix in `Inside`; "
             "parallel.tp=1 works"
         )
     if entry.inside and not inside:
@@ -65,8 +66,8 @@ def _crossing(model: nn.Module, border: str, near: str | None) -> str:
     where = f"{_kind(model)}, before {near}" if near else _kind(model)
     if border == ENTERS:
         return (
-            f"{where}: a tensor-parallel region is entered (Enter) and never left: every rank computes the same, and "
-            "gradients are summed once too often; a RowLinear (or `leave`) must end it, or Enter has to go; "
+            f"{where}: a tensor-parallel region is entered (Enter) and never left, or entered twice: every rank "
+            "computes the same, and gradients are summed once too often; a RowLinear (or `leave`) must end it, or Enter go; "
             "parallel.tp=1 works"
         )
     return (
