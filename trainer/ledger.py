@@ -164,8 +164,8 @@ class Ledger:
         """Name, once, what lets a run go on without learning what it should."""
         if agreed.tokens == 0:
             self._warn(
-                f"step {step}: no token of the batch is a label to learn, so there is no update: are prompts longer than "
-                f"seq_len={self._seq_len}, or is no turn learned? `stoker data peek RUN --step {step}` shows it"
+                f"step {step}: no token of the batch is a label to learn, so there is no update: are prompts longer "
+                f"than seq_len={self._seq_len}, or is no turn learned? `stoker data peek RUN --step {step}` shows it"
             )
         elif agreed.grad_norm == 0.0:
             what = (

@@ -67,8 +67,8 @@ def _crossing(model: nn.Module, border: str, near: str | None) -> str:
     if border == ENTERS:
         return (
             f"{where}: a tensor-parallel region is entered (Enter) and never left, or entered twice: every rank "
-            "computes the same, and gradients are summed once too often; a RowLinear (or `leave`) must end it, or Enter go; "
-            "parallel.tp=1 works"
+            "computes the same, and gradients are summed once too often; a RowLinear (or `leave`) must end it, or "
+            "Enter go; parallel.tp=1 works"
         )
     return (
         f"{where}: a tensor-parallel layer takes its input without Enter, so that its gradient is not summed over the "

@@ -1,4 +1,4 @@
-"""Buffers have values before the first step, and persistent ones are part of a run's state on every engine and layout."""
+"""Buffers have values before the first step, and persistent ones are part of a run's state on all engines and layouts."""
 
 from __future__ import annotations
 
