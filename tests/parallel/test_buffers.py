@@ -1,4 +1,4 @@
-"""Buffers have values before the first step, and persistent ones are part of a run's state on all engines and layouts."""
+"""Buffers have values before the first step; persistent ones are part of a run's state on all engines and layouts."""
 
 from __future__ import annotations
 
