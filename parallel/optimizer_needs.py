@@ -26,17 +26,20 @@ _UNDIVIDED = {
     "parallel.engine": "parallel.engine=fsdp",
     "parallel.pp": "parallel.pp=1",
 }
-# Of torch.optim, those whose update of an element depends on that element's history and on numbers equal for all.
-_KNOWN_ELEMENTWISE = (
-    "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
-)  # fmt: skip
+# Classes whose update of an element depends on that element's history and on numbers equal for all, by package.
+_KNOWN_ELEMENTWISE = {
+    "torch.optim": (
+        "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
+    ),
+    "deepspeed.ops": ("DeepSpeedCPUAdagrad", "DeepSpeedCPUAdam", "DeepSpeedCPULion", "FusedAdam", "FusedLion"),
+}  # fmt: skip
 
 
 def declared_needs(config: OptimConfig) -> str | None:
     """What the optimizer of `config` needs, a key of NEEDS; None for a user's own that declares nothing.
 
     `optim.needs` counts first, then the attribute `needs` of what `optim.target` names and of the optimizer that it
-    builds. torch's own elementwise classes are known; a class that inherits from one may do anything.
+    builds. Elementwise classes of torch and DeepSpeed are known; one that inherits from them may do anything.
 
     Raises ValueError for a target that cannot be imported or called, and for a declaration that is none of NEEDS.
     """
@@ -47,9 +50,9 @@ def declared_needs(config: OptimConfig) -> str | None:
     build = import_target(config.target)
     found = getattr(build, "needs", None)
     if found is None:
-        built = _build_one(build, config)
+        built = build if isinstance(build, type) else _build_one(build, config)
         found = getattr(built, "needs", None)
-        if found is None and _is_known_elementwise(type(built)):
+        if found is None and _is_known_elementwise(built if isinstance(built, type) else type(built)):
             return ELEMENTWISE
     if found is not None and found not in NEEDS:
         raise ValueError(f"optim.target={config.target}: needs={found!r} is none of {', '.join(NEEDS)}")
@@ -121,6 +124,7 @@ def _build_one(build: Any, config: OptimConfig) -> Any:
 
 
 def _is_known_elementwise(kind: type) -> bool:
-    import torch
-
-    return any(kind is getattr(torch.optim, name) for name in _KNOWN_ELEMENTWISE)
+    return any(
+        kind.__module__.startswith(f"{package}.") and kind.__name__ in names
+        for package, names in _KNOWN_ELEMENTWISE.items()
+    )

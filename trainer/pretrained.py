@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -25,11 +25,13 @@ from stoker.conf.schema import Config, ModelConfig, from_dict, kinds, lookup, to
 from stoker.conf.values import ConfigError
 from stoker.models.hugging_face import shape_of, tensor_name
 from stoker.parallel.model import whole_model
-from stoker.parallel.shards import PARAMETER, Rectangle, Shard
+from stoker.parallel.registry import uncut
+from stoker.parallel.shards import BUFFER, PARAMETER, Rectangle, Shard
 from stoker.trainer.cut import build_on_meta
 
 log = logging.getLogger(__name__)
 
+_KINDS = (PARAMETER, BUFFER)
 _FLOATS = {"F64", "F32", "BF16", "F16"}
 _NAMED = 5  # tensors that a message names
 _OURS_ALONE = ("model.init_from", "model.init_only", "model.loss_chunk")  # of a run: not of its model's shape
@@ -67,13 +69,14 @@ def load_pretrained(config: Config, shards: Sequence[Shard]) -> None:
     assert config.model.init_from is not None
     folder = Path(config.model.init_from).expanduser()
     whole = build_on_meta(config.model, whole_model(config.model.layers))
-    names = [name for name, _ in whole.named_parameters()]
+    saved = [entry for entry in uncut(whole).entries.values() if entry.saved]
+    names, buffers = [entry.name for entry in saved], {entry.name for entry in saved if entry.buffer}
     patterns = config.model.init_only or ["*"]
     wanted = {name for name in names if any(fnmatch(name, pattern) for pattern in patterns)}
     if not wanted:
         raise ValueError(f"model.init_only={patterns} fits no parameter, such as {names[0]}")
-    mine = [shard for shard in shards if shard.kind == PARAMETER and shard.name in wanted]
-    with _open(folder, config.model, names) as source:
+    mine = [shard for shard in shards if shard.kind in _KINDS and shard.name in wanted]
+    with _open(folder, config.model, names, buffers) as source:
         foreign = [] if config.model.init_only else sorted(set(source.shapes) - wanted)
         problems = [f"{name} is missing" for name in sorted(wanted - set(source.shapes))]
         problems += [f"{name} is not in this model" for name in foreign]
@@ -86,7 +89,7 @@ def load_pretrained(config: Config, shards: Sequence[Shard]) -> None:
             more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
             raise ValueError(f"model.init_from={folder}: {'; '.join(problems[:_NAMED])}{more}")
         source.fill(mine)
-    log.info("initial weights: %d of %d parameters from %s", len(wanted), len(names), folder)
+    log.info("initial weights: %d of %d tensors from %s", len(wanted), len(names), folder)
 
 
 @dataclass(frozen=True)
@@ -98,14 +101,14 @@ class _Source:
 
 
 @contextmanager
-def _open(folder: Path, model: ModelConfig, names: Sequence[str]) -> Iterator[_Source]:
+def _open(folder: Path, model: ModelConfig, names: Sequence[str], buffers: Collection[str]) -> Iterator[_Source]:
     if _is_run(folder):
         stored = open_checkpoint(_newest(folder).path)
-        shapes = {name: tensor.shape for (kind, name), tensor in stored.tensors.items() if kind == PARAMETER}
+        shapes = {name: tensor.shape for (kind, name), tensor in stored.tensors.items() if kind in _KINDS}
         yield _Source(shapes, lambda shards: load(stored, shards))
         return
     with ExitStack() as files:
-        yield _their_source(folder, model, names, files)
+        yield _their_source(folder, model, names, buffers, files)
 
 
 def _is_run(folder: Path) -> bool:
@@ -136,7 +139,9 @@ def _their_shape(folder: Path, seq_len: int) -> dict[str, Any]:
     return {f"model.{key}": value for key, value in shape_of(values, seq_len).items()}
 
 
-def _their_source(folder: Path, model: ModelConfig, names: Sequence[str], files: ExitStack) -> _Source:
+def _their_source(
+    folder: Path, model: ModelConfig, names: Sequence[str], buffers: Collection[str], files: ExitStack
+) -> _Source:
     """The safetensors files of `folder`, open until `files` closes. A user's own model has its own names there."""
     from safetensors import SafetensorError, safe_open
 
@@ -152,7 +157,7 @@ def _their_source(folder: Path, model: ModelConfig, names: Sequence[str], files:
             if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.tie_embeddings):
                 continue  # made anew, and the embedding once more
             part = opened.get_slice(name)
-            if part.get_dtype() not in _FLOATS:
+            if part.get_dtype() not in _FLOATS and name not in buffers:
                 raise ValueError(f"{path}: {name} is {part.get_dtype()}: quantised weights are not read")
             tensors[ours.get(name, name)] = part
 

@@ -82,6 +82,8 @@ def test_a_state_that_is_made_before_the_first_step_is_that_of_one_that_is_not()
         (None, "elementwise"),
         ("torch.optim:AdamW", "elementwise"),
         ("torch.optim:SGD", "elementwise"),
+        ("deepspeed.ops.adam:DeepSpeedCPUAdam", "elementwise"),
+        ("deepspeed.ops.lamb:FusedLamb", None),
         ("tests.toy:adamw_without_kernels", "elementwise"),
         (f"{HERE}:rprop", "elementwise"),
         (f"{HERE}:Lion", "elementwise"),
@@ -153,9 +155,9 @@ def test_norms_and_matrices_are_refused_only_where_they_are_divided(
 
 def test_declarations_that_are_none_are_refused() -> None:
     two = Layout(1, 2, zero=1)
-    for target, said in (("NotAnOption", "needs='luck'"), ("missing", "has no 'missing'"), ("Lamb", "TypeError")):
+    for target, said in (("NotAnOption", "needs='luck'"), ("missing", "has no 'missing'"), ("muon", "TypeError")):
         config = config_with(target, two)
-        config.optim.args = {"unknown": 1} if target == "Lamb" else {}
+        config.optim.args = {"unknown": 1} if target == "muon" else {}
         with pytest.raises(ConfigError, match=said):
             refuse(config, 2, 0)
     config = small_config(parallel=config.parallel)
