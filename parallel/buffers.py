@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stoker.parallel.mesh import Mesh
-from stoker.parallel.registry import Held, Registry
+from stoker.parallel.registry import LocalShard, Registry
+from stoker.parallel.sharding import is_untouched
 from stoker.parallel.shards import BUFFER, Shard, whole
-from stoker.parallel.weights import is_untouched
 
 _AXES = ("dp_replicate", "dp_shard", "tp")  # whose ranks hold the same stages
 
@@ -63,7 +63,8 @@ class Buffers:
             if registry.entries[name].saved
         }
         self._held = {
-            name: Held((whole(registry.entries[name].shape),), mesh.dp_rank, mesh.layout.dp) for name in self._live
+            name: LocalShard((whole(registry.entries[name].shape),), mesh.dp_rank, mesh.layout.dp)
+            for name in self._live
         }
         self._saved = {name: self._value(name).clone() for name in self._live}
         self._next: dict[str, Tensor] = {}

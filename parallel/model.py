@@ -53,7 +53,7 @@ class Role(enum.StrEnum):
     HEAD = "head"
 
 
-class CuttableModel(Protocol):
+class ParallelizableModel(Protocol):
     """What an engine asks of a model, besides being an `nn.Module` whose parameters carry global names."""
 
     def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None) -> Tensor:

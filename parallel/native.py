@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from stoker.conf.schema import Config
+from stoker.parallel.batch import Batch
 from stoker.parallel.buffers import Buffers, fill_buffers
+from stoker.parallel.forward_backward import ForwardBackward, GradientAccumulation
 from stoker.parallel.layout import BatchPlan
 from stoker.parallel.loss_scale import LossScale
-from stoker.parallel.mapped import offloaded
 from stoker.parallel.mesh import Mesh
+from stoker.parallel.mmap_offload import offloaded
 from stoker.parallel.optimizer import LocalOptimizer
 from stoker.parallel.optimizer_needs import undeclared
-from stoker.parallel.passes import Passes, StraightPasses
-from stoker.parallel.registry import Held, Registry
-from stoker.parallel.replicated import ReplicatedWeights
-from stoker.parallel.rows import Rows
+from stoker.parallel.registry import LocalShard, Registry
+from stoker.parallel.replicated import ReplicatedStrategy
+from stoker.parallel.sharding import DTYPES, Precision, ShardingStrategy
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.stages import stages_of
-from stoker.parallel.update import SILENCE, Said, StepResult, agree
-from stoker.parallel.weights import DTYPES, Precision, Weights
+from stoker.parallel.update import NO_FLAGS, StepFlags, StepResult, reduce_step
 
 
 class NativeEngine:
@@ -40,16 +40,16 @@ class NativeEngine:
         self,
         config: Config,
         mesh: Mesh,
-        passes: Passes,
+        passes: ForwardBackward,
         registry: Registry,
-        weights: Sequence[Weights],
+        weights: Sequence[ShardingStrategy],
         buffers: Buffers,
     ) -> None:
         self._mesh, self._passes, self._registry, self._weights = mesh, passes, registry, weights
         self._buffers = buffers
-        self._clip_norm = config.clip_norm
-        self._nominal_tokens = config.batch.rows * config.seq_len
-        self._held: dict[str, Held] = {}
+        self._clip_norm = config.grad_clip_norm
+        self._nominal_tokens = config.batch.size * config.seq_len
+        self._held: dict[str, LocalShard] = {}
         self._tensors: dict[str, Tensor] = {}
         for stage in weights:
             self._held |= stage.held
@@ -61,17 +61,17 @@ class NativeEngine:
         self._one = torch.ones((), device=mesh.device)
         self._complete: dict[str, Tensor] | None = None  # gradients of this step after all sums, once asked for
         # All ranks of a replica see the same rows; the first tensor-parallel rank of the last stage reports them.
-        self._reports = mesh.at.tp == 0 and mesh.at.pp == mesh.layout.pp - 1
+        self._reports = mesh.coordinate.tp == 0 and mesh.coordinate.pp == mesh.layout.pp - 1
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._tokens = torch.zeros((), dtype=torch.float64, device=mesh.device)
 
-    def forward_backward(self, rows: Rows) -> None:
+    def forward_backward(self, rows: Batch) -> None:
         loss_sum = self._passes.train(rows, self._scale() / self._nominal_tokens)
         if self._reports:
             self._loss_sum += loss_sum
             self._tokens += rows.valid_tokens().to(self._mesh.device, non_blocking=True)
 
-    def update(self, lr: float, said: Said = SILENCE) -> StepResult:
+    def update(self, lr: float, said: StepFlags = NO_FLAGS) -> StepResult:
         with record_function("stoker.update"):
             gradients = self._gradients()
             counted = [
@@ -79,7 +79,7 @@ class NativeEngine:
                 for name, gradient in gradients.items()
                 if gradient.numel() and self._registry.counted(name, self._held[name])
             ]
-            verdict = agree(
+            verdict = reduce_step(
                 self._mesh,
                 counted,
                 self._loss_sum,
@@ -87,8 +87,8 @@ class NativeEngine:
                 said,
                 loss_scale=self._scale(),
                 nominal_tokens=self._nominal_tokens,
-                clip_norm=self._clip_norm,
-                unequal_buffers=self._buffers.agree(),
+                grad_clip_norm=self._clip_norm,
+                unequal_buffers=self._buffers.reduce_step(),
             )
             self._optimizer.step(gradients, lr, verdict.gradient_divisor, verdict.found_inf)
             self._buffers.settle(verdict.found_inf)
@@ -99,7 +99,7 @@ class NativeEngine:
             self._tokens.zero_()
         return verdict.result
 
-    def evaluate(self, rows: Rows) -> Tensor:
+    def evaluate(self, rows: Batch) -> Tensor:
         with _evaluating([stage.module for stage in self._weights]):
             loss_sum = self._passes.evaluate(rows)
         self._buffers.restore()
@@ -127,7 +127,7 @@ class NativeEngine:
     def _renew(self) -> None:
         self._complete = None
         for stage in self._weights:
-            stage.updated()
+            stage.on_optimizer_step()
 
     def gradient_shards(self) -> list[Shard]:
         scale = self._scale()
@@ -176,7 +176,7 @@ def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _gather_names(mesh: Mesh, names: set[str]) -> list[list[str]]:
-    return [json.loads(text) for text in mesh.exchange(json.dumps(sorted(names)))]
+    return [json.loads(text) for text in mesh.all_gather_text(json.dumps(sorted(names)))]
 
 
 def _sum_partial(mesh: Mesh, registry: Registry, gradients: dict[str, Tensor]) -> None:
@@ -218,40 +218,40 @@ def build_native(
         weights.append(_store(config, mesh, plan, registry, stage, Precision(dtype, modules)))
         fill_buffers(stage, registry)
     mask = bool(config.data.document_mask)
-    passes: Passes
+    passes: ForwardBackward
     if mesh.layout.pp == 1:
-        passes = StraightPasses(weights[0], plan, mesh.device, mask)
+        passes = GradientAccumulation(weights[0], plan, mesh.device, mask)
     else:
-        from stoker.parallel.pipeline import PipelinePasses, Stage  # a second of imports that only pipelines need
+        from stoker.parallel.pipeline import PipelineSchedule, Stage  # a second of imports that only pipelines need
 
-        numbers = stages_of(mesh.at.pp, mesh.layout.pp, config.parallel.stages_per_rank)
+        numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
         held = [Stage(number, stage.module, stage) for number, stage in zip(numbers, weights, strict=True)]
-        passes = PipelinePasses(mesh, plan, held, config.parallel.schedule, mask, activations)
+        passes = PipelineSchedule(mesh, plan, held, config.parallel.schedule, mask, activations)
     return NativeEngine(config, mesh, passes, registry, weights, Buffers(mesh, registry, stages))
 
 
 def _store(
     config: Config, mesh: Mesh, plan: BatchPlan, registry: Registry, model: nn.Module, precision: Precision
-) -> Weights:
+) -> ShardingStrategy:
     if config.parallel.engine == "deepspeed" and not any(p.requires_grad for p in model.parameters()):
         return _frozen_store(config, mesh, model, precision)
     if config.parallel.engine == "deepspeed":
-        from stoker.parallel.deepspeed_engine.weights import (
-            DeepSpeedWeights,  # it imports DeepSpeed, which takes seconds
+        from stoker.parallel.deepspeed_engine.strategy import (
+            DeepSpeedStrategy,  # it imports DeepSpeed, which takes seconds
         )
 
-        return DeepSpeedWeights(config, mesh, plan, model, registry)
+        return DeepSpeedStrategy(config, mesh, plan, model, registry)
     offload = config.parallel.offload == "cpu"
     if mesh.layout.dp_shard == 1:
-        return ReplicatedWeights(model, mesh.device, precision, mesh.group("dp_replicate"), offload)
-    from stoker.parallel.sharded import ShardedWeights  # half a second of imports that ZeRO 0 does not need
+        return ReplicatedStrategy(model, mesh.device, precision, mesh.group("dp_replicate"), offload)
+    from stoker.parallel.sharded import ShardedStrategy  # half a second of imports that ZeRO 0 does not need
 
-    return ShardedWeights(model, mesh, precision, mesh.layout.zero, offload)
+    return ShardedStrategy(model, mesh, precision, mesh.layout.zero, offload)
 
 
-def _frozen_store(config: Config, mesh: Mesh, model: nn.Module, precision: Precision) -> Weights:
+def _frozen_store(config: Config, mesh: Mesh, model: nn.Module, precision: Precision) -> ShardingStrategy:
     """Of a pipeline's stage that trains nothing: DeepSpeed makes no engine for it. All data-parallel ranks hold all."""
-    store = ReplicatedWeights(model, mesh.device, precision, None, config.parallel.offload == "cpu")
+    store = ReplicatedStrategy(model, mesh.device, precision, None, config.parallel.offload == "cpu")
     dp_rank, dp = mesh.dp_rank, mesh.layout.dp
     store.held = {name: replace(held, replica=dp_rank, replicas=dp) for name, held in store.held.items()}
     return store

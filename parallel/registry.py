@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from stoker.parallel.model import Constant, Normal, Role
-from stoker.parallel.shards import Rectangle, Shard, whole
+from stoker.parallel.shards import Chunk, Shard, whole
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of the module's local tensor and the rectangle of the global tensor that it is."""
+    """A chunk of the module's local tensor and the chunk of the global tensor that it is."""
 
-    local: Rectangle
-    world: Rectangle
+    local_chunk: Chunk
+    global_chunk: Chunk
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Entry:
     replicas: int = 1
     partial: tuple[str, ...] = ()  # groups of the mesh over which its gradient is still to be summed after backward
     trainable: bool = True
-    inside: bool = False  # used between `Enter` and `RowLinear` only, where each tensor-parallel rank has its channels
+    inside: bool = False  # used between `CopyToTensorParallel` and `RowLinear` only, where each tensor-parallel rank has its channels
     role: Role = Role.MATRIX
     initial: Normal | Constant | None = None  # None: `rebuild_buffers` of the model sets it
     dtype: torch.dtype = torch.float32  # as it is stored; what computes in fewer bits are copies
@@ -46,26 +46,26 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalShard:
     """What ZeRO left of a parameter on this rank: a part of the module's tensor, and who else holds it.
 
-    The data of one rectangle have its shape. Those of a flat range, which are several rectangles (see `flat_range`),
-    are one dim: the rectangles' elements, one rectangle after the other.
+    The data of one chunk have its shape. Those of a flat range, which are several chunks (see `flat_range`),
+    are one dim: the chunks' elements, one chunk after the other.
     """
 
-    rectangles: tuple[Rectangle, ...]
+    chunks: tuple[Chunk, ...]
     replica: int = 0
     replicas: int = 1
 
-    def views(self, data: Tensor) -> Iterator[tuple[Rectangle, Tensor]]:
-        """Each rectangle with its part of `data`, in its shape and in the same memory."""
+    def views(self, data: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
+        """Each chunk with its part of `data`, in its shape and in the same memory."""
         start = 0
-        for rectangle in self.rectangles:
-            if data.shape == rectangle.size:
-                yield rectangle, data
+        for chunk in self.chunks:
+            if data.shape == chunk.sizes:
+                yield chunk, data
             else:
-                yield rectangle, data[start : start + rectangle.numel].view(rectangle.size)
-            start += rectangle.numel
+                yield chunk, data[start : start + chunk.numel].view(chunk.sizes)
+            start += chunk.numel
 
 
 class Registry:
@@ -86,7 +86,7 @@ class Registry:
         assert rule is not None, f"{name} is a buffer, or of a model without `initial`"
         return rule
 
-    def counted(self, name: str, held: Held) -> bool:
+    def counted(self, name: str, held: LocalShard) -> bool:
         """Whether this rank counts its part of the parameter in sums over all ranks: of its replicas one does.
 
         Which one is drawn by the name, so that the work is spread and no rank has to know the others' parameters.
@@ -94,25 +94,27 @@ class Registry:
         replica, replicas = self._replica(name, held)
         return zlib.crc32(name.encode()) % replicas == replica
 
-    def _replica(self, name: str, held: Held) -> tuple[int, int]:
+    def _replica(self, name: str, held: LocalShard) -> tuple[int, int]:
         entry = self.entries[name]
         return entry.replica * held.replicas + held.replica, entry.replicas * held.replicas
 
-    def shards(self, name: str, kind: str, held: Held, data: Tensor) -> Iterator[Shard]:
-        """`data` (the `held` part of parameter `name`, or optimizer state of its shape) as global rectangles."""
+    def shards(self, name: str, kind: str, held: LocalShard, data: Tensor) -> Iterator[Shard]:
+        """`data` (the `held` part of parameter `name`, or optimizer state of its shape) as global chunks."""
         entry = self.entries[name]
         replica, replicas = self._replica(name, held)
-        for rectangle, values in held.views(data):
+        for chunk, values in held.views(data):
             for piece in entry.pieces:
-                part = piece.local.intersection(rectangle)
+                part = piece.local_chunk.intersection(chunk)
                 if part is None:
                     continue
                 offset = tuple(
                     there + here - start
-                    for there, here, start in zip(piece.world.offset, part.offset, piece.local.offset, strict=True)
+                    for there, here, start in zip(
+                        piece.global_chunk.offsets, part.offsets, piece.local_chunk.offsets, strict=True
+                    )
                 )
-                view = values[part.within(rectangle)]
-                yield Shard(name, kind, entry.shape, Rectangle(offset, part.size), view, replica, replicas)
+                view = values[part.within(chunk)]
+                yield Shard(name, kind, entry.shape, Chunk(offset, part.sizes), view, replica, replicas)
 
 
 def entries_of(model: nn.Module) -> list[Entry]:
@@ -150,6 +152,6 @@ def _whole(name: str, tensor: Tensor, **record: Any) -> Entry:
     return Entry(name, shape, (Piece(box, box),), **record)
 
 
-def uncut(model: nn.Module) -> Registry:
+def whole_registry(model: nn.Module) -> Registry:
     """The registry of a model that no tensor parallelism has cut: every tensor is whole."""
     return Registry(entries_of(model))

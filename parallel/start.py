@@ -39,7 +39,7 @@ class Start:
     def layout(self) -> Layout | None:
         """The layout, or None where the axes or replicas do not fit, which is refused by their own entries."""
         wanted = self.config.parallel
-        if self.dp is None or (wanted.replicas is not None and wanted.replicas < 1):
+        if self.dp is None or (wanted.dp_replicate is not None and wanted.dp_replicate < 1):
             return None
         try:
             return layout_of(self.config, self.world)
@@ -49,7 +49,7 @@ class Start:
     @property
     def plan(self) -> BatchPlan | None:
         """The split of the rows, or None where they do not divide, which is refused by its own entry."""
-        if self.dp is None or self.config.batch.rows < 1:
+        if self.dp is None or self.config.batch.size < 1:
             return None
         try:
             return batch_plan(self.config, Layout(dp_replicate=self.dp))

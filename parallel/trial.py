@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from stoker.parallel.model import Part
 from stoker.parallel.registry import Registry
+from stoker.parallel.sharding import replace_parameters
 from stoker.parallel.tensor.check import refuse_open_regions
-from stoker.parallel.weights import replace_parameters
 
 log = logging.getLogger(__name__)
 
@@ -65,18 +65,18 @@ class Trial:
         registry: Registry,
         received: Tensor | None,
         build: Callable[[], nn.Module],
-        uncut: Tensor | None,
+        whole_registry: Tensor | None,
     ) -> None:
         """Raises ValueError for a `model`, on the meta device and cut over tp, that leaves a region open.
 
-        `received` is what the stage before gives, if there is one, `uncut` the same where no ranks share the tokens.
-        `build` makes the same part again, uncut.
+        `received` is what the stage before gives, if there is one, `whole_registry` the same where no ranks share the
+        tokens. `build` makes the same part again, uncut.
         """
         x = None if received is None else received.float().requires_grad_()
         try:
             output = self._run(model, x)
         except Exception as error:
-            if self._runs_uncut(build(), uncut):
+            if self._runs_uncut(build(), whole_registry):
                 raise ValueError(
                     f"{type(model).__name__} does not run once it is cut over tensor-parallel ranks: "
                     f"{_first_line(error)} (does a RowLinear end every region that Enter begins?); "

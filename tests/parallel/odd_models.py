@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stoker.conf.schema import ModelConfig
 from stoker.parallel.model import Part
-from stoker.parallel.tensor.layers import ColumnLinear, Enter, RowLinear
+from stoker.parallel.tensor.layers import ColumnLinear, CopyToTensorParallel, RowLinear
 from stoker.parallel.tensor.regions import enter
 from tests.toy import Layer, Toy
 
@@ -34,7 +34,7 @@ class Counting(Layer):
 class Remembering(Toy):
     def __init__(self, config: ModelConfig, part: Part) -> None:
         super().__init__(config, part)
-        self.layers = nn.ModuleDict({str(n): Counting(config.width) for n in part.layers})
+        self.layers = nn.ModuleDict({str(n): Counting(config.hidden_size) for n in part.layers})
 
     def rebuild_buffers(self) -> None:
         for layer in self.layers.values():
@@ -63,7 +63,7 @@ class Averaging(Toy):
 
     def __init__(self, config: ModelConfig, part: Part) -> None:
         super().__init__(config, part)
-        self.register_buffer("mean", torch.zeros(config.width))
+        self.register_buffer("mean", torch.zeros(config.hidden_size))
 
     def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None) -> Tensor:
         assert self.embedding is not None and self.head is not None
@@ -132,7 +132,7 @@ class OfLayers(Toy):
 
     def __init__(self, config: ModelConfig, part: Part) -> None:
         super().__init__(config, part)
-        self.layers = nn.ModuleDict({str(n): LAYERS[config.args["layers"]](config.width) for n in part.layers})
+        self.layers = nn.ModuleDict({str(n): LAYERS[config.args["layers"]](config.hidden_size) for n in part.layers})
 
 
 class Wide(Toy):
@@ -147,7 +147,7 @@ class Wide(Toy):
 class Widening(nn.Module):
     def __init__(self, width: int, wider: int) -> None:
         super().__init__()
-        self.enter = Enter()
+        self.enter = CopyToTensorParallel()
         self.inner = ColumnLinear(width, 16)
         self.outer = RowLinear(16, wider)
 

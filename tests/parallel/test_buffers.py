@@ -10,16 +10,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stoker.conf.schema import BatchConfig, Config, ModelConfig
+from stoker.parallel.batch import IGNORE_INDEX
 from stoker.parallel.buffers import fill_buffers
 from stoker.parallel.engine import Engine
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import Mesh, mesh_over_default_group
 from stoker.parallel.model import whole_model
-from stoker.parallel.registry import uncut
-from stoker.parallel.rows import IGNORE
+from stoker.parallel.registry import whole_registry
+from stoker.parallel.sharding import materialise
 from stoker.parallel.shards import BUFFER, Shard
-from stoker.parallel.weights import materialise
-from stoker.trainer.cut import build_on_meta, cut
+from stoker.trainer.parallelize import build_on_meta, cut
 from tests import world
 from tests.parallel.reference import VOCABULARY, assemble, global_rows, small_config
 
@@ -28,8 +28,10 @@ OF_DEEPSPEED = [*(Layout(1, 2, zero=zero, engine="deepspeed") for zero in (1, 2,
 
 
 def config_of(layout: Layout, model: str = "Remembering", precision: str = "bf16") -> Config:
-    config = small_config(batch=BatchConfig(rows=8, micro=2), precision=precision)
-    config.model = ModelConfig(target=f"tests.parallel.odd_models:{model}", vocab_size=VOCABULARY, width=18, layers=2)
+    config = small_config(batch=BatchConfig(size=8, micro_size=2), precision=precision)
+    config.model = ModelConfig(
+        target=f"tests.parallel.odd_models:{model}", vocab_size=VOCABULARY, hidden_size=18, num_hidden_layers=2
+    )
     wanted = config.parallel
     wanted.tp, wanted.pp, wanted.zero, wanted.engine = layout.tp, layout.pp, layout.zero, layout.engine
     wanted.sequence = False
@@ -63,7 +65,7 @@ def resumed(configs: list[Config]) -> list[tuple[list[float], list[float], list[
         went_on = [step(engine, mesh, config, number) for number in (3, 4)]
         again, mesh = build(config)
         for shard, stored in zip(again.shards(), shards, strict=True):
-            assert (shard.name, shard.kind, shard.rectangle) == (stored.name, stored.kind, stored.rectangle)
+            assert (shard.name, shard.kind, shard.chunk) == (stored.name, stored.kind, stored.chunk)
             shard.data.copy_(stored.data)
         again.load_state(state)
         again.shards_written()
@@ -96,10 +98,10 @@ def built_by(name: str) -> nn.Module:
 def test_buffers_that_get_no_value_are_refused_by_name() -> None:
     model = built_by("Forgetful")
     with pytest.raises(ValueError, match=r"Forgetful\.rebuild_buffers\(\) leaves (.*) uninitialised") as error:
-        fill_buffers(model, uncut(model))
+        fill_buffers(model, whole_registry(model))
     assert "layers.0.seen, layers.0.table, layers.1.calls and 2 more" in str(error.value)
     sound = built_by("Remembering")
-    fill_buffers(sound, uncut(sound))
+    fill_buffers(sound, whole_registry(sound))
     assert sound.layers["0"].table.eq(1).all()
 
 
@@ -123,7 +125,7 @@ def test_a_buffer_may_get_any_value_in_any_dtype(dtype: torch.dtype) -> None:
     for through_data in (False, True):
         model = Model(through_data)
         materialise(model, torch.device("cpu"))
-        fill_buffers(model, uncut(model))
+        fill_buffers(model, whole_registry(model))
 
 
 def averaging() -> tuple[list[bool], list[Shard], list[Shard]]:
@@ -135,7 +137,7 @@ def averaging() -> tuple[list[bool], list[Shard], list[Shard]]:
         differed.append(engine.update(1e-2).read().unequal_buffers)
     before = copies(engine)
     rows = global_rows(config, 3)[mesh.dp_rank :: mesh.layout.dp]
-    rows.labels.fill_(IGNORE)
+    rows.labels.fill_(IGNORE_INDEX)
     engine.forward_backward(rows)
     assert engine.update(1e-2).read().skipped
     return differed, before, copies(engine)

@@ -19,8 +19,8 @@ from stoker.parallel.model import Role
 from stoker.parallel.optimizer import LocalOptimizer
 from stoker.parallel.optimizer_needs import declared_needs, undeclared
 from stoker.parallel.refusals import refuse
-from stoker.parallel.update import Said
-from stoker.trainer.cut import cut
+from stoker.parallel.update import StepFlags
+from stoker.trainer.parallelize import cut
 from tests import world
 from tests.parallel.reference import assemble, global_rows, normwise, small_config
 from tests.parallel.test_conformance import train
@@ -103,7 +103,7 @@ def test_what_an_optimizer_needs_is_declared_or_known_by_its_class(target: str |
 
 
 def config_with(target: str, layout: Layout, needs: str | None = None) -> Config:
-    config = small_config(batch=BatchConfig(rows=8, micro=2))
+    config = small_config(batch=BatchConfig(size=8, micro_size=2))
     config.optim = OptimConfig(target=f"{HERE}:{target}", lr=1e-3, needs=needs)
     config.parallel.zero, config.parallel.tp, config.parallel.pp = layout.zero, layout.tp, layout.pp
     config.parallel.engine = layout.engine
@@ -226,8 +226,8 @@ def memory(config: Config) -> tuple[float, float]:
 
 def test_building_takes_no_more_memory_than_training() -> None:
     """Parameters, gradients and two moments of 4 bytes, and 2 to compute with."""
-    config = small_config(precision="bf16", batch=BatchConfig(rows=2, micro=1), optim=OptimConfig(name="adamw"))
-    config.model = ModelConfig(target="tests.toy:build", vocab_size=64, width=512, layers=6)
+    config = small_config(precision="bf16", batch=BatchConfig(size=2, micro_size=1), optim=OptimConfig(name="adamw"))
+    config.model = ModelConfig(target="tests.toy:build", vocab_size=64, hidden_size=512, num_hidden_layers=6)
     ((built, trained),) = world.run(memory, 1, config)
     assert built <= trained
     assert built < 18 * 1.1, f"{built:.1f} bytes a parameter"
@@ -235,12 +235,14 @@ def test_building_takes_no_more_memory_than_training() -> None:
 
 def spiked() -> tuple[list[float], list[bool], list[float]]:
     """Loss scales of fp16 steps: an ordinary one, one above a ceiling, one without labels, one that overflows."""
-    config = small_config(precision="fp16", batch=BatchConfig(rows=8))
+    config = small_config(precision="fp16", batch=BatchConfig(size=8))
     mesh = mesh_over_default_group(Layout(), torch.device("cpu"), 60.0)
     engine = cut(config, mesh, batch_plan(config, Layout()))
     engine.load_state({"step": 0.0, "loss_scale": 1024.0})
     scales, skipped, counts = [], [], []
-    for number, said in enumerate((Said(), Said(loss_ceiling=1e-3), Said(norm_ceiling=1e-6), Said(), Said()), 1):
+    for number, said in enumerate(
+        (StepFlags(), StepFlags(loss_ceiling=1e-3), StepFlags(norm_ceiling=1e-6), StepFlags(), StepFlags()), 1
+    ):
         rows = global_rows(config, number)
         if number == 4:
             rows.labels.fill_(-100)

@@ -24,7 +24,7 @@ WRONG = {
 def config_with(layers: str, layout: Layout, sequence: bool = False) -> Config:
     config = config_of(layout, "OfLayers", "fp32")
     config.model.args = {"layers": layers}
-    config.parallel.sequence = sequence
+    config.parallel.sequence_parallel = sequence
     return config
 
 
@@ -55,8 +55,8 @@ def test_with_shared_tokens_they_are_refused_too() -> None:
 def test_a_model_of_another_width_than_the_config_says_goes_through_a_pipeline(layout: Layout) -> None:
     config, alone = config_of(layout, "Wide", "fp32"), config_of(Layout(), "Wide", "fp32")
     for each in (config, alone):
-        each.model.args, each.model.layers = {"widths": [18, 10, 26, 18]}, 3
-    config.parallel.sequence = layout.tp > 1
+        each.model.args, each.model.num_hidden_layers = {"widths": [18, 10, 26, 18]}, 3
+    config.parallel.sequence_parallel = layout.tp > 1
     results = world.run(train, layout.world, config, "fsdp", 4)
     expected = one_process(alone, 4)
     assert_same(results[0][0], expected, assemble([shards for _, shards in results]), 1e-4)

@@ -7,7 +7,7 @@ import json
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from stoker.trainer.metrics import read
+from stoker.trainer.report.metrics import read
 from tests import world
 from tests.launch.runs import overrides, write_text
 
@@ -48,7 +48,7 @@ def trained(words: list[list[str]]) -> tuple[list[tuple[str, str]], str]:
 
 def words(folder: Path, name: str, data: Path, *more: str) -> list[str]:
     return overrides(
-        folder / name, data, "data=chat", "seq_len=64", "batch.rows=2", "batch.micro=1", "steps=8", "parallel.zero=0",
+        folder / name, data, "data=chat", "seq_len=64", "batch.size=2", "batch.micro_size=1", "steps=8", "parallel.zero=0",
         f"data.cache={folder / 'cache' / name}", "log.progress=plain", *more,
     )  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_masked_batches_take_no_update_are_counted_and_do_not_complete_a_run(tmp
             words(tmp_path, "none", none, "data.packing=padded"),
             words(tmp_path, "limit", none, "data.packing=padded", "nonfinite.limit=3"),
             words(tmp_path, "few", few, "data.packing=padded", "steps=12"),
-            words(tmp_path, "evaluated", none, "data.packing=padded", "eval.rows=4", "data.validation=0.4"),
+            words(tmp_path, "evaluated", none, "data.packing=padded", "eval.sequences=4", "data.validation=0.4"),
         ],
     )
     why = "without a label to learn (prompts longer than seq_len=64, or no turn that is learned?)"
@@ -88,7 +88,7 @@ def test_masked_batches_take_no_update_are_counted_and_do_not_complete_a_run(tmp
 def test_a_model_that_no_gradient_reaches_fails_and_a_part_of_one_is_named(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text")
     models = "model.target=tests.parallel.odd_models:"
-    data = ["data=text", "batch.rows=4", "steps=3"]
+    data = ["data=text", "batch.size=4", "steps=3"]
     (((zeroed, deaf), shown),) = world.run(
         trained,
         1,
