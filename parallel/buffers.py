@@ -69,7 +69,7 @@ class Buffers:
         self._saved = {name: self._value(name).clone() for name in self._live}
         self._next: dict[str, Tensor] = {}
 
-    def agree(self) -> Tensor:
+    def take_first(self) -> Tensor:
         """Take the first rank's values, for `settle`. A collective. Returns 1 where they are not this rank's, else 0.
 
         float64 scalar on the device.

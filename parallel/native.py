@@ -88,7 +88,7 @@ class NativeEngine:
                 loss_scale=self._scale(),
                 nominal_tokens=self._nominal_tokens,
                 grad_clip_norm=self._clip_norm,
-                unequal_buffers=self._buffers.reduce_step(),
+                unequal_buffers=self._buffers.take_first(),
             )
             self._optimizer.step(gradients, lr, verdict.gradient_divisor, verdict.found_inf)
             self._buffers.settle(verdict.found_inf)

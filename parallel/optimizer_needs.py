@@ -83,22 +83,6 @@ def undeclared(config: Config, layout: Layout) -> str | None:
     )
 
 
-def refused_optimizer(start: Start) -> str | None:
-    """The entry of `stoker.parallel.refusals`."""
-    layout = start.layout
-    if layout is None:
-        return None
-    if start.config.optim.needs is not None and start.config.optim.target is None:
-        return (
-            f"optim.needs={start.config.optim.needs} with optim.name={start.config.optim.name}: it is known what that "
-            "needs; optim.needs is for optim.target"
-        )
-    try:
-        return undeclared(start.config, layout)
-    except ValueError as error:
-        return str(error)
-
-
 def _divided(layout: Layout, needs: str | None) -> list[str]:
     """The keys by which `layout` divides what an optimizer that `needs` this sees; None: that may need anything."""
     if needs == ELEMENTWISE:
@@ -128,3 +112,29 @@ def _is_known_elementwise(kind: type) -> bool:
         kind.__module__.startswith(f"{package}.") and kind.__name__ in names
         for package, names in _KNOWN_ELEMENTWISE.items()
     )
+
+
+def _refused(start: Start) -> str | None:
+    layout = start.layout
+    if layout is None:
+        return None
+    if start.config.optim.needs is not None and start.config.optim.target is None:
+        return (
+            f"optim.needs={start.config.optim.needs} with optim.name={start.config.optim.name}: it is known what that "
+            "needs; optim.needs is for optim.target"
+        )
+    try:
+        return undeclared(start.config, layout)
+    except ValueError as error:
+        return str(error)
+
+
+ENTRIES = (
+    (
+        "optimizer",
+        "an optim.target that declares nothing, or needs norms or matrices, where ZeRO, DeepSpeed or parallel.tp divides "
+        "parameters; one that declares nothing under parallel.pp; optim.needs without optim.target",
+        "the optimizer of a rank sees only what the rank holds",
+        _refused,
+    ),
+)

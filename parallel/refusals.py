@@ -15,7 +15,7 @@ from stoker.conf.limits import LIMITS, ZERO_BUBBLE
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.parallel.deepspeed_engine.refused import ENTRIES as OF_DEEPSPEED
-from stoker.parallel.optimizer_needs import refused_optimizer
+from stoker.parallel.optimizer_needs import ENTRIES as OF_OPTIMIZERS
 from stoker.parallel.start import Start
 from stoker.parallel.streaming_refused import ENTRIES as OF_LANES
 from stoker.parallel.suggestions import around, divisors, either, multiples_around
@@ -230,14 +230,6 @@ def _interleaved_rounds(start: Start) -> str | None:
     )
 
 
-_refuses(
-    "optimizer",
-    "an optim.target that declares nothing, or needs norms or matrices, where ZeRO, DeepSpeed or parallel.tp divides "
-    "parameters; one that declares nothing under parallel.pp; optim.needs without optim.target",
-    "the optimizer of a rank sees only what the rank holds",
-)(refused_optimizer)
-
-
 @_refuses("GPUs", "more ranks than GPUs when they compute on GPUs", "NCCL wants a GPU for each rank")
 def _gpus(start: Start) -> str | None:
     if not start.cuda or start.world <= start.gpus:
@@ -377,7 +369,7 @@ def _faults(start: Start) -> str | None:
     return None
 
 
-REFUSALS.extend(Refusal(*entry) for entry in (*OF_DEEPSPEED, *OF_LANES))
+REFUSALS.extend(Refusal(*entry) for entry in (*OF_DEEPSPEED, *OF_LANES, *OF_OPTIMIZERS))
 
 
 def refuse(config: Config, world: int, gpus: int) -> None:

@@ -37,7 +37,7 @@ class Entry:
     replicas: int = 1
     partial: tuple[str, ...] = ()  # groups of the mesh over which its gradient is still to be summed after backward
     trainable: bool = True
-    inside: bool = False  # used between `CopyToTensorParallel` and `RowLinear` only, where each tensor-parallel rank has its channels
+    inside: bool = False  # used in tensor-parallel regions only, where each rank has its own channels
     role: Role = Role.MATRIX
     initial: Normal | Constant | None = None  # None: `rebuild_buffers` of the model sets it
     dtype: torch.dtype = torch.float32  # as it is stored; what computes in fewer bits are copies

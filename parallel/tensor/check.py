@@ -52,8 +52,8 @@ def _check_side(name: str, registry: Registry, inside: bool) -> None:
     if inside and not entry.inside:
         raise ValueError(
             f"{name} is used inside a tensor-parallel region, where each rank has its own channels only, and its "
-            f"gradient is not summed over them: make its layer one of {LAYERS}, or mix in `ReplicatedInTensorParallel`;
-            " "parallel.tp=1 works"
+            f"gradient is not summed over them: make its layer one of {LAYERS}, or mix in ReplicatedInTensorParallel; "
+            "parallel.tp=1 works"
         )
     if entry.inside and not inside:
         raise ValueError(

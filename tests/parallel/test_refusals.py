@@ -154,11 +154,6 @@ TOGETHER = {
             "5 micro-batches do not split into rounds over parallel.pp=2: batch.micro_size=10 or 5 does",
         ),
     ],
-    "optimizer": [
-        (["optim.target=tests.parallel.optimizers:Lamb"], 2, 0, "parallel.zero=1 divides what it sees"),
-        (["optim.target=tests.parallel.optimizers:DeclaredLamb", "parallel.zero=2"], 2, 0, "parallel.zero=0 works"),
-        (["optim.needs=norms"], 2, 0, "optim.needs is for optim.target"),
-    ],
     "GPUs": [
         ([], 4, 1, "4 ranks on 1 GPU: launch.nproc=1 works, or launch.device=cpu"),
         (["launch.device=cuda"], 2, 0, "launch.device=cuda: there is no GPU here"),
@@ -248,6 +243,11 @@ TOGETHER = {
         ([*DEEPSPEED, "parallel.deepspeed={train_batch_size: 8}"], 2, 0, "batch.size"),
     ],
     **OF_STREAMS,
+    "optimizer": [
+        (["optim.target=tests.parallel.optimizers:Lamb"], 2, 0, "parallel.zero=1 divides what it sees"),
+        (["optim.target=tests.parallel.optimizers:DeclaredLamb", "parallel.zero=2"], 2, 0, "parallel.zero=0 works"),
+        (["optim.needs=norms"], 2, 0, "optim.needs is for optim.target"),
+    ],
 }
 
 

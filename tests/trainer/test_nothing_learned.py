@@ -48,7 +48,8 @@ def trained(words: list[list[str]]) -> tuple[list[tuple[str, str]], str]:
 
 def words(folder: Path, name: str, data: Path, *more: str) -> list[str]:
     return overrides(
-        folder / name, data, "data=chat", "seq_len=64", "batch.size=2", "batch.micro_size=1", "steps=8", "parallel.zero=0",
+        folder / name, data, "data=chat", "seq_len=64", "batch.size=2", "batch.micro_size=1", "steps=8",
+        "parallel.zero=0",
         f"data.cache={folder / 'cache' / name}", "log.progress=plain", *more,
     )  # fmt: skip
 
