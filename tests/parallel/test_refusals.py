@@ -14,6 +14,7 @@ from stoker.conf.values import ConfigError
 from stoker.parallel.layout import batch_plan, layout_of
 from stoker.parallel.refusals import REFUSALS, Start, refuse, table_markdown
 from stoker.parallel.suggestions import around, divisors, either, multiples_around
+from tests.parallel.optimizers import OF_OPTIMIZERS
 from tests.parallel.refused_alone import BEYOND
 from tests.parallel.refused_streaming import OF_STREAMS, STREAMS
 
@@ -243,11 +244,7 @@ TOGETHER = {
         ([*DEEPSPEED, "parallel.deepspeed={train_batch_size: 8}"], 2, 0, "batch.size"),
     ],
     **OF_STREAMS,
-    "optimizer": [
-        (["optim.target=tests.parallel.optimizers:Lamb"], 2, 0, "parallel.zero=1 divides what it sees"),
-        (["optim.target=tests.parallel.optimizers:DeclaredLamb", "parallel.zero=2"], 2, 0, "parallel.zero=0 works"),
-        (["optim.needs=norms"], 2, 0, "optim.needs is for optim.target"),
-    ],
+    **OF_OPTIMIZERS,
 }
 
 
