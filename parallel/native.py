@@ -18,6 +18,7 @@ from torch.profiler import record_function
 from stoker.conf.schema import Config
 from stoker.parallel.batch import Batch
 from stoker.parallel.buffers import Buffers, fill_buffers
+from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.forward_backward import ForwardBackward, GradientAccumulation
 from stoker.parallel.layout import BatchPlan
 from stoker.parallel.loss_scale import LossScale
@@ -27,7 +28,7 @@ from stoker.parallel.optimizer import LocalOptimizer
 from stoker.parallel.optimizer_needs import undeclared
 from stoker.parallel.registry import LocalShard, Registry
 from stoker.parallel.replicated import ReplicatedStrategy
-from stoker.parallel.sharding import DTYPES, Precision, ShardingStrategy
+from stoker.parallel.sharding import Precision, ShardingStrategy
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.stages import stages_of
 from stoker.parallel.update import NO_FLAGS, StepFlags, StepResult, reduce_step
@@ -212,7 +213,7 @@ def build_native(
     problem = undeclared(config, mesh.layout)
     if problem is not None:
         raise ValueError(problem)
-    dtype = DTYPES[config.precision]
+    dtype = PRECISIONS[config.precision]
     weights = []
     for stage, modules in zip(stages, full, strict=True):
         weights.append(_store(config, mesh, plan, registry, stage, Precision(dtype, modules)))

@@ -132,8 +132,8 @@ def _refused(start: Start) -> str | None:
 ENTRIES = (
     (
         "optimizer",
-        "an optim.target that declares nothing, or needs norms or matrices, where ZeRO, DeepSpeed or parallel.tp divide "
-        "parameters; one that declares nothing under parallel.pp; optim.needs without optim.target",
+        "an optim.target that declares nothing, or needs norms or matrices, where ZeRO, DeepSpeed or parallel.tp "
+        "divide parameters; one that declares nothing under parallel.pp; optim.needs without optim.target",
         "the optimizer of a rank sees only what the rank holds",
         _refused,
     ),

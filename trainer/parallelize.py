@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stoker.conf.schema import Config, ModelConfig
 from stoker.conf.targets import import_target
+from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.engine import Engine
 from stoker.parallel.fp32_modules import compute_in_fp32
 from stoker.parallel.initialize import initialize
@@ -27,7 +28,6 @@ from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import ParallelizableModel, Part, whole_model
 from stoker.parallel.native import build_native
 from stoker.parallel.registry import Registry
-from stoker.parallel.sharding import DTYPES
 from stoker.parallel.stages import costs_of, parts, stages_of
 from stoker.parallel.tensor import enable_async_tensor_parallelism, parallelize_tensors
 from stoker.parallel.trial import Trial
@@ -61,7 +61,7 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
     numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
     stages = [build_on_meta(config.model, every[n]) for n in numbers] if mesh.layout.pp > 1 else [whole]
     trial = Trial(plan.micro_rows, config.seq_len, bool(config.data.document_mask))
-    dtype = DTYPES[config.precision]
+    dtype = PRECISIONS[config.precision]
     activations = whole_registry = trial.activations(every, functools.partial(build_on_meta, config.model), dtype)
     registry = _cut_tensors(config, mesh, stages)
     if mesh.group("tp") is not None:

@@ -15,6 +15,7 @@ from stoker.conf.schema import BatchConfig, Config, ModelConfig, ParallelConfig
 from stoker.conf.targets import import_target
 from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.buffers import fill_buffers
+from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import BatchPlan, batch_plan, layout_of
 from stoker.parallel.mesh import Mesh, mesh_over_default_group
@@ -23,7 +24,7 @@ from stoker.parallel.pipeline import PipelineSchedule, Stage
 from stoker.parallel.registry import Registry, whole_registry
 from stoker.parallel.replicated import ReplicatedStrategy
 from stoker.parallel.sharded import ShardedStrategy
-from stoker.parallel.sharding import DTYPES, Precision, ShardingStrategy
+from stoker.parallel.sharding import Precision, ShardingStrategy
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.stages import costs_of, parts, stages_of
 from stoker.parallel.trial import Trial
@@ -118,13 +119,13 @@ class Pipeline:
             self.registries.append(registry)
         trial = Trial(self.plan.micro_rows, config.seq_len, bool(config.data.document_mask))
         build_part = functools.partial(build_on_meta, config)
-        activations = trial.activations(every, build_part, DTYPES[config.precision])
+        activations = trial.activations(every, build_part, PRECISIONS[config.precision])
         self.passes = PipelineSchedule(
             self.mesh, self.plan, self.stages, config.parallel.schedule, config.data.document_mask, activations
         )
 
     def store(self, model: nn.Module) -> ShardingStrategy:
-        precision, layout = Precision(DTYPES[self.config.precision]), self.mesh.layout
+        precision, layout = Precision(PRECISIONS[self.config.precision]), self.mesh.layout
         if layout.dp_shard == 1:
             return ReplicatedStrategy(model, self.mesh.device, precision, self.mesh.group("dp_replicate"))
         return ShardedStrategy(model, self.mesh, precision, layout.zero)
