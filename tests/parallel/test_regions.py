@@ -17,7 +17,7 @@ WRONG = {
     "never entered": "used inside a tensor-parallel region",
     "norm inside": "layers.1.inside.weight is used inside a tensor-parallel region",
     "entered twice": "and never left, or entered twice",
-    "not summed": "layers.1.inner.weight is cut over tensor-parallel ranks, but what it computes is used without",
+    "not summed": "is cut over tensor-parallel ranks, but what it computes is used without being summed",
 }
 
 
