@@ -44,7 +44,7 @@ from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import batch_plan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import whole_model
-from stoker.parallel.optimizer import is_decayed
+from stoker.parallel.optimizer import DECAYED
 from stoker.parallel.registry import LocalShard, whole_registry
 from stoker.parallel.shards import PARAMETER, whole
 from stoker.trainer.runtime.process import keep_freed_memory
@@ -105,8 +105,9 @@ class Script:
         for name, parameter in named.items():
             held = LocalShard((whole(tuple(parameter.shape)),))
             initialize(registry.shards(name, PARAMETER, held, parameter.detach()), model.initial, config.run.seed)
-        decayed = [p for n, p in named.items() if is_decayed(n, tuple(p.shape))]
-        others = [p for n, p in named.items() if not is_decayed(n, tuple(p.shape))]
+        roles = registry.roles()
+        decayed = [p for n, p in named.items() if roles[n] in DECAYED]
+        others = [p for n, p in named.items() if roles[n] not in DECAYED]
         groups = [
             {"params": decayed, "weight_decay": config.optim.weight_decay},
             {"params": others, "weight_decay": 0.0},

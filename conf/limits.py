@@ -134,6 +134,7 @@ LIMITS = (
     _at_least("data.workers", 0, "it counts processes"),
     _at_least("data.prefetch", 1, "the batch in use is read ahead too"),
     _choice("optim.name", "adamw", "sgd"),
+    _choice("optim.needs", "elementwise", "norms", "matrix"),
     _above_zero("optim.lr", "an update must go downhill"),
     _at_least("optim.weight_decay", 0, "weights would grow"),
     Limit(

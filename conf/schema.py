@@ -158,6 +158,7 @@ class DataConfig:
 class OptimConfig:
     name: str = maths("adamw")  # adamw | sgd
     target: str | None = maths()  # import path pkg.mod:function of a user's own torch optimizer
+    needs: str | None = free()  # optim.target: elementwise | norms | matrix, what it must see; default: as it declares
     lr: float = maths(1e-3)  # peak learning rate
     weight_decay: float = maths(0.1)  # decoupled: share of lr x weight taken off per step
     betas: list[float] = maths([0.9, 0.95])  # adamw: decay per step of the two moments
@@ -198,7 +199,7 @@ class EvalConfig:
 @dataclass
 class NonfiniteConfig:
     action: str = maths("skip")  # of a bad step: skip (leave its update out) | rollback (and train without it) | stop
-    limit: int = free(10)  # the run ends after so many bad steps in a row (skip), or with one more rollback
+    limit: int = free(10)  # the run ends after so many bad (skip) or unlabelled steps in a row, or one more rollback
     spike: float | None = maths()  # bad too: above median + so many deviations (1.4826 MAD); default: only nan and inf
     window: int = maths(100)  # sound steps over which these are taken
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,11 @@ from stoker.data.opening import NoTokenizer
 from stoker.data.tokenizer import Tokenizer
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.models.generate import generate
+from stoker.parallel.buffers import fill_buffers
 from stoker.parallel.model import whole_model
+from stoker.parallel.registry import whole_registry
 from stoker.parallel.sharding import materialise
+from stoker.parallel.shards import BUFFER
 from stoker.trainer.assemble import with_vocabulary
 from stoker.trainer.parallelize import build_on_meta
 
@@ -93,18 +97,20 @@ def load_model(config: Config, checkpoint: Path) -> nn.Module:
     """
     model = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
     materialise(model, torch.device("cpu"))
-    model.rebuild_buffers()  # type: ignore[operator]
-    parameters = dict(model.named_parameters())
+    fill_buffers(model, whole_registry(model))
+    saved = model.state_dict(keep_vars=True)
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
     with torch.no_grad():
-        for name, value in read_tensors(checkpoint):
-            parameter = parameters.pop(name, None)
+        for name, value in itertools.chain(read_tensors(checkpoint), read_tensors(checkpoint, BUFFER)):
+            parameter = tensors.pop(name, None)
             if parameter is None or parameter.shape != value.shape:
                 ours = "has no such tensor" if parameter is None else f"has {tuple(parameter.shape)}"
                 problem = f"{name} has shape {tuple(value.shape)}, the model of the run's config {ours}"
                 raise CheckpointMismatch(f"{checkpoint} is not a checkpoint of this model: {problem}")
             parameter.copy_(value)
-    if parameters:
-        missing = ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in parameters.items())
+    if tensors:
+        missing = ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in tensors.items())
         raise CheckpointMismatch(f"{checkpoint} is not a checkpoint of this model: it lacks {missing}")
     return model.eval()
 

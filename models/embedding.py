@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stoker.parallel.model import Role
 from stoker.parallel.tensor.layers import VocabularyLayer
 from stoker.parallel.tensor.regions import leave
 
 
 class Embedding(VocabularyLayer):
     """`weight` is `[vocab, width]`. Int64 tokens of any shape give flat activations `[tokens, width]`."""
+
+    role = Role.EMBEDDING
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()

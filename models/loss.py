@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from stoker.parallel.batch import IGNORE_INDEX
+from stoker.parallel.model import Role
 from stoker.parallel.tensor.layers import Vocabulary, VocabularyLayer
-from stoker.parallel.tensor.regions import all_gather, enter
+from stoker.parallel.tensor.regions import LEAVES, all_gather, enter
 
 
 class Head(VocabularyLayer):
     """The output projection and the loss. `weight` is `[vocab, width]`; a tied model puts its embedding's there."""
+
+    role = Role.HEAD
 
     def __init__(self, weight: nn.Parameter, chunk: int) -> None:
         super().__init__()
@@ -80,6 +83,7 @@ class _SummedLoss(torch.autograd.Function):
                 grad_weight += grad_logits.T @ rows
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
+        ctx.border = None if vocabulary is None else LEAVES  # what the ranks compute is summed in here
         return total
 
     @staticmethod

@@ -31,7 +31,7 @@ class Engine(Protocol):
         ...
 
     def shards(self) -> list[Shard]:
-        """Every parameter and optimizer state tensor of this rank as live chunks of global tensors."""
+        """Parameters, persistent buffers and optimizer state of this rank, as live chunks of global tensors."""
         ...
 
     def shards_written(self) -> None:
@@ -43,6 +43,13 @@ class Engine(Protocol):
 
     def gradient_shards(self) -> list[Shard]:
         """Between `forward_backward` and `update`: the gradients of the summed loss of the global batch, as copies."""
+        ...
+
+    def without_gradient(self) -> list[str]:
+        """Between `forward_backward` and `update`: the trained parameters whose whole gradient is exactly zero.
+
+        A collective that waits for the device; equal on all ranks, sorted.
+        """
         ...
 
     def state(self) -> dict[str, float]:

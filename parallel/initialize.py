@@ -1,4 +1,7 @@
-"""Initial weights: a function of (seed, global name, row block), so that every layout starts from the same ones."""
+"""Initial weights: a function of (seed, global name, row block), so that every layout starts from the same ones.
+
+They are the same to the last bit on every processor too (`stoker.parallel.normal`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stoker.parallel.model import Constant, Normal
+from stoker.parallel.normal import normal
 from stoker.parallel.shards import PARAMETER, Chunk, Shard
 
 BLOCK_NUMEL = 1 << 18  # elements per row block: small enough that a rank makes little it does not need
@@ -43,6 +47,5 @@ def _fill(shard: Shard, rule: Normal | Constant, seed: int) -> None:
 
 
 def _block(shard: Shard, rule: Normal, seed: int, number: int, size: tuple[int, ...]) -> Tensor:
-    key = hashlib.blake2b(f"{seed}/{shard.name}/{number}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-    return torch.empty(size).normal_(0.0, rule.std, generator=generator)
+    digest = hashlib.blake2b(f"{seed}/{shard.name}/{number}".encode(), digest_size=16).digest()
+    return normal(math.prod(size), key=int.from_bytes(digest, "little")).view(size).mul_(rule.std)

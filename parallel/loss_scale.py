@@ -23,12 +23,17 @@ class LossScale:
         self.value = torch.full((), FIRST, device=device)
         self._updates = torch.zeros((), device=device)  # in a row, since the scale changed
 
-    def adjust(self, skipped: Tensor) -> None:
-        """After a step: `skipped` (fp32 scalar) is 1 where the update was left out, on all ranks alike."""
-        self._updates = torch.where(skipped > 0, 0.0, self._updates + 1)
+    def adjust(self, overflowed: Tensor, skipped: Tensor) -> None:
+        """After a step, of flags (fp32 scalars) that are equal on all ranks.
+
+        `skipped` is 1 where the update was left out, `overflowed` where that was as the scaled gradients did not fit.
+        What is left out for another reason (a spike, a batch without labels, a loss that is not finite) says nothing
+        about the scale.
+        """
+        self._updates = torch.where(overflowed > 0, 0.0, self._updates + (1 - skipped))
         grows = self._updates >= GROWS_AFTER
         self._updates = torch.where(grows, 0.0, self._updates)
-        factor = torch.where(skipped > 0, BACKOFF, torch.where(grows, GROWTH, 1.0))
+        factor = torch.where(overflowed > 0, BACKOFF, torch.where(grows, GROWTH, 1.0))
         self.value = (self.value * factor).clamp(min=FLOOR, max=torch.finfo(torch.float32).max)
 
     def state(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -39,6 +40,19 @@ class Constant:
     value: float
 
 
+class Role(enum.StrEnum):
+    """What a parameter is in its model, whatever its name: decides on weight decay and on update rules.
+
+    A module whose parameters of two or more dims are an embedding or a head has the attribute `role`; torch's own
+    `nn.Embedding` needs none. All else is a matrix, or a vector if it has fewer dims.
+    """
+
+    MATRIX = "matrix"  # two or more dims
+    VECTOR = "vector"  # norms, biases
+    EMBEDDING = "embedding"
+    HEAD = "head"
+
+
 class ParallelizableModel(Protocol):
     """What an engine asks of a model, besides being an `nn.Module` whose parameters carry global names."""
 
@@ -64,7 +78,11 @@ class ParallelizableModel(Protocol):
         ...
 
     def rebuild_buffers(self) -> None:
-        """Recompute non-persistent buffers on the module's device (they are garbage after `to_empty`)."""
+        """Give every buffer its first value, on the module's device: built on the meta device, they have none.
+
+        Called once, before a checkpoint is read. Persistent buffers are then part of it. A buffer that is left out
+        here is refused.
+        """
         ...
 
 

@@ -5,7 +5,10 @@ Under `parallel.engine=fsdp` the stores are our own, on torch alone; under `deep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -14,6 +17,7 @@ from torch.profiler import record_function
 
 from stoker.conf.schema import Config
 from stoker.parallel.batch import Batch
+from stoker.parallel.buffers import Buffers, fill_buffers
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.forward_backward import ForwardBackward, GradientAccumulation
 from stoker.parallel.layout import BatchPlan
@@ -21,6 +25,7 @@ from stoker.parallel.loss_scale import LossScale
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.mmap_offload import offloaded
 from stoker.parallel.optimizer import LocalOptimizer
+from stoker.parallel.optimizer_needs import undeclared
 from stoker.parallel.registry import LocalShard, Registry
 from stoker.parallel.replicated import ReplicatedStrategy
 from stoker.parallel.sharding import Precision, ShardingStrategy
@@ -39,8 +44,10 @@ class NativeEngine:
         passes: ForwardBackward,
         registry: Registry,
         weights: Sequence[ShardingStrategy],
+        buffers: Buffers,
     ) -> None:
         self._mesh, self._passes, self._registry, self._weights = mesh, passes, registry, weights
+        self._buffers = buffers
         self._clip_norm = config.grad_clip_norm
         self._nominal_tokens = config.batch.size * config.seq_len
         self._held: dict[str, LocalShard] = {}
@@ -48,10 +55,9 @@ class NativeEngine:
         for stage in weights:
             self._held |= stage.held
             self._tensors |= stage.tensors
-        shapes = {name: entry.shape for name, entry in registry.entries.items()}
         trained = {name: self._tensors[name] for name in registry.trainable()}
         with offloaded(config.parallel):
-            self._optimizer = LocalOptimizer(config.optim, trained, shapes)
+            self._optimizer = LocalOptimizer(config.optim, trained, registry.roles())
         self._loss_scale = LossScale(mesh.device) if config.precision == "fp16" else None
         self._one = torch.ones((), device=mesh.device)
         self._complete: dict[str, Tensor] | None = None  # gradients of this step after all sums, once asked for
@@ -83,17 +89,21 @@ class NativeEngine:
                 loss_scale=self._scale(),
                 nominal_tokens=self._nominal_tokens,
                 grad_clip_norm=self._clip_norm,
+                unequal_buffers=self._buffers.take_first(),
             )
             self._optimizer.step(gradients, lr, verdict.gradient_divisor, verdict.found_inf)
-            self.shards_written()
+            self._buffers.settle(verdict.found_inf)
+            self._renew()
             if self._loss_scale is not None:
-                self._loss_scale.adjust(verdict.found_inf)
+                self._loss_scale.adjust(verdict.overflowed, verdict.found_inf)
             self._loss_sum.zero_()
             self._tokens.zero_()
         return verdict.result
 
     def evaluate(self, rows: Batch) -> Tensor:
-        loss_sum = self._passes.evaluate(rows)
+        with _evaluating([stage.module for stage in self._weights]):
+            loss_sum = self._passes.evaluate(rows)
+        self._buffers.restore()
         if not self._reports:
             return torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
         return torch.stack([loss_sum, rows.valid_tokens().to(self._mesh.device).double()])
@@ -101,9 +111,21 @@ class NativeEngine:
     def shards(self) -> list[Shard]:
         tensors = [(name, PARAMETER, tensor) for name, tensor in self._tensors.items()]
         tensors += [(name, f"optim.{key}", state) for name, key, state in self._optimizer.tensors()]
-        return [shard for tensor in tensors for shard in self._described(*tensor)]
+        return [*(shard for tensor in tensors for shard in self._described(*tensor)), *self._buffers.shards()]
 
     def shards_written(self) -> None:
+        self._buffers.restore()
+        self._renew()
+
+    def without_gradient(self) -> list[str]:
+        zero = {name for name, gradient in self._gradients().items() if gradient.numel() and not gradient.any()}
+        suspects = set().union(*_gather_names(self._mesh, zero))
+        if not suspects:
+            return []
+        alive = {name for name, g in self._gradients().items() if name in suspects and g.numel() and g.any()}
+        return sorted(suspects.difference(*_gather_names(self._mesh, alive)))
+
+    def _renew(self) -> None:
         self._complete = None
         for stage in self._weights:
             stage.on_optimizer_step()
@@ -141,6 +163,23 @@ class NativeEngine:
         return list(self._registry.shards(name, kind, self._held[name], data))
 
 
+@contextmanager
+def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Modules in evaluation mode (dropout, batch norm), those that are in training mode afterwards again so."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _gather_names(mesh: Mesh, names: set[str]) -> list[list[str]]:
+    return [json.loads(text) for text in mesh.all_gather_text(json.dumps(sorted(names)))]
+
+
 def _sum_partial(mesh: Mesh, registry: Registry, gradients: dict[str, Tensor]) -> None:
     """Sum gradients that are partial over a group, in place: one all-reduce for each group."""
     by_group: dict[str, list[Tensor]] = {}
@@ -163,17 +202,22 @@ def build_native(
     stages: Sequence[nn.Module],
     full: Sequence[tuple[nn.Module, ...]],
     registry: Registry,
+    activations: Sequence[Tensor],
 ) -> NativeEngine:
     """The engine over `stages` (on the meta device), with memory for weights and optimizer but no values yet.
 
     Without a pipeline there is one stage, the whole model. `full` are those modules of each that compute in float32.
+    `activations` are like what each stage of the whole pipeline but the last gives to the next one, on the meta device.
+    Raises ValueError for an optimizer that cannot work on what a rank holds, and for buffers without values.
     """
+    problem = undeclared(config, mesh.layout)
+    if problem is not None:
+        raise ValueError(problem)
     dtype = PRECISIONS[config.precision]
-    precisions = [Precision(dtype, modules) for modules in full]
-    weights = [
-        _store(config, mesh, plan, registry, stage, precision)
-        for stage, precision in zip(stages, precisions, strict=True)
-    ]
+    weights = []
+    for stage, modules in zip(stages, full, strict=True):
+        weights.append(_store(config, mesh, plan, registry, stage, Precision(dtype, modules)))
+        fill_buffers(stage, registry)
     mask = bool(config.data.document_mask)
     passes: ForwardBackward
     if mesh.layout.pp == 1:
@@ -181,19 +225,17 @@ def build_native(
     else:
         from stoker.parallel.pipeline import PipelineSchedule, Stage  # a second of imports that only pipelines need
 
-        tokens = plan.micro_rows * config.seq_len
-        if config.parallel.sequence_parallel:
-            tokens //= mesh.layout.tp
         numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
         held = [Stage(number, stage.module, stage) for number, stage in zip(numbers, weights, strict=True)]
-        activation = torch.empty(tokens, config.model.hidden_size, dtype=dtype, device="meta")
-        passes = PipelineSchedule(mesh, plan, held, config.parallel.schedule, mask, activation)
-    return NativeEngine(config, mesh, passes, registry, weights)
+        passes = PipelineSchedule(mesh, plan, held, config.parallel.schedule, mask, activations)
+    return NativeEngine(config, mesh, passes, registry, weights, Buffers(mesh, registry, stages))
 
 
 def _store(
     config: Config, mesh: Mesh, plan: BatchPlan, registry: Registry, model: nn.Module, precision: Precision
 ) -> ShardingStrategy:
+    if config.parallel.engine == "deepspeed" and not any(p.requires_grad for p in model.parameters()):
+        return _frozen_store(config, mesh, model, precision)
     if config.parallel.engine == "deepspeed":
         from stoker.parallel.deepspeed_engine.strategy import (
             DeepSpeedStrategy,  # it imports DeepSpeed, which takes seconds
@@ -206,3 +248,11 @@ def _store(
     from stoker.parallel.sharded import ShardedStrategy  # half a second of imports that ZeRO 0 does not need
 
     return ShardedStrategy(model, mesh, precision, mesh.layout.zero, offload)
+
+
+def _frozen_store(config: Config, mesh: Mesh, model: nn.Module, precision: Precision) -> ShardingStrategy:
+    """Of a pipeline's stage that trains nothing: DeepSpeed makes no engine for it. All data-parallel ranks hold all."""
+    store = ReplicatedStrategy(model, mesh.device, precision, None, config.parallel.offload == "cpu")
+    dp_rank, dp = mesh.dp_rank, mesh.layout.dp
+    store.held = {name: replace(held, replica=dp_rank, replicas=dp) for name, held in store.held.items()}
+    return store

@@ -7,7 +7,7 @@ when `found_inf` is set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,44 +15,46 @@ from torch import Tensor, nn
 
 from stoker.conf.schema import OptimConfig
 from stoker.conf.targets import import_target
+from stoker.parallel.model import Role
 
-
-def is_decayed(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether weight decay applies by default: to matrices, not to norms, biases and embeddings."""
-    return len(shape) > 1 and "embed" not in name
+DECAYED = (Role.MATRIX, Role.HEAD)  # by default: not vectors (norms, biases) and embeddings
+_DECOUPLED = "decoupled_decay"  # of a group: the share of lr x weight that `LocalOptimizer` itself takes off per step
 
 
 class LocalOptimizer:
     """An optimizer over this rank's part of every parameter, its state made before the first step.
 
-    `tensors` are the float32 local parts by global name, updated in place; a part may be empty. `shapes` are the
-    global shapes, which decide on weight decay.
+    `tensors` are the float32 local parts by global name, updated in place; a part may be empty. `roles` decide on
+    weight decay.
     """
 
-    def __init__(self, config: OptimConfig, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, config: OptimConfig, tensors: dict[str, Tensor], roles: Mapping[str, Role]) -> None:
         self._parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items() if tensor.numel()}
-        decayed = [n for n in self._parameters if config.decay_all or is_decayed(n, shapes[n])]
+        decayed = [n for n in self._parameters if config.decay_all or roles[n] in DECAYED]
         others = [n for n in self._parameters if n not in set(decayed)]
+        # torch's SGD has no decoupled decay: what it calls weight decay goes through the velocity.
+        own = config.target is None and config.name == "sgd"
         groups = [
-            {"params": [self._parameters[n] for n in names], "weight_decay": decay}
+            {"params": [self._parameters[n] for n in names]}
+            | ({"weight_decay": 0.0, _DECOUPLED: decay} if own else {"weight_decay": decay})
             for names, decay in ((decayed, config.weight_decay), (others, 0.0))
             if names
         ]
         self._optimizer = _builder(config)(groups) if groups else None
         self._device = next(iter(self._parameters.values())).device if groups else torch.device("cpu")
-        self._make_state()
+        self._make_state(config.lr)
 
-    def _make_state(self) -> None:
+    def _make_state(self, lr: float) -> None:
         """Let the optimizer create its state now: memory is known before step 1, and a checkpoint can be read into it.
 
-        A step of zero gradients on zero parameters at learning rate zero leaves every moment at zero. The parameters
-        are filled afterwards.
+        A step of zero gradients on zero parameters leaves every moment at zero. The parameters are filled afterwards;
+        while they are zero they are their own gradients too, so that building takes no memory that training does not.
         """
         with torch.no_grad():
             for parameter in self._parameters.values():
                 parameter.zero_()
-        zeros = {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
-        self.step(zeros, 0.0, torch.ones((), device=self._device), torch.zeros((), device=self._device))
+        zeros = {name: parameter.detach() for name, parameter in self._parameters.items()}
+        self.step(zeros, lr, torch.ones((), device=self._device), torch.zeros((), device=self._device))
         self.load_scalars(dict.fromkeys(self.scalars(), 0.0))
 
     def step(self, gradients: dict[str, Tensor], lr: float, divisor: Tensor, found_inf: Tensor) -> None:
@@ -62,9 +64,12 @@ class LocalOptimizer:
             return
         for name, parameter in self._parameters.items():
             parameter.grad = gradients[name]
+        divisor, found_inf = divisor.to(self._device), found_inf.to(self._device)  # waits if it is offloaded
         for group in optimizer.param_groups:
             group["lr"] = lr
-        divisor, found_inf = divisor.to(self._device), found_inf.to(self._device)  # waits if it is offloaded
+            if decay := group.get(_DECOUPLED):  # as AdamW: before the update, and not at all if that is left out
+                with torch.no_grad():
+                    torch._foreach_mul_(group["params"], 1.0 - lr * decay * (1.0 - found_inf))
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.grad_scale, optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]
             optimizer.step()

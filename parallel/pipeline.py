@@ -46,8 +46,8 @@ class Stage:
 class PipelineSchedule:
     """`stoker.parallel.forward_backward.ForwardBackward` of a rank that holds `stages`, in the order of the pipeline.
 
-    `activation` is a tensor on the meta device like those that go from stage to stage: `[tokens of a micro-batch,
-    width]` in the compute dtype, fewer tokens where tensor-parallel ranks share them.
+    `activations` are tensors on the meta device like those that a micro-batch's stages give, one for each of the whole
+    pipeline but the last: `[tokens, ...]`, fewer tokens where tensor-parallel ranks share them.
     """
 
     def __init__(
@@ -57,23 +57,33 @@ class PipelineSchedule:
         stages: Sequence[Stage],
         schedule: str,
         document_mask: bool,
-        activation: Tensor,
+        activations: Sequence[Tensor],
     ) -> None:
         group = mesh.group("pp")
         assert group is not None and (len(stages) == 1 or schedule == "interleaved")
         self._device, self._document_mask = mesh.device, document_mask
-        self._plan, self._stages, self._activation = plan, stages, activation
+        self._plan, self._stages = plan, stages
         self._group, self._at, self._size = group, mesh.coordinate.pp, mesh.layout.pp
         self._count = self._size * len(stages)
+        assert len(activations) == self._count - 1
+        # What a stage takes and gives: None for the first, which takes tokens, and the last, which gives the loss.
+        self._takes: Sequence[Tensor | None] = [None, *activations]
+        gives: Sequence[Tensor | None] = [*activations, None]
         self._factor = torch.ones((), device=mesh.device)
         self._total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-        self._forwards = {
-            stage.number: _Forward(stage.model, None if stage.number == self._count - 1 else activation)
-            for stage in stages
-        }
+        self._forwards = {stage.number: _Forward(stage.model, stage.number, gives[stage.number]) for stage in stages}
         self._outbox = Outbox(self._size) if schedule == "interleaved" else None
         held = [
-            _TorchStage(self._forwards[stage.number], stage, self._count, mesh.device, group, activation, self._outbox)
+            _TorchStage(
+                self._forwards[stage.number],
+                stage,
+                self._count,
+                mesh.device,
+                group,
+                self._takes[stage.number],
+                gives[stage.number],
+                self._outbox,
+            )
             for stage in stages
         ]
         self._schedule: Any = SCHEDULES[schedule](
@@ -116,8 +126,9 @@ class PipelineSchedule:
                         transfers.append(self._transfer(dist.isend, output, self._at + 1))
                 received = None
                 following = ring.work(tick + 1)
-                if following and following[0] > 0:
-                    received = torch.empty_like(self._activation, device=self._device)
+                taken = self._takes[following[0]] if following else None
+                if taken is not None:
+                    received = torch.empty_like(taken, device=self._device)
                     transfers.append(self._transfer(dist.irecv, received, self._at - 1))
                 for work_in_flight in dist.batch_isend_irecv(transfers) if transfers else ():
                     work_in_flight.wait()
@@ -192,21 +203,21 @@ class _TorchStage(PipelineStage):
         count: int,
         device: torch.device,
         group: dist.ProcessGroup,
-        activation: Tensor,
+        takes: Tensor | None,
+        gives: Tensor | None,
         outbox: Outbox | None,
     ) -> None:
-        first, last = stage.number == 0, stage.number == count - 1
-        activation = activation.detach().requires_grad_()
+        loss = torch.empty((), device="meta")
         super().__init__(
             forward,
             stage.number,
             count,
             device,
-            input_args=() if first else activation,
-            output_args=torch.empty((), device="meta", requires_grad=True) if last else activation,
+            input_args=() if takes is None else takes.detach().requires_grad_(),
+            output_args=(loss if gives is None else gives).detach().requires_grad_(),
             group=group,
         )
-        self._weights, self._activation, self._outbox = stage.weights, activation, outbox
+        self._weights, self._takes, self._gives, self._outbox = stage.weights, takes, gives, outbox
 
     def backward_maybe_with_nosync(
         self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
@@ -219,11 +230,11 @@ class _TorchStage(PipelineStage):
         return result
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        self._allocate(self.args_recv_info[fwd_chunk_id])
+        self._allocate(self.args_recv_info[fwd_chunk_id], self._takes)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        self._allocate(self.grad_recv_info[bwd_chunk_id])
+        self._allocate(self.grad_recv_info[bwd_chunk_id], self._gives)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
@@ -257,9 +268,10 @@ class _TorchStage(PipelineStage):
         self._released((), infos)
         return infos
 
-    def _allocate(self, infos: tuple) -> None:
+    def _allocate(self, infos: tuple, like: Tensor | None) -> None:
         for info in infos:
-            info.buffer = torch.empty_like(self._activation, device=self.device, requires_grad=False)
+            assert like is not None
+            info.buffer = torch.empty_like(like, device=self.device, requires_grad=False)
 
     @staticmethod
     def _released(tensors: tuple[Tensor, ...], infos: tuple) -> tuple[Tensor, ...]:
@@ -271,13 +283,13 @@ class _TorchStage(PipelineStage):
 class _Forward(nn.Module):
     """A model as torch's pipeline calls it. It holds the model, but not as a child: see the head of this file.
 
-    What it gives must be like `activation`; None where it ends in the loss.
+    What stage `number` gives must be like `gives`; None where it ends in the loss.
     """
 
-    def __init__(self, model: nn.Module, activation: Tensor | None) -> None:
+    def __init__(self, model: nn.Module, number: int, gives: Tensor | None) -> None:
         super().__init__()
-        self._models = (model,)
-        self._expected = None if activation is None else (activation.shape, activation.dtype)
+        self._models, self._number = (model,), number
+        self._expected = None if gives is None else (tuple(gives.shape), gives.dtype)
 
     def forward(self, *received: Tensor, **inputs: Tensor) -> Tensor:
         with record_function("stoker.forward"):
@@ -292,9 +304,12 @@ class _Forward(nn.Module):
         documents: Tensor | None = None,
     ) -> Tensor:
         output = self._models[0](tokens if received is None else received, positions, documents, labels)
-        found = (output.shape, output.dtype)
+        found = (tuple(output.shape), output.dtype)
         if self._expected not in (None, found):  # the next stage would wait for another number of bytes
-            raise ValueError(f"a part of the model gave activations {found}, not {self._expected}")
+            raise ValueError(
+                f"pipeline stage {self._number} gave activations {found}, but {self._expected} on the meta device: "
+                "their shape and dtype may not depend on values or on the device"
+            )
         return output
 
 

@@ -15,6 +15,7 @@ from stoker.conf.limits import LIMITS, ZERO_BUBBLE
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.parallel.deepspeed_engine.refused import ENTRIES as OF_DEEPSPEED
+from stoker.parallel.optimizer_needs import ENTRIES as OF_OPTIMIZERS
 from stoker.parallel.rope_refused import ENTRIES as OF_ROPE
 from stoker.parallel.start import Start
 from stoker.parallel.streaming_refused import ENTRIES as OF_LANES
@@ -357,7 +358,7 @@ def _faults(start: Start) -> str | None:
     return None
 
 
-REFUSALS.extend(Refusal(*entry) for entry in (*OF_DEEPSPEED, *OF_LANES, *OF_ROPE))
+REFUSALS.extend(Refusal(*entry) for entry in (*OF_DEEPSPEED, *OF_LANES, *OF_ROPE, *OF_OPTIMIZERS))
 
 
 def refuse(config: Config, world: int, gpus: int) -> None:

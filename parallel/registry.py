@@ -1,4 +1,4 @@
-"""The registry: for each parameter its global shape and where this rank's tensor lies in it.
+"""The registry: for each parameter and buffer its record, and where this rank's tensor lies in the global one.
 
 Attributes on parameters do not survive `to_empty` and `fully_shard`, and one cut cannot describe a fused or padded
 tensor, so this knowledge lives beside the model, keyed by global name.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stoker.parallel.model import Constant, Normal, Role
 from stoker.parallel.shards import Chunk, Shard, whole
 
 
@@ -26,7 +28,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: global shape, the pieces this rank's module holds, and who else holds the same."""
+    """The record of one parameter or buffer: its global shape, the pieces this rank's module holds, and what it is."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,6 +37,12 @@ class Entry:
     replicas: int = 1
     partial: tuple[str, ...] = ()  # groups of the mesh over which its gradient is still to be summed after backward
     trainable: bool = True
+    inside: bool = False  # used in tensor-parallel regions only, where each rank has its own channels
+    role: Role = Role.MATRIX
+    initial: Normal | Constant | None = None  # None: `rebuild_buffers` of the model sets it
+    dtype: torch.dtype = torch.float32  # as it is stored; what computes in fewer bits are copies
+    buffer: bool = False
+    saved: bool = True  # in checkpoints; not so only of buffers that are not persistent
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,15 @@ class Registry:
     def trainable(self) -> list[str]:
         return [entry.name for entry in self.entries.values() if entry.trainable]
 
+    def roles(self) -> dict[str, Role]:
+        return {entry.name: entry.role for entry in self.entries.values()}
+
+    def initial(self, name: str) -> Normal | Constant:
+        """How the parameter of this global name starts."""
+        rule = self.entries[name].initial
+        assert rule is not None, f"{name} is a buffer, or of a model without `initial`"
+        return rule
+
     def counted(self, name: str, held: LocalShard) -> bool:
         """Whether this rank counts its part of the parameter in sums over all ranks: of its replicas one does.
 
@@ -100,18 +117,41 @@ class Registry:
                 yield Shard(name, kind, entry.shape, Chunk(offset, part.sizes), view, replica, replicas)
 
 
-def whole_entry(name: str, parameter: nn.Parameter) -> Entry:
-    """The entry of a parameter that this rank's module holds whole.
+def entries_of(model: nn.Module) -> list[Entry]:
+    """The entries of a model that this rank holds whole: its parameters, tied ones once, then its buffers.
 
-    Raises ValueError for another dtype than float32: what computes in fewer bits are copies.
+    Raises ValueError for parameters of another dtype than float32: what computes in fewer bits are copies.
     """
-    if parameter.dtype != torch.float32:
-        raise ValueError(f"parameter {name} is {parameter.dtype}: build models in float32, `precision` does the rest")
-    shape = tuple(parameter.shape)
+    initial = getattr(model, "initial", None)
+    roles: dict[nn.Parameter, Role] = {}
+    for module in model.modules():
+        role = Role.EMBEDDING if isinstance(module, nn.Embedding) else getattr(module, "role", None)
+        for parameter in module.parameters(recurse=False):
+            if isinstance(role, Role) and parameter.dim() > 1:
+                roles.setdefault(parameter, role)  # tied: of the module that comes first
+    entries = []
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ValueError(
+                f"parameter {name} is {parameter.dtype}: build models in float32, `precision` does the rest"
+            )
+        role = roles.get(parameter, Role.MATRIX if parameter.dim() > 1 else Role.VECTOR)
+        rule = None if initial is None else initial(name)
+        entries.append(_whole(name, parameter, trainable=parameter.requires_grad, role=role, initial=rule))
+    saved = model.state_dict(keep_vars=True)
+    entries += [
+        _whole(name, buffer, trainable=False, role=Role.VECTOR, dtype=buffer.dtype, buffer=True, saved=name in saved)
+        for name, buffer in model.named_buffers()
+    ]
+    return entries
+
+
+def _whole(name: str, tensor: Tensor, **record: Any) -> Entry:
+    shape = tuple(tensor.shape)
     box = whole(shape)
-    return Entry(name, shape, (Piece(box, box),), trainable=parameter.requires_grad)
+    return Entry(name, shape, (Piece(box, box),), **record)
 
 
 def whole_registry(model: nn.Module) -> Registry:
-    """The registry of a model that no tensor parallelism has cut: every tensor is whole. Tied tensors stand once."""
-    return Registry(whole_entry(name, parameter) for name, parameter in model.named_parameters())
+    """The registry of a model that no tensor parallelism has cut: every tensor is whole."""
+    return Registry(entries_of(model))

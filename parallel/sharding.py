@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -56,12 +57,33 @@ def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:
-    """Give real, uninitialised memory to parameters and buffers that are still on the meta device."""
+    """Give memory to parameters and buffers that are still on the meta device, and move other buffers to `device`.
+
+    Parameters are uninitialised. Buffers hold the value by which `is_untouched` knows them.
+    """
     replace_parameters(
         module,
         lambda _, old: nn.Parameter(torch.empty_like(old, device=device), old.requires_grad) if old.is_meta else old,
     )
+    made: dict[Tensor, Tensor] = {}  # shared ones stay shared
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
-            if buffer.is_meta:
-                setattr(part, name, torch.empty_like(buffer, device=device))
+            if buffer.is_meta and buffer not in made:
+                made[buffer] = torch.full_like(buffer, _untouched(buffer.dtype), device=device)
+            setattr(part, name, made[buffer] if buffer in made else buffer.to(device))
+
+
+def is_untouched(buffer: Tensor) -> bool:
+    """Whether `buffer` holds nothing but what `materialise` filled it with."""
+    value = _untouched(buffer.dtype)
+    same = buffer.isnan() if isinstance(value, float) else buffer == value
+    return buffer.numel() > 0 and bool(same.all())
+
+
+def _untouched(dtype: torch.dtype) -> float | int | bool:
+    if dtype.is_floating_point or dtype.is_complex:
+        return math.nan
+    if dtype == torch.bool:
+        return True
+    limits = torch.iinfo(dtype)
+    return limits.max if limits.min == 0 else limits.min

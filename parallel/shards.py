@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 PARAMETER = "param"  # the kind of the fp32 parameters; optimizer state is "optim.<key>", e.g. "optim.exp_avg"
+BUFFER = "buffer"  # the kind of persistent buffers
 GRADIENT = "grad"  # of the summed loss of the global batch; never in a checkpoint of a run
 
 
@@ -91,7 +92,7 @@ class Shard:
     """
 
     name: str  # global name of the parameter
-    kind: str  # PARAMETER, GRADIENT or "optim.<key>"
+    kind: str  # PARAMETER, BUFFER, GRADIENT or "optim.<key>"
     shape: tuple[int, ...]  # of the global tensor
     chunk: Chunk
     data: Tensor

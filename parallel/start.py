@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stoker.conf.schema import Config, ModelConfig
-from stoker.parallel.layout import BatchPlan, Layout, batch_plan
+from stoker.parallel.layout import BatchPlan, Layout, batch_plan, layout_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,17 @@ class Start:
         if min(self.world, wanted.tp, wanted.pp) < 1 or self.world % (wanted.tp * wanted.pp):
             return None
         return self.world // (wanted.tp * wanted.pp)
+
+    @property
+    def layout(self) -> Layout | None:
+        """The layout, or None where the axes or replicas do not fit, which is refused by their own entries."""
+        wanted = self.config.parallel
+        if self.dp is None or (wanted.dp_replicate is not None and wanted.dp_replicate < 1):
+            return None
+        try:
+            return layout_of(self.config, self.world)
+        except ValueError:
+            return None
 
     @property
     def plan(self) -> BatchPlan | None:

@@ -41,7 +41,7 @@ NO_FLAGS = StepFlags()
 class StepMetrics:
     """The result of a step on the host, equal on all ranks."""
 
-    loss: float  # mean over the valid tokens of the global batch, nats
+    loss: float  # mean over the valid tokens of the global batch, nats; nan if there is none
     grad_norm: float  # L2 norm of that mean's gradient, before clipping
     tokens: int  # valid tokens of the global batch
     skipped: bool  # no update was made: loss or norm not finite, or not one valid token
@@ -49,6 +49,7 @@ class StepMetrics:
     loss_scale: float = 1.0  # what the loss was multiplied by, other than 1 in fp16 only
     work_seconds: tuple[float, ...] = field(default=(), kw_only=True)  # of each rank
     overflowed: bool = False  # skipped, but only as the loss scale was too large: it is lowered, and the next step fits
+    unequal_buffers: bool = False  # ranks had other values of persistent buffers, and took those of the first
 
 
 class StepResult:
@@ -67,12 +68,19 @@ class StepResult:
     def read(self) -> StepMetrics:
         if self._event is not None:
             self._event.synchronize()
-        loss, grad_norm, tokens, skipped, loss_scale, overflowed, *said = self._values.tolist()
+        loss, grad_norm, tokens, skipped, loss_scale, overflowed, unequal, *said = self._values.tolist()
         votes, seconds = said[: len(ControlFlag)], tuple(said[len(ControlFlag) :])
         cast = frozenset(flag for flag, count in zip(ControlFlag, votes, strict=True) if count > 0)
-        overflow = bool(overflowed)
         return StepMetrics(
-            loss, grad_norm, int(tokens), bool(skipped), cast, loss_scale, overflow, work_seconds=seconds
+            loss,
+            grad_norm,
+            int(tokens),
+            bool(skipped),
+            cast,
+            loss_scale,
+            bool(overflowed),
+            unequal > 0,
+            work_seconds=seconds,
         )
 
 
@@ -83,6 +91,7 @@ class UpdateDecision:
     result: StepResult
     gradient_divisor: Tensor  # float32: the accumulated gradient over this is the clipped mean gradient
     found_inf: Tensor  # float32: 1 where the update must be left out
+    overflowed: Tensor  # float32: 1 where that is as the loss scale was too large
 
 
 def reduce_step(
@@ -95,12 +104,14 @@ def reduce_step(
     loss_scale: Tensor,
     nominal_tokens: int,
     grad_clip_norm: float | None,
+    unequal_buffers: Tensor | None = None,
 ) -> UpdateDecision:
     """Reduce one step's message over all ranks and draw the conclusions.
 
     `gradients` are those this rank counts (each element of the global gradient is counted by exactly one rank),
     accumulated from losses multiplied by `loss_scale` (fp32 scalar) / nominal_tokens; `loss_sum` and `valid_tokens`
     are float64 scalars, zero on ranks whose numbers another rank of the same replica reports.
+    `unequal_buffers` (float64 scalar) is 1 on a rank whose persistent buffers are not those of the first, else 0.
     Each rank's seconds have a place of their own in the message, zero in those of others, so that a sum brings all.
     """
     norms = torch._foreach_norm(list(gradients)) if gradients else []
@@ -109,12 +120,13 @@ def reduce_step(
     seconds[mesh.rank] = said.work_seconds
     cast = torch.tensor([*(float(flag in said.votes) for flag in ControlFlag), *seconds], dtype=torch.float64)
     squares, cast = squares.to(loss_sum.device), cast.to(loss_sum.device, non_blocking=True)
-    message = torch.cat([torch.stack([squares, loss_sum, valid_tokens]), cast])
+    unequal = torch.zeros_like(loss_sum) if unequal_buffers is None else unequal_buffers
+    message = torch.cat([torch.stack([squares, loss_sum, valid_tokens, unequal]), cast])
     mesh.all_reduce(message)
 
     tokens = message[2]
     counted = tokens.clamp(min=1.0)
-    loss = message[1] / counted
+    loss = torch.where(tokens > 0, message[1] / counted, math.nan)
     accumulated = loss_scale.double() * counted / nominal_tokens  # gradients are this times those of the mean loss
     grad_norm = message[0].sqrt() / accumulated
     sound = torch.isfinite(loss) & torch.isfinite(grad_norm) & (tokens > 0)
@@ -125,6 +137,7 @@ def reduce_step(
         divisor = divisor / (grad_clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
     skipped = (~sound).double()
     overflowed = skipped * (torch.isfinite(loss) & ~torch.isfinite(grad_norm) & (tokens > 0) & (loss_scale > FLOOR))
-    values = torch.cat([torch.stack([loss, grad_norm, tokens, skipped, loss_scale.double(), overflowed]), message[3:]])
+    own = torch.stack([loss, grad_norm, tokens, skipped, loss_scale.double(), overflowed])
+    values = torch.cat([own, message[3:]])
     divisor = torch.where(sound, divisor, torch.ones_like(divisor)).float()
-    return UpdateDecision(StepResult(values), divisor, skipped.float())
+    return UpdateDecision(StepResult(values), divisor, skipped.float(), overflowed.float())

@@ -62,7 +62,7 @@ def build_frozen(config: ModelConfig, part: Part) -> nn.Module:
     """The toy with its first layer and its head's matrix not trained."""
     model = Toy(config, part)
     assert model.head is not None
-    model.num_hidden_layers["0"].requires_grad_(False)
+    model.layers["0"].requires_grad_(False)
     model.head.weight.requires_grad_(False)
     return model
 

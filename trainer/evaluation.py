@@ -13,7 +13,15 @@ class Evaluation:
     """The first `count` validation rows, dealt over data-parallel ranks. Every rank makes equally many passes."""
 
     def __init__(self, mesh: Mesh, rows: Batch | None, per_pass: int) -> None:
-        """`rows`: this rank's validation rows `[n, seq_len]`, n equal on all ranks; None for no evaluation."""
+        """`rows`: this rank's validation rows `[n, seq_len]`, n equal on all ranks; None for no evaluation.
+
+        A collective. Raises ValueError on all ranks if no row of any has a label, as there is no loss then.
+        """
+        if rows is not None and not any(mesh.any([bool(rows.valid_tokens() > 0)])):
+            raise ValueError(
+                "no token of the validation sequences is a label to learn, so there is no validation loss: more "
+                "eval.sequences may have some, and eval.sequences=0 evaluates nothing"
+            )
         self._mesh, self._per_pass = mesh, per_pass
         self.rows = rows
 
@@ -29,4 +37,4 @@ class Evaluation:
                 return None
             passes.append(engine.evaluate(self.rows[start : start + self._per_pass]))
         loss_sum, tokens = self._mesh.all_reduce(sum(passes[1:], start=passes[0])).tolist()
-        return loss_sum / max(tokens, 1.0)
+        return loss_sum / tokens

@@ -12,6 +12,7 @@ from torch.profiler import record_function
 from stoker.checkpoint import VALIDATION_LOSS, Checkpoints, SaveReport
 from stoker.conf.schema import Config, to_dict
 from stoker.data import RowSource
+from stoker.parallel.batch import Batch
 from stoker.parallel.engine import Engine
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.update import ControlFlag, StepFlags
@@ -54,6 +55,7 @@ class Trainer:
     saved: dict[str, float] = field(default_factory=dict, init=False)  # metrics of the save that ended in this step
     _step: int = field(default=0, init=False)  # the last one begun
     _stragglers: Stragglers = field(default_factory=Stragglers, init=False)
+    _seen_gradients: bool = field(default=False, init=False)  # has it been named which parameters have none?
     _told: bool = field(default=False, init=False)  # has the person who watches been told that we stop?
     _failing: bool = field(default=False, init=False)  # has a save failed that the other ranks must hear of?
     _given_up: Outcome | None = field(default=None, init=False)  # asked to end in an evaluation, which was left out
@@ -77,6 +79,8 @@ class Trainer:
                 self.faults.inject(step)
                 with self.faults.in_passes():
                     self.engine.forward_backward(rows)
+                if not self._seen_gradients:
+                    self._look_at_gradients(step, rows)
                 self.phase(step, Phase.AWAIT_STAGED)
                 self.checkpoints.await_staged()  # a snapshot in flight must not see the update
                 self.phase(step, Phase.UPDATE)
@@ -204,6 +208,21 @@ class Trainer:
             self.observers.rolled_back(self._step)
             self.observers.message(f"step {bad_step} is bad: back to step {self._step}, to go on without its rows")
         return True
+
+    def _look_at_gradients(self, step: int, batch: Batch) -> None:
+        """In the first step of a run that learns anything: name the parameters whose gradient is exactly zero."""
+        self._seen_gradients = self.progress.updates > 0
+        if self._seen_gradients or not any(self.mesh.any([bool(batch.valid_tokens() > 0)])):
+            return
+        self._seen_gradients = True
+        names = self.engine.without_gradient()
+        if names and self.observers is not None:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            self.observers.message(
+                f"warning: step {step}: the gradient of {', '.join(names[:5])}{more} is exactly zero: does forward use "
+                "them, and does what they compute reach the loss? What is not to learn is better frozen "
+                "(requires_grad_(False))"
+            )
 
     def _votes(self) -> frozenset[ControlFlag]:
         votes = self.requests.votes()

@@ -269,13 +269,25 @@ def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:
             message = f"{reasons[0]} (checkpoint.on_error=fail; saved at step {step})"
             return Ending(Outcome.FAILED, message, step, save=trainer.saved)
     why = next((reason for reason in trainer.mesh.all_gather_text(requests.why()) if reason), "asked to")
+    progress = trainer.progress
+    if outcome == Outcome.COMPLETED and progress.step and not progress.updates:
+        outcome = Outcome.FAILED
     messages = {
+        Outcome.FAILED: _why_nothing_was_learned(trainer),
         Outcome.COMPLETED: f"completed at step {step}",
         Outcome.STOPPED: f"stopped at step {step}, saved ({why})",
         Outcome.PREEMPTED: f"preempted at step {step}, saved ({why})",
         Outcome.NONFINITE: _why_bad(trainer),
     }
     return Ending(outcome, messages[outcome], step, signal=requests.signal, save=trainer.saved)
+
+
+def _why_nothing_was_learned(trainer: Trainer) -> str:
+    progress = trainer.progress
+    if progress.empty_in_a_row:
+        what = f"{progress.empty_in_a_row} steps in a row, up to step {progress.step}, without a label to learn"
+        return f"{what} (prompts longer than seq_len={trainer.config.seq_len}, or no turn that is learned?)"
+    return f"no update was made in {progress.step} steps: each was skipped"
 
 
 def _why_bad(trainer: Trainer) -> str:

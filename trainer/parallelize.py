@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stoker.conf.schema import Config, ModelConfig
 from stoker.conf.targets import import_target
@@ -30,6 +30,7 @@ from stoker.parallel.native import build_native
 from stoker.parallel.registry import Registry
 from stoker.parallel.stages import costs_of, parts, stages_of
 from stoker.parallel.tensor import enable_async_tensor_parallelism, parallelize_tensors
+from stoker.parallel.trial import Trial
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +57,23 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
     if not any(parameter.requires_grad for parameter in whole.parameters()):
         raise ValueError(f"model.target={config.model.target}: none of its parameters is to be trained")
 
-    held = _parts(config, mesh, whole)
-    stages = [build_on_meta(config.model, part) for part in held] if mesh.layout.pp > 1 else [whole]
+    every = _parts(config, mesh, whole)
+    numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
+    stages = [build_on_meta(config.model, every[n]) for n in numbers] if mesh.layout.pp > 1 else [whole]
+    trial = Trial(plan.micro_rows, config.seq_len, bool(config.data.document_mask))
+    dtype = PRECISIONS[config.precision]
+    activations = whole_registry = trial.activations(every, functools.partial(build_on_meta, config.model), dtype)
     registry = _cut_tensors(config, mesh, stages)
+    if mesh.group("tp") is not None:
+        if config.parallel.sequence_parallel:
+            activations = [_shared(activation, mesh.layout.tp) for activation in whole_registry]
+        for number, stage in zip(numbers, stages, strict=True):
+            rebuild = functools.partial(build_on_meta, config.model, every[number])
+            received, whole_received = ([None, *known][number] for known in (activations, whole_registry))
+            trial.refuse_open_regions(stage, registry, received, rebuild, whole_received)
     if mesh.layout.pp > 1:
         registry = _tie_stages(config, mesh, registry, stages)
 
-    dtype = PRECISIONS[config.precision]
     full = [compute_in_fp32(stage, config.fp32_modules, dtype) if config.fp32_modules else () for stage in stages]
     if config.fp32_modules:
         log.info("fp32 modules: %s", ", ".join(config.fp32_modules))
@@ -76,13 +87,11 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
     if config.compile:
         log.info("compile: per block")
 
-    engine = build_native(config, mesh, plan, stages, full, registry)
+    engine = build_native(config, mesh, plan, stages, full, registry, activations)
     log.info("layout: %s; %d micro-batches of %d rows per rank", mesh.layout, plan.micro_batches, plan.micro_rows)
-    for stage in stages:
-        _parallelizable(stage).rebuild_buffers()
 
     def initialise() -> None:
-        initialize(engine.shards(), _parallelizable(stages[0]).initial, config.run.seed)
+        initialize(engine.shards(), registry.initial, config.run.seed)
         engine.shards_written()
 
     return engine, initialise
@@ -97,15 +106,14 @@ def build_on_meta(config: ModelConfig, part: Part) -> nn.Module:
 
 
 def _parts(config: Config, mesh: Mesh, whole: nn.Module) -> list[Part]:
-    """The stages of this rank, in the order of the pipeline."""
+    """The parts of all stages, in the order of the pipeline."""
     if mesh.layout.pp == 1:
         return [whole_model(config.model.num_hidden_layers)]
     costs = costs_of(_parallelizable(whole), functools.partial(build_on_meta, config.model))
     every = parts(costs, mesh.layout.pp * config.parallel.stages_per_rank)
-    mine = [every[number] for number in stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)]
     spans = ", ".join(f"{part.layers.start}-{part.layers.stop - 1}" for part in every)
     log.info("pipeline: %s, layers of the stages: %s", config.parallel.schedule, spans)
-    return mine
+    return every
 
 
 def _cut_tensors(config: Config, mesh: Mesh, stages: list[nn.Module]) -> Registry:
@@ -148,6 +156,13 @@ def _tie_stages(config: Config, mesh: Mesh, registry: Registry, stages: list[nn.
         else entry
         for entry in registry.entries.values()
     )
+
+
+def _shared(activation: Tensor, ranks: int) -> Tensor:
+    """What each of `ranks` that share the tokens of `activation` holds of it."""
+    if activation.shape[0] % ranks:
+        raise ValueError(f"sequence parallelism: {activation.shape[0]} tokens do not divide over {ranks} ranks")
+    return activation[: activation.shape[0] // ranks].clone()
 
 
 def _parallelizable(model: nn.Module) -> ParallelizableModel:

@@ -27,11 +27,13 @@ from stoker.models import hugging_face_config as theirs
 from stoker.models.hugging_face import OWN_MODEL, tensor_name
 from stoker.models.hugging_face_weights import HEAD, has_own_head, open_weights
 from stoker.parallel.model import whole_model
-from stoker.parallel.shards import PARAMETER, Shard
+from stoker.parallel.registry import whole_registry
+from stoker.parallel.shards import BUFFER, PARAMETER, Shard
 from stoker.trainer.parallelize import build_on_meta
 
 log = logging.getLogger(__name__)
 
+_KINDS = (PARAMETER, BUFFER)
 _NAMED = 5  # tensors that a message names
 _OURS_ALONE = ("model.init_from", "model.init_only", "model.loss_chunk")  # of a run: not of its model's shape
 
@@ -81,14 +83,14 @@ def load_pretrained(config: Config, shards: Sequence[Shard]) -> None:
     folder = init_folder(config)
     names = _names(config.model)
     wanted = _wanted(config.model, list(names))
-    mine = [shard for shard in shards if shard.kind == PARAMETER and shard.name in wanted]
+    mine = [shard for shard in shards if shard.kind in _KINDS and shard.name in wanted]
     try:
         with _open(folder, config.model, list(names)) as source:
             _refuse_other_tensors(config.model, names, source.shapes)
             source.fill(mine)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.init_from={folder}: {error}") from error
-    log.info("initial weights: %d of %d parameters from %s", len(wanted), len(names), folder)
+    log.info("initial weights: %d of %d tensors from %s", len(wanted), len(names), folder)
 
 
 def _with_values(config: Config, found: dict[str, Any]) -> Config:
@@ -103,9 +105,9 @@ def _with_values(config: Config, found: dict[str, Any]) -> Config:
 
 
 def _names(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the whole model's parameters by name."""
+    """Shapes of what the whole model saves, parameters and persistent buffers, by name."""
     whole = build_on_meta(model, whole_model(model.num_hidden_layers))
-    return {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+    return {entry.name: entry.shape for entry in whole_registry(whole).entries.values() if entry.saved}
 
 
 def _wanted(model: ModelConfig, names: Sequence[str]) -> set[str]:
@@ -144,7 +146,7 @@ class _Source:
 def _open(folder: Path, model: ModelConfig, names: Sequence[str]) -> Iterator[_Source]:
     if is_run(folder):
         stored = open_checkpoint(_newest(folder).path)
-        shapes = {name: tensor.shape for (kind, name), tensor in stored.tensors.items() if kind == PARAMETER}
+        shapes = {name: tensor.shape for (kind, name), tensor in stored.tensors.items() if kind in _KINDS}
         yield _Source(shapes, lambda shards: load(stored, shards))
         return
     # A user's own model has its own names in these files.

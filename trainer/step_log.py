@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stoker.conf.schema import Config
-from stoker.parallel.update import ControlFlag, StepResult
+from stoker.parallel.update import ControlFlag, StepMetrics, StepResult
 from stoker.trainer.report.observer import StepRecord
 from stoker.trainer.report.observers import Observers
 from stoker.trainer.runtime.outcome import Outcome, Superseded
@@ -31,6 +31,8 @@ class Progress:
     updates: int = 0
     tokens: int = 0  # valid tokens of the steps so far
     skipped_in_a_row: int = 0
+    empty: int = 0  # steps whose whole batch had no label to learn
+    empty_in_a_row: int = 0
     loss: float | None = None  # of the last step
     val_loss: float | None = None  # of the last evaluation
     val_step: int | None = None  # after which that was
@@ -74,10 +76,12 @@ class StepLog:
         self._stragglers = stragglers
         self._bad = config.nonfinite
         self._bad_step: int | None = None  # the first bad one
+        self._seq_len = config.seq_len
         self._scaled = config.precision == "fp16"
         self._failing = config.checkpoint.on_error == "fail"
         self._progress, self._observers, self._phase = progress, observers, phase
         self._open: list[_Entry] = []
+        self._named: set[str] = set()  # warnings given
         self._last_entry = time.perf_counter()
 
     def enter(
@@ -92,7 +96,8 @@ class StepLog:
     def settle(self, *, everything: bool) -> Decision:
         """Read the results that are due: all but the newest, or all; all too when a save is asked for.
 
-        Raises Superseded, on all ranks at the same step, when another start of the run has begun.
+        Raises, on all ranks at the same step, Superseded when another start of the run has begun, and ValueError when
+        the first update has a gradient of exactly zero.
         """
         votes: set[ControlFlag] = set()
         while len(self._open) > (0 if everything or ControlFlag.SAVE in votes else 1):
@@ -107,6 +112,8 @@ class StepLog:
                 return Decision(bad_step=self._bad_step)
         if self._progress.skipped_in_a_row >= self._bad.limit:
             return Decision(Outcome.NONFINITE, save)
+        if self._progress.empty_in_a_row >= self._bad.limit:
+            return Decision(Outcome.FAILED, save)
         if ControlFlag.SAVE_FAILED in votes and self._failing:
             return Decision(Outcome.FAILED, save)
         return Decision(ending_of(frozenset(votes)), save)
@@ -115,9 +122,13 @@ class StepLog:
         agreed = entry.result.read()
         progress = self._progress
         progress.step = entry.step
+        empty = agreed.tokens == 0
+        self._warn_of(entry.step, agreed)
         progress.updates += not agreed.skipped
         progress.tokens += agreed.tokens
-        if not agreed.overflowed:  # an overflow is how fp16 finds its loss scale
+        progress.empty += empty
+        progress.empty_in_a_row = progress.empty_in_a_row + 1 if empty else 0
+        if not agreed.overflowed and not empty:  # an overflow is how fp16 finds its loss scale
             progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if agreed.skipped else 0
             if agreed.skipped and self._bad_step is None:
                 self._bad_step = entry.step
@@ -142,11 +153,40 @@ class StepLog:
                     step_seconds=entry.step_seconds,
                     data_seconds=entry.data_seconds,
                     skipped=agreed.skipped,
+                    empty=empty,
                     val_loss=entry.val_loss,
                     extra={**entry.extra, **scale},
                 )
             )
         return agreed.votes
+
+    def _warn_of(self, step: int, agreed: StepMetrics) -> None:
+        """Name, once, what lets a run go on without learning what it should."""
+        if agreed.tokens == 0:
+            self._warn(
+                f"step {step}: no token of the batch is a label to learn, so there is no update: are prompts longer "
+                f"than seq_len={self._seq_len}, or is no turn learned? `stoker data peek RUN --step {step}` shows it"
+            )
+        elif agreed.grad_norm == 0.0:
+            what = (
+                f"step {step}: the gradient norm is exactly 0: no trained parameter reaches the loss. Either a buffer "
+                "or weight on the way is zero (rebuild_buffers must compute every buffer), or the loss is a constant"
+            )
+            if not self._progress.updates:
+                raise ValueError(what)
+            self._warn(what)
+        if agreed.unequal_buffers:
+            self._warn(
+                f"step {step}: each rank computed the model's persistent buffers from its own sequences; those of the "
+                "first rank are kept, so another layout computes another run. Reduce them over the ranks in forward, "
+                "or register them with persistent=False"
+            )
+
+    def _warn(self, text: str) -> None:
+        kind = text.partition(": ")[2][:20]  # whatever the step
+        if self._observers is not None and kind not in self._named:
+            self._named.add(kind)
+            self._observers.message(f"warning: {text}")
 
     def ceilings(self, step: int) -> tuple[float, float]:
         """The largest loss and gradient norm that `step` may have: equal on all ranks."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from stoker.parallel.mesh import Mesh
-from stoker.parallel.registry import Entry, Registry, whole_entry, whole_registry
+from stoker.parallel.registry import Entry, Registry, entries_of, whole_registry
 from stoker.parallel.sharding import replace_parameters
 from stoker.parallel.shards import whole
 from stoker.parallel.tensor.axis import tensor_axis
@@ -40,13 +40,18 @@ def parallelize_tensors(model: nn.Module, mesh: Mesh, sequence: bool) -> Registr
             same = found.setdefault(layer.get_parameter(entry.name), entry)
             assert same == entry, f"{name}.{entry.name} is tied to a parameter that is cut otherwise"
 
-    def placed(name: str, parameter: nn.Parameter) -> Entry:
-        entry = whole_entry(name, parameter)
-        if parameter in found:
-            return replace(found[parameter], name=name, trainable=entry.trainable)
-        return replace(entry, replica=axis.rank, replicas=axis.size, partial=("tp",) if sequence else ())
+    parameters = dict(model.named_parameters())
 
-    registry = Registry(placed(name, parameter) for name, parameter in model.named_parameters())
+    def placed(entry: Entry) -> Entry:
+        cut = found.get(parameters[entry.name]) if entry.name in parameters else None
+        if cut is None:
+            partial = ("tp",) if sequence and not entry.buffer else ()
+            return replace(entry, replica=axis.rank, replicas=axis.size, partial=partial)
+        return replace(
+            entry, pieces=cut.pieces, replica=cut.replica, replicas=cut.replicas, partial=cut.partial, inside=True
+        )
+
+    registry = Registry(placed(entry) for entry in entries_of(model))
     replace_parameters(model, lambda name, old: _local(old, registry.entries[name]))
     return registry
 

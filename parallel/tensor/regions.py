@@ -16,6 +16,8 @@ from torch import Tensor
 
 from stoker.parallel.tensor.axis import TensorAxis
 
+ENTERS, LEAVES = "enters", "leaves"  # `border` of an autograd function: for `stoker.parallel.tensor.check`
+
 
 def enter(x: Tensor, axis: TensorAxis) -> Tensor:
     """Into a region: activations of all tokens `[tokens, ...]`, their gradient summed over the ranks of the region.
@@ -65,7 +67,7 @@ def _all_reduce(x: Tensor, group_name: str) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group_name: str, size: int) -> Tensor:
-        ctx.group_name, ctx.size = group_name, size
+        ctx.group_name, ctx.size, ctx.border = group_name, size, ENTERS
         return all_gather(x, group_name, size)
 
     @staticmethod
@@ -76,7 +78,7 @@ class _Gather(torch.autograd.Function):
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group_name: str, size: int) -> Tensor:
-        ctx.group_name, ctx.size = group_name, size
+        ctx.group_name, ctx.size, ctx.border = group_name, size, LEAVES
         return _reduce_scatter(x, group_name, size)
 
     @staticmethod
@@ -87,7 +89,7 @@ class _Scatter(torch.autograd.Function):
 class _Fork(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
-        ctx.group_name = group_name
+        ctx.group_name, ctx.border = group_name, ENTERS
         return x.view_as(x)
 
     @staticmethod
@@ -98,6 +100,7 @@ class _Fork(torch.autograd.Function):
 class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
+        ctx.border = LEAVES
         return _all_reduce(x, group_name)
 
     @staticmethod

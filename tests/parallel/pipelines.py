@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from stoker.conf.schema import BatchConfig, Config, ModelConfig, ParallelConfig
 from stoker.conf.targets import import_target
 from stoker.parallel.batch import IGNORE_INDEX, Batch
+from stoker.parallel.buffers import fill_buffers
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import BatchPlan, batch_plan, layout_of
@@ -25,6 +27,7 @@ from stoker.parallel.sharded import ShardedStrategy
 from stoker.parallel.sharding import Precision, ShardingStrategy
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.stages import costs_of, parts, stages_of
+from stoker.parallel.trial import Trial
 from tests.parallel.reference import VOCABULARY, global_rows, small_config
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
@@ -109,15 +112,16 @@ class Pipeline:
             model = build_on_meta(config, every[number])
             registry = whole_registry(model)
             weights = self.store(model)
-            model.rebuild_buffers()  # type: ignore[operator]
+            fill_buffers(model, registry)
             fill(config, model, registry, weights)
             weights.on_optimizer_step()
             self.stages.append(Stage(number, model, wrap(weights, model)))
             self.registries.append(registry)
-        tokens = self.plan.micro_rows * config.seq_len
-        activation = torch.empty(tokens, config.model.hidden_size, dtype=PRECISIONS[config.precision], device="meta")
+        trial = Trial(self.plan.micro_rows, config.seq_len, bool(config.data.document_mask))
+        build_part = functools.partial(build_on_meta, config)
+        activations = trial.activations(every, build_part, PRECISIONS[config.precision])
         self.passes = PipelineSchedule(
-            self.mesh, self.plan, self.stages, config.parallel.schedule, config.data.document_mask, activation
+            self.mesh, self.plan, self.stages, config.parallel.schedule, config.data.document_mask, activations
         )
 
     def store(self, model: nn.Module) -> ShardingStrategy:

@@ -13,7 +13,7 @@ from stoker.conf.targets import import_target
 from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.initialize import initialize
 from stoker.parallel.model import whole_model
-from stoker.parallel.optimizer import is_decayed
+from stoker.parallel.optimizer import DECAYED
 from stoker.parallel.registry import LocalShard, whole_registry
 from stoker.parallel.shards import PARAMETER, Shard, whole
 
@@ -66,15 +66,17 @@ def one_process(config: Config, steps: int, poison: int | None = None) -> Trace:
         shards += registry.shards(name, PARAMETER, held, parameter.detach())
     initialize(shards, model.initial, config.run.seed)  # type: ignore[arg-type]
     named = list(model.named_parameters())
-    decayed = [p for n, p in named if is_decayed(n, tuple(p.shape))]
-    others = [p for n, p in named if not is_decayed(n, tuple(p.shape))]
+    roles = registry.roles()
+    decayed = [p for n, p in named if roles[n] in DECAYED]
+    others = [p for n, p in named if roles[n] not in DECAYED]
     groups = [
         {"params": decayed, "weight_decay": config.optim.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     optimizer: torch.optim.Optimizer
     if config.optim.name == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=config.optim.lr, momentum=config.optim.momentum)
+        plain = [{"params": decayed}, {"params": others}]  # the decay is ours: torch's goes through the velocity
+        optimizer = torch.optim.SGD(plain, lr=config.optim.lr, momentum=config.optim.momentum)
     else:
         betas = (config.optim.betas[0], config.optim.betas[1])
         optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=betas, eps=config.optim.eps, foreach=False)
@@ -99,6 +101,9 @@ def one_process(config: Config, steps: int, poison: int | None = None) -> Trace:
             continue
         trace.losses.append(loss.item())
         trace.norms.append(norm.item())
+        if config.optim.name == "sgd":
+            with torch.no_grad():
+                torch._foreach_mul_(decayed, 1.0 - config.optim.lr * config.optim.weight_decay)
         optimizer.step()
     trace.parameters = {name: parameter.detach().clone() for name, parameter in named}
     return trace

@@ -41,6 +41,7 @@ BEYOND = [
     "data.workers=-1",
     "data.prefetch=0",
     "optim.name=adam",
+    "optim.needs=luck",
     "optim.lr=0",
     "optim.weight_decay=-0.1",
     "optim.betas=[0.9,1.0]",

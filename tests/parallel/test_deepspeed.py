@@ -195,6 +195,28 @@ def variants() -> dict[str, Config]:
     return found
 
 
+def frozen_stage() -> Config:
+    config = small_config(
+        parallel=ParallelConfig(zero=1, pp=2, engine="deepspeed"), batch=BatchConfig(size=8, micro_size=2)
+    )
+    config.model.target = "tests.toy:build_with_frozen_start"
+    return config
+
+
+def test_a_stage_that_trains_nothing_goes_through_a_pipeline() -> None:
+    """On two data-parallel ranks, in both precisions that DeepSpeed has an optimizer of its own for."""
+    wanted = one_process(frozen_stage(), STEPS)
+    for precision in ("fp32", "bf16"):
+        config = frozen_stage()
+        config.precision = precision
+        ranks = world.run(conformance.train, 4, config, "fsdp", STEPS, timeout=200.0)
+        parameters = assemble([shards for _, shards in ranks])
+        assert ranks[0][0].losses == pytest.approx(wanted.losses, rel=1e-5 if precision == "fp32" else 2e-2)
+        if precision == "fp32":
+            for name, value in wanted.parameters.items():
+                assert normwise(parameters[name], value) < 1e-4, name
+
+
 def train_variants() -> dict[str, tuple[Trace, list[Shard]]]:
     return {
         name: conformance.train(config, steps=STEPS, poison=3 if name.startswith("own") else None)

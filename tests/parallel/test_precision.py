@@ -71,20 +71,22 @@ def test_fewer_bits_stay_near_fp32(precision: str) -> None:
 def test_the_loss_scale_halves_on_overflow_down_to_its_floor_and_grows_after_enough_updates() -> None:
     scale = LossScale(torch.device("cpu"))
     skipped, updated = torch.ones(()), torch.zeros(())
-    scale.adjust(skipped)
+    scale.adjust(skipped, skipped)
+    assert scale.value == FIRST * BACKOFF
+    scale.adjust(updated, skipped)  # a spike: it says nothing about the scale
     assert scale.value == FIRST * BACKOFF
     for _ in range(GROWS_AFTER - 1):
-        scale.adjust(updated)
+        scale.adjust(updated, updated)
     assert scale.value == FIRST * BACKOFF
     kept = scale.state()
-    scale.adjust(updated)
+    scale.adjust(updated, updated)
     assert scale.value == FIRST * BACKOFF * GROWTH
     again = LossScale(torch.device("cpu"))
     again.load_state(kept)
-    again.adjust(updated)
+    again.adjust(updated, updated)
     assert again.value == scale.value, "the count of updates travels in the state"
     for _ in range(100):
-        scale.adjust(skipped)
+        scale.adjust(skipped, skipped)
     assert scale.value == FLOOR
     scale.load_state({})
     assert scale.value == FIRST

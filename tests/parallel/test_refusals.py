@@ -14,6 +14,7 @@ from stoker.conf.values import ConfigError
 from stoker.parallel.layout import batch_plan, layout_of
 from stoker.parallel.refusals import REFUSALS, Start, refuse, table_markdown
 from stoker.parallel.suggestions import around, divisors, either, multiples_around
+from tests.parallel.optimizers import OF_OPTIMIZERS
 from tests.parallel.refused_alone import BEYOND
 from tests.parallel.refused_rope import LLAMA3, OF_ROPE
 from tests.parallel.refused_streaming import OF_STREAMS, STREAMS
@@ -237,6 +238,7 @@ TOGETHER = {
     ],
     **OF_STREAMS,
     **OF_ROPE,
+    **OF_OPTIMIZERS,
 }
 
 

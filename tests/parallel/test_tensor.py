@@ -281,7 +281,7 @@ def test_initial_weights_are_bitwise_those_of_one_process(ranks: int, changes: d
 def frozen_and_tied() -> tuple[bool, list[bool], int]:
     with torch.device("meta"):
         model = build(shape(tie_word_embeddings=True), whole_model(3))
-    model.num_hidden_layers["0"].requires_grad_(False)
+    model.layers["0"].requires_grad_(False)
     registry = parallelize_tensors(model, tensor_mesh(), True)
     tied = model.head.weight is model.embedding.weight
     trainable = [registry.entries[name].trainable == p.requires_grad for name, p in model.named_parameters()]

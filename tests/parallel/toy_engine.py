@@ -31,7 +31,7 @@ class ToyEngine:
         self.registry = whole_registry(self.model)
         self.parameters = dict(self.model.named_parameters())
         tensors = {name: parameter.data for name, parameter in self.parameters.items()}
-        self.optimizer = LocalOptimizer(config.optim, tensors, {n: tuple(p.shape) for n, p in tensors.items()})
+        self.optimizer = LocalOptimizer(config.optim, tensors, self.registry.roles())
         initialize(self.shards(), self.model.initial, config.run.seed)  # type: ignore[arg-type]
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self.tokens = torch.zeros((), dtype=torch.float64)
@@ -81,6 +81,9 @@ class ToyEngine:
     def gradient_shards(self) -> list[Shard]:
         gradients = self.gradients()
         return [shard for name in gradients for shard in self.described(name, GRADIENT, gradients[name])]
+
+    def without_gradient(self) -> list[str]:
+        return sorted(name for name, gradient in self.gradients().items() if not gradient.any())
 
     def described(self, name: str, kind: str, tensor: Tensor) -> list[Shard]:
         held = LocalShard((whole(tuple(tensor.shape)),), self.mesh.rank, self.mesh.layout.world)

@@ -74,6 +74,8 @@ def as_dict(record: StepRecord) -> dict[str, Any]:
         "data_seconds": record.data_seconds,
         "skipped": record.skipped,
     }
+    if record.empty:
+        values["empty"] = True
     if record.val_loss is not None:
         values["val_loss"] = record.val_loss
     for key, value in record.extra.items():

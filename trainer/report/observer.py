@@ -22,7 +22,8 @@ class StepRecord:
     tokens_per_second: float
     step_seconds: float  # wall time since the step before
     data_seconds: float  # of which waiting for rows
-    skipped: bool = False  # no update: the loss or the norm was not finite
+    skipped: bool = False  # no update: the loss or the norm was not finite, or nothing was to be learned
+    empty: bool = False  # skipped as no token of the batch was a label; its loss is nan
     val_loss: float | None = None  # nats per valid token, at the steps that evaluate
     extra: Mapping[str, float] = field(default_factory=dict)  # more numbers for metrics.jsonl and trackers
 

@@ -93,6 +93,8 @@ class PlainProgress(Observer):
 
 
 def skip_reason(record: StepRecord) -> str:
+    if record.empty:
+        return "no label to learn in the whole batch; parameters left as they were"
     return f"loss {number(record.loss)}, gradient norm {number(record.grad_norm)}; parameters left as they were"
 
 

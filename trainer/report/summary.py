@@ -41,7 +41,9 @@ def table(steps: Steps, run: RunDirectory, config: Config) -> list[tuple[str, st
     if steps:
         last = steps[-1]
         skipped = sum(step["skipped"] for step in steps)
+        empty = sum(step.get("empty", False) for step in steps)
         updates = f"{last['updates']:,} updates" + (f", {skipped:,} skipped" if skipped else "")
+        updates += f", {empty:,} of them without a label to learn" if empty else ""
         rows.append(("steps", f"{last['step']:,} of {config.steps:,} ({updates})"))
         rows.append(("tokens", f"{last['tokens']:,}"))
         for name, key in (("loss", "loss"), ("val loss", "val_loss")):

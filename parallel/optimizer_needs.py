@@ -1,0 +1,140 @@
+"""What an optimizer must see of a parameter, and where it does not.
+
+ZeRO and tensor parallelism divide parameters over ranks, and a pipeline divides the set of them; the optimizer of a
+rank sees what the rank holds. That is enough for one that treats each element by itself. One that takes norms of whole
+tensors (LAMB, LARS) or multiplies whole matrices (Muon, Shampoo) would train another model without an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stoker.conf.schema import Config, OptimConfig, lookup
+from stoker.conf.targets import import_target
+from stoker.parallel.layout import Layout
+from stoker.parallel.start import Start
+
+ELEMENTWISE, NORMS, MATRIX = "elementwise", "norms", "matrix"
+NEEDS = {
+    ELEMENTWISE: "treats each element of a parameter by itself",
+    NORMS: "needs norms of whole parameters",
+    MATRIX: "needs whole matrices",
+}
+_UNDIVIDED = {
+    "parallel.zero": "parallel.zero=0",
+    "parallel.tp": "parallel.tp=1",
+    "parallel.engine": "parallel.engine=fsdp",
+    "parallel.pp": "parallel.pp=1",
+}
+# Classes whose update of an element depends on that element's history and on numbers equal for all, by package.
+_KNOWN_ELEMENTWISE = {
+    "torch.optim": (
+        "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
+    ),
+    "deepspeed.ops": ("DeepSpeedCPUAdagrad", "DeepSpeedCPUAdam", "DeepSpeedCPULion", "FusedAdam", "FusedLion"),
+}  # fmt: skip
+
+
+def declared_needs(config: OptimConfig) -> str | None:
+    """What the optimizer of `config` needs, a key of NEEDS; None for a user's own that declares nothing.
+
+    `optim.needs` counts first, then the attribute `needs` of what `optim.target` names and of the optimizer that it
+    builds. Elementwise classes of torch and DeepSpeed are known; one that inherits from them may do anything.
+
+    Raises ValueError for a target that cannot be imported or called, and for a declaration that is none of NEEDS.
+    """
+    if config.target is None:
+        return ELEMENTWISE
+    if config.needs is not None:
+        return config.needs
+    build = import_target(config.target)
+    found = getattr(build, "needs", None)
+    if found is None:
+        built = build if isinstance(build, type) else _build_one(build, config)
+        found = getattr(built, "needs", None)
+        if found is None and _is_known_elementwise(built if isinstance(built, type) else type(built)):
+            return ELEMENTWISE
+    if found is not None and found not in NEEDS:
+        raise ValueError(f"optim.target={config.target}: needs={found!r} is none of {', '.join(NEEDS)}")
+    return found
+
+
+def undeclared(config: Config, layout: Layout) -> str | None:
+    """Why the optimizer of `config` cannot be used where `layout` divides parameters, with what would work, or None.
+
+    Raises ValueError as `declared_needs`.
+    """
+    if config.optim.target is None or not _divided(layout, None):
+        return None
+    needs = declared_needs(config.optim)
+    divided = _divided(layout, needs)
+    if not divided:
+        return None
+    undivided = " ".join(_UNDIVIDED[axis] for axis in divided)
+    where = " and ".join(f"{axis}={lookup(config, axis)}" for axis in divided)
+    verb = "divides" if len(divided) == 1 else "divide"
+    what = f"optim.target={config.optim.target}"
+    if needs is not None:
+        return f"{what} {NEEDS[needs]} (needs={needs}), which {where} {verb}: {undivided} works"
+    kinds = ", ".join(f"{name} ({meaning})" for name, meaning in NEEDS.items())
+    return (
+        f"{what} does not declare what it needs, and {where} {verb} what it sees of the parameters: {undivided} works; "
+        f"or declare it by optim.needs=..., or by an attribute `needs` of the class or function: {kinds}"
+    )
+
+
+def _divided(layout: Layout, needs: str | None) -> list[str]:
+    """The keys by which `layout` divides what an optimizer that `needs` this sees; None: that may need anything."""
+    if needs == ELEMENTWISE:
+        return []
+    divided = {
+        "parallel.zero": layout.zero > 0 and layout.dp_shard > 1,
+        "parallel.tp": layout.tp > 1,
+        "parallel.engine": layout.engine == "deepspeed" and needs != NORMS,  # it keeps flat vectors at every stage
+        "parallel.pp": layout.pp > 1 and needs is None,
+    }
+    return [key for key, divides in divided.items() if divides]
+
+
+def _build_one(build: Any, config: OptimConfig) -> Any:
+    """The optimizer over a single small matrix, to look at."""
+    import torch  # a second, for the launcher, that only a user's own optimizer needs
+
+    group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "weight_decay": config.weight_decay}
+    try:
+        return build([group], lr=config.lr, **config.args)
+    except Exception as error:
+        raise ValueError(f"optim.target={config.target} cannot be built: {type(error).__name__}: {error}") from error
+
+
+def _is_known_elementwise(kind: type) -> bool:
+    return any(
+        kind.__module__.startswith(f"{package}.") and kind.__name__ in names
+        for package, names in _KNOWN_ELEMENTWISE.items()
+    )
+
+
+def _refused(start: Start) -> str | None:
+    layout = start.layout
+    if layout is None:
+        return None
+    if start.config.optim.needs is not None and start.config.optim.target is None:
+        return (
+            f"optim.needs={start.config.optim.needs} with optim.name={start.config.optim.name}: it is known what that "
+            "needs; optim.needs is for optim.target"
+        )
+    try:
+        return undeclared(start.config, layout)
+    except ValueError as error:
+        return str(error)
+
+
+ENTRIES = (
+    (
+        "optimizer",
+        "an optim.target that declares nothing, or needs norms or matrices, where ZeRO, DeepSpeed or parallel.tp "
+        "divide parameters; one that declares nothing under parallel.pp; optim.needs without optim.target",
+        "the optimizer of a rank sees only what the rank holds",
+        _refused,
+    ),
+)
