@@ -12,13 +12,20 @@ from stoker.checkpoint.names import DAMAGED, committed
 from stoker.checkpoint.storage import discard
 
 
+def linked_place(checkpoints: Path) -> Path | None:
+    """Where the link `checkpoints` leads, absolute: a relative one counts from where it lies. None if it is no link."""
+    if not checkpoints.is_symlink():
+        return None
+    return Path(os.path.normpath(checkpoints.parent.resolve() / os.readlink(checkpoints)))
+
+
 def tier_problem(checkpoints: Path, elsewhere: Path | None) -> str | None:
     """Why the checkpoints of the run that has `checkpoints` cannot be kept in `elsewhere` (None: in the run directory).
 
     None when they can. A run's checkpoints are in one place, and a place is one run's.
     """
-    linked = Path(os.readlink(checkpoints)) if checkpoints.is_symlink() else None
-    if linked is not None and linked == elsewhere:
+    linked = linked_place(checkpoints)
+    if linked is not None and elsewhere is not None and os.path.realpath(linked) == os.path.realpath(elsewhere):
         return None
     if linked is not None:
         wanted = "null" if elsewhere is None else elsewhere

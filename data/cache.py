@@ -33,6 +33,7 @@ import numpy as np
 
 from stoker.conf.durable import sync_directory
 from stoker.conf.schema import DataConfig
+from stoker.conf.user import cache_folder
 from stoker.data.build import SPLITS, Recipe, write_file, write_splits
 from stoker.data.documents import Source
 from stoker.data.manifest import Manifest, Memo, is_validation, read_manifest
@@ -104,7 +105,7 @@ def cache_root(config: DataConfig) -> Path:
     """Where tokens are kept."""
     if config.cache is not None:
         return Path(config.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stoker"
+    return cache_folder()
 
 
 def named_tokenizer(config: DataConfig) -> Tokenizer | None:

@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import suppress
 
+from stoker.conf.durable import touch_own
 from stoker.conf.rundir import RunDirectory
 from stoker.launch.show import run_at
 from stoker.launch.slurm import commands
@@ -26,7 +27,7 @@ def stop(path: str, wait_seconds: float) -> int:
     if at is None:
         return _stop_waiting_job(run)
     number = run.attempt_numbers()[-1]
-    run.stop.touch()
+    touch_own(run.stop)
     print(f"asked: the run is at step {at.step}", flush=True)
     deadline = time.monotonic() + wait_seconds
     while time.monotonic() < deadline:
@@ -50,7 +51,7 @@ def requeue(path: str) -> int:
         job = beginning.job if beginning is not None else None
         if job is None:
             raise ValueError(f"{run.path} does not run as a Slurm job: stop it, then start it where it should run")
-        run.requeue.touch()
+        touch_own(run.requeue)
         print(f"asked: the run saves, and job {job} goes back to the queue")
         return 0
     job = _job_of(run)

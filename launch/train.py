@@ -31,7 +31,7 @@ def train(overrides: Sequence[str]) -> int:
 
     gc.freeze()
     gc.enable()
-    config, changes = settle_config(overrides, lambda config: (ranks_for(config), gpus(config)))
+    config, changes = settle_config(overrides, lambda config: (ranks_for(config), gpus(config)), tell=say)
     prepare(config)
     run_directory(config).attempts.mkdir(parents=True, exist_ok=True)
     say(f"run directory {config.run.dir}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -9,13 +10,17 @@ from pathlib import Path
 
 from stoker.checkpoint import DamagedCheckpoint, Remote, newest, tier_problem
 from stoker.conf.compose import compose
+from stoker.conf.identity import Standing, read_identity, standing
 from stoker.conf.migrations import migrate
 from stoker.conf.resume import Change, check_changes, merge, pin
-from stoker.conf.rundir import RunDirectory, read_config, resolve
-from stoker.conf.schema import Config, from_dict, lookup
+from stoker.conf.rundir import RunDirectory, read_config, refuse_links, resolve
+from stoker.conf.schema import Config, from_dict, kinds, lookup
 from stoker.conf.values import ConfigError
 from stoker.parallel.layout import fit
 from stoker.parallel.refusals import refuse
+from stoker.trainer.history import has_history, has_saved, nothing_to_resume
+from stoker.trainer.places import adopted_link, refuse_foreign_link, refuse_foreign_places
+from stoker.trainer.trust import TRAINING, refuse_foreign_code
 
 log = logging.getLogger(__name__)
 
@@ -24,33 +29,38 @@ def settle_config(
     overrides: Sequence[str],
     where: Callable[[Config], tuple[int, int]],
     refitted: Callable[[str], None] | None = None,
+    *,
+    tell: Callable[[str], None] = log.info,
+    restarted: bool = False,
+    uses: Sequence[str] = TRAINING,
 ) -> tuple[Config, list[Change]]:
     """The config of this start, and what differs from the start before.
 
     A run directory that holds a checkpoint is resumed: its stored config plus `overrides`. `where` says on how many
     ranks and GPUs the resulting config will run. Under a launcher that may have found another number of machines than
     before nobody is there to choose: with `refitted` a run that has been started before takes the layout that fits, and
-    `refitted` is told of what that changes. Raises ConfigError for everything that can be known to be wrong before a
-    rank is spawned.
+    `refitted` is told of what that changes. `restarted`: a launcher gives a person's command once more. `uses` are the
+    keys whose code this start runs (`stoker.trainer.trust`); `tell` takes lines for the person who starts. Raises
+    ConfigError for everything that can be known to be wrong before a rank is spawned.
     """
     config = resolve(compose(overrides), datetime.now())
+    if restarted:
+        config.run.fresh = False  # it spoke of the first of these starts
     run = run_directory(config)
+    refuse_links(run)
+    refuse_foreign_link(run, config)
     changes: list[Change] = []
     stored = _stored_config(run, config)
     if stored is not None:
-        if config.run.fresh:
-            where_found = run.checkpoints if newest(run.checkpoints) else config.checkpoint.remote
-            raise ConfigError(f"run.fresh=true, but {where_found} holds checkpoints: name another run.dir")
-        merged, changes = merge(stored, overrides)
-        merged.run.dir = config.run.dir  # where we found it
-        merged = resolve(merged, datetime.now())
-        changes = [change for change in changes if lookup(merged, change.key) != lookup(stored, change.key)]
-        check_changes(changes, config.run.change)
-        config = merged
-    elif config.model.init_from is not None:
-        from stoker.trainer.pretrained import adopt_shape  # most starts do not need what it imports
+        config, changes = _resumed(run, config, stored, overrides, tell, uses)
+    else:
+        if not config.run.fresh:
+            _refuse_a_silent_beginning(run, config, overrides, restarted)
+        if config.model.init_from is not None:
+            from stoker.trainer.pretrained import adopt_shape  # most starts do not need what it imports
 
-        config = adopt_shape(config, overrides)
+            config = adopt_shape(config, overrides)
+    config = _with_adopted_link(run, config, overrides)
     if refitted is not None and run.attempt_numbers():
         world = where(config)[0]
         fitted = fit(config, world)
@@ -63,6 +73,8 @@ def settle_config(
     problem = tier_problem(run.checkpoints, first_tier(config))
     if problem is not None:
         raise ConfigError(problem)
+    refuse_foreign_places(run, config)
+    _tell_of_copies(run, tell)
     return pin(config), changes
 
 
@@ -84,6 +96,90 @@ def _stored_config(run: RunDirectory, config: Config) -> Config | None:
         except DamagedCheckpoint as damage:
             log.warning("passed over: %s", damage)
     return None
+
+
+def _resumed(
+    run: RunDirectory,
+    config: Config,
+    stored: Config,
+    overrides: Sequence[str],
+    tell: Callable[[str], None],
+    uses: Sequence[str],
+) -> tuple[Config, list[Change]]:
+    """The stored config with what is said now, and what that changes."""
+    if config.run.fresh:
+        where_found = run.checkpoints if newest(run.checkpoints) else config.checkpoint.remote
+        raise ConfigError(f"run.fresh=true, but {where_found} holds checkpoints: name another run.dir")
+    merged, changes = merge(stored, overrides)
+    where_stored: Path | str = run.config if newest(run.checkpoints) else str(config.checkpoint.remote)
+    id_stored = _id_of_stored(run, config)
+    refuse_foreign_code(
+        merged, where_stored, id_stored, trust=config.run.trust, uses=uses, overrides=overrides, tell=tell
+    )
+    merged.run.dir = config.run.dir  # where we found it
+    merged = resolve(merged, datetime.now())
+    changes = [change for change in changes if lookup(merged, change.key) != lookup(stored, change.key)]
+    check_changes(changes, config.run.change)
+    if merged.checkpoint.remote is not None and config.checkpoint.remote is None:
+        tell(f"checkpoints are also kept in {merged.checkpoint.remote}, as {run.config} says")
+    return merged, changes
+
+
+def _id_of_stored(run: RunDirectory, config: Config) -> str | None:
+    """The id of the run whose config is stored: this directory's, or that of the remote it comes from."""
+    identity = read_identity(run)
+    if identity is not None or config.checkpoint.remote is None:
+        return None if identity is None else identity.run
+    owner = Remote(config.checkpoint.remote).owner()
+    return None if owner is None else owner.run
+
+
+def _refuse_a_silent_beginning(run: RunDirectory, config: Config, overrides: Sequence[str], restarted: bool) -> None:
+    """Raises ConfigError where step 1 would follow steps that were trained, or another config's name."""
+    if has_saved(run) or (has_history(run) and not restarted):
+        raise ConfigError(nothing_to_resume(run, config.checkpoint.remote))
+    if restarted or not run.config.exists():
+        return
+    stored, now = read_config(run), config
+    if now.model.init_from is not None:
+        from stoker.trainer.pretrained import adopt_shape
+
+        now = adopt_shape(now, overrides)
+    now = pin(now)
+    differing = [
+        f"  {key}: {lookup(stored, key)} -> {lookup(now, key)}"
+        for key, kind in kinds().items()
+        if kind != "free" and lookup(stored, key) != lookup(now, key)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{run.path} has no checkpoint, and its config.yaml is of another run: give the command that began it, or "
+            "begin anew with run.fresh=true, which sets that config aside:\n" + "\n".join(differing)
+        )
+
+
+def _with_adopted_link(run: RunDirectory, config: Config, overrides: Sequence[str]) -> Config:
+    """A link that a person has put in the place of `checkpoints` is as good as `checkpoint.dir`."""
+    if config.checkpoint.dir is not None or any(word.startswith("checkpoint.dir=") for word in overrides):
+        return config
+    place = adopted_link(run)
+    if place is None:
+        return config
+    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, dir=str(place)))
+
+
+def _tell_of_copies(run: RunDirectory, tell: Callable[[str], None]) -> None:
+    identity = read_identity(run)
+    if identity is None:
+        return
+    what = standing(run, identity)
+    if what is Standing.COPY:
+        tell(f"{run.path} is a copy of {identity.directory}: it goes on as a run of its own, tracker run included")
+    elif what is Standing.UNKNOWN:
+        tell(
+            f"{run.path} stood in {identity.directory} before and goes on as the same run, tracker run included; if it "
+            f"is a copy, remove {run.identity} and say run.adopt=true: it then becomes a run of its own"
+        )
 
 
 def run_directory(config: Config) -> RunDirectory:

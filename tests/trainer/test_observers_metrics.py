@@ -117,21 +117,6 @@ def test_a_run_killed_before_its_first_checkpoint_starts_with_an_empty_file(tmp_
     assert steps(tmp_path / "m") == []
 
 
-def test_a_crash_while_cutting_back_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    metrics = opened(tmp_path / "m")
-    for step in range(1, 4):
-        metrics.step(record(step))
-    before = (tmp_path / "m").read_bytes()
-
-    def crash(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", crash)
-    with pytest.raises(KeyboardInterrupt):
-        opened(tmp_path / "m", resumed_from_step=1)
-    assert (tmp_path / "m").read_bytes() == before
-
-
 def test_a_full_disk_is_an_error_and_leaves_a_readable_file(tmp_path):
     metrics = opened(tmp_path / "m")
     metrics.step(record(1))
