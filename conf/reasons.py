@@ -22,6 +22,13 @@ def reason(error: BaseException) -> str:
     return cause if text in cause else f"{text}: {cause}"
 
 
+def with_cause(error: BaseException) -> str:
+    """As `reason`, with all lines of `error`, for the errors that are written for users."""
+    root, text = root_cause(error), str(error)
+    cause = _text(root)
+    return text if root is error or cause in text else f"{text}: {cause}"
+
+
 def _text(error: BaseException) -> str:
     """The first line: what follows in the errors of libraries is a trace."""
     if isinstance(error, OSError) and error.filename and error.strerror:

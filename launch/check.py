@@ -157,7 +157,7 @@ def _together(overrides: Sequence[str], winning: Sequence[str]) -> list[str]:
 def _settle(overrides: Sequence[str], run: Path, steps: int) -> Config:
     """The config of one of the two runs: as asked, but short, in a directory of its own and without onlookers."""
     ours = [f"run.dir={run}", "run.name=check", "run.fresh=false", "run.change=false", *QUIET]
-    config, _ = settle_config(_together(overrides, ours), lambda config: (ranks_for(config), gpus(config)))
+    config, _ = settle_config(_together(overrides, ours), lambda config: (ranks_for(config), gpus(config)), tell=say)
     config.steps = steps  # the schedule keeps its length
     return config
 

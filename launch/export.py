@@ -15,15 +15,17 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from stoker.checkpoint import DamagedCheckpoint, open_checkpoint, read_tensors
-from stoker.conf.rundir import RunDirectory, read_config
+from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config, ModelConfig
 from stoker.data import open_tokenizer
 from stoker.data.hugging_face import tokenizer_files
 from stoker.launch.show import checkpoints_of, run_at
 from stoker.launch.tensor_files import TensorWriter, index_json, plan_files
+from stoker.launch.train import say
 from stoker.models.hugging_face import config_json, tensor_name
 from stoker.parallel.shards import PARAMETER
 from stoker.trainer.assemble import with_vocabulary
+from stoker.trainer.trust import DATA, MODEL, trusted_config
 
 _DTYPES = {"fp32": (torch.float32, "F32"), "bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16")}
 _SIZE = re.compile(r"(\d+)\s*(KB|MB|GB)", re.IGNORECASE)
@@ -36,7 +38,7 @@ def export(options: argparse.Namespace) -> int:
     summary = checkpoints_of(run, options.step)[-1]
     if summary.problem is not None:
         raise ValueError(f"{summary.path}: {summary.problem}; --step takes another checkpoint")
-    config = with_vocabulary(read_config(run), run.tokenizer)
+    config = with_vocabulary(trusted_config(run, options.trust, (MODEL, DATA), say), run.tokenizer)
     if config.model.target != ModelConfig().target:
         raise ValueError(f"model.target={config.model.target} is a model of your own: Hugging Face has no class for it")
     file_bytes = _bytes(options.shard_size)

@@ -11,23 +11,24 @@ import torch
 from torch import nn
 
 from stoker.checkpoint import CheckpointMismatch, DamagedCheckpoint, Summary, read_tensors
-from stoker.conf.rundir import read_config
 from stoker.conf.schema import Config
 from stoker.data import open_tokenizer
 from stoker.data.tokenizer import Tokenizer
 from stoker.launch.show import checkpoints_of, run_at
+from stoker.launch.train import say
 from stoker.models.generate import generate
 from stoker.parallel.model import whole_model
 from stoker.parallel.weights import materialise
 from stoker.trainer.assemble import with_vocabulary
 from stoker.trainer.cut import build_on_meta
+from stoker.trainer.trust import DATA, MODEL, trusted_config
 
 
 def speak(options: argparse.Namespace) -> int:
     """Print the prompt and what the model makes of it. Raises ValueError for a run or values that cannot be used."""
     run = run_at(options.run)
     checkpoints = checkpoints_of(run, options.step)
-    config = with_vocabulary(read_config(run), run.tokenizer)
+    config = with_vocabulary(trusted_config(run, options.trust, (MODEL, DATA), say), run.tokenizer)
     tokenizer = open_tokenizer(config.data, run.tokenizer)
     tokens = generate(
         _newest_model(config, checkpoints),

@@ -55,22 +55,6 @@ def adopted_link(run: RunDirectory) -> Path | None:
     return place if own or (found is None and not committed(place)) else None
 
 
-def refuse_foreign_link(run: RunDirectory, config: Config) -> None:
-    """Raises ConfigError when `checkpoints` is a link to where another run keeps its own, unless `run.adopt`."""
-    place = linked_place(run.checkpoints)
-    if place is None or config.run.adopt:
-        return
-    try:
-        found = read_owner(place)
-    except NotOurs as error:
-        raise ConfigError(str(error)) from error
-    problem = problem_with(
-        found, mine(run), os.path.realpath(run.path), f"{run.checkpoints} is a link to {place}, which"
-    )
-    if problem is not None:
-        raise ConfigError(problem)
-
-
 def refuse_foreign_places(run: RunDirectory, config: Config) -> None:
     """Raises ConfigError when checkpoints would go where another run keeps its own, unless `run.adopt`."""
     if config.run.adopt:
@@ -78,10 +62,14 @@ def refuse_foreign_places(run: RunDirectory, config: Config) -> None:
     here, ours = os.path.realpath(run.path), mine(run)
     problems: list[str | None] = []
     try:
-        if config.checkpoint.dir is not None:
+        linked = linked_place(run.checkpoints)
+        if linked is not None:
+            what = f"{run.checkpoints} is a link to {linked}, which"
+            problems.append(problem_with(read_owner(linked), ours, here, what))
+        elif config.checkpoint.dir is not None:
             found = read_owner(Path(config.checkpoint.dir))
             problems.append(problem_with(found, ours, here, f"checkpoint.dir={config.checkpoint.dir}"))
-        elif not run.checkpoints.is_symlink() and not _is_copied(run):
+        elif not _is_copied(run):
             problems.append(problem_with(read_mark(run.checkpoints), ours, here, str(run.checkpoints)))
         if config.checkpoint.remote is not None:
             found = _owner_of_remote(config.checkpoint.remote)
@@ -92,12 +80,18 @@ def refuse_foreign_places(run: RunDirectory, config: Config) -> None:
         raise ConfigError("\n".join(foreign))
 
 
+def is_known(config: Config) -> bool:
+    """Whether the checkpoints in `checkpoint.dir` are this run's, once `refuse_foreign_places` has let it pass."""
+    place = config.checkpoint.dir
+    return place is not None and (config.run.adopt or read_owner(Path(place)) is not None)
+
+
 def claim_places(run: RunDirectory, config: Config) -> Owner:
     """On rank 0: give the run its id and mark its places with it. Raises NotOurs, OSError, ValueError."""
     copied = _is_copied(run)
     elsewhere = Path(config.checkpoint.dir) if config.checkpoint.dir is not None else None
     owner = Owner(identify(run, recovered=_recovered(run, config)).run, os.path.realpath(run.path))
-    make_tier(run.checkpoints, elsewhere)
+    make_tier(run.checkpoints, elsewhere, is_known(config))
     # A folder inside the run directory was copied with it, mark and all; an older version left it without one.
     own = elsewhere is None and (copied or read_mark(run.checkpoints) is None)
     claim(run.checkpoints, owner, adopt=config.run.adopt or own)

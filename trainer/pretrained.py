@@ -27,6 +27,7 @@ from stoker.models.hugging_face import shape_of, tensor_name
 from stoker.parallel.model import whole_model
 from stoker.parallel.shards import PARAMETER, Rectangle, Shard
 from stoker.trainer.cut import build_on_meta
+from stoker.trainer.trust import MODEL, trusted_config
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ def adopt_shape(config: Config, overrides: Sequence[str]) -> Config:
     """
     assert config.model.init_from is not None
     folder = Path(config.model.init_from).expanduser()
+    if _is_run(folder) and not any(override.key == "model.target" for override in map(parse, overrides)):
+        _refuse_foreign_model(RunDirectory(folder), config.run.trust)
     try:
         found = _run_shape(folder) if _is_run(folder) else _their_shape(folder, config.seq_len)
     except (OSError, ValueError) as error:
@@ -56,6 +59,12 @@ def adopt_shape(config: Config, overrides: Sequence[str]) -> Config:
                 node = node[part]
             node[name] = value
     return from_dict(values)
+
+
+def _refuse_foreign_model(run: RunDirectory, trust: bool) -> None:
+    """Raises ConfigError when the run of the weights has a model whose code this user may not know."""
+    if run.config.exists():
+        trusted_config(run, trust, (MODEL,))
 
 
 def load_pretrained(config: Config, shards: Sequence[Shard]) -> None:

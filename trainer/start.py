@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from stoker.checkpoint import DamagedCheckpoint, Remote, newest, tier_problem
+from stoker.checkpoint import DamagedCheckpoint, Remote, newest, read_owner, read_state, tier_problem
 from stoker.conf.compose import compose
 from stoker.conf.identity import Standing, read_identity, standing
 from stoker.conf.migrations import migrate
@@ -19,7 +19,7 @@ from stoker.conf.values import ConfigError
 from stoker.parallel.layout import fit
 from stoker.parallel.refusals import refuse
 from stoker.trainer.history import has_history, has_saved, nothing_to_resume
-from stoker.trainer.places import adopted_link, refuse_foreign_link, refuse_foreign_places
+from stoker.trainer.places import adopted_link, is_known, refuse_foreign_places
 from stoker.trainer.trust import TRAINING, refuse_foreign_code
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def settle_config(
         config.run.fresh = False  # it spoke of the first of these starts
     run = run_directory(config)
     refuse_links(run)
-    refuse_foreign_link(run, config)
+    refuse_foreign_places(run, config)
     changes: list[Change] = []
     stored = _stored_config(run, config)
     if stored is not None:
@@ -70,10 +70,11 @@ def settle_config(
                 refitted(f"on {world} ranks {key}={old} becomes {new}")
         config = fitted
     refuse(config, *where(config))
-    problem = tier_problem(run.checkpoints, first_tier(config))
+    problem = tier_problem(run.checkpoints, first_tier(config), is_known(config))
     if problem is not None:
         raise ConfigError(problem)
-    refuse_foreign_places(run, config)
+    if stored is not None:
+        refuse_foreign_places(run, config)  # those that were stored
     _tell_of_copies(run, tell)
     return pin(config), changes
 
@@ -81,10 +82,16 @@ def settle_config(
 def _stored_config(run: RunDirectory, config: Config) -> Config | None:
     """The config of the run that is to be resumed; None where there is nothing to resume.
 
-    A machine that has no checkpoint of the run finds it in the newest one on the remote.
+    A run directory that was lost, or that takes a place over, finds it in the newest checkpoint there or on the remote.
     """
-    if newest(run.checkpoints):
-        return read_config(run)
+    found_here = newest(_first_place(run, config))
+    if found_here:
+        if run.config.exists():
+            return read_config(run)
+        values = read_state(found_here[0]).get("config")
+        if values is None:
+            raise ConfigError(f"{run.path} has no {run.config.name}, and {found_here[0]} holds no config")
+        return from_dict(migrate(values))
     if config.checkpoint.remote is None:
         return None
     remote = Remote(config.checkpoint.remote)
@@ -98,6 +105,12 @@ def _stored_config(run: RunDirectory, config: Config) -> Config | None:
     return None
 
 
+def _first_place(run: RunDirectory, config: Config) -> Path:
+    """Where checkpoints are, also before there is a link to `checkpoint.dir`."""
+    elsewhere = first_tier(config)
+    return run.checkpoints if elsewhere is None or run.checkpoints.exists() else elsewhere
+
+
 def _resumed(
     run: RunDirectory,
     config: Config,
@@ -108,11 +121,11 @@ def _resumed(
 ) -> tuple[Config, list[Change]]:
     """The stored config with what is said now, and what that changes."""
     if config.run.fresh:
-        where_found = run.checkpoints if newest(run.checkpoints) else config.checkpoint.remote
+        place = _first_place(run, config)
+        where_found = place if newest(place) else config.checkpoint.remote
         raise ConfigError(f"run.fresh=true, but {where_found} holds checkpoints: name another run.dir")
     merged, changes = merge(stored, overrides)
-    where_stored: Path | str = run.config if newest(run.checkpoints) else str(config.checkpoint.remote)
-    id_stored = _id_of_stored(run, config)
+    where_stored, id_stored = _origin(run, config)
     refuse_foreign_code(
         merged, where_stored, id_stored, trust=config.run.trust, uses=uses, overrides=overrides, tell=tell
     )
@@ -125,13 +138,14 @@ def _resumed(
     return merged, changes
 
 
-def _id_of_stored(run: RunDirectory, config: Config) -> str | None:
-    """The id of the run whose config is stored: this directory's, or that of the remote it comes from."""
+def _origin(run: RunDirectory, config: Config) -> tuple[Path | str, str | None]:
+    """Where the stored config stands, and the id of the run that wrote it."""
     identity = read_identity(run)
-    if identity is not None or config.checkpoint.remote is None:
-        return None if identity is None else identity.run
-    owner = Remote(config.checkpoint.remote).owner()
-    return None if owner is None else owner.run
+    if run.config.exists():
+        return run.config, None if identity is None else identity.run
+    place = _first_place(run, config)
+    found = read_owner(place) if newest(place) else Remote(str(config.checkpoint.remote)).owner()
+    return place if newest(place) else str(config.checkpoint.remote), None if found is None else found.run
 
 
 def _refuse_a_silent_beginning(run: RunDirectory, config: Config, overrides: Sequence[str], restarted: bool) -> None:

@@ -73,12 +73,12 @@ def refuse_foreign_code(
     given = {override.key for override in map(parse, overrides)}
     foreign = {key: value for key, value in code.items() if not _is_given(key, given)}
     if foreign and not trust and not (run is not None and _record(run, code_of(config)).exists()):
-        listed = "".join(f"\n  {key}={_shown(value)}" for key, value in foreign.items())
+        listed = "".join(f"\n  {key}={shown(value)}" for key, value in foreign.items())
         raise ConfigError(
             f"{where} names code to run, and this user has not started this run. If you trust it, say run.trust=true "
             f"(--trust), or give the keys on the command line:{listed}"
         )
-    tell("uses code of its own: " + ", ".join(f"{key}={_shown(value)}" for key, value in code.items()))
+    tell("uses code of its own: " + ", ".join(f"{key}={shown(value)}" for key, value in code.items()))
 
 
 def trusted_config(
@@ -143,7 +143,8 @@ def _is_given(key: str, given: set[str]) -> bool:
     return any(".".join(parts[:end]) in given for end in range(1, len(parts) + 1))
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value on one line, without control characters, cut off where it is long."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     text = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
     return text if len(text) <= _LARGEST_SHOWN else f"{text[:_LARGEST_SHOWN]}..."
