@@ -22,8 +22,8 @@ def linked_place(checkpoints: Path) -> Path | None:
 def tier_problem(checkpoints: Path, elsewhere: Path | None, known: bool = False) -> str | None:
     """Why the checkpoints of the run that has `checkpoints` cannot be kept in `elsewhere` (None: in the run directory).
 
-    None when they can. A run's checkpoints are in one place, and a place is one run's: `known` says that the checkpoints
-    in `elsewhere` are this run's, by their mark or because it takes them over.
+    None when they can. A run's checkpoints are in one place, and a place is one run's: with `known` the checkpoints in
+    `elsewhere` are this run's, by their mark or because it takes them over.
     """
     linked = linked_place(checkpoints)
     if linked is not None and elsewhere is not None and os.path.realpath(linked) == os.path.realpath(elsewhere):
