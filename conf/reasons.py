@@ -31,6 +31,6 @@ def with_cause(error: BaseException) -> str:
 
 def _text(error: BaseException) -> str:
     """The first line: what follows in the errors of libraries is a trace."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -58,7 +58,6 @@ log = logging.getLogger(__name__)
 
 CONFIG_VARIABLE = "STOKER_CONFIG"  # our launcher hands ranks the settled config, as JSON
 RENDEZVOUS_SECONDS = 300.0
-_ROOM_LOOK_SECONDS = 2.0  # between two tries to save the end of a run on a full disk
 UPLOAD_LOOK_SECONDS = 30.0  # at the end ranks meet so often while the last checkpoint is uploaded
 
 
@@ -303,14 +302,15 @@ def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:
 
 def _await_last_save(trainer: Trainer, step: int) -> list[str]:
     """Why the state after `step` is not saved, as this rank knows it. On a full disk it is saved again for a while."""
-    deadline = time.monotonic() + ROOM_SECONDS
+    deadline, pause = time.monotonic() + ROOM_SECONDS, 1.0
     while True:
         failed = [report for report in trainer.checkpoints.wait() if report.error and report.step == step]
         full = bool(failed) and failed[-1].full and time.monotonic() < deadline
         if not any(trainer.mesh.any_of([full])):
             return [report.error for report in failed[-1:] if report.error]
         trainer.report_saves()
-        time.sleep(_ROOM_LOOK_SECONDS)
+        time.sleep(pause)
+        pause *= 2
         trainer.save()
         trainer.phase(step, "last_save")
 

@@ -16,6 +16,7 @@ from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
 from stoker.launch.slurm.batch import LINK_VARIABLE, RANKS_DEFAULT, SUBMITTED, write_note
 from stoker.launch.train import say
+from stoker.trainer.history import begin_anew
 from stoker.trainer.start import run_directory, settle_config
 from stoker.trainer.trust import SLURM, TRAINING, remember, remember_script
 
@@ -34,7 +35,8 @@ def submit(overrides: Sequence[str], dry_run: bool) -> int:
     for change in changes:
         say(f"changed since the last start: {change}")
     run = run_directory(config)
-    settings = [word for word in overrides if word.partition("=")[0] not in ("run.dir", "run.fresh")]
+    once = () if tasks else ("run.fresh",)  # done here, before a job that may be requeued
+    settings = [word for word in overrides if word.partition("=")[0] not in ("run.dir", *once)]
     directory = next((word.partition("=")[2] for word in overrides if word.startswith("run.dir=")), None)
     if directory is not None and "{task}" in directory:
         run = RunDirectory(Path(directory.partition("{task}")[0].rstrip("/") or ".").expanduser().absolute())
@@ -45,6 +47,8 @@ def submit(overrides: Sequence[str], dry_run: bool) -> int:
     if dry_run:
         print(text, end="")
         return 0
+    if config.run.fresh and not tasks and (aside := begin_anew(run)) is not None:
+        say(f"what an earlier run has left is in {aside}")
     run.slurm.mkdir(parents=True, exist_ok=True)
     run.attempts.mkdir(exist_ok=True)
     write_whole(run.script, text.encode())

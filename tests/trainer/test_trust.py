@@ -19,6 +19,7 @@ from stoker.conf.schema import Config, from_dict, to_dict
 from stoker.conf.targets import import_target
 from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
+from stoker.launch.slurm.batch import main as batch
 from stoker.trainer.trust import code_of, is_remembered_script, refuse_foreign_code, remember, remember_script
 from tests.launch.runs import train_here
 from tests.trainer.lives import ONE, settled, trained_run, twin, words_of
@@ -134,11 +135,17 @@ def test_submit_refuses_stored_shell(stranger: Stranger, capsys: pytest.CaptureF
     told = capsys.readouterr().err
     assert "launch.setup=touch x" in told and 'launch.sbatch_args=["--wrap=y"]' in told
     assert main(["submit", "--dry-run", "--trust", f"run.dir={stranger.run.path}"]) == 0
-    with pytest.raises(ConfigError, match=r"launch\.srun_args"):  # of a job's own process
-        stranger.store(launch__srun_args=["--prolog=x"])
-        settled([f"run.dir={stranger.run.path}", *ONE], uses=("model.", "launch.srun_args"))
     output = capsys.readouterr()
     assert "touch x" in output.out and "uses code of its own: launch.setup=touch x" in output.err
+
+
+def test_a_jobs_own_process_refuses_stored_arguments_of_srun(
+    stranger: Stranger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    stranger.store(launch__srun_args=["--prolog=x"])
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert batch([f"run.dir={stranger.run.path}"]) == 2
+    assert 'launch.srun_args=["--prolog=x"]' in capsys.readouterr().err
 
 
 def test_trust_said_in_one_of_three_ways_lets_it_pass_and_is_told(
