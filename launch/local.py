@@ -70,7 +70,7 @@ def launch(
         CONFIG_VARIABLE: json.dumps(to_dict(config)),
         "OMP_NUM_THREADS": str(threads),
         "PYTHONSAFEPATH": "1",
-        "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(_handled_signals()),
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(handled_signals()),
     }
     with tempfile.TemporaryDirectory(prefix="stoker-") as folder:
         spec = WorkerSpec(
@@ -101,7 +101,7 @@ def launch(
     return 0 if ending is not None and ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED) else 1
 
 
-def _handled_signals() -> list[str]:
+def handled_signals() -> list[str]:
     """The signals that end the run in order."""
     handled = [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 
 import pytest
@@ -10,7 +11,7 @@ from stoker.conf.reasons import reason, root_cause, with_cause
 
 def chained(*errors: BaseException) -> BaseException:
     """The first raised from the second, and so on."""
-    for error, cause in zip(errors, errors[1:], strict=False):
+    for error, cause in itertools.pairwise(errors):
         error.__cause__ = cause
     return errors[0]
 
@@ -47,13 +48,9 @@ def test_causes_in_a_circle_come_to_an_end():
 
 
 def test_what_was_being_handled_by_chance_is_no_cause():
-    try:
-        try:
-            raise KeyError("a")
-        except KeyError:
-            raise ValueError("b") from None
-    except ValueError as error:
-        assert reason(error) == "b"
+    error = ValueError("b")
+    error.__context__ = KeyError("a")
+    assert reason(error) == "b"
 
 
 def test_errors_of_several_lines_for_users_keep_them():
