@@ -10,12 +10,12 @@ from stoker.conf.durable import touch_own
 from stoker.conf.identity import identify
 from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.values import ConfigError
-from stoker.launch.show import run_at
+from stoker.launch.control import living
+from stoker.launch.inspect import run_at
 from stoker.launch.slurm import commands
 from stoker.launch.slurm.batch import read_notes
 from stoker.launch.slurm.submit import submit_script
-from stoker.launch.tend import living
-from stoker.trainer.outcome import Outcome, read_beginning, read_ending
+from stoker.trainer.runtime.outcome import Outcome, read_beginning, read_ending
 from stoker.trainer.trust import code_of, is_remembered_script, remember, remember_script, shown
 
 _POLL_SECONDS = 0.1

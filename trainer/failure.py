@@ -11,8 +11,8 @@ from stoker.conf.durable import is_full
 from stoker.conf.reasons import reason, root_cause
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.values import ConfigError
-from stoker.trainer.outcome import Ending, Outcome, Superseded, write_ending
-from stoker.trainer.process import Console, Place
+from stoker.trainer.runtime.outcome import Ending, Outcome, Superseded, write_ending
+from stoker.trainer.runtime.process import Console, Place
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from stoker.checkpoint.resuming import set_aside
 from stoker.conf.durable import is_full
 from stoker.conf.identity import read_identity, write_identity
 from stoker.conf.rundir import RunDirectory
-from stoker.trainer.metrics import last_step
-from stoker.trainer.observer import CheckpointReport, Observer
+from stoker.trainer.report.metrics import last_step
+from stoker.trainer.report.observer import CheckpointReport, Observer
 
 log = logging.getLogger(__name__)
 

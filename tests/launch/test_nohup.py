@@ -11,7 +11,7 @@ import pytest
 
 from stoker.conf.rundir import RunDirectory
 from stoker.launch.local import handled_signals
-from stoker.trainer.outcome import Outcome, read_ending
+from stoker.trainer.runtime.outcome import Outcome, read_ending
 from tests.launch.runs import command, last_step, overrides, rank_pids, started, wait_until
 
 SIGHUP_BIT = 1 << (signal.SIGHUP - 1)
@@ -25,7 +25,9 @@ def ignores_hangup(pid: int) -> bool:
 
 def test_a_hangup_that_is_ignored_stays_ignored_in_launcher_and_ranks(home: Path) -> None:
     run = RunDirectory(home / "nohup")
-    words = overrides(run.path, home / "text", "steps=100000", "checkpoint.every=0", "launch.nproc=1", "batch.micro=8")
+    words = overrides(
+        run.path, home / "text", "steps=100000", "checkpoint.every=0", "launch.nproc=1", "batch.micro_size=8"
+    )
     with started(home, ["nohup", *command("train", *words)]) as process:
         wait_until(lambda: last_step(run.path) >= 1, process, 120.0)
         ranks = list(rank_pids(run.path).values())

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from stoker.conf.schema import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig
 from stoker.conf.targets import import_target
+from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.initialize import initialize
 from stoker.parallel.model import whole_model
 from stoker.parallel.optimizer import is_decayed
-from stoker.parallel.registry import Held, uncut
-from stoker.parallel.rows import IGNORE, Rows
+from stoker.parallel.registry import LocalShard, whole_registry
 from stoker.parallel.shards import PARAMETER, Shard, whole
 
 VOCABULARY = 50
@@ -22,26 +22,26 @@ VOCABULARY = 50
 
 def small_config(**changes: Any) -> Config:
     """A toy model in fp32 whose odd sizes do not divide over ranks, with weights that ZeRO leaves ranks without."""
-    model = ModelConfig(target="tests.toy:build", vocab_size=VOCABULARY, width=18, layers=2)
-    config = Config(model=model, data=DataConfig(), batch=BatchConfig(rows=8), seq_len=12, precision="fp32")
+    model = ModelConfig(target="tests.toy:build", vocab_size=VOCABULARY, hidden_size=18, num_hidden_layers=2)
+    config = Config(model=model, data=DataConfig(), batch=BatchConfig(size=8), seq_len=12, precision="fp32")
     config.optim = OptimConfig(name="adamw", lr=1e-2)
     for key, value in changes.items():
         setattr(config, key, value)
     return config
 
 
-def global_rows(config: Config, step: int, seed: int = 0) -> Rows:
+def global_rows(config: Config, step: int, seed: int = 0) -> Batch:
     """The rows of a global batch: documents of very unequal length, and not one valid token in every fourth row."""
-    count, length = config.batch.rows, config.seq_len
+    count, length = config.batch.size, config.seq_len
     generator = torch.Generator().manual_seed(1000 * seed + step)
     tokens = torch.randint(VOCABULARY, (count, length), generator=generator)
     labels = torch.randint(VOCABULARY, (count, length), generator=generator)
     for row in range(count):
         valid = 0 if row % 4 == 3 else int(torch.randint(1, length + 1, (1,), generator=generator))
-        labels[row, valid:] = IGNORE
+        labels[row, valid:] = IGNORE_INDEX
     documents = (torch.rand(count, length, generator=generator) < 0.2).cumsum(1).int()
     positions = torch.arange(length).expand(count, length).contiguous()
-    return Rows(tokens, labels, positions, documents)
+    return Batch(tokens, labels, positions, documents)
 
 
 @dataclass
@@ -58,11 +58,11 @@ class Trace:
 
 def one_process(config: Config, steps: int, poison: int | None = None) -> Trace:
     """Train for `steps` steps in plain torch; at step `poison` the loss is infinite and the step is left out."""
-    model: nn.Module = import_target(config.model.target)(config.model, whole_model(config.model.layers))
-    registry = uncut(model)
+    model: nn.Module = import_target(config.model.target)(config.model, whole_model(config.model.num_hidden_layers))
+    registry = whole_registry(model)
     shards: list[Shard] = []
     for name, parameter in model.named_parameters():
-        held = Held((whole(tuple(parameter.shape)),))
+        held = LocalShard((whole(tuple(parameter.shape)),))
         shards += registry.shards(name, PARAMETER, held, parameter.detach())
     initialize(shards, model.initial, config.run.seed)  # type: ignore[arg-type]
     named = list(model.named_parameters())
@@ -89,7 +89,7 @@ def one_process(config: Config, steps: int, poison: int | None = None) -> Trace:
         loss.backward()
         if step == 1:
             trace.gradients = {name: p.grad * valid for name, p in named if p.grad is not None}
-        limit = config.clip_norm if config.clip_norm is not None else float("inf")
+        limit = config.grad_clip_norm if config.grad_clip_norm is not None else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         trace.tokens.append(valid)
         trace.skipped.append(step == poison)
@@ -114,7 +114,7 @@ def assemble(ranks: list[list[Shard]], kind: str = PARAMETER) -> dict[str, Tenso
                 continue
             tensor = found.setdefault(shard.name, torch.zeros(shard.shape, dtype=shard.data.dtype))
             count = seen.setdefault(shard.name, torch.zeros(shard.shape))
-            index = shard.rectangle.within(whole(shard.shape))
+            index = shard.chunk.within(whole(shard.shape))
             if count[index].any():
                 assert torch.equal(tensor[index], shard.data), f"replicas of {shard.name} differ"
             tensor[index] = shard.data

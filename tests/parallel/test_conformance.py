@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from stoker.conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
+from stoker.parallel.batch import IGNORE_INDEX
 from stoker.parallel.engine import Engine
 from stoker.parallel.layout import BatchPlan, Layout, batch_plan, layout_of
 from stoker.parallel.mesh import Mesh, mesh_over_default_group
-from stoker.parallel.rows import IGNORE
 from stoker.parallel.shards import PARAMETER, Shard
-from stoker.parallel.update import Said
-from stoker.trainer.cut import cut
+from stoker.parallel.update import StepFlags
+from stoker.trainer.parallelize import cut
 from tests import world
 from tests.parallel.reference import Trace, assemble, global_rows, normwise, one_process, small_config
 from tests.parallel.toy_engine import ToyEngine
@@ -88,8 +88,8 @@ LAYOUTS = [
 def test_every_layout_computes_what_one_process_computes(
     ranks: int, zero: int, replicas: int | None, micro: int, optimizer: str
 ) -> None:
-    parallel = ParallelConfig(zero=zero, replicas=replicas)
-    config = small_config(parallel=parallel, batch=BatchConfig(rows=8, micro=micro))
+    parallel = ParallelConfig(zero=zero, dp_replicate=replicas)
+    config = small_config(parallel=parallel, batch=BatchConfig(size=8, micro_size=micro))
     if optimizer == "sgd":
         config.optim = SGD
     results = world.run(train, ranks, config)
@@ -101,7 +101,7 @@ def test_every_layout_computes_what_one_process_computes(
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_the_toy_engine_conforms_too(optimizer: str) -> None:
     config = small_config(optim=SGD) if optimizer == "sgd" else small_config()
-    config.batch = BatchConfig(rows=8, micro=2)
+    config.batch = BatchConfig(size=8, micro_size=2)
     results = world.run(train, 2, config, "toy")
     parameters = assemble([shards for _, shards in results])
     assert_same(results[0][0], reference(optimizer), parameters, 1e-6 if optimizer == "sgd" else 1e-4)
@@ -111,7 +111,7 @@ def test_the_toy_engine_conforms_too(optimizer: str) -> None:
 def test_what_is_frozen_stays_and_the_rest_trains_as_in_one_process(ranks: int, zero: int) -> None:
     config = small_config(parallel=ParallelConfig(zero=zero))
     config.model.target = "tests.toy:build_frozen"
-    config.batch = BatchConfig(rows=8, micro=2)
+    config.batch = BatchConfig(size=8, micro_size=2)
     config.optim.weight_decay = 0.5
     results = world.run(train, ranks, config)
     parameters = assemble([shards for _, shards in results])
@@ -137,8 +137,8 @@ def test_a_users_own_optimizer_computes_the_same_and_leaves_out_what_is_not_fini
 def test_every_gradient_is_that_of_one_process(zero: int) -> None:
     """With plain SGD the change of a parameter over the learning rate is its gradient."""
     plain = OptimConfig(name="sgd", lr=64.0, weight_decay=0.0)
-    config = small_config(optim=plain, clip_norm=None, parallel=ParallelConfig(zero=zero))
-    config.batch = BatchConfig(rows=8, micro=1)
+    config = small_config(optim=plain, grad_clip_norm=None, parallel=ParallelConfig(zero=zero))
+    config.batch = BatchConfig(size=8, micro_size=1)
     before = one_process(config, 0).parameters
     expected = one_process(config, 1).parameters
     after = assemble([shards for _, shards in world.run(train, 2, config, "fsdp", 1)])
@@ -174,7 +174,7 @@ def agreed_votes(engine_name: str = "fsdp") -> list[frozenset[str]]:
     found = []
     for votes in (frozenset(), frozenset({"stop"}) if mesh.rank == 1 else frozenset()):
         engine.forward_backward(global_rows(small_config(), 1)[mesh.dp_rank :: mesh.layout.dp])
-        found.append(engine.update(1e-3, Said(votes)).read().votes)
+        found.append(engine.update(1e-3, StepFlags(votes)).read().votes)
     return found
 
 
@@ -188,7 +188,7 @@ def step_without_a_valid_token(zero: int = 1, engine_name: str = "fsdp") -> tupl
     engine, mesh = build(config)
     before = [shard.data.clone() for shard in engine.shards()]
     rows = global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp]
-    rows.labels.fill_(IGNORE)
+    rows.labels.fill_(IGNORE_INDEX)
     engine.forward_backward(rows)
     result = engine.update(1e-2).read()
     unchanged = all(torch.equal(a, s.data) for a, s in zip(before, engine.shards(), strict=True))
@@ -200,9 +200,11 @@ def test_a_batch_without_a_valid_token_changes_nothing() -> None:
 
 
 def evaluated(zero: int, engine_name: str = "fsdp") -> tuple[float, float]:
-    config = small_config(parallel=ParallelConfig(zero=zero, engine=engine_name), batch=BatchConfig(rows=8, micro=1))
+    config = small_config(
+        parallel=ParallelConfig(zero=zero, engine=engine_name), batch=BatchConfig(size=8, micro_size=1)
+    )
     engine, mesh = build(config)
-    total = mesh.sum(engine.evaluate(global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp]))
+    total = mesh.all_reduce(engine.evaluate(global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp]))
     engine.forward_backward(global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp])
     return float(total[0] / total[1]), engine.update(0.0).read().loss
 

@@ -14,7 +14,7 @@ from stoker.conf.schema import Config
 from stoker.trainer.start import settle_config
 from tests.launch.runs import overrides, train_here, write_text
 
-ONE = ["launch.nproc=1", "parallel.zero=0", "batch.micro=8", "model.layers=1"]
+ONE = ["launch.nproc=1", "parallel.zero=0", "batch.micro_size=8", "model.num_hidden_layers=1"]
 
 
 def words_of(run: Path, text: Path, *more: str) -> list[str]:

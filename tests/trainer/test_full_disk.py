@@ -14,9 +14,9 @@ from stoker.conf import durable
 from stoker.conf.durable import is_full, with_room, write_durably, write_whole
 from stoker.conf.rundir import RunDirectory, next_attempt
 from stoker.trainer.failure import Attempt, fail
-from stoker.trainer.metrics import read
-from stoker.trainer.outcome import Ending, Outcome, read_ending, write_ending
-from stoker.trainer.process import Console, Phases, Place, read_stamps
+from stoker.trainer.report.metrics import read
+from stoker.trainer.runtime.outcome import Ending, Outcome, read_ending, write_ending
+from stoker.trainer.runtime.process import Console, Phases, Place, read_stamps
 from tests import world
 from tests.launch.runs import environment, steps_of, train_here, write_text
 from tests.trainer.lives import words_of
@@ -108,7 +108,7 @@ def test_an_outcome_is_written_when_there_is_room_again(tmp_path: Path, monkeypa
     run, waits, told = RunDirectory(tmp_path), [], []
     number = next_attempt(run)
     real = durable.open_own
-    monkeypatch.setattr("stoker.trainer.outcome.open_own", _full_for(3, real))
+    monkeypatch.setattr("stoker.trainer.runtime.outcome.open_own", _full_for(3, real))
     monkeypatch.setattr("time.sleep", waits.append)
     assert write_ending(run, number, Ending(Outcome.FAILED, "why"), waiting=told.append)
     ending = read_ending(run, number)
@@ -139,8 +139,8 @@ def test_a_rank_that_fails_for_want_of_room_is_started_again_and_says_which_file
     ending = read_ending(run, attempt.number)
     assert ending is not None and ending.retry and ending.message == f"{run.config}: {NO_ROOM}"
     later = Attempt(run, next_attempt(run), attempt.place, met=True)
-    monkeypatch.setattr("stoker.trainer.outcome.open_own", _full_for(10**6, durable.open_own))
-    monkeypatch.setattr("stoker.trainer.outcome.ROOM_SECONDS", 0.0)
+    monkeypatch.setattr("stoker.trainer.runtime.outcome.open_own", _full_for(10**6, durable.open_own))
+    monkeypatch.setattr("stoker.trainer.runtime.outcome.ROOM_SECONDS", 0.0)
     monkeypatch.setattr("stoker.conf.durable._POLL_SECONDS", 0.0)
     monkeypatch.setattr("time.monotonic", iter(range(0, 10**6, 50)).__next__)
     assert fail(error, later, later.place, Console()) == 1
@@ -150,7 +150,7 @@ def test_a_rank_that_fails_for_want_of_room_is_started_again_and_says_which_file
 
 
 def test_stamps_and_seconds_that_find_no_room_end_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stoker.trainer.goodput import Booking
+    from stoker.trainer.report.goodput import Booking
 
     phase = Phases(tmp_path / "rank-0.stamp")
     booking = Booking(tmp_path / "seconds.json", phase, 0)

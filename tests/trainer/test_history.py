@@ -17,10 +17,10 @@ from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
 from stoker.trainer.history import SavedOnce, begin_anew, has_saved
 from stoker.trainer.main import CONFIG_VARIABLE
-from stoker.trainer.metrics import last_step
+from stoker.trainer.report.metrics import last_step
 from tests.launch.runs import steps_of, train_here
 from tests.trainer.lives import ONE, settled, trained_run, twin, words_of
-from tests.trainer.observed import Report
+from tests.trainer.report.observed import Report
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,8 @@ def test_another_config_is_not_put_in_the_place_of_one_that_never_trained(
     shutil.copy(trained.config, run.config)
     with pytest.raises(ConfigError, match=r"model\.width: 32 -> 256"):
         settled([f"run.dir={run.path}"])
-    assert settled(words_of(run.path, home / "text", "launch.threads=2")).model.width == 32
-    assert settled([f"run.dir={run.path}", "run.fresh=true"]).model.width == 256
+    assert settled(words_of(run.path, home / "text", "launch.threads=2")).model.hidden_size == 32
+    assert settled([f"run.dir={run.path}", "run.fresh=true"]).model.hidden_size == 256
 
 
 def test_damaged_checkpoints_do_not_stand_in_the_way_of_a_new_beginning(trained: RunDirectory, tmp_path: Path) -> None:

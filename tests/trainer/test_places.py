@@ -15,8 +15,8 @@ from stoker.conf.identity import read_identity
 from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
-from stoker.trainer.metrics import cut_back
-from stoker.trainer.outcome import Ending, Outcome, write_ending
+from stoker.trainer.report.metrics import cut_back
+from stoker.trainer.runtime.outcome import Ending, Outcome, write_ending
 from tests.checkpoint.simulated import saved, small_model
 from tests.launch.runs import steps_of, train_here
 from tests.trainer.lives import ONE, settled, trained_run, twin, words_of
@@ -84,7 +84,7 @@ def test_an_adopted_place_is_gone_on_from(
     with pytest.raises(ConfigError, match=r"run\.adopt=true"):
         settled(words)
     train_here(home, [*words, "run.adopt=true"])
-    assert [step[0] for step in steps_of(run.path)] == [5] and read_config(run).model.width == 32
+    assert [step[0] for step in steps_of(run.path)] == [5] and read_config(run).model.hidden_size == 32
     mark = read_mark(tmp_path / "place")
     assert mark is not None and mark.run == id_of(run)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stoker.conf.rundir import RunDirectory
-from stoker.trainer.outcome import Outcome, read_ending
+from stoker.trainer.runtime.outcome import Outcome, read_ending
 from tests import world
 from tests.launch.runs import overrides, steps_of, write_text
 
@@ -22,7 +22,7 @@ def trained(words: list[str]) -> tuple[str, int | None]:
 def test_a_run_from_python_is_the_same_run(tmp_path: Path) -> None:
     write_text(tmp_path / "text")
     words = overrides(
-        tmp_path / "run", tmp_path / "text", "steps=3", "batch.micro=8", f"data.cache={tmp_path / 'cache'}"
+        tmp_path / "run", tmp_path / "text", "steps=3", "batch.micro_size=8", f"data.cache={tmp_path / 'cache'}"
     )
     assert world.run(trained, 1, words) == [("completed", 3)]
     assert [step[0] for step in steps_of(tmp_path / "run")] == [1, 2, 3]
@@ -33,7 +33,7 @@ def test_best_fit_rows_are_attended_within_documents_unless_told_otherwise(tmp_p
     losses = []
     for name, more in (("default", []), ("asked", ["data.document_mask=true"])):
         words = overrides(
-            tmp_path / name, tmp_path / "text", "steps=1", "batch.micro=8", f"data.cache={tmp_path / 'cache'}",
+            tmp_path / name, tmp_path / "text", "steps=1", "batch.micro_size=8", f"data.cache={tmp_path / 'cache'}",
             "data.packing=best_fit", "seq_len=256", *more,
         )  # fmt: skip
         assert world.run(trained, 1, words) == [("completed", 1)]
@@ -86,7 +86,7 @@ def second_try(bad: list[str], good: list[str]) -> tuple[str, str, dict[str, tup
 def test_after_a_run_that_failed_the_process_is_as_before_and_the_next_run_trains(tmp_path: Path) -> None:
     """With readers, a tracker and a checkpoint in flight when it fails."""
     write_text(tmp_path / "text")
-    more = ("steps=3", "batch.micro=8", f"data.cache={tmp_path / 'cache'}", "parallel.zero=0", "data.workers=1")
+    more = ("steps=3", "batch.micro_size=8", f"data.cache={tmp_path / 'cache'}", "parallel.zero=0", "data.workers=1")
     fails = ("faults=[{at: 2, do: oom}]", "checkpoint.every=1", "deterministic=true", "tracker=tensorboard")
     bad = overrides(tmp_path / "run-a", tmp_path / "text", *more, *fails)
     good = overrides(tmp_path / "run-b", tmp_path / "text", *more)
@@ -94,10 +94,10 @@ def test_after_a_run_that_failed_the_process_is_as_before_and_the_next_run_train
     assert "RuntimeError" in raised and outcome == "completed" and differing == {}
     ending = read_ending(RunDirectory(tmp_path / "run-a"), 1)
     assert ending is not None and ending.outcome is Outcome.FAILED and "memory" in ending.message
-    bad = overrides(tmp_path / "run-c", tmp_path / "text", *more, "eval.rows=100000")
+    bad = overrides(tmp_path / "run-c", tmp_path / "text", *more, "eval.sequences=100000")
     good = overrides(tmp_path / "run-c", tmp_path / "text", *more)
     [(raised, outcome, differing)] = world.run(second_try, 1, bad, good, group=False)
-    assert "eval.rows=100000" in raised and outcome == "completed" and differing == {}
+    assert "eval.sequences=100000" in raised and outcome == "completed" and differing == {}
 
 
 def with_a_group_of_its_own(words: list[str]) -> tuple[str, bool]:

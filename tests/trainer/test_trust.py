@@ -84,7 +84,7 @@ STORED: dict[str, dict[str, Any]] = {
     "data.sources.web.target=evil_stranger:open_source": {
         "data__sources": {"web": {"target": "evil_stranger:open_source"}}
     },
-    "data.units=evil_stranger:open_source": {"data__units": "evil_stranger:open_source"},
+    "data.splits=evil_stranger:open_source": {"data__units": "evil_stranger:open_source"},
     "optim.target=evil_stranger:build": {"optim__target": "evil_stranger:build"},
     "parallel.deepspeed": {"parallel__deepspeed": {"compile": {"backend": "evil_stranger.build"}}},
 }
@@ -210,7 +210,7 @@ def test_weights_of_a_strangers_run_bring_no_code(stranger: Stranger, home: Path
     words.append(f"model.init_from={stranger.run.path}")
     with pytest.raises(ConfigError, match=r"model\.target=evil_stranger:build"):
         settled(words)
-    assert settled([*words, "model.target=stoker.models.decoder:build"]).model.width == 32
+    assert settled([*words, "model.target=stoker.models.decoder:build"]).model.hidden_size == 32
     assert settled([*words, "run.trust=true"]).model.target == "evil_stranger:build"
     assert not stranger.mark.exists()
 
@@ -236,7 +236,7 @@ def test_our_own_targets_are_no_code_of_others_but_only_in_their_place() -> None
 
     assert code(lambda config: None) == []
     assert code(lambda config: setattr(config.model, "target", "stoker.models.decoder:build")) == []
-    assert code(lambda config: setattr(config.data, "units", "stoker.data.lanes.sources:open_text")) == []
+    assert code(lambda config: setattr(config.data, "units", "stoker.data.streaming.sources:open_text")) == []
     for section, key in (("model", "target"), ("data", "target"), ("optim", "target")):
         change = lambda config, s=section, k=key: setattr(getattr(config, s), k, "stoker.launch.cli:main")  # noqa: E731
         assert code(change) == [f"{section}.{key}"]
