@@ -11,7 +11,6 @@ from pathlib import Path
 from stoker.checkpoint import DamagedCheckpoint, Remote, newest, read_owner, read_state, tier_problem
 from stoker.conf.compose import compose
 from stoker.conf.identity import Standing, read_identity, standing
-from stoker.conf.migrations import migrate
 from stoker.conf.resume import Change, check_changes, merge, pin
 from stoker.conf.rundir import RunDirectory, read_config, refuse_links, resolve
 from stoker.conf.schema import Config, from_dict, kinds, lookup
@@ -91,7 +90,7 @@ def _stored_config(run: RunDirectory, config: Config) -> Config | None:
         values = read_state(found_here[0]).get("config")
         if values is None:
             raise ConfigError(f"{run.path} has no {run.config.name}, and {found_here[0]} holds no config")
-        return from_dict(migrate(values))
+        return from_dict(values)
     if config.checkpoint.remote is None:
         return None
     remote = Remote(config.checkpoint.remote)
@@ -99,7 +98,7 @@ def _stored_config(run: RunDirectory, config: Config) -> Config | None:
         try:
             found = remote.manifest(step)
             if found is not None:
-                return from_dict(migrate(remote.state(found[0])["config"]))
+                return from_dict(remote.state(found[0])["config"])
         except DamagedCheckpoint as damage:
             log.warning("passed over: %s", damage)
     return None
