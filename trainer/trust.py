@@ -123,7 +123,7 @@ def _data(prefix: str, keys: Mapping[str, Any]) -> Code:
     """The same of a source of data."""
     args = keys.get("args") or {}
     found = _target(f"{prefix}.target", keys.get("target"), "stoker.data.", {f"{prefix}.args": args})
-    found |= _target(f"{prefix}.units", keys.get("units"), "stoker.data.", {f"{prefix}.args": args})
+    found |= _target(f"{prefix}.splits", keys.get("splits"), "stoker.data.", {f"{prefix}.args": args})
     if isinstance(args, Mapping) and args.get("map") and f"{prefix}.args" not in found:
         found[f"{prefix}.args.map"] = args["map"]
     for key in ("path", "urls"):

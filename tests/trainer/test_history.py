@@ -111,7 +111,7 @@ def test_another_config_is_not_put_in_the_place_of_one_that_never_trained(
     run = RunDirectory(tmp_path / "run")
     run.path.mkdir()
     shutil.copy(trained.config, run.config)
-    with pytest.raises(ConfigError, match=r"model\.width: 32 -> 256"):
+    with pytest.raises(ConfigError, match=r"model\.hidden_size: 32 -> 256"):
         settled([f"run.dir={run.path}"])
     assert settled(words_of(run.path, home / "text", "launch.threads=2")).model.hidden_size == 32
     assert settled([f"run.dir={run.path}", "run.fresh=true"]).model.hidden_size == 256

@@ -84,7 +84,7 @@ STORED: dict[str, dict[str, Any]] = {
     "data.sources.web.target=evil_stranger:open_source": {
         "data__sources": {"web": {"target": "evil_stranger:open_source"}}
     },
-    "data.splits=evil_stranger:open_source": {"data__units": "evil_stranger:open_source"},
+    "data.splits=evil_stranger:open_source": {"data__splits": "evil_stranger:open_source"},
     "optim.target=evil_stranger:build": {"optim__target": "evil_stranger:build"},
     "parallel.deepspeed": {"parallel__deepspeed": {"compile": {"backend": "evil_stranger.build"}}},
 }
@@ -236,7 +236,7 @@ def test_our_own_targets_are_no_code_of_others_but_only_in_their_place() -> None
 
     assert code(lambda config: None) == []
     assert code(lambda config: setattr(config.model, "target", "stoker.models.decoder:build")) == []
-    assert code(lambda config: setattr(config.data, "units", "stoker.data.streaming.sources:open_text")) == []
+    assert code(lambda config: setattr(config.data, "splits", "stoker.data.streaming.sources:open_text")) == []
     for section, key in (("model", "target"), ("data", "target"), ("optim", "target")):
         change = lambda config, s=section, k=key: setattr(getattr(config, s), k, "stoker.launch.cli:main")  # noqa: E731
         assert code(change) == [f"{section}.{key}"]
