@@ -16,7 +16,7 @@ from stoker.parallel.engine import Engine
 from stoker.parallel.layout import BatchPlan, Layout, batch_plan, layout_of
 from stoker.parallel.mesh import Mesh, mesh_over_default_group
 from stoker.parallel.shards import PARAMETER, Shard
-from stoker.parallel.update import StepFlags
+from stoker.parallel.update import ControlFlag, StepFlags
 from stoker.trainer.parallelize import cut
 from tests import world
 from tests.parallel.reference import Trace, assemble, global_rows, normwise, one_process, small_config
@@ -169,17 +169,17 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_by_all(ranks: int, ze
         assert normwise(parameters[name], value) < 1e-4, name
 
 
-def agreed_votes(engine_name: str = "fsdp") -> list[frozenset[str]]:
+def agreed_votes(engine_name: str = "fsdp") -> list[frozenset[ControlFlag]]:
     engine, mesh = build(small_config(parallel=ParallelConfig(zero=0, engine=engine_name)))
     found = []
-    for votes in (frozenset(), frozenset({"stop"}) if mesh.rank == 1 else frozenset()):
+    for votes in (frozenset(), frozenset({ControlFlag.STOP}) if mesh.rank == 1 else frozenset()):
         engine.forward_backward(global_rows(small_config(), 1)[mesh.dp_rank :: mesh.layout.dp])
         found.append(engine.update(1e-3, StepFlags(votes)).read().votes)
     return found
 
 
 def test_a_vote_of_one_rank_reaches_all() -> None:
-    expected = [frozenset(), {"stop"}]
+    expected = [frozenset(), {ControlFlag.STOP}]
     assert world.run(agreed_votes, 2) == [expected, expected]
 
 

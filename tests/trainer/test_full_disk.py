@@ -16,7 +16,7 @@ from stoker.conf.rundir import RunDirectory, next_attempt
 from stoker.trainer.failure import Attempt, fail
 from stoker.trainer.report.metrics import read
 from stoker.trainer.runtime.outcome import Ending, Outcome, read_ending, write_ending
-from stoker.trainer.runtime.process import Console, Phases, Place, read_stamps
+from stoker.trainer.runtime.process import Console, Phase, Phases, Place, read_stamps
 from tests import world
 from tests.launch.runs import environment, steps_of, train_here, write_text
 from tests.trainer.lives import words_of
@@ -161,20 +161,20 @@ def test_stamps_and_seconds_that_find_no_room_end_nothing(tmp_path: Path, monkey
 
     monkeypatch.setattr("os.pwrite", refuse)
     monkeypatch.setattr("stoker.conf.durable.open_own", refuse)
-    phase(1, "update")
+    phase(1, Phase.UPDATE)
     booking.write()
     monkeypatch.undo()
-    assert read_stamps(tmp_path)[0].phase == "start"
-    phase(1, "update")
+    assert read_stamps(tmp_path)[0].phase == Phase.START
+    phase(1, Phase.UPDATE)
     booking.write()
-    assert read_stamps(tmp_path)[0].phase == "update"
+    assert read_stamps(tmp_path)[0].phase == Phase.UPDATE
 
     def broken(*_: Any) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("os.pwrite", broken)
     with pytest.raises(OSError, match=r"rank-0\.stamp"):
-        phase(2, "update")
+        phase(2, Phase.UPDATE)
 
 
 @pytest.mark.parametrize("write", [write_durably, write_whole])

@@ -13,7 +13,7 @@ import pytest
 
 from stoker.conf.schema import TrackerConfig
 from stoker.trainer.report import trackers
-from stoker.trainer.report.trackers import Tracker, wandb_mode
+from stoker.trainer.report.trackers import wandb_mode
 from tests.trainer.report.fake_wandb import Attempt, Fake, train
 from tests.trainer.report.observed import a_run, record
 
@@ -212,11 +212,6 @@ def test_another_tracker_gets_the_whole_run(tmp_path, fake):
     train(run, "tensorboard", 1, 5)
     train(run, "wandb", 5, 8)
     assert fake.notes("step") == list(range(1, 9))
-
-
-def test_an_unknown_tracker_is_refused_with_those_that_are_known(tmp_path):
-    with pytest.raises(ValueError, match=r"mlflow is not known; known are wandb, tensorboard and none"):
-        Tracker(TrackerConfig(name="mlflow"), a_run(tmp_path / "run"), say=print)
 
 
 def test_wandb_is_online_with_a_key_and_offline_without(tmp_path):
