@@ -4,6 +4,7 @@ A checkpoint is an immutable directory with a valid `MANIFEST.json`, or it is ga
 shards (`stoker.parallel.shards`), chunks of global tensors, and leaves as shards: neither side knows the other's
 layout.
 
+`owner`     whose place it is: a mark in every place where checkpoints go
 `tier`      where the first tier is: in the run directory, or in a faster place
 `names`     directories and files, and the errors of this room
 `format`    what the files hold: index and manifest, from values to bytes and back. No pickle, in either direction
@@ -32,12 +33,13 @@ from stoker.checkpoint.audit import Summary, describe, verify
 from stoker.checkpoint.commit import fence
 from stoker.checkpoint.compare import Difference, compare
 from stoker.checkpoint.names import CheckpointMismatch, DamagedCheckpoint
+from stoker.checkpoint.owner import NotOurs, Owner, claim, problem_with, read_mark, read_owner
 from stoker.checkpoint.reader import TensorReader, load, read_tensors
 from stoker.checkpoint.remote import Remote
 from stoker.checkpoint.resuming import newest, newest_step, resume
 from stoker.checkpoint.retention import VALIDATION_LOSS, remove
 from stoker.checkpoint.stored import open_checkpoint, read_state
-from stoker.checkpoint.tier import make_tier, tier_problem
+from stoker.checkpoint.tier import linked_place, make_tier, tier_problem
 from stoker.checkpoint.writer import Checkpoints, SaveReport
 
 __all__ = [
@@ -46,18 +48,25 @@ __all__ = [
     "Checkpoints",
     "DamagedCheckpoint",
     "Difference",
+    "NotOurs",
+    "Owner",
     "Remote",
     "SaveReport",
     "Summary",
     "TensorReader",
+    "claim",
     "compare",
     "describe",
     "fence",
+    "linked_place",
     "load",
     "make_tier",
     "newest",
     "newest_step",
     "open_checkpoint",
+    "problem_with",
+    "read_mark",
+    "read_owner",
     "read_state",
     "read_tensors",
     "remove",

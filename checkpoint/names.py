@@ -7,6 +7,7 @@ step-00000010.removed/              on its way out
 damaged/step-00000010/              set aside because something in it was bad
 step-00000010.fetched.partial/      being downloaded from the remote
 FENCE                               the newest attempt: older ones may not commit
+OWNER                               the run that keeps its checkpoints here: no other may
 UPLOADING                           the step that all ranks are uploading
 """
 
@@ -15,9 +16,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from stoker.conf.reasons import root_cause
+
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 FENCE = "FENCE"
+OWNER = "OWNER"
 UPLOADING = "UPLOADING"
 DAMAGED = "damaged"
 PARTIAL = ".partial"
@@ -99,5 +103,6 @@ def step_of(checkpoint: Path) -> int | None:
 
 
 def one_line(error: BaseException) -> str:
-    """What `error` says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The text of `error` on one line, with that of its root cause where it has another."""
+    text, cause = (" ".join(str(one).split()) or type(one).__name__ for one in (error, root_cause(error)))
+    return text if cause in text else f"{text}: {cause}"

@@ -1,5 +1,6 @@
 """The second tier: checkpoints behind an fsspec URL (file, s3, gs, ...).
 
+    URL/OWNER                                   the run that keeps its checkpoints here
     URL/step-00000200/MANIFEST.json             put last, and only if there is none: it makes the rest a checkpoint
     URL/step-00000200/attempt-3/rank-00000...   what the manifest of that attempt lists, as on the first tier
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from typing import Any, TypeVar
 from stoker.checkpoint.format import Manifest, decode_manifest, decode_state, digest
 from stoker.checkpoint.names import (
     MANIFEST,
+    OWNER,
     STATE,
     CheckpointMismatch,
     DamagedCheckpoint,
@@ -28,6 +31,7 @@ from stoker.checkpoint.names import (
     step_directory,
     step_of,
 )
+from stoker.checkpoint.owner import NotOurs, Owner, decode_owner, encode_owner, problem_with
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -50,6 +54,46 @@ class Remote:
         self.url = url
         self._tries, self._pause, self._call_seconds = tries, pause_seconds, call_seconds
         self._opened: tuple[Any, str] | None = None
+
+    def owner(self) -> Owner | None:
+        """The run that keeps its checkpoints here; None if none has yet. Raises NotOurs for what is no mark.
+
+        Where an older version left none, the run that the newest checkpoint is of (see `stoker.checkpoint.owner`).
+        """
+        data = self._read(OWNER)
+        if data is not None:
+            return decode_owner(data, f"{self.url}/{OWNER}")
+        for step in self.steps():
+            found = self.manifest(step)
+            if found is not None:
+                with contextlib.suppress(DamagedCheckpoint, KeyError, TypeError):
+                    return Owner("", os.path.realpath(self.state(found[0])["config"]["run"]["dir"]))
+        return None
+
+    def claim(self, mine: Owner, adopt: bool = False) -> None:
+        """Mark the place as this run's. Raises NotOurs if it is another's, unless `adopt`."""
+        found = self.owner()
+        if found == mine:
+            return
+        problem = problem_with(found, mine, mine.directory, self.url)
+        if problem is not None and not adopt:
+            raise NotOurs(problem)
+        data = encode_owner(mine)
+        first = found is None or not found.run
+        mode = {"mode": "create"} if first else {}  # of two runs that come at once one is first, where a store can
+
+        def put(files: Any, root: str) -> None:
+            try:
+                files.pipe_file(f"{root}/{OWNER}", data, **mode)
+            except Exception:  # each store says "it exists" in its own way: look
+                if self._read(OWNER) is None:
+                    raise
+
+        self._call("mark", put, len(data))
+        now = self.owner()
+        problem = problem_with(now, mine, mine.directory, self.url)
+        if problem is not None:
+            raise NotOurs(problem)
 
     def steps(self) -> list[int]:
         """The steps of which anything is there, newest first."""
@@ -158,7 +202,7 @@ class Remote:
         for left in range(self._tries - 1, -1, -1):
             try:
                 return _within(seconds, lambda: act(*self._open()))
-            except (DamagedCheckpoint, ImportError):
+            except (DamagedCheckpoint, NotOurs, ImportError):
                 raise
             except Exception as error:  # whatever a store's library raises
                 reason = f"{type(error).__name__}: {one_line(error)}"

@@ -77,7 +77,7 @@ def resume(
     if last is not None:
         raise DamagedCheckpoint(
             f"no checkpoint is sound (the last one tried: {one_line(last)}); those in {directory} have been moved to "
-            f"{DAMAGED}/, and a start that finds none begins at step 0"
+            f"{DAMAGED}/; run.fresh=true begins anew at step 1"
         )
     return None
 

@@ -12,13 +12,21 @@ from stoker.checkpoint.names import DAMAGED, committed
 from stoker.checkpoint.storage import discard
 
 
-def tier_problem(checkpoints: Path, elsewhere: Path | None) -> str | None:
+def linked_place(checkpoints: Path) -> Path | None:
+    """Where the link `checkpoints` leads, absolute: a relative one counts from where it lies. None if it is no link."""
+    if not checkpoints.is_symlink():
+        return None
+    return Path(os.path.normpath(checkpoints.parent.resolve() / os.readlink(checkpoints)))
+
+
+def tier_problem(checkpoints: Path, elsewhere: Path | None, known: bool = False) -> str | None:
     """Why the checkpoints of the run that has `checkpoints` cannot be kept in `elsewhere` (None: in the run directory).
 
-    None when they can. A run's checkpoints are in one place, and a place is one run's.
+    None when they can. A run's checkpoints are in one place, and a place is one run's: with `known` the checkpoints in
+    `elsewhere` are this run's, by their mark or because it takes them over.
     """
-    linked = Path(os.readlink(checkpoints)) if checkpoints.is_symlink() else None
-    if linked is not None and linked == elsewhere:
+    linked = linked_place(checkpoints)
+    if linked is not None and elsewhere is not None and os.path.realpath(linked) == os.path.realpath(elsewhere):
         return None
     if linked is not None:
         wanted = "null" if elsewhere is None else elsewhere
@@ -37,7 +45,7 @@ def tier_problem(checkpoints: Path, elsewhere: Path | None) -> str | None:
             f"checkpoint.dir={elsewhere}, but {checkpoints} holds the checkpoints of this run: leave it out, or move "
             f"that directory to {elsewhere} and make {checkpoints} a link to it"
         )
-    if committed(elsewhere):
+    if committed(elsewhere) and not known:
         return (
             f"checkpoint.dir={elsewhere} holds the checkpoints of another run: name another directory, or, if they are "
             f"this run's, make {checkpoints} a link to it"
@@ -45,9 +53,9 @@ def tier_problem(checkpoints: Path, elsewhere: Path | None) -> str | None:
     return None
 
 
-def make_tier(checkpoints: Path, elsewhere: Path | None) -> None:
+def make_tier(checkpoints: Path, elsewhere: Path | None, known: bool = False) -> None:
     """Have a directory behind `checkpoints`. Raises ValueError for a place that `tier_problem` finds wrong, OSError."""
-    problem = tier_problem(checkpoints, elsewhere)
+    problem = tier_problem(checkpoints, elsewhere, known)
     if problem is not None:
         raise ValueError(problem)
     if elsewhere is None:

@@ -26,6 +26,7 @@ from stoker.checkpoint.names import (
     one_line,
     step_directory,
 )
+from stoker.checkpoint.owner import NotOurs, Owner
 from stoker.checkpoint.remote import Remote, RemoteFailed, names_of
 from stoker.checkpoint.retention import VALIDATION_LOSS, Retention
 from stoker.checkpoint.stored import read_manifest
@@ -51,8 +52,12 @@ class UploadReport:
 class Uploader:
     """One rank's part of the uploads from `directory` to `remote`. The threads are daemons."""
 
-    def __init__(self, directory: Path, remote: Remote, rank: int, world: int, retention: Retention) -> None:
+    def __init__(
+        self, directory: Path, remote: Remote, rank: int, world: int, retention: Retention, owner: Owner | None = None
+    ) -> None:
+        """`owner`: the run that the remote must be marked with before anything is put there or removed."""
         self._directory, self._remote, self._rank, self._world = directory, remote, rank, world
+        self._owner = owner
         self._retention = retention
         self._pending: deque[int] = deque()
         self._current: int | None = None
@@ -123,6 +128,8 @@ class Uploader:
         try:
             manifest = read_manifest(checkpoint)
             size = manifest.bytes
+            if self._owner is not None:
+                self._remote.claim(self._owner)
             if self._remote.manifest(step) is None:
                 write_durably(self._directory / UPLOADING, json.dumps({"step": step}).encode())
                 self._put_share(checkpoint, manifest)
@@ -130,7 +137,7 @@ class Uploader:
                 if not self._remote.commit(checkpoint, manifest):
                     log.warning("%s has another checkpoint of step %d, which stays", self._remote.url, step)
             self._retain()
-        except (OSError, DamagedCheckpoint, CheckpointMismatch) as failure:
+        except (OSError, DamagedCheckpoint, CheckpointMismatch, NotOurs) as failure:
             error = one_line(failure)
         except Exception as failure:  # a defect: it must be told, not end the thread in silence
             log.exception("upload of step %d", step)

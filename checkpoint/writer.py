@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from stoker.checkpoint.names import (
     partial_directory,
     step_directory,
 )
+from stoker.checkpoint.owner import Owner, check_owner
 from stoker.checkpoint.remote import Remote
 from stoker.checkpoint.retention import Retention, clear_failures, retain
 from stoker.checkpoint.staging import Snapshot, StagingPool
@@ -53,6 +54,11 @@ class SaveReport:
     error: str | None = None  # one line
 
     @property
+    def full(self) -> bool:
+        """Whether it failed for want of room. The reasons of other ranks come as text."""
+        return self.error is not None and ("no space" in self.error.lower() or "quota exceeded" in self.error.lower())
+
+    @property
     def write_bytes_per_second(self) -> float:
         return self.staged_bytes / self.write_seconds if self.write_seconds else 0.0
 
@@ -70,6 +76,7 @@ class _Save:
     shards: Sequence[Shard]
     state: bytes
     snapshot: Snapshot
+    before_commit: Callable[[], object] | None
     began: float  # time.monotonic()
 
 
@@ -79,7 +86,8 @@ class Checkpoints:
     `directory` is on a file system that all ranks share; `attempt` is the start of the run that these ranks belong to,
     and rank 0 has called `fence` for it. `keep`, `keep_every` and `keep_best` are those of `Retention`. With mode
     `sync`, `save` returns after the commit. A save that is not committed `timeout_seconds` after its data were written
-    fails. `staging_limit`, in bytes, bounds the staging pool: a larger shard file streams through it.
+    fails. `staging_limit`, in bytes, bounds the staging pool: a larger shard file streams through it. `owner` is the
+    run that `directory` and `remote` are marked with: when another run has taken them over, saves fail.
 
     The thread is a daemon: it never keeps a process alive. One that ends in the middle of a save stops it at
     the next block; what is on storage then is garbage that the next attempt removes.
@@ -98,12 +106,14 @@ class Checkpoints:
         mode: str = "async",
         staging_limit: int | None = None,
         remote: Remote | None = None,
+        owner: Owner | None = None,
         timeout_seconds: float = 1800.0,
     ) -> None:
         self._directory = Path(directory)
         self._rank, self._world, self._attempt = rank, world, attempt
         self._retention = Retention(keep, keep_every, keep_best)
-        self._uploader = Uploader(self._directory, remote, rank, world, self._retention) if remote else None
+        self._owner = owner
+        self._uploader = Uploader(self._directory, remote, rank, world, self._retention, owner) if remote else None
         self._mode, self._timeout = mode, timeout_seconds
         self._pool = StagingPool(BLOCK_BYTES, staging_limit)
         self._snapshot: Snapshot | None = None
@@ -120,9 +130,16 @@ class Checkpoints:
         self._join()
         self._pool.prepare(list(shards))
 
-    def save(self, step: int, shards: Iterable[Shard], state: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        shards: Iterable[Shard],
+        state: dict[str, Any],
+        before_commit: Callable[[], object] | None = None,
+    ) -> None:
         """Start saving the present values of `shards` and `state` as the checkpoint of `step`.
 
+        On rank 0 `before_commit` is called in the background when all ranks have written; if it raises, the save fails.
         Waits for the save in flight first; a step that is committed already is not saved again. The tensors must not
         be changed until `await_staged`; `state` (rank 0's is stored) may. What goes wrong later is told by `finished`.
         Raises TypeError for a state that JSON cannot hold.
@@ -137,7 +154,7 @@ class Checkpoints:
         partial = partial_directory(self._directory, step, self._attempt, trial)
         shards = list(shards)
         self._snapshot = Snapshot(shards)
-        save = _Save(step, partial, final, shards, encoded, self._snapshot, time.monotonic())
+        save = _Save(step, partial, final, shards, encoded, self._snapshot, before_commit, time.monotonic())
         self._writer = threading.Thread(target=self._run, args=(save,), name=f"checkpoint {step}", daemon=True)
         self._writer.start()
         if self._mode == "sync":
@@ -198,6 +215,14 @@ class Checkpoints:
         if self._uploader is not None:
             self._uploader.close()
 
+    def abandon(self) -> None:
+        """As `close` after a failure: a save in flight is given up at its next block instead of waited for."""
+        self._leaving.set()
+        if self._writer is not None:
+            self._writer.join(_EXIT_SECONDS)
+            self._writer = None
+        self.close()
+
     def _join(self) -> None:
         if self._writer is not None:
             self._writer.join()
@@ -222,6 +247,8 @@ class Checkpoints:
         # After the mkdir: a newer attempt raises its fence first and clears partial directories second, so either
         # we see the fence or it sees our directory.
         commit.check_fence(self._directory, self._attempt)
+        if self._rank == 0 and self._owner is not None:
+            check_owner(self._directory, self._owner)
         plan = self._pool.prepare(save.shards)
         require_space(save.partial, plan.file_bytes)
         rehearsed, self._rehearsed = self._rehearsed, None
@@ -240,6 +267,8 @@ class Checkpoints:
         deadline = time.monotonic() + self._timeout
         if self._rank == 0:
             commit.await_reports(save.partial, self._world, deadline, self._proceed)
+            if save.before_commit is not None:
+                save.before_commit()
             report.bytes = commit.commit(save.partial, save.final, save.step, self._attempt, self._world, self._proceed)
             if self._uploader is not None:
                 self._uploader.add(save.step)

@@ -172,7 +172,7 @@ LIMITS = (
     _at_least("eval.every", 0, "it counts steps"),
     _at_least("eval.sequences", 0, "it counts rows"),
     _choice("tracker.name", "none", "wandb", "tensorboard"),
-    _choice("tracker.mode", "online", "offline"),
+    _choice("tracker.mode", "online", "offline", "disabled"),
     _choice("launch.name", "local", "slurm"),
     _at_least("launch.nproc", 1, "it counts ranks"),
     _at_least("launch.max_restarts", 0, "it counts restarts"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -52,6 +53,15 @@ class RunDirectory:
     def requeue(self) -> Path:
         """A file whose existence asks the run to save and make way for its own next start."""
         return self.path / "REQUEUE"
+
+    @property
+    def identity(self) -> Path:
+        """Which run this is, as JSON (`stoker.conf.identity`)."""
+        return self.path / "run.json"
+
+    def earlier(self, number: int) -> Path:
+        """The curve and the config of a run that `run.fresh=true` has begun anew, counted from 1."""
+        return self.path / "earlier" / str(number)
 
     @property
     def loss_plot(self) -> Path:
@@ -139,7 +149,7 @@ def resolve(config: Config, now: datetime) -> Config:
     """
     name = config.run.name
     if name is None:
-        name = Path(config.run.dir).name if config.run.dir else f"{config.model.name}-{now:%Y%m%d-%H%M%S}"
+        name = _name_of(config.run.dir) if config.run.dir else f"{config.model.name}-{now:%Y%m%d-%H%M%S}"
     if not name or name in (".", "..") or "/" in name:
         raise ConfigError(f"run.name={name!r}: it names a directory, so it cannot be empty, '.', '..' or hold '/'")
     directory = Path(config.run.dir or Path("runs") / name).expanduser().absolute()
@@ -159,6 +169,11 @@ def resolve(config: Config, now: datetime) -> Config:
     checkpoint = dataclasses.replace(config.checkpoint, dir=_absolute(config.checkpoint.dir))
     run = dataclasses.replace(config.run, name=name, dir=str(directory))
     return dataclasses.replace(config, data=data, model=model, parallel=parallel, checkpoint=checkpoint, run=run)
+
+
+def _name_of(directory: str) -> str:
+    """The last part of the path, also of `.` and `..`."""
+    return Path(directory).expanduser().resolve().name or "run"
 
 
 def _absolute(path: str | None) -> str | None:
@@ -203,13 +218,35 @@ def next_attempt(run: RunDirectory) -> int:
             number += 1
 
 
+def refuse_links(run: RunDirectory) -> None:
+    """Raises ConfigError for a link where the run writes: it could lead into somebody else's files.
+
+    `checkpoints` may be one: it is checked with the place that it leads to (`stoker.checkpoint.tier`).
+    """
+    written = (run.path, run.attempts, run.slurm, run.path / "faults", run.path / "earlier")
+    for folder in written:
+        for entry in _entries(folder):
+            if entry.is_symlink() and entry.path != str(run.checkpoints):
+                raise ConfigError(
+                    f"{entry.path} is a link to {os.readlink(entry.path)}, and links inside a run directory are not "
+                    "followed when it is written: remove it, or put what it leads to in its place"
+                )
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        return sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def to_yaml(config: Config) -> str:
     """`config` as YAML, the keys in the order of the schema. `read_config` gives back an equal config."""
     return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def write_config(run: RunDirectory, config: Config) -> None:
-    """Writes `config.yaml`, whole or not at all. `run.fresh` and `run.change` are not kept: they are for one start."""
+    """Writes `config.yaml`, whole or not at all. Keys that are for one start (`PER_START`) are not kept."""
     run.path.mkdir(parents=True, exist_ok=True)
     write_durably(run.config, to_yaml(lasting(config)).encode())
 

@@ -54,8 +54,10 @@ class RunConfig:
     dir: str | None = free()  # run directory; default runs/<run.name>
     name: str | None = free()  # default <model>-<start time>
     seed: int = fixed(0)  # seeds initial weights and the order of the data
-    fresh: bool = free(False)  # refuse to resume: the directory must hold no checkpoint
+    fresh: bool = free(False)  # begin at step 1: without checkpoints; an earlier curve and config are set aside
     change: bool = free(False)  # allow `maths` keys to change on resume
+    trust: bool = free(False)  # run code that the stored config names, though another user started the run
+    adopt: bool = free(False)  # take over places for checkpoints that are marked as another run's
 
 
 @dataclass
@@ -187,7 +189,7 @@ class CheckpointConfig:
     staging_limit: int | None = free()  # bytes of host memory per rank for a snapshot; default: all of it
     dir: str | None = free()  # a faster place for this run alone, that all ranks share; default: the run directory
     remote: str | None = free()  # fsspec URL of a second tier for this run alone: s3://bucket/run, file:///mnt/run
-    on_error: str = free("warn")  # warn: a save that fails is told, and the run goes on | fail: the run ends
+    on_error: str = free("warn")  # of a save or metrics line not written: warn: reported, and the run goes on | fail
 
 
 @dataclass
@@ -209,7 +211,7 @@ class TrackerConfig:
     name: str = free("none")  # none | wandb | tensorboard
     project: str = free("stoker")  # wandb: project of the run
     entity: str | None = free()  # wandb: user or team; default: the key's own
-    mode: str | None = free()  # wandb: online | offline; default online with a key, else offline
+    mode: str | None = free()  # wandb: online | offline | disabled; default: WANDB_MODE, else online with a key
 
 
 @dataclass
@@ -276,7 +278,8 @@ class Config:
 
 
 GROUPS = ("model", "data", "optim", "schedule", "tracker", "launch")
-PER_START = ("run.fresh", "run.change", "launch.deadline")  # they speak of one start, and a run does not keep them
+# They are for one start, and a run does not keep them.
+PER_START = ("run.fresh", "run.change", "run.trust", "run.adopt", "launch.deadline")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -308,7 +311,7 @@ def from_dict(values: dict[str, Any], kind: type = Config, prefix: str = "") -> 
 
 def lasting(config: Config) -> Config:
     """`config` without what speaks of one start only: the form in which a run keeps it."""
-    run = dataclasses.replace(config.run, fresh=False, change=False)
+    run = dataclasses.replace(config.run, fresh=False, change=False, trust=False, adopt=False)
     return dataclasses.replace(config, run=run, launch=dataclasses.replace(config.launch, deadline=None))
 
 

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
+import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 def import_target(target: str) -> Any:
     """The object that `target` names. Modules of the working directory are found, as `python -m` would find them.
 
-    Raises ValueError saying what is wrong with it.
+    What is not Stoker's own is logged with the file that it comes from. Raises ValueError saying what is wrong with
+    the path, also for a module that lies inside a run directory: whoever gave it away could have put it there.
     """
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
         raise ValueError(f"{target!r} is not an import path of the form pkg.mod:name")
     if not module_name.startswith("stoker."):
         _find_modules_of_the_working_directory()
+        _refuse_module_of_a_run(target, module_name)
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        found = getattr(importlib.import_module(module_name), attribute)
     except ImportError as error:
         raise ValueError(f"cannot import {module_name!r} named by {target!r}: {error}") from error
     except AttributeError:
         raise ValueError(f"module {module_name!r} has no {attribute!r}, named by {target!r}") from None
+    if not module_name.startswith("stoker."):
+        _log_import(target, getattr(sys.modules[module_name], "__file__", None))
+    return found
+
+
+@functools.cache  # a data source may be asked for at every document
+def _log_import(target: str, file: str | None) -> None:
+    log.info("imported %s from %s", target, file)
 
 
 def _find_modules_of_the_working_directory() -> None:
@@ -31,3 +47,33 @@ def _find_modules_of_the_working_directory() -> None:
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
+
+
+@functools.cache
+def _refuse_module_of_a_run(target: str, module_name: str) -> None:
+    """Looks at every package on the way before it is imported. Raises ValueError."""
+    names = module_name.split(".")
+    for end in range(1, len(names) + 1):
+        name = ".".join(names[:end])
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError):  # the import itself says what is wrong
+            return
+        if spec is None:
+            return
+        origin = [spec.origin] if spec.has_location and spec.origin else []
+        for place in [*origin, *(spec.submodule_search_locations or ())]:
+            run = _run_around(Path(place))
+            if run is not None:
+                raise ValueError(
+                    f"{target!r} would be imported from {place}, inside the run directory {run}: modules are never "
+                    "taken from there; put it into a folder of your own and start from that folder"
+                )
+
+
+def _run_around(place: Path) -> Path | None:
+    """The run directory that `place` lies in."""
+    for folder in place.resolve().parents:
+        if (folder / "config.yaml").is_file() and (folder / "attempts").is_dir():
+            return folder
+    return None

@@ -32,6 +32,7 @@ import numpy as np
 
 from stoker.conf.durable import sync_directory
 from stoker.conf.schema import DataConfig
+from stoker.conf.user import cache_folder
 from stoker.data.build import SPLITS, Recipe, write_file, write_splits
 from stoker.data.documents import Source
 from stoker.data.keys import TokensKey, is_validation
@@ -115,7 +116,7 @@ def cache_root(config: DataConfig) -> Path:
     """Where tokens are kept."""
     if config.cache is not None:
         return Path(config.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stoker"
+    return cache_folder()
 
 
 def open_folder(folder: Path) -> TokenCache:

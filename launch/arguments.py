@@ -26,10 +26,17 @@ examples:
 """
 
 
+def add_trust(command: argparse.ArgumentParser) -> None:
+    """For commands that may run code which a stored config names."""
+    text = "run code that the stored config names, though this user has not started the run"
+    command.add_argument("--trust", action="store_true", help=text)
+
+
 def add_runs(add: Add, overrides: str) -> None:
     submit = add("submit", _submit, "Submit a run as a Slurm job.", SUBMIT_EXAMPLES)
     submit.add_argument("overrides", nargs="*", help=overrides)
     submit.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
+    add_trust(submit)
 
     status = add("status", _status, "How a run is doing: attempts, step, last checkpoint, speed, time left.")
     status.add_argument("run", help="run directory")
@@ -47,6 +54,7 @@ def add_runs(add: Add, overrides: str) -> None:
 
     requeue = add("requeue", _requeue, "Have a Slurm run save and go back to the queue, or submit it again.")
     requeue.add_argument("run", help="run directory")
+    add_trust(requeue)
 
 
 def add_checkpoints(checkpoint: argparse.ArgumentParser) -> None:
@@ -95,6 +103,7 @@ def add_data(data: argparse.ArgumentParser, overrides: str) -> None:
     made["peek"].add_argument("--step", type=int, required=True, help="which step")
     made["peek"].add_argument("--rows", type=int, default=4, help="how many rows at most (default 4)")
     made["peek"].add_argument("--characters", type=int, default=600, help="of a document at most (default 600)")
+    add_trust(made["peek"])
     made["verify"].add_argument(
         "paths", nargs="*", help="token files or a cache (default: the default cache), or KEY=VALUE of sources"
     )
@@ -127,7 +136,7 @@ def _stop(options: argparse.Namespace) -> int:
 def _requeue(options: argparse.Namespace) -> int:
     from stoker.launch.stopping import requeue
 
-    return requeue(options.run)
+    return requeue(options.run, options.trust)
 
 
 def _checkpoint_ls(options: argparse.Namespace) -> int:

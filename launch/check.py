@@ -132,7 +132,8 @@ def together(overrides: Sequence[str], winning: Sequence[str]) -> list[str]:
 def settle(overrides: Sequence[str], run: Path, steps: int) -> Config:
     """The config of one of the two runs: as asked, but short, in a directory of its own and without onlookers."""
     ours = [f"run.dir={run}", "run.name=check", "run.fresh=false", "run.change=false", *QUIET]
-    config, _ = settle_config(together(overrides, ours), lambda config: (ranks_for(config), gpus(config)))
+    where = lambda config: (ranks_for(config), gpus(config))  # noqa: E731
+    config, _ = settle_config(together(overrides, ours), where, tell=say)
     config.steps = steps  # the schedule keeps its length
     return config
 

@@ -43,6 +43,7 @@ the same run.
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. What is wrong with the user's words is one line on stderr, status 2."""
+    from stoker.conf.reasons import reason, with_cause
     from stoker.conf.values import ConfigError
 
     parser = _parser()
@@ -51,16 +52,18 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:
         options.overrides += more  # settings on both sides of an option
+    if hasattr(options, "overrides") and getattr(options, "trust", False):
+        options.overrides.append("run.trust=true")
     try:
         return options.command(options)
     except ConfigError as error:
         print(f"stoker: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"stoker: {f'{error.filename}: {error.strerror}' if error.filename else error}", file=sys.stderr)
+        print(f"stoker: {reason(error)}", file=sys.stderr)
         return 1
     except ValueError as error:
-        print(f"stoker: {error}", file=sys.stderr)
+        print(f"stoker: {with_cause(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -93,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     overrides = "what differs from the defaults, as key=value: model=small steps=1000 parallel.zero=3 ..."
     train = add("train", _train, "Train on this machine, or resume the run in run.dir.", TRAIN_EXAMPLES)
     train.add_argument("overrides", nargs="*", help=overrides)
+    arguments.add_trust(train)
 
     config = add("config", _config, "Print the composed, validated config and exit.", CONFIG_EXAMPLES)
     config.add_argument("overrides", nargs="*", help=overrides)
@@ -102,10 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("overrides", nargs="*", help=overrides)
     check.add_argument("--against", metavar='"OVERRIDES"', help="this layout, or transformers; default: one process")
     check.add_argument("--steps", type=int, default=5, help="how many steps (default 5; one against transformers)")
+    arguments.add_trust(check)
 
     replay = add("replay", _replay, "Compute one step of a run again, and name where a number is not finite.")
     replay.add_argument("run", help="run directory")
     replay.add_argument("--step", type=int, required=True, help="which step")
+    arguments.add_trust(replay)
 
     generate = add("generate", _generate, "Continue a text with a run's newest checkpoint.")
     generate.add_argument("run", help="run directory")
@@ -123,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--greedy", action="store_true", help="always the likeliest token")
     generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     generate.add_argument("--step", type=int, help="of this step's checkpoint instead of the newest")
+    arguments.add_trust(generate)
 
     export = add("export", _export, "Write a run's newest checkpoint as a model that other libraries load.")
     export.add_argument("run", help="run directory")
@@ -133,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--step", type=int, help="of this step's checkpoint instead of the newest")
     export.add_argument("--shard-size", default="5GB", help="largest size of one file (default 5GB)")
+    arguments.add_trust(export)
 
     arguments.add_runs(add, overrides)
     arguments.add_checkpoints(
@@ -188,7 +196,7 @@ def _check(options: argparse.Namespace) -> int:
 def _replay(options: argparse.Namespace) -> int:
     from stoker.launch.replay import replay_step
 
-    return replay_step(options.run, options.step)
+    return replay_step(options.run, options.step, options.trust)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from stoker.checkpoint import newest, newest_step, remove
+from stoker.conf.durable import touch_own
 from stoker.conf.rundir import RunDirectory
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.trainer.runtime.outcome import read_ending
@@ -40,7 +41,7 @@ def save_now(path: str, wait_seconds: float) -> int:
         return 1
     before = {checkpoint.name for checkpoint in newest(run.checkpoints)}
     asked = time.time()
-    run.save.touch()
+    touch_own(run.save)
     print(f"asked: the run is at step {at.step}", flush=True)
     deadline = time.monotonic() + wait_seconds
     while time.monotonic() < deadline:

@@ -10,7 +10,7 @@ import numpy as np
 
 from stoker.checkpoint import DamagedCheckpoint, read_state
 from stoker.checkpoint.names import committed
-from stoker.conf.rundir import RunDirectory, read_config
+from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.data import open_rows, open_tokenizer
 from stoker.data.indexed import IndexPlan
@@ -21,6 +21,7 @@ from stoker.data.streaming.opening import open_all_streams
 from stoker.data.tokenizer import Tokenizer
 from stoker.launch.inspect import run_at
 from stoker.launch.train import say
+from stoker.trainer.trust import DATA, trusted_config
 
 Piece = tuple[int, str, np.ndarray]  # row of the step, where it comes from, ids
 
@@ -28,7 +29,7 @@ Piece = tuple[int, str, np.ndarray]  # row of the step, where it comes from, ids
 def peek(options: argparse.Namespace) -> int:
     """The rows of one step of a run, past or to come, as text."""
     run = run_at(options.run)
-    config = read_config(run)
+    config = trusted_config(run, options.trust, (DATA,), say)
     if options.step < 1:
         raise ValueError(f"--step {options.step}: steps count from 1")
     tokenizer: Tokenizer | None = None

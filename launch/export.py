@@ -14,15 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from stoker.checkpoint import DamagedCheckpoint, open_checkpoint, read_tensors
-from stoker.conf.rundir import read_config
 from stoker.conf.schema import ModelConfig
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.launch.model_files import export_dtype, model_files
 from stoker.launch.tensor_files import TensorWriter, index_json, plan_files
+from stoker.launch.train import say
 from stoker.models.hugging_face import tensor_name
 from stoker.parallel.dtypes import DTYPE_NAMES, PRECISIONS
 from stoker.parallel.shards import PARAMETER
 from stoker.trainer.assemble import with_vocabulary
+from stoker.trainer.trust import DATA, MODEL, trusted_config
 
 _SIZE = re.compile(r"(\d+)\s*(KB|MB|GB)", re.IGNORECASE)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -34,7 +35,7 @@ def export(options: argparse.Namespace) -> int:
     summary = checkpoints_of(run, options.step)[-1]
     if summary.problem is not None:
         raise ValueError(f"{summary.path}: {summary.problem}; --step takes another checkpoint")
-    config = with_vocabulary(read_config(run), run.tokenizer)
+    config = with_vocabulary(trusted_config(run, options.trust, (MODEL, DATA), say), run.tokenizer)
     dtype = options.dtype or export_dtype(run)
     if config.model.init_from is not None and not run.base_model.is_dir():
         print(

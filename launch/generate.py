@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from stoker.checkpoint import CheckpointMismatch, DamagedCheckpoint, Summary, read_tensors
-from stoker.conf.rundir import RunDirectory, read_config
+from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.data import chat_prompt, open_tokenizer
 from stoker.data.opening import NoTokenizer
 from stoker.data.tokenizer import Tokenizer
 from stoker.launch.inspect import checkpoints_of, run_at
+from stoker.launch.train import say
 from stoker.models.generate import generate
 from stoker.parallel.buffers import fill_buffers
 from stoker.parallel.model import whole_model
@@ -26,6 +27,7 @@ from stoker.parallel.sharding import materialise
 from stoker.parallel.shards import BUFFER
 from stoker.trainer.assemble import with_vocabulary
 from stoker.trainer.parallelize import build_on_meta
+from stoker.trainer.trust import DATA, MODEL, trusted_config
 
 
 def generate_text(options: argparse.Namespace) -> int:
@@ -35,7 +37,7 @@ def generate_text(options: argparse.Namespace) -> int:
     """
     run = run_at(options.run)
     checkpoints = checkpoints_of(run, options.step)
-    config = with_vocabulary(read_config(run), run.tokenizer)
+    config = with_vocabulary(trusted_config(run, options.trust, (MODEL, DATA), say), run.tokenizer)
     tokenizer = None if options.ids is not None else _tokenizer(config, run)
     stop: frozenset[int] = frozenset()
     if options.system is not None and not options.chat:

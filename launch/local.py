@@ -26,6 +26,7 @@ from torch.distributed.elastic.rendezvous import RendezvousInfo
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from stoker.checkpoint import newest_step
+from stoker.conf.durable import with_room, write_whole
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config, to_dict
 from stoker.parallel.layout import threads_per_rank
@@ -37,6 +38,8 @@ from stoker.trainer.start import run_directory
 MONITOR_SECONDS = 0.05
 GRACE_SECONDS = 600.0  # for a final save after a signal
 PEERS_SECONDS = 2.0  # for another machine to say what befell its ranks
+LAUNCHER_ROOM_SECONDS = 1800.0  # for room on a full disk before ranks are started again
+_PROBE_BYTES = 64 << 10  # that must find room before ranks are started again
 EXIT_SECONDS = 5.0  # for processes to end after the outcome is written
 
 
@@ -57,7 +60,8 @@ def launch(
 
     A failed attempt is followed by another, until `launch.max_restarts` in a row have not come to a new checkpoint; at
     a `meeting` with other machines restarts are left to whoever keeps its store. SIGTERM, SIGUSR1 and SIGINT are passed
-    on and the ranks save before they end; a second SIGINT kills.
+    on and the ranks save before they end; a second SIGINT kills. SIGHUP does what SIGTERM does; where it is ignored, as
+    under nohup, it stays ignored, here and in the ranks.
     """
     logging.disable(logging.ERROR)  # the agent is talkative; what a person should know we say ourselves
     run = run_directory(config)
@@ -66,7 +70,7 @@ def launch(
         CONFIG_VARIABLE: json.dumps(to_dict(config)),
         "OMP_NUM_THREADS": str(threads),
         "PYTHONSAFEPATH": "1",
-        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(handled_signals()),
     }
     with tempfile.TemporaryDirectory(prefix="stoker-") as folder:
         spec = WorkerSpec(
@@ -95,6 +99,14 @@ def launch(
     if ending is not None and ending.outcome is Outcome.PREEMPTED:
         return GOES_ON
     return 0 if ending is not None and ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED) else 1
+
+
+def handled_signals() -> list[str]:
+    """The signals that end the run in order."""
+    handled = [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        handled.append(signal.SIGHUP)
+    return [number.name for number in handled]
 
 
 class _LocalRendezvous(StaticTCPRendezvous):
@@ -219,12 +231,14 @@ class _Agent(LocalElasticAgent):
             status = result.failures[rank].exitcode
             how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
             ending = Ending(Outcome.FAILED, f"rank {rank} {how}", rank=rank, retry=True)
+            self._say(ending.message)
             number = self._attempt()
             if number is not None:
-                write_ending(self._run, number, ending)
-            self._say(ending.message)
+                write_ending(self._run, number, ending, LAUNCHER_ROOM_SECONDS, self._say)
         if not self._alone:
             return
+        if ending.retry and self._remaining_restarts > 0:
+            with_room(self._try_to_write, LAUNCHER_ROOM_SECONDS, self._say)
         if newest_step(self._run.checkpoints) != self._step_before:
             self._remaining_restarts = self._worker_group.spec.max_restarts  # it has come further: the budget is new
         if not ending.retry:
@@ -234,6 +248,14 @@ class _Agent(LocalElasticAgent):
             self._say(f"restarting ({spec.max_restarts - self._remaining_restarts + 1} of {spec.max_restarts})")
         else:
             self._say(f"giving up after {self._worker_group.spec.max_restarts} restarts")
+
+    def _try_to_write(self) -> None:
+        """Raises OSError where a new attempt could not write either."""
+        probe = self._run.attempts / f".room-{os.getpid()}"
+        try:
+            write_whole(probe, b" " * _PROBE_BYTES)
+        finally:
+            probe.unlink(missing_ok=True)
 
     def _attempt(self) -> int | None:
         """The attempt of the present ranks, once one of them has made it."""

@@ -6,13 +6,17 @@ import sys
 import time
 from contextlib import suppress
 
-from stoker.conf.rundir import RunDirectory
+from stoker.conf.durable import touch_own
+from stoker.conf.identity import identify
+from stoker.conf.rundir import RunDirectory, read_config
+from stoker.conf.values import ConfigError
 from stoker.launch.control import living
 from stoker.launch.inspect import run_at
 from stoker.launch.slurm import commands
 from stoker.launch.slurm.batch import read_notes
 from stoker.launch.slurm.submit import submit_script
 from stoker.trainer.runtime.outcome import Outcome, read_beginning, read_ending
+from stoker.trainer.trust import code_of, is_remembered_script, remember, remember_script, shown
 
 _POLL_SECONDS = 0.1
 _NOTES = 20  # newest notes of jobs that are looked at
@@ -26,7 +30,7 @@ def stop(path: str, wait_seconds: float) -> int:
     if at is None:
         return _stop_waiting_job(run)
     number = run.attempt_numbers()[-1]
-    run.stop.touch()
+    touch_own(run.stop)
     print(f"asked: the run is at step {at.step}", flush=True)
     deadline = time.monotonic() + wait_seconds
     while time.monotonic() < deadline:
@@ -42,15 +46,18 @@ def stop(path: str, wait_seconds: float) -> int:
     return 1
 
 
-def requeue(path: str) -> int:
-    """Have a Slurm run save and go back to the queue; submit it again if it has ended."""
+def requeue(path: str, trust: bool) -> int:
+    """Have a Slurm run save and go back to the queue; submit it again if it has ended.
+
+    Raises ConfigError for a batch script that this user has not written, unless `trust`.
+    """
     run = run_at(path)
     if living(run) is not None:
         beginning = read_beginning(run, run.attempt_numbers()[-1])
         job = beginning.job if beginning is not None else None
         if job is None:
             raise ValueError(f"{run.path} does not run as a Slurm job: stop it, then start it where it should run")
-        run.requeue.touch()
+        touch_own(run.requeue)
         print(f"asked: the run saves, and job {job} goes back to the queue")
         return 0
     job = _job_of(run)
@@ -58,9 +65,27 @@ def requeue(path: str) -> int:
         raise ValueError(f"job {job} waits in the queue already")
     if not run.script.exists():
         raise ValueError(f"{run.path} was not submitted by `stoker submit`: `stoker train run.dir={run.path}` goes on")
+    _refuse_foreign_script(run, trust)
     [number] = submit_script(run, 1)
     print(f"submitted {run.script} as job {number}")
     return 0
+
+
+def _refuse_foreign_script(run: RunDirectory, trust: bool) -> None:
+    """The script is a program; what `trust` lets pass is remembered, as the job asks again for what it runs."""
+    text = run.script.read_text(encoding="utf-8")
+    if is_remembered_script(run, text):
+        return
+    code = code_of(read_config(run)) if run.config.exists() else {}
+    if not trust:
+        listed = "".join(f"\n  {key}={shown(value)}" for key, value in code.items())
+        raise ConfigError(
+            f"{run.script} is a program that this user has not submitted: read it, and run it with --trust{listed}"
+        )
+    owner = identify(run).run
+    remember_script(owner, text)
+    if code:
+        remember(owner, read_config(run))
 
 
 def _stop_waiting_job(run: RunDirectory) -> int:

@@ -31,7 +31,8 @@ def train(overrides: Sequence[str]) -> int:
 
     gc.freeze()
     gc.enable()
-    config, changes = settle_config(overrides, lambda config: (ranks_for(config), gpus(config)), imported=say)
+    where = lambda config: (ranks_for(config), gpus(config))  # noqa: E731
+    config, changes = settle_config(overrides, where, tell=say, check_import=True)
     prepare(config)
     run_directory(config).attempts.mkdir(parents=True, exist_ok=True)
     say(f"run directory {config.run.dir}")

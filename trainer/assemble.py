@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
-from stoker.checkpoint import Checkpoints, Remote, resume
+from stoker.checkpoint import Checkpoints, Owner, Remote, resume
 from stoker.conf.faults import read_faults
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
@@ -17,6 +18,7 @@ from stoker.parallel.layout import batch_plan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.mmap_offload import offloaded
 from stoker.trainer.evaluation import Evaluation
+from stoker.trainer.history import SavedOnce, has_saved, nothing_to_resume
 from stoker.trainer.loop import Trainer
 from stoker.trainer.parallelize import build_engine
 from stoker.trainer.pretrained import load_pretrained
@@ -41,21 +43,28 @@ def assemble(
     requests: Requests,
     phase: Phases,
     screen: TextIO,
+    closing: ExitStack | None = None,
+    owner: Owner | None = None,
 ) -> Trainer:
     """The trainer of this rank, resumed from the newest valid checkpoint of `run` if there is one.
 
-    `config` is settled (`stoker.trainer.start`). Raises ValueError for data or a checkpoint that do not fit it.
+    `config` is settled (`stoker.trainer.start`), and the places of checkpoints are `owner`'s. What has to be ended when
+    this fails is left to `closing`. Raises ValueError for data or a checkpoint that do not fit it, and for a run whose
+    checkpoints have gone.
     """
+    closing = closing or ExitStack()
     plan = batch_plan(config, mesh.layout)
     phase(0, Phase.OPEN_DATA)
     run_config = config
     config = with_vocabulary(config)
-    stream, evaluation = _open_data(config, mesh, place)
+    stream, evaluation = _open_data(config, mesh, place, closing)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=stream.document_mask))
 
     phase(0, Phase.BUILD)
     engine, initialise = build_engine(config, mesh, plan)
     observers = open_observers(config, run.path, screen) if mesh.rank == 0 else None
+    if observers is not None:
+        closing.callback(observers.abandon)
     remote = Remote(config.checkpoint.remote) if config.checkpoint.remote else None
     checkpoints = Checkpoints(
         run.checkpoints,
@@ -68,7 +77,9 @@ def assemble(
         mode=config.checkpoint.mode,
         staging_limit=config.checkpoint.staging_limit,
         remote=remote,
+        owner=owner,
     )
+    closing.callback(checkpoints.abandon)
     profiler = Profiler(
         config.profile,
         mesh.device,
@@ -102,6 +113,8 @@ def assemble(
         trainer.load_state(state)
         log.info("resumed from step %d", trainer.progress.step)
     else:
+        if has_saved(run):
+            raise ValueError(nothing_to_resume(run, config.checkpoint.remote))
         initialise()
         if config.model.init_from is not None:
             load_pretrained(config, engine.shards())
@@ -114,6 +127,7 @@ def assemble(
         grace.recall(read_recent(run.metrics))
         requests.grace = grace.with_margin
         observers.add(grace)
+        observers.add(SavedOnce(run))
         resumed = trainer.progress.step if state is not None else None
         facts = {"layout": str(mesh.layout), "device": str(mesh.device), "attempt": str(attempt)}
         observers.start(config, resumed, config.steps, facts)
@@ -133,13 +147,14 @@ def with_vocabulary(config: Config, kept: Path | None = None) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or needed))
 
 
-def _open_data(config: Config, mesh: Mesh, place: Place) -> tuple[RowSource, Evaluation]:
+def _open_data(config: Config, mesh: Mesh, place: Place, closing: ExitStack) -> tuple[RowSource, Evaluation]:
     """The rows this rank trains on and those it evaluates. The first rank of each machine tokenises, if need be."""
     if place.local_rank == 0:
         prepare(config)
     mesh.all_gather_text("the data are prepared")
     dp_rank, dp = mesh.dp_rank, mesh.layout.dp
     stream = open_stream(config, mesh)
+    closing.callback(stream.close)
     if not config.eval.sequences:
         return stream, Evaluation(mesh, None, 1)
     # Every rank makes equally many passes: one that is short of rows reads its first again and counts nothing.

@@ -123,10 +123,11 @@ class Trainer:
             self.booking.saving(step)
         self.phase(step, Phase.SAVE)
         self.requests.saving()
+        flush = None
         if self.observers is not None:
-            self.observers.metrics.flush()
+            flush = self.observers.metrics.flush
             self.observers.saving(step)
-        self.checkpoints.save(step, self.engine.shards(), self.state())
+        self.checkpoints.save(step, self.engine.shards(), self.state(), before_commit=flush)
 
     def report_saves(self) -> None:
         """Tell the observers of the saves that ended, and the other ranks of those that failed."""
@@ -229,6 +230,8 @@ class Trainer:
         if ending_of(votes) and self.observers is not None and not self._told:
             self._told = True
             self.observers.message(f"asked to end by {self.requests.why()}: saving first (Ctrl-C again kills)")
+        if self.observers is not None and (waiting := self.observers.metrics.failure) is not None:
+            self.failed_save, self._failing = waiting, True
         if self._failing:
             self._failing = False
             votes |= {ControlFlag.SAVE_FAILED}

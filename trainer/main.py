@@ -9,15 +9,15 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
 import torch
 import torch.distributed as dist
 
-from stoker.checkpoint import DamagedCheckpoint, fence, make_tier, newest_step
+from stoker.checkpoint import Owner, fence, newest_step
+from stoker.conf.durable import ROOM_SECONDS
+from stoker.conf.identity import read_identity
 from stoker.conf.rundir import RunDirectory, next_attempt, write_config
 from stoker.conf.schema import Config, from_dict
 from stoker.conf.values import ConfigError
@@ -26,13 +26,15 @@ from stoker.parallel.layout import layout_of
 from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from stoker.trainer.assemble import assemble
 from stoker.trainer.base_model import keep_base
+from stoker.trainer.failure import Attempt, NotMet, fail, in_one_line
+from stoker.trainer.history import begin_anew
 from stoker.trainer.loop import Trainer
+from stoker.trainer.places import claim_places
 from stoker.trainer.report.summary import summarize
 from stoker.trainer.runtime.outcome import (
     Beginning,
     Ending,
     Outcome,
-    Superseded,
     close_dead_attempts,
     write_beginning,
     write_ending,
@@ -51,29 +53,14 @@ from stoker.trainer.runtime.process import (
 from stoker.trainer.runtime.requests import Requests, deadline_of
 from stoker.trainer.runtime.signal_listener import SignalListener
 from stoker.trainer.runtime.stack_dump import StackDump
-from stoker.trainer.start import first_tier, run_directory, settle_config
+from stoker.trainer.start import run_directory, settle_config
+from stoker.trainer.trust import remember
 
 log = logging.getLogger(__name__)
 
 CONFIG_VARIABLE = "STOKER_CONFIG"  # our launcher hands ranks the settled config, as JSON
 RENDEZVOUS_SECONDS = 300.0
 UPLOAD_LOOK_SECONDS = 30.0  # at the end ranks meet so often while the last checkpoint is uploaded
-
-
-class NotMet(ConfigError):
-    """This rank cannot reach the others, so nobody but itself can say so."""
-
-
-@dataclass
-class Attempt:
-    """What is known of this start when it fails."""
-
-    run: RunDirectory
-    number: int
-    place: Place
-    met: bool = False  # the machines can train together
-    training: bool = False  # the first step has begun
-    step: int | None = None
 
 
 def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.fit) -> int:
@@ -110,8 +97,9 @@ def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.
         # A launcher starts ranks again that end with another status, and these have done what they were asked.
         return 0 if ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED, Outcome.PREEMPTED) else 1
     except BaseException as error:
-        status = _fail(error, attempt, place, console)
-        sys.stderr.flush()
+        status = fail(error, attempt, place, console)
+        with suppress(OSError):  # a log on a full disk
+            sys.stderr.flush()
         os._exit(status)  # peers may be gone: nothing on the way out may wait for them
 
 
@@ -127,16 +115,44 @@ def run(overrides: Sequence[str]) -> Ending:
     """Train from Python, as `python -m stoker.trainer` does: in this process, which is the only rank unless the
     environment says otherwise (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
-    Returns how the run ended. Errors are raised, signals are left to the caller, and nothing is redirected.
+    Returns how the run ended. Errors are raised, signals are left to the caller, and nothing is redirected. However it
+    ends, process group, environment, threads and files are as they were: it can be called again.
     """
-    place = place_from_environment()
-    config = _config(overrides, place)
-    directory = run_directory(config)
-    store = _store(place)
-    attempt = Attempt(directory, _agree_on_attempt(store, directory, place), place)
-    store = dist.PrefixStore(f"stoker/{attempt.number}", store)
-    meet(store, directory, attempt.number, place)
-    return _train(config, store, attempt, Requests(), Console(), Trainer.fit)
+    if dist.is_initialized():
+        raise ConfigError("this process has a process group already, and a run makes its own: destroy that one first")
+    with _left_as_found(), ExitStack() as on_failure:
+        place = place_from_environment()
+        config = _config(overrides, place)
+        directory = run_directory(config)
+        store = _store(place)
+        attempt = Attempt(directory, _agree_on_attempt(store, directory, place), place)
+        try:
+            store = dist.PrefixStore(f"stoker/{attempt.number}", store)
+            meet(store, directory, attempt.number, place)
+            ending = _train(config, store, attempt, Requests(), Console(), Trainer.fit, on_failure)
+        except BaseException as error:
+            ending = Ending(Outcome.FAILED, in_one_line(error), attempt.step, place.rank)
+            with suppress(OSError):  # what broke the run is raised
+                write_ending(directory, attempt.number, ending)
+            raise
+        on_failure.pop_all()  # all of it has ended
+        return ending
+
+
+@contextmanager
+def _left_as_found() -> Iterator[None]:
+    """What a run changes in its process is as before when the block ends."""
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        stop_mesh()
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
 
 
 def _config(overrides: Sequence[str], place: Place) -> Config:
@@ -152,7 +168,9 @@ def _config(overrides: Sequence[str], place: Place) -> Config:
         overrides,
         lambda _: (place.world, torch.cuda.device_count()),
         refitted=say,
-        imported=say if place.rank == 0 else None,  # the others wait for it where they meet
+        tell=say,
+        restarted=place.restart > 0,
+        check_import=place.rank == 0,  # the others wait for it where they meet
     )
     return config
 
@@ -193,11 +211,18 @@ def _train(
     requests: Requests,
     console: Console,
     work: Callable[[Trainer], Outcome],
+    on_failure: ExitStack | None = None,
 ) -> Ending:
+    """What has to be ended when it fails is left to `on_failure`; a rank's process just ends."""
+    on_failure = on_failure or ExitStack()
     run, place, rank = attempt.run, attempt.place, attempt.place.rank
     phase = Phases(run.attempt(attempt.number) / f"rank-{rank}.stamp")
+    on_failure.callback(phase.close)
+    owner: Owner | None = None
     if rank == 0:
-        make_tier(run.checkpoints, first_tier(config))
+        if config.run.fresh and place.restart == 0 and (aside := begin_anew(run)) is not None:
+            console.errors.write(f"stoker: what an earlier run has left is in {aside}\n")
+        owner = claim_places(run, config)
         fence(run.checkpoints, attempt.number)
         requests.watch(run, attempt.number, place.restart == 0, deadline_of(config.launch.deadline))
         job = os.environ.get("SLURM_JOB_ID")
@@ -216,7 +241,9 @@ def _train(
     mesh = start_mesh(layout, device, store, rank, config.parallel.timeout_seconds)
 
     with console.echoing_warnings() if rank == 0 else nullcontext():
-        trainer = assemble(config, mesh, place, run, attempt.number, requests, phase, console.screen)
+        trainer = assemble(config, mesh, place, run, attempt.number, requests, phase, console.screen, on_failure, owner)
+    if place.local_rank == 0 and (identity := read_identity(run)) is not None:
+        remember(identity.run, config)
     if rank == 0:
         write_config(run, config)  # after everybody has read the old one
         keep_tokenizer(config.data, run.tokenizer)
@@ -248,6 +275,7 @@ def _train(
         "the end is told"
     )  # ranks leave together: a launcher kills the others when one leaves with a failure
     stop_mesh()
+    phase.close()
     return ending
 
 
@@ -255,14 +283,15 @@ def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:
     """Wait for the last save and agree on how the run ended."""
     step = trainer.progress.step
     trainer.phase(step, Phase.LAST_SAVE)
-    errors = [report.error for report in trainer.checkpoints.wait() if report.error and report.step == step]
+    errors = _await_last_save(trainer, step)
     while trainer.mesh.all_gather_text("busy" if trainer.checkpoints.uploading(UPLOAD_LOOK_SECONDS) else "")[0]:
         trainer.phase(step, Phase.UPLOAD)
     trainer.report_saves()
     trainer.checkpoints.close()
     errors = [error for error in trainer.mesh.all_gather_text(errors[0] if errors else "") if error]
     if errors:
-        return Ending(Outcome.FAILED, f"the last checkpoint could not be saved: {errors[0]}", step, save=trainer.saved)
+        message = f"the last checkpoint could not be saved: {errors[0]}"
+        return Ending(Outcome.FAILED, message, step, retry=True, save=trainer.saved)
     if trainer.config.checkpoint.on_error == "fail":
         reasons = [reason for reason in trainer.mesh.all_gather_text(trainer.failed_save or "") if reason]
         if reasons:
@@ -290,6 +319,21 @@ def _why_nothing_was_learned(trainer: Trainer) -> str:
     return f"no update was made in {progress.step} steps: each was skipped"
 
 
+def _await_last_save(trainer: Trainer, step: int) -> list[str]:
+    """Why the state after `step` is not saved, as this rank knows it. On a full disk it is saved again for a while."""
+    deadline, pause = time.monotonic() + ROOM_SECONDS, 1.0
+    while True:
+        failed = [report for report in trainer.checkpoints.wait() if report.error and report.step == step]
+        full = bool(failed) and failed[-1].full and time.monotonic() < deadline
+        if not any(trainer.mesh.any([full])):
+            return [report.error for report in failed[-1:] if report.error]
+        trainer.report_saves()
+        time.sleep(pause)
+        pause *= 2
+        trainer.save()
+        trainer.phase(step, Phase.LAST_SAVE)
+
+
 def _why_bad(trainer: Trainer) -> str:
     progress, bad = trainer.progress, trainer.config.nonfinite
     what = "a finite loss and gradient norm" if bad.spike is None else "a believable loss and gradient norm"
@@ -300,43 +344,3 @@ def _why_bad(trainer: Trainer) -> str:
     if bad.action == "rollback":
         why = f"{taken} rollbacks, nonfinite.limit={bad.limit}" if taken >= bad.limit else "no checkpoint to go back to"
     return f"a step up to step {progress.step} was without {what} ({why})"
-
-
-def _fail(error: BaseException, attempt: Attempt | None, place: Place, console: Console) -> int:
-    """Say in one line what went wrong, once for all ranks; the traceback goes to the log."""
-    line = str(error) if isinstance(error, ConfigError) else _in_one_line(error)
-    if attempt is None or not attempt.met:  # found by all ranks alike
-        if place.rank == 0 or isinstance(error, NotMet):
-            console.errors.write(f"stoker: {line}\n")
-        if place.rank == 0 and attempt is not None:
-            retry = isinstance(error, RuntimeError)  # of the network, or of a rank that died
-            write_ending(attempt.run, attempt.number, Ending(Outcome.FAILED, line, rank=0, retry=retry))
-        return 2 if isinstance(error, ConfigError) else 1
-    if isinstance(error, Superseded):
-        if place.rank == 0:
-            console.errors.write(f"stoker: another start of this run has begun: this one ends at step {attempt.step}\n")
-        return 0  # a launcher that started these ranks again would take the run from the other
-    log.error("rank %d failed", place.rank, exc_info=error)
-    if _is_loss_of_a_peer(error):
-        return 1  # who was lost says more than we can: its own last words, or its launcher's
-    # What else breaks a start breaks the next one too; and nobody begins at step 0 again without being asked.
-    retry = (attempt.training or isinstance(error, RuntimeError)) and not isinstance(error, DamagedCheckpoint)
-    ending = Ending(Outcome.FAILED, line, attempt.step, place.rank, retry)
-    if write_ending(attempt.run, attempt.number, ending):
-        where = attempt.run.log(attempt.number, place.rank)
-        console.errors.write(f"stoker: rank {place.rank} failed: {line} (see {where})\n")
-    return 1
-
-
-def _in_one_line(error: BaseException) -> str:
-    """What went wrong; and where, when it is a defect of a program rather than something its user can mend."""
-    text = str(error).strip().partition("\n")[0]
-    if isinstance(error, ValueError | OSError | DamagedCheckpoint):
-        return text or type(error).__name__
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {text} ({last.filename}:{last.lineno})"
-
-
-def _is_loss_of_a_peer(error: BaseException) -> bool:
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

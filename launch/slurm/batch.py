@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stoker.checkpoint import newest_step
+from stoker.conf.durable import open_own
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config, to_dict
 from stoker.conf.values import ConfigError
@@ -27,6 +28,7 @@ from stoker.trainer.runtime.process import RESTARTS_VARIABLE
 from stoker.trainer.runtime.requests import DEADLINE_VARIABLE
 from stoker.trainer.runtime.shutdown_estimate import GRACE_VARIABLE
 from stoker.trainer.start import run_directory, settle_config
+from stoker.trainer.trust import TRAINING
 
 MEETING_VARIABLE = "STOKER_MEETING"  # host:port of the store at which the nodes meet
 LINK_VARIABLE = "STOKER_LINK"  # which job of how many of a chain this is: 2/5
@@ -210,7 +212,7 @@ def notes_file(run: RunDirectory) -> Path:
 
 def write_note(run: RunDirectory, job: str, move: str, why: str) -> None:
     note = {"time": time.time(), "job": job, "move": move, "why": why}
-    with open(notes_file(run), "a", encoding="utf-8") as file:
+    with open(open_own(notes_file(run), os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as file:
         file.write(json.dumps(note) + "\n")
 
 
@@ -228,7 +230,15 @@ def main(settings: Sequence[str]) -> int:
             ranks = job.nodes * (config.launch.nproc or job.gpus or RANKS_DEFAULT)
             return ranks, 0 if config.launch.device == "cpu" else job.nodes * job.gpus
 
-        config, changes = settle_config(settings_of(job, settings), where, refitted=say)
+        again = job.restarts > 0 or job.link > 1
+        config, changes = settle_config(
+            settings_of(job, settings),
+            where,
+            refitted=say,
+            tell=say,
+            restarted=again,
+            uses=(*TRAINING, "launch.srun_args"),
+        )
         config.launch.name = "slurm"
         config.launch.nproc = config.launch.nproc or job.gpus or RANKS_DEFAULT
         run = run_directory(config)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from stoker.conf.durable import write_whole
+from stoker.conf.identity import identify
 from stoker.conf.overrides import parse
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
@@ -14,7 +16,9 @@ from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
 from stoker.launch.slurm.batch import LINK_VARIABLE, RANKS_DEFAULT, SUBMITTED, write_note
 from stoker.launch.train import say
+from stoker.trainer.history import begin_anew
 from stoker.trainer.start import run_directory, settle_config
+from stoker.trainer.trust import SLURM, TRAINING, remember, remember_script
 
 TEMPLATE = Path(__file__).with_name("train.sbatch")
 _BODY = "# --- what follows is the same for every job ---\n"
@@ -24,13 +28,15 @@ def submit(overrides: Sequence[str], dry_run: bool) -> int:
     """Write the script and submit it, or print it. Raises ConfigError for a start that is refused."""
     tasks = next((parse(word).value for word in overrides if word.startswith("launch.array=")), None)
     first = str(tasks).partition("-")[0].partition(",")[0] if tasks else "0"
-    config, changes = settle_config([word.replace("{task}", first) for word in overrides], _where)
+    words = [word.replace("{task}", first) for word in overrides]
+    config, changes = settle_config(words, _where, tell=say, uses=(*TRAINING, SLURM))
     if config.launch.name != "slurm":
         raise ConfigError(f"launch={config.launch.name}: say launch=slurm, and launch.nodes, launch.time, ...")
     for change in changes:
         say(f"changed since the last start: {change}")
     run = run_directory(config)
-    settings = [word for word in overrides if word.partition("=")[0] not in ("run.dir", "run.fresh")]
+    once = () if tasks else ("run.fresh",)  # done here, before a job that may be requeued
+    settings = [word for word in overrides if word.partition("=")[0] not in ("run.dir", *once)]
     directory = next((word.partition("=")[2] for word in overrides if word.startswith("run.dir=")), None)
     if directory is not None and "{task}" in directory:
         run = RunDirectory(Path(directory.partition("{task}")[0].rstrip("/") or ".").expanduser().absolute())
@@ -41,9 +47,14 @@ def submit(overrides: Sequence[str], dry_run: bool) -> int:
     if dry_run:
         print(text, end="")
         return 0
+    if config.run.fresh and not tasks and (aside := begin_anew(run)) is not None:
+        say(f"what an earlier run has left is in {aside}")
     run.slurm.mkdir(parents=True, exist_ok=True)
     run.attempts.mkdir(exist_ok=True)
-    run.script.write_text(text, encoding="utf-8")
+    write_whole(run.script, text.encode())
+    owner = identify(run).run
+    remember(owner, config)
+    remember_script(owner, text)
     jobs = submit_script(run, config.launch.chain)
     say(f"submitted {run.script} as job {', then '.join(jobs)}; what it says will be in {run.slurm}")
     return 0

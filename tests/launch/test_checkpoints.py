@@ -168,14 +168,14 @@ def test_a_run_goes_on_from_the_remote_alone_as_if_nothing_had_happened(home: Pa
     )
     assert status == 0 and "uploaded step 10" in output
     shutil.rmtree(first)
-    status, output = finish(
-        home, command("train", f"run.dir={second}", remote, "steps=16", "launch.nproc=1", "parallel.zero=0")
-    )
+    words_of_second = [f"run.dir={second}", remote, "steps=16", "launch.nproc=1", "parallel.zero=0"]
+    assert main(["train", *words_of_second]) == 2, "another directory may be another run"
+    status, output = finish(home, command("train", *words_of_second, "run.adopt=true"))
     assert status == 0, output
     assert [step[0] for step in steps_of(second)] == list(range(11, 17))
     for a, b in zip(steps_of(whole)[10:], steps_of(second), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
     third = home / "third"  # by the words of the first start, as a script would have it
-    again = overrides(third, home / "text", "data=text", "model=tiny", "steps=16", *words, remote)
+    again = overrides(third, home / "text", "data=text", "model=tiny", "steps=16", *words, remote, "run.adopt=true")
     status, output = finish(home, command("train", *again))
     assert status == 0 and "nothing to do: step 16" in output, output

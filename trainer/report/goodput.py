@@ -8,15 +8,20 @@ that is under way or was killed.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stoker.conf.durable import is_full, write_whole
+from stoker.conf.reasons import reason
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.runtime.outcome import read_ending
 from stoker.trainer.runtime.process import Phase, Phases, read_stamps
+
+log = logging.getLogger(__name__)
 
 BOOKS = ("training", "data", "checkpoint", "evaluation", "startup", "lost", "down")
 BOOK_OF = {
@@ -115,9 +120,12 @@ class Booking:
     def write(self) -> None:
         self._update()
         self._written = time.monotonic()
-        temporary = self._path.with_name(f".{self._path.name}")
-        temporary.write_text(json.dumps(vars(self._record)))
-        temporary.replace(self._path)
+        try:
+            write_whole(self._path, json.dumps(vars(self._record)).encode())
+        except OSError as error:
+            if not is_full(error):
+                raise
+            log.info("seconds are written later: %s", reason(error))
 
     def _update(self) -> None:
         spent = self._phase.totals()

@@ -10,54 +10,88 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from stoker.conf.durable import sync_directory, write_durably
+from stoker.conf.durable import is_full, naming, open_own, sync_directory, with_room
+from stoker.conf.reasons import reason
 from stoker.conf.schema import Config
 from stoker.trainer.report.observer import Observer, StepRecord
 
 _RECENT_BYTES = 4 << 20  # some ten thousand steps
+_BACKWARD_BYTES = 64 << 10  # read at a time from the end
+_MOST_WAITING_BYTES = 256 << 20  # of lines that a full disk has not taken
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
 class MetricsFile(Observer):
-    """Appends to `path`. Raises OSError when the disk does: the file is part of the run."""
+    """Appends to `path`.
+
+    Lines that a full disk does not take wait in memory, in order, and follow when there is room: what is lost with the
+    process are lines of steps that no checkpoint has. `failure` says why lines wait. Raises OSError, naming the file,
+    for other errors, and when too much waits. A background thread may `flush`.
+    """
 
     name = "metrics.jsonl"
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.failure: str | None = None
         self._file: int | None = None
+        self._waiting = bytearray()
+        self._lock = threading.Lock()
 
     def start(self, config: Config, resumed_from_step: int | None, total_steps: int, facts: Mapping[str, str]) -> None:
         cut_back(self.path, resumed_from_step or 0)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = open_own(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         sync_directory(self.path.parent)
 
     def rolled_back(self, step: int) -> None:
+        self.flush(sync=False)
         assert self._file is not None, "rolled back before start"
         os.close(self._file)
         cut_back(self.path, step)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = open_own(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def step(self, record: StepRecord) -> None:
         assert self._file is not None, "step before start"
-        line = (_encode(as_dict(record)) + "\n").encode()
-        while line:  # a nearly full disk takes part of a line, and refuses the rest
-            line = line[os.write(self._file, line) :]
+        with self._lock:
+            self._waiting += (_encode(as_dict(record)) + "\n").encode()
+            try:
+                self._write()
+            except OSError as error:
+                if not is_full(error) or len(self._waiting) > _MOST_WAITING_BYTES:
+                    raise
+                self.failure = reason(error)
 
     def flush(self, sync: bool = True) -> None:
-        """With `sync`, return once every step so far is on the disk: before a checkpoint that has them commits."""
-        if sync and self._file is not None:
-            os.fsync(self._file)
+        """Write what waits. With `sync`, return once every step so far is on the disk: a checkpoint commits after it.
+
+        Raises OSError, naming the file, also for a full disk.
+        """
+        with self._lock:
+            if self._file is None:
+                return
+            self._write()
+            if sync:
+                with naming(self.path):
+                    os.fsync(self._file)
 
     def finish(self, outcome: str, step: int) -> None:
-        if self._file is not None:
-            self.flush()
-            os.close(self._file)
-            self._file = None
+        if self._file is None:
+            return
+        with_room(self.flush)
+        os.close(self._file)
+        self._file = None
+
+    def _write(self) -> None:
+        assert self._file is not None
+        with naming(self.path):
+            while self._waiting:  # a nearly full disk takes part of a line, and refuses the rest
+                del self._waiting[: os.write(self._file, self._waiting)]
+        self.failure = None
 
 
 def as_dict(record: StepRecord) -> dict[str, Any]:
@@ -97,15 +131,59 @@ def read_recent(path: Path) -> list[dict[str, Any]]:
     return [step for _, step in _lines(path, _RECENT_BYTES)]
 
 
+def last_step(path: Path) -> int:
+    """The last step in the file, 0 without one. Reads no more than the end."""
+    try:
+        with open(path, "rb") as file:
+            return _last_line(file, None)[1]
+    except FileNotFoundError:
+        return 0
+
+
 def cut_back(path: Path, step: int) -> None:
-    """Keep the lines of steps up to `step` and drop the rest, torn lines too, atomically."""
-    if not path.exists():
+    """Drop the lines after that of the last step up to `step`, torn ones too.
+
+    In place, which needs no room on the disk and reads only what is dropped.
+    """
+    try:
+        descriptor = open_own(path, os.O_RDWR)
+    except FileNotFoundError:
         return
-    kept = b"".join(line for line, values in _lines(path) if values["step"] <= step)
-    if len(kept) == path.stat().st_size:
-        return
-    write_durably(path, kept)
-    sync_directory(path.parent)
+    with open(descriptor, "rb+", buffering=0) as file, naming(path):
+        end = _last_line(file, step)[0]
+        if end < os.fstat(descriptor).st_size:
+            file.truncate(end)
+            os.fsync(descriptor)
+
+
+def _last_line(file: IO[bytes], most: int | None) -> tuple[int, int]:
+    """Where the last whole line of a step ends, of one up to `most` if given, and its step; (0, 0) without one."""
+    begin = file.seek(0, os.SEEK_END)
+    tail, stop = b"", 0  # what is not looked at yet: `stop` bytes of the file from `begin` on
+    while begin or stop:
+        start = tail.rfind(b"\n", 0, max(0, stop - 1)) + 1
+        if start == 0 and begin:  # the line begins before what has been read
+            size = min(max(_BACKWARD_BYTES, stop), begin)
+            begin -= size
+            file.seek(begin)
+            tail = file.read(size) + tail[:stop]
+            stop += size
+            continue
+        step = _step_in(tail[start:stop])
+        if step is not None and (most is None or step <= most):
+            return begin + stop, step
+        stop = start
+    return 0, 0
+
+
+def _step_in(line: bytes) -> int | None:
+    """The step of a whole line; None for a torn one or something else."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    step = values.get("step") if isinstance(values, dict) else None
+    return step if line.endswith(b"\n") and type(step) is int else None
 
 
 def _lines(path: Path, most_bytes: int | None = None) -> list[tuple[bytes, dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """What a person and other tools see of a run: observers of the loop, on global rank 0 only.
 
-    loop -> Observers -> MetricsFile   metrics.jsonl, one line per step; part of the run, its errors end the run
+    loop -> Observers -> MetricsFile   metrics.jsonl, one line per step; part of the run, its errors end the run,
+                         but for a full disk, for which lines wait
                       -> progress      lines or a live view on the terminal
                       -> Tracker       a process that follows metrics.jsonl into wandb or tensorboard
 
@@ -17,12 +18,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
+from stoker.conf.reasons import reason
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config, LogConfig
 from stoker.trainer.report.metrics import MetricsFile
 from stoker.trainer.report.observer import CheckpointReport, Observer, StepRecord
 from stoker.trainer.report.progress import PlainProgress
 from stoker.trainer.report.trackers import Tracker
+from stoker.trainer.runtime.outcome import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,13 @@ class Observers(Observer):
         self._tell(lambda other: other.start(config, resumed_from_step, total_steps, facts))
 
     def step(self, record: StepRecord) -> None:
+        waited = self.metrics.failure is not None
         self.metrics.step(record)
+        failure = self.metrics.failure
+        if failure is not None and not waited:
+            self.message(f"{failure}: lines of metrics wait in memory until there is room")
+        elif failure is None and waited:
+            self.message(f"{self.metrics.path}: there is room again, and every line is written")
         self._tell(lambda other: other.step(record))
 
     def saving(self, step: int) -> None:
@@ -62,6 +71,13 @@ class Observers(Observer):
         self._tell(lambda other: other.finish(outcome, step))  # first: a full disk must not cost the terminal
         self.metrics.finish(outcome, step)
 
+    def abandon(self) -> None:
+        """The run has failed: end what was started. Errors are only logged, as what broke the run matters more."""
+        try:
+            self.finish(Outcome.FAILED, 0)
+        except Exception as error:
+            logger.warning("observers could not be ended", exc_info=error)
+
     def _tell(self, event: Callable[[Observer], None]) -> None:
         for other in tuple(self._others):
             if other not in self._others:
@@ -71,8 +87,7 @@ class Observers(Observer):
             except Exception as error:
                 self._others.remove(other)
                 logger.warning("%s switched off", other.name, exc_info=error)
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                self.message(f"{other.name} switched off, training goes on: {reason}")
+                self.message(f"{other.name} switched off, training goes on: {reason(error)}")
 
 
 def open_observers(config: Config, run_dir: Path, screen: TextIO) -> Observers:

@@ -8,6 +8,7 @@ training process's memory. It outlives signals meant for the ranks, and ends by 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -96,16 +97,24 @@ SINKS: dict[str, Callable[[Values, str, int, Callable[[str], None]], Sink]] = {
 
 
 class Memory:
-    """`tracker.json`: the tracker's run id and the last step given to it. Another tracker starts from nothing."""
+    """`tracker.json`: the tracker's run id and the last step given to it.
 
-    def __init__(self, run_dir: Path, tracker: str) -> None:
+    Another tracker, and the tracker of another run whose directory was copied, start from nothing. `run` is the id of
+    ours, None where it has none.
+    """
+
+    def __init__(self, run_dir: Path, tracker: str, run: str | None, say: Callable[[str], None]) -> None:
         self._path = run_dir / "tracker.json"
         try:
             stored = json.loads(self._path.read_text())
         except (FileNotFoundError, ValueError):
             stored = {}
-        if stored.get("tracker") != tracker:
+        copied = stored.get("run", run) != run  # none: written before runs had an id
+        if copied and stored.get("tracker") == tracker:
+            say(f"a new {tracker} run: this run directory is a copy of that of {tracker} run {stored.get('run_id')}")
+        if stored.get("tracker") != tracker or copied:
             stored = {"tracker": tracker, "run_id": secrets.token_hex(4), "last_step": 0}
+        stored["run"] = run
         self._values: Values = stored
         self.advance(self.last_step)
 
@@ -120,8 +129,21 @@ class Memory:
     def advance(self, step: int) -> None:
         self._values["last_step"] = step
         fresh = self._path.with_name("tracker.json.new")
-        fresh.write_text(json.dumps(self._values))
-        os.replace(fresh, self._path)
+        while True:
+            try:
+                with open_new(fresh, os.O_TRUNC) as file:
+                    file.write(json.dumps(self._values).encode())
+                os.replace(fresh, self._path)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+            time.sleep(POLL_SECONDS)  # nobody waits for this process: there may be room later
+
+
+def open_new(path: Path, flags: int) -> io.FileIO:
+    """A file of the run directory to write to. Raises OSError for a link."""
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flags, 0o644), "wb", buffering=0)
 
 
 class RanksEnded:
@@ -144,10 +166,15 @@ class RanksEnded:
 
 
 def follow(file: io.FileIO, memory: Memory, sink: Sink, ended: threading.Event) -> None:
-    """Give the steps of `file` after `memory.last_step` to `sink`, until the ranks have ended and all is given."""
+    """Give the steps of `file` after `memory.last_step` to `sink`, until the ranks have ended and all is given.
+
+    A file that was cut back is another attempt's: its tracker goes on.
+    """
     rest = b""
     while True:
         last_look = ended.is_set()
+        if os.fstat(file.fileno()).st_size < file.tell():
+            return
         while chunk := file.read(CHUNK_BYTES):
             *lines, rest = (rest + chunk).split(b"\n")
             for values in map(json.loads, lines):
@@ -187,9 +214,9 @@ def main() -> int:
             job = json.loads(stdin.readline())
         ended = RanksEnded(job["trainer_pid"])
         run_dir = Path(job["run_dir"])
-        with open(run_dir / "tracker.lock", "w") as lock, open(job["metrics"], "rb", buffering=0) as file:
+        with open_new(run_dir / "tracker.lock", 0) as lock, open(job["metrics"], "rb", buffering=0) as file:
             fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the tracker of an attempt that was killed
-            memory = Memory(run_dir, job["tracker"])
+            memory = Memory(run_dir, job["tracker"], job["run"], voice.say)
             sink = SINKS[job["tracker"]](job, memory.run_id, memory.last_step + 1, voice.say)
             follow(file, memory, sink, ended.event)
             sink.close(ended.outcome)

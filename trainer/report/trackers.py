@@ -23,11 +23,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from stoker.conf.durable import open_own
+from stoker.conf.identity import read_identity
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config, TrackerConfig, to_dict
 from stoker.trainer.report.observer import Observer, StepRecord
 
 LOG = "tracker.log"
+_WANDB_MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline"}
+_TRUE = ("true", "1", "yes", "y", "on", "t")  # as wandb reads WANDB_DISABLED
 FINISH_SECONDS = 5.0  # a rank ends within ten seconds of SIGTERM
 
 
@@ -48,7 +52,9 @@ class Tracker(Observer):
         self._job: dict[str, Any] = {}
 
     def start(self, config: Config, resumed_from_step: int | None, total_steps: int, facts: Mapping[str, str]) -> None:
+        identity = read_identity(self._run)
         job: dict[str, Any] = {
+            "run": identity.run if identity is not None else None,
             "tracker": self._config.name,
             "run_dir": str(self._run.path.absolute()),
             "metrics": str(self._run.metrics.absolute()),
@@ -58,6 +64,9 @@ class Tracker(Observer):
         }
         if self._config.name == "wandb":
             mode, why = wandb_mode(self._config, os.environ)
+            if mode == "disabled":
+                self._say(f"wandb is disabled ({why})")
+                return
             job |= {"project": self._config.project, "entity": self._config.entity, "mode": mode}
             self._say(f"wandb is {mode} ({why})" + (f", files in {self._run.path}/wandb" if mode == "offline" else ""))
         self._job = job
@@ -65,7 +74,7 @@ class Tracker(Observer):
 
     def _begin(self) -> None:
         program = Path(__file__).with_name("tracker_process.py")
-        with open(self._run.path / LOG, "ab") as log:
+        with open(open_own(self._run.path / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(program)],
                 stdin=subprocess.PIPE,
@@ -79,11 +88,14 @@ class Tracker(Observer):
 
     def rolled_back(self, step: int) -> None:
         """Its process follows the file, which is another now: begin anew, as after a restart."""
+        if self._process is None:
+            return
         self.finish("rolled back", step)
         self._begin()
 
     def step(self, record: StepRecord) -> None:
-        self._listen()
+        if self._process is not None:
+            self._listen()
 
     def finish(self, outcome: str, step: int) -> None:
         if self._process is None:
@@ -125,11 +137,15 @@ class Tracker(Observer):
 
 
 def wandb_mode(config: TrackerConfig, environ: Mapping[str, str]) -> tuple[str, str]:
-    """`online` or `offline`, and why."""
+    """`online`, `offline` or `disabled`, and why. Raises TrackerError for a WANDB_MODE that is none of W&B's."""
     if config.mode is not None:
         return config.mode, "tracker.mode"
-    if environ.get("WANDB_MODE") in ("online", "offline"):
-        return environ["WANDB_MODE"], "WANDB_MODE"
+    if environ.get("WANDB_DISABLED", "").lower() in _TRUE:
+        return "disabled", "WANDB_DISABLED"
+    if given := environ.get("WANDB_MODE"):
+        if given not in _WANDB_MODES:
+            raise TrackerError(f"WANDB_MODE={given} is not known; W&B knows {', '.join(_WANDB_MODES)}")
+        return _WANDB_MODES[given], f"WANDB_MODE={given}"
     if environ.get("WANDB_API_KEY"):
         return "online", "WANDB_API_KEY is set"
     host = urlparse(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import enum
 import json
+import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stoker.conf.durable import write_durably
+from stoker.conf.durable import ROOM_SECONDS, naming, open_own, with_room, write_durably
 from stoker.conf.rundir import RunDirectory
+
+log = logging.getLogger(__name__)
 
 GOES_ON = 75  # exit status for a run that was preempted: the same command goes on (EX_TEMPFAIL of sysexits.h)
 
@@ -53,19 +57,34 @@ class Ending:
     save: dict[str, float] | None = None  # metrics of the last save: no step's line comes after it
 
 
-def write_ending(run: RunDirectory, attempt: int, ending: Ending) -> bool:
-    """Write the attempt's outcome unless it has one: the first rank that knows is right. True if this one was kept."""
+def write_ending(
+    run: RunDirectory,
+    attempt: int,
+    ending: Ending,
+    room_seconds: float = ROOM_SECONDS,
+    waiting: Callable[[str], None] = log.warning,
+) -> bool:
+    """Write the attempt's outcome unless it has one: the first rank that knows is right. True if this one was kept.
+
+    On a full disk it waits for room, after a line to `waiting`. Raises OSError, naming the file, if there is none for
+    so long.
+    """
     path = run.outcome(attempt)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     ending = Ending(**{**asdict(ending), "time": ending.time or time.time()})
-    try:
-        temporary.write_text(json.dumps(asdict(ending)) + "\n", encoding="utf-8")
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    return True
+
+    def write() -> bool:
+        try:
+            with naming(path), open(open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+                file.write((json.dumps(asdict(ending)) + "\n").encode())
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    return with_room(write, room_seconds, waiting)
 
 
 def read_ending(run: RunDirectory, attempt: int) -> Ending | None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from stoker.conf.durable import is_full, naming, open_own
 from stoker.conf.parent_death import die_with
 
 RESTARTS_VARIABLE = "STOKER_RESTARTS"  # how often a Slurm job has started its ranks again
@@ -97,7 +98,7 @@ class Phases:
     """Stamps where others can read them (see `Stamp`), and adds up seconds per phase."""
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
+        self._path, self._file = path, open_own(path, os.O_CREAT | os.O_WRONLY)
         self._phase, self._since = Phase.START, time.perf_counter()
         self._seconds: dict[Phase, float] = {}  # since `take_seconds`
         self._totals: dict[Phase, float] = {}  # before that
@@ -112,7 +113,16 @@ class Phases:
         self._phase, self._since = phase, now
         self._first_step = self._first_step or step
         stamp = f"{step} {phase} {time.time():.3f} {self._pid} {self._host} {self._first_step}"
-        os.pwrite(self._file, stamp.ljust(_STAMP_BYTES).encode(), 0)
+        try:
+            with naming(self._path):
+                os.pwrite(self._file, stamp.ljust(_STAMP_BYTES).encode(), 0)
+        except OSError as error:
+            if not is_full(error):  # where even what is written over needs room, the next phase stamps again
+                raise
+
+    def close(self) -> None:
+        """No phase follows."""
+        os.close(self._file)
 
     def take_seconds(self) -> dict[Phase, float]:
         """Seconds per phase since the last call, the present one included."""
@@ -188,7 +198,7 @@ class Console:
         self.errors = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace")
         sys.stdout.flush()
         sys.stderr.flush()
-        file = os.open(log_file, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+        file = open_own(log_file, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.close(file)

@@ -21,6 +21,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from stoker.conf.durable import write_whole
+from stoker.conf.reasons import reason
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.runtime.hang_report import Finding, behind, examine, explain, is_stopped, place_of, table
 from stoker.trainer.runtime.outcome import Ending, Outcome, read_ending, write_ending
@@ -136,7 +138,10 @@ class Watchdog:
             others = {rank: stamp for rank, stamp in stamps.items() if rank not in self._ranks}
             findings += self._of_others(others, seconds)
             text = table(findings)
-            (folder / "hang.txt").write_text(text + "\n")
+            try:
+                write_whole(folder / "hang.txt", f"{text}\n".encode())
+            except OSError as error:  # the table is shown; a full disk must not keep the ranks from being ended
+                self._say(f"the table is not kept: {reason(error)}")
             self._say(f"no progress:\n{text}")
             line = explain(findings)
             self._say(line)

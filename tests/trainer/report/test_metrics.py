@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -9,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stoker.trainer.report.metrics import MetricsFile, read, read_recent
+from stoker.trainer.report.metrics import MetricsFile, cut_back, last_step, read, read_recent
 from tests.trainer.report.observed import a_config, record
 
 
@@ -117,33 +119,109 @@ def test_a_run_killed_before_its_first_checkpoint_starts_with_an_empty_file(tmp_
     assert steps(tmp_path / "m") == []
 
 
-def test_a_crash_while_cutting_back_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    metrics = opened(tmp_path / "m")
-    for step in range(1, 4):
-        metrics.step(record(step))
-    before = (tmp_path / "m").read_bytes()
+class FullDisk:
+    """While `full`, refuses what is written to files; `room` bytes are taken first."""
 
-    def crash(*_):
-        raise KeyboardInterrupt
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int = 0) -> None:
+        self.full, self.room, write = True, room, os.write
 
-    monkeypatch.setattr("os.replace", crash)
-    with pytest.raises(KeyboardInterrupt):
-        opened(tmp_path / "m", resumed_from_step=1)
-    assert (tmp_path / "m").read_bytes() == before
+        def refusing(file: int, data: bytes) -> int:
+            if not self.full:
+                return write(file, data)
+            taken, self.room = min(self.room, len(data)), 0
+            if not taken:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(file, bytes(data[:taken]))
+
+        monkeypatch.setattr("os.write", refusing)
 
 
-def test_a_full_disk_is_an_error_and_leaves_a_readable_file(tmp_path):
+@pytest.mark.parametrize("room", [0, 1, 20])
+def test_lines_that_a_full_disk_refuses_follow_when_there_is_room(tmp_path, monkeypatch, room):
     metrics = opened(tmp_path / "m")
     metrics.step(record(1))
+    disk = FullDisk(monkeypatch, room)
+    for step in (2, 3, 4):
+        metrics.step(record(step))
+        assert metrics.failure == f"{tmp_path / 'm'}: No space left on device"
+    assert steps(tmp_path / "m") == [1]
+    with pytest.raises(OSError, match="No space left") as refused:
+        metrics.flush()  # no checkpoint commits before its metrics are there
+    assert refused.value.filename == str(tmp_path / "m")
+    disk.full = False
+    metrics.step(record(5))
+    assert metrics.failure is None and steps(tmp_path / "m") == [1, 2, 3, 4, 5]
+
+
+def test_the_end_waits_for_room(tmp_path, monkeypatch):
+    metrics = opened(tmp_path / "m")
+    disk = FullDisk(monkeypatch, room=7)
+    metrics.step(record(1))
+    monkeypatch.setattr("time.sleep", lambda seconds: setattr(disk, "full", False))
+    metrics.finish("completed", 1)
+    assert steps(tmp_path / "m") == [1]
+
+
+def test_a_rollback_drops_lines_that_wait(tmp_path, monkeypatch):
+    metrics = opened(tmp_path / "m")
+    disk = FullDisk(monkeypatch)
+    for step in (1, 2, 3):
+        metrics.step(record(step))
+    disk.full = False
+    metrics.rolled_back(1)
+    metrics.step(record(2, loss=0.5))
+    assert steps(tmp_path / "m") == [1, 2] and read(tmp_path / "m")[-1]["loss"] == 0.5
+
+
+def test_memory_for_lines_that_wait_is_bounded_and_other_errors_are_not_waited_for(tmp_path, monkeypatch):
+    metrics = opened(tmp_path / "m")
+    FullDisk(monkeypatch)
+    metrics.step(record(1))
+    monkeypatch.setattr("stoker.trainer.report.metrics._MOST_WAITING_BYTES", 10)
+    with pytest.raises(OSError, match="No space left"):
+        metrics.step(record(2))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "m").stat().st_size + 20, limits[1]))
+    monkeypatch.undo()
+    metrics = opened(tmp_path / "n")
+    metrics.step(record(1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "n").stat().st_size + 20, limits[1]))
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(OSError, match="too large") as refused:
             metrics.step(record(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (tmp_path / "m").read_bytes().count(b'"step"') == 2  # it did tear the line
-    assert steps(tmp_path / "m") == [1]
+    assert refused.value.filename == str(tmp_path / "n")
+    assert (tmp_path / "n").read_bytes().count(b'"step"') == 2  # it did tear the line
+    assert steps(tmp_path / "n") == [1]
+
+
+def test_cutting_back_needs_neither_room_nor_memory(tmp_path, monkeypatch):
+    """In place: of a long file only what is dropped is read."""
+    line = b'{"step": %d, "filling": "' + b"x" * 1000 + b'"}\n'
+    (tmp_path / "m").write_bytes(b"".join(line % step for step in range(1, 3001)) + b'{"step": 3001, "fil')
+    inode = (tmp_path / "m").stat().st_ino
+    FullDisk(monkeypatch)
+    tracemalloc.start()
+    assert last_step(tmp_path / "m") == 3000
+    cut_back(tmp_path / "m", 2990)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    assert steps(tmp_path / "m") == list(range(1, 2991)) and (tmp_path / "m").stat().st_ino == inode
+    cut_back(tmp_path / "m", 0)
+    assert (tmp_path / "m").read_bytes() == b"" and last_step(tmp_path / "m") == 0 == last_step(tmp_path / "none")
+
+
+RUBBISH = [b'{"step": 1}\n', b"\n", b"{}\n", b'{"step": "x"}\n', b"[1]\n", b"\xff\n"]
+
+
+@given(st.lists(st.sampled_from(RUBBISH), max_size=5))
+def test_lines_that_are_no_steps_are_passed_over_from_the_end(rubbish):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m"
+        path.write_bytes(b'{"step": 1}\n' + b"".join(rubbish) + b'{"step": 7, "los')
+        assert last_step(path) == 1
+        cut_back(path, 1)
+        assert not path.read_bytes().endswith(b"los") and steps(path)[-1] == 1
 
 
 def test_flush_returns_after_the_disk_has_the_steps(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 
 from stoker.checkpoint import DamagedCheckpoint
 from stoker.conf.rundir import RunDirectory, next_attempt
-from stoker.trainer.main import Attempt, _fail
+from stoker.trainer.failure import Attempt, fail
 from stoker.trainer.runtime.outcome import Ending, Outcome, close_dead_attempts, read_ending, write_ending
 from stoker.trainer.runtime.process import Console, Place
 
@@ -64,7 +64,7 @@ def test_what_a_new_attempt_cannot_mend_is_not_tried_again(
     run = RunDirectory(tmp_path)
     place = Place(rank=1, world=2, local_rank=1, local_world=2, restart=0)
     attempt = Attempt(run, next_attempt(run), place, met=True, training=training, step=7)
-    assert _fail(raised(error), attempt, place, Console()) == 1
+    assert fail(raised(error), attempt, place, Console()) == 1
     ending = read_ending(run, attempt.number)
     assert ending is not None and (ending.retry, ending.rank, ending.step) == (retry, 1, 7)
     assert str(error) in ending.message

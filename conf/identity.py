@@ -1,0 +1,94 @@
+"""Which run a directory holds: an id of its own, by which copies, moved directories and places of others are known.
+
+`RUN/run.json` keeps the id, and where the directory stood when it was written. A copy has the same id in another place
+while the original still stands: it becomes a run of its own when it is started.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import os
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from stoker.conf.durable import write_durably
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.values import ConfigError
+
+
+@dataclass(frozen=True)
+class Identity:
+    """`run.json`."""
+
+    run: str  # 32 hexadecimal digits
+    directory: str  # where it stood, without links
+    inode: int  # of the directory
+    saved: bool = False  # whether a checkpoint has been committed since its first step
+
+
+class Standing(enum.Enum):
+    """What a directory is to the one that its `run.json` was written in."""
+
+    SAME = "same"  # it, perhaps renamed or mounted elsewhere
+    COPY = "copy"  # the original stands where it was
+    UNKNOWN = "unknown"  # moved between file systems, or a copy whose original is out of sight
+
+
+def read_identity(run: RunDirectory) -> Identity | None:
+    """None where no start has written one. Raises ConfigError for one that cannot be read."""
+    try:
+        values = json.loads(run.identity.read_text(encoding="utf-8"))
+        identity = Identity(**values)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{run.identity} cannot be read: {error}; remove it, and the run gets a new id") from error
+    types = {"run": str, "directory": str, "inode": int, "saved": bool}
+    if any(type(getattr(identity, name)) is not kind for name, kind in types.items()) or not _is_id(identity.run):
+        raise ConfigError(f"{run.identity} holds no id of a run; remove it, and the run gets a new id")
+    return identity
+
+
+def standing(run: RunDirectory, identity: Identity) -> Standing:
+    """Whether `run` is the directory that `identity` was written in."""
+    here = os.path.realpath(run.path)
+    if here == identity.directory or os.stat(run.path).st_ino == identity.inode:
+        return Standing.SAME
+    original = RunDirectory(Path(identity.directory))
+    try:
+        other = read_identity(original)
+    except ConfigError:
+        other = None
+    if other is not None and other.run == identity.run:
+        return Standing.COPY
+    return Standing.UNKNOWN
+
+
+def identify(run: RunDirectory, recovered: str | None = None) -> Identity:
+    """The identity of `run`, written down: a new one for a first start and for a copy.
+
+    `recovered`: the id under which places elsewhere hold checkpoints of this very directory, which was lost.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    here, inode = os.path.realpath(run.path), os.stat(run.path).st_ino
+    known = read_identity(run)
+    if known is None:
+        identity = Identity(recovered or secrets.token_hex(16), here, inode)
+    elif standing(run, known) is Standing.COPY:
+        identity = Identity(secrets.token_hex(16), here, inode, known.saved)
+    else:
+        identity = dataclasses.replace(known, directory=here, inode=inode)
+    if identity != known:
+        write_identity(run, identity)
+    return identity
+
+
+def write_identity(run: RunDirectory, identity: Identity) -> None:
+    write_durably(run.identity, (json.dumps(asdict(identity)) + "\n").encode())
+
+
+def _is_id(text: str) -> bool:
+    return len(text) == 32 and all(letter in "0123456789abcdef" for letter in text)
