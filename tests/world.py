@@ -59,18 +59,16 @@ def run(
     *arguments: Any,
     timeout: float = 60.0,
     device: str = "cpu",
-    group: bool = True,
     fresh: bool = False,
 ) -> list[Any]:
     """Run `function(*arguments)` on `ranks` ranks; what each returned, in rank order.
 
-    Without `group` they only know their place, and make the default process group themselves, on fresh processes.
     Raises AssertionError with the traceback of the first rank that failed, or naming those that did not end in time.
     """
-    fresh = fresh or not group or device != "cpu"
+    fresh = fresh or device != "cpu"
     pool = _Pool(kept=False) if fresh else _kept
     with tempfile.TemporaryDirectory() as folder:
-        place = _Place(os.path.join(folder, "store"), ranks, timeout, device, group)
+        place = _Place(os.path.join(folder, "store"), ranks, timeout, device)
         try:
             return pool.run(place, pickle.dumps((function, arguments)))  # by value: torch would share memory
         except BaseException:
@@ -79,6 +77,35 @@ def run(
         finally:
             if fresh:
                 pool.end()
+
+
+def exit_statuses(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 120.0) -> list[int]:
+    """Run `function(*arguments)`, which ends its process, on fresh ranks without process groups; status of each.
+
+    When one ends with another status than 0 the others are killed at once, as a launcher does.
+    """
+    processes: list[BaseProcess] = []
+    for rank in range(ranks):
+        process = _context.Process(target=_alone, args=(rank, ranks, function, arguments), daemon=True)
+        process.start()
+        processes.append(process)
+    deadline = time.monotonic() + timeout
+    try:
+        while left := [process for process in processes if process.exitcode is None]:
+            if any(process.exitcode for process in processes):
+                break
+            assert wait([process.sentinel for process in left], deadline - time.monotonic()), f"not within {timeout} s"
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [process.exitcode or 0 for process in processes]
+
+
+def _alone(rank: int, ranks: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _take_place(rank, ranks)
+    function(*arguments)
 
 
 def device() -> Any:
@@ -97,7 +124,6 @@ class _Place:
     ranks: int
     timeout: float  # seconds, of the call and of its process groups
     device: str
-    group: bool
 
 
 class _Pool:
@@ -170,7 +196,6 @@ def _serve(pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     gc.freeze()  # what the server imported: a collection between calls need not go through it
     start = _State()
     try:
@@ -190,22 +215,26 @@ def _serve(pipe: Connection) -> None:
         os._exit(0)
 
 
+def _take_place(rank: int, ranks: int) -> None:
+    names = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+
+
 def _call(rank: int, place: _Place, work: bytes) -> Any:
     import torch
     import torch.distributed as dist
 
-    names = {"RANK": rank, "WORLD_SIZE": place.ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": place.ranks}
-    os.environ |= {name: str(value) for name, value in names.items()}
+    _take_place(rank, place.ranks)
     if place.device == "cuda":
         torch.cuda.set_device(rank)
-    if place.group:
-        dist.init_process_group(
-            "nccl" if place.device == "cuda" else "gloo",
-            init_method=f"file://{place.store}",
-            rank=rank,
-            world_size=place.ranks,
-            timeout=timedelta(seconds=place.timeout),
-        )
+    dist.init_process_group(
+        "nccl" if place.device == "cuda" else "gloo",
+        init_method=f"file://{place.store}",
+        rank=rank,
+        world_size=place.ranks,
+        timeout=timedelta(seconds=place.timeout),
+    )
     function, arguments = pickle.loads(work)
     return function(*arguments)
 
