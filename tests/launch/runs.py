@@ -83,7 +83,8 @@ def train_forked(home: Path, words: list[str]) -> tuple[int, str]:
     It takes none of the seconds that the start of processes takes. There is no launcher: nothing is restarted, and no
     other process watches.
     """
-    (ranks,) = (int(word.removeprefix("launch.nproc=")) for word in words if word.startswith("launch.nproc="))
+    given = [int(word.removeprefix("launch.nproc=")) for word in words if word.startswith("launch.nproc=")]
+    ranks = given[0] if given else 2
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with tempfile.NamedTemporaryFile() as output:
@@ -102,7 +103,7 @@ def _train(environment: dict[str, str], home: Path, words: list[str], output: st
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     try:
         config, _ = settle_config(words, lambda _: (int(os.environ["WORLD_SIZE"]), 0))
     except ConfigError as error:

@@ -10,7 +10,16 @@ from stoker.conf.faults import Fault, read_faults
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.metrics import read
 from stoker.trainer.outcome import read_ending
-from tests.launch.runs import command, finish, overrides, steps_of, train_here, wait_until_gone, write_text
+from tests.launch.runs import (
+    command,
+    finish,
+    overrides,
+    steps_of,
+    train_forked,
+    train_here,
+    wait_until_gone,
+    write_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +77,7 @@ def test_a_nan_on_one_rank_is_left_out_by_all_and_training_goes_on(tmp_path: Pat
     write_text(tmp_path / "text")
     run = tmp_path / "poisoned"
     words = ["steps=6", "parallel.zero=3", "faults=[{at: 3, rank: 1, do: nan, steps: 2}]"]
-    status, output = finish(tmp_path, command("train", *overrides(run, tmp_path / "text", *words)))
+    status, output = train_forked(tmp_path, overrides(run, tmp_path / "text", *words))
     assert status == 0, output
     steps = read(RunDirectory(run).metrics)
     assert [step["step"] for step in steps if step["skipped"]] == [3, 4]
