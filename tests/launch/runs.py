@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+from stoker.checkpoint import compare, newest
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.metrics import read
 from stoker.trainer.outcome import Outcome, read_ending
@@ -70,7 +71,7 @@ def started(home: Path, words: list[str], **options: Any) -> Iterator[subprocess
         process.communicate()
 
 
-def finish(home: Path, words: list[str], timeout: float = 90.0, **options: Any) -> tuple[int, str]:
+def finish(home: Path, words: list[str], timeout: float = 240.0, **options: Any) -> tuple[int, str]:
     """Run to the end; (exit status, all output)."""
     with started(home, words, **options) as process:
         output, _ = process.communicate(timeout=timeout)
@@ -126,6 +127,14 @@ def train_here(home: Path, words: list[str]) -> None:
 def steps_of(run: Path) -> list[tuple[Any, ...]]:
     """The part of metrics.jsonl that must not depend on where and how a run ran."""
     return [tuple(step[key] for key in COMPARED) for step in read(RunDirectory(run).metrics)]
+
+
+def assert_same_state(run: Path, reference: Path) -> None:
+    """Weights and optimizer state of the newest checkpoints of two runs are equal to the last bit."""
+    (path, *_), (expected, *_) = (newest(RunDirectory(folder).checkpoints) for folder in (run, reference))
+    assert path.name == expected.name
+    found = compare(path, expected)
+    assert found.equal > 0 and not found.tensors, found.tensors[:5]
 
 
 def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60.0) -> Any:

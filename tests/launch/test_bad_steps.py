@@ -16,7 +16,7 @@ from stoker.trainer.goodput import goodput
 from stoker.trainer.metrics import read
 from stoker.trainer.outcome import Outcome, read_ending
 from tests import world
-from tests.launch.runs import command, finish, overrides, steps_of, train_forked, train_here
+from tests.launch.runs import assert_same_state, command, finish, overrides, steps_of, train_forked, train_here
 
 
 def replay(run: str, step: int) -> tuple[int, str]:
@@ -46,6 +46,7 @@ def test_a_rolled_back_run_is_the_run_that_never_took_the_bad_step(home: Path) -
     assert status == 0, output
     assert "step 12 is bad: back to step 10" in output
     assert steps_of(run) == steps_of(reference)
+    assert_same_state(run, reference)
     assert [step["step"] for step in read(RunDirectory(run).metrics)] == [*range(1, 12), *range(13, 19)]
     spent = goodput(RunDirectory(run))
     assert spent.attempts == 2 and spent.seconds["lost"] > 0 and "goodput" in output

@@ -11,6 +11,7 @@ from stoker.conf.rundir import RunDirectory
 from stoker.trainer.metrics import read
 from stoker.trainer.outcome import read_ending
 from tests.launch.runs import (
+    assert_same_state,
     command,
     finish,
     overrides,
@@ -61,6 +62,7 @@ def test_faults_strike_once_over_all_restarts_and_leave_no_trace_in_what_is_comp
     assert status == 0, output
     wait_until_gone(tmp_path)
     assert steps_of(run) == steps_of(reference)
+    assert_same_state(run, reference)
     directory = RunDirectory(run)
     endings = [read_ending(directory, number) for number in directory.attempt_numbers()]
     messages = [ending.message for ending in endings if ending is not None]
