@@ -6,6 +6,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from stoker.conf.rundir import RunDirectory
 from stoker.launch.slurm.batch import notes_file
 from stoker.trainer.outcome import Outcome, read_ending
@@ -53,6 +55,7 @@ def test_status_logs_and_stop_work_from_outside(home: Path) -> None:
     assert status == 1 and "no attempt 7" in said
 
 
+@pytest.mark.timeout(600)
 def test_the_deadline_ends_a_run_that_then_goes_on_without_it(home: Path) -> None:
     """On a busy machine the start alone may take longer than the first deadline: then it ends in time, too."""
     for seconds in (14, 60, 150):

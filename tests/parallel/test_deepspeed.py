@@ -21,9 +21,9 @@ from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.trainer.cut import cut
 from tests import world
-from tests.parallel import test_conformance as conformance
+from tests.parallel import conformance
+from tests.parallel.parity import STEPS, Case, Measured, expected, train
 from tests.parallel.reference import Trace, assemble, global_rows, normwise, one_process, small_config
-from tests.parallel.test_parity import STEPS, Case, Measured, expected, train
 
 ENGINE = "deepspeed"
 

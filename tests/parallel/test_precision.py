@@ -24,8 +24,8 @@ from stoker.parallel.update import Agreed
 from stoker.parallel.weights import Precision
 from stoker.trainer.cut import build_on_meta, cut
 from tests import world
+from tests.parallel.parity import Case, Measured, train
 from tests.parallel.reference import VOCABULARY, assemble, global_rows, normwise, one_process, small_config
-from tests.parallel.test_parity import Case, Measured, train
 
 LAYOUTS = [
     Layout(2),

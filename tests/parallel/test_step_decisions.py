@@ -22,9 +22,9 @@ from stoker.parallel.mesh import Mesh, mesh_over_default_group
 from stoker.parallel.update import Agreed, Said
 from stoker.trainer.cut import cut
 from tests import world
+from tests.parallel.conformance import train
+from tests.parallel.parity import Case
 from tests.parallel.reference import assemble, global_rows, initial_value, normwise, one_process, small_config
-from tests.parallel.test_conformance import train
-from tests.parallel.test_parity import Case
 
 OWN = [
     Layout(), Layout(2), *(Layout(1, 2, zero=zero) for zero in (1, 2, 3)), Layout(tp=2), Layout(pp=2),
