@@ -35,20 +35,20 @@ from stoker.conf.rundir import RunDirectory
 from stoker.data import prepare
 from stoker.parallel import native
 from stoker.parallel.mesh import Mesh
-from stoker.parallel.update import VOTES, Said, StepResult, Verdict
-from stoker.trainer.faults import Faults
-from stoker.trainer.goodput import Booking
+from stoker.parallel.update import VOTES, StepFlags, StepResult, UpdateDecision
 from stoker.trainer.loop import Trainer
 from stoker.trainer.main import main as rank
-from stoker.trainer.metrics import read
-from stoker.trainer.outcome import Outcome
-from stoker.trainer.process import Phases
-from stoker.trainer.requests import Requests
-from stoker.trainer.stragglers import Stragglers, WorkClock
+from stoker.trainer.report.goodput import Booking
+from stoker.trainer.report.metrics import read
+from stoker.trainer.runtime.faults import Faults
+from stoker.trainer.runtime.outcome import Outcome
+from stoker.trainer.runtime.process import Phases
+from stoker.trainer.runtime.requests import Requests
+from stoker.trainer.runtime.stragglers import Stragglers, WorkClock
 
 BLOCK = 10  # steps
 LEFT_OUT = 2  # first steps of a block: what was done before still has its effect
-SETTINGS = ["model=tiny", "seq_len=256", "batch.rows=8", "batch.micro=4", "precision=bf16", "log.every=1000"]
+SETTINGS = ["model=tiny", "seq_len=256", "batch.size=8", "batch.micro_size=4", "precision=bf16", "log.every=1000"]
 
 
 def main() -> None:
@@ -153,7 +153,7 @@ def _switch_off(stack: ExitStack) -> None:
         (Faults, "strike", None), (Faults, "in_passes", nullcontext()),
     ):  # fmt: skip
         stack.enter_context(patch.object(owner, name, lambda *_, result=result, **__: result))
-    stack.enter_context(patch.object(native, "agree", _agree_on_the_norm))
+    stack.enter_context(patch.object(native, "reduce_step", _agree_on_the_norm))
 
 
 def _agree_on_the_norm(
@@ -161,28 +161,28 @@ def _agree_on_the_norm(
     gradients: Sequence[Tensor],
     loss_sum: Tensor,
     valid_tokens: Tensor,
-    said: Said,
+    said: StepFlags,
     *,
     loss_scale: Tensor,
     nominal_tokens: int,
-    clip_norm: float | None,
-) -> Verdict:
+    grad_clip_norm: float | None,
+) -> UpdateDecision:
     """`stoker.parallel.update.agree` without what ranks say to each other."""
     squares = torch.stack(list(torch._foreach_norm(list(gradients)))).double().square().sum()
     message = torch.stack([squares, loss_sum, valid_tokens])
-    mesh.sum(message)
+    mesh.all_reduce(message)
     tokens = message[2]
     counted = tokens.clamp(min=1.0)
     loss = message[1] / counted
     divisor = loss_scale.double() * counted / nominal_tokens
     grad_norm = message[0].sqrt() / divisor
     sound = torch.isfinite(loss) & torch.isfinite(grad_norm) & (tokens > 0)
-    if clip_norm is not None:
-        divisor = divisor / (clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+    if grad_clip_norm is not None:
+        divisor = divisor / (grad_clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
     skipped = (~sound).double()
     result = torch.stack([loss, grad_norm, tokens, skipped, loss_scale.double(), torch.zeros_like(skipped)])
     divisor = torch.where(sound, divisor, torch.ones_like(divisor)).float()
-    return Verdict(
+    return UpdateDecision(
         StepResult(torch.cat([result, result.new_zeros(len(VOTES) + mesh.layout.world)])), divisor, skipped.float()
     )
 

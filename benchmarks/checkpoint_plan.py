@@ -31,8 +31,8 @@ from stoker.checkpoint.plan import plan_file
 from stoker.checkpoint.reader import find_pieces
 from stoker.checkpoint.stored import open_checkpoint
 from stoker.parallel.model import whole_model
-from stoker.parallel.shards import PARAMETER, Rectangle, Shard
-from stoker.trainer.cut import build_on_meta
+from stoker.parallel.shards import PARAMETER, Chunk, Shard
+from stoker.trainer.parallelize import build_on_meta
 
 KINDS = (PARAMETER, "optim.exp_avg", "optim.exp_avg_sq")
 ROW_PARALLEL = (".o.weight", ".down.weight")  # cut along dim 1; matrices else along dim 0, vectors not at all
@@ -41,7 +41,7 @@ ROW_PARALLEL = (".o.weight", ".down.weight")  # cut along dim 1; matrices else a
 def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
     config = model_of(model)
     config.vocab_size = config.vocab_size or 128_256
-    whole = build_on_meta(config, whole_model(config.layers))
+    whole = build_on_meta(config, whole_model(config.num_hidden_layers))
     return {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
 
 
@@ -61,9 +61,9 @@ def shards_of(shapes: dict[str, tuple[int, ...]], dp: int, tp: int, rank: int) -
         low, high = min(dp_rank * rows, size[0]), min((dp_rank + 1) * rows, size[0])
         if low == high:
             continue
-        rectangle = Rectangle((offset[0] + low, *offset[1:]), (high - low, *size[1:]))
-        data = torch.empty(rectangle.size, device="meta")
-        yield from (Shard(name, kind, shape, rectangle, data, replica, replicas) for kind in KINDS)
+        chunk = Chunk((offset[0] + low, *offset[1:]), (high - low, *size[1:]))
+        data = torch.empty(chunk.sizes, device="meta")
+        yield from (Shard(name, kind, shape, chunk, data, replica, replicas) for kind in KINDS)
 
 
 def report(job: tuple[dict[str, tuple[int, ...]], int, int, int, str]) -> float:
@@ -114,7 +114,7 @@ def main() -> None:
             for dp, tp, ranks in ((options.dp, options.tp, world), (options.dp // 2, options.tp, world // 2)):
                 rank = ranks // 3
                 shards = [
-                    Shard(**{**vars(shard), "data": torch.empty(shard.rectangle.size, device="meta")})
+                    Shard(**{**vars(shard), "data": torch.empty(shard.chunk.sizes, device="meta")})
                     for shard in shards_of(shapes, dp, tp, rank)
                 ]
                 began = time.perf_counter()

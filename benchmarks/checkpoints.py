@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from stoker.checkpoint import Checkpoints, load, newest, open_checkpoint
 from stoker.conf.schema import Config
 from stoker.parallel.mesh import Mesh
-from stoker.parallel.shards import PARAMETER, Rectangle, Shard
+from stoker.parallel.shards import PARAMETER, Chunk, Shard
 
 MIB = 1 << 20
 BLOCK = 4 * MIB
@@ -129,7 +129,7 @@ class Bench:
         self._mesh, self._folder = mesh, folder
         rows, columns = size * MIB // 4 // TENSORS // 1024, 1024
         shape = (rows * mesh.layout.world, columns)
-        held = Rectangle((rows * mesh.rank, 0), (rows, columns))
+        held = Chunk((rows * mesh.rank, 0), (rows, columns))
         self.tensors = [torch.randn(rows, columns) for _ in range(TENSORS)]
         self.shards = [Shard(f"w{n}", PARAMETER, shape, held, tensor) for n, tensor in enumerate(self.tensors)]
         self._bytes = size * MIB

@@ -1,4 +1,4 @@
-"""Rows per second, time to the first batch, time to go on at 90% of an epoch, and memory of `data.planner=lanes`, each
+"""Rows per second, time to the first batch, time to go on at 90% of an epoch, and memory of `data.mode=streaming`, each
 over those of public loaders on the same texts, tokenizer and packing.
 
     pip install --no-deps torchdata mosaicml-streaming litdata lightning-utilities obstore tifffile catalogue zstd
@@ -29,14 +29,14 @@ from typing import Any
 import numpy as np
 
 from stoker.conf.schema import BatchConfig, Config, DataConfig
-from stoker.data.lanes.opening import open_sources
-from stoker.data.lanes.packed import Packing
-from stoker.data.lanes.rows import Shape
-from stoker.data.lanes.stream import LaneStream
 from stoker.data.stdlib import open_source
+from stoker.data.streaming.loader import StreamingLoader
+from stoker.data.streaming.opening import open_sources
+from stoker.data.streaming.packed import Packing
+from stoker.data.streaming.stream_rows import Shape
 from stoker.data.tokenizer import JsonTokenizer
 
-SEQ_LEN, BATCH, LANES, SHARDS = 1024, 16, 16, 16
+SEQ_LEN, BATCH, STREAMS, SHARDS = 1024, 16, 16, 16
 AT_ONCE = 64  # texts given to the tokenizer
 BATCHES_AT_FIRST = 5  # left out of the speed: pipes fill
 SAVE_EVERY = 20  # batches
@@ -168,14 +168,14 @@ Begun = tuple[Iterator[Any], Callable[[], Any], Callable[[], None]]  # batches, 
 
 def stoker(folder: Path, workers: int, state: Any) -> Begun:
     data = DataConfig(
-        units="stoker.data.lanes.webdataset:open_webdataset", name="tars",
+        splits="stoker.data.streaming.webdataset:open_webdataset", name="tars",
         urls=[f"{folder}/{{00..{SHARDS - 1:02}}}.tar"],
-        cache=str(folder / "cache"), validation=0.0, planner="lanes", lanes=LANES, epochs=1,
+        cache=str(folder / "cache"), validation=0.0, mode="streaming", streams=STREAMS, epochs=1,
     )  # fmt: skip
-    config = Config(data=data, seq_len=SEQ_LEN, batch=BatchConfig(rows=BATCH))
+    config = Config(data=data, seq_len=SEQ_LEN, batch=BatchConfig(size=BATCH))
     windows, _ = open_sources(config, tokenizer(folder))
-    shape = Shape(LANES, data.deal_every, Packing("concatenated", SEQ_LEN))
-    stream = LaneStream(windows, shape, BATCH, workers=workers)
+    shape = Shape(STREAMS, data.assign_every, Packing("concatenated", SEQ_LEN))
+    stream = StreamingLoader(windows, shape, BATCH, workers=workers)
     if state is not None:
         stream.load_state(state)
 

@@ -38,18 +38,26 @@ from ranks import (
 
 from stoker.conf.schema import BatchConfig, Config, ModelConfig, OptimConfig, ParallelConfig
 from stoker.models.decoder import build
+from stoker.parallel.batch import Batch
 from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import batch_plan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import whole_model
 from stoker.parallel.optimizer import is_decayed
-from stoker.parallel.registry import Held, uncut
-from stoker.parallel.rows import Rows
+from stoker.parallel.registry import LocalShard, whole_registry
+from stoker.parallel.sharding import DTYPES
 from stoker.parallel.shards import PARAMETER, whole
-from stoker.parallel.weights import DTYPES
-from stoker.trainer.process import keep_freed_memory
+from stoker.trainer.runtime.process import keep_freed_memory
 
-SMALL = ModelConfig(name="13M", vocab_size=4096, width=384, layers=6, heads=6, kv_heads=2, hidden=1024)
+SMALL = ModelConfig(
+    name="13M",
+    vocab_size=4096,
+    hidden_size=384,
+    num_hidden_layers=6,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    intermediate_size=1024,
+)
 GOAL = 0.97
 COLUMNS = ("ZeRO", "stoker, tokens/s", "of a minimal DeepSpeed script", "goal", "of its CPU seconds")
 COLUMNS += ("of engine=fsdp", "others' cores", "MiB per rank", "the script's MiB", "fsdp's MiB")
@@ -81,21 +89,21 @@ class Everyone:
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
     def __init__(self, mesh: Mesh) -> None:
-        self._alone = mesh.alone()
+        self._alone = mesh.self_group()
 
 
 class Script:
     """See `ranks.Side`: DeepSpeed as its tutorial has it."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        from stoker.parallel.deepspeed_engine.weights import imported
+        from stoker.parallel.deepspeed_engine.strategy import imported
 
         deepspeed = imported(mesh.device)
         self._plan, self._device, self._tokens = batch_plan(config, mesh.layout), mesh.device, config.seq_len
-        model = build(config.model, whole_model(config.model.layers))
-        registry, named = uncut(model), dict(model.named_parameters())
+        model = build(config.model, whole_model(config.model.num_hidden_layers))
+        registry, named = whole_registry(model), dict(model.named_parameters())
         for name, parameter in named.items():
-            held = Held((whole(tuple(parameter.shape)),))
+            held = LocalShard((whole(tuple(parameter.shape)),))
             initialize(registry.shards(name, PARAMETER, held, parameter.detach()), model.initial, config.run.seed)
         decayed = [p for n, p in named.items() if is_decayed(n, tuple(p.shape))]
         others = [p for n, p in named.items() if not is_decayed(n, tuple(p.shape))]
@@ -112,7 +120,7 @@ class Script:
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self._plan.micro_rows,
             "gradient_accumulation_steps": self._plan.micro_batches,
-            "gradient_clipping": config.clip_norm or 0.0,
+            "gradient_clipping": config.grad_clip_norm or 0.0,
             "zero_allow_untested_optimizer": True,
             "data_types": {"grad_accum_dtype": accumulates},
             "communication_data_type": "fp32",
@@ -131,7 +139,7 @@ class Script:
         )  # fmt: skip
         self._loss = torch.zeros((), device=mesh.device)
 
-    def step(self, rows: Rows) -> None:
+    def step(self, rows: Batch) -> None:
         from deepspeed.utils import groups
 
         groups.mpu = self._unit
@@ -201,7 +209,7 @@ def main() -> None:
 def _row(config: Config, options: argparse.Namespace) -> str:
     ours, script, own = run(_in_turn, config, options.ranks, options.rounds, options.steps, options.patience)[0]
     memory = [f"{max(run(_memory, config, options.ranks, side)):,.0f}" if options.memory else "-" for side in SIDES]
-    tokens = config.batch.rows * config.seq_len
+    tokens = config.batch.size * config.seq_len
     speed = f"{tokens / statistics.median(turn.seconds for turn in ours):,.0f}"
     ratio, cpu_ratio, others = compared(ours, script)
     cells = [config.parallel.zero, speed, ratio, GOAL, cpu_ratio, compared(ours, own)[0], others, *memory]

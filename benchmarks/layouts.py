@@ -44,15 +44,23 @@ from ranks import (
 )
 
 from stoker.conf.schema import BatchConfig, Config, ModelConfig, OptimConfig, ParallelConfig
+from stoker.parallel.batch import Batch
 from stoker.parallel.layout import batch_plan
 from stoker.parallel.mesh import Mesh
-from stoker.parallel.rows import Rows
-from stoker.parallel.weights import DTYPES
-from stoker.trainer.process import keep_freed_memory
+from stoker.parallel.sharding import DTYPES
+from stoker.trainer.runtime.process import keep_freed_memory
 
 GOALS = {"tp": 1.0, "zero": 0.97, "pp": 0.9}
 PEERS = {"tp": "DTensor `parallelize_module`", "zero": "`fully_shard` loop", "pp": "ideal with its bubble"}
-SMALL = ModelConfig(name="13M", vocab_size=4096, width=384, layers=6, heads=6, kv_heads=2, hidden=1024)
+SMALL = ModelConfig(
+    name="13M",
+    vocab_size=4096,
+    hidden_size=384,
+    num_hidden_layers=6,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    intermediate_size=1024,
+)
 COLUMNS = ("ranks", "layout", "tokens/s", "peer", "its tokens/s", "ratio (range)", "goal", "of CPU seconds")
 COLUMNS += ("others' cores", "MiB per rank", "the peer's MiB")
 ALONE = 4  # micro-batches of a stage alone that are timed together
@@ -107,7 +115,7 @@ def _row(layout: str, config: Config, ranks: int, options: argparse.Namespace) -
         f"{max(run(_memory, config, ranks, side)):,.0f}" if options.memory and (kind != "pp" or side is Stoker) else "-"
         for side in (Stoker, HandWritten)
     ]
-    tokens = config.batch.rows * config.seq_len
+    tokens = config.batch.size * config.seq_len
     speeds = [f"{tokens / statistics.median(turn.seconds for turn in side):,.0f}" for side in (ours, peer)]
     ratio, cpu_ratio, others = compared(ours, peer)
     goal = GOALS[kind]
@@ -137,20 +145,20 @@ def _ideal_in_turn(config: Config, mesh: Mesh, rounds: int, steps: int, patience
     return in_turn([measured, functools.partial(_ideal_step, config, mesh, ours, rows[0])], rounds, patience, mesh)
 
 
-def _ideal_step(config: Config, mesh: Mesh, ours: Stoker, rows: Rows) -> Turn:
+def _ideal_step(config: Config, mesh: Mesh, ours: Stoker, rows: Batch) -> Turn:
     """A step whose bubble is all that it loses."""
     watch = Watch(mesh.device)
     (stage,) = ours.engine._passes._stages  # type: ignore[attr-defined]
     plan, device = batch_plan(config, mesh.layout), mesh.device
     micro = rows[: plan.micro_rows].to(device)
-    shape, dtype = (plan.micro_rows * config.seq_len, config.model.width), DTYPES[config.precision]
+    shape, dtype = (plan.micro_rows * config.seq_len, config.model.hidden_size), DTYPES[config.precision]
     received = torch.randn(shape, device=device).to(dtype)
     gradient = torch.full(shape, 1e-6, device=device, dtype=dtype)
-    first, last = mesh.at.pp == 0, mesh.at.pp == mesh.layout.pp - 1
+    first, last = mesh.coordinate.pp == 0, mesh.coordinate.pp == mesh.layout.pp - 1
 
     def alone() -> None:
         for _ in range(ALONE):
-            stage.weights.begin(last=False)
+            stage.weights.on_backward_start(is_last=False)
             x = micro.tokens if first else received.detach().requires_grad_()
             output = stage.model(x, micro.positions, None, micro.labels)
             (output * 1e-6).backward() if last else output.backward(gradient)

@@ -21,10 +21,10 @@ from pathlib import Path
 from stoker.conf.compose import compose
 from stoker.conf.schema import Config, to_dict
 from stoker.data import open_rows, prepare, vocabulary
-from stoker.trainer.metrics import read
+from stoker.trainer.report.metrics import read
 
 WARMUP = 8  # steps left out of the medians
-SETTINGS = ["model=tiny", "seq_len=256", "batch.rows=32", "batch.micro=8", "precision=bf16", "log.every=1000"]
+SETTINGS = ["model=tiny", "seq_len=256", "batch.size=32", "batch.micro_size=8", "precision=bf16", "log.every=1000"]
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
                 first = repeat % 2
                 seconds = {first: pair[first](), 1 - first: pair[1 - first]()}
                 ratios.append(seconds[1] / seconds[0])
-                speeds.append(config.batch.rows * config.seq_len / seconds[0])
+                speeds.append(config.batch.size * config.seq_len / seconds[0])
             print(
                 f"{ranks} rank{'s' * (ranks > 1)}, ZeRO {zero}: ratio {statistics.median(ratios):.3f} "
                 f"({min(ratios):.3f} to {max(ratios):.3f}), stoker {statistics.median(speeds):,.0f} tokens/s",

@@ -45,8 +45,8 @@ from stoker.models.flops import flops_per_token
 from stoker.parallel.layout import batch_plan, layout_of
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import whole_model
-from stoker.trainer.cut import build_on_meta
-from stoker.trainer.process import keep_freed_memory
+from stoker.trainer.parallelize import build_on_meta
+from stoker.trainer.runtime.process import keep_freed_memory
 
 # Dense bf16 TFLOP/s by what torch calls the device; the first that its name contains counts. NVIDIA's data sheets
 # print most of them with 2:4 sparsity, which doubles them.
@@ -112,14 +112,14 @@ def main() -> None:
         parallel=ParallelConfig(zero=options.zero),
         optim=OptimConfig(lr=1e-4),
         precision=options.precision,
-        activation_checkpoint=options.checkpoint,
+        activation_checkpointing=options.checkpoint,
         compile=options.compile,
     )
     try:
         plan = batch_plan(config, layout_of(config, options.ranks))
     except ValueError as error:
         sys.exit(str(error))
-    whole = build_on_meta(model, whole_model(model.layers))
+    whole = build_on_meta(model, whole_model(model.num_hidden_layers))
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     flops = flops_per_token(model, config.seq_len, parameters)
     print(f"{model.name}: {parameters:,} parameters, {flops / 1e9:.2f} GFLOP per token in rows of {config.seq_len}")
@@ -138,7 +138,7 @@ def main() -> None:
     chosen = [name for name in peaks if name.endswith(config.precision)]
     print(f"| | tokens/s | {' | '.join(f'MFU of {name}' for name in chosen)} | MiB per rank |")
     print("| --- |" + " --- |" * (len(chosen) + 2))
-    tokens = config.batch.rows * config.seq_len
+    tokens = config.batch.size * config.seq_len
     for name, side, turns in (("stoker", Stoker, measured.ours), ("hand-written", HandWritten, measured.peer)):
         speed = tokens / statistics.median(turn.seconds for turn in turns)
         used = " | ".join(f"{speed * flops / peaks[peak]:.1%}" for peak in chosen)

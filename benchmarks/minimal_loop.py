@@ -39,7 +39,7 @@ def main() -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     torch.manual_seed(0)
-    model = build(config.model, whole_model(config.model.layers)).to(device)
+    model = build(config.model, whole_model(config.model.num_hidden_layers)).to(device)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
     cast = contextlib.nullcontext
@@ -57,7 +57,7 @@ def main() -> None:
 
     tokens = np.memmap(options.tokens, np.uint16, "r")
     random = np.random.default_rng(rank)
-    rank_rows, micro_rows, length = config.batch.rows // world, config.batch.micro, config.seq_len
+    rank_rows, micro_rows, length = config.batch.size // world, config.batch.micro_size, config.seq_len
     positions = torch.arange(length, device=device).expand(micro_rows, length).contiguous()
     seconds = []
     for _ in range(config.steps):

@@ -30,14 +30,14 @@ from torch.utils import checkpoint
 
 from stoker.conf.schema import Config
 from stoker.models.decoder import build
+from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import batch_plan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import whole_model
-from stoker.parallel.registry import Held, uncut
-from stoker.parallel.rows import IGNORE, Rows
+from stoker.parallel.registry import LocalShard, whole_registry
+from stoker.parallel.sharding import DTYPES
 from stoker.parallel.shards import PARAMETER, whole
-from stoker.parallel.weights import DTYPES
 
 
 class HandWritten:
@@ -57,7 +57,7 @@ class HandWritten:
         if layout.tp > 1:
             _parallelise(model, self._mesh["tp"])
         for block in model.layers.values():
-            _recompute(block, config.activation_checkpoint)
+            _recompute(block, config.activation_checkpointing)
             if config.compile:
                 block.forward = torch.compile(block.forward)
 
@@ -80,7 +80,7 @@ class HandWritten:
         self._loss = torch.zeros((), device=mesh.device)
         self._norm = torch.zeros((), device=mesh.device)
 
-    def step(self, rows: Rows) -> None:
+    def step(self, rows: Batch) -> None:
         rows = rows.to(self._device)
         size, net = self._plan.micro_rows, self.net
         self._loss = torch.zeros((), device=self._device)
@@ -94,7 +94,7 @@ class HandWritten:
                 loss = net(micro.tokens, micro.positions, None, micro.labels) / rows.labels.numel()
                 loss.backward()
             self._loss += _whole(loss.detach())
-        self._norm = nn.utils.clip_grad_norm_(self._parameters, self._config.clip_norm or float("inf"))
+        self._norm = nn.utils.clip_grad_norm_(self._parameters, self._config.grad_clip_norm or float("inf"))
         self._optimizer.step()
         self._optimizer.zero_grad()
 
@@ -106,12 +106,12 @@ class HandWritten:
 
 def _initialised(config: Config) -> Any:
     """The whole decoder, with the values that Stoker starts from."""
-    model = build(config.model, whole_model(config.model.layers))
-    registry = uncut(model)
+    model = build(config.model, whole_model(config.model.num_hidden_layers))
+    registry = whole_registry(model)
     shards = [
         shard
         for name, parameter in model.named_parameters()
-        for shard in registry.shards(name, PARAMETER, Held((whole(tuple(parameter.shape)),)), parameter.detach())
+        for shard in registry.shards(name, PARAMETER, LocalShard((whole(tuple(parameter.shape)),)), parameter.detach())
     ]
     initialize(shards, model.initial, config.run.seed)  # type: ignore[operator]
     return model
@@ -128,7 +128,7 @@ class _Head(nn.Module):
             self.forward = torch.compile(self.forward)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.linear(x).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        return F.cross_entropy(self.linear(x).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _put_torch_ends(model: Any, compiled: bool) -> None:
@@ -147,7 +147,7 @@ def _parallelise(model: Any, mesh: DeviceMesh) -> None:
         "norm": SequenceParallel(sequence_dim=0),
         "head.linear": ColwiseParallel(input_layouts=tokens, output_layouts=Shard(-1), use_local_output=False),
     }
-    for number in model.layers:
+    for number in model.num_hidden_layers:
         parts = {
             "attention_norm": SequenceParallel(sequence_dim=0),
             "attention": PrepareModuleInput(

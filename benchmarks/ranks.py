@@ -28,11 +28,11 @@ import yaml
 
 from stoker import conf
 from stoker.conf.schema import Config, ModelConfig, from_dict
+from stoker.parallel.batch import Batch
 from stoker.parallel.layout import batch_plan, layout_of, threads_per_rank
 from stoker.parallel.mesh import Mesh, pick_device, start_mesh, use_threads
-from stoker.parallel.rows import Rows
 from stoker.parallel.update import StepResult
-from stoker.trainer.process import die_with_parent
+from stoker.trainer.runtime.process import die_with_parent
 
 BATCHES = 4  # different global batches, over and over
 SECONDS_TO_WAIT = 3000.0  # for all ranks; a first step may compile for minutes
@@ -43,7 +43,7 @@ LOOK_SECONDS = 0.5
 class Side(Protocol):
     """One of the two that are compared. Built with the initial weights of its config, on a mesh."""
 
-    def step(self, rows: Rows) -> None:
+    def step(self, rows: Batch) -> None:
         """A whole optimizer step on this rank's rows. May leave the device busy."""
         ...
 
@@ -53,16 +53,16 @@ class Side(Protocol):
 
 
 class Stoker:
-    """`stoker.trainer.cut.cut`'s engine, called as the loop calls it: each result is read a step late."""
+    """`stoker.trainer.parallelize.cut`'s engine, called as the loop calls it: each result is read a step late."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        from stoker.trainer.cut import cut
+        from stoker.trainer.parallelize import cut
 
         self.engine = cut(config, mesh, batch_plan(config, mesh.layout))
         self._lr = config.optim.lr
         self._result: StepResult | None = None
 
-    def step(self, rows: Rows) -> None:
+    def step(self, rows: Batch) -> None:
         self.engine.forward_backward(rows)
         previous, self._result = self._result, self.engine.update(self._lr)
         if previous is not None:
@@ -82,16 +82,16 @@ def model_of(name: str) -> ModelConfig:
     return from_dict(yaml.safe_load(path.read_text()), ModelConfig, "model.")
 
 
-def batches(config: Config, mesh: Mesh) -> list[Rows]:
+def batches(config: Config, mesh: Mesh) -> list[Batch]:
     """This rank's rows of some global batches: random tokens, the same on all layouts."""
     assert config.model.vocab_size is not None
     found = []
     for number in range(BATCHES):
         generator = torch.Generator().manual_seed(number)
-        shape = (config.batch.rows, config.seq_len + 1)
+        shape = (config.batch.size, config.seq_len + 1)
         ids = torch.randint(config.model.vocab_size, shape, generator=generator)
-        positions = torch.arange(config.seq_len).expand(config.batch.rows, config.seq_len).contiguous()
-        rows = Rows(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, torch.zeros_like(positions).int())
+        positions = torch.arange(config.seq_len).expand(config.batch.size, config.seq_len).contiguous()
+        rows = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, torch.zeros_like(positions).int())
         rows = rows[mesh.dp_rank :: mesh.layout.dp]
         found.append(rows.pin() if mesh.device.type == "cuda" else rows)
     return found
@@ -124,7 +124,7 @@ class Watch:
         return Turn(elapsed / steps, cpu.item() / steps, max(0.0, others))
 
 
-def turn_of(side: Side, rows: Sequence[Rows], steps: int, device: torch.device) -> Turn:
+def turn_of(side: Side, rows: Sequence[Batch], steps: int, device: torch.device) -> Turn:
     watch = Watch(device)
     steps_of(side, rows, steps)
     return watch.turn(steps)
@@ -140,7 +140,7 @@ def spent(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     return time.perf_counter() - began, time.process_time() - cpu
 
 
-def steps_of(side: Side, rows: Sequence[Rows], count: int) -> None:
+def steps_of(side: Side, rows: Sequence[Batch], count: int) -> None:
     for number in range(count):
         side.step(rows[number % len(rows)])
 
@@ -163,7 +163,7 @@ def in_turn(sides: Sequence[Callable[[], Turn]], rounds: int, patience: float, m
     def agreed(otherwise_busy: Callable[[], float]) -> bool:
         """Go on? Rank 0 decides."""
         calm = mesh.rank != 0 or time.monotonic() > patient_until or otherwise_busy() <= QUIET
-        return mesh.exchange("calm" if calm else "")[0] == "calm"
+        return mesh.all_gather_text("calm" if calm else "")[0] == "calm"
 
     while len(found[0]) < rounds:
         while not agreed(_busy_cores):
@@ -189,7 +189,7 @@ def busy_seconds() -> float:
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
-def check_equal(ours: Side, peer: Side, rows: Rows, precision: str) -> None:
+def check_equal(ours: Side, peer: Side, rows: Batch, precision: str) -> None:
     """Three steps on the same rows from the same weights must say the same on both sides, else they are no peers.
 
     Leaves both warm: what compiles has compiled.

@@ -19,13 +19,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from stoker.conf.rundir import RunDirectory
-from stoker.trainer.outcome import read_ending
-from stoker.trainer.process import read_stamps
+from stoker.trainer.runtime.outcome import read_ending
+from stoker.trainer.runtime.process import read_stamps
 from tests.launch.runs import command, kill, last_step, rank_pids, started, wait_until
 
 PARTS = ("detection", "restart", "load", "first step")
 WORDS = [
-    "model=tiny", "seq_len=64", "batch.rows=8", "steps=100000", "schedule.total_steps=100", "launch.nproc=2",
+    "model=tiny", "seq_len=64", "batch.size=8", "steps=100000", "schedule.total_steps=100", "launch.nproc=2",
     "checkpoint.every=5", "launch.max_restarts=1", "log.progress=none",
 ]  # fmt: skip
 

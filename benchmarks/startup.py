@@ -28,7 +28,7 @@ from ranks import busy_seconds
 
 from stoker.conf.compose import compose
 from stoker.data import prepare
-from stoker.trainer.process import read_stamps
+from stoker.trainer.runtime.process import read_stamps
 
 PEER = """
 import sys, time
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
-    overrides = ["model=tiny", f"batch.rows={options.ranks}", *options.overrides]
+    overrides = ["model=tiny", f"batch.size={options.ranks}", *options.overrides]
     prepare(compose(overrides))
     seconds: dict[str, list[float]] = {"stoker": [], "torchrun": []}
     phases: dict[str, list[float]] = {}

@@ -1,13 +1,13 @@
 """Sharded, asynchronous checkpoints that can be trusted.
 
 A checkpoint is an immutable directory with a valid `MANIFEST.json`, or it is garbage. What a rank holds comes in as
-shards (`stoker.parallel.shards`), rectangles of global tensors, and leaves as shards: neither side knows the other's
+shards (`stoker.parallel.shards`), chunks of global tensors, and leaves as shards: neither side knows the other's
 layout.
 
 `tier`      where the first tier is: in the run directory, or in a faster place
 `names`     directories and files, and the errors of this room
 `format`    what the files hold: index and manifest, from values to bytes and back. No pickle, in either direction
-`plan`      which rectangles this rank writes (replicas share the work) and where in its file
+`plan`      which chunks this rank writes (replicas share the work) and where in its file
 `tiling`    the proof that every tensor is whole: one number per rank for the commit, every piece for readers
 `staging`   the snapshot: live tensors copied to the image of the file (`memory`), beside the next forward and backward
 `writer`    `Checkpoints`: a rank's saves, one in flight, in a background thread

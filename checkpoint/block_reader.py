@@ -20,7 +20,7 @@ from stoker.checkpoint.block_writer import crc32
 from stoker.checkpoint.format import DTYPES, Piece, ShardIndex
 from stoker.checkpoint.names import DamagedCheckpoint, data_name
 from stoker.checkpoint.storage import open_to_read
-from stoker.parallel.shards import Rectangle, flat_range
+from stoker.parallel.shards import Chunk, flat_range
 
 _MOST_PLACES = 1024  # that one preadv takes
 _NAMED = 5  # tensors that a message names
@@ -100,10 +100,10 @@ class BlockReader:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The elements of `piece` that lie in `rectangle` go to `buffer`, which holds `rectangle`."""
+    """The elements of `piece` that lie in `chunk` go to `buffer`, which holds `chunk`."""
 
     piece: Piece
-    rectangle: Rectangle
+    chunk: Chunk
     buffer: Tensor
 
 
@@ -134,17 +134,17 @@ class _Stretch:
 
 
 def _stretch(wanted: Wanted) -> _Stretch | None:
-    piece, size = wanted.piece, wanted.piece.rectangle.size
-    common = piece.rectangle.intersection(wanted.rectangle) if piece.bytes else None
+    piece, size = wanted.piece, wanted.piece.chunk.sizes
+    common = piece.chunk.intersection(wanted.chunk) if piece.bytes else None
     if common is None:
         return None
     start, stop = piece.start, piece.stop
     if size:
         row_bytes = piece.bytes // size[0]
-        start += (common.offset[0] - piece.rectangle.offset[0]) * row_bytes
-        stop = start + common.size[0] * row_bytes
-    there = wanted.buffer[common.within(wanted.rectangle)]
-    in_one_piece = common.size[1:] == size[1:] and there.is_contiguous() and there.device.type == "cpu"
+        start += (common.offsets[0] - piece.chunk.offsets[0]) * row_bytes
+        stop = start + common.sizes[0] * row_bytes
+    there = wanted.buffer[common.within(wanted.chunk)]
+    in_one_piece = common.sizes[1:] == size[1:] and there.is_contiguous() and there.device.type == "cpu"
     place = there.reshape(-1).view(torch.uint8).numpy().data if in_one_piece else None
     return _Stretch(wanted, start, stop, place)
 
@@ -185,13 +185,13 @@ def _places(reader: BlockReader, number: int, stretches: Sequence[_Stretch]) -> 
 def _copy(data: Tensor, start: int, first: int, last: int, wanted: Wanted) -> None:
     """Copies what is wanted of bytes `first` to `last` of the file; `data` begins with byte `start`."""
     piece, buffer = wanted.piece, wanted.buffer
-    dtype, size, offset = DTYPES[piece.dtype], piece.rectangle.size, piece.rectangle.offset
+    dtype, size, offset = DTYPES[piece.dtype], piece.chunk.sizes, piece.chunk.offsets
     elements = data[first - start : last - start].view(dtype)
     done = 0
     for inside in flat_range(size, *((byte - piece.start) // dtype.itemsize for byte in (first, last))):
         there = inside.moved(offset)
-        part = there.intersection(wanted.rectangle)
+        part = there.intersection(wanted.chunk)
         if part is not None:
-            held = elements[done : done + inside.numel].view(inside.size)
-            buffer[part.within(wanted.rectangle)] = held[part.within(there)]
+            held = elements[done : done + inside.numel].view(inside.sizes)
+            buffer[part.within(wanted.chunk)] = held[part.within(there)]
         done += inside.numel

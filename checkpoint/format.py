@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from stoker.checkpoint.names import STATE, CheckpointMismatch, DamagedCheckpoint, rank_of_index
-from stoker.parallel.shards import Rectangle
+from stoker.parallel.shards import Chunk
 
 FORMAT = 1  # of all files of a checkpoint; stands in the manifest
 BLOCK_BYTES = 4 << 20  # of a shard file under one CRC32
@@ -43,13 +43,13 @@ _COVER_DIGITS = 32  # hexadecimal, of a number below 2**127
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of a global tensor, stored from byte `start` of a shard file, row-major."""
+    """A chunk of a global tensor, stored from byte `start` of a shard file, row-major."""
 
     name: str
     kind: str
     dtype: str  # a key of DTYPES
     shape: tuple[int, ...]  # of the global tensor
-    rectangle: Rectangle
+    chunk: Chunk
     start: int
 
     @property
@@ -60,11 +60,11 @@ class Piece:
     @property
     def key(self) -> str:
         """Its name in the safetensors header."""
-        return f"{self.tensor}@{','.join(map(str, self.rectangle.offset))}"
+        return f"{self.tensor}@{','.join(map(str, self.chunk.offsets))}"
 
     @property
     def bytes(self) -> int:
-        return self.rectangle.numel * DTYPES[self.dtype].itemsize
+        return self.chunk.numel * DTYPES[self.dtype].itemsize
 
     @property
     def stop(self) -> int:
@@ -127,7 +127,7 @@ def digest(data: bytes) -> FileDigest:
 def safetensors_header(pieces: Sequence[Piece]) -> bytes:
     """The first bytes of a safetensors file that holds `pieces` one after the other, padded to a multiple of 8.
 
-    Of `pieces` only order, dtype and rectangle count: their `start` follows from the header's length.
+    Of `pieces` only order, dtype and chunk count: their `start` follows from the header's length.
     """
     entries: dict[str, Any] = {}
     offset = 0
@@ -137,7 +137,7 @@ def safetensors_header(pieces: Sequence[Piece]) -> bytes:
             raise ValueError(f"{piece.key} stands twice among the shards of this rank")
         entries[piece.key] = {
             "dtype": piece.dtype,
-            "shape": list(piece.rectangle.size),
+            "shape": list(piece.chunk.sizes),
             "data_offsets": [offset, end],
         }
         offset = end
@@ -154,8 +154,8 @@ def encode_index(index: ShardIndex, cover: int, origins: Sequence[str]) -> bytes
             "kind": piece.kind,
             "dtype": piece.dtype,
             "shape": piece.shape,
-            "offset": piece.rectangle.offset,
-            "size": piece.rectangle.size,
+            "offset": piece.chunk.offsets,
+            "size": piece.chunk.sizes,
             "bytes": [piece.start, piece.stop],
         }
         for piece in index.pieces
@@ -205,7 +205,7 @@ def _decode_piece(values: dict[str, Any], file_bytes: int) -> Piece:
         raise ValueError(f"unknown dtype {dtype!r}")
     shape, offset, size = (tuple(map(_number, _list(values[key]))) for key in ("shape", "offset", "size"))
     start, stop = map(_number, _list(values["bytes"]))
-    piece = Piece(_text(values["name"]), _text(values["kind"]), dtype, shape, Rectangle(offset, size), start)
+    piece = Piece(_text(values["name"]), _text(values["kind"]), dtype, shape, Chunk(offset, size), start)
     inside = len(shape) == len(offset) == len(size) and all(
         begin + length <= whole for begin, length, whole in zip(offset, size, shape, strict=True)
     )

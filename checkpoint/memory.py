@@ -18,7 +18,7 @@ def fresh_bytes(size: int) -> Tensor:
     """uint8 [size], not initialised, from a page's beginning, and in huge pages where the system has them.
 
     To touch new memory in pages of 4 KiB takes as long as reading it from a fast disk; in pages of 2 MiB a tenth of
-    that. It is made by torch, so that whoever redirects torch's memory (`stoker.parallel.mapped`) has this too.
+    that. It is made by torch, so that whoever redirects torch's memory (`stoker.parallel.mmap_offload`) has this too.
     """
     boundary = _HUGE_BYTES if size >= _HUGE_BYTES else _PAGE_BYTES
     memory = torch.empty(size + boundary, dtype=torch.uint8)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from stoker.checkpoint.format import DTYPE_NAMES, DTYPES, Piece, safetensors_header
 from stoker.checkpoint.tiling import cover
-from stoker.parallel.shards import Rectangle, Shard
+from stoker.parallel.shards import Chunk, Shard
 
 SPLIT_ELEMENTS = 1 << 14  # a replicated shard with fewer is written whole by one replica
 
@@ -25,23 +25,23 @@ class FilePlan:
     origins: tuple[str, ...]
 
 
-def pieces_to_write(shard: Shard) -> list[Rectangle]:
-    """The parts of `shard.rectangle` that this replica writes; those of all its replicas tile the rectangle.
+def pieces_to_write(shard: Shard) -> list[Chunk]:
+    """The parts of `shard.chunk` that this replica writes; those of all its replicas tile the chunk.
 
     A large shard is cut along dim 0 over its replicas. Who begins is drawn by the tensor's name, so that the many
     small ones, and what does not divide, spread evenly too.
     """
-    rectangle = shard.rectangle
-    if not rectangle.numel:
+    chunk = shard.chunk
+    if not chunk.numel:
         # An empty tensor must not be lost; an empty share of a tensor is nothing.
-        return [rectangle] if 0 in shard.shape and shard.replica == 0 else []
-    rows = rectangle.size[0] if rectangle.size else 1
-    parts = min(rows, shard.replicas) if rectangle.numel >= SPLIT_ELEMENTS else 1
-    turn = zlib.crc32(f"{shard.kind}/{shard.name}@{rectangle.offset}".encode())
+        return [chunk] if 0 in shard.shape and shard.replica == 0 else []
+    rows = chunk.sizes[0] if chunk.sizes else 1
+    parts = min(rows, shard.replicas) if chunk.numel >= SPLIT_ELEMENTS else 1
+    turn = zlib.crc32(f"{shard.kind}/{shard.name}@{chunk.offsets}".encode())
     part = (shard.replica - turn) % shard.replicas
     if part >= parts:
         return []
-    return [rectangle.rows(rows * part // parts, rows * (part + 1) // parts)] if parts > 1 else [rectangle]
+    return [chunk.rows(rows * part // parts, rows * (part + 1) // parts)] if parts > 1 else [chunk]
 
 
 def plan_file(shards: Sequence[Shard]) -> FilePlan:
@@ -53,8 +53,8 @@ def plan_file(shards: Sequence[Shard]) -> FilePlan:
     for position, shard in enumerate(shards):
         _check(shard)
         dtype = DTYPE_NAMES[shard.data.dtype]
-        for rectangle in pieces_to_write(shard):
-            cut.append((Piece(shard.name, shard.kind, dtype, shard.shape, rectangle, start=0), position))
+        for chunk in pieces_to_write(shard):
+            cut.append((Piece(shard.name, shard.kind, dtype, shard.shape, chunk, start=0), position))
     # Wide elements first: as the header is a multiple of 8 bytes, each piece is then aligned to its elements.
     cut.sort(key=lambda entry: -DTYPES[entry[0].dtype].itemsize)
     header = safetensors_header([piece for piece, _ in cut])
@@ -66,17 +66,17 @@ def plan_file(shards: Sequence[Shard]) -> FilePlan:
 
 
 def _check(shard: Shard) -> None:
-    label, rectangle = f"{shard.kind}/{shard.name}", shard.rectangle
+    label, chunk = f"{shard.kind}/{shard.name}", shard.chunk
     if shard.data.dtype not in DTYPE_NAMES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
         raise ValueError(f"{label} has dtype {shard.data.dtype}; a checkpoint holds {known}")
-    if tuple(shard.data.shape) != rectangle.size:
-        raise ValueError(f"{label}: data of shape {tuple(shard.data.shape)} for a rectangle of {rectangle.size}")
-    inside = len(shard.shape) == len(rectangle.offset) == len(rectangle.size) and all(
+    if tuple(shard.data.shape) != chunk.sizes:
+        raise ValueError(f"{label}: data of shape {tuple(shard.data.shape)} for a chunk of {chunk.sizes}")
+    inside = len(shard.shape) == len(chunk.offsets) == len(chunk.sizes) and all(
         0 <= start <= start + length <= whole
-        for start, length, whole in zip(rectangle.offset, rectangle.size, shard.shape, strict=True)
+        for start, length, whole in zip(chunk.offsets, chunk.sizes, shard.shape, strict=True)
     )
     if not inside:
-        raise ValueError(f"{label}: {rectangle} does not lie in a tensor of shape {shard.shape}")
+        raise ValueError(f"{label}: {chunk} does not lie in a tensor of shape {shard.shape}")
     if not 0 <= shard.replica < shard.replicas:
         raise ValueError(f"{label}: replica {shard.replica} of {shard.replicas}")

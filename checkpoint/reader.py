@@ -14,7 +14,7 @@ from stoker.checkpoint.format import DTYPE_NAMES, DTYPES, Piece, ShardIndex
 from stoker.checkpoint.names import CheckpointMismatch, DamagedCheckpoint
 from stoker.checkpoint.stored import Stored, open_checkpoint, state_of
 from stoker.checkpoint.tiling import origin, tiling_problem
-from stoker.parallel.shards import PARAMETER, Rectangle, Shard, whole
+from stoker.parallel.shards import PARAMETER, Chunk, Shard, whole
 
 _NAMED = 5  # tensors of each kind that a message names
 
@@ -32,7 +32,7 @@ def load(stored: Stored, shards: Sequence[Shard], near: float = 0.0) -> dict[str
         refuse(stored.path, mismatches(stored, shards))
     state = state_of(stored.path, stored.manifest)
     for index, found in find_pieces(stored, shards, near):
-        wanted = [Wanted(piece, shards[number].rectangle, shards[number].data.detach()) for number, piece in found]
+        wanted = [Wanted(piece, shards[number].chunk, shards[number].data.detach()) for number, piece in found]
         with BlockReader(stored.path, index) as reader, torch.no_grad():
             read_wanted(reader, wanted)
     return state
@@ -48,8 +48,8 @@ def find_pieces(
     places: dict[tuple[str, str], list[int]] = {}
     for number, shard in enumerate(shards):
         places.setdefault((shard.kind, shard.name), []).append(number)
-    parts: list[list[Rectangle]] = [[] for _ in shards]
-    missing = {number: shard.rectangle.numel for number, shard in enumerate(shards) if shard.rectangle.numel}
+    parts: list[list[Chunk]] = [[] for _ in shards]
+    missing = {number: shard.chunk.numel for number, shard in enumerate(shards) if shard.chunk.numel}
     files = []
     ranks = stored.manifest.ranks
     for rank in sorted(ranks, key=lambda rank: abs(rank + 0.5 - near * len(ranks))):
@@ -61,7 +61,7 @@ def find_pieces(
                 shard = shards[number]
                 if (piece.shape, piece.dtype) != (tuple(shard.shape), DTYPE_NAMES[shard.data.dtype]):
                     raise DamagedCheckpoint(f"{stored.path}: {piece.tensor}: a piece of {piece.dtype} {piece.shape}")
-                common = piece.rectangle.intersection(shard.rectangle)
+                common = piece.chunk.intersection(shard.chunk)
                 if common is not None and piece.bytes:
                     found.append((number, piece))
                     parts[number].append(common)
@@ -69,8 +69,8 @@ def find_pieces(
         missing = {number: elements for number, elements in missing.items() if elements > 0}
         files += [(index, found)] if found else []
     for shard, held in zip(shards, parts, strict=True):
-        base = tuple(-start for start in shard.rectangle.offset)
-        problem = tiling_problem(shard.rectangle.size, [rectangle.moved(base) for rectangle in held])
+        base = tuple(-start for start in shard.chunk.offsets)
+        problem = tiling_problem(shard.chunk.sizes, [chunk.moved(base) for chunk in held])
         if problem:
             raise DamagedCheckpoint(f"{stored.path}: {shard.kind}/{shard.name}: {problem}")
     return sorted(files, key=lambda file: file[0].rank)

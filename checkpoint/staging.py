@@ -103,8 +103,8 @@ class StagingPool:
 
     def _copy(self, piece: Piece, shard: Shard, start: int, stop: int, streams: dict[Any, Any]) -> None:
         """The elements of `piece` that stand between bytes `start` and `stop` of the file."""
-        dtype, size = DTYPES[piece.dtype], piece.rectangle.size
-        part = shard.data.detach()[piece.rectangle.within(shard.rectangle)]
+        dtype, size = DTYPES[piece.dtype], piece.chunk.sizes
+        part = shard.data.detach()[piece.chunk.within(shard.chunk)]
         first, last = max(start, piece.start), min(stop, piece.stop)
         place = self._image[first - start : last - start].view(dtype)
         with torch.cuda.stream(streams.get(part.device)):
@@ -113,10 +113,10 @@ class StagingPool:
                 return
             done = 0
             elements = ((byte - piece.start) // dtype.itemsize for byte in (first, last))
-            for rectangle in flat_range(size, *elements):
-                there = place[done : done + rectangle.numel].view(rectangle.size)
-                there.copy_(part[rectangle.within(whole(size))], non_blocking=True)
-                done += rectangle.numel
+            for chunk in flat_range(size, *elements):
+                there = place[done : done + chunk.numel].view(chunk.sizes)
+                there.copy_(part[chunk.within(whole(size))], non_blocking=True)
+                done += chunk.numel
 
 
 def _overlapping(plan: FilePlan, start: int, stop: int) -> range:
@@ -127,7 +127,7 @@ def _overlapping(plan: FilePlan, start: int, stop: int) -> range:
 
 def _description(shard: Shard) -> tuple[Any, ...]:
     """What the plan of a shard depends on: everything but its values."""
-    place = (shard.name, shard.kind, shard.shape, shard.rectangle, shard.replica, shard.replicas)
+    place = (shard.name, shard.kind, shard.shape, shard.chunk, shard.replica, shard.replicas)
     return *place, shard.data.dtype, shard.data.shape
 
 

@@ -2,7 +2,7 @@
 
 There are two. `assemble` holds every piece and is exact: readers use it, and whoever has to name what is wrong. `cover`
 makes the same statement of a run of any size with one number per rank, so that the rank that commits need not see
-millions of rectangles. A rectangle from l to h (per dim d) is the polynomial product_d (x_d^l_d - x_d^h_d); pieces
+millions of chunks. A chunk from l to h (per dim d) is the polynomial product_d (x_d^l_d - x_d^h_d); pieces
 tile a tensor of shape n if and only if their polynomials add up to product_d (1 - x_d^n_d). Every rank evaluates its
 own at one point modulo a prime, weighted by a hash of the tensor; whoever holds a tensor's first element subtracts
 what is due for the whole. If the sum over all ranks is 0 and no tensor begins twice, all tensors are whole: two
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from stoker.checkpoint.format import Piece, ShardIndex
-from stoker.parallel.shards import Rectangle, whole
+from stoker.parallel.shards import Chunk, whole
 
 PRIME = (1 << 127) - 1
 
@@ -49,8 +49,8 @@ def cover(pieces: Iterable[Piece]) -> tuple[int, tuple[str, ...]]:
     total, origins = 0, []
     for piece in pieces:
         weight = _weight(piece.tensor, piece.dtype, piece.shape)
-        total += weight * _value(piece.rectangle)
-        if not any(piece.rectangle.offset):
+        total += weight * _value(piece.chunk)
+        if not any(piece.chunk.offsets):
             total -= weight * _value(whole(piece.shape))
             origins.append(origin(piece.tensor, piece.dtype, piece.shape))
     return total % PRIME, tuple(origins)
@@ -65,9 +65,9 @@ def _weight(tensor: str, dtype: str, shape: tuple[int, ...]) -> int:
     return _hash(f"{tensor} {dtype} {shape}")
 
 
-def _value(rectangle: Rectangle) -> int:
+def _value(chunk: Chunk) -> int:
     value = 1
-    for dim, (low, length) in enumerate(zip(rectangle.offset, rectangle.size, strict=True)):
+    for dim, (low, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
         point = _hash(f"dim {dim}")
         value = value * (pow(point, low, PRIME) - pow(point, low + length, PRIME)) % PRIME
     return value
@@ -98,7 +98,7 @@ def _tensor(pieces: list[StoredPiece]) -> StoredTensor:
                 f"{first.piece.tensor}: {first.piece.dtype} {first.piece.shape} for rank {first.rank}, "
                 f"{other.piece.dtype} {other.piece.shape} for rank {other.rank}"
             )
-    problem = tiling_problem(first.piece.shape, [stored.piece.rectangle for stored in pieces])
+    problem = tiling_problem(first.piece.shape, [stored.piece.chunk for stored in pieces])
     if problem:
         ranks = sorted({stored.rank for stored in pieces})
         raise ValueError(f"{first.piece.tensor} of shape {first.piece.shape}, written by ranks {ranks}: {problem}")
@@ -106,27 +106,27 @@ def _tensor(pieces: list[StoredPiece]) -> StoredTensor:
     return StoredTensor(piece.name, piece.kind, piece.dtype, piece.shape, tuple(pieces))
 
 
-def tiling_problem(shape: tuple[int, ...], rectangles: Sequence[Rectangle]) -> str | None:
-    """Why `rectangles`, each inside `shape`, do not cover each of its elements exactly once; None if they do.
+def tiling_problem(shape: tuple[int, ...], chunks: Sequence[Chunk]) -> str | None:
+    """Why `chunks`, each inside `shape`, do not cover each of its elements exactly once; None if they do.
 
-    Rectangles that do not overlap and have together as many elements as the whole can leave none out. The sweep
+    Chunks that do not overlap and have together as many elements as the whole can leave none out. The sweep
     compares each only with those that reach into it along the most finely cut dim.
     """
-    solid = [rectangle for rectangle in rectangles if rectangle.numel]
+    solid = [chunk for chunk in chunks if chunk.numel]
     if shape and solid:
-        dim = max(range(len(shape)), key=lambda d: len({rectangle.offset[d] for rectangle in solid}))
-        solid.sort(key=lambda rectangle: rectangle.offset[dim])
-        reaching: list[Rectangle] = []
-        for rectangle in solid:
-            reaching = [r for r in reaching if r.offset[dim] + r.size[dim] > rectangle.offset[dim]]
+        dim = max(range(len(shape)), key=lambda d: len({chunk.offsets[d] for chunk in solid}))
+        solid.sort(key=lambda chunk: chunk.offsets[dim])
+        reaching: list[Chunk] = []
+        for chunk in solid:
+            reaching = [r for r in reaching if r.offsets[dim] + r.sizes[dim] > chunk.offsets[dim]]
             for other in reaching:
-                if rectangle.intersection(other):
-                    return f"{_describe(other)} and {_describe(rectangle)} overlap"
-            reaching.append(rectangle)
-    total, covered = math.prod(shape), sum(rectangle.numel for rectangle in solid)
+                if chunk.intersection(other):
+                    return f"{_describe(other)} and {_describe(chunk)} overlap"
+            reaching.append(chunk)
+    total, covered = math.prod(shape), sum(chunk.numel for chunk in solid)
     return None if covered == total else f"{covered} of its {total} elements are written"
 
 
-def _describe(rectangle: Rectangle) -> str:
-    ends = (start + length for start, length in zip(rectangle.offset, rectangle.size, strict=True))
-    return f"[{', '.join(f'{start}:{end}' for start, end in zip(rectangle.offset, ends, strict=True))}]"
+def _describe(chunk: Chunk) -> str:
+    ends = (start + length for start, length in zip(chunk.offsets, chunk.sizes, strict=True))
+    return f"[{', '.join(f'{start}:{end}' for start, end in zip(chunk.offsets, ends, strict=True))}]"

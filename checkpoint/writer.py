@@ -158,7 +158,7 @@ class Checkpoints:
             self._join()
         self._stalls[step] = time.monotonic() - called
 
-    def rehearse(self, failure: OSError) -> None:
+    def inject_failure(self, failure: OSError) -> None:
         """Have the next save of this rank meet `failure` where it writes."""
         self._rehearsed = failure
 

@@ -59,17 +59,17 @@ class RunConfig:
 
 @dataclass
 class BatchConfig:
-    rows: int = maths(32)  # rows per optimizer step over all ranks (the global batch)
-    micro: int | None = free()  # rows per micro-batch per data-parallel rank; default: as many as divide, at most 8
+    size: int = maths(32)  # sequences per optimizer step over all ranks (the global batch)
+    micro_size: int | None = free()  # sequences per micro-batch on a rank; default: as many as divide, at most 8
 
 
 @dataclass
 class ParallelConfig:
     tp: int = free(1)  # ranks that share each layer
-    sequence: bool = free(True)  # sequence parallelism: norms and residuals hold tokens / tp; with tp > 1
+    sequence_parallel: bool = free(True)  # sequence parallelism: norms and residuals hold tokens / tp; with tp > 1
     pp: int = free(1)  # pipeline stages (times stages_per_rank)
     zero: int = free(1)  # 0 replicate | 1 shard optimizer state | 2 and gradients | 3 and parameters
-    replicas: int | None = free()  # size of dp_replicate (hybrid sharding); derived for ZeRO 0, else 1
+    dp_replicate: int | None = free()  # copies of the shards (hybrid sharding); derived for ZeRO 0, else 1
     schedule: str = free("1f1b")  # pipeline schedule: 1f1b | gpipe | interleaved
     stages_per_rank: int = free(1)  # pipeline stages per rank, > 1 with schedule=interleaved
     engine: str = free("fsdp")  # fsdp | deepspeed
@@ -97,19 +97,19 @@ class ModelConfig:
     init_from: str | None = fixed()  # directory to take shape and weights from: Hugging Face's or a run's
     init_only: list[str] = fixed([])  # with init_from: take these parameters (`layers.*`) only; default: all
     vocab_size: int | None = fixed()  # tokens; default: the tokenizer's
-    width: int = fixed(256)  # channels of the residual stream
-    layers: int = fixed(6)  # transformer blocks
-    heads: int = fixed(8)  # query heads
-    kv_heads: int | None = fixed()  # key and value heads; default: heads
-    head_dim: int | None = fixed()  # channels per head; default: width / heads
-    hidden: int = fixed(704)  # channels inside the SwiGLU MLP
-    norm_eps: float = fixed(1e-5)  # added to the mean square in RMSNorm
+    hidden_size: int = fixed(256)  # channels of the residual stream
+    num_hidden_layers: int = fixed(6)  # transformer blocks
+    num_attention_heads: int = fixed(8)  # query heads
+    num_key_value_heads: int | None = fixed()  # key and value heads; default: num_attention_heads
+    head_dim: int | None = fixed()  # channels per head; default: hidden_size / num_attention_heads
+    intermediate_size: int = fixed(704)  # channels inside the SwiGLU MLP
+    rms_norm_eps: float = fixed(1e-5)  # added to the mean square in RMSNorm
     rope_theta: float = fixed(10000.0)  # base of the rotary wavelengths, in tokens
     rope_scaling: RopeScalingConfig = fixed(RopeScalingConfig)
     qk_norm: bool = fixed(False)  # RMSNorm on queries and keys per head (Qwen3)
     qkv_bias: bool = fixed(False)  # biases on the query, key and value projections (Qwen2)
-    tie_embeddings: bool = fixed(False)  # one matrix for the embedding and the head
-    init_std: float = fixed(0.02)  # standard deviation of initial weights
+    tie_word_embeddings: bool = fixed(False)  # one matrix for the embedding and the head
+    initializer_range: float = fixed(0.02)  # standard deviation of initial weights
     loss_chunk: int = free(1024)  # tokens whose logits exist at one time
     args: dict[str, Any] = fixed({})  # for a user's own model.target
 
@@ -117,20 +117,20 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     target: str = fixed("stoker.data.stdlib:open_source")  # import path pkg.mod:function of the source
-    units: str | None = fixed()  # import path pkg.mod:function of the source as units, for planner=lanes
+    splits: str | None = fixed()  # import path pkg.mod:function of the source as splits, for mode=streaming
     name: str = free("data")  # for people
     path: str | None = free()  # file or directory for sources that read one
     urls: Any = free()  # shards: an address, a brace pattern such as s-{000..099}.tar, or a list of them
-    planner: str = fixed("index")  # index: tokens counted first | lanes: read, tokenised and packed on the fly
-    lanes: int = fixed(8)  # planner=lanes: streams that the rows of a batch are dealt to
-    window: int = fixed(4)  # planner=lanes: units shuffled together
-    unit_bytes: int | None = fixed()  # planner=lanes: bytes of a unit, where files can be cut; default: at most 1 MiB
-    deal_every: int = fixed(16)  # planner=lanes: rows of a lane between two dealings of windows
+    mode: str = fixed("indexed")  # indexed: tokens counted first | streaming: read, tokenised and packed on the fly
+    streams: int = fixed(8)  # mode=streaming: logical streams that the sequences of a batch are assigned to
+    shuffle_window: int = fixed(4)  # mode=streaming: splits shuffled together
+    split_bytes: int | None = fixed()  # mode=streaming: bytes of a split of a file; default: at most 1 MiB
+    assign_every: int = fixed(16)  # mode=streaming: sequences of a stream between two assignments of windows
     retries: int = free(5)  # attempts after the first at reading from a server, without a byte in between
     stall_seconds: float = free(60.0)  # without a byte, after which a connection counts as broken
     block_cache: str | None = free()  # folder for blocks downloaded from servers; default: none are kept
     block_cache_gib: float = free(16.0)  # GiB in it, above which the blocks used longest ago are removed
-    on_damage: str = maths("error")  # planner=lanes: error | skip damaged documents, recorded in the state
+    on_damage: str = maths("error")  # mode=streaming: error | skip damaged documents, recorded in the state
     skip_limit: int = free(10_000)  # on_damage=skip: skips of a source; the run fails at more
     sources: dict[str, Any] = fixed({})  # several at once: {name: {kind: text, path: ..., weight: 2, max_epochs: 3}}
     weights: dict[str, Any] = maths({})  # share of the tokens by source; default: those in data.sources
@@ -187,8 +187,8 @@ class CheckpointConfig:
 
 @dataclass
 class EvalConfig:
-    every: int = free(0)  # steps between evaluations; 0: only at the end if rows > 0
-    rows: int = free(0)  # validation rows per evaluation; 0: none
+    every: int = free(0)  # steps between evaluations; 0: only at the end if sequences > 0
+    sequences: int = free(0)  # validation sequences per evaluation; 0: none
 
 
 @dataclass
@@ -254,10 +254,10 @@ class Config:
     data: DataConfig = fixed(DataConfig)
     optim: OptimConfig = maths(OptimConfig)
     schedule: ScheduleConfig = maths(ScheduleConfig)
-    clip_norm: float | None = maths(1.0)  # largest gradient norm; null: no clipping
+    grad_clip_norm: float | None = maths(1.0)  # largest gradient norm; null: no clipping
     precision: str = maths("bf16")  # fp32 | bf16 | fp16
     fp32_modules: list[str] = maths([])  # compute in fp32 all the same; patterns of names: [layers.0, layers.*.mlp]
-    activation_checkpoint: str = free("none")  # none | selective | full
+    activation_checkpointing: str = free("none")  # none | selective | full
     compile: bool = free(False)  # torch.compile per block
     deterministic: bool = free(False)  # bitwise equal repeats on GPUs too
     nonfinite: NonfiniteConfig = free(NonfiniteConfig)

@@ -23,15 +23,15 @@ told what differs: a run never goes on, without a word, on other rows than it be
 What a launcher does once per machine (`prepare`) makes the ranks' `open_rows` cheap: it reads file stamps, no texts.
 """
 
+from stoker.data.loader import EndOfData, IndexedLoader, RowSource
 from stoker.data.opening import keep_tokenizer, open_rows, open_stream, open_tokenizer, prepare, vocabulary
 from stoker.data.rows import RowPlan, read_rows
-from stoker.data.stream import EndOfData, RowSource, RowStream
 
 __all__ = [
     "EndOfData",
+    "IndexedLoader",
     "RowPlan",
     "RowSource",
-    "RowStream",
     "keep_tokenizer",
     "open_rows",
     "open_stream",

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from stoker.data.index import IndexPlan
+from stoker.data.indexed import IndexPlan
 from stoker.data.mixture import Mixture, mix
 from stoker.data.packing import Pieces
 

@@ -11,11 +11,11 @@ from stoker.conf.targets import import_target
 from stoker.data.build import SPLITS
 from stoker.data.cache import cache_root, named_tokenizer, open_cache, open_folder, write_tokenizer
 from stoker.data.documents import documents_of
-from stoker.data.index import IndexPlan
+from stoker.data.indexed import IndexPlan
+from stoker.data.loader import IndexedLoader, RowSource
 from stoker.data.mixed import MixedPlan, Weights
 from stoker.data.mixture import WEIGHT_UNITS
 from stoker.data.sources import Spec, specs_of, wanted_weights
-from stoker.data.stream import RowSource, RowStream
 from stoker.data.tables import open_table
 from stoker.data.token_files import TokenFiles, largest_id
 from stoker.data.tokenizer import Tokenizer
@@ -43,23 +43,23 @@ def prepare(config: Config) -> None:
 
     Called once per machine before its ranks call `open_rows`. Raises ValueError for data that cannot be used.
     """
-    if config.data.planner != "lanes":  # whose texts are tokenised as they are read
+    if config.data.mode != "streams":  # whose texts are tokenised as they are read
         open_rows(config, "train")
-    if config.eval.rows:
+    if config.eval.sequences:
         open_rows(config, "validation")
 
 
 def open_rows(config: Config, split: str) -> IndexPlan | MixedPlan:
     """The rows of `train`, shuffled anew in each epoch of a source, or of `validation`, once and in a fixed order.
 
-    Raises ValueError when the documents cannot be read or make no row, and when `eval.rows` asks for more validation
-    rows than there are.
+    Raises ValueError when the documents cannot be read or make no row, and when `eval.sequences` asks for more
+    validation rows than there are.
     """
     assert split in SPLITS
-    if config.data.planner == "lanes" and split == "train":
-        raise ValueError("rows of data.planner=lanes have no numbers that could be looked up: data.planner=index has")
+    if config.data.mode == "streaming" and split == "train":
+        raise ValueError("rows of data.mode=streaming have no numbers that could be looked up: data.mode=indexed has")
     specs = specs_of(config.data)
-    if config.data.planner == "lanes":
+    if config.data.mode == "streams":
         opened = _held_out(config, specs)
     else:
         opened = [open_source(config, spec, split) for spec in specs]
@@ -73,33 +73,33 @@ def open_rows(config: Config, split: str) -> IndexPlan | MixedPlan:
     elif split == "train":
         wanted = wanted_weights(config.data, specs, [plan.rows_per_epoch for plan in plans])
         contents = {source.spec.name: source.content for source in opened}
-        plan = MixedPlan(plans, wanted, config.batch.rows, {**common, "sources": contents})
+        plan = MixedPlan(plans, wanted, config.batch.size, {**common, "sources": contents})
     else:
         rows = [found.rows_per_epoch for found in plans]
         whole = tuple(count * WEIGHT_UNITS // max(1, sum(rows)) for count in rows)
-        plan = MixedPlan(plans, [Weights(1, whole)], config.batch.rows, common)
+        plan = MixedPlan(plans, [Weights(1, whole)], config.batch.size, common)
     if split == "validation":
         _check_validation(config, plan, plans)
     return plan
 
 
 def open_stream(config: Config, mesh: Mesh) -> RowSource:
-    """The rows that this rank trains on, under either planner. A collective.
+    """The rows that this rank trains on, under either mode. A collective.
 
     Raises ValueError for data that cannot be used.
     """
-    if config.data.planner == "lanes":
-        from stoker.data.lanes.opening import open_lanes  # most runs do not need what it imports
+    if config.data.mode == "streams":
+        from stoker.data.streaming.opening import open_streams  # most runs do not need what it imports
 
-        return open_lanes(config, mesh, open_tokenizer(config.data))
+        return open_streams(config, mesh, open_tokenizer(config.data))
     compare = None
     if mesh.layout.tp * mesh.layout.pp > 1:
-        from stoker.data.lanes.exchange import Ranks
+        from stoker.data.streaming.exchange import Ranks
 
         compare = Ranks(mesh).compare
-    return RowStream(
+    return IndexedLoader(
         open_rows(config, "train"),
-        config.batch.rows,
+        config.batch.size,
         mesh.dp_rank,
         mesh.layout.dp,
         workers=config.data.workers,
@@ -182,14 +182,14 @@ def open_source(config: Config, spec: Spec, split: str) -> Opened:
 
 
 def _held_out(config: Config, specs: list[Spec]) -> list[Opened]:
-    """What each source gives to `eval.rows` rows of evaluation under data.planner=lanes, by its weight at step 1."""
-    from stoker.data.lanes.opening import open_held_out
+    """What each source gives to `eval.sequences` rows under data.mode=streaming, by its weight at step 1."""
+    from stoker.data.streaming.opening import open_held_out
 
     tokenizer = open_tokenizer(config.data)
     weights = wanted_weights(config.data, specs, [1] * len(specs))[0].weights if config.data.sources else (1,)
     opened = []
     for spec, weight in zip(specs, weights, strict=True):
-        rows = -(-config.eval.rows * weight // sum(weights))
+        rows = -(-config.eval.sequences * weight // sum(weights))
         content, tokens = open_held_out(config, spec, tokenizer, rows)
         opened.append(Opened(spec, content, tokenizer, tokens, False, None))
     return opened
@@ -235,11 +235,11 @@ def _check_validation(config: Config, plan: IndexPlan | MixedPlan, plans: list[I
     available = sum(found.rows_per_epoch for found in plans)
     if not available:
         raise ValueError(_no_row(config, plans[0], "validation"))
-    if config.eval.rows > available:
+    if config.eval.sequences > available:
         documents = sum(len(found.tokens.starts) for found in plans)
         raise ValueError(
-            f"eval.rows={config.eval.rows}, but the {documents} validation documents make "
-            f"{available} rows of {plan.seq_len} tokens: lower eval.rows or raise data.validation"
+            f"eval.sequences={config.eval.sequences}, but the {documents} validation documents make "
+            f"{available} rows of {plan.seq_len} tokens: lower eval.sequences or raise data.validation"
         )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from stoker.data.rows import DOCUMENTS, LABELS, POSITIONS, TOKENS
 from stoker.data.tokens import Array
-from stoker.parallel.rows import IGNORE
+from stoker.parallel.batch import IGNORE_INDEX
 
 PACKINGS = ("concatenated", "best_fit", "padded")
 PADDING = 0  # the token where a row has none: nothing real attends it, and it has no label
@@ -77,16 +77,16 @@ def fill(out: np.ndarray, tokens: Array, pieces: Pieces, document_mask: bool, le
 
     laid = np.full((rows, width), PADDING, np.int32)
     laid.reshape(-1)[target] = tokens[source]
-    labels = np.full((rows, width), IGNORE, np.int32)
+    labels = np.full((rows, width), IGNORE_INDEX, np.int32)
     flat = labels.reshape(-1)
     flat[target] = laid.reshape(-1)[target]
     if learned is not None:
-        flat[target[~learned[source].astype(bool)]] = IGNORE
+        flat[target[~learned[source].astype(bool)]] = IGNORE_INDEX
 
     begun = np.zeros((rows, width + 1), np.int32)  # 1 where a piece, or the padding, begins
     begun.reshape(-1)[pieces.rows * (width + 1) + places] = 1
     if document_mask:
-        labels[begun[:, :width] == 1] = IGNORE
+        labels[begun[:, :width] == 1] = IGNORE_INDEX
     begun[np.arange(rows), held] = 1
     begun[:, 0] = 0
     out[TOKENS] = laid[:, :seq_len]

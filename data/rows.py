@@ -1,4 +1,4 @@
-"""The row interface: what a planner must answer, and rows as tensors."""
+"""The row interface: what a mode must answer, and rows as tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from stoker.parallel.rows import Rows
+from stoker.parallel.batch import Batch
 
 # Between processes rows are one int32 array [4, rows, seq_len] of these planes.
 TOKENS, LABELS, POSITIONS, DOCUMENTS = range(4)
@@ -58,21 +58,21 @@ class RowPlan(Protocol):
         ...
 
 
-def read_rows(plan: RowPlan, numbers: Sequence[int], pin: bool = False) -> Rows:
+def read_rows(plan: RowPlan, numbers: Sequence[int], pin: bool = False) -> Batch:
     """The rows `numbers` of `plan`, read here and now; in page-locked memory if `pin`."""
     packed = np.empty((4, len(numbers), plan.seq_len), np.int32)
     plan.read(np.asarray(numbers, np.int64), packed)
     return unpack(packed, pin)
 
 
-def unpack(packed: np.ndarray, pin: bool = False) -> Rows:
+def unpack(packed: np.ndarray, pin: bool = False) -> Batch:
     """A copy of `packed` (int32 `[4, rows, seq_len]`) as tensors; in page-locked memory if `pin`."""
     planes = torch.from_numpy(packed)
 
     def plane(number: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(planes.shape[1:], dtype=dtype, pin_memory=pin).copy_(planes[number])
 
-    return Rows(
+    return Batch(
         tokens=plane(TOKENS, torch.int64),
         labels=plane(LABELS, torch.int64),
         positions=plane(POSITIONS, torch.int64),

@@ -15,7 +15,7 @@ from stoker.conf.schema import DataConfig
 from stoker.data.mixed import Weights
 from stoker.data.mixture import whole_weights
 
-_KEYS = ("target", "units", "path", "urls", "validation", "args")  # of DataConfig, that every source has of its own
+_KEYS = ("target", "splits", "path", "urls", "validation", "args")  # of DataConfig, that every source has of its own
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _spec(config: DataConfig, name: str, given: Any) -> Spec:
     if unknown:
         known = ", ".join(("kind", *_KEYS, "weight", "max_epochs"))
         raise ValueError(f"{where} has {', '.join(unknown)}, and a source has {known}")
-    own: dict[str, Any] = {"args": {}, "path": None, "urls": None, "units": None, **_group(kind, where), **keys}
+    own: dict[str, Any] = {"args": {}, "path": None, "urls": None, "splits": None, **_group(kind, where), **keys}
     if "target" not in own:
         raise ValueError(f"{where} needs a kind, such as kind: text, or a target")
     own["args"] = {**_group(kind, where).get("args", {}), **keys.get("args", {})}

@@ -129,31 +129,31 @@ def _requeue(options: argparse.Namespace) -> int:
 
 
 def _checkpoint_ls(options: argparse.Namespace) -> int:
-    from stoker.launch.show import list_checkpoints
+    from stoker.launch.inspect import list_checkpoints
 
     return list_checkpoints(options.run)
 
 
 def _checkpoint_verify(options: argparse.Namespace) -> int:
-    from stoker.launch.show import verify_checkpoints
+    from stoker.launch.inspect import verify_checkpoints
 
     return verify_checkpoints(options.run, options.step)
 
 
 def _checkpoint_diff(options: argparse.Namespace) -> int:
-    from stoker.launch.show import compare_checkpoints
+    from stoker.launch.inspect import compare_checkpoints
 
     return compare_checkpoints(options.run, options.first, options.second, options.tensors)
 
 
 def _checkpoint_rm(options: argparse.Namespace) -> int:
-    from stoker.launch.tend import remove_checkpoints
+    from stoker.launch.control import remove_checkpoints
 
     return remove_checkpoints(options.run, options.step)
 
 
 def _checkpoint_save(options: argparse.Namespace) -> int:
-    from stoker.launch.tend import save_now
+    from stoker.launch.control import save_now
 
     return save_now(options.run, options.wait)
 

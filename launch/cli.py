@@ -16,7 +16,7 @@ DESCRIPTION = "Distributed training of language models: where a run runs does no
 TRAIN_EXAMPLES = """\
 examples:
   stoker train                                          a tiny model on Python's standard library
-  stoker train run.dir=runs/a steps=1000 eval.rows=64   a run with a name and a validation loss at its end
+  stoker train run.dir=runs/a steps=1000 eval.sequences=64   a run with a name and a validation loss at its end
   stoker train run.dir=runs/a launch.nproc=1            resume it, on one rank
   stoker train data=text data.path=books model=small    your own text
 
@@ -26,7 +26,7 @@ examples:
 CONFIG_EXAMPLES = """\
 examples:
   stoker config model=small optim.lr=3e-4
-  stoker config --layout launch.nproc=4096 batch.rows=4096 parallel.zero=3 parallel.replicas=8
+  stoker config --layout launch.nproc=4096 batch.size=4096 parallel.zero=3 parallel.dp_replicate=8
 """
 
 CHECK_EXAMPLES = """\
@@ -181,9 +181,9 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from stoker.launch.generate import speak
+    from stoker.launch.generate import generate_text
 
-    return speak(options)
+    return generate_text(options)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -18,11 +18,11 @@ from stoker.conf.schema import Config
 from stoker.conf.targets import import_target
 from stoker.data.cache import write_tokenizer
 from stoker.data.documents import documents_of
-from stoker.data.lanes.tar import build_index
-from stoker.data.lanes.webdataset import write_index
 from stoker.data.manifest import is_validation, parts_of
 from stoker.data.opening import open_source
 from stoker.data.sources import specs_of
+from stoker.data.streaming.tar import build_index
+from stoker.data.streaming.webdataset import write_index
 from stoker.data.token_files import TokenFiles
 from stoker.data.tokenizer import JsonTokenizer
 from stoker.launch.train import say

@@ -13,13 +13,13 @@ from stoker.checkpoint.names import committed
 from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.schema import Config
 from stoker.data import open_rows, open_tokenizer
-from stoker.data.index import IndexPlan
-from stoker.data.lanes.opening import open_all_lanes
+from stoker.data.indexed import IndexPlan
+from stoker.data.loader import refuse_other_data
 from stoker.data.mixed import MixedPlan
 from stoker.data.opening import NoTokenizer
-from stoker.data.stream import refuse_other_data
+from stoker.data.streaming.opening import open_all_streams
 from stoker.data.tokenizer import Tokenizer
-from stoker.launch.show import run_at
+from stoker.launch.inspect import run_at
 from stoker.launch.train import say
 
 Piece = tuple[int, str, np.ndarray]  # row of the step, where it comes from, ids
@@ -39,13 +39,13 @@ def peek(options: argparse.Namespace) -> int:
     if any(begin <= options.step <= end for begin, end in config.skip_steps):
         say(f"step {options.step} is passed over by skip_steps={config.skip_steps}: nobody trains on these rows")
     states = _states(run)
-    if config.data.planner == "lanes":
-        assert tokenizer is not None  # lanes cannot be read without
-        first, found = _of_lanes(config, tokenizer, states, options.step, options.rows)
+    if config.data.mode == "streams":
+        assert tokenizer is not None  # streams cannot be read without
+        first, found = _of_streams(config, tokenizer, states, options.step, options.rows)
     else:
         first, found = _of_rows(run, config, states, options.step, options.rows)
-    chosen = min(options.rows, config.batch.rows)
-    print(f"step {options.step}: rows {first:,} to {first + config.batch.rows - 1:,} of the run; showing {chosen}")
+    chosen = min(options.rows, config.batch.size)
+    print(f"step {options.step}: rows {first:,} to {first + config.batch.size - 1:,} of the run; showing {chosen}")
     for place, where, ids in found:
         text = tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
         shown = text if len(text) <= options.characters else text[: options.characters] + " ..."
@@ -68,10 +68,10 @@ def _states(run: RunDirectory) -> list[Mapping[str, Any]]:
 def _of_rows(
     run: RunDirectory, config: Config, states: list[Mapping[str, Any]], step: int, most: int
 ) -> tuple[int, Iterator[Piece]]:
-    """The first row of a step, and the pieces of its first `most` rows, under data.planner=index."""
+    """The first row of a step, and the pieces of its first `most` rows, under data.mode=indexed."""
     rows = open_rows(config, "train")
     first = _first_row(run, rows, config, states, step)
-    last = first + config.batch.rows
+    last = first + config.batch.size
     if first < 0 or (rows.total_rows is not None and last > rows.total_rows):
         raise ValueError(f"step {step} has no rows: the data end after {rows.total_rows} rows")
 
@@ -84,11 +84,11 @@ def _of_rows(
     return first, pieces()
 
 
-def _of_lanes(
+def _of_streams(
     config: Config, tokenizer: Tokenizer, states: list[Mapping[str, Any]], step: int, most: int
 ) -> tuple[int, Iterator[Piece]]:
-    """The same under data.planner=lanes, read on from the nearest checkpoint before the step."""
-    stream, mixture = open_all_lanes(config, tokenizer)
+    """The same under data.mode=streaming, read on from the nearest checkpoint before the step."""
+    stream, mixture = open_all_streams(config, tokenizer)
     try:
         for state in states[-1:]:
             refuse_other_data(stream.fingerprint, state)
@@ -120,14 +120,14 @@ def _first_row(
 ) -> int:
     """The row at which `step` of a run begins. `rows` learn the run's past from its checkpoints."""
     if not states:
-        return (step - 1) * config.batch.rows
+        return (step - 1) * config.batch.size
     state = next((state for state in states if state["step"] >= step), states[-1])
     if dict(rows.fingerprint) != dict(state["fingerprint"]):
         raise ValueError(
             f"{run.path} was trained on other data than its config names now: stoker train says what differs"
         )
     rows.resume(state["weights"], state["row"], state["step"])
-    return state["row"] - (state["step"] - step + 1) * config.batch.rows
+    return state["row"] - (state["step"] - step + 1) * config.batch.size
 
 
 def _documents(rows: IndexPlan | MixedPlan, row: int) -> Iterator[tuple[str, int, np.ndarray, int | None]]:

@@ -14,7 +14,7 @@ from stoker.conf.schema import Config
 from stoker.data import open_rows
 from stoker.data.cache import META, cache_root, open_folder
 from stoker.data.cache import verify as verify_tokens
-from stoker.data.index import IndexPlan
+from stoker.data.indexed import IndexPlan
 from stoker.data.mixed import MixedPlan
 from stoker.data.tables import verify_table
 from stoker.launch.data_make import composed
@@ -25,8 +25,8 @@ def plan(options: argparse.Namespace) -> int:
     config = composed(options.overrides)
     rows = open_rows(config, "train")
     plans = rows.plans if isinstance(rows, MixedPlan) else (rows,)
-    wanted = config.steps * config.batch.rows
-    last = wanted if rows.total_rows is None else min(wanted, rows.total_rows // config.batch.rows * config.batch.rows)
+    wanted = config.steps * config.batch.size
+    last = wanted if rows.total_rows is None else min(wanted, rows.total_rows // config.batch.size * config.batch.size)
     counts = rows.counts(last)
     right = [
         Column(name, justify="right") for name in ("documents", "tokens", "rows", "full", "read", "share", "epochs")
@@ -46,9 +46,9 @@ def plan(options: argparse.Namespace) -> int:
         )
     console = Console()
     console.print(table)
-    steps = last // config.batch.rows
+    steps = last // config.batch.size
     print(
-        f"{steps:,} steps of {config.batch.rows} rows of {config.seq_len} tokens, packing {config.data.packing}: "
+        f"{steps:,} steps of {config.batch.size} rows of {config.seq_len} tokens, packing {config.data.packing}: "
         f"{last:,} rows, {last * config.seq_len:,} tokens with padding"
     )
     if last < wanted:

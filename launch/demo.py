@@ -18,8 +18,8 @@ from stoker.conf.rundir import RunDirectory
 STEPS, MORE = 320, 20
 TARGET = 2.0  # nats per byte on the validation rows
 TRAIN = ["model=tiny", "precision=bf16", "parallel.zero=3", "launch.nproc=2", f"steps={STEPS}"]
-SETTINGS = ["seq_len=256", "batch.rows=16", "batch.micro=8", "optim.lr=4e-3", "schedule.warmup_steps=20"]
-CADENCE = ["checkpoint.every=40", "eval.every=80", "eval.rows=64", "log.every=20"]
+SETTINGS = ["seq_len=256", "batch.size=16", "batch.micro_size=8", "optim.lr=4e-3", "schedule.warmup_steps=20"]
+CADENCE = ["checkpoint.every=40", "eval.every=80", "eval.sequences=64", "log.every=20"]
 
 
 def main() -> int:
@@ -71,7 +71,7 @@ def _wait_for_step(run: RunDirectory, training: subprocess.Popen[bytes], step: i
 
 
 def _metrics(run: RunDirectory) -> list[dict[str, float]]:
-    from stoker.trainer.metrics import read
+    from stoker.trainer.report.metrics import read
 
     return read(run.metrics)
 

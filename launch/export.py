@@ -19,7 +19,7 @@ from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.schema import Config, ModelConfig
 from stoker.data import open_tokenizer
 from stoker.data.hugging_face import tokenizer_files
-from stoker.launch.show import checkpoints_of, run_at
+from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.launch.tensor_files import TensorWriter, index_json, plan_files
 from stoker.models.hugging_face import config_json, tensor_name
 from stoker.parallel.shards import PARAMETER

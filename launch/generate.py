@@ -15,15 +15,15 @@ from stoker.conf.rundir import read_config
 from stoker.conf.schema import Config
 from stoker.data import open_tokenizer
 from stoker.data.tokenizer import Tokenizer
-from stoker.launch.show import checkpoints_of, run_at
+from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.models.generate import generate
 from stoker.parallel.model import whole_model
-from stoker.parallel.weights import materialise
+from stoker.parallel.sharding import materialise
 from stoker.trainer.assemble import with_vocabulary
-from stoker.trainer.cut import build_on_meta
+from stoker.trainer.parallelize import build_on_meta
 
 
-def speak(options: argparse.Namespace) -> int:
+def generate_text(options: argparse.Namespace) -> int:
     """Print the prompt and what the model makes of it. Raises ValueError for a run or values that cannot be used."""
     run = run_at(options.run)
     checkpoints = checkpoints_of(run, options.step)
@@ -54,7 +54,7 @@ def load_model(config: Config, checkpoint: Path) -> nn.Module:
 
     Raises DamagedCheckpoint, and CheckpointMismatch naming a tensor that the config's model does not have so.
     """
-    model = build_on_meta(config.model, whole_model(config.model.layers))
+    model = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
     materialise(model, torch.device("cpu"))
     model.rebuild_buffers()  # type: ignore[operator]
     parameters = dict(model.named_parameters())

@@ -29,9 +29,9 @@ from stoker.checkpoint import newest_step
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config, to_dict
 from stoker.parallel.layout import threads_per_rank
-from stoker.trainer.doctor import Doctor
 from stoker.trainer.main import CONFIG_VARIABLE
-from stoker.trainer.outcome import GOES_ON, Ending, Outcome, read_ending, write_ending
+from stoker.trainer.runtime.outcome import GOES_ON, Ending, Outcome, read_ending, write_ending
+from stoker.trainer.runtime.watchdog import Watchdog
 from stoker.trainer.start import run_directory
 
 MONITOR_SECONDS = 0.05
@@ -132,7 +132,7 @@ class _Agent(LocalElasticAgent):
     ) -> None:
         super().__init__(spec, logs)
         self._run, self._hang_seconds, self._say, self._alone = run, hang_seconds, say, alone
-        self._doctor: Doctor | None = None  # of the present ranks, once there is an attempt
+        self._doctor: Watchdog | None = None  # of the present ranks, once there is an attempt
         self._attempts_before = 0
         self._step_before = 0
 
@@ -197,7 +197,7 @@ class _Agent(LocalElasticAgent):
         if self._doctor is None and (number := self._attempt()) is not None:
             workers = self._worker_group.workers
             ranks = range(workers[0].global_rank, workers[-1].global_rank + 1)
-            self._doctor = Doctor(self._run, number, ranks, self._hang_seconds, self._say)
+            self._doctor = Watchdog(self._run, number, ranks, self._hang_seconds, self._say)
         if self._doctor is not None:
             self._doctor.look()
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stoker.conf.rundir import RunDirectory
-from stoker.launch.show import run_at
-from stoker.launch.tend import living
-from stoker.trainer.outcome import read_ending
+from stoker.launch.control import living
+from stoker.launch.inspect import run_at
+from stoker.trainer.runtime.outcome import read_ending
 
 _POLL_SECONDS = 0.2
 _QUIET_SECONDS = 3.0  # after an end, for an attempt that follows

@@ -5,15 +5,15 @@ from __future__ import annotations
 from stoker.conf.resume import merge
 from stoker.conf.rundir import read_config
 from stoker.launch.check import ONE_PROCESS
-from stoker.launch.show import run_at
-from stoker.trainer.metrics import read
+from stoker.launch.inspect import run_at
 from stoker.trainer.replay import lines_of, replay
+from stoker.trainer.report.metrics import read
 
 
 def replay_step(path: str, step: int) -> int:
     """Print what the step computes and where a number stops being finite; status 1 where one does."""
     run = run_at(path)
-    config, _ = merge(read_config(run), [*ONE_PROCESS, "eval.rows=0", "eval.every=0"])
+    config, _ = merge(read_config(run), [*ONE_PROCESS, "eval.sequences=0", "eval.every=0"])
     config.run.dir = str(run.path)
     found = replay(run, config, step)
     recorded = next((line for line in read(run.metrics) if line["step"] == step), None)

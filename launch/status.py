@@ -11,14 +11,14 @@ from rich.table import Column, Table
 from stoker.checkpoint import newest
 from stoker.checkpoint.names import MANIFEST, step_of
 from stoker.conf.rundir import RunDirectory, read_config
-from stoker.launch.show import console_for_tables, run_at
+from stoker.launch.control import living
+from stoker.launch.inspect import console_for_tables, run_at
 from stoker.launch.slurm.batch import read_notes
-from stoker.launch.tend import living
-from stoker.trainer.goodput import goodput
-from stoker.trainer.metrics import read_recent
-from stoker.trainer.outcome import read_beginning, read_ending
-from stoker.trainer.process import Stamp, read_stamps
-from stoker.trainer.progress import duration
+from stoker.trainer.report.goodput import goodput
+from stoker.trainer.report.metrics import read_recent
+from stoker.trainer.report.progress import duration
+from stoker.trainer.runtime.outcome import read_beginning, read_ending
+from stoker.trainer.runtime.process import Stamp, read_stamps
 
 _RECENT = 50  # steps over which speed is measured
 

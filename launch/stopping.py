@@ -7,12 +7,12 @@ import time
 from contextlib import suppress
 
 from stoker.conf.rundir import RunDirectory
-from stoker.launch.show import run_at
+from stoker.launch.control import living
+from stoker.launch.inspect import run_at
 from stoker.launch.slurm import commands
 from stoker.launch.slurm.batch import read_notes
 from stoker.launch.slurm.submit import submit_script
-from stoker.launch.tend import living
-from stoker.trainer.outcome import Outcome, read_beginning, read_ending
+from stoker.trainer.runtime.outcome import Outcome, read_beginning, read_ending
 
 _POLL_SECONDS = 0.1
 _NOTES = 20  # newest notes of jobs that are looked at

@@ -12,7 +12,7 @@
 
 Two shapes run through all of it. Between blocks activations are flat, `[tokens, width]`, row after row: a sequence-
 parallel engine can gather them on dim 0 and nothing but attention knows of rows. What attention has to know of a
-micro-batch (its rows, rotary tables and mask) is computed once and handed to every block as one `Geometry`.
+micro-batch (its rows, rotary tables and mask) is computed once and handed to every block as one `AttentionContext`.
 
 Nothing here depends on where it runs. There are no buffers, so `to_empty` leaves nothing wrong; layers go by their
 global number, so a stage has the names of the whole; linear layers, embedding and head are layers of

@@ -15,14 +15,14 @@ from stoker.conf.schema import ModelConfig
 from stoker.models.cache import LayerCache
 from stoker.models.cpu_attention import attend_in_blocks
 from stoker.models.rope import frequencies, rotary_tables, rotate
-from stoker.parallel.tensor.layers import ColumnLinear, Enter, HeadNorm, RowLinear
+from stoker.parallel.tensor.layers import ColumnLinear, CopyToTensorParallel, HeadNorm, RowLinear
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
-class Geometry:
+class AttentionContext:
     """What attention knows of a micro-batch, computed once and handed to every block.
 
     `cos` and `signed_sin` are the tables of `stoker.models.rope`. `mask` is None for causal attention within a row,
@@ -36,15 +36,15 @@ class Geometry:
     mask: Tensor | BlockMask | None
 
 
-def geometry_of(config: ModelConfig, positions: Tensor, mask: Tensor | BlockMask | None) -> Geometry:
+def attention_context(config: ModelConfig, positions: Tensor, mask: Tensor | BlockMask | None) -> AttentionContext:
     """The geometry of tokens at `positions` `[rows, seq_len]`."""
     radians = frequencies(head_dim_of(config), config.rope_theta, config.rope_scaling, positions.device)
     rows, seq_len = positions.shape
-    return Geometry(rows, seq_len, *rotary_tables(positions, radians), mask)
+    return AttentionContext(rows, seq_len, *rotary_tables(positions, radians), mask)
 
 
 def head_dim_of(config: ModelConfig) -> int:
-    return config.head_dim or config.width // config.heads
+    return config.head_dim or config.hidden_size // config.num_attention_heads
 
 
 class Attention(nn.Module):
@@ -53,32 +53,35 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         head_dim = self.head_dim = head_dim_of(config)
-        queries, keys = config.heads * head_dim, (config.kv_heads or config.heads) * head_dim
-        self.enter = Enter()
-        self.q = ColumnLinear(config.width, queries, bias=config.qkv_bias, unit=head_dim)
-        self.k = ColumnLinear(config.width, keys, bias=config.qkv_bias, unit=head_dim)
-        self.v = ColumnLinear(config.width, keys, bias=config.qkv_bias, unit=head_dim)
-        self.o = RowLinear(queries, config.width, bias=False, unit=head_dim)
-        self.q_norm = HeadNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        queries, keys = (
+            config.num_attention_heads * head_dim,
+            (config.num_key_value_heads or config.num_attention_heads) * head_dim,
+        )
+        self.enter = CopyToTensorParallel()
+        self.q = ColumnLinear(config.hidden_size, queries, bias=config.qkv_bias, unit=head_dim)
+        self.k = ColumnLinear(config.hidden_size, keys, bias=config.qkv_bias, unit=head_dim)
+        self.v = ColumnLinear(config.hidden_size, keys, bias=config.qkv_bias, unit=head_dim)
+        self.o = RowLinear(queries, config.hidden_size, bias=False, unit=head_dim)
+        self.q_norm = HeadNorm(head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, geometry: Geometry, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
         """Activations `[tokens, width]` to the same. With a cache, keys and values of earlier tokens are seen too."""
         x = self.enter(x)
-        by_head = (geometry.rows, geometry.seq_len, -1, self.head_dim)
-        q = rotate(self.q_norm(self.q(x).view(by_head)), geometry.cos, geometry.signed_sin)
-        k = rotate(self.k_norm(self.k(x).view(by_head)), geometry.cos, geometry.signed_sin)
+        by_head = (context.rows, context.seq_len, -1, self.head_dim)
+        q = rotate(self.q_norm(self.q(x).view(by_head)), context.cos, context.signed_sin)
+        k = rotate(self.k_norm(self.k(x).view(by_head)), context.cos, context.signed_sin)
         v = self.v(x).view(by_head)
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self.o(attend(q, k, v, geometry.mask).flatten(2).flatten(0, 1))
+        return self.o(attention(q, k, v, context.mask).flatten(2).flatten(0, 1))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
     """Softmax attention of queries `[rows, queries, heads, head_dim]`, in the same shape.
 
     `k` and `v` are `[rows, keys, kv_heads, head_dim]`; kv_heads divides heads, neighbouring queries share one.
-    `mask` as in `Geometry`; None means causal attention, where there are as many keys as queries.
+    `mask` as in `AttentionContext`; None means causal attention, where there are as many keys as queries.
     """
     if mask is not None and not isinstance(mask, Tensor):
         return _flex_attention()(

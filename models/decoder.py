@@ -9,12 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stoker.conf.schema import ModelConfig
-from stoker.models.attention import Attention, Geometry, cached_mask, document_mask, geometry_of, head_dim_of
+from stoker.models.attention import (
+    Attention,
+    AttentionContext,
+    attention_context,
+    cached_mask,
+    document_mask,
+    head_dim_of,
+)
 from stoker.models.cache import Cache, LayerCache
 from stoker.models.embedding import Embedding
 from stoker.models.loss import Head
 from stoker.parallel.model import Constant, Normal, Part
-from stoker.parallel.tensor.layers import ColumnLinear, Enter, RowLinear
+from stoker.parallel.tensor.layers import ColumnLinear, CopyToTensorParallel, RowLinear
 
 
 def build(config: ModelConfig, part: Part) -> nn.Module:
@@ -31,7 +38,7 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.enter = Enter()
+        self.enter = CopyToTensorParallel()
         self.gate = ColumnLinear(width, hidden, bias=False)
         self.up = ColumnLinear(width, hidden, bias=False)
         self.down = RowLinear(hidden, width, bias=False)
@@ -44,40 +51,40 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.width, config.norm_eps)
-        self.mlp = Mlp(config.width, config.hidden)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, geometry: Geometry, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), geometry, cache)
+    def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), context, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Decoder(nn.Module):
-    """A `stoker.parallel.model.CuttableModel`. Tied, it holds one matrix under the name `embedding.weight`."""
+    """A `stoker.parallel.model.ParallelizableModel`. Tied, it holds one matrix under the name `embedding.weight`."""
 
     def __init__(self, config: ModelConfig, part: Part) -> None:
         super().__init__()
         assert config.vocab_size is not None
         self.config, self.part = config, part
-        if part.embedding or (part.head and config.tie_embeddings):
-            self.embedding = Embedding(config.vocab_size, config.width)
+        if part.embedding or (part.head and config.tie_word_embeddings):
+            self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict({str(number): Block(config) for number in part.layers})
         if part.head:
-            tied = config.tie_embeddings
-            weight = self.embedding.weight if tied else nn.Parameter(torch.empty(config.vocab_size, config.width))
-            self.norm = nn.RMSNorm(config.width, config.norm_eps)
+            tied = config.tie_word_embeddings
+            weight = self.embedding.weight if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+            self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.head = Head(weight, config.loss_chunk)
 
     def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None) -> Tensor:
-        """See `CuttableModel`. The part with the head gives fp32 logits `[tokens, vocab]` if there are no labels."""
+        """See `ParallelizableModel`. The part with the head returns fp32 logits `[tokens, vocab]` without labels."""
         if self.part.embedding:
             x = self.embedding(x)
         mask = None if documents is None else document_mask(documents, x.dtype)
-        geometry = geometry_of(self.config, positions, mask)
+        context = attention_context(self.config, positions, mask)
         for block in self.layers.values():
-            x = block(x, geometry)
+            x = block(x, context)
         return self.head(self.norm(x), labels) if self.part.head else x
 
     def next_logits(self, tokens: Tensor, cache: Cache) -> Tensor:
@@ -89,9 +96,9 @@ class Decoder(nn.Module):
         total = cache.length + new
         x = self.embedding(tokens)
         positions = torch.arange(cache.length, total, device=x.device).expand(rows, new)
-        geometry = geometry_of(self.config, positions, cached_mask(new, total, x.dtype, x.device))
+        context = attention_context(self.config, positions, cached_mask(new, total, x.dtype, x.device))
         for number, block in self.layers.items():
-            x = block(x, geometry, cache.layers[number])
+            x = block(x, context, cache.layers[number])
         cache.length = total
         return self.head(self.norm(x.view(rows, new, -1)[:, -1]))
 
@@ -105,24 +112,28 @@ class Decoder(nn.Module):
         if name.endswith(".bias"):
             return Constant(0.0)
         if name.endswith(("attention.o.weight", "mlp.down.weight")):
-            return Normal(self.config.init_std / math.sqrt(2 * self.config.layers))
-        return Normal(self.config.init_std)
+            return Normal(self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers))
+        return Normal(self.config.initializer_range)
 
     def rebuild_buffers(self) -> None:
         """There are no buffers; but `to_empty` unties what is tied."""
-        if self.part.head and self.config.tie_embeddings:
+        if self.part.head and self.config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
 
 
 def _check(config: ModelConfig) -> None:
-    heads, kv_heads = config.heads, config.kv_heads or config.heads
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     if config.vocab_size is None:
         raise ValueError("model.vocab_size is not known: give it, or take the tokenizer's")
-    if config.head_dim is None and config.width % heads:
-        raise ValueError(f"model.width={config.width} does not divide into {heads} heads: give model.head_dim")
+    if config.head_dim is None and config.hidden_size % heads:
+        raise ValueError(
+            f"model.hidden_size={config.hidden_size} does not divide into {heads} heads: give model.head_dim"
+        )
     if head_dim_of(config) % 2:
         raise ValueError(f"model.head_dim={head_dim_of(config)} is odd: rotary embedding turns pairs of channels")
     if heads % kv_heads:
-        raise ValueError(f"model.heads={heads} do not divide into groups for model.kv_heads={kv_heads}")
+        raise ValueError(
+            f"model.num_attention_heads={heads} do not divide into groups for model.num_key_value_heads={kv_heads}"
+        )
     if config.loss_chunk < 1:
         raise ValueError(f"model.loss_chunk={config.loss_chunk}: at least one token has logits at a time")

@@ -24,12 +24,12 @@ _INNER = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layer
 _PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 _SHAPE = {  # ours -> theirs, where both mean the same number
     "vocab_size": "vocab_size",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "hidden": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "init_std": "initializer_range",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "rms_norm_eps": "rms_norm_eps",
+    "initializer_range": "initializer_range",
 }
 _ROPE_SCALING = {
     "factor": "factor",
@@ -95,11 +95,11 @@ def config_json(config: ModelConfig, dtype: str, context: int, end_of_document: 
     values |= {
         "architectures": [FAMILIES[family].architecture],
         "model_type": family,
-        "num_key_value_heads": config.kv_heads or config.heads,
+        "num_key_value_heads": config.num_key_value_heads or config.num_attention_heads,
         "head_dim": head_dim_of(config),
         "hidden_act": "silu",
         "max_position_embeddings": context,
-        "tie_word_embeddings": config.tie_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "sliding_window": None,
         "use_cache": True,
         "rope_parameters": rope,  # transformers 5; what follows are the names of transformers 4
@@ -129,11 +129,11 @@ def shape_of(values: Mapping[str, Any], seq_len: int) -> dict[str, Any]:
     rope = _rope(values)
     return found | {
         "family": family,
-        "kv_heads": values.get("num_key_value_heads") or found["heads"],
-        "head_dim": values.get("head_dim") or found["width"] // found["heads"],
+        "num_key_value_heads": values.get("num_key_value_heads") or found["num_attention_heads"],
+        "head_dim": values.get("head_dim") or found["hidden_size"] // found["num_attention_heads"],
         "qkv_bias": FAMILIES[family].qkv_bias,
         "qk_norm": FAMILIES[family].qk_norm,
-        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "tie_word_embeddings": bool(values.get("tie_word_embeddings", False)),
         "rope_theta": float(rope.get("rope_theta", 10000.0)),
         **_scaling(rope),
     }

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stoker.parallel.rows import IGNORE
+from stoker.parallel.batch import IGNORE_INDEX
 from stoker.parallel.tensor.layers import Vocabulary, VocabularyLayer
 from stoker.parallel.tensor.regions import all_gather, enter
 
@@ -98,7 +98,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, vocabulary: Vocabulary | None
 
     The gradient is softmax - onehot(labels), zero where the label is IGNORE.
     """
-    valid = (labels != IGNORE)[:, None]
+    valid = (labels != IGNORE_INDEX)[:, None]
     wanted = labels[:, None].masked_fill(~valid, 0)
     wanted, mine = (wanted, valid) if vocabulary is None else vocabulary.own(wanted)
 

@@ -6,7 +6,7 @@
 `rows`        what the data room hands to an engine; `model`: what an engine asks of a model
 `registry`    for each parameter its global shape and where this rank's piece of it lies. Initial weights, gradient
               norm, checkpoints and exports are driven by it; nothing else may guess
-`shards`      what leaves an engine: rectangles of global tensors, free of layout and engine
+`shards`      what leaves an engine: chunks of global tensors, free of layout and engine
 `tensor`      tensor parallelism: layers that know how to be cut over the tp axis, and what sequence parallelism adds
 `stages`      which layers a pipeline stage holds; `full_precision`: modules that compute in fp32 all the same
 `engine`      the protocol: forward_backward, update, evaluate, shards

@@ -6,19 +6,19 @@ from typing import Protocol
 
 from torch import Tensor
 
-from stoker.parallel.rows import Rows
+from stoker.parallel.batch import Batch
 from stoker.parallel.shards import Shard
-from stoker.parallel.update import SILENCE, Said, StepResult
+from stoker.parallel.update import NO_FLAGS, StepFlags, StepResult
 
 
 class Engine(Protocol):
     """A model over a mesh with its optimizer. Every rank makes the same calls in the same order."""
 
-    def forward_backward(self, rows: Rows) -> None:
+    def forward_backward(self, rows: Batch) -> None:
         """Accumulate the gradients of this rank's rows of the global batch, `[rank_rows, seq_len]`."""
         ...
 
-    def update(self, lr: float, said: Said = SILENCE) -> StepResult:
+    def update(self, lr: float, said: StepFlags = NO_FLAGS) -> StepResult:
         """Clip and step with what was accumulated, and carry what this rank has `said` to all ranks.
 
         A step whose loss and gradient norm are not finite, or above the ceilings that all ranks name alike, leaves
@@ -26,12 +26,12 @@ class Engine(Protocol):
         """
         ...
 
-    def evaluate(self, rows: Rows) -> Tensor:
+    def evaluate(self, rows: Batch) -> Tensor:
         """Sum of the token losses and number of valid tokens of this rank's rows: float64 `[2]`, no gradients kept."""
         ...
 
     def shards(self) -> list[Shard]:
-        """Every parameter and optimizer state tensor of this rank as live rectangles of global tensors."""
+        """Every parameter and optimizer state tensor of this rank as live chunks of global tensors."""
         ...
 
     def shards_written(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stoker.parallel.model import Constant, Normal
-from stoker.parallel.shards import PARAMETER, Rectangle, Shard
+from stoker.parallel.shards import PARAMETER, Chunk, Shard
 
 BLOCK_NUMEL = 1 << 18  # elements per row block: small enough that a rank makes little it does not need
 
@@ -27,15 +27,15 @@ def _fill(shard: Shard, rule: Normal | Constant, seed: int) -> None:
     if isinstance(rule, Constant):
         shard.data.fill_(rule.value)
         return
-    wanted = shard.rectangle
-    if not wanted.offset:
+    wanted = shard.chunk
+    if not wanted.offsets:
         shard.data.copy_(_block(shard, rule, seed, 0, ()))
         return
     rows = max(1, BLOCK_NUMEL // max(1, math.prod(shard.shape[1:])))
-    for number in range(wanted.offset[0] // rows, -(-(wanted.offset[0] + wanted.size[0]) // rows)):
+    for number in range(wanted.offsets[0] // rows, -(-(wanted.offsets[0] + wanted.sizes[0]) // rows)):
         start = number * rows
         size = (min(rows, shard.shape[0] - start), *shard.shape[1:])
-        block = Rectangle((start, *(0 for _ in shard.shape[1:])), size)
+        block = Chunk((start, *(0 for _ in shard.shape[1:])), size)
         part = block.intersection(wanted)
         if part is not None:
             made = _block(shard, rule, seed, number, size)

@@ -95,9 +95,9 @@ def layout_of(config: Config, world: int) -> Layout:
     dp, rest = divmod(world, wanted.tp * wanted.pp)
     if rest or not dp:
         raise ValueError(f"{world} ranks do not divide into tp {wanted.tp} x pp {wanted.pp}")
-    replicas = dp if wanted.zero == 0 else (wanted.replicas or 1)
-    if wanted.replicas is not None and wanted.replicas != replicas:
-        raise ValueError(f"ZeRO 0 keeps a replica on each of the {dp} data-parallel ranks, not {wanted.replicas}")
+    replicas = dp if wanted.zero == 0 else (wanted.dp_replicate or 1)
+    if wanted.dp_replicate is not None and wanted.dp_replicate != replicas:
+        raise ValueError(f"ZeRO 0 keeps a replica on each of the {dp} data-parallel ranks, not {wanted.dp_replicate}")
     if dp % replicas:
         raise ValueError(f"{dp} data-parallel ranks do not divide into {replicas} replicas")
     return Layout(replicas, dp // replicas, wanted.tp, wanted.pp, wanted.zero, wanted.engine)
@@ -118,12 +118,12 @@ class BatchPlan:
 
 
 def batch_plan(config: Config, layout: Layout) -> BatchPlan:
-    """The split of `batch.rows` over `layout`. Raises ValueError when it does not divide."""
-    rows = config.batch.rows
+    """The split of `batch.size` over `layout`. Raises ValueError when it does not divide."""
+    rows = config.batch.size
     rank_rows, rest = divmod(rows, layout.dp)
     if rest or not rank_rows:
-        raise ValueError(f"batch.rows={rows} does not divide over {layout.dp} data-parallel ranks")
-    micro = config.batch.micro or next(n for n in range(min(8, rank_rows), 0, -1) if rank_rows % n == 0)
+        raise ValueError(f"batch.size={rows} does not divide over {layout.dp} data-parallel ranks")
+    micro = config.batch.micro_size or next(n for n in range(min(8, rank_rows), 0, -1) if rank_rows % n == 0)
     if micro < 1 or rank_rows % micro:
         raise ValueError(f"{rank_rows} rows per rank do not divide into micro-batches of {micro}")
     return BatchPlan(rows, rank_rows, micro)
@@ -133,20 +133,20 @@ def fit(config: Config, world: int) -> Config:
     """`config` for another number of ranks than it was made for: tp and pp stay, the data-parallel degree follows.
 
     Where replicas or micro-batches no longer divide, the largest smaller number that does takes their place. What does
-    not fit all the same (tp x pp, batch.rows) is left for `stoker.parallel.refusals`. None of this changes the maths.
+    not fit all the same (tp x pp, batch.size) is left for `stoker.parallel.refusals`. None of this changes the maths.
     """
     dp, rest = divmod(world, config.parallel.tp * config.parallel.pp)
-    if rest or not dp or config.batch.rows % dp:
+    if rest or not dp or config.batch.size % dp:
         return config
-    replicas, micro, rank_rows = config.parallel.replicas, config.batch.micro, config.batch.rows // dp
+    replicas, micro, rank_rows = config.parallel.dp_replicate, config.batch.micro_size, config.batch.size // dp
     if replicas is not None:
         replicas = dp if config.parallel.zero == 0 else _largest_divisor(dp, replicas)
     if micro is not None:
         micro = _largest_divisor(rank_rows, micro)
     return dataclasses.replace(
         config,
-        parallel=dataclasses.replace(config.parallel, replicas=replicas),
-        batch=dataclasses.replace(config.batch, micro=micro),
+        parallel=dataclasses.replace(config.parallel, dp_replicate=replicas),
+        batch=dataclasses.replace(config.batch, micro_size=micro),
     )
 
 

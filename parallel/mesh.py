@@ -27,10 +27,10 @@ class Mesh:
     world: dist.ProcessGroup  # all ranks, on the device's backend
     control: dist.ProcessGroup  # all ranks, on gloo: small texts between hosts
     timeout: timedelta  # of every group; torch does not pass the default group's on to new ones
-    groups: dict[str, dist.ProcessGroup | None] = field(default_factory=dict)  # the axes', and what `divide` added
+    groups: dict[str, dist.ProcessGroup | None] = field(default_factory=dict)  # the axes', and what `add_groups` added
 
     @property
-    def at(self) -> Coordinate:
+    def coordinate(self) -> Coordinate:
         return self.layout.coordinate(self.rank)
 
     @property
@@ -38,10 +38,10 @@ class Mesh:
         return self.layout.dp_rank(self.rank)
 
     def group(self, name: str) -> dist.ProcessGroup | None:
-        """The ranks that differ from this one only along the axis `name`, or the group that `divide` made."""
+        """The ranks that differ from this one only along the axis `name`, or the group that `add_groups` made."""
         return self.groups[name]
 
-    def divide(self, name: str, groups: Sequence[Sequence[int]]) -> None:
+    def add_groups(self, name: str, groups: Sequence[Sequence[int]]) -> None:
         """Make the groups called `name`: lists of ranks that do not overlap. A collective: all ranks pass the same.
 
         A name that exists already is left as it is.
@@ -57,28 +57,28 @@ class Mesh:
                 if self.rank in ranks:
                     self.groups[name] = group
 
-    def alone(self) -> dist.ProcessGroup:
+    def self_group(self) -> dist.ProcessGroup:
         """A group of this rank only, for code that takes None for all ranks. A collective, the first time."""
         if self.layout.world == 1:
             return self.world
-        if "alone" not in self.groups:
-            self.groups["alone"] = dist.new_group([self.rank], timeout=self.timeout, use_local_synchronization=True)
-        group = self.groups["alone"]
+        if "self" not in self.groups:
+            self.groups["self"] = dist.new_group([self.rank], timeout=self.timeout, use_local_synchronization=True)
+        group = self.groups["self"]
         assert group is not None
         return group
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """`values` summed in place over all ranks, on the device."""
         dist.all_reduce(values, group=self.world)
         return values
 
-    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+    def any(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag, whether it is set on any rank. A collective on the control group, of tens of microseconds."""
         counts = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(counts, group=self.control)
         return [count > 0 for count in counts.tolist()]
 
-    def exchange(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """`text` of every rank, in rank order. A collective on the control group."""
         texts: list[str | None] = [None] * self.layout.world
         dist.all_gather_object(texts, text, group=self.control)
@@ -88,7 +88,7 @@ class Mesh:
         """The torch device mesh that `fully_shard` takes: (dp_shard) or, hybrid, (dp_replicate, dp_shard)."""
         from torch.distributed.device_mesh import DeviceMesh
 
-        at = self.at
+        at = self.coordinate
         ranks = torch.tensor(
             [
                 [self.layout.rank(Coordinate(at.pp, replica, shard, at.tp)) for shard in range(self.layout.dp_shard)]
@@ -137,7 +137,7 @@ def mesh_over_default_group(layout: Layout, device: torch.device, timeout_second
     control = world if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
     mesh = Mesh(layout, rank, device, world, control, timeout)
     for axis in AXES:
-        mesh.divide(axis, layout.groups(axis))
+        mesh.add_groups(axis, layout.groups(axis))
     return mesh
 
 

@@ -39,7 +39,7 @@ class Constant:
     value: float
 
 
-class CuttableModel(Protocol):
+class ParallelizableModel(Protocol):
     """What an engine asks of a model, besides being an `nn.Module` whose parameters carry global names."""
 
     def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None) -> Tensor:

@@ -13,31 +13,36 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from stoker.conf.schema import Config
+from stoker.parallel.batch import Batch
+from stoker.parallel.forward_backward import ForwardBackward, GradientAccumulation
 from stoker.parallel.layout import BatchPlan
 from stoker.parallel.loss_scale import LossScale
-from stoker.parallel.mapped import offloaded
 from stoker.parallel.mesh import Mesh
+from stoker.parallel.mmap_offload import offloaded
 from stoker.parallel.optimizer import LocalOptimizer
-from stoker.parallel.passes import Passes, StraightPasses
-from stoker.parallel.registry import Held, Registry
-from stoker.parallel.replicated import ReplicatedWeights
-from stoker.parallel.rows import Rows
+from stoker.parallel.registry import LocalShard, Registry
+from stoker.parallel.replicated import ReplicatedStrategy
+from stoker.parallel.sharding import DTYPES, Precision, ShardingStrategy
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.stages import stages_of
-from stoker.parallel.update import SILENCE, Said, StepResult, agree
-from stoker.parallel.weights import DTYPES, Precision, Weights
+from stoker.parallel.update import NO_FLAGS, StepFlags, StepResult, reduce_step
 
 
 class NativeEngine:
     """An `Engine`: `passes` through this rank's stages, whose weights are `weights`, one for each."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, passes: Passes, registry: Registry, weights: Sequence[Weights]
+        self,
+        config: Config,
+        mesh: Mesh,
+        passes: ForwardBackward,
+        registry: Registry,
+        weights: Sequence[ShardingStrategy],
     ) -> None:
         self._mesh, self._passes, self._registry, self._weights = mesh, passes, registry, weights
-        self._clip_norm = config.clip_norm
-        self._nominal_tokens = config.batch.rows * config.seq_len
-        self._held: dict[str, Held] = {}
+        self._clip_norm = config.grad_clip_norm
+        self._nominal_tokens = config.batch.size * config.seq_len
+        self._held: dict[str, LocalShard] = {}
         self._tensors: dict[str, Tensor] = {}
         for stage in weights:
             self._held |= stage.held
@@ -50,17 +55,17 @@ class NativeEngine:
         self._one = torch.ones((), device=mesh.device)
         self._complete: dict[str, Tensor] | None = None  # gradients of this step after all sums, once asked for
         # All ranks of a replica see the same rows; the first tensor-parallel rank of the last stage reports them.
-        self._reports = mesh.at.tp == 0 and mesh.at.pp == mesh.layout.pp - 1
+        self._reports = mesh.coordinate.tp == 0 and mesh.coordinate.pp == mesh.layout.pp - 1
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._tokens = torch.zeros((), dtype=torch.float64, device=mesh.device)
 
-    def forward_backward(self, rows: Rows) -> None:
+    def forward_backward(self, rows: Batch) -> None:
         loss_sum = self._passes.train(rows, self._scale() / self._nominal_tokens)
         if self._reports:
             self._loss_sum += loss_sum
             self._tokens += rows.valid_tokens().to(self._mesh.device, non_blocking=True)
 
-    def update(self, lr: float, said: Said = SILENCE) -> StepResult:
+    def update(self, lr: float, said: StepFlags = NO_FLAGS) -> StepResult:
         with record_function("stoker.update"):
             gradients = self._gradients()
             counted = [
@@ -68,7 +73,7 @@ class NativeEngine:
                 for name, gradient in gradients.items()
                 if gradient.numel() and self._registry.counted(name, self._held[name])
             ]
-            verdict = agree(
+            verdict = reduce_step(
                 self._mesh,
                 counted,
                 self._loss_sum,
@@ -76,7 +81,7 @@ class NativeEngine:
                 said,
                 loss_scale=self._scale(),
                 nominal_tokens=self._nominal_tokens,
-                clip_norm=self._clip_norm,
+                grad_clip_norm=self._clip_norm,
             )
             self._optimizer.step(gradients, lr, verdict.gradient_divisor, verdict.found_inf)
             self.shards_written()
@@ -86,7 +91,7 @@ class NativeEngine:
             self._tokens.zero_()
         return verdict.result
 
-    def evaluate(self, rows: Rows) -> Tensor:
+    def evaluate(self, rows: Batch) -> Tensor:
         loss_sum = self._passes.evaluate(rows)
         if not self._reports:
             return torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
@@ -100,7 +105,7 @@ class NativeEngine:
     def shards_written(self) -> None:
         self._complete = None
         for stage in self._weights:
-            stage.updated()
+            stage.on_optimizer_step()
 
     def gradient_shards(self) -> list[Shard]:
         scale = self._scale()
@@ -169,34 +174,34 @@ def build_native(
         for stage, precision in zip(stages, precisions, strict=True)
     ]
     mask = bool(config.data.document_mask)
-    passes: Passes
+    passes: ForwardBackward
     if mesh.layout.pp == 1:
-        passes = StraightPasses(weights[0], plan, mesh.device, mask)
+        passes = GradientAccumulation(weights[0], plan, mesh.device, mask)
     else:
-        from stoker.parallel.pipeline import PipelinePasses, Stage  # a second of imports that only pipelines need
+        from stoker.parallel.pipeline import PipelineSchedule, Stage  # a second of imports that only pipelines need
 
         tokens = plan.micro_rows * config.seq_len
-        if config.parallel.sequence:
+        if config.parallel.sequence_parallel:
             tokens //= mesh.layout.tp
-        numbers = stages_of(mesh.at.pp, mesh.layout.pp, config.parallel.stages_per_rank)
+        numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
         held = [Stage(number, stage.module, stage) for number, stage in zip(numbers, weights, strict=True)]
-        activation = torch.empty(tokens, config.model.width, dtype=dtype, device="meta")
-        passes = PipelinePasses(mesh, plan, held, config.parallel.schedule, mask, activation)
+        activation = torch.empty(tokens, config.model.hidden_size, dtype=dtype, device="meta")
+        passes = PipelineSchedule(mesh, plan, held, config.parallel.schedule, mask, activation)
     return NativeEngine(config, mesh, passes, registry, weights)
 
 
 def _store(
     config: Config, mesh: Mesh, plan: BatchPlan, registry: Registry, model: nn.Module, precision: Precision
-) -> Weights:
+) -> ShardingStrategy:
     if config.parallel.engine == "deepspeed":
-        from stoker.parallel.deepspeed_engine.weights import (
-            DeepSpeedWeights,  # it imports DeepSpeed, which takes seconds
+        from stoker.parallel.deepspeed_engine.strategy import (
+            DeepSpeedStrategy,  # it imports DeepSpeed, which takes seconds
         )
 
-        return DeepSpeedWeights(config, mesh, plan, model, registry)
+        return DeepSpeedStrategy(config, mesh, plan, model, registry)
     offload = config.parallel.offload == "cpu"
     if mesh.layout.dp_shard == 1:
-        return ReplicatedWeights(model, mesh.device, precision, mesh.group("dp_replicate"), offload)
-    from stoker.parallel.sharded import ShardedWeights  # half a second of imports that ZeRO 0 does not need
+        return ReplicatedStrategy(model, mesh.device, precision, mesh.group("dp_replicate"), offload)
+    from stoker.parallel.sharded import ShardedStrategy  # half a second of imports that ZeRO 0 does not need
 
-    return ShardedWeights(model, mesh, precision, mesh.layout.zero, offload)
+    return ShardedStrategy(model, mesh, precision, mesh.layout.zero, offload)

@@ -1,10 +1,10 @@
 """The micro-batches of a step through a pipeline, by torch's schedules: GPipe, 1F1B, interleaved 1F1B.
 
 Training is torch's: its schedule says when which micro-batch passes which stage, its stage sends and receives. Three
-things are ours. What follows a backward is left to the stage's `Weights`, who alone know when gradients are reduced
-and parameters given back; torch does not get to see that modules are sharded. Shapes are given, not found out with a
-forward pass. And what travels is kept only while a micro-batch is under way: torch's own buffers are one for each
-micro-batch of the step, so that the memory of 1F1B and interleaved 1F1B would grow with their number after all.
+things are ours. What follows a backward is left to the stage's `ShardingStrategy`, who alone know when gradients are
+reduced and parameters given back; torch does not get to see that modules are sharded. Shapes are given, not found out
+with a forward pass. And what travels is kept only while a micro-batch is under way: torch's own buffers are one for
+each micro-batch of the step, so that the memory of 1F1B and interleaved 1F1B would grow with their number after all.
 
 Evaluation needs no schedule: every rank computes a stage, hands the result to the next rank and takes the next one
 from the previous, all at the same time (`Ring`).
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.profiler import record_function
 
+from stoker.parallel.batch import Batch
 from stoker.parallel.layout import BatchPlan
 from stoker.parallel.mesh import Mesh
-from stoker.parallel.rows import Rows
-from stoker.parallel.weights import Weights
+from stoker.parallel.sharding import ShardingStrategy
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
 
@@ -40,11 +40,11 @@ class Stage:
 
     number: int  # in the pipeline, from 0
     model: nn.Module  # its part of the model, cut and with memory
-    weights: Weights
+    weights: ShardingStrategy
 
 
-class PipelinePasses:
-    """`stoker.parallel.passes.Passes` of a rank that holds `stages`, in the order of the pipeline.
+class PipelineSchedule:
+    """`stoker.parallel.forward_backward.ForwardBackward` of a rank that holds `stages`, in the order of the pipeline.
 
     `activation` is a tensor on the meta device like those that go from stage to stage: `[tokens of a micro-batch,
     width]` in the compute dtype, fewer tokens where tensor-parallel ranks share them.
@@ -63,7 +63,7 @@ class PipelinePasses:
         assert group is not None and (len(stages) == 1 or schedule == "interleaved")
         self._device, self._document_mask = mesh.device, document_mask
         self._plan, self._stages, self._activation = plan, stages, activation
-        self._group, self._at, self._size = group, mesh.at.pp, mesh.layout.pp
+        self._group, self._at, self._size = group, mesh.coordinate.pp, mesh.layout.pp
         self._count = self._size * len(stages)
         self._factor = torch.ones((), device=mesh.device)
         self._total = torch.zeros((), dtype=torch.float64, device=mesh.device)
@@ -87,7 +87,7 @@ class PipelinePasses:
             # have to be there for; torch's schedules see to the pairs.
             dist.all_reduce(torch.zeros((), device=mesh.device), group=group)
 
-    def train(self, rows: Rows, factor: Tensor) -> Tensor:
+    def train(self, rows: Batch, factor: Tensor) -> Tensor:
         assert len(rows) == self._plan.rank_rows, (len(rows), self._plan)
         self._factor = factor
         self._total = torch.zeros_like(self._total)
@@ -97,7 +97,7 @@ class PipelinePasses:
             self._outbox.wait()
         return self._total
 
-    def evaluate(self, rows: Rows) -> Tensor:
+    def evaluate(self, rows: Batch) -> Tensor:
         size = self._plan.micro_rows
         rows = rows.padded(size).to(self._device)
         ring = Ring(self._at, self._size, self._count, len(rows) // size)
@@ -179,7 +179,8 @@ class Outbox:
 
 
 class _TorchStage(PipelineStage):
-    """torch's stage, leaving weights to `Weights` and holding what is received and sent only as long as it must.
+    """torch's stage, leaving weights to `ShardingStrategy` and holding what is received and sent only as long as it
+    must.
 
     With an outbox it sends by itself, which only the interleaved schedule allows: the others send while they receive.
     """
@@ -210,7 +211,7 @@ class _TorchStage(PipelineStage):
     def backward_maybe_with_nosync(
         self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> Any:
-        self._weights.begin(last=last_backward)
+        self._weights.on_backward_start(is_last=last_backward)
         with record_function("stoker.backward"):
             result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         if self.is_last:
@@ -297,6 +298,6 @@ class _Forward(nn.Module):
         return output
 
 
-def _inputs(rows: Rows, document_mask: bool) -> dict[str, Tensor]:
+def _inputs(rows: Batch, document_mask: bool) -> dict[str, Tensor]:
     inputs = {"tokens": rows.tokens, "positions": rows.positions, "labels": rows.labels}
     return inputs | {"documents": rows.documents} if document_mask else inputs

@@ -15,9 +15,9 @@ from stoker.conf.limits import LIMITS, ZERO_BUBBLE
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.parallel.deepspeed_engine.refused import ENTRIES as OF_DEEPSPEED
-from stoker.parallel.lanes_refused import ENTRIES as OF_LANES
-from stoker.parallel.nearest import around, divisors, either, multiples_around
 from stoker.parallel.start import Start
+from stoker.parallel.streaming_refused import ENTRIES as OF_LANES
+from stoker.parallel.suggestions import around, divisors, either, multiples_around
 
 
 @dataclass(frozen=True)
@@ -53,48 +53,50 @@ def _axes(start: Start) -> str | None:
     return f"{start.world} ranks do not divide into tp {wanted.tp} x pp {wanted.pp}: launch.nproc={ranks} does"
 
 
-@_refuses("replicas of ZeRO 0", "parallel.replicas other than dp under ZeRO 0", "ZeRO 0 shards nothing")
+@_refuses("replicas of ZeRO 0", "parallel.dp_replicate other than dp under ZeRO 0", "ZeRO 0 shards nothing")
 def _replicas_of_zero_0(start: Start) -> str | None:
-    dp, replicas = start.dp, start.config.parallel.replicas
+    dp, replicas = start.dp, start.config.parallel.dp_replicate
     if not dp or start.config.parallel.zero != 0 or replicas in (None, dp):
         return None
     return (
-        f"parallel.replicas={replicas}: ZeRO 0 keeps a replica on each of the {dp} data-parallel ranks; "
+        f"parallel.dp_replicate={replicas}: ZeRO 0 keeps a replica on each of the {dp} data-parallel ranks; "
         f"leave it out, or shard with parallel.zero=1"
     )
 
 
-@_refuses("replicas", "parallel.replicas that does not divide dp", "every replica is sharded over as many ranks")
+@_refuses("replicas", "parallel.dp_replicate that does not divide dp", "every replica is sharded over as many ranks")
 def _replicas(start: Start) -> str | None:
-    dp, replicas = start.dp, start.config.parallel.replicas
+    dp, replicas = start.dp, start.config.parallel.dp_replicate
     if not dp or start.config.parallel.zero == 0 or not replicas or replicas < 1 or dp % replicas == 0:
         return None
     return (
-        f"parallel.replicas={replicas} does not divide {dp} data-parallel ranks: "
+        f"parallel.dp_replicate={replicas} does not divide {dp} data-parallel ranks: "
         f"{either(around(replicas, divisors(dp)))} does"
     )
 
 
-@_refuses("rows over ranks", "batch.rows that is no multiple of dp", "every data-parallel rank reads as many rows")
+@_refuses("rows over ranks", "batch.size that is no multiple of dp", "every data-parallel rank reads as many rows")
 def _rows(start: Start) -> str | None:
-    dp, rows = start.dp, start.config.batch.rows
+    dp, rows = start.dp, start.config.batch.size
     if not dp or rows < 1 or rows % dp == 0:
         return None
     ranks = either(n * (start.world // dp) for n in around(dp, divisors(rows)))
     return (
-        f"batch.rows={rows} does not divide over {dp} data-parallel ranks: "
-        f"batch.rows={either(multiples_around(rows, dp))} does, or launch.nproc={ranks}"
+        f"batch.size={rows} does not divide over {dp} data-parallel ranks: "
+        f"batch.size={either(multiples_around(rows, dp))} does, or launch.nproc={ranks}"
     )
 
 
-@_refuses("micro-batches", "batch.micro that does not divide the rows of a rank", "micro-batches are equally large")
+@_refuses(
+    "micro-batches", "batch.micro_size that does not divide the rows of a rank", "micro-batches are equally large"
+)
 def _micro(start: Start) -> str | None:
-    rows, micro, dp = start.config.batch.rows, start.config.batch.micro, start.dp
+    rows, micro, dp = start.config.batch.size, start.config.batch.micro_size, start.dp
     if not dp or rows < 1 or rows % dp or not micro or micro < 1 or (rows // dp) % micro == 0:
         return None
     return (
-        f"batch.micro={micro} does not divide the {rows // dp} rows of a rank "
-        f"(batch.rows={rows} over {dp}): {either(around(micro, divisors(rows // dp)))} does"
+        f"batch.micro_size={micro} does not divide the {rows // dp} rows of a rank "
+        f"(batch.size={rows} over {dp}): {either(around(micro, divisors(rows // dp)))} does"
     )
 
 
@@ -106,16 +108,24 @@ def _micro(start: Start) -> str | None:
 )
 def _tensor_parallel(start: Start) -> str | None:
     tp, model = start.config.parallel.tp, start.config.model
-    heads, kv_heads, hidden = model.heads, model.kv_heads or model.heads, model.hidden
+    heads, kv_heads, hidden = (
+        model.num_attention_heads,
+        model.num_key_value_heads or model.num_attention_heads,
+        model.intermediate_size,
+    )
     if not start.built_in_model or min(tp, heads, kv_heads, hidden) < 1:
         return None
 
     def shares_kv_heads(ranks: int) -> bool:
         return kv_heads % ranks == 0 or ranks % kv_heads == 0
 
-    uneven = [f"model.{name}={size}" for name, size in (("heads", heads), ("hidden", hidden)) if size % tp]
-    if model.kv_heads and not shares_kv_heads(tp):
-        uneven.append(f"model.kv_heads={kv_heads}")
+    uneven = [
+        f"model.{name}={size}"
+        for name, size in (("num_attention_heads", heads), ("intermediate_size", hidden))
+        if size % tp
+    ]
+    if model.num_key_value_heads and not shares_kv_heads(tp):
+        uneven.append(f"model.num_key_value_heads={kv_heads}")
     if not uneven:
         return None
     fitting = around(tp, filter(shares_kv_heads, divisors(math.gcd(heads, hidden))))
@@ -124,31 +134,36 @@ def _tensor_parallel(start: Start) -> str | None:
 
 @_refuses(
     "sequence parallelism",
-    "micro-batches whose tokens do not divide over parallel.tp under parallel.sequence",
+    "micro-batches whose tokens do not divide over parallel.tp under parallel.sequence_parallel",
     "between regions every rank holds as many tokens",
 )
 def _sequence_parallel(start: Start) -> str | None:
     tp, seq_len, plan = start.config.parallel.tp, start.config.seq_len, start.plan
-    if not start.config.parallel.sequence or plan is None or seq_len < 1 or plan.micro_rows * seq_len % tp == 0:
+    if (
+        not start.config.parallel.sequence_parallel
+        or plan is None
+        or seq_len < 1
+        or plan.micro_rows * seq_len % tp == 0
+    ):
         return None
     micro = [n for n in divisors(plan.rank_rows) if n * seq_len % tp == 0]
-    rows = f"batch.micro={either(around(plan.micro_rows, micro))} does, or " if micro else ""
+    rows = f"batch.micro_size={either(around(plan.micro_rows, micro))} does, or " if micro else ""
     lengths = either(multiples_around(seq_len, tp // math.gcd(tp, plan.micro_rows)))
     return (
         f"micro-batches of {plan.micro_rows} x seq_len={seq_len} tokens do not divide over parallel.tp={tp}: "
-        f"{rows}seq_len={lengths}, or parallel.sequence=false"
+        f"{rows}seq_len={lengths}, or parallel.sequence_parallel=false"
     )
 
 
 @_refuses("stages", "more pipeline stages than layers", "a stage holds at least one layer")
 def _stages(start: Start) -> str | None:
-    wanted, layers = start.config.parallel, start.config.model.layers
+    wanted, layers = start.config.parallel, start.config.model.num_hidden_layers
     stages = wanted.pp * wanted.stages_per_rank
     if not start.built_in_model or stages <= max(layers, 1):
         return None
     return (
         f"parallel.pp={wanted.pp} x parallel.stages_per_rank={wanted.stages_per_rank} are {stages} stages for "
-        f"model.layers={layers}: at most {layers} stages work"
+        f"model.num_hidden_layers={layers}: at most {layers} stages work"
     )
 
 
@@ -192,8 +207,8 @@ def _full_pipeline(start: Start) -> str | None:
     if plan is None or wanted.schedule != "1f1b" or wanted.pp == 1 or plan.micro_batches >= wanted.pp:
         return None
     stages = wanted.pp
-    advice = f"batch.micro={plan.rank_rows // stages}" if plan.rank_rows % stages == 0 else None
-    advice = advice or f"batch.rows={stages * plan.micro_rows * plan.rows // plan.rank_rows}"
+    advice = f"batch.micro_size={plan.rank_rows // stages}" if plan.rank_rows % stages == 0 else None
+    advice = advice or f"batch.size={stages * plan.micro_rows * plan.rows // plan.rank_rows}"
     return f"{plan.micro_batches} micro-batches do not fill {stages} pipeline stages: {advice} does"
 
 
@@ -210,7 +225,7 @@ def _interleaved_rounds(start: Start) -> str | None:
     micro = either(plan.rank_rows // n for n in around(plan.micro_batches, counts))
     return (
         f"{plan.micro_batches} micro-batches do not split into rounds over parallel.pp={wanted.pp}: "
-        f"batch.micro={micro} does"
+        f"batch.micro_size={micro} does"
     )
 
 
@@ -241,31 +256,36 @@ def _fp16_on_cpus(start: Start) -> str | None:
     return "precision=fp16 on CPUs: precision=bf16 works"
 
 
-@_refuses("query groups", "model.heads that is no multiple of model.kv_heads", "query heads share kv heads evenly")
+@_refuses(
+    "query groups",
+    "model.num_attention_heads that is no multiple of model.num_key_value_heads",
+    "query heads share kv heads evenly",
+)
 def _query_groups(start: Start) -> str | None:
-    heads, kv_heads = start.config.model.heads, start.config.model.kv_heads
+    heads, kv_heads = start.config.model.num_attention_heads, start.config.model.num_key_value_heads
     if not start.built_in_model or not kv_heads or min(heads, kv_heads) < 1 or heads % kv_heads == 0:
         return None
     return (
-        f"model.kv_heads={kv_heads} does not divide model.heads={heads}: "
+        f"model.num_key_value_heads={kv_heads} does not divide model.num_attention_heads={heads}: "
         f"{either(around(kv_heads, divisors(heads)))} does"
     )
 
 
 @_refuses(
     "width of a head",
-    "model.width that does not split into heads of an even width, with head_dim null",
+    "model.hidden_size that does not split into heads of an even width, with head_dim null",
     "rotary embeddings turn pairs of channels",
 )
 def _head_width(start: Start) -> str | None:
     model = start.config.model
-    if not start.built_in_model or model.head_dim is not None or min(model.heads, model.width) < 1:
+    if not start.built_in_model or model.head_dim is not None or min(model.num_attention_heads, model.hidden_size) < 1:
         return None
-    if model.width % (2 * model.heads) == 0:
+    heads = model.num_attention_heads
+    if model.hidden_size % (2 * heads) == 0:
         return None
     return (
-        f"model.width={model.width} does not split into model.heads={model.heads} of an even width: "
-        f"model.width={either(multiples_around(model.width, 2 * model.heads))} does, or set model.head_dim"
+        f"model.hidden_size={model.hidden_size} does not split into num_attention_heads={heads} of an even width: "
+        f"model.hidden_size={either(multiples_around(model.hidden_size, 2 * heads))} does, or set model.head_dim"
     )
 
 
@@ -295,15 +315,16 @@ def _warmup(start: Start) -> str | None:
     )
 
 
-@_refuses("evaluation", "eval.every without eval.rows, or eval.rows with data.validation=0", "it evaluates nothing")
+@_refuses(
+    "evaluation", "eval.every without eval.sequences, or eval.sequences with data.validation=0", "it evaluates nothing"
+)
 def _evaluation(start: Start) -> str | None:
-    every, rows = start.config.eval.every, start.config.eval.rows
+    every, rows = start.config.eval.every, start.config.eval.sequences
     if every > 0 and rows == 0:
-        return (
-            f"eval.every={every} with eval.rows=0 evaluates nothing: set eval.rows, such as {start.config.batch.rows}"
-        )
+        size = start.config.batch.size
+        return f"eval.every={every} with eval.sequences=0 evaluates nothing: set eval.sequences, such as {size}"
     if rows > 0 and start.config.data.validation == 0:
-        return f"eval.rows={rows} with data.validation=0: no document is kept for validation; 0.02 keeps some"
+        return f"eval.sequences={rows} with data.validation=0: no document is kept for validation; 0.02 keeps some"
     return None
 
 
@@ -320,7 +341,7 @@ def _best_checkpoints(start: Start) -> str | None:
         return None
     return (
         f"checkpoint.keep_best={wanted.keep_best} with checkpoint.every={wanted.every} and eval.every={every}: "
-        f"eval.every={wanted.every} measures every checkpoint (with eval.rows above 0)"
+        f"eval.every={wanted.every} measures every checkpoint (with eval.sequences above 0)"
     )
 
 

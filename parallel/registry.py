@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stoker.parallel.shards import Rectangle, Shard, whole
+from stoker.parallel.shards import Chunk, Shard, whole
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of the module's local tensor and the rectangle of the global tensor that it is."""
+    """A chunk of the module's local tensor and the chunk of the global tensor that it is."""
 
-    local: Rectangle
-    world: Rectangle
+    local_chunk: Chunk
+    global_chunk: Chunk
 
 
 @dataclass(frozen=True)
@@ -38,26 +38,26 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalShard:
     """What ZeRO left of a parameter on this rank: a part of the module's tensor, and who else holds it.
 
-    The data of one rectangle have its shape. Those of a flat range, which are several rectangles (see `flat_range`),
-    are one dim: the rectangles' elements, one rectangle after the other.
+    The data of one chunk have its shape. Those of a flat range, which are several chunks (see `flat_range`),
+    are one dim: the chunks' elements, one chunk after the other.
     """
 
-    rectangles: tuple[Rectangle, ...]
+    chunks: tuple[Chunk, ...]
     replica: int = 0
     replicas: int = 1
 
-    def views(self, data: Tensor) -> Iterator[tuple[Rectangle, Tensor]]:
-        """Each rectangle with its part of `data`, in its shape and in the same memory."""
+    def views(self, data: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
+        """Each chunk with its part of `data`, in its shape and in the same memory."""
         start = 0
-        for rectangle in self.rectangles:
-            if data.shape == rectangle.size:
-                yield rectangle, data
+        for chunk in self.chunks:
+            if data.shape == chunk.sizes:
+                yield chunk, data
             else:
-                yield rectangle, data[start : start + rectangle.numel].view(rectangle.size)
-            start += rectangle.numel
+                yield chunk, data[start : start + chunk.numel].view(chunk.sizes)
+            start += chunk.numel
 
 
 class Registry:
@@ -69,7 +69,7 @@ class Registry:
     def trainable(self) -> list[str]:
         return [entry.name for entry in self.entries.values() if entry.trainable]
 
-    def counted(self, name: str, held: Held) -> bool:
+    def counted(self, name: str, held: LocalShard) -> bool:
         """Whether this rank counts its part of the parameter in sums over all ranks: of its replicas one does.
 
         Which one is drawn by the name, so that the work is spread and no rank has to know the others' parameters.
@@ -77,25 +77,27 @@ class Registry:
         replica, replicas = self._replica(name, held)
         return zlib.crc32(name.encode()) % replicas == replica
 
-    def _replica(self, name: str, held: Held) -> tuple[int, int]:
+    def _replica(self, name: str, held: LocalShard) -> tuple[int, int]:
         entry = self.entries[name]
         return entry.replica * held.replicas + held.replica, entry.replicas * held.replicas
 
-    def shards(self, name: str, kind: str, held: Held, data: Tensor) -> Iterator[Shard]:
-        """`data` (the `held` part of parameter `name`, or optimizer state of its shape) as global rectangles."""
+    def shards(self, name: str, kind: str, held: LocalShard, data: Tensor) -> Iterator[Shard]:
+        """`data` (the `held` part of parameter `name`, or optimizer state of its shape) as global chunks."""
         entry = self.entries[name]
         replica, replicas = self._replica(name, held)
-        for rectangle, values in held.views(data):
+        for chunk, values in held.views(data):
             for piece in entry.pieces:
-                part = piece.local.intersection(rectangle)
+                part = piece.local_chunk.intersection(chunk)
                 if part is None:
                     continue
                 offset = tuple(
                     there + here - start
-                    for there, here, start in zip(piece.world.offset, part.offset, piece.local.offset, strict=True)
+                    for there, here, start in zip(
+                        piece.global_chunk.offsets, part.offsets, piece.local_chunk.offsets, strict=True
+                    )
                 )
-                view = values[part.within(rectangle)]
-                yield Shard(name, kind, entry.shape, Rectangle(offset, part.size), view, replica, replicas)
+                view = values[part.within(chunk)]
+                yield Shard(name, kind, entry.shape, Chunk(offset, part.sizes), view, replica, replicas)
 
 
 def whole_entry(name: str, parameter: nn.Parameter) -> Entry:
@@ -110,6 +112,6 @@ def whole_entry(name: str, parameter: nn.Parameter) -> Entry:
     return Entry(name, shape, (Piece(box, box),), trainable=parameter.requires_grad)
 
 
-def uncut(model: nn.Module) -> Registry:
+def whole_registry(model: nn.Module) -> Registry:
     """The registry of a model that no tensor parallelism has cut: every tensor is whole. Tied tensors stand once."""
     return Registry(whole_entry(name, parameter) for name, parameter in model.named_parameters())

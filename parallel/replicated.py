@@ -14,16 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stoker.parallel.registry import Held
+from stoker.parallel.registry import LocalShard
+from stoker.parallel.sharding import Precision, materialise, replace_parameters
 from stoker.parallel.shards import whole
-from stoker.parallel.weights import Precision, materialise, replace_parameters
 
 ALIGNMENT = 16  # elements: keeps every view on a 64-byte boundary
 BUCKET_NUMEL = 1 << 21  # elements per all-reduce: 8 MiB of float32
 
 
-class ReplicatedWeights:
-    """See `stoker.parallel.weights.Weights`. `group` are the ranks that hold the same, None if this is the only one.
+class ReplicatedStrategy:
+    """See `stoker.parallel.sharding.ShardingStrategy`. `group` are the ranks that hold the same, None if this is the
+    only one.
 
     With `offload` the float32 parameters, and so the optimizer, live in the CPU's memory: gradients are copied there
     after their reduction, and the compute copy back after the update.
@@ -65,7 +66,7 @@ class ReplicatedWeights:
         self.tensors = {name: view(self._master, name) for name in places}
         self._by_name = {name: view(self._home_gradients, name) for name in trained}
         self._accumulated = {name: view(self._gradients, name) for name in trained}
-        self.held = {name: Held((whole(tuple(p.shape)),), replica, replicas) for name, p in named.items()}
+        self.held = {name: LocalShard((whole(tuple(p.shape)),), replica, replicas) for name, p in named.items()}
         parameters = replace_parameters(
             model,
             lambda name, old: nn.Parameter(
@@ -88,8 +89,8 @@ class ReplicatedWeights:
 
         return accumulate
 
-    def begin(self, *, last: bool) -> None:
-        self._buckets.begin(reduce=last and self._group is not None)
+    def on_backward_start(self, *, is_last: bool) -> None:
+        self._buckets.begin(reduce=is_last and self._group is not None)
 
     def gradients(self) -> dict[str, Tensor]:
         self._buckets.wait()
@@ -97,7 +98,7 @@ class ReplicatedWeights:
             self._home_gradients.copy_(self._gradients)
         return self._by_name
 
-    def updated(self) -> None:
+    def on_optimizer_step(self) -> None:
         self._gradients.zero_()
         for copy in (self._compute, self._full):
             if copy is not self._master:

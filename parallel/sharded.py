@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from stoker.parallel.mesh import Mesh
-from stoker.parallel.model import CuttableModel
-from stoker.parallel.registry import Held
-from stoker.parallel.shards import Rectangle
-from stoker.parallel.weights import Precision, materialise
+from stoker.parallel.model import ParallelizableModel
+from stoker.parallel.registry import LocalShard
+from stoker.parallel.sharding import Precision, materialise
+from stoker.parallel.shards import Chunk
 
 
-class ShardedWeights:
-    """See `parallel.weights.Weights`. `stage` is 1, 2 or 3; with `offload` the shards live in the CPU's memory."""
+class ShardedStrategy:
+    """A `ShardingStrategy`. `stage` is 1, 2 or 3; with `offload` the shards live in the CPU's memory."""
 
     def __init__(self, model: nn.Module, mesh: Mesh, precision: Precision, stage: int, offload: bool = False) -> None:
-        cuttable: CuttableModel = model  # type: ignore[assignment]
+        cuttable: ParallelizableModel = model  # type: ignore[assignment]
         self.module = model
         self._reduces_each = stage >= 2
-        self._gives_back = stage == 3 and mesh.layout.pp == 1
+        self._reshards_after_forward = stage == 3 and mesh.layout.pp == 1
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         home = torch.device("cpu") if offload else mesh.device
         device_mesh = mesh.sharding_mesh()
@@ -39,7 +39,7 @@ class ShardedWeights:
             fully_shard(
                 modules if len(modules) > 1 else modules[0],
                 mesh=device_mesh,
-                reshard_after_forward=self._gives_back,
+                reshard_after_forward=self._reshards_after_forward,
                 mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
                 offload_policy=policy,
             )
@@ -59,14 +59,14 @@ class ShardedWeights:
 
         self._parameters = dict(model.named_parameters())
         self.tensors = {name: _local(parameter) for name, parameter in self._parameters.items()}
-        at, layout = mesh.at, mesh.layout
+        at, layout = mesh.coordinate, mesh.layout
         self.held = {}
         for name, tensor in self.tensors.items():
             # `fully_shard` cuts dim 0 as torch.chunk does: equal chunks, the last ones short or empty
             chunk = -(-shapes[name][0] // layout.dp_shard)
             start = min(chunk * at.dp_shard, shapes[name][0])
-            box = Rectangle((start, *(0 for _ in shapes[name][1:])), tuple(tensor.shape))
-            self.held[name] = Held((box,), at.dp_replicate, layout.dp_replicate)
+            box = Chunk((start, *(0 for _ in shapes[name][1:])), tuple(tensor.shape))
+            self.held[name] = LocalShard((box,), at.dp_replicate, layout.dp_replicate)
 
     def _set_prefetch(self, blocks: list[nn.Module]) -> None:
         """Gather the next block while this one computes, in both directions."""
@@ -74,12 +74,12 @@ class ShardedWeights:
             this.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
             following.set_modules_to_backward_prefetch([this])  # type: ignore[operator]
 
-    def begin(self, *, last: bool) -> None:
+    def on_backward_start(self, *, is_last: bool) -> None:
         assert isinstance(self.module, FSDPModule)
-        self.module.set_requires_gradient_sync(last or self._reduces_each)
-        self.module.set_requires_all_reduce(last)
-        self.module.set_reshard_after_backward(last or self._gives_back)
-        self.module.set_is_last_backward(last)
+        self.module.set_requires_gradient_sync(is_last or self._reduces_each)
+        self.module.set_requires_all_reduce(is_last)
+        self.module.set_reshard_after_backward(is_last or self._reshards_after_forward)
+        self.module.set_is_last_backward(is_last)
 
     def gradients(self) -> dict[str, Tensor]:
         found = {}
@@ -90,7 +90,7 @@ class ShardedWeights:
                 found[name] = _local(parameter.grad)
         return found
 
-    def updated(self) -> None:
+    def on_optimizer_step(self) -> None:
         for parameter in self._parameters.values():
             parameter.grad = None
         for module in self._modules:

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from torch import nn
 
-from stoker.parallel.model import CuttableModel, Part
+from stoker.parallel.model import ParallelizableModel, Part
 
 # An embedding does no arithmetic, but its gradient, as large as a head's matrix, is written for every micro-batch.
 EMBEDDING_SHARE = 0.05
@@ -23,7 +23,7 @@ class Costs:
     head: float
 
 
-def costs_of(whole: CuttableModel, build: Callable[[Part], nn.Module]) -> Costs:
+def costs_of(whole: ParallelizableModel, build: Callable[[Part], nn.Module]) -> Costs:
     """Costs by counting parameters: each takes part in one multiplication per token, forward and twice backward.
 
     `whole` is the uncut model and `build` makes a part of it, both on the meta device. What the parts with embedding

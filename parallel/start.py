@@ -38,7 +38,7 @@ class Start:
     @property
     def plan(self) -> BatchPlan | None:
         """The split of the rows, or None where they do not divide, which is refused by its own entry."""
-        if self.dp is None or self.config.batch.rows < 1:
+        if self.dp is None or self.config.batch.size < 1:
             return None
         try:
             return batch_plan(self.config, Layout(dp_replicate=self.dp))

@@ -16,7 +16,7 @@ VOTES = ("stop", "preempt", "save", "save_failed", "superseded")  # what ranks a
 
 
 @dataclass(frozen=True)
-class Said:
+class StepFlags:
     """What a rank has to say to the others with a step."""
 
     votes: frozenset[str] = frozenset()  # of VOTES
@@ -25,11 +25,11 @@ class Said:
     norm_ceiling: float = math.inf
 
 
-SILENCE = Said()
+NO_FLAGS = StepFlags()
 
 
 @dataclass(frozen=True)
-class Agreed:
+class StepMetrics:
     """The result of a step on the host, equal on all ranks."""
 
     loss: float  # mean over the valid tokens of the global batch, nats
@@ -55,18 +55,20 @@ class StepResult:
         else:
             self._values = values
 
-    def read(self) -> Agreed:
+    def read(self) -> StepMetrics:
         if self._event is not None:
             self._event.synchronize()
         loss, grad_norm, tokens, skipped, loss_scale, overflowed, *said = self._values.tolist()
         votes, seconds = said[: len(VOTES)], tuple(said[len(VOTES) :])
         cast = frozenset(name for name, count in zip(VOTES, votes, strict=True) if count > 0)
         overflow = bool(overflowed)
-        return Agreed(loss, grad_norm, int(tokens), bool(skipped), cast, loss_scale, overflow, work_seconds=seconds)
+        return StepMetrics(
+            loss, grad_norm, int(tokens), bool(skipped), cast, loss_scale, overflow, work_seconds=seconds
+        )
 
 
 @dataclass(frozen=True)
-class Verdict:
+class UpdateDecision:
     """What the reduced message means for the update. All scalars on the device; nothing here waits for it."""
 
     result: StepResult
@@ -74,17 +76,17 @@ class Verdict:
     found_inf: Tensor  # float32: 1 where the update must be left out
 
 
-def agree(
+def reduce_step(
     mesh: Mesh,
     gradients: Sequence[Tensor],
     loss_sum: Tensor,
     valid_tokens: Tensor,
-    said: Said,
+    said: StepFlags,
     *,
     loss_scale: Tensor,
     nominal_tokens: int,
-    clip_norm: float | None,
-) -> Verdict:
+    grad_clip_norm: float | None,
+) -> UpdateDecision:
     """Reduce one step's message over all ranks and draw the conclusions.
 
     `gradients` are those this rank counts (each element of the global gradient is counted by exactly one rank),
@@ -101,7 +103,7 @@ def agree(
     cast = torch.tensor([*(float(name in said.votes) for name in VOTES), *seconds], dtype=torch.float64)
     squares, cast = squares.to(loss_sum.device), cast.to(loss_sum.device, non_blocking=True)
     message = torch.cat([torch.stack([squares, loss_sum, valid_tokens]), cast])
-    mesh.sum(message)
+    mesh.all_reduce(message)
 
     tokens = message[2]
     counted = tokens.clamp(min=1.0)
@@ -112,10 +114,10 @@ def agree(
     if min(said.loss_ceiling, said.norm_ceiling) < math.inf:
         sound &= (loss <= said.loss_ceiling) & (grad_norm <= said.norm_ceiling)
     divisor = accumulated
-    if clip_norm is not None:
-        divisor = divisor / (clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+    if grad_clip_norm is not None:
+        divisor = divisor / (grad_clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
     skipped = (~sound).double()
     overflowed = skipped * (torch.isfinite(loss) & ~torch.isfinite(grad_norm) & (tokens > 0) & (loss_scale > FLOOR))
     values = torch.cat([torch.stack([loss, grad_norm, tokens, skipped, loss_scale.double(), overflowed]), message[3:]])
     divisor = torch.where(sound, divisor, torch.ones_like(divisor)).float()
-    return Verdict(StepResult(values), divisor, skipped.float())
+    return UpdateDecision(StepResult(values), divisor, skipped.float())

@@ -9,14 +9,14 @@ from stoker.conf.schema import ModelConfig
 from stoker.models.embedding import Embedding
 from stoker.models.loss import Head
 from stoker.parallel.model import Constant, Normal, Part
-from stoker.parallel.tensor.layers import ColumnLinear, Enter, RowLinear
+from stoker.parallel.tensor.layers import ColumnLinear, CopyToTensorParallel, RowLinear
 
 
 class Layer(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(width)
-        self.enter = Enter()
+        self.enter = CopyToTensorParallel()
         self.inner = ColumnLinear(width, 2 * width)
         self.outer = RowLinear(2 * width, width)
 
@@ -30,9 +30,9 @@ class Toy(nn.Module):
     def __init__(self, config: ModelConfig, part: Part) -> None:
         super().__init__()
         assert config.vocab_size is not None
-        self.embedding = Embedding(config.vocab_size, config.width) if part.embedding else None
-        self.layers = nn.ModuleDict({str(n): Layer(config.width) for n in part.layers})
-        weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.embedding = Embedding(config.vocab_size, config.hidden_size) if part.embedding else None
+        self.layers = nn.ModuleDict({str(n): Layer(config.hidden_size) for n in part.layers})
+        weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.head = Head(weight, config.loss_chunk) if part.head else None
 
     def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None) -> Tensor:
@@ -62,7 +62,7 @@ def build_frozen(config: ModelConfig, part: Part) -> nn.Module:
     """The toy with its first layer and its head's matrix not trained."""
     model = Toy(config, part)
     assert model.head is not None
-    model.layers["0"].requires_grad_(False)
+    model.num_hidden_layers["0"].requires_grad_(False)
     model.head.weight.requires_grad_(False)
     return model
 
@@ -71,7 +71,7 @@ def build_with_frozen_start(config: ModelConfig, part: Part) -> nn.Module:
     """The toy with only its last layer and its head trained: the first stage of a pipeline has nothing to learn."""
     model = Toy(config, part)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith((f"layers.{config.layers - 1}", "head")))
+        parameter.requires_grad_(name.startswith((f"layers.{config.num_hidden_layers - 1}", "head")))
     return model
 
 

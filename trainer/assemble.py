@@ -12,22 +12,22 @@ from stoker.conf.faults import read_faults
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.data import RowSource, open_rows, open_stream, prepare, read_rows, vocabulary
+from stoker.parallel.batch import IGNORE_INDEX
 from stoker.parallel.layout import batch_plan
-from stoker.parallel.mapped import offloaded
 from stoker.parallel.mesh import Mesh
-from stoker.parallel.rows import IGNORE
-from stoker.trainer.cut import cut_without_values
+from stoker.parallel.mmap_offload import offloaded
 from stoker.trainer.evaluation import Evaluation
-from stoker.trainer.faults import Faults
-from stoker.trainer.goodput import Booking
-from stoker.trainer.grace import Grace
 from stoker.trainer.loop import Trainer
-from stoker.trainer.metrics import read_recent
-from stoker.trainer.observers import open_observers
+from stoker.trainer.parallelize import build_engine
 from stoker.trainer.pretrained import load_pretrained
-from stoker.trainer.process import Phases, Place
-from stoker.trainer.profile import Profiler
-from stoker.trainer.requests import Requests, deadline_of
+from stoker.trainer.report.goodput import Booking
+from stoker.trainer.report.metrics import read_recent
+from stoker.trainer.report.observers import open_observers
+from stoker.trainer.report.profile import Profiler
+from stoker.trainer.runtime.faults import Faults
+from stoker.trainer.runtime.process import Phases, Place
+from stoker.trainer.runtime.requests import Requests, deadline_of
+from stoker.trainer.runtime.shutdown_estimate import ShutdownEstimate
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def assemble(
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=stream.document_mask))
 
     phase(0, "build")
-    engine, initialise = cut_without_values(config, mesh, plan)
+    engine, initialise = build_engine(config, mesh, plan)
     observers = open_observers(config, run.path, screen) if mesh.rank == 0 else None
     remote = Remote(config.checkpoint.remote) if config.checkpoint.remote else None
     checkpoints = Checkpoints(
@@ -80,7 +80,7 @@ def assemble(
     faults = Faults(read_faults(config.faults), mesh.rank, run, checkpoints, mesh.device)
 
     def restore() -> dict[str, Any] | None:
-        return resume(run.checkpoints, engine.shards(), mesh.exchange, mesh.rank, remote)
+        return resume(run.checkpoints, engine.shards(), mesh.all_gather_text, mesh.rank, remote)
 
     trainer = Trainer(
         config=config,
@@ -111,7 +111,7 @@ def assemble(
     with offloaded(config.parallel):
         checkpoints.prepare(engine.shards())
     if observers is not None:
-        grace = Grace(deadline_of(config.launch.deadline), observers.message)
+        grace = ShutdownEstimate(deadline_of(config.launch.deadline), observers.message)
         grace.recall(read_recent(run.metrics))
         requests.grace = grace.with_margin
         observers.add(grace)
@@ -138,14 +138,14 @@ def _open_data(config: Config, mesh: Mesh, place: Place) -> tuple[RowSource, Eva
     """The rows this rank trains on and those it evaluates. The first rank of each machine tokenises, if need be."""
     if place.local_rank == 0:
         prepare(config)
-    mesh.exchange("the data are prepared")
+    mesh.all_gather_text("the data are prepared")
     dp_rank, dp = mesh.dp_rank, mesh.layout.dp
     stream = open_stream(config, mesh)
-    if not config.eval.rows:
+    if not config.eval.sequences:
         return stream, Evaluation(mesh, None, 1)
     # Every rank makes equally many passes: one that is short of rows reads its first again and counts nothing.
-    numbers = list(range(dp_rank, config.eval.rows, dp))
-    padding = -(-config.eval.rows // dp) - len(numbers)
+    numbers = list(range(dp_rank, config.eval.sequences, dp))
+    padding = -(-config.eval.sequences // dp) - len(numbers)
     rows = read_rows(open_rows(config, "validation"), numbers + [0] * padding, mesh.device.type == "cuda")
-    rows.labels[len(numbers) :] = IGNORE
+    rows.labels[len(numbers) :] = IGNORE_INDEX
     return stream, Evaluation(mesh, rows, batch_plan(config, mesh.layout).micro_rows)

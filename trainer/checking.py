@@ -13,7 +13,7 @@ from typing import Any
 from stoker.checkpoint import Checkpoints, fence
 from stoker.parallel.shards import PARAMETER, Shard
 from stoker.trainer.loop import Trainer
-from stoker.trainer.outcome import Outcome
+from stoker.trainer.runtime.outcome import Outcome
 from stoker.trainer.schedule import learning_rate
 
 GRADIENTS = "gradients"
@@ -41,7 +41,7 @@ def _keep(trainer: Trainer, name: str, step: int, shards: Sequence[Shard], state
     if trainer.mesh.rank == 0:
         directory.mkdir(exist_ok=True)
         fence(directory, 1)
-    trainer.mesh.exchange("the directory is there")
+    trainer.mesh.all_gather_text("the directory is there")
     world = trainer.mesh.layout.world
     saves = Checkpoints(directory, rank=trainer.mesh.rank, world=world, attempt=1, keep=1, mode="sync")
     saves.save(step, shards, state)

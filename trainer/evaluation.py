@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from stoker.parallel.batch import Batch
 from stoker.parallel.engine import Engine
 from stoker.parallel.mesh import Mesh
-from stoker.parallel.rows import Rows
 
 
 class Evaluation:
     """The first `count` validation rows, dealt over data-parallel ranks. Every rank makes equally many passes."""
 
-    def __init__(self, mesh: Mesh, rows: Rows | None, per_pass: int) -> None:
+    def __init__(self, mesh: Mesh, rows: Batch | None, per_pass: int) -> None:
         """`rows`: this rank's validation rows `[n, seq_len]`, n equal on all ranks; None for no evaluation."""
         self._mesh, self._per_pass = mesh, per_pass
         self.rows = rows
@@ -28,5 +28,5 @@ class Evaluation:
             if given_up():
                 return None
             passes.append(engine.evaluate(self.rows[start : start + self._per_pass]))
-        loss_sum, tokens = self._mesh.sum(sum(passes[1:], start=passes[0])).tolist()
+        loss_sum, tokens = self._mesh.all_reduce(sum(passes[1:], start=passes[0])).tolist()
         return loss_sum / max(tokens, 1.0)

@@ -14,19 +14,19 @@ from stoker.conf.schema import Config, to_dict
 from stoker.data import RowSource
 from stoker.parallel.engine import Engine
 from stoker.parallel.mesh import Mesh
-from stoker.parallel.update import Said
+from stoker.parallel.update import StepFlags
 from stoker.trainer.evaluation import Evaluation
-from stoker.trainer.faults import Faults
-from stoker.trainer.goodput import Booking
-from stoker.trainer.grace import CHECKPOINT_SECONDS
-from stoker.trainer.ledger import Ledger, Progress
-from stoker.trainer.observers import Observers
-from stoker.trainer.outcome import Outcome
-from stoker.trainer.process import Phases
-from stoker.trainer.profile import Profiler
-from stoker.trainer.requests import PREEMPT, STOP, Requests, ending_of
+from stoker.trainer.report.goodput import Booking
+from stoker.trainer.report.observers import Observers
+from stoker.trainer.report.profile import Profiler
+from stoker.trainer.runtime.faults import Faults
+from stoker.trainer.runtime.outcome import Outcome
+from stoker.trainer.runtime.process import Phases
+from stoker.trainer.runtime.requests import PREEMPT, STOP, Requests, ending_of
+from stoker.trainer.runtime.shutdown_estimate import CHECKPOINT_SECONDS
+from stoker.trainer.runtime.stragglers import Stragglers, WorkClock
 from stoker.trainer.schedule import learning_rate
-from stoker.trainer.stragglers import Stragglers, WorkClock
+from stoker.trainer.step_log import Progress, StepLog
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Trainer:
 
     def fit(self) -> Outcome:
         """Train until the last step, the end of the data, or a verdict of all ranks. The state is saved at the end."""
-        ledger = self.ledger()
+        step_log = self.step_log()
         clock = WorkClock()
         outcome = Outcome.COMPLETED
         last = self._is_last(self.progress.step)
@@ -72,9 +72,9 @@ class Trainer:
                 self.phase(step, "data")
                 with record_function("stoker.data"):
                     rows = self.rows.next()
-                    first_row = self.rows.row - self.config.batch.rows
+                    first_row = self.rows.row - self.config.batch.size
                 self.phase(step, "forward_backward")
-                self.faults.strike(step)
+                self.faults.inject(step)
                 with self.faults.in_passes():
                     self.engine.forward_backward(rows)
                 self.phase(step, "await_staged")
@@ -82,18 +82,18 @@ class Trainer:
                 self.phase(step, "update")
                 lr = learning_rate(self.config.schedule, self.config.optim, step)
                 work_seconds = clock.take() + self.phase.spent("data")
-                said = Said(self._votes(), work_seconds, *ledger.ceilings(step))
+                said = StepFlags(self._votes(), work_seconds, *step_log.ceilings(step))
                 result = self.engine.update(lr, said)  # stays on the device
             self.phase(step, "data")  # whether this was the last step may be known only when the next rows are
             last = self._is_last(step)
             val_loss = self._evaluate(step, last)
             extra = {"first_row": first_row, **profiled, **self.rows.metrics(), **self.saved}
-            ledger.enter(step, lr, result, val_loss, extra)
+            step_log.enter(step, lr, result, val_loss, extra)
             saving = self._saves_at(step)
             if self.booking is not None:
                 self.booking.step()
             settled = saving or last or self._given_up is not None
-            verdict = ledger.settle(everything=settled)  # else one step late: the host never waits
+            verdict = step_log.settle(everything=settled)  # else one step late: the host never waits
             if ending := verdict.outcome or self._given_up:
                 outcome = ending
                 break
@@ -101,13 +101,13 @@ class Trainer:
                 if not self._roll_back(verdict.bad_step):
                     outcome = Outcome.NONFINITE
                     break
-                ledger = self.ledger()
+                step_log = self.step_log()
                 continue
             if saving or verdict.save:
                 self.save()
             self.report_saves()
         self.profiler.close()
-        ledger.settle(everything=True)
+        step_log.settle(everything=True)
         self.save()
         asked = outcome in (Outcome.STOPPED, Outcome.PREEMPTED)
         return Outcome.COMPLETED if asked and last else outcome
@@ -177,9 +177,9 @@ class Trainer:
                 return
             yield self._step
 
-    def ledger(self) -> Ledger:
-        """A ledger over the present progress, with nothing open."""
-        return Ledger(self.config, self.progress, self.observers, self.phase, self._stragglers)
+    def step_log(self) -> StepLog:
+        """A step log over the present progress, with nothing open."""
+        return StepLog(self.config, self.progress, self.observers, self.phase, self._stragglers)
 
     def _roll_back(self, bad_step: int) -> bool:
         """Go back to the newest checkpoint, to go on from there without `bad_step`; False where that is not possible.
@@ -235,7 +235,7 @@ class Trainer:
     def _gives_up(self) -> bool:
         """Whether any rank was asked to end, which is then known to all. A collective."""
         votes = self.requests.votes()
-        stop, preempt = self.mesh.any_of([STOP in votes, PREEMPT in votes])
+        stop, preempt = self.mesh.any([STOP in votes, PREEMPT in votes])
         self._given_up = ending_of(frozenset([STOP] * stop + [PREEMPT] * preempt))
         return self._given_up is not None
 

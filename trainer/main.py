@@ -25,10 +25,9 @@ from stoker.data import keep_tokenizer
 from stoker.parallel.layout import layout_of
 from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from stoker.trainer.assemble import assemble
-from stoker.trainer.hearing import Hearing
 from stoker.trainer.loop import Trainer
-from stoker.trainer.meeting import ask_for_attempt, meet, tell_attempt
-from stoker.trainer.outcome import (
+from stoker.trainer.report.summary import summarize
+from stoker.trainer.runtime.outcome import (
     Beginning,
     Ending,
     Outcome,
@@ -37,7 +36,8 @@ from stoker.trainer.outcome import (
     write_beginning,
     write_ending,
 )
-from stoker.trainer.process import (
+from stoker.trainer.runtime.preflight import ask_for_attempt, meet, tell_attempt
+from stoker.trainer.runtime.process import (
     Console,
     Phases,
     Place,
@@ -46,10 +46,10 @@ from stoker.trainer.process import (
     keep_freed_memory,
     place_from_environment,
 )
-from stoker.trainer.requests import Requests, deadline_of
+from stoker.trainer.runtime.requests import Requests, deadline_of
+from stoker.trainer.runtime.signal_listener import SignalListener
+from stoker.trainer.runtime.stack_dump import StackDump
 from stoker.trainer.start import first_tier, run_directory, settle_config
-from stoker.trainer.summary import summarize
-from stoker.trainer.witness import Witness
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Attempt:
 def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.fit) -> int:
     """Run one rank, which does `work` once all is put together; the exit status of the process."""
     die_with_launcher()
-    requests, hearing = Requests(), Hearing()
+    requests, listener = Requests(), SignalListener()
     console = Console()
     place = place_from_environment()
     attempt: Attempt | None = None
@@ -89,7 +89,7 @@ def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.
             write_ending(attempt.run, attempt.number, ending)
         os._exit(0)
 
-    requests.listen(leave, hearing)
+    requests.listen(leave, listener)
     try:
         config = _config(overrides, place)
         run = run_directory(config)
@@ -101,7 +101,7 @@ def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.
         console.redirect(run.log(attempt.number, place.rank))
         if warning is not None:
             console.errors.write(f"stoker: {warning}\n")
-        Witness(run.stacks(attempt.number, place.rank), run.flight(attempt.number, place.rank), hearing)
+        StackDump(run.stacks(attempt.number, place.rank), run.flight(attempt.number, place.rank), listener)
         if place.local_rank == 0 and CONFIG_VARIABLE not in os.environ:
             _call_doctor(config, attempt, console)
         ending = _train(config, store, attempt, requests, console, work)
@@ -114,10 +114,10 @@ def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.
 
 
 def _call_doctor(config: Config, attempt: Attempt, console: Console) -> None:
-    """Start the doctor of this machine: our own launcher is one itself, others are not. It ends with this process."""
+    """Start the watchdog of this machine: our own launcher is one itself, others are not. It ends with this process."""
     place, patience = attempt.place, config.launch.hang_seconds
     words = [str(attempt.run.path), attempt.number, place.rank, place.local_world, patience or ""]
-    program = [sys.executable, "-P", "-m", "stoker.trainer.doctor", *map(str, words)]
+    program = [sys.executable, "-P", "-m", "stoker.trainer.runtime.watchdog", *map(str, words)]
     subprocess.Popen(program, stdin=subprocess.DEVNULL, stderr=console.errors)
 
 
@@ -235,7 +235,9 @@ def _train(
         if config.log.progress != "none":
             with suppress(OSError):  # the terminal may have been closed
                 print(summarize(run.path, config, ending.message), file=console.screen)
-    mesh.exchange("the end is told")  # ranks leave together: a launcher kills the others when one leaves with a failure
+    mesh.all_gather_text(
+        "the end is told"
+    )  # ranks leave together: a launcher kills the others when one leaves with a failure
     stop_mesh()
     return ending
 
@@ -245,19 +247,19 @@ def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:
     step = trainer.progress.step
     trainer.phase(step, "last_save")
     errors = [report.error for report in trainer.checkpoints.wait() if report.error and report.step == step]
-    while trainer.mesh.exchange("busy" if trainer.checkpoints.uploading(UPLOAD_LOOK_SECONDS) else "")[0]:
+    while trainer.mesh.all_gather_text("busy" if trainer.checkpoints.uploading(UPLOAD_LOOK_SECONDS) else "")[0]:
         trainer.phase(step, "upload")
     trainer.report_saves()
     trainer.checkpoints.close()
-    errors = [error for error in trainer.mesh.exchange(errors[0] if errors else "") if error]
+    errors = [error for error in trainer.mesh.all_gather_text(errors[0] if errors else "") if error]
     if errors:
         return Ending(Outcome.FAILED, f"the last checkpoint could not be saved: {errors[0]}", step, save=trainer.saved)
     if trainer.config.checkpoint.on_error == "fail":
-        reasons = [reason for reason in trainer.mesh.exchange(trainer.failed_save or "") if reason]
+        reasons = [reason for reason in trainer.mesh.all_gather_text(trainer.failed_save or "") if reason]
         if reasons:
             message = f"{reasons[0]} (checkpoint.on_error=fail; saved at step {step})"
             return Ending(Outcome.FAILED, message, step, save=trainer.saved)
-    why = next((reason for reason in trainer.mesh.exchange(requests.why()) if reason), "asked to")
+    why = next((reason for reason in trainer.mesh.all_gather_text(requests.why()) if reason), "asked to")
     messages = {
         Outcome.COMPLETED: f"completed at step {step}",
         Outcome.STOPPED: f"stopped at step {step}, saved ({why})",

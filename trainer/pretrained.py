@@ -25,8 +25,8 @@ from stoker.conf.schema import Config, ModelConfig, from_dict, kinds, lookup, to
 from stoker.conf.values import ConfigError
 from stoker.models.hugging_face import shape_of, tensor_name
 from stoker.parallel.model import whole_model
-from stoker.parallel.shards import PARAMETER, Rectangle, Shard
-from stoker.trainer.cut import build_on_meta
+from stoker.parallel.shards import PARAMETER, Chunk, Shard
+from stoker.trainer.parallelize import build_on_meta
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def load_pretrained(config: Config, shards: Sequence[Shard]) -> None:
     """
     assert config.model.init_from is not None
     folder = Path(config.model.init_from).expanduser()
-    whole = build_on_meta(config.model, whole_model(config.model.layers))
+    whole = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
     names = [name for name, _ in whole.named_parameters()]
     patterns = config.model.init_only or ["*"]
     wanted = {name for name in names if any(fnmatch(name, pattern) for pattern in patterns)}
@@ -149,7 +149,7 @@ def _their_source(folder: Path, model: ModelConfig, names: Sequence[str], files:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         for name in opened.keys():  # noqa: SIM118 (it is no dict)
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.tie_embeddings):
+            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.tie_word_embeddings):
                 continue  # made anew, and the embedding once more
             part = opened.get_slice(name)
             if part.get_dtype() not in _FLOATS:
@@ -160,14 +160,14 @@ def _their_source(folder: Path, model: ModelConfig, names: Sequence[str], files:
         with torch.no_grad():
             for shard in shards:
                 if shard.data.numel():
-                    shard.data.detach().copy_(_part(tensors[shard.name], shard.rectangle))
+                    shard.data.detach().copy_(_part(tensors[shard.name], shard.chunk))
 
     return _Source({name: tuple(part.get_shape()) for name, part in tensors.items()}, fill)
 
 
-def _part(tensor: Any, rectangle: Rectangle) -> Tensor:
-    """Only the bytes of `rectangle`, as far as rows go."""
-    return tensor[tuple(slice(start, start + n) for start, n in zip(rectangle.offset, rectangle.size, strict=True))]
+def _part(tensor: Any, chunk: Chunk) -> Tensor:
+    """Only the bytes of `chunk`, as far as rows go."""
+    return tensor[tuple(slice(start, start + n) for start, n in zip(chunk.offsets, chunk.sizes, strict=True))]
 
 
 def _safetensors(folder: Path) -> list[Path]:

@@ -29,13 +29,13 @@ from stoker.conf.schema import Config
 from stoker.parallel.layout import layout_of
 from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from stoker.parallel.shards import PARAMETER
-from stoker.parallel.update import Said
+from stoker.parallel.update import StepFlags
 from stoker.trainer.assemble import assemble
-from stoker.trainer.faults import Poison
 from stoker.trainer.loop import Trainer
-from stoker.trainer.module_names import ModuleNames
-from stoker.trainer.process import Phases, Place
-from stoker.trainer.requests import Requests
+from stoker.trainer.report.module_names import ModuleNames
+from stoker.trainer.runtime.faults import NaNInjector
+from stoker.trainer.runtime.process import Phases, Place
+from stoker.trainer.runtime.requests import Requests
 from stoker.trainer.schedule import learning_rate
 
 
@@ -64,7 +64,7 @@ def replay(run: RunDirectory, config: Config, step: int) -> Replayed:
         for fault in read_faults(config.faults)
         if fault.do == "nan" and fault.at <= step < fault.at + fault.steps and run.struck(fault.name).exists()
     ]
-    poison = Poison(struck[0].read_text() or None) if struck else nullcontext()
+    poison = NaNInjector(struck[0].read_text() or None) if struck else nullcontext()
     config = dataclasses.replace(config, faults=[], tracker=dataclasses.replace(config.tracker, name="none"))
     with (
         tempfile.TemporaryDirectory(prefix="stoker-replay-") as folder,
@@ -109,10 +109,10 @@ def _assembled(run: RunDirectory, config: Config, step: int, folder: str) -> Ite
 
 def _replay(trainer: Trainer, step: int, poison: AbstractContextManager[Any]) -> Replayed:
     config, progress = trainer.config, trainer.progress
-    from_step, ledger = progress.step, trainer.ledger()
+    from_step, step_log = progress.step, trainer.step_log()
     for number in trainer.steps(step):
         rows = trainer.rows.next()
-        first_row = trainer.rows.row - config.batch.rows
+        first_row = trainer.rows.row - config.batch.size
         wanted = number == step
         weights = _not_finite(trainer, gradients=False) if wanted else []
         watch = FirstNotFinite() if wanted else None
@@ -120,15 +120,15 @@ def _replay(trainer: Trainer, step: int, poison: AbstractContextManager[Any]) ->
             trainer.engine.forward_backward(rows)
         parameters = _not_finite(trainer, gradients=True) if wanted else []
         lr = learning_rate(config.schedule, config.optim, number)
-        result = trainer.engine.update(lr, Said(frozenset(), 0.0, *ledger.ceilings(number)))
+        result = trainer.engine.update(lr, StepFlags(frozenset(), 0.0, *step_log.ceilings(number)))
         if watch is not None:
             agreed = result.read()
             return Replayed(
-                step, from_step, first_row, config.batch.rows, agreed.loss, agreed.grad_norm,
+                step, from_step, first_row, config.batch.size, agreed.loss, agreed.grad_norm,
                 weights, watch.output, watch.gradient, parameters,
             )  # fmt: skip
-        ledger.enter(number, lr, result, None, {})
-        ledger.settle(everything=True)
+        step_log.enter(number, lr, result, None, {})
+        step_log.settle(everything=True)
     raise ValueError(f"step {step} was passed over: the run never took it")
 
 

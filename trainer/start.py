@@ -54,7 +54,7 @@ def settle_config(
     if refitted is not None and run.attempt_numbers():
         world = where(config)[0]
         fitted = fit(config, world)
-        for key in ("parallel.replicas", "batch.micro"):
+        for key in ("parallel.dp_replicate", "batch.micro_size"):
             old, new = lookup(config, key), lookup(fitted, key)
             if old != new:
                 refitted(f"on {world} ranks {key}={old} becomes {new}")

@@ -24,14 +24,14 @@ class Damaged(ValueError):
 
 @dataclass(frozen=True)
 class Loss:
-    """Documents of a unit that damage makes unreadable: `count` of them from number `first` on; None: all the rest."""
+    """Documents of a split that damage makes unreadable: `count` of them from number `first` on; None: all the rest."""
 
     damage: Damaged
     first: int
     count: int | None
 
 
-# Told of each loss while a unit is read; returning goes on without what is lost.
+# Told of each loss while a split is read; returning goes on without what is lost.
 Report = Callable[[Loss], None]
 
 

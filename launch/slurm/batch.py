@@ -21,11 +21,11 @@ from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
 from stoker.launch.slurm.verdict import Move, Situation, Verdict, judge
 from stoker.launch.train import say
-from stoker.trainer.grace import GRACE_VARIABLE
 from stoker.trainer.main import CONFIG_VARIABLE
-from stoker.trainer.outcome import Ending, Outcome, read_beginning, read_ending
-from stoker.trainer.process import RESTARTS_VARIABLE
-from stoker.trainer.requests import DEADLINE_VARIABLE
+from stoker.trainer.runtime.outcome import Ending, Outcome, read_beginning, read_ending
+from stoker.trainer.runtime.process import RESTARTS_VARIABLE
+from stoker.trainer.runtime.requests import DEADLINE_VARIABLE
+from stoker.trainer.runtime.shutdown_estimate import GRACE_VARIABLE
 from stoker.trainer.start import run_directory, settle_config
 
 MEETING_VARIABLE = "STOKER_MEETING"  # host:port of the store at which the nodes meet

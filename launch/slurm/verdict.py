@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from stoker.trainer.outcome import GOES_ON, Ending, Outcome
+from stoker.trainer.runtime.outcome import GOES_ON, Ending, Outcome
 
 
 class Move(enum.Enum):

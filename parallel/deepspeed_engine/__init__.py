@@ -3,7 +3,7 @@
 `settings`    DeepSpeed's own settings: those that follow from our config, those a user may pass on, those refused
 `unit`        our process groups as the `mpu` object that DeepSpeed asks for its groups
 `partitions`  where its three ZeRO optimizers keep fp32 masters and reduced gradients
-`weights`     `stoker.parallel.weights.Weights` over them
+`weights`     `stoker.parallel.sharding.ShardingStrategy` over them
 `swapping`    parameters on NVMe: the folder, the room and the locked memory that its swapper takes for granted
 `async_io`    the extension that the swapper reads and writes with: what building it needs, and that it takes long
 `refused`     what does not go together with any of this
@@ -17,7 +17,7 @@ replicated parameters by attributes that do not survive, and its verdict on over
 DeepSpeed's data-parallel group is our axis `dp_shard`; whatever else a gradient is to be summed over is summed after
 its reduction, on this rank's partition: `dp_replicate` here, the model-parallel groups in the engine. That is exact as
 long as the partitions coincide, so parameters that are partial over the same groups are partitioned together. ZeRO 0 is
-ZeRO 1 over `dp_shard` of one rank, and `parallel.replicas` works at every stage.
+ZeRO 1 over `dp_shard` of one rank, and `parallel.dp_replicate` works at every stage.
 
 DeepSpeed keeps `mpu`, persistence thresholds and a patched `F.linear` (ZeRO 3) in module globals: one mesh per process.
 """

@@ -40,11 +40,11 @@ def _compiled(start: Start) -> str | None:
 
 def _selective(start: Start) -> str | None:
     wanted = start.config.parallel
-    if wanted.engine != "deepspeed" or wanted.zero != 3 or start.config.activation_checkpoint != "selective":
+    if wanted.engine != "deepspeed" or wanted.zero != 3 or start.config.activation_checkpointing != "selective":
         return None
     return (
-        "activation_checkpoint=selective with parallel.engine=deepspeed and parallel.zero=3: "
-        "activation_checkpoint=full works, or parallel.zero=2, or parallel.engine=fsdp"
+        "activation_checkpointing=selective with parallel.engine=deepspeed and parallel.zero=3: "
+        "activation_checkpointing=full works, or parallel.zero=2, or parallel.engine=fsdp"
     )
 
 
@@ -111,7 +111,7 @@ ENTRIES: tuple[tuple[str, str, str, Callable[[Start], str | None]], ...] = (
     ),
     (
         "DeepSpeed ZeRO 3 and selective checkpointing",
-        "parallel.engine=deepspeed with parallel.zero=3 and activation_checkpoint=selective",
+        "parallel.engine=deepspeed with parallel.zero=3 and activation_checkpointing=selective",
         "parameters are gathered anew when a block is computed anew, which is no operation that was kept",
         _selective,
     ),

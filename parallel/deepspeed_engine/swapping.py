@@ -91,7 +91,7 @@ def require_room(folder: Path, needed: int, mesh: Mesh) -> None:
             os.posix_fallocate(file.fileno(), 0, max(1, needed))
         except OSError as error:
             reason = f"parallel.nvme_path={folder.parent}: no room for {needed:,} bytes: {error.strerror}"
-        reasons = [found for found in mesh.exchange(reason) if found]  # all hold theirs at one time
+        reasons = [found for found in mesh.all_gather_text(reason) if found]  # all hold theirs at one time
     if reasons:
         raise ValueError(reasons[0])
 

@@ -34,8 +34,8 @@ class MeshUnit:
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._shard = mesh.group("dp_shard") or mesh.alone()
-        self._tensor = mesh.group("tp") or mesh.alone()
+        self._shard = mesh.group("dp_shard") or mesh.self_group()
+        self._tensor = mesh.group("tp") or mesh.self_group()
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self._shard

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.registry import Entry, Piece
-from stoker.parallel.shards import Rectangle
+from stoker.parallel.shards import Chunk
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TensorAxis:
             name = f"tp_{neighbours}"
             axis = self.mesh.layout.groups("tp")
             starts = range(0, self.size, neighbours)
-            self.mesh.divide(name, [ranks[start : start + neighbours] for ranks in axis for start in starts])
+            self.mesh.add_groups(name, [ranks[start : start + neighbours] for ranks in axis for start in starts])
         return Share(unit, unit + 1, replica, neighbours, (name,))
 
     def even_share(self, units: int) -> Share:
@@ -72,16 +72,16 @@ def tensor_axis(mesh: Mesh, sequence: bool) -> TensorAxis | None:
     group = mesh.group("tp")
     if group is None:
         return None
-    return TensorAxis(mesh, mesh.layout.tp, mesh.at.tp, group, group.group_name, sequence)
+    return TensorAxis(mesh, mesh.layout.tp, mesh.coordinate.tp, group, group.group_name, sequence)
 
 
-def cut_entry(name: str, shape: tuple[int, ...], dim: int, share: Share, unit: int = 1) -> Entry:
+def sharded_entry(name: str, shape: tuple[int, ...], dim: int, share: Share, unit: int = 1) -> Entry:
     """The entry of a parameter of the global `shape` of which this rank holds `share` along `dim`.
 
     `unit` is the size along `dim` of what the share counts.
     """
     offset, size = [0] * len(shape), list(shape)
     offset[dim], size[dim] = share.start * unit, len(share) * unit
-    local = Rectangle((0,) * len(shape), tuple(size))
-    piece = Piece(local, Rectangle(tuple(offset), tuple(size)))
+    local = Chunk((0,) * len(shape), tuple(size))
+    piece = Piece(local, Chunk(tuple(offset), tuple(size)))
     return Entry(name, shape, (piece,), share.replica, share.replicas, share.partial)

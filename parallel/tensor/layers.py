@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stoker.parallel.registry import Entry, Piece
 from stoker.parallel.shards import whole
-from stoker.parallel.tensor.axis import Share, TensorAxis, cut_entry
+from stoker.parallel.tensor.axis import Share, TensorAxis, sharded_entry
 from stoker.parallel.tensor.regions import enter, leave
 
 
@@ -27,7 +27,7 @@ class TensorLayer(nn.Module, ABC):
         """
 
 
-class Enter(TensorLayer):
+class CopyToTensorParallel(TensorLayer):
     """The way into a region, for all column-parallel layers that take the same input."""
 
     axis: TensorAxis | None = None  # None until the layer is cut
@@ -53,7 +53,7 @@ class ColumnLinear(TensorLayer, nn.Linear):
     def cut(self, axis: TensorAxis) -> list[Entry]:
         share = axis.share(_units(self.out_features, self.unit))
         names = ("weight", "bias") if self.bias is not None else ("weight",)
-        entries = [cut_entry(name, tuple(getattr(self, name).shape), 0, share, self.unit) for name in names]
+        entries = [sharded_entry(name, tuple(getattr(self, name).shape), 0, share, self.unit) for name in names]
         self.out_features = len(share) * self.unit
         return entries
 
@@ -73,7 +73,7 @@ class RowLinear(TensorLayer, nn.Linear):
     def cut(self, axis: TensorAxis) -> list[Entry]:
         self.axis = axis
         share = axis.equal_share(_units(self.in_features, self.unit))
-        entries = [cut_entry("weight", tuple(self.weight.shape), 1, share, self.unit)]
+        entries = [sharded_entry("weight", tuple(self.weight.shape), 1, share, self.unit)]
         self.in_features = len(share) * self.unit
         return entries
 
@@ -84,7 +84,7 @@ class RowLinear(TensorLayer, nn.Linear):
         return summed if self.bias is None else summed + self.bias
 
 
-class Inside(TensorLayer):
+class ReplicatedInTensorParallel(TensorLayer):
     """A mix-in for layers inside a region whose parameters are not cut, though they see this rank's channels only.
 
     Their gradient is summed over the ranks.
@@ -93,12 +93,12 @@ class Inside(TensorLayer):
     def cut(self, axis: TensorAxis) -> list[Entry]:
         boxes = {name: whole(tuple(parameter.shape)) for name, parameter in self.named_parameters()}
         return [
-            Entry(name, box.size, (Piece(box, box),), axis.rank, axis.size, partial=("tp",))
+            Entry(name, box.sizes, (Piece(box, box),), axis.rank, axis.size, partial=("tp",))
             for name, box in boxes.items()
         ]
 
 
-class HeadNorm(Inside, nn.RMSNorm):
+class HeadNorm(ReplicatedInTensorParallel, nn.RMSNorm):
     """RMSNorm over the channels of a head, one weight for all heads, of which a rank sees its own."""
 
 
@@ -131,7 +131,7 @@ class VocabularyLayer(TensorLayer):
     def cut(self, axis: TensorAxis) -> list[Entry]:
         shape = tuple(self.weight.shape)
         self.vocabulary = Vocabulary(axis, axis.even_share(shape[0]))
-        return [cut_entry("weight", shape, 0, self.vocabulary.share)]
+        return [sharded_entry("weight", shape, 0, self.vocabulary.share)]
 
 
 def _units(features: int, unit: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stoker.checkpoint import Checkpoints, Remote, SaveReport, resume
-from stoker.parallel.shards import Rectangle, Shard, whole
+from stoker.parallel.shards import Chunk, Shard, whole
 
 Tensors = dict[tuple[str, str], Tensor]  # by (kind, name)
 Ranks = list[list[Shard]]  # the shards of each rank
@@ -49,9 +49,9 @@ def cut(tensors: Tensors, grid: Grid) -> Ranks:
                     offset[dim], size[dim] = start, stop - start
                 else:
                     copy, copies = copy * parts + at, copies * parts
-            rectangle = Rectangle(tuple(offset), tuple(size))
+            chunk = Chunk(tuple(offset), tuple(size))
             index = tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))
-            shards.append(Shard(name, kind, tuple(tensor.shape), rectangle, tensor[index].clone(), copy, copies))
+            shards.append(Shard(name, kind, tuple(tensor.shape), chunk, tensor[index].clone(), copy, copies))
         ranks.append(shards)
     return ranks
 
@@ -138,7 +138,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def holds(ranks: Ranks, tensors: Tensors) -> bool:
     """Are the shards' data the very bits of their parts of `tensors`?"""
     return all(
-        same_bits(shard.data, tensors[shard.kind, shard.name][shard.rectangle.within(whole(shard.shape))])
+        same_bits(shard.data, tensors[shard.kind, shard.name][shard.chunk.within(whole(shard.shape))])
         for shards in ranks
         for shard in shards
     )

@@ -17,7 +17,7 @@ from stoker.checkpoint.plan import pieces_to_write
 from stoker.checkpoint.reader import load
 from stoker.checkpoint.stored import Stored, open_checkpoint
 from stoker.checkpoint.tiling import PRIME, assemble, cover, tiling_problem
-from stoker.parallel.shards import Rectangle, Shard, whole
+from stoker.parallel.shards import Chunk, Shard, whole
 from tests.checkpoint.simulated import Grid, blank, cut, holds, random_tensor, resume_all, same_bits, save, saved, start
 
 grids = st.builds(Grid, st.integers(1, 4), st.integers(1, 3), st.integers(1, 2))
@@ -52,15 +52,15 @@ def test_any_layout_reads_what_any_other_wrote(shapes, dtypes, old, new, limit):
 
 @given(shape=shapes, replicas=st.integers(1, 9), name=st.text(max_size=3))
 def test_the_pieces_of_all_replicas_tile_the_shard(shape, replicas, name):
-    rectangle = Rectangle(tuple(3 for _ in shape), shape)
+    chunk = Chunk(tuple(3 for _ in shape), shape)
     data = torch.empty(shape)
     outer = tuple(size + 5 for size in shape)
     pieces = [
         piece
         for replica in range(replicas)
-        for piece in pieces_to_write(Shard(name, "param", outer, rectangle, data, replica, replicas))
+        for piece in pieces_to_write(Shard(name, "param", outer, chunk, data, replica, replicas))
     ]
-    moved = [Rectangle((*(start - 3 for start in piece.offset),), piece.size) for piece in pieces]
+    moved = [Chunk((*(start - 3 for start in piece.offsets),), piece.sizes) for piece in pieces]
     assert tiling_problem(shape, moved) is None
 
 
@@ -77,15 +77,15 @@ def test_replicas_share_the_writing_evenly():
 @given(data=st.data(), shape=st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple))
 def test_tiling_is_proven_exactly(data, shape):
     count = data.draw(st.integers(1, 4))
-    rectangles = []
+    chunks = []
     for _ in range(count):
         offset = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
         size = tuple(data.draw(st.integers(1, whole - start)) for whole, start in zip(shape, offset, strict=True))
-        rectangles.append(Rectangle(offset, size))
+        chunks.append(Chunk(offset, size))
     times = torch.zeros(shape, dtype=torch.int64)
-    for rectangle in rectangles:
-        times[rectangle.within(whole(shape))] += 1
-    assert (tiling_problem(shape, rectangles) is None) == bool((times == 1).all())
+    for chunk in chunks:
+        times[chunk.within(whole(shape))] += 1
+    assert (tiling_problem(shape, chunks) is None) == bool((times == 1).all())
 
 
 @given(data=st.data(), shape=st.lists(st.integers(1, 5), max_size=2).map(tuple))
@@ -97,7 +97,7 @@ def test_the_numbers_of_all_ranks_say_what_the_list_of_all_pieces_says(data, sha
         for name in data.draw(st.lists(st.sampled_from("ab"), max_size=3)):
             offset = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
             size = tuple(data.draw(st.integers(1, n - start)) for start, n in zip(offset, shape, strict=True))
-            pieces.append(Piece(name, "param", "F32", shape, Rectangle(offset, size), 0))
+            pieces.append(Piece(name, "param", "F32", shape, Chunk(offset, size), 0))
         indexes.append(ShardIndex(rank, 1, 1, 0, 1024, (), tuple(pieces)))
     covers, origins = zip(*(cover(index.pieces) for index in indexes), strict=True)
     begun = [origin for of_rank in origins for origin in of_rank]
@@ -160,8 +160,8 @@ def test_two_shards_may_want_the_same_elements(tmp_path):
     tensors = {("param", "w"): random_tensor((40, 16), torch.float32, 1)}
     saved(tmp_path, tensors, 1)
     (shards,) = blank(cut(tensors, Grid()))
-    rows = shards[0].rectangle.rows(7, 33)
-    shards.append(Shard("w", "param", (40, 16), rows, torch.zeros(rows.size)))
+    rows = shards[0].chunk.rows(7, 33)
+    shards.append(Shard("w", "param", (40, 16), rows, torch.zeros(rows.sizes)))
     load(open_checkpoint(newest(tmp_path)[0]), shards)
     assert holds([shards], tensors)
 

@@ -14,7 +14,7 @@ from stoker.checkpoint import CheckpointMismatch, Checkpoints, describe, newest,
 from stoker.checkpoint.names import MANIFEST
 from stoker.checkpoint.retention import Retention
 from stoker.checkpoint.storage import discard
-from stoker.parallel.shards import Rectangle, Shard, whole
+from stoker.parallel.shards import Chunk, Shard, whole
 from tests.checkpoint.simulated import (
     Grid,
     begin,
@@ -200,7 +200,7 @@ def test_shards_that_are_views_are_stored_as_what_they_show(tmp_path):
     [
         (Shard("w", "param", (2,), whole((2,)), torch.zeros(2, dtype=torch.complex64)), "complex64"),
         (Shard("w", "param", (2,), whole((2,)), torch.zeros(3)), "param/w"),
-        (Shard("w", "param", (2,), Rectangle((1,), (2,)), torch.zeros(2)), "param/w"),
+        (Shard("w", "param", (2,), Chunk((1,), (2,)), torch.zeros(2)), "param/w"),
         (Shard("w", "param", (2,), whole((2,)), torch.zeros(2), 2, 2), "replica 2 of 2"),
     ],
 )
@@ -220,8 +220,8 @@ def test_a_state_that_json_cannot_hold_is_refused_at_once(tmp_path):
 
 
 def matrix(name: str, rows: range, shape: tuple[int, int] = (4, 2), dtype: torch.dtype = torch.float32) -> list[Shard]:
-    rectangle = Rectangle((rows.start, 0), (len(rows), shape[1]))
-    return [Shard(name, "param", shape, rectangle, torch.zeros(rectangle.size, dtype=dtype))]
+    chunk = Chunk((rows.start, 0), (len(rows), shape[1]))
+    return [Shard(name, "param", shape, chunk, torch.zeros(chunk.sizes, dtype=dtype))]
 
 
 @pytest.mark.parametrize(

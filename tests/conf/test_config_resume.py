@@ -88,10 +88,10 @@ def test_fixed_changes_are_refused_even_when_change_is_allowed():
 
 
 def test_maths_changes_are_shown_and_need_to_be_allowed():
-    changes = merge(STORED, ["optim.lr=1", "batch.rows=64", "steps=90"])[1]
+    changes = merge(STORED, ["optim.lr=1", "batch.size=64", "steps=90"])[1]
     with pytest.raises(ConfigError) as error:
         check_changes(changes, allow=False)
-    assert "run.change=true allows it:\n  batch.rows: 32 -> 64\n  optim.lr: 0.5 -> 1.0" in str(error.value)
+    assert "run.change=true allows it:\n  batch.size: 32 -> 64\n  optim.lr: 0.5 -> 1.0" in str(error.value)
     assert "steps" not in str(error.value).splitlines()[-1]
     check_changes(changes, allow=True)
 

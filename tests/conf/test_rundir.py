@@ -162,7 +162,7 @@ def test_a_config_edited_by_hand_may_write_numbers_as_people_do(tmp_path):
     run = RunDirectory(tmp_path)
     run.config.write_text("optim:\n  lr: 3e-4\n  betas: [0.9, 1e-1]\nclip_norm: 1\n")
     config = read_config(run)
-    assert (config.optim.lr, config.optim.betas, config.clip_norm) == (3e-4, [0.9, 0.1], 1.0)
+    assert (config.optim.lr, config.optim.betas, config.grad_clip_norm) == (3e-4, [0.9, 0.1], 1.0)
 
 
 def test_a_directory_without_a_config_is_no_run(tmp_path):

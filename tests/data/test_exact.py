@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from stoker.conf.schema import Config
-from stoker.data import RowStream, open_rows, read_rows
-from stoker.data.index import IndexPlan
+from stoker.data import IndexedLoader, open_rows, read_rows
+from stoker.data.indexed import IndexPlan
 from stoker.data.mixed import MixedPlan
 from stoker.data.rows import LABELS, TOKENS
-from stoker.parallel.rows import IGNORE, Rows
+from stoker.parallel.batch import IGNORE_INDEX, Batch
 from tests.data.batches import digest, together
 from tests.data.counted import BATCH, KINDS, changed, mixture, standard_library
 
@@ -24,7 +24,9 @@ def run(
     """The digests of the global batches of a run started anew for each (dp, workers, batches), and its last state."""
     found = []
     for dp, workers, batches in starts:
-        streams = [RowStream(open_rows(config, "train"), BATCH, r, dp, workers=workers, prefetch=2) for r in range(dp)]
+        streams = [
+            IndexedLoader(open_rows(config, "train"), BATCH, r, dp, workers=workers, prefetch=2) for r in range(dp)
+        ]
         try:
             for stream in streams:
                 if state is not None:
@@ -74,7 +76,7 @@ def test_a_state_saved_again_without_a_step_is_unchanged(config):
 
 def test_any_row_is_found_at_once_however_late(config):
     plan = open_rows(config, "train")
-    late = read_rows(plan, [10**12, 10**12 + 1])  # a planner that walked there would never arrive
+    late = read_rows(plan, [10**12, 10**12 + 1])  # a mode that walked there would never arrive
     assert late.tokens.shape == (2, config.seq_len)
 
 
@@ -113,7 +115,7 @@ def test_an_epoch_of_real_text_tiles_the_tokens_of_every_document(tmp_path, pack
         assert np.array_equal(np.bincount(places, minlength=total), expected)
         out = np.empty((4, count, plan.seq_len), np.int32)
         plan.read(numbers, out)
-        labels = out[LABELS][out[LABELS] != IGNORE]
+        labels = out[LABELS][out[LABELS] != IGNORE_INDEX]
         assert np.array_equal(labels, plan.tokens.ids[places])  # the planes hold what the pieces say
 
 
@@ -234,7 +236,7 @@ def test_evaluation_rows_of_a_mixture_come_from_all_sources(tmp_path):
     assert len({row.tobytes() for row in out[TOKENS]}) > plan.total_rows / 2
 
 
-def next_of(stream: RowStream, step: int | None) -> Rows:
+def next_of(stream: IndexedLoader, step: int | None) -> Batch:
     if step is not None:
         stream.pass_over(step)
     return stream.next()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from stoker.data.packing import Table, best_fit, fill, fit, padded
 from stoker.data.rows import DOCUMENTS, LABELS, POSITIONS, TOKENS
-from stoker.parallel.rows import IGNORE
+from stoker.parallel.batch import IGNORE_INDEX
 
 END = 256
 lengths_of_documents = st.lists(st.integers(1, 40), min_size=1, max_size=40)
@@ -58,14 +58,16 @@ def test_a_million_documents_are_packed_quickly_and_tightly():
 def test_every_token_but_a_documents_first_is_a_label_exactly_once(lengths, seq_len, packing):
     tokens, begins = laid_out(lengths)
     labels = rows_of(packing(begins, np.array(lengths), seq_len), tokens, seq_len)[LABELS]
-    assert sorted(labels[labels != IGNORE].tolist()) == sorted(set(tokens.tolist()) - set(tokens[begins].tolist()))
+    assert sorted(labels[labels != IGNORE_INDEX].tolist()) == sorted(
+        set(tokens.tolist()) - set(tokens[begins].tolist())
+    )
 
 
 @given(lengths_of_documents, st.integers(2, 16), st.sampled_from([best_fit, padded]))
 def test_a_label_is_the_token_after_it_in_its_document(lengths, seq_len, packing):
     tokens, begins = laid_out(lengths)
     out = rows_of(packing(begins, np.array(lengths), seq_len), tokens, seq_len)
-    learned = out[LABELS] != IGNORE
+    learned = out[LABELS] != IGNORE_INDEX
     assert (out[LABELS][learned] == out[TOKENS][learned] + 1).all()
 
 
@@ -101,7 +103,7 @@ def test_planes_are_what_a_walk_over_the_pieces_gives(lengths, seq_len, mask):
         for place in range(seq_len):
             here = expected[place] if place < len(expected) else (0, expected[-1][1] + 1, place - len(expected))
             after = expected[place + 1] if place + 1 < len(expected) else None
-            label = IGNORE if after is None or (mask and after[2] == 0) else after[0]
+            label = IGNORE_INDEX if after is None or (mask and after[2] == 0) else after[0]
             position = here[2] if mask else place
             assert out[:, row, place].tolist() == [here[0], label, position, here[1]]
 
@@ -109,7 +111,10 @@ def test_planes_are_what_a_walk_over_the_pieces_gives(lengths, seq_len, mask):
 def test_padding_has_no_label_and_a_document_of_its_own():
     out = rows_of(padded(np.array([0, 3]), np.array([3, 2]), 4), np.array([1, 2, END, 3, END]), 4)
     assert out[TOKENS].tolist() == [[1, 2, END, 0], [3, END, 0, 0]]
-    assert out[LABELS].tolist() == [[2, END, IGNORE, IGNORE], [END, IGNORE, IGNORE, IGNORE]]
+    assert out[LABELS].tolist() == [
+        [2, END, IGNORE_INDEX, IGNORE_INDEX],
+        [END, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX],
+    ]
     assert out[DOCUMENTS].tolist() == [[0, 0, 0, 1], [0, 0, 1, 1]]
     assert out[POSITIONS].tolist() == [[0, 1, 2, 0], [0, 1, 0, 1]]
 
@@ -117,7 +122,7 @@ def test_padding_has_no_label_and_a_document_of_its_own():
 def test_what_is_not_to_be_learned_is_no_label():
     learned = np.array([0, 1, 1, 0, 1], np.uint8)
     out = rows_of(padded(np.array([0]), np.array([5]), 5), np.array([1, 2, 3, 4, END]), 5, learned=learned)
-    assert out[LABELS].tolist() == [[2, 3, IGNORE, END, IGNORE]]
+    assert out[LABELS].tolist() == [[2, 3, IGNORE_INDEX, END, IGNORE_INDEX]]
 
 
 def test_tokens_beyond_two_bytes_and_mapped_ones_are_alike(tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from stoker.conf.schema import to_dict
-from stoker.data import RowStream
+from stoker.data import IndexedLoader
 from tests.data.plans import NumberPlan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,13 +127,13 @@ def test_a_rank_that_ends_without_closing_leaves_no_reader(rank):
     rank.stdin = None
 
 
-def read_on(stream: RowStream) -> None:
+def read_on(stream: IndexedLoader) -> None:
     while True:
         stream.next()
 
 
 def test_a_killed_reader_is_one_clear_error_within_seconds():
-    with closing(RowStream(NumberPlan(), 4, workers=2, prefetch=2)) as stream:
+    with closing(IndexedLoader(NumberPlan(), 4, workers=2, prefetch=2)) as stream:
         stream.next()
         victim, other = children(os.getpid())[-2:]
         os.kill(victim, signal.SIGKILL)
@@ -161,21 +161,21 @@ def test_a_token_file_cut_under_a_reader_is_an_error_that_says_so(config):
 
 
 def test_a_reader_killed_while_it_reads_is_an_error_too():
-    with closing(RowStream(NumberPlan(seconds=30), 4, workers=1)) as stream:
+    with closing(IndexedLoader(NumberPlan(seconds=30), 4, workers=1)) as stream:
         os.kill(children(os.getpid())[-1], signal.SIGKILL)
         with pytest.raises(RuntimeError, match="killed by SIGKILL"):
             stream.next()
 
 
 def test_what_fails_in_a_reader_is_told_in_the_rank():
-    with closing(RowStream(NumberPlan(fails_at=9), 4, workers=2)) as stream:
+    with closing(IndexedLoader(NumberPlan(fails_at=9), 4, workers=2)) as stream:
         assert [stream.next().tokens[0, 0].item() for _ in range(2)] == [0, 4]
         with pytest.raises(RuntimeError, match=r"(?s)a data reader failed .*ValueError: row 9 is unreadable"):
             stream.next()
 
 
 def test_closing_takes_no_time_even_while_readers_read():
-    stream = RowStream(NumberPlan(seconds=60), 4, workers=2)
+    stream = IndexedLoader(NumberPlan(seconds=60), 4, workers=2)
     readers = children(os.getpid())[-2:]
     began = time.monotonic()
     stream.close()
@@ -185,7 +185,7 @@ def test_closing_takes_no_time_even_while_readers_read():
 
 
 def test_readers_work_at_the_same_time():
-    with closing(RowStream(NumberPlan(seconds=0.5), 4, workers=4, prefetch=1)) as stream:
+    with closing(IndexedLoader(NumberPlan(seconds=0.5), 4, workers=4, prefetch=1)) as stream:
         began = time.monotonic()
         for _ in range(4):
             stream.next()

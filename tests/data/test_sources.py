@@ -25,7 +25,7 @@ def test_the_standard_library_is_the_default_and_holds_no_tests():
 
 def test_the_standard_library_makes_rows(tmp_path):
     config = Config(data=DataConfig(cache=str(tmp_path)))
-    config.eval.rows = 32
+    config.eval.sequences = 32
     prepare(config)
     plan = open_rows(config, "train")
     assert plan.rows_per_epoch > 10_000

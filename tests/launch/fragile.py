@@ -14,7 +14,7 @@ LARGE = 1e4  # usual are numbers around 1; with optim.lr=1e3 one update is enoug
 def build(config: Any, part: Any) -> Any:
     model = decoder.build(config, part)
     for name, block in model.layers.items():
-        if int(name) == config.layers - 1:
+        if int(name) == config.num_hidden_layers - 1:
             block.forward = _breaking(block.forward)
     return model
 

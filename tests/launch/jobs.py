@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker.conf.rundir import RunDirectory
-from stoker.trainer.outcome import Ending, read_ending
+from stoker.trainer.runtime.outcome import Ending, read_ending
 from tests.launch import cluster
 from tests.launch.runs import command, environment, last_step, overrides, steps_of, wait_until_gone, write_text
 

@@ -18,14 +18,15 @@ from torch.distributed import TCPStore
 
 from stoker.checkpoint import compare, newest
 from stoker.conf.rundir import RunDirectory
-from stoker.trainer.metrics import read
-from stoker.trainer.outcome import Outcome, read_ending
-from stoker.trainer.process import read_stamps
+from stoker.trainer.report.metrics import read
+from stoker.trainer.runtime.outcome import Outcome, read_ending
+from stoker.trainer.runtime.process import read_stamps
 from tests import world
 
 SMALL = [
-    "model.width=32", "model.layers=2", "model.heads=2", "model.kv_heads=1", "model.hidden=64",
-    "seq_len=32", "batch.rows=8", "batch.micro=2", "steps=30", "launch.nproc=2", "parallel.zero=2",
+    "model.hidden_size=32", "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.num_key_value_heads=1",
+    "model.intermediate_size=64",
+    "seq_len=32", "batch.size=8", "batch.micro_size=2", "steps=30", "launch.nproc=2", "parallel.zero=2",
     "precision=fp32", "optim.lr=1e-2", "checkpoint.every=5", "data=text", "launch.threads=1", "log.every=1",
 ]  # fmt: skip
 COMPARED = ("step", "updates", "loss", "grad_norm", "lr", "tokens")  # what "bitwise" speaks of

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stoker.conf.rundir import RunDirectory
-from stoker.trainer.goodput import Goodput, goodput
-from stoker.trainer.outcome import read_ending
+from stoker.trainer.report.goodput import Goodput, goodput
+from stoker.trainer.runtime.outcome import read_ending
 from tests.launch.runs import (
     command,
     finish,

@@ -11,8 +11,8 @@ import pytest
 
 from stoker.conf.rundir import RunDirectory
 from stoker.launch.cli import main
-from stoker.trainer.metrics import read
-from stoker.trainer.outcome import Outcome, read_ending
+from stoker.trainer.report.metrics import read
+from stoker.trainer.runtime.outcome import Outcome, read_ending
 from tests.launch.runs import (
     command,
     environment,
@@ -63,8 +63,8 @@ def refused(call: Call, *words: str) -> str:
         (["parallel.zeros=3"], "parallel.zero"),
         (["model=tinny"], "tiny"),
         (["steps=many"], "steps"),
-        (["batch.rows=0"], "batch.rows"),
-        (["batch.rows=9"], "batch.rows"),
+        (["batch.size=0"], "batch.size"),
+        (["batch.size=9"], "batch.size"),
         (["seq_len=1"], "seq_len"),
         (["parallel.zero=7"], "parallel.zero"),
         (["launch.device=cuda", "launch.nproc=64"], "GPU"),

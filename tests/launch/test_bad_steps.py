@@ -12,9 +12,9 @@ import pytest
 
 from stoker.conf.rundir import RunDirectory
 from stoker.launch.cli import main
-from stoker.trainer.goodput import goodput
-from stoker.trainer.metrics import read
-from stoker.trainer.outcome import Outcome, read_ending
+from stoker.trainer.report.goodput import goodput
+from stoker.trainer.report.metrics import read
+from stoker.trainer.runtime.outcome import Outcome, read_ending
 from tests import world
 from tests.launch.runs import assert_same_state, command, finish, overrides, steps_of, train_forked, train_here
 
@@ -74,7 +74,7 @@ def test_rollbacks_have_a_budget_and_a_step_can_be_replayed(home: Path) -> None:
 def test_a_replayed_bad_step_names_the_first_module(home: Path, layout: str, poisoned: str) -> None:
     run = home / layout
     shutil.copy(Path(__file__).with_name("fragile.py"), home)
-    words = [layout, "model.kv_heads=2", "steps=4", "model.target=fragile:build", "optim.lr=1e3"]
+    words = [layout, "model.num_key_value_heads=2", "steps=4", "model.target=fragile:build", "optim.lr=1e3"]
     words += ["schedule=constant", "schedule.warmup_steps=0", "faults=[{at: 1, rank: 1, do: nan}]"]
     status, output = train_forked(home, overrides(run, home / "text", *words))
     assert status == 0, output

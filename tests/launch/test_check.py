@@ -17,7 +17,7 @@ from stoker.models.decoder import build as decoder
 def build(config, part):
     model = decoder(config, part)
     if dist.is_initialized() and dist.get_world_size() > 1:
-        block = model.layers["1"].mlp.up
+        block = model.num_hidden_layers["1"].mlp.up
         block.register_full_backward_pre_hook(lambda module, gradients: (gradients[0] * 1.001,))
     return model
 """

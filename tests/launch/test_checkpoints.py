@@ -10,8 +10,8 @@ import pytest
 from stoker.checkpoint import newest, read_state, verify
 from stoker.conf.rundir import RunDirectory
 from stoker.launch.cli import main
-from stoker.trainer.metrics import read
-from stoker.trainer.outcome import Outcome, read_ending
+from stoker.trainer.report.metrics import read
+from stoker.trainer.runtime.outcome import Outcome, read_ending
 from tests.launch.runs import (
     command,
     finish,
@@ -159,7 +159,7 @@ def test_the_last_valid_checkpoint_is_never_removed(
 
 def test_a_run_goes_on_from_the_remote_alone_as_if_nothing_had_happened(home: Path) -> None:
     remote = f"checkpoint.remote=file://{home}/remote"
-    words = ("checkpoint.every=5", "eval.rows=8", "eval.every=5", "checkpoint.keep=1", "checkpoint.keep_best=1")
+    words = ("checkpoint.every=5", "eval.sequences=8", "eval.every=5", "checkpoint.keep=1", "checkpoint.keep_best=1")
     whole = home / "whole"
     train_here(home, overrides(whole, home / "text", "steps=16", *words))
     first, second = home / "first", home / "second"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stoker.data.cache import open_folder
-from stoker.data.lanes.tar import load
+from stoker.data.streaming.tar import load
 from stoker.launch.cli import main
 from tests.data.counted import conversations, write_lines
 from tests.launch.runs import overrides, write_text
@@ -40,7 +40,7 @@ def test_prepared_token_files_are_whole_and_train_without_the_texts(tmp_path, ca
     assert f"data=tokens data.path={out}" in capsys.readouterr().err
     for path in (tmp_path / "text").iterdir():
         path.unlink()
-    assert main(["data", "plan", "data=tokens", f"data.path={out}", "seq_len=32", "steps=3", "batch.rows=4"]) == 0
+    assert main(["data", "plan", "data=tokens", f"data.path={out}", "seq_len=32", "steps=3", "batch.size=4"]) == 0
     planned = capsys.readouterr().out
     assert "tokens" in planned and "3 steps of 4 rows of 32 tokens, packing concatenated: 12 rows" in planned
     assert main(["data", "verify", str(out)]) == 0
@@ -64,7 +64,7 @@ def test_verify_names_the_file_that_is_not_what_was_written(tmp_path, capsys, ca
 def test_plan_counts_what_a_run_reads_of_each_source_and_where_the_data_end(tmp_path, capsys):
     write_lines(tmp_path / "chats" / "a.jsonl", conversations(60))
     named = f"texts:{{kind:text,path:{tmp_path}/text,weight:3}},chats:{{kind:chat,path:{tmp_path}/chats,weight:1}}"
-    words = [f"data.sources={{{named}}}", "data.packing=best_fit", "seq_len=64", "batch.rows=8", "data.validation=0"]
+    words = [f"data.sources={{{named}}}", "data.packing=best_fit", "seq_len=64", "batch.size=8", "data.validation=0"]
     assert main(["data", "plan", *words, "steps=10"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["source", "texts", "chats"]
@@ -127,18 +127,24 @@ def test_peek_shows_rows_of_lanes_before_and_after_the_checkpoints(tmp_path, cap
     from stoker.conf.compose import compose
     from stoker.conf.rundir import RunDirectory, write_config
     from stoker.data import open_tokenizer
-    from stoker.data.lanes.opening import open_all_lanes
+    from stoker.data.streaming.opening import open_all_streams
 
     run = tmp_path / "run"
     (run / "attempts").mkdir(parents=True)
-    words = ["data.planner=lanes", "data.lanes=4", "data.unit_bytes=512", "data.window=1", "data.deal_every=2"]
+    words = [
+        "data.mode=streaming",
+        "data.streams=4",
+        "data.split_bytes=512",
+        "data.shuffle_window=1",
+        "data.assign_every=2",
+    ]
     config = compose(overrides(run, tmp_path / "text", *words, "data.validation=0"))
     if mixed:
         path = config.data.path
         sources = {name: {"kind": "text", "path": path, "weight": n} for n, name in enumerate(("books", "notes"), 1)}
-        config.data.path, config.data.units, config.data.sources = None, None, sources
+        config.data.path, config.data.splits, config.data.sources = None, None, sources
     write_config(RunDirectory(run), config)
-    stream, _ = open_all_lanes(config, open_tokenizer(config.data))
+    stream, _ = open_all_streams(config, open_tokenizer(config.data))
     batches, states = [], []
     for step in range(1, 10):
         batches.append(stream.next())
@@ -147,7 +153,7 @@ def test_peek_shows_rows_of_lanes_before_and_after_the_checkpoints(tmp_path, cap
             stream.close()
             config.data.weights = {"books": 9, "notes": 1}
             write_config(RunDirectory(run), config)
-            stream, _ = open_all_lanes(config, open_tokenizer(config.data))
+            stream, _ = open_all_streams(config, open_tokenizer(config.data))
             stream.load_state(states[-1])
     stream.close()
     monkeypatch.setattr("stoker.launch.data_peek._states", lambda run: [states[2], states[6]])

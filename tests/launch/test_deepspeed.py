@@ -46,8 +46,11 @@ def test_a_run_killed_at_random_moments_is_bitwise_the_undisturbed_one(
     home: Path, offload: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The undisturbed one has its parameters and its optimizer in memory."""
-    matrices = ["model.width=256", "model.hidden=2048"]  # half of one is 1 MiB: DeepSpeed swaps what is as large
-    layout = [*RUN, *matrices, "batch.micro=4", "parallel.zero=3", f"data.cache={home / 'cache'}"]
+    matrices = [
+        "model.hidden_size=256",
+        "model.intermediate_size=2048",
+    ]  # half of one is 1 MiB: DeepSpeed swaps what is as large
+    layout = [*RUN, *matrices, "batch.micro_size=4", "parallel.zero=3", f"data.cache={home / 'cache'}"]
     reference, run, disk = home / "undisturbed", home / "killed", home / "nvme"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -72,5 +75,5 @@ def test_a_setting_that_stoker_owns_is_refused_in_one_line(home: Path) -> None:
     words = overrides(home / "refused", home / "text", *RUN, "parallel.deepspeed.gradient_clipping=1.0")
     status, output = finish(home, command("train", *words))
     assert status != 0
-    assert "parallel.deepspeed.gradient_clipping is Stoker's to decide: set clip_norm" in output
+    assert "parallel.deepspeed.gradient_clipping is Stoker's to decide: set grad_clip_norm" in output
     assert "Traceback" not in output

@@ -12,34 +12,34 @@ import pytest
 from stoker.conf.compose import compose
 from stoker.conf.rundir import RunDirectory
 from stoker.parallel.layout import fit
-from stoker.trainer.outcome import Outcome, read_beginning, read_ending
+from stoker.trainer.runtime.outcome import Outcome, read_beginning, read_ending
 from tests.launch.runs import command, kill, last_step, overrides, rank_pids, started, steps_of, train_here, wait_until
 
 
 @pytest.mark.parametrize(
     ("words", "world", "replicas", "micro"),
     [
-        (["parallel.replicas=4", "batch.micro=2"], 16, 4, 2),
-        (["parallel.replicas=4", "batch.micro=2"], 8, 4, 2),
-        (["parallel.replicas=4", "batch.micro=4"], 2, 2, 4),
-        (["parallel.replicas=4", "batch.micro=4", "parallel.tp=2"], 8, 4, 4),
-        (["parallel.replicas=3", "batch.micro=4"], 32, 2, 1),
-        (["parallel.replicas=2", "parallel.zero=0"], 8, 8, None),
-        (["parallel.replicas=2"], 3, 2, None),  # 32 rows do not divide: left to be refused
+        (["parallel.dp_replicate=4", "batch.micro_size=2"], 16, 4, 2),
+        (["parallel.dp_replicate=4", "batch.micro_size=2"], 8, 4, 2),
+        (["parallel.dp_replicate=4", "batch.micro_size=4"], 2, 2, 4),
+        (["parallel.dp_replicate=4", "batch.micro_size=4", "parallel.tp=2"], 8, 4, 4),
+        (["parallel.dp_replicate=3", "batch.micro_size=4"], 32, 2, 1),
+        (["parallel.dp_replicate=2", "parallel.zero=0"], 8, 8, None),
+        (["parallel.dp_replicate=2"], 3, 2, None),  # 32 rows do not divide: left to be refused
     ],
 )
 def test_what_no_longer_divides_becomes_the_next_smaller_that_does(
     words: list[str], world: int, replicas: int | None, micro: int | None
 ) -> None:
-    fitted = fit(compose([*words, "batch.rows=32"]), world)
-    assert (fitted.parallel.replicas, fitted.batch.micro) == (replicas, micro)
+    fitted = fit(compose([*words, "batch.size=32"]), world)
+    assert (fitted.parallel.dp_replicate, fitted.batch.micro_size) == (replicas, micro)
 
 
 @pytest.mark.long
 def test_under_elastic_torchrun_machines_join_and_are_lost_and_the_run_goes_on(home: Path) -> None:
     """A machine has two ranks, which are one model (tp=2): one machine, two, one."""
     run, reference = home / "elastic", home / "reference"
-    more = ["parallel.tp=2", "parallel.zero=1", "batch.micro=8", "schedule.total_steps=30", "checkpoint.every=4"]
+    more = ["parallel.tp=2", "parallel.zero=1", "batch.micro_size=8", "schedule.total_steps=30", "checkpoint.every=4"]
     train_here(home, overrides(reference, home / "text", *more, "steps=100"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -78,7 +78,11 @@ def test_under_elastic_torchrun_machines_join_and_are_lost_and_the_run_goes_on(h
     assert [ending and ending.outcome for ending in endings] == [Outcome.PREEMPTED, Outcome.FAILED, Outcome.STOPPED]
     assert endings[0] is not None and endings[0].step == joined, "a machine that joins loses no step"
     assert [began(attempt) for attempt in (1, 2, 3)] == [2, 4, 2]
-    for line, times in (("layout     tp 2,", 2), ("layout     dp_shard 2 x tp 2,", 1), ("batch.micro=8 becomes 4", 1)):
+    for line, times in (
+        ("layout     tp 2,", 2),
+        ("layout     dp_shard 2 x tp 2,", 1),
+        ("batch.micro_size=8 becomes 4", 1),
+    ):
         assert output.count(line) == times, output
     found, expected = steps_of(run), steps_of(reference)
     assert [step[0] for step in found] == list(range(1, len(found) + 1)) and len(found) >= 12

@@ -22,7 +22,14 @@ from tests.trainer.test_python_api import trained
 
 transformers = pytest.importorskip("transformers")
 
-SHAPE = ("optim.lr=1e-2", "model.width", "model.layers", "model.heads", "model.kv_heads", "model.hidden")
+SHAPE = (
+    "optim.lr=1e-2",
+    "model.hidden_size",
+    "model.num_hidden_layers",
+    "model.num_attention_heads",
+    "model.num_key_value_heads",
+    "model.intermediate_size",
+)
 
 
 def unchanged_run(tmp_path: Path, theirs: Path, *more: str) -> Path:
@@ -30,7 +37,7 @@ def unchanged_run(tmp_path: Path, theirs: Path, *more: str) -> Path:
     run = tmp_path / "run"
     words = [
         *overrides(run, write_text(tmp_path / "text"), f"data.cache={tmp_path / 'cache'}"),
-        *(f"model.init_from={theirs}", "steps=1", "optim=sgd", "optim.lr=1e-30", "batch.micro=4", *more),
+        *(f"model.init_from={theirs}", "steps=1", "optim=sgd", "optim.lr=1e-30", "batch.micro_size=4", *more),
     ]
     kept = [word for word in words if not word.startswith(SHAPE)]
     assert world.run(trained, 1, kept, fresh=True) == [("completed", 1)]
@@ -91,7 +98,7 @@ def test_large_models_go_out_in_several_files_with_an_index(tmp_path: Path) -> N
 def test_the_tokenizer_goes_with_the_model(tokenizer: str, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     words = overrides(
-        run, write_text(tmp_path / "text"), f"data.cache={tmp_path / 'cache'}", "steps=1", "batch.micro=8",
+        run, write_text(tmp_path / "text"), f"data.cache={tmp_path / 'cache'}", "steps=1", "batch.micro_size=8",
         f"data.tokenizer={tokenizer}", "data.bpe_vocab=384",
     )  # fmt: skip
     assert world.run(trained, 1, words, fresh=True) == [("completed", 1)]

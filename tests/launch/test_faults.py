@@ -8,8 +8,8 @@ import pytest
 
 from stoker.conf.faults import Fault, read_faults
 from stoker.conf.rundir import RunDirectory
-from stoker.trainer.metrics import read
-from stoker.trainer.outcome import read_ending
+from stoker.trainer.report.metrics import read
+from stoker.trainer.runtime.outcome import read_ending
 from tests.launch.runs import (
     assert_same_state,
     command,

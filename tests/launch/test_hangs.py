@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stoker.conf.rundir import RunDirectory
-from stoker.trainer.outcome import Outcome, read_ending
+from stoker.trainer.runtime.outcome import Outcome, read_ending
 from tests.launch.runs import (
     command,
     finish,

@@ -123,7 +123,7 @@ def printed(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_any_number_of_ranks_can_be_asked_for_on_any_machine(printed):
-    words = ["launch.nproc=16384", "batch.rows=32768", "parallel.zero=3", "parallel.replicas=16"]
+    words = ["launch.nproc=16384", "batch.size=32768", "parallel.zero=3", "parallel.dp_replicate=16"]
     status, lines = printed(*words)
     assert status == 0, lines
     assert lines[0] == "16,384 ranks: dp_replicate 16 x dp_shard 1024, ZeRO 3, fsdp"
@@ -134,12 +134,12 @@ def test_any_number_of_ranks_can_be_asked_for_on_any_machine(printed):
 
 
 def test_gpus_that_this_machine_lacks_are_no_reason_to_refuse(printed):
-    status, lines = printed("launch.nproc=64", "launch.device=cuda", "batch.rows=64")
+    status, lines = printed("launch.nproc=64", "launch.device=cuda", "batch.size=64")
     assert status == 0 and lines[0] == "64 ranks: dp_shard 64, ZeRO 1, fsdp", lines
 
 
 def test_tensor_and_pipeline_parallel_ranks_stand_where_they_should(printed):
-    words = ["launch.nproc=16", "parallel.tp=2", "parallel.pp=2", "parallel.zero=0", "batch.micro=1"]
+    words = ["launch.nproc=16", "parallel.tp=2", "parallel.pp=2", "parallel.zero=0", "batch.micro_size=1"]
     status, lines = printed(*words)
     assert status == 0, lines
     found = sections(lines)
@@ -151,7 +151,7 @@ def test_tensor_and_pipeline_parallel_ranks_stand_where_they_should(printed):
 def test_a_layout_that_is_impossible_anywhere_is_refused(printed):
     status, lines = printed("launch.nproc=16384")
     assert status == 2 and len(lines) == 1
-    assert "batch.rows=32 does not divide over 16384 data-parallel ranks: batch.rows=16384 does" in lines[0]
+    assert "batch.size=32 does not divide over 16384 data-parallel ranks: batch.size=16384 does" in lines[0]
 
 
 def test_without_the_flag_the_config_is_printed(capsys):

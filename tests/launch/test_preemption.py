@@ -12,8 +12,8 @@ import pytest
 
 from stoker.conf.rundir import RunDirectory, next_attempt
 from stoker.launch import local
-from stoker.trainer.outcome import Ending, Outcome, read_ending, write_ending
-from stoker.trainer.process import Stamp, read_stamps
+from stoker.trainer.runtime.outcome import Ending, Outcome, read_ending, write_ending
+from stoker.trainer.runtime.process import Stamp, read_stamps
 from tests.launch.runs import (
     command,
     finish,
@@ -38,7 +38,7 @@ def stamps_of(run: RunDirectory) -> list[Stamp]:
 def test_one_rank_that_is_told_in_an_evaluation_ends_it_on_all(home: Path) -> None:
     """The evaluation would take 40 s."""
     run = RunDirectory(home / "evaluating")
-    words = overrides(run.path, home / "text", *SLOW, "eval.every=3", "eval.rows=400", "batch.micro=1")
+    words = overrides(run.path, home / "text", *SLOW, "eval.every=3", "eval.sequences=400", "batch.micro_size=1")
     with started(home, command("train", *words, "data.validation=0.5"), cwd=Path.cwd()) as process:
         wait_until(lambda: any(stamp.phase == "evaluate" for stamp in stamps_of(run)), process)
         asked = time.monotonic()

@@ -10,7 +10,7 @@ import pytest
 
 from stoker.conf.rundir import RunDirectory
 from stoker.launch.slurm import commands
-from stoker.trainer.outcome import Outcome
+from stoker.trainer.runtime.outcome import Outcome
 from tests.launch import cluster
 from tests.launch.jobs import FOUR, SLOW, Home, at_home, come_to, ending_of, log_of
 from tests.launch.runs import command, kill, last_step, overrides, rank_pids, steps_of

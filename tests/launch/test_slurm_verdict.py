@@ -16,7 +16,7 @@ from stoker.launch.slurm import commands
 from stoker.launch.slurm.batch import Job, job_from, settings_of, stalled_attempts
 from stoker.launch.slurm.node import unreachable
 from stoker.launch.slurm.verdict import Move, Situation, judge
-from stoker.trainer.outcome import Beginning, Ending, Outcome, write_beginning
+from stoker.trainer.runtime.outcome import Beginning, Ending, Outcome, write_beginning
 
 FAILED = Ending(Outcome.FAILED, "rank 1 was killed by SIGKILL", 7, rank=1, retry=True)
 PREEMPTED = Ending(Outcome.PREEMPTED, "preempted at step 9, saved (SIGUSR1)", 9)

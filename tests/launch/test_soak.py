@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stoker.trainer.outcome import read_beginning, read_ending
+from stoker.trainer.runtime.outcome import read_beginning, read_ending
 from tests.launch.runs import write_text
 from tests.launch.soak import HANG_SECONDS, KINDS, Soak
 

@@ -1,4 +1,4 @@
-"""`stoker train data.planner=lanes`: to the end of the data, over kills and on other layouts, the same run."""
+"""`stoker train data.mode=streaming`: to the end of the data, over kills and on other layouts, the same run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stoker.conf.rundir import RunDirectory
-from stoker.trainer.metrics import read
+from stoker.trainer.report.metrics import read
 from tests.launch.runs import (
     command,
     finish,
@@ -23,7 +23,8 @@ from tests.launch.runs import (
 )
 
 LANES = [
-    "data.planner=lanes", "data.lanes=4", "data.unit_bytes=1024", "data.window=2", "data.deal_every=2", "data.epochs=1",
+    "data.mode=streaming", "data.streams=4", "data.split_bytes=1024", "data.shuffle_window=2", "data.assign_every=2",
+    "data.epochs=1",
     "data.validation=0", "steps=1000", "schedule=constant", "checkpoint.every=4",
 ]  # fmt: skip
 

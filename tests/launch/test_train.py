@@ -12,8 +12,8 @@ import pytest
 
 from stoker.conf.rundir import RunDirectory
 from stoker.launch.cli import main
-from stoker.trainer.metrics import read
-from stoker.trainer.outcome import Outcome, read_ending
+from stoker.trainer.report.metrics import read
+from stoker.trainer.runtime.outcome import Outcome, read_ending
 from tests.launch.runs import (
     command,
     finish,
@@ -55,9 +55,9 @@ def test_a_run_leaves_everything_in_its_directory(undisturbed: Path) -> None:
 @pytest.mark.parametrize(
     "layout",
     [
-        ["launch.nproc=1", "batch.micro=8"],
+        ["launch.nproc=1", "batch.micro_size=8"],
         ["launch.nproc=4", "parallel.tp=2", "parallel.pp=2"],
-        ["launch.nproc=4", "parallel.tp=2", "parallel.zero=3", "activation_checkpoint=selective"],
+        ["launch.nproc=4", "parallel.tp=2", "parallel.zero=3", "activation_checkpointing=selective"],
     ],
     ids=" ".join,
 )
@@ -143,7 +143,7 @@ def test_a_finished_run_goes_on_elsewhere_with_more_steps(home: Path, undisturbe
 
 def test_a_resumed_run_keeps_its_number_of_ranks_unless_told_otherwise(home: Path) -> None:
     run = home / "three"
-    three = ["launch.nproc=3", "batch.rows=9", "batch.micro=3", "steps=2"]
+    three = ["launch.nproc=3", "batch.size=9", "batch.micro_size=3", "steps=2"]
     train_here(home, overrides(run, home / "text", *three))
     status, output = finish(home, command("train", f"run.dir={run}", "steps=3"))
     assert status == 0, output

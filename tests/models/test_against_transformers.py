@@ -17,9 +17,9 @@ SCALING = RopeScalingConfig(factor=8.0, low_frequency_factor=1.0, high_frequency
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama with scaled rotary": ("Llama", {"rope_scaling": SCALING, "rope_theta": 5000.0}),
-    "tied llama without groups": ("Llama", {"tie_embeddings": True, "kv_heads": None}),
+    "tied llama without groups": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": None}),
     "qwen2": ("Qwen2", {"qkv_bias": True}),
-    "qwen3": ("Qwen3", {"qk_norm": True, "head_dim": 16, "tie_embeddings": True, "norm_eps": 1e-6}),
+    "qwen3": ("Qwen3", {"qk_norm": True, "head_dim": 16, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}),
 }
 
 
@@ -38,16 +38,16 @@ def theirs(family: str, config: Any) -> Any:
     return getattr(transformers, f"{family}ForCausalLM")(
         kind(
             vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            intermediate_size=config.hidden,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads or config.heads,
-            head_dim=config.head_dim or config.width // config.heads,
-            rms_norm_eps=config.norm_eps,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
+            head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
+            rms_norm_eps=config.rms_norm_eps,
             rope_parameters=rope,
             max_position_embeddings=512,
-            tie_word_embeddings=config.tie_embeddings,
+            tie_word_embeddings=config.tie_word_embeddings,
         )
     )
 

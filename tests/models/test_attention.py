@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stoker.models.attention import attend, document_mask
+from stoker.models.attention import attention, document_mask
 from stoker.models.cpu_attention import BLOCK, attend_in_blocks
 from tests.models.tiny import decoder, rows, shape
 
@@ -80,7 +80,7 @@ def test_every_way_to_attend_is_attention_by_the_book(seq_len: int, heads: tuple
     inputs = [x.requires_grad_() for x in (q, k, v)]
     expected = plain_attention(q, k, v, allowed)
     wanted = torch.autograd.grad(expected, inputs, grad.double())
-    for way in (attend, attend_in_blocks):
+    for way in (attention, attend_in_blocks):
         out = way(q, k, v, mask)
         found = torch.autograd.grad(out, inputs, grad)
         for a, b in zip((out, *found), (expected, *wanted), strict=True):
@@ -92,7 +92,7 @@ def test_bf16_on_a_cpu_is_as_precise_as_bf16() -> None:
     q, k, v = (torch.randn(2, 200, n, 16, generator=generator).bfloat16() for n in (4, 2, 2))
     allowed = torch.ones(200, 200, dtype=torch.bool).tril()
     expected = plain_attention(q, k, v, allowed)
-    error = (attend(q, k, v, None).double() - expected).norm() / expected.norm()
+    error = (attention(q, k, v, None).double() - expected).norm() / expected.norm()
     assert error < 0.01
 
 
@@ -109,5 +109,5 @@ def test_the_block_mask_for_gpus_allows_what_the_tensor_for_cpus_allows() -> Non
     flex = flex_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=block_mask, enable_gqa=True
     )
-    out = attend(q, k, v, document_mask(documents, torch.float32))
+    out = attention(q, k, v, document_mask(documents, torch.float32))
     torch.testing.assert_close(flex.transpose(1, 2), out, rtol=1e-5, atol=1e-5)

@@ -26,7 +26,7 @@ def published(name: str) -> ModelConfig:
 
 def parameter_count(config: ModelConfig) -> int:
     with torch.device("meta"):
-        model = build(config, whole_model(config.layers))
+        model = build(config, whole_model(config.num_hidden_layers))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -53,7 +53,7 @@ def test_the_demo_has_three_million_parameters_and_small_is_the_size_of_gpt2() -
 
 @pytest.mark.parametrize(("qk_norm", "qkv_bias", "tied"), [(False, False, False), (True, True, True)])
 def test_parameters_go_by_their_global_names(qk_norm: bool, qkv_bias: bool, tied: bool) -> None:
-    config = shape(layers=2, qk_norm=qk_norm, qkv_bias=qkv_bias, tie_embeddings=tied)
+    config = shape(num_hidden_layers=2, qk_norm=qk_norm, qkv_bias=qkv_bias, tie_word_embeddings=tied)
     expected = {"embedding.weight", "norm.weight"} | (set() if tied else {"head.weight"})
     for n in range(2):
         layer = f"layers.{n}"
@@ -66,7 +66,7 @@ def test_parameters_go_by_their_global_names(qk_norm: bool, qkv_bias: bool, tied
 
 
 def test_a_part_has_the_names_of_its_layers_only() -> None:
-    config = shape(layers=3, tie_embeddings=True)
+    config = shape(num_hidden_layers=3, tie_word_embeddings=True)
     middle = decoder(config, Part(range(1, 2), embedding=False, head=False))
     last = decoder(config, Part(range(2, 3), embedding=False, head=True))
     assert list(middle.blocks()) == ["1"]
@@ -79,7 +79,7 @@ def test_a_part_has_the_names_of_its_layers_only() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("ends", [[3], [1, 3], [1, 2, 3], [2, 2, 3]])
 def test_parts_in_a_chain_compute_what_the_whole_computes(ends: list[int], tied: bool, documents_given: bool) -> None:
-    config = shape(layers=3, tie_embeddings=tied)
+    config = shape(num_hidden_layers=3, tie_word_embeddings=tied)
     tokens, positions, labels = rows(config)
     documents = torch.arange(20).div(8, rounding_mode="floor").int().expand(2, 20) if documents_given else None
     whole = decoder(config)
@@ -94,7 +94,7 @@ def test_parts_in_a_chain_compute_what_the_whole_computes(ends: list[int], tied:
     x = tokens
     for part in parts:
         if part is not parts[0]:
-            assert x.shape == (tokens.numel(), config.width)
+            assert x.shape == (tokens.numel(), config.hidden_size)
         x = part(x, positions, documents, labels)
     assert torch.equal(x, expected)
     x.backward()
@@ -109,10 +109,10 @@ def test_parts_in_a_chain_compute_what_the_whole_computes(ends: list[int], tied:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_from_the_meta_device_computes_the_same_once_it_is_filled(tied: bool) -> None:
-    config = shape(tie_embeddings=tied)
+    config = shape(tie_word_embeddings=tied)
     model = decoder(config)
     with torch.device("meta"):
-        empty = build(config, whole_model(config.layers))
+        empty = build(config, whole_model(config.num_hidden_layers))
     assert all(parameter.is_meta for parameter in empty.parameters())
     empty.to_empty(device="cpu")
     empty.rebuild_buffers()  # type: ignore[operator]
@@ -152,7 +152,7 @@ def test_an_embedding_met_often_has_a_gradient_as_precise_as_its_dtype() -> None
 
 
 def test_weights_start_smaller_where_they_add_to_the_residual_stream() -> None:
-    model = decoder(shape(layers=8, init_std=0.02, qkv_bias=True, qk_norm=True))
+    model = decoder(shape(num_hidden_layers=8, initializer_range=0.02, qkv_bias=True, qk_norm=True))
     for name in ("embedding.weight", "head.weight", "layers.3.attention.q.weight", "layers.0.mlp.up.weight"):
         assert model.initial(name) == Normal(0.02)
     for name in ("layers.3.attention.o.weight", "layers.7.mlp.down.weight"):
@@ -178,8 +178,8 @@ def test_a_compiled_block_is_one_graph() -> None:
     ("changes", "says"),
     [
         ({"vocab_size": None}, "vocab_size"),
-        ({"width": 30}, "width=30"),
-        ({"kv_heads": 3}, "kv_heads=3"),
+        ({"hidden_size": 30}, "hidden_size=30"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
         ({"head_dim": 7}, "head_dim=7"),
         ({"loss_chunk": 0}, "loss_chunk=0"),
     ],
@@ -190,7 +190,7 @@ def test_a_shape_that_cannot_be_built_is_refused(changes: dict[str, object], say
 
 
 def test_flops_are_six_per_multiplying_parameter_and_attention_over_the_row() -> None:
-    tied, untied = shape(tie_embeddings=True), shape()
+    tied, untied = shape(tie_word_embeddings=True), shape()
     attention = 12 * 3 * 32 * 128
     count = parameter_count(tied)
     assert flops_per_token(tied, 128, count) == 6 * count + attention

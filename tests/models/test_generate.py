@@ -23,7 +23,7 @@ def recomputed(model: Decoder, prompt: list[int], limit: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "tie_embeddings": True, "kv_heads": None}])
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "tie_word_embeddings": True, "num_key_value_heads": None}])
 def test_greedy_with_a_cache_is_greedy_without_one(changes: dict[str, Any]) -> None:
     model = decoder(shape(**changes), seed=2)
     prompt = [5, 17, 40, 2]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stoker.models.loss import Head, summed_loss
-from stoker.parallel.rows import IGNORE
+from stoker.parallel.batch import IGNORE_INDEX
 
 
 def inputs(tokens: int, ignored: float = 0.3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -18,12 +18,12 @@ def inputs(tokens: int, ignored: float = 0.3, dtype: torch.dtype = torch.float64
     hidden = torch.randn(tokens, 12, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     weight = torch.randn(31, 12, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     labels = torch.randint(31, (tokens,), generator=generator)
-    labels[torch.rand(tokens, generator=generator) < ignored] = IGNORE
+    labels[torch.rand(tokens, generator=generator) < ignored] = IGNORE_INDEX
     return hidden, weight, labels
 
 
 def whole_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(hidden.double() @ weight.double().T, labels, ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(hidden.double() @ weight.double().T, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 @settings(max_examples=40, deadline=None)

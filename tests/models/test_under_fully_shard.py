@@ -14,7 +14,7 @@ def sharded_errors(tied: bool) -> list[float]:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor
 
-    config = shape(tie_embeddings=tied)
+    config = shape(tie_word_embeddings=tied)
     tokens, positions, labels = rows(config)
     documents = torch.arange(20).div(8, rounding_mode="floor").int().expand(2, 20)
     plain = decoder(config).bfloat16()

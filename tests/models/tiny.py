@@ -7,27 +7,27 @@ from torch import Tensor
 
 from stoker.conf.schema import ModelConfig
 from stoker.models.decoder import Decoder, build
+from stoker.parallel.batch import IGNORE_INDEX
 from stoker.parallel.model import Normal, Part, whole_model
-from stoker.parallel.rows import IGNORE
 
 
 def shape(**changes: object) -> ModelConfig:
     values: dict[str, object] = {
         "vocab_size": 96,
-        "width": 32,
-        "layers": 3,
-        "heads": 4,
-        "kv_heads": 2,
-        "hidden": 48,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
         "loss_chunk": 7,
-        "init_std": 0.2,
+        "initializer_range": 0.2,
     }
     return ModelConfig(**(values | changes))  # type: ignore[arg-type]
 
 
 def decoder(config: ModelConfig, part: Part | None = None, seed: int = 0) -> Decoder:
     """Weights are random by global name, norms too, so that equal parts are equal and nothing hides behind a one."""
-    model = build(config, part or whole_model(config.layers))
+    model = build(config, part or whole_model(config.num_hidden_layers))
     assert isinstance(model, Decoder)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -43,8 +43,8 @@ def rows(config: ModelConfig, count: int = 2, seq_len: int = 20) -> tuple[Tensor
     assert config.vocab_size is not None
     tokens = torch.randint(config.vocab_size, (count, seq_len), generator=torch.Generator().manual_seed(3))
     labels = tokens.roll(-1, 1)
-    labels[:, -1] = IGNORE
-    labels[0, 4:7] = IGNORE
+    labels[:, -1] = IGNORE_INDEX
+    labels[0, 4:7] = IGNORE_INDEX
     return tokens, torch.arange(seq_len).expand(count, seq_len), labels
 
 

@@ -9,13 +9,13 @@ from functools import cache
 import torch
 
 from stoker.conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
+from stoker.parallel.batch import IGNORE_INDEX
 from stoker.parallel.engine import Engine
 from stoker.parallel.layout import BatchPlan, Layout, batch_plan, layout_of
 from stoker.parallel.mesh import Mesh, mesh_over_default_group
-from stoker.parallel.rows import IGNORE
 from stoker.parallel.shards import PARAMETER, Shard
-from stoker.parallel.update import Said
-from stoker.trainer.cut import cut
+from stoker.parallel.update import StepFlags
+from stoker.trainer.parallelize import cut
 from tests.parallel.reference import Trace, global_rows, one_process, small_config
 from tests.parallel.toy_engine import ToyEngine
 
@@ -69,7 +69,7 @@ def agreed_votes(engine_name: str = "fsdp") -> list[frozenset[str]]:
     found = []
     for votes in (frozenset(), frozenset({"stop"}) if mesh.rank == 1 else frozenset()):
         engine.forward_backward(global_rows(small_config(), 1)[mesh.dp_rank :: mesh.layout.dp])
-        found.append(engine.update(1e-3, Said(votes)).read().votes)
+        found.append(engine.update(1e-3, StepFlags(votes)).read().votes)
     return found
 
 
@@ -78,7 +78,7 @@ def step_without_a_valid_token(zero: int = 1, engine_name: str = "fsdp") -> tupl
     engine, mesh = build(config)
     before = [shard.data.clone() for shard in engine.shards()]
     rows = global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp]
-    rows.labels.fill_(IGNORE)
+    rows.labels.fill_(IGNORE_INDEX)
     engine.forward_backward(rows)
     result = engine.update(1e-2).read()
     unchanged = all(torch.equal(a, s.data) for a, s in zip(before, engine.shards(), strict=True))
@@ -86,9 +86,11 @@ def step_without_a_valid_token(zero: int = 1, engine_name: str = "fsdp") -> tupl
 
 
 def evaluated(zero: int, engine_name: str = "fsdp") -> tuple[float, float]:
-    config = small_config(parallel=ParallelConfig(zero=zero, engine=engine_name), batch=BatchConfig(rows=8, micro=1))
+    config = small_config(
+        parallel=ParallelConfig(zero=zero, engine=engine_name), batch=BatchConfig(size=8, micro_size=1)
+    )
     engine, mesh = build(config)
-    total = mesh.sum(engine.evaluate(global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp]))
+    total = mesh.all_reduce(engine.evaluate(global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp]))
     engine.forward_backward(global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp])
     return float(total[0] / total[1]), engine.update(0.0).read().loss
 

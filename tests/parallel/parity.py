@@ -19,7 +19,7 @@ from stoker.conf.schema import BatchConfig, Config, ModelConfig, OptimConfig, Pa
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
-from stoker.trainer.cut import cut
+from stoker.trainer.parallelize import cut
 from tests import world
 from tests.parallel.reference import VOCABULARY, Trace, assemble, global_rows, normwise, one_process, small_config
 
@@ -40,19 +40,25 @@ class Case:
 
     def config(self, layout: Layout, layers: int = 4) -> Config:
         model = ModelConfig(
-            vocab_size=VOCABULARY, width=32, layers=layers, heads=4, kv_heads=2, hidden=48, tie_embeddings=self.tied
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            tie_word_embeddings=self.tied,
         )
-        config = small_config(model=model, batch=BatchConfig(rows=ROWS, micro=self.micro))
+        config = small_config(model=model, batch=BatchConfig(size=ROWS, micro_size=self.micro))
         config.data.document_mask = True
         config.optim = OptimConfig(name="adamw", lr=3e-3)  # at 1e-2 rounding alone grows to 1e-5 within ten steps
         config.parallel = ParallelConfig(
             tp=layout.tp,
             pp=layout.pp,
             zero=layout.zero,
-            replicas=layout.dp_replicate,
+            dp_replicate=layout.dp_replicate,
             schedule=self.schedule,
             stages_per_rank=2 if self.schedule == "interleaved" else 1,
-            sequence=self.sequence,
+            sequence_parallel=self.sequence,
         )
         if self.optimizer == "sgd":
             config.optim = OptimConfig(name="sgd", lr=0.1, momentum=0.9)

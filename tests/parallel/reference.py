@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from stoker.conf.schema import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig
 from stoker.conf.targets import import_target
+from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.model import whole_model
-from stoker.parallel.rows import IGNORE, Rows
 from stoker.parallel.shards import PARAMETER, Shard, whole
 
 VOCABULARY = 50
@@ -25,26 +25,26 @@ VOCABULARY = 50
 
 def small_config(**changes: Any) -> Config:
     """A toy model in fp32 whose odd sizes do not divide over ranks, with weights that ZeRO leaves ranks without."""
-    model = ModelConfig(target="tests.toy:build", vocab_size=VOCABULARY, width=18, layers=2)
-    config = Config(model=model, data=DataConfig(), batch=BatchConfig(rows=8), seq_len=12, precision="fp32")
+    model = ModelConfig(target="tests.toy:build", vocab_size=VOCABULARY, hidden_size=18, num_hidden_layers=2)
+    config = Config(model=model, data=DataConfig(), batch=BatchConfig(size=8), seq_len=12, precision="fp32")
     config.optim = OptimConfig(name="adamw", lr=1e-2)
     for key, value in changes.items():
         setattr(config, key, value)
     return config
 
 
-def global_rows(config: Config, step: int, seed: int = 0) -> Rows:
+def global_rows(config: Config, step: int, seed: int = 0) -> Batch:
     """The rows of a global batch: documents of very unequal length, and not one valid token in every fourth row."""
-    count, length = config.batch.rows, config.seq_len
+    count, length = config.batch.size, config.seq_len
     generator = torch.Generator().manual_seed(1000 * seed + step)
     tokens = torch.randint(VOCABULARY, (count, length), generator=generator)
     labels = torch.randint(VOCABULARY, (count, length), generator=generator)
     for row in range(count):
         valid = 0 if row % 4 == 3 else int(torch.randint(1, length + 1, (1,), generator=generator))
-        labels[row, valid:] = IGNORE
+        labels[row, valid:] = IGNORE_INDEX
     documents = (torch.rand(count, length, generator=generator) < 0.2).cumsum(1).int()
     positions = torch.arange(length).expand(count, length).contiguous()
-    return Rows(tokens, labels, positions, documents)
+    return Batch(tokens, labels, positions, documents)
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Trace:
 
 def one_process(config: Config, steps: int, poison: int | None = None) -> Trace:
     """Train for `steps` steps in plain torch; at step `poison` the loss is infinite and the step is left out."""
-    model: nn.Module = import_target(config.model.target)(config.model, whole_model(config.model.layers))
+    model: nn.Module = import_target(config.model.target)(config.model, whole_model(config.model.num_hidden_layers))
     named = list(model.named_parameters())
     for name, parameter in named:
         parameter.data.copy_(initial_value(config, name, tuple(parameter.shape)))
@@ -88,7 +88,7 @@ def one_process(config: Config, steps: int, poison: int | None = None) -> Trace:
         loss.backward()
         if step == 1:
             trace.gradients = {name: p.grad * valid for name, p in named if p.grad is not None}
-        limit = config.clip_norm if config.clip_norm is not None else float("inf")
+        limit = config.grad_clip_norm if config.grad_clip_norm is not None else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         trace.tokens.append(valid)
         trace.skipped.append(step == poison)
@@ -114,9 +114,9 @@ def initial_value(config: Config, name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.ones(shape)
     if name.endswith(".bias"):
         return torch.zeros(shape)
-    std = 0.05 if config.model.target.startswith("tests.toy:") else config.model.init_std
+    std = 0.05 if config.model.target.startswith("tests.toy:") else config.model.initializer_range
     if name.endswith(("attention.o.weight", "mlp.down.weight")):
-        std /= math.sqrt(2 * config.model.layers)
+        std /= math.sqrt(2 * config.model.num_hidden_layers)
     rows = max(1, 2**18 // math.prod(shape[1:]))  # of a block: each has a generator of its own
     blocks = []
     for number, start in enumerate(range(0, shape[0], rows)):
@@ -137,7 +137,7 @@ def assemble(ranks: list[list[Shard]], kind: str = PARAMETER) -> dict[str, Tenso
                 continue
             tensor = found.setdefault(shard.name, torch.zeros(shard.shape, dtype=shard.data.dtype))
             count = seen.setdefault(shard.name, torch.zeros(shard.shape))
-            index = shard.rectangle.within(whole(shard.shape))
+            index = shard.chunk.within(whole(shard.shape))
             if count[index].any():
                 assert torch.equal(tensor[index], shard.data), f"replicas of {shard.name} differ"
             tensor[index] = shard.data

@@ -44,8 +44,8 @@ LAYOUTS = [
 def test_every_layout_computes_what_one_process_computes(
     ranks: int, zero: int, replicas: int | None, micro: int, optimizer: str
 ) -> None:
-    parallel = ParallelConfig(zero=zero, replicas=replicas)
-    config = small_config(parallel=parallel, batch=BatchConfig(rows=8, micro=micro))
+    parallel = ParallelConfig(zero=zero, dp_replicate=replicas)
+    config = small_config(parallel=parallel, batch=BatchConfig(size=8, micro_size=micro))
     if optimizer == "sgd":
         config.optim = SGD
     results = world.run(train, ranks, config)
@@ -57,7 +57,7 @@ def test_every_layout_computes_what_one_process_computes(
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_the_toy_engine_conforms_too(optimizer: str) -> None:
     config = small_config(optim=SGD) if optimizer == "sgd" else small_config()
-    config.batch = BatchConfig(rows=8, micro=2)
+    config.batch = BatchConfig(size=8, micro_size=2)
     results = world.run(train, 2, config, "toy")
     parameters = assemble([shards for _, shards in results])
     assert_same(results[0][0], reference(optimizer), parameters, 1e-6 if optimizer == "sgd" else 1e-4)
@@ -67,7 +67,7 @@ def test_the_toy_engine_conforms_too(optimizer: str) -> None:
 def test_what_is_frozen_stays_and_the_rest_trains_as_in_one_process(ranks: int, zero: int) -> None:
     config = small_config(parallel=ParallelConfig(zero=zero))
     config.model.target = "tests.toy:build_frozen"
-    config.batch = BatchConfig(rows=8, micro=2)
+    config.batch = BatchConfig(size=8, micro_size=2)
     config.optim.weight_decay = 0.5
     results = world.run(train, ranks, config)
     parameters = assemble([shards for _, shards in results])
@@ -93,8 +93,8 @@ def test_a_users_own_optimizer_computes_the_same_and_leaves_out_what_is_not_fini
 def test_every_gradient_is_that_of_one_process(zero: int) -> None:
     """With plain SGD the change of a parameter over the learning rate is its gradient."""
     plain = OptimConfig(name="sgd", lr=64.0, weight_decay=0.0)
-    config = small_config(optim=plain, clip_norm=None, parallel=ParallelConfig(zero=zero))
-    config.batch = BatchConfig(rows=8, micro=1)
+    config = small_config(optim=plain, grad_clip_norm=None, parallel=ParallelConfig(zero=zero))
+    config.batch = BatchConfig(size=8, micro_size=1)
     before = one_process(config, 0).parameters
     expected = one_process(config, 1).parameters
     after = assemble([shards for _, shards in world.run(train, 2, config, "fsdp", 1)])

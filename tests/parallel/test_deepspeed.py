@@ -19,7 +19,7 @@ from stoker.conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
-from stoker.trainer.cut import cut
+from stoker.trainer.parallelize import cut
 from tests import world
 from tests.parallel import conformance
 from tests.parallel.parity import STEPS, Case, Measured, expected, train
@@ -31,7 +31,7 @@ ENGINE = "deepspeed"
 def config_of(layout: Layout, case: Case, **changes: Any) -> Config:
     config = case.config(layout)
     config.parallel.engine = ENGINE
-    config.parallel.replicas = layout.dp_replicate if layout.zero else None
+    config.parallel.dp_replicate = layout.dp_replicate if layout.zero else None
     for key, value in changes.items():
         setattr(config.parallel, key, value)
     return config
@@ -88,7 +88,7 @@ def test_every_stage_computes_what_one_process_computes(ranks: int, cases: list[
 
 def of_uneven_shares(config: Config) -> Config:
     """Of 51 tokens a rank has 25 or 26: a flat partition of all parameters would end behind a norm or within it."""
-    config.model.vocab_size, config.model.hidden, config.model.layers = 51, 8, 2
+    config.model.vocab_size, config.model.intermediate_size, config.model.num_hidden_layers = 51, 8, 2
     return config
 
 
@@ -182,11 +182,11 @@ def variants() -> dict[str, Config]:
     found = {}
     for zero in (1, 2, 3):
         parallel = ParallelConfig(zero=zero, engine=ENGINE)
-        config = small_config(parallel=parallel, batch=BatchConfig(rows=8, micro=2))
+        config = small_config(parallel=parallel, batch=BatchConfig(size=8, micro_size=2))
         theirs = {"betas": config.optim.betas, "eps": config.optim.eps}
         config.optim = OptimConfig(target="tests.toy:adamw_without_kernels", lr=config.optim.lr, args=theirs)
         found[f"own optimizer, ZeRO {zero}"] = config
-        config = small_config(parallel=copy.deepcopy(parallel), batch=BatchConfig(rows=8, micro=2))
+        config = small_config(parallel=copy.deepcopy(parallel), batch=BatchConfig(size=8, micro_size=2))
         config.model.target, config.optim.weight_decay = "tests.toy:build_frozen", 0.5
         found[f"frozen, ZeRO {zero}"] = config
         found[f"bf16, frozen, ZeRO {zero}"] = copy.deepcopy(config)
@@ -285,7 +285,7 @@ def after_a_step_without(configs: list[Config]) -> list[tuple[list[Shard], list[
 def test_a_parameter_that_a_loss_does_not_reach_has_no_gradient_of_the_step_before() -> None:
     configs = [
         small_config(
-            parallel=ParallelConfig(zero=zero, engine=ENGINE, offload=offload), batch=BatchConfig(rows=8, micro=2)
+            parallel=ParallelConfig(zero=zero, engine=ENGINE, offload=offload), batch=BatchConfig(size=8, micro_size=2)
         )
         for zero in range(4)
         for offload in ("none", "cpu")
@@ -305,7 +305,7 @@ def test_compiled_blocks_compute_the_same() -> None:
     cases = [(layout, Case(4, tied=True)) for layout in STAGES[:3]]
     configs = [config_of(layout, case) for layout, case in cases]
     for config in configs:
-        config.compile, config.model.layers = True, 2
+        config.compile, config.model.num_hidden_layers = True, 2
     plain = one_process(configs[0], STEPS)
     for measured in world.run(train_each, 2, configs, timeout=240.0, fresh=True):
         for config, found in zip(configs, measured, strict=True):
@@ -337,7 +337,7 @@ def test_activations_can_be_recomputed() -> None:
     modes = [(1, "selective"), (2, "full"), (2, "selective"), (3, "full")]
     configs = [config_of(Layout(1, 2, zero=zero), ADAM_OF_TWO) for zero, _ in modes]
     for config, (_, mode) in zip(configs, modes, strict=True):
-        config.activation_checkpoint = mode
+        config.activation_checkpointing = mode
     for measured in world.run(train_each, 2, configs, timeout=120.0, fresh=True):
         for found in measured:
             assert found.trace.losses == pytest.approx(wanted.losses, rel=1e-5)

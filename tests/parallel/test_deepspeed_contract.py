@@ -27,7 +27,7 @@ from stoker.parallel.deepspeed_engine.unit import MeshUnit, ModelParallelUnit
 from stoker.parallel.layout import BatchPlan, Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.refusals import refuse
-from stoker.trainer.cut import cut
+from stoker.trainer.parallelize import cut
 from tests import world
 from tests.parallel.reference import global_rows, small_config
 
@@ -175,9 +175,9 @@ def test_every_setting_that_is_passed_on_is_known_to_deepspeed() -> None:
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
-        ({"train_batch_size": 8}, "parallel.deepspeed.train_batch_size is Stoker's to decide: set batch.rows"),
+        ({"train_batch_size": 8}, "parallel.deepspeed.train_batch_size is Stoker's to decide: set batch.size"),
         ({"bf16": {"enabled": True}}, "parallel.deepspeed.bf16 is Stoker's to decide: set precision"),
-        ({"gradient_clipping": 1.0}, "parallel.deepspeed.gradient_clipping is Stoker's to decide: set clip_norm"),
+        ({"gradient_clipping": 1.0}, "parallel.deepspeed.gradient_clipping is Stoker's to decide: set grad_clip_norm"),
         ({"optimizer": {}}, "parallel.deepspeed.optimizer is Stoker's to decide: set optim"),
         (
             {"data_types": {"grad_accum_dtype": "bf16"}},

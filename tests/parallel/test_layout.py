@@ -112,14 +112,14 @@ def asked(**parallel: object) -> Config:
 @given(SIZE, SIZE, SIZE, SIZE, st.integers(1, 3))
 def test_the_layout_asked_for_has_as_many_ranks_as_there_are(replicas, shards, tp, pp, zero):
     world = replicas * shards * tp * pp
-    layout = layout_of(asked(tp=tp, pp=pp, zero=zero, replicas=replicas), world)
+    layout = layout_of(asked(tp=tp, pp=pp, zero=zero, dp_replicate=replicas), world)
     assert layout == Layout(replicas, shards, tp, pp, zero, "fsdp") and layout.world == world
 
 
 @given(SIZE, SIZE)
 def test_zero_0_replicates_and_the_others_shard_over_all_unless_told(dp, tp):
     assert layout_of(asked(tp=tp, zero=0), dp * tp) == Layout(dp, 1, tp, 1, 0)
-    assert layout_of(asked(tp=tp, zero=0, replicas=dp), dp * tp) == Layout(dp, 1, tp, 1, 0)
+    assert layout_of(asked(tp=tp, zero=0, dp_replicate=dp), dp * tp) == Layout(dp, 1, tp, 1, 0)
     assert layout_of(asked(tp=tp, zero=3), dp * tp) == Layout(1, dp, tp, 1, 3)
 
 
@@ -128,8 +128,8 @@ def test_zero_0_replicates_and_the_others_shard_over_all_unless_told(dp, tp):
     [
         ({"tp": 3}, 4, "4 ranks do not divide into tp 3 x pp 1"),
         ({"tp": 2, "pp": 2}, 2, "2 ranks do not divide into tp 2 x pp 2"),
-        ({"zero": 0, "replicas": 2}, 4, "ZeRO 0 keeps a replica on each of the 4"),
-        ({"zero": 1, "replicas": 3}, 4, "4 data-parallel ranks do not divide into 3 replicas"),
+        ({"zero": 0, "dp_replicate": 2}, 4, "ZeRO 0 keeps a replica on each of the 4"),
+        ({"zero": 1, "dp_replicate": 3}, 4, "4 data-parallel ranks do not divide into 3 replicas"),
     ],
 )
 def test_axes_that_do_not_fit_the_ranks_raise(parallel, world, words):
@@ -140,13 +140,13 @@ def test_axes_that_do_not_fit_the_ranks_raise(parallel, world, words):
 @given(LAYOUTS, st.integers(1, 40), st.integers(1, 40), st.booleans())
 def test_a_plan_covers_the_global_batch_exactly(layout, rank_rows, micro, given_micro):
     config = Config()
-    config.batch.rows = layout.dp * rank_rows
+    config.batch.size = layout.dp * rank_rows
     if given_micro:
         assume(rank_rows % micro == 0)
-        config.batch.micro = micro
+        config.batch.micro_size = micro
     plan = batch_plan(config, layout)
     assert plan.rank_rows == rank_rows
-    assert layout.dp * plan.micro_batches * plan.micro_rows == plan.rows == config.batch.rows
+    assert layout.dp * plan.micro_batches * plan.micro_rows == plan.rows == config.batch.size
     assert plan.micro_rows == micro if given_micro else plan.micro_rows <= 8
 
 
@@ -154,14 +154,14 @@ def test_the_default_micro_batch_is_the_largest_divisor_up_to_eight():
     expected = {1: 1, 7: 7, 8: 8, 9: 3, 11: 1, 12: 6, 32: 8}
     for rows, micro in expected.items():
         config = Config()
-        config.batch.rows = rows
+        config.batch.size = rows
         assert batch_plan(config, Layout()).micro_rows == micro
 
 
 @given(LAYOUTS, st.integers(0, 60), st.integers(1, 20))
 def test_rows_that_do_not_divide_raise(layout, rows, micro):
     config = Config()
-    config.batch.rows, config.batch.micro = rows, micro
+    config.batch.size, config.batch.micro_size = rows, micro
     assume(rows == 0 or rows % layout.dp or rows // layout.dp % micro)
     with pytest.raises(ValueError, match="divide"):
         batch_plan(config, layout)

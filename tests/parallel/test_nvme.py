@@ -23,12 +23,12 @@ from stoker.conf.values import ConfigError
 from stoker.parallel.deepspeed_engine.async_io import is_built, missing_for_async_io
 from stoker.parallel.deepspeed_engine.swapping import SwapFolder, require_lockable
 from stoker.parallel.layout import Layout, batch_plan, layout_of
-from stoker.parallel.mapped import LARGE_BYTES, MappedMemory
 from stoker.parallel.mesh import mesh_over_default_group
+from stoker.parallel.mmap_offload import LARGE_BYTES, MappedMemory
 from stoker.parallel.refusals import refuse
 from stoker.parallel.shards import PARAMETER, Shard
-from stoker.trainer.cut import cut
-from stoker.trainer.process import give_freed_memory_back
+from stoker.trainer.parallelize import cut
+from stoker.trainer.runtime.process import give_freed_memory_back
 from tests import world
 from tests.parallel.reference import assemble, global_rows, normwise, one_process, small_config
 from tests.trainer.test_resume import HALF, half
@@ -40,13 +40,13 @@ WIDTH = 514  # of the toy: half a matrix is a MiB and a little, so that DeepSpee
 
 
 def config_of(path: Path | str, layout: Layout, offload: str = "nvme", **changes: Any) -> Config:
-    config = small_config(batch=BatchConfig(rows=8, micro=2), **changes)
-    config.model.width = WIDTH
+    config = small_config(batch=BatchConfig(size=8, micro_size=2), **changes)
+    config.model.hidden_size = WIDTH
     config.optim = OptimConfig(name="adamw", lr=1e-3)
     config.parallel = ParallelConfig(
         tp=layout.tp,
         zero=layout.zero,
-        replicas=layout.dp_replicate if layout.zero else None,
+        dp_replicate=layout.dp_replicate if layout.zero else None,
         engine="deepspeed",
         offload=offload,
         nvme_path=str(path),
@@ -84,7 +84,7 @@ def look_at(config: Config, steps: int) -> Found:
     losses, norms, evaluated = [], [], []
     for step in range(1, steps + 1):
         rows = global_rows(config, step)[mesh.dp_rank :: layout.dp]
-        evaluated += [float(mesh.sum(engine.evaluate(rows))[0]) for _ in range(2)]
+        evaluated += [float(mesh.all_reduce(engine.evaluate(rows))[0]) for _ in range(2)]
         engine.forward_backward(rows)
         result = engine.update(config.optim.lr).read()
         losses.append(result.loss)
@@ -144,7 +144,7 @@ def test_frozen_parameters_small_groups_and_bf16_train_as_in_memory(tmp_path: Pa
     frozen, grouped, bf16 = (config_of(tmp_path, Layout(1, 2, zero=3)) for _ in range(3))
     frozen.model.target = "tests.toy:build_frozen"
     grouped.parallel.deepspeed = {"zero_optimization": {"stage3_sub_group_size": 300_000}}
-    bf16.precision, bf16.model.width = "bf16", 2 * WIDTH
+    bf16.precision, bf16.model.hidden_size = "bf16", 2 * WIDTH
     swapped = [frozen, grouped, bf16]
     configs = [*swapped, *copy.deepcopy(swapped)]
     for config in configs[3:]:
@@ -190,7 +190,7 @@ def under_a_limit(config: Config, limit: int) -> None:
 @pytest.mark.parametrize("zero", [2, pytest.param(3, marks=needs_async_io)])
 def test_a_run_fits_where_offload_to_the_cpu_finds_too_little_memory(tmp_path: Path, zero: int) -> None:
     config = config_of(tmp_path, Layout(zero=zero))
-    config.model.width, config.model.layers = 1024, 4
+    config.model.hidden_size, config.model.num_hidden_layers = 1024, 4
     config.parallel.deepspeed = {"zero_optimization": {"reduce_bucket_size": 1 << 20, "sub_group_size": 1 << 20}}
     parameters = 4 * 2 * 1024 * 2048  # in the matrices of four layers
     # Bytes. On NVMe it takes less than 18 and 12 for a parameter, in the CPU's memory more than 34 and 24.

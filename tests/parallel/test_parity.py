@@ -16,7 +16,7 @@ from stoker.conf.schema import Config
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
-from stoker.trainer.cut import cut
+from stoker.trainer.parallelize import cut
 from tests import world
 from tests.parallel.conformance import train as train_poisoned
 from tests.parallel.parity import (
@@ -97,7 +97,7 @@ def evaluated(config: Config) -> tuple[float, float, list[Shard]]:
     mesh = mesh_over_default_group(layout, world.device(), 60.0)
     engine = cut(config, mesh, batch_plan(config, layout))
     mine = global_rows(config, 1)[mesh.dp_rank :: layout.dp]
-    (loss, tokens), (some_loss, some_tokens) = (mesh.sum(engine.evaluate(rows)) for rows in (mine, mine[:3]))
+    (loss, tokens), (some_loss, some_tokens) = (mesh.all_reduce(engine.evaluate(rows)) for rows in (mine, mine[:3]))
     return float(loss / tokens), float(some_loss / some_tokens), engine.gradient_shards()
 
 

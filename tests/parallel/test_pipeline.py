@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stoker.conf.schema import Config, ModelConfig
+from stoker.parallel.batch import Batch
 from stoker.parallel.model import whole_model
 from stoker.parallel.pipeline import Ring
-from stoker.parallel.registry import uncut
-from stoker.parallel.rows import Rows
+from stoker.parallel.registry import whole_registry
+from stoker.parallel.sharding import ShardingStrategy
 from stoker.parallel.shards import GRADIENT, Shard
-from stoker.parallel.weights import Weights
 from tests import world
 from tests.parallel.parity import FULL
 from tests.parallel.pipelines import FACTOR, SCHEDULES, Pipeline, Watched, build, fill, pipeline_config, uneven_rows
@@ -44,7 +44,7 @@ def measure(configs: list[Config]) -> list[Measured]:
         rows = uneven_rows(config)
         first = pipeline.train(rows)
         gradients = pipeline.gradients()
-        pipeline.updated()
+        pipeline.on_optimizer_step()
         evaluated = [float(pipeline.passes.evaluate(rows[:count])) for count in (1, 5, len(rows))]
         again = pipeline.train(rows)
         for number, shards in pipeline.gradients().items():
@@ -57,8 +57,8 @@ def measure(configs: list[Config]) -> list[Measured]:
 
 
 def one_process(config: Config) -> tuple[nn.Module, float, dict[str, Tensor]]:
-    model = build(config, whole_model(config.model.layers))
-    fill(config, model, uncut(model))
+    model = build(config, whole_model(config.model.num_hidden_layers))
+    fill(config, model, whole_registry(model))
     rows = uneven_rows(config)
     loss = loss_of(model, config, rows)
     (loss * FACTOR).backward()
@@ -66,7 +66,7 @@ def one_process(config: Config) -> tuple[nn.Module, float, dict[str, Tensor]]:
     return model, loss.item(), gradients
 
 
-def loss_of(model: nn.Module, config: Config, rows: Rows) -> Tensor:
+def loss_of(model: nn.Module, config: Config, rows: Batch) -> Tensor:
     return model(rows.tokens, rows.positions, rows.documents if config.data.document_mask else None, rows.labels)
 
 
@@ -82,7 +82,7 @@ def gathered(measured: list[Measured]) -> dict[str, Tensor]:
 
 def assert_parity(configs: list[Config], ranks: int, tolerance: float = 1e-5) -> None:
     for config, measured in zip(configs, zip(*world.run(measure, ranks, configs), strict=True), strict=True):
-        where = f"{config.parallel}, {config.batch}, tied {config.model.tie_embeddings}"
+        where = f"{config.parallel}, {config.batch}, tied {config.model.tie_word_embeddings}"
         model, loss, gradients = one_process(config)
         last = config.parallel.pp - 1
         per_stage = ranks // config.parallel.pp
@@ -132,7 +132,7 @@ def test_four_stages_compute_what_one_process_computes() -> None:
 
 
 def test_a_users_own_model_passes_through_a_pipeline() -> None:
-    model = ModelConfig(target="tests.toy:build", vocab_size=VOCABULARY, width=18, layers=4)
+    model = ModelConfig(target="tests.toy:build", vocab_size=VOCABULARY, hidden_size=18, num_hidden_layers=4)
     configs = [pipeline_config(schedule) for schedule in SCHEDULES]
     for config in configs:
         config.model = model
@@ -167,7 +167,7 @@ def passes_counted(config: Config) -> tuple[list[int], list[list[bool]], int]:
     """
     told: list[list[bool]] = []
 
-    def watch(weights: Weights, _: nn.Module) -> Weights:
+    def watch(weights: ShardingStrategy, _: nn.Module) -> ShardingStrategy:
         told.append([])
         return Watched(weights, told[-1].append)
 
@@ -207,8 +207,8 @@ def initial(config: Config) -> dict[str, Tensor]:
 
 def test_stages_start_from_the_weights_of_one_process_and_no_two_from_the_same() -> None:
     config = pipeline_config("interleaved", tied=True)
-    whole = build(config, whole_model(config.model.layers))
-    fill(config, whole, uncut(whole))
+    whole = build(config, whole_model(config.model.num_hidden_layers))
+    fill(config, whole, whole_registry(whole))
     first, last = world.run(initial, 2, config)
     assert torch.equal(first["embedding.weight"], last["embedding.weight"])
     for name, parameter in whole.named_parameters():
@@ -221,9 +221,9 @@ def test_stages_start_from_the_weights_of_one_process_and_no_two_from_the_same()
 def poisoned(config: Config) -> tuple[float, bool]:
     """On a rank: the loss, and whether all gradients are finite, when the last stage has an infinite weight."""
     pipeline = Pipeline(config)
-    if pipeline.mesh.at.pp == 1:
+    if pipeline.mesh.coordinate.pp == 1:
         next(iter(pipeline.stages[-1].weights.tensors.values())).fill_(float("inf"))
-        pipeline.updated()
+        pipeline.on_optimizer_step()
     loss = pipeline.train(uneven_rows(config)).item()
     gradients = [gradient for stage in pipeline.stages for gradient in stage.weights.gradients().values()]
     return loss, all(bool(gradient.isfinite().all()) for gradient in gradients)
@@ -258,7 +258,7 @@ def adapted(config: Config, frozen_below: int) -> dict[int, list[str]]:
     """On a rank: names with gradients by stage, when the stages before `frozen_below` are not trained."""
 
     class Adapted(Pipeline):
-        def store(self, model: nn.Module) -> Weights:
+        def store(self, model: nn.Module) -> ShardingStrategy:
             if not any(int(number) >= frozen_below for number in model.blocks()):  # type: ignore[operator]
                 model.requires_grad_(False)
             return super().store(model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from stoker.conf.schema import Config
-from stoker.parallel.weights import Weights
+from stoker.parallel.sharding import ShardingStrategy
 from tests import world
 from tests.parallel.pipelines import Pipeline, Watched, pipeline_config, uneven_rows
 
@@ -40,7 +40,7 @@ def gradients_held(configs: list[Config]) -> list[tuple[int, list[int], int]]:
     for config in configs:
         held: list[int] = []
 
-        def watch(weights: Weights, model: nn.Module, held: list[int] = held) -> Weights:
+        def watch(weights: ShardingStrategy, model: nn.Module, held: list[int] = held) -> ShardingStrategy:
             return Watched(weights, lambda _: held.append(full_gradient_bytes(model)))
 
         pipeline = Pipeline(config, watch)
@@ -82,8 +82,8 @@ def activations_held(config: Config) -> tuple[int, int, int]:
     rows = uneven_rows(config)
     pipeline.train(rows)
     with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
-        micro = rows[: config.batch.micro]
-        received = torch.zeros(micro.tokens.numel(), config.model.width, requires_grad=True)
+        micro = rows[: config.batch.micro_size]
+        received = torch.zeros(micro.tokens.numel(), config.model.hidden_size, requires_grad=True)
         output = stage.model(received if stage.number else micro.tokens, micro.positions, micro.documents, micro.labels)
         one = Saved.alive
         del output, received
@@ -137,7 +137,7 @@ def tensors_alive(configs: list[Config]) -> list[int]:
     """On a rank: the most tensors of the size of an activation that lived before a backward, for each config."""
     most = []
     for config in configs:
-        shape = (config.batch.micro * config.seq_len, config.model.width)  # type: ignore[operator]
+        shape = (config.batch.micro_size * config.seq_len, config.model.hidden_size)  # type: ignore[operator]
         alive: list[int] = []
 
         def look(_: bool, shape: tuple[int, ...] = shape, alive: list[int] = alive) -> None:

@@ -12,17 +12,17 @@ from torch import nn
 
 from stoker.conf.schema import Config, ModelConfig
 from stoker.launch.check import LIMITS, Limits
-from stoker.parallel.full_precision import compute_in_full
+from stoker.parallel.fp32_modules import compute_in_fp32
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.loss_scale import BACKOFF, FIRST, FLOOR, GROWS_AFTER, GROWTH, LossScale
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.model import whole_model
-from stoker.parallel.replicated import ReplicatedWeights
-from stoker.parallel.sharded import ShardedWeights
+from stoker.parallel.replicated import ReplicatedStrategy
+from stoker.parallel.sharded import ShardedStrategy
+from stoker.parallel.sharding import Precision
 from stoker.parallel.shards import GRADIENT
-from stoker.parallel.update import Agreed
-from stoker.parallel.weights import Precision
-from stoker.trainer.cut import build_on_meta, cut
+from stoker.parallel.update import StepMetrics
+from stoker.trainer.parallelize import build_on_meta, cut
 from tests import world
 from tests.parallel.parity import Case, Measured, train
 from tests.parallel.reference import VOCABULARY, assemble, global_rows, normwise, one_process, small_config
@@ -116,7 +116,7 @@ def test_the_loss_scale_halves_on_overflow_down_to_its_floor_and_grows_after_eno
 TOO_LARGE = 2.0**40  # a loss scale
 
 
-def overflowing(layout: Layout) -> tuple[list[Agreed], dict[str, float], bool]:
+def overflowing(layout: Layout) -> tuple[list[StepMetrics], dict[str, float], bool]:
     """fp16 with a scale far too large, until it fits. Are the parameters untouched as long as it does not?"""
     config = in_precision(layout, "fp16")
     layout = layout_of(config, dist.get_world_size())
@@ -155,7 +155,7 @@ def test_at_the_floor_a_step_that_is_not_finite_counts_as_bad() -> None:
     assert results.skipped and not results.overflowed
 
 
-def at_the_floor() -> Agreed:
+def at_the_floor() -> StepMetrics:
     config = in_precision(Layout(), "fp16")
     mesh = mesh_over_default_group(Layout(), torch.device("cpu"), 60.0)
     engine = cut(config, mesh, batch_plan(config, Layout()))
@@ -166,7 +166,14 @@ def at_the_floor() -> Agreed:
     return engine.update(1e-3).read()
 
 
-DECODER = ModelConfig(vocab_size=VOCABULARY, width=32, layers=2, heads=4, kv_heads=2, hidden=48)
+DECODER = ModelConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+)
 
 
 def dtypes(zero: int, patterns: list[str]) -> dict[str, tuple[torch.dtype, torch.dtype, torch.dtype]]:
@@ -174,11 +181,11 @@ def dtypes(zero: int, patterns: list[str]) -> dict[str, tuple[torch.dtype, torch
     layout = Layout(1, dist.get_world_size(), zero=zero) if zero else Layout(dist.get_world_size())
     mesh = mesh_over_default_group(layout, torch.device("cpu"), 60.0)
     model = build_on_meta(DECODER, whole_model(2))
-    precision = Precision(torch.bfloat16, compute_in_full(model, patterns, torch.bfloat16))
+    precision = Precision(torch.bfloat16, compute_in_fp32(model, patterns, torch.bfloat16))
     if zero:
-        ShardedWeights(model, mesh, precision, zero)
+        ShardedStrategy(model, mesh, precision, zero)
     else:
-        ReplicatedWeights(model, mesh.device, precision, mesh.group("dp_replicate"))
+        ReplicatedStrategy(model, mesh.device, precision, mesh.group("dp_replicate"))
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) or name in ("embedding", "head"):
@@ -209,9 +216,9 @@ def test_chosen_modules_compute_in_fp32_and_the_rest_does_not(zero: int) -> None
 
 
 def test_a_parameter_that_is_shared_with_a_module_in_fewer_bits_is_refused() -> None:
-    model = build_on_meta(replace(DECODER, tie_embeddings=True), whole_model(2))
+    model = build_on_meta(replace(DECODER, tie_word_embeddings=True), whole_model(2))
     with pytest.raises(ValueError, match=r"embedding.*head|head.*embedding"):
-        compute_in_full(model, ["head"], torch.bfloat16)
+        compute_in_fp32(model, ["head"], torch.bfloat16)
 
 
 @pytest.mark.parametrize("layout", [Layout(2), Layout(1, 2, zero=1), Layout(1, 2, 2, 1, 3), Layout(pp=2)], ids=str)

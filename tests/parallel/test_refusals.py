@@ -12,10 +12,10 @@ from stoker.conf.overrides import choices, parse
 from stoker.conf.schema import GROUPS, Config, kinds, lookup
 from stoker.conf.values import ConfigError
 from stoker.parallel.layout import batch_plan, layout_of
-from stoker.parallel.nearest import around, divisors, either, multiples_around
 from stoker.parallel.refusals import REFUSALS, Start, refuse, table_markdown
+from stoker.parallel.suggestions import around, divisors, either, multiples_around
 from tests.parallel.refused_alone import BEYOND
-from tests.parallel.refused_lanes import LANES, OF_LANES
+from tests.parallel.refused_streaming import OF_STREAMS, STREAMS
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "refusals.md"
 
@@ -53,52 +53,73 @@ TOGETHER = {
         ([], 0, 0, "0 ranks: launch.nproc=1 is the least"),
     ],
     "replicas of ZeRO 0": [
-        (["parallel.zero=0", "parallel.replicas=2"], 4, 0, "ZeRO 0 keeps a replica on each of the 4"),
+        (["parallel.zero=0", "parallel.dp_replicate=2"], 4, 0, "ZeRO 0 keeps a replica on each of the 4"),
     ],
     "replicas": [
-        (["parallel.replicas=3"], 4, 0, "parallel.replicas=3 does not divide 4 data-parallel ranks: 2 or 4 does"),
+        (
+            ["parallel.dp_replicate=3"],
+            4,
+            0,
+            "parallel.dp_replicate=3 does not divide 4 data-parallel ranks: 2 or 4 does",
+        ),
     ],
     "rows over ranks": [
-        (["batch.rows=10"], 4, 0, "batch.rows=8 or 12 does, or launch.nproc=2 or 5"),
-        (["batch.rows=10", "parallel.tp=2"], 8, 0, "batch.rows=8 or 12 does, or launch.nproc=4 or 10"),
-        (["batch.rows=2"], 3, 0, "batch.rows=3 does, or launch.nproc=2"),
+        (["batch.size=10"], 4, 0, "batch.size=8 or 12 does, or launch.nproc=2 or 5"),
+        (["batch.size=10", "parallel.tp=2"], 8, 0, "batch.size=8 or 12 does, or launch.nproc=4 or 10"),
+        (["batch.size=2"], 3, 0, "batch.size=3 does, or launch.nproc=2"),
     ],
     "micro-batches": [
-        (["batch.micro=5"], 2, 0, "batch.micro=5 does not divide the 16 rows of a rank (batch.rows=32 over 2): 4 or 8"),
-        (["batch.micro=33"], 1, 0, ": 32 does"),
+        (
+            ["batch.micro_size=5"],
+            2,
+            0,
+            "batch.micro_size=5 does not divide the 16 rows of a rank (batch.size=32 over 2): 4 or 8",
+        ),
+        (["batch.micro_size=33"], 1, 0, ": 32 does"),
     ],
     "tensor parallelism": [
         (
             ["parallel.tp=3", "seq_len=513"],
             3,
             0,
-            "parallel.tp=3 does not go with model.heads=8, model.hidden=704: 2 or 4 does",
+            "parallel.tp=3 does not go with model.num_attention_heads=8, model.intermediate_size=704: 2 or 4 does",
         ),
-        (["parallel.tp=16", "batch.micro=8"], 16, 0, "does not go with model.heads=8: 8 does"),
+        (["parallel.tp=16", "batch.micro_size=8"], 16, 0, "does not go with model.num_attention_heads=8: 8 does"),
         (
-            ["parallel.tp=4", "model.heads=12", "model.kv_heads=6", "model.width=384", "model.hidden=720"],
+            [
+                "parallel.tp=4",
+                "model.num_attention_heads=12",
+                "model.num_key_value_heads=6",
+                "model.hidden_size=384",
+                "model.intermediate_size=720",
+            ],
             4,
             0,
-            "parallel.tp=4 does not go with model.kv_heads=6: 3 or 6 does",
+            "parallel.tp=4 does not go with model.num_key_value_heads=6: 3 or 6 does",
         ),
     ],
     "sequence parallelism": [
         (
-            ["parallel.tp=8", "seq_len=250", "batch.micro=2"],
+            ["parallel.tp=8", "seq_len=250", "batch.micro_size=2"],
             8,
             0,
-            "micro-batches of 2 x seq_len=250 tokens do not divide over parallel.tp=8: batch.micro=4 does, "
-            "or seq_len=248 or 252, or parallel.sequence=false",
+            "micro-batches of 2 x seq_len=250 tokens do not divide over parallel.tp=8: batch.micro_size=4 does, "
+            "or seq_len=248 or 252, or parallel.sequence_parallel=false",
         ),
-        (["parallel.tp=2", "seq_len=5", "batch.rows=3"], 2, 0, "over parallel.tp=2: seq_len=4 or 6, or parallel.sequ"),
+        (["parallel.tp=2", "seq_len=5", "batch.size=3"], 2, 0, "over parallel.tp=2: seq_len=4 or 6, or parallel.sequ"),
     ],
     "stages": [
-        (["parallel.pp=7", "batch.micro=1"], 7, 0, "are 7 stages for model.layers=6: at most 6 stages work"),
         (
-            ["parallel.pp=4", "parallel.stages_per_rank=2", "parallel.schedule=interleaved", "batch.micro=1"],
+            ["parallel.pp=7", "batch.micro_size=1"],
+            7,
+            0,
+            "are 7 stages for model.num_hidden_layers=6: at most 6 stages work",
+        ),
+        (
+            ["parallel.pp=4", "parallel.stages_per_rank=2", "parallel.schedule=interleaved", "batch.micro_size=1"],
             4,
             0,
-            "are 8 stages for model.layers=6",
+            "are 8 stages for model.num_hidden_layers=6",
         ),
     ],
     "interleaving": [
@@ -111,8 +132,13 @@ TOGETHER = {
         (["parallel.schedule=zero_bubble"], 1, 0, "parallel.schedule=interleaved with parallel.stages_per_rank=2 or"),
     ],
     "full pipeline": [
-        (["parallel.pp=4", "batch.micro=16"], 4, 0, "2 micro-batches do not fill 4 pipeline stages: batch.micro=8"),
-        (["parallel.pp=4", "batch.rows=3"], 4, 0, "1 micro-batches do not fill 4 pipeline stages: batch.rows=12"),
+        (
+            ["parallel.pp=4", "batch.micro_size=16"],
+            4,
+            0,
+            "2 micro-batches do not fill 4 pipeline stages: batch.micro_size=8",
+        ),
+        (["parallel.pp=4", "batch.size=3"], 4, 0, "1 micro-batches do not fill 4 pipeline stages: batch.size=12"),
     ],
     "interleaved rounds": [
         (
@@ -120,12 +146,12 @@ TOGETHER = {
                 "parallel.pp=2",
                 "parallel.stages_per_rank=2",
                 "parallel.schedule=interleaved",
-                "batch.rows=30",
-                "batch.micro=6",
+                "batch.size=30",
+                "batch.micro_size=6",
             ],
             2,
             0,
-            "5 micro-batches do not split into rounds over parallel.pp=2: batch.micro=10 or 5 does",
+            "5 micro-batches do not split into rounds over parallel.pp=2: batch.micro_size=10 or 5 does",
         ),
     ],
     "GPUs": [
@@ -139,10 +165,17 @@ TOGETHER = {
         (["precision=fp16"], 1, 0, "precision=fp16 on CPUs: precision=bf16 works"),
         (["precision=fp16", "launch.device=cpu"], 1, 1, "precision=fp16 on CPUs"),
     ],
-    "query groups": [(["model.kv_heads=3"], 1, 0, "model.kv_heads=3 does not divide model.heads=8: 2 or 4 does")],
+    "query groups": [
+        (
+            ["model.num_key_value_heads=3"],
+            1,
+            0,
+            "model.num_key_value_heads=3 does not divide model.num_attention_heads=8: 2 or 4 does",
+        )
+    ],
     "width of a head": [
-        (["model.width=250"], 1, 0, "model.width=240 or 256 does, or set model.head_dim"),
-        (["model.width=248"], 1, 0, "does not split into model.heads=8 of an even width"),
+        (["model.hidden_size=250"], 1, 0, "model.hidden_size=240 or 256 does, or set model.head_dim"),
+        (["model.hidden_size=248"], 1, 0, "does not split into num_attention_heads=8 of an even width"),
     ],
     "context extension": [
         (
@@ -158,12 +191,22 @@ TOGETHER = {
         (["schedule.name=wsd", "schedule.warmup_steps=161"], 1, 0, "and a decay of 40 steps do not fit"),
     ],
     "evaluation": [
-        (["eval.every=10"], 1, 0, "eval.every=10 with eval.rows=0 evaluates nothing: set eval.rows, such as 32"),
-        (["eval.rows=8", "data.validation=0"], 1, 0, "no document is kept for validation"),
+        (
+            ["eval.every=10"],
+            1,
+            0,
+            "eval.every=10 with eval.sequences=0 evaluates nothing: set eval.sequences, such as 32",
+        ),
+        (["eval.sequences=8", "data.validation=0"], 1, 0, "no document is kept for validation"),
     ],
     "best checkpoints": [
         (["checkpoint.keep_best=1", "checkpoint.every=20"], 1, 0, "eval.every=20 measures every checkpoint"),
-        (["checkpoint.keep_best=1", "checkpoint.every=20", "eval.every=15", "eval.rows=8"], 1, 0, "and eval.every=15"),
+        (
+            ["checkpoint.keep_best=1", "checkpoint.every=20", "eval.every=15", "eval.sequences=8"],
+            1,
+            0,
+            "and eval.every=15",
+        ),
     ],
     "traced steps": [
         (["profile.steps=[201,205]"], 1, 0, "no such step is taken; profile.steps=[196,200] works"),
@@ -184,7 +227,12 @@ TOGETHER = {
         ([*DEEPSPEED, "parallel.zero=3", "compile=true"], 2, 0, "parallel.zero=2 works"),
     ],
     "DeepSpeed ZeRO 3 and selective checkpointing": [
-        ([*DEEPSPEED, "parallel.zero=3", "activation_checkpoint=selective"], 2, 0, "activation_checkpoint=full works"),
+        (
+            [*DEEPSPEED, "parallel.zero=3", "activation_checkpointing=selective"],
+            2,
+            0,
+            "activation_checkpointing=full works",
+        ),
     ],
     "NVMe": [
         (["parallel.offload=nvme"], 2, 0, "with parallel.engine=fsdp: parallel.engine=deepspeed works, or"),
@@ -192,9 +240,9 @@ TOGETHER = {
     ],
     "DeepSpeed settings": [
         (["parallel.deepspeed={a: 1}"], 2, 0, "these settings are for parallel.engine=deepspeed"),
-        ([*DEEPSPEED, "parallel.deepspeed={train_batch_size: 8}"], 2, 0, "batch.rows"),
+        ([*DEEPSPEED, "parallel.deepspeed={train_batch_size: 8}"], 2, 0, "batch.size"),
     ],
-    **OF_LANES,
+    **OF_STREAMS,
 }
 
 
@@ -220,21 +268,21 @@ def test_every_entry_is_tried():
         ([], 1, 0),
         ([], 4, 4),
         (["launch.device=cpu"], 4, 1),
-        (["parallel.zero=0", "parallel.replicas=4"], 4, 0),
-        (["parallel.zero=3", "parallel.replicas=2"], 4, 0),
-        (["batch.rows=12", "batch.micro=3"], 4, 0),
-        (["model.kv_heads=2"], 1, 0),
-        (["parallel.tp=8", "model.kv_heads=2", "model.width=272"], 8, 0),
-        (["parallel.tp=2", "seq_len=5", "batch.rows=3", "parallel.sequence=false"], 2, 0),
-        (["parallel.tp=2", "seq_len=5", "batch.micro=2"], 2, 0),
-        (["model.width=250", "model.head_dim=32"], 1, 0),
-        (["model.target=mine:build", "model.width=7", "model.kv_heads=3"], 1, 0),
+        (["parallel.zero=0", "parallel.dp_replicate=4"], 4, 0),
+        (["parallel.zero=3", "parallel.dp_replicate=2"], 4, 0),
+        (["batch.size=12", "batch.micro_size=3"], 4, 0),
+        (["model.num_key_value_heads=2"], 1, 0),
+        (["parallel.tp=8", "model.num_key_value_heads=2", "model.hidden_size=272"], 8, 0),
+        (["parallel.tp=2", "seq_len=5", "batch.size=3", "parallel.sequence_parallel=false"], 2, 0),
+        (["parallel.tp=2", "seq_len=5", "batch.micro_size=2"], 2, 0),
+        (["model.hidden_size=250", "model.head_dim=32"], 1, 0),
+        (["model.target=mine:build", "model.hidden_size=7", "model.num_key_value_heads=3"], 1, 0),
         (["schedule.warmup_steps=200"], 1, 0),
         (["schedule.name=wsd", "schedule.warmup_steps=160"], 1, 0),
-        (["eval.every=10", "eval.rows=8"], 1, 0),
+        (["eval.every=10", "eval.sequences=8"], 1, 0),
         (["data.validation=0"], 1, 0),
-        ([*LANES, "data.lanes=8"], 4, 0),
-        (["clip_norm=null", "activation_checkpoint=full", "compile=true", "optim.name=sgd"], 1, 0),
+        ([*STREAMS, "data.streams=8"], 4, 0),
+        (["grad_clip_norm=null", "activation_checkpointing=full", "compile=true", "optim.name=sgd"], 1, 0),
         (["model.rope_scaling.factor=8"], 1, 0),
     ],
 )
@@ -244,7 +292,7 @@ def test_what_works_is_not_refused(overrides, world, gpus):
 
 def test_pipelines_and_tensor_parallelism_that_fit_are_not_refused():
     fitting = ["parallel.tp=2", "parallel.pp=2", "parallel.stages_per_rank=2", "parallel.schedule=interleaved"]
-    assert refusals_of(with_values(*fitting, "batch.micro=4"), world=8, gpus=0) == ""
+    assert refusals_of(with_values(*fitting, "batch.micro_size=4"), world=8, gpus=0) == ""
 
 
 @pytest.mark.parametrize("override", BEYOND)
@@ -260,7 +308,7 @@ def test_every_limit_is_tried():
     assert [override.partition("=")[0] for override in BEYOND] == [limit.key for limit in LIMITS]
 
 
-@pytest.mark.parametrize("override", ["optim.lr=nan", "optim.lr=inf", "clip_norm=nan", "optim.betas=[0.9]"])
+@pytest.mark.parametrize("override", ["optim.lr=nan", "optim.lr=inf", "grad_clip_norm=nan", "optim.betas=[0.9]"])
 def test_numbers_that_are_none_are_refused(override):
     assert override.partition("=")[0] in refused(override)
 
@@ -276,13 +324,13 @@ def test_the_closest_choice_comes_first():
 
 
 def test_all_refusals_are_said_at_once_one_line_each():
-    said = refused("steps=0", "batch.rows=10", "optim.lr=-1", "model.kv_heads=3", "parallel.tp=2", world=8)
+    said = refused("steps=0", "batch.size=10", "optim.lr=-1", "model.num_key_value_heads=3", "parallel.tp=2", world=8)
     assert [line.split()[0].partition("=")[0] for line in said.splitlines()] == [
         "steps",
         "optim.lr",
-        "batch.rows",
+        "batch.size",
         "parallel.tp",
-        "model.kv_heads",
+        "model.num_key_value_heads",
     ]
 
 
@@ -305,7 +353,7 @@ def test_whatever_is_asked_it_is_refused_in_words_or_it_has_a_layout_and_a_plan(
     config = Config()
     for key, value in parallel.items():
         setattr(config.parallel, key, value)
-    config.parallel.replicas, config.batch.micro, config.batch.rows = replicas, micro, rows
+    config.parallel.dp_replicate, config.batch.micro_size, config.batch.size = replicas, micro, rows
     config.parallel.schedule = schedule
     if refusals_of(config, world, gpus):
         return

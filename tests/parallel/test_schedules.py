@@ -23,7 +23,7 @@ GRID = [
 
 
 def refused(schedule: str, pp: int, stages_per_rank: int, micro_batches: int) -> str | None:
-    config = Config(batch=BatchConfig(rows=micro_batches, micro=1))
+    config = Config(batch=BatchConfig(size=micro_batches, micro_size=1))
     config.parallel = ParallelConfig(pp=pp, schedule=schedule, stages_per_rank=stages_per_rank)
     said = [entry.check(Start(config, pp, 0)) for entry in REFUSALS if entry.name in ABOUT_SCHEDULES]
     return next((message for message in said if message), None)

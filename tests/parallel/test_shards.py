@@ -1,4 +1,4 @@
-"""Rectangles: arithmetic that everything which leaves an engine rests on."""
+"""Chunks: arithmetic that everything which leaves an engine rests on."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_the_rectangles_of_a_flat_range_are_its_elements_in_their_order(
     shape, start, stop = range_
     tensor = torch.arange(math.prod(shape)).view(shape)
     found = flat_range(shape, start, stop)
-    assert all(rectangle.numel > 0 for rectangle in found)
-    elements = [int(e) for rectangle in found for e in tensor[rectangle.within(whole(shape))].flatten()]
+    assert all(chunk.numel > 0 for chunk in found)
+    elements = [int(e) for chunk in found for e in tensor[chunk.within(whole(shape))].flatten()]
     assert elements == list(range(start, stop))
 
 

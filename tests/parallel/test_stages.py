@@ -118,7 +118,14 @@ def on_meta(build: Callable[[Part], nn.Module]) -> Callable[[Part], nn.Module]:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_costs_of_the_decoder_are_the_parameters_that_a_token_meets(tied: bool) -> None:
-    config = ModelConfig(vocab_size=100, width=16, layers=3, heads=2, hidden=24, tie_embeddings=tied)
+    config = ModelConfig(
+        vocab_size=100,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=24,
+        tie_word_embeddings=tied,
+    )
     build = on_meta(lambda part: decoder.build(config, part))
     found = costs_of(build(whole_model(3)), build)  # type: ignore[arg-type]
     block = 4 * 16 * 16 + 3 * 16 * 24 + 2 * 16

@@ -19,8 +19,8 @@ from stoker.conf.schema import BatchConfig, Config, ModelConfig, OptimConfig, Pa
 from stoker.parallel.engine import Engine
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import Mesh, mesh_over_default_group
-from stoker.parallel.update import Agreed, Said
-from stoker.trainer.cut import cut
+from stoker.parallel.update import StepFlags, StepMetrics
+from stoker.trainer.parallelize import cut
 from tests import world
 from tests.parallel.conformance import train
 from tests.parallel.parity import Case
@@ -41,7 +41,7 @@ def run(function: Any, layout: Layout, *arguments: Any) -> list[Any]:
 def config_of(layout: Layout, **changes: Any) -> Config:
     config = Case(4, tied=True).config(layout)
     config.parallel.engine = layout.engine
-    config.parallel.replicas = layout.dp_replicate if layout.zero else None
+    config.parallel.dp_replicate = layout.dp_replicate if layout.zero else None
     for key, value in changes.items():
         setattr(config, key, value)
     return config
@@ -53,7 +53,7 @@ def build(config: Config) -> tuple[Engine, Mesh]:
     return cut(config, mesh, batch_plan(config, layout)), mesh
 
 
-def step(config: Config, engine: Engine, mesh: Mesh, lr: float, said: Said = Said()) -> Agreed:  # noqa: B008
+def step(config: Config, engine: Engine, mesh: Mesh, lr: float, said: StepFlags = StepFlags()) -> StepMetrics:  # noqa: B008
     engine.forward_backward(global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp])
     return engine.update(lr, said).read()
 
@@ -78,7 +78,7 @@ def under_ceilings(config: Config) -> dict[str, tuple[bool, bool, bool]]:
     found = {}
     for name, (loss, norm) in ceilings.items():
         before = values(engine)
-        result = step(config, engine, mesh, 1e-2, Said(loss_ceiling=loss, norm_ceiling=norm))
+        result = step(config, engine, mesh, 1e-2, StepFlags(loss_ceiling=loss, norm_ceiling=norm))
         assert (result.loss, result.grad_norm) == (seen.loss, seen.grad_norm), f"{name}: another step"
         changed = not all(torch.equal(a, b) for a, b in zip(before, values(engine), strict=True))
         found[name] = result.skipped, result.overflowed, changed
@@ -108,7 +108,7 @@ def infinite_gradients() -> Iterator[None]:
         handle.remove()
 
 
-def overflowing_at(config: Config, scales: list[float]) -> list[tuple[Agreed, float]]:
+def overflowing_at(config: Config, scales: list[float]) -> list[tuple[StepMetrics, float]]:
     """On a rank: a step in which only the gradients of the last rank are infinite, at each loss scale; and the scale
     after it.
     """
@@ -164,7 +164,7 @@ def alone(config: Config) -> list[tuple[float, float]]:
     from stoker.parallel.model import whole_model
     from tests import toy
 
-    model = toy.build_skipping(config.model, whole_model(config.model.layers))
+    model = toy.build_skipping(config.model, whole_model(config.model.num_hidden_layers))
     for name, parameter in model.named_parameters():
         parameter.data.copy_(initial_value(config, name, tuple(parameter.shape)))
     found = []
@@ -206,7 +206,7 @@ def test_a_parameter_that_no_loss_reaches_has_a_gradient_of_zero(layout: Layout,
 @pytest.mark.parametrize("decay_all", [False, True])
 @pytest.mark.parametrize("layout", [Layout(), *OWN[1:5], *DEEPSPEED], ids=str)
 def test_weight_decay_is_for_matrices_and_for_everything_where_that_is_asked(layout: Layout, decay_all: bool) -> None:
-    config = small_config(batch=BatchConfig(rows=8, micro=2))
+    config = small_config(batch=BatchConfig(size=8, micro_size=2))
     config.optim = OptimConfig(name="adamw", lr=1e-2, weight_decay=2.0, decay_all=decay_all)
     config.parallel = ParallelConfig(zero=layout.zero, engine=layout.engine)
     expected = one_process(copy.deepcopy(config), 4)
@@ -217,7 +217,9 @@ def test_weight_decay_is_for_matrices_and_for_everything_where_that_is_asked(lay
 
 def test_the_decay_of_the_reference_shows_in_every_parameter() -> None:
     """The test above could not fail otherwise."""
-    config = small_config(model=ModelConfig(target="tests.toy:build", vocab_size=50, width=18, layers=1))
+    config = small_config(
+        model=ModelConfig(target="tests.toy:build", vocab_size=50, hidden_size=18, num_hidden_layers=1)
+    )
     config.optim = OptimConfig(name="adamw", lr=1e-2, weight_decay=2.0)
     some = one_process(config, 4).parameters
     config.optim.decay_all = True

@@ -17,16 +17,16 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from stoker.conf.schema import ModelConfig
 from stoker.models.decoder import build
+from stoker.parallel.batch import IGNORE_INDEX
 from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import Layout
 from stoker.parallel.mesh import Mesh, mesh_over_default_group
 from stoker.parallel.model import Part, whole_model
-from stoker.parallel.registry import Held, Registry
-from stoker.parallel.rows import IGNORE
+from stoker.parallel.registry import LocalShard, Registry
+from stoker.parallel.sharding import materialise
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard, whole
-from stoker.parallel.tensor import cut_tensors
+from stoker.parallel.tensor import parallelize_tensors
 from stoker.parallel.tensor.axis import Share, TensorAxis
-from stoker.parallel.weights import materialise
 from tests import toy, world
 from tests.models.tiny import decoder, rows, shape
 from tests.parallel.reference import assemble, normwise
@@ -61,12 +61,12 @@ class Case:
         if self.part.embedding:
             return rows(self.config)[0]
         generator = torch.Generator().manual_seed(8)
-        return torch.randn(40, self.config.width, generator=generator).to(self.dtype)
+        return torch.randn(40, self.config.hidden_size, generator=generator).to(self.dtype)
 
     def run(self, model: nn.Module, x: Tensor) -> Tensor:
         _, positions, labels = rows(self.config)
         if self.without_labels:
-            labels = torch.full_like(labels, IGNORE)
+            labels = torch.full_like(labels, IGNORE_INDEX)
         return model(x, positions, DOCUMENTS if self.masked else None, labels)
 
     def backward(self, output: Tensor, share: slice = slice(None)) -> None:
@@ -75,17 +75,17 @@ class Case:
             (output / 40).backward()
         else:
             generator = torch.Generator().manual_seed(9)
-            output.backward(torch.randn(40, self.config.width, generator=generator).to(self.dtype)[share])
+            output.backward(torch.randn(40, self.config.hidden_size, generator=generator).to(self.dtype)[share])
 
 
-ALL = {"tie_embeddings": True, "qkv_bias": True, "qk_norm": True}
+ALL = {"tie_word_embeddings": True, "qkv_bias": True, "qk_norm": True}
 CASES = {
     "decoder": Case(),
-    "one kv head": Case({"kv_heads": 1, "qkv_bias": True}),
-    "kv heads as many as heads": Case({"kv_heads": 4, "qkv_bias": True, "qk_norm": True}),
-    "tied": Case({"tie_embeddings": True, "vocab_size": 98}),
+    "one kv head": Case({"num_key_value_heads": 1, "qkv_bias": True}),
+    "kv heads as many as heads": Case({"num_key_value_heads": 4, "qkv_bias": True, "qk_norm": True}),
+    "tied": Case({"tie_word_embeddings": True, "vocab_size": 98}),
     "biases and norms": Case({"qkv_bias": True, "qk_norm": True}),
-    "all": Case({**ALL, "kv_heads": 1, "loss_chunk": 100}, masked=True),
+    "all": Case({**ALL, "num_key_value_heads": 1, "loss_chunk": 100}, masked=True),
     "documents": Case(masked=True),
     "no label": Case(ALL, without_labels=True),
     "first part": Case(ALL, Part(range(2), embedding=True, head=False)),
@@ -115,7 +115,7 @@ def held_shards(registry: Registry, kind: str, tensors: dict[str, Tensor]) -> li
     return [
         shard
         for name, tensor in tensors.items()
-        for shard in registry.shards(name, kind, Held((whole(tuple(tensor.shape)),)), tensor)
+        for shard in registry.shards(name, kind, LocalShard((whole(tuple(tensor.shape)),)), tensor)
     ]
 
 
@@ -136,7 +136,7 @@ def ran_cut(cases: list[Case], sequence: bool, recompute: str = "none", backend:
     found = []
     for case in cases:
         model = case.model()
-        registry = cut_tensors(model, mesh, sequence)
+        registry = parallelize_tensors(model, mesh, sequence)
         model.to(case.dtype)
         for block in model.blocks().values():  # type: ignore[operator]
             if recompute != "none":
@@ -172,7 +172,7 @@ def ran_uncut(case: Case) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
 
 
 @cache
-def uncut(name: str) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+def whole_registry(name: str) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
     return ran_uncut(CASES[name])
 
 
@@ -181,7 +181,7 @@ def uncut(name: str) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
 def test_outputs_and_all_gradients_are_those_of_the_uncut_model(ranks: int, sequence: bool) -> None:
     results = world.run(ran_cut, ranks, list(CASES.values()), sequence)
     for number, name in enumerate(CASES):
-        output, gradients, input_gradient = uncut(name)
+        output, gradients, input_gradient = whole_registry(name)
         of_ranks = [result[number] for result in results]
         for ran in of_ranks:
             assert torch.equal(ran.output, of_ranks[0].output) or ran.gathered is not None, f"{name}: ranks disagree"
@@ -196,14 +196,17 @@ def test_outputs_and_all_gradients_are_those_of_the_uncut_model(ranks: int, sequ
 
 
 def test_no_label_is_a_loss_of_zero_with_gradients_of_zero() -> None:
-    output, gradients, _ = uncut("no label")
+    output, gradients, _ = whole_registry("no label")
     assert output.item() == 0.0
     assert not any(gradient.any() for gradient in gradients.values())
 
 
 @pytest.mark.parametrize("sequence", [False, True])
 def test_bf16_loses_no_more_than_it_does_uncut(sequence: bool) -> None:
-    precise, coarse = Case({**ALL, "kv_heads": 1}), Case({**ALL, "kv_heads": 1}, dtype=torch.bfloat16)
+    precise, coarse = (
+        Case({**ALL, "num_key_value_heads": 1}),
+        Case({**ALL, "num_key_value_heads": 1}, dtype=torch.bfloat16),
+    )
     output, gradients, _ = ran_uncut(precise)
     rough_output, rough_gradients, _ = ran_uncut(coarse)
     of_ranks = [result[0] for result in world.run(ran_cut, 4, [coarse], sequence)]
@@ -238,7 +241,7 @@ def ran_compiled(case: Case, sequence: bool) -> tuple[Ran, list[list[str]]]:
 @pytest.mark.parametrize("sequence", [False, True])
 def test_a_compiled_block_is_one_graph_that_sees_the_collectives(sequence: bool) -> None:
     (ran, graphs), _ = world.run(ran_compiled, 2, CASES["middle part"], sequence, timeout=200.0)
-    expected = uncut("middle part")[0]
+    expected = whole_registry("middle part")[0]
     assert normwise(ran.output if ran.gathered is None else ran.gathered, expected) < 1e-5
     one_way = ["all_gather_into_tensor", "all_to_all_single"] if sequence else ["all_reduce"]
     assert graphs == [2 * one_way, 2 * one_way]
@@ -247,8 +250,8 @@ def test_a_compiled_block_is_one_graph_that_sees_the_collectives(sequence: bool)
 def initial_shards(config: ModelConfig, built_by_user: bool, sequence: bool) -> list[Shard]:
     mesh = tensor_mesh()
     with torch.device("meta"):
-        model = (toy.build if built_by_user else build)(config, whole_model(config.layers))
-    registry = cut_tensors(model, mesh, sequence)
+        model = (toy.build if built_by_user else build)(config, whole_model(config.num_hidden_layers))
+    registry = parallelize_tensors(model, mesh, sequence)
     materialise(model, mesh.device)
     model.rebuild_buffers()  # type: ignore[operator]
     shards = held_shards(registry, PARAMETER, {name: p.detach() for name, p in model.named_parameters()})
@@ -258,10 +261,16 @@ def initial_shards(config: ModelConfig, built_by_user: bool, sequence: bool) -> 
 
 @pytest.mark.parametrize(
     ("ranks", "changes", "built_by_user"),
-    [(2, ALL, False), (4, {"qkv_bias": True}, False), (4, ALL, False), (4, {"kv_heads": 1}, False), (4, {}, True)],
+    [
+        (2, ALL, False),
+        (4, {"qkv_bias": True}, False),
+        (4, ALL, False),
+        (4, {"num_key_value_heads": 1}, False),
+        (4, {}, True),
+    ],
 )
 def test_initial_weights_are_bitwise_those_of_one_process(ranks: int, changes: dict, built_by_user: bool) -> None:
-    config = shape(**{"vocab_size": 97, "init_std": 0.02, **changes})
+    config = shape(**{"vocab_size": 97, "initializer_range": 0.02, **changes})
     expected = assemble(world.run(initial_shards, 1, config, built_by_user, True))
     found = assemble(world.run(initial_shards, ranks, config, built_by_user, True))
     assert found.keys() == expected.keys()
@@ -271,9 +280,9 @@ def test_initial_weights_are_bitwise_those_of_one_process(ranks: int, changes: d
 
 def frozen_and_tied() -> tuple[bool, list[bool], int]:
     with torch.device("meta"):
-        model = build(shape(tie_embeddings=True), whole_model(3))
-    model.layers["0"].requires_grad_(False)
-    registry = cut_tensors(model, tensor_mesh(), True)
+        model = build(shape(tie_word_embeddings=True), whole_model(3))
+    model.num_hidden_layers["0"].requires_grad_(False)
+    registry = parallelize_tensors(model, tensor_mesh(), True)
     tied = model.head.weight is model.embedding.weight
     trainable = [registry.entries[name].trainable == p.requires_grad for name, p in model.named_parameters()]
     return tied, trainable, sum("embedding" in name or "head" in name for name in registry.entries)
@@ -311,17 +320,17 @@ def test_neighbours_share_what_there_is_too_little_of() -> None:
 def refused(changes: dict[str, Any], ordinary: bool = False) -> str:
     model = nn.Sequential(nn.Linear(2, 2)) if ordinary else build(shape(**changes), whole_model(3))
     with pytest.raises(ValueError) as error:
-        cut_tensors(model, tensor_mesh(), True)
+        parallelize_tensors(model, tensor_mesh(), True)
     return str(error.value)
 
 
 def refusals_of_three_ranks() -> list[str]:
     return [
         refused({}, ordinary=True),
-        refused({"heads": 4}),
-        refused({"heads": 6, "kv_heads": 2, "head_dim": 8}),
-        refused({"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 47}),
-        refused({"heads": 6, "kv_heads": 3, "head_dim": 8, "vocab_size": 2}),
+        refused({"num_attention_heads": 4}),
+        refused({"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}),
+        refused({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 47}),
+        refused({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "vocab_size": 2}),
     ]
 
 
@@ -337,7 +346,7 @@ def test_what_cannot_be_shared_is_refused_by_name() -> None:
 def failures_of_wrong_input() -> tuple[str, bool, bool]:
     """What is said of 3 tokens, and whether tokens after and before the vocabulary fail on this rank."""
     model = decoder(shape(vocab_size=97))
-    cut_tensors(model, tensor_mesh(), True)
+    parallelize_tensors(model, tensor_mesh(), True)
     with pytest.raises(ValueError) as error:
         model(torch.zeros(1, 3, dtype=torch.int64), torch.arange(3)[None], None)
     vocabulary = model.embedding.vocabulary
@@ -357,7 +366,7 @@ def test_tokens_that_do_not_divide_and_tokens_outside_the_vocabulary_fail() -> N
 
 def evaluated(sequence: bool) -> float:
     model = CASES["all"].model()
-    cut_tensors(model, tensor_mesh(), sequence)
+    parallelize_tensors(model, tensor_mesh(), sequence)
     with torch.no_grad():
         return CASES["all"].run(model, CASES["all"].input()).item()
 
@@ -365,4 +374,4 @@ def evaluated(sequence: bool) -> float:
 def test_without_gradients_the_loss_is_the_same() -> None:
     for sequence in (False, True):
         for loss in world.run(evaluated, 2, sequence):
-            assert loss == pytest.approx(uncut("all")[0].item(), rel=1e-6)
+            assert loss == pytest.approx(whole_registry("all")[0].item(), rel=1e-6)

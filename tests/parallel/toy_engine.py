@@ -11,22 +11,24 @@ from torch import Tensor, nn
 
 from stoker.conf.schema import Config
 from stoker.conf.targets import import_target
+from stoker.parallel.batch import Batch
 from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import BatchPlan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import whole_model
 from stoker.parallel.optimizer import LocalOptimizer
-from stoker.parallel.registry import Held, uncut
-from stoker.parallel.rows import Rows
+from stoker.parallel.registry import LocalShard, whole_registry
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard, whole
-from stoker.parallel.update import SILENCE, Said, StepResult, agree
+from stoker.parallel.update import NO_FLAGS, StepFlags, StepResult, reduce_step
 
 
 class ToyEngine:
     def __init__(self, config: Config, mesh: Mesh, plan: BatchPlan) -> None:
         self.config, self.mesh, self.plan = config, mesh, plan
-        self.model: nn.Module = import_target(config.model.target)(config.model, whole_model(config.model.layers))
-        self.registry = uncut(self.model)
+        self.model: nn.Module = import_target(config.model.target)(
+            config.model, whole_model(config.model.num_hidden_layers)
+        )
+        self.registry = whole_registry(self.model)
         self.parameters = dict(self.model.named_parameters())
         tensors = {name: parameter.data for name, parameter in self.parameters.items()}
         self.optimizer = LocalOptimizer(config.optim, tensors, {n: tuple(p.shape) for n, p in tensors.items()})
@@ -34,7 +36,7 @@ class ToyEngine:
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self.tokens = torch.zeros((), dtype=torch.float64)
 
-    def forward_backward(self, rows: Rows) -> None:
+    def forward_backward(self, rows: Batch) -> None:
         for start in range(0, len(rows), self.plan.micro_rows):
             micro = rows[start : start + self.plan.micro_rows]
             loss = self.model(micro.tokens, micro.positions, None, micro.labels)
@@ -42,9 +44,9 @@ class ToyEngine:
             self.loss_sum += loss.detach()
             self.tokens += micro.valid_tokens()
 
-    def update(self, lr: float, said: Said = SILENCE) -> StepResult:
+    def update(self, lr: float, said: StepFlags = NO_FLAGS) -> StepResult:
         gradients = self.gradients()
-        verdict = agree(
+        verdict = reduce_step(
             self.mesh,
             list(gradients.values()) if self.mesh.rank == 0 else [],
             self.loss_sum,
@@ -52,7 +54,7 @@ class ToyEngine:
             said,
             loss_scale=torch.ones(()),
             nominal_tokens=1,
-            clip_norm=self.config.clip_norm,
+            grad_clip_norm=self.config.grad_clip_norm,
         )
         self.optimizer.step(gradients, lr, verdict.gradient_divisor, verdict.found_inf)
         self.model.zero_grad()
@@ -66,7 +68,7 @@ class ToyEngine:
             dist.all_reduce(gradient)
         return gradients
 
-    def evaluate(self, rows: Rows) -> Tensor:
+    def evaluate(self, rows: Batch) -> Tensor:
         with torch.no_grad():
             loss = self.model(rows.tokens, rows.positions, None, rows.labels)
         return torch.stack([loss.double(), rows.valid_tokens().double()])
@@ -81,7 +83,7 @@ class ToyEngine:
         return [shard for name in gradients for shard in self.described(name, GRADIENT, gradients[name])]
 
     def described(self, name: str, kind: str, tensor: Tensor) -> list[Shard]:
-        held = Held((whole(tuple(tensor.shape)),), self.mesh.rank, self.mesh.layout.world)
+        held = LocalShard((whole(tuple(tensor.shape)),), self.mesh.rank, self.mesh.layout.world)
         return list(self.registry.shards(name, kind, held, tensor))
 
     def shards_written(self) -> None:

@@ -1,4 +1,4 @@
-"""What is a bad step, what a slow rank, and what the ledger concludes: all without a rank."""
+"""What is a bad step, what a slow rank, and what the step log concludes: all without a rank."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from stoker.conf.schema import Config
-from stoker.parallel.update import Agreed
-from stoker.trainer.ledger import Ledger, Progress, Verdict
-from stoker.trainer.outcome import Outcome
-from stoker.trainer.process import Phases
+from stoker.parallel.update import StepMetrics
+from stoker.trainer.runtime.outcome import Outcome
+from stoker.trainer.runtime.process import Phases
+from stoker.trainer.runtime.stragglers import STEPS, Stragglers, WorkClock
 from stoker.trainer.spikes import LEAST_STEPS, ceilings
-from stoker.trainer.stragglers import STEPS, Stragglers, WorkClock
+from stoker.trainer.step_log import Decision, Progress, StepLog
 
 SOUND = [(step, 2.0 + 0.01 * (step % 5), 1.0) for step in range(1, 41)]
 
@@ -45,25 +45,25 @@ def test_a_ceiling_does_not_depend_on_whether_the_step_before_is_known_already()
 
 
 class Result:
-    def __init__(self, agreed: Agreed) -> None:
+    def __init__(self, agreed: StepMetrics) -> None:
         self.agreed = agreed
 
-    def read(self) -> Agreed:
+    def read(self) -> StepMetrics:
         return self.agreed
 
 
-def verdicts(folder: Path, action: str, bad: set[int], steps: int, **more: Any) -> tuple[Progress, list[Verdict]]:
+def verdicts(folder: Path, action: str, bad: set[int], steps: int, **more: Any) -> tuple[Progress, list[Decision]]:
     config = Config()
     config.nonfinite.action = action
     for name, value in more.items():
         setattr(config.nonfinite, name, value)
     progress, found = Progress(), []
-    ledger = Ledger(config, progress, None, Phases(folder / "rank-0.stamp"))
+    step_log = StepLog(config, progress, None, Phases(folder / "rank-0.stamp"))
     for step in range(1, steps + 1):
         loss = math.nan if step in bad else 2.0
-        result: Any = Result(Agreed(loss, 1.0, 10, step in bad, frozenset()))
-        ledger.enter(step, 1e-3, result, None, {})
-        found.append(ledger.settle(everything=False))
+        result: Any = Result(StepMetrics(loss, 1.0, 10, step in bad, frozenset()))
+        step_log.enter(step, 1e-3, result, None, {})
+        found.append(step_log.settle(everything=False))
     return progress, found
 
 
@@ -95,10 +95,10 @@ def test_overflows_of_fp16_do_not_count_as_bad_steps(tmp_path: Path) -> None:
     config = Config()
     config.nonfinite.limit = 2
     progress = Progress()
-    ledger = Ledger(config, progress, None, Phases(tmp_path / "rank-0.stamp"))
+    step_log = StepLog(config, progress, None, Phases(tmp_path / "rank-0.stamp"))
     for step in range(1, 6):
-        ledger.enter(step, 1e-3, Result(Agreed(2.0, math.inf, 10, True, frozenset(), overflowed=True)), None, {})
-        assert ledger.settle(everything=True).outcome is None
+        step_log.enter(step, 1e-3, Result(StepMetrics(2.0, math.inf, 10, True, frozenset(), overflowed=True)), None, {})
+        assert step_log.settle(everything=True).outcome is None
     assert progress.skipped_in_a_row == 0 and progress.updates == 0
 
 

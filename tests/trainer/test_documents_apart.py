@@ -10,8 +10,8 @@ import torch
 
 from stoker.conf.compose import compose
 from stoker.data import open_rows, read_rows
-from stoker.parallel.rows import IGNORE
-from stoker.trainer.metrics import read
+from stoker.parallel.batch import IGNORE_INDEX
+from stoker.trainer.report.metrics import read
 from tests import world
 from tests.data.counted import KINDS, changed, chat
 from tests.launch.runs import overrides, steps_of
@@ -55,7 +55,8 @@ def test_the_tokens_a_run_reports_are_the_labels_it_learned(tmp_path: Path) -> N
     """And only rows of the steps that are not passed over."""
     data = chat(tmp_path).data
     words = overrides(
-        tmp_path / "run", Path(str(data.path)), "data=chat", "seq_len=256", "batch.rows=4", "batch.micro=2", "steps=6",
+        tmp_path / "run", Path(str(data.path)), "data=chat", "seq_len=256", "batch.size=4", "batch.micro_size=2",
+        "steps=6",
         f"data.cache={data.cache}", "data.validation=0.1", "skip_steps=[[2,3],[5,5]]", "checkpoint.every=0",
     )  # fmt: skip
     assert world.run(trained, 1, words, fresh=True) == [("completed", 6)]
@@ -66,7 +67,7 @@ def test_the_tokens_a_run_reports_are_the_labels_it_learned(tmp_path: Path) -> N
     seen = 0
     for step in steps:
         rows = read_rows(plan, range(4 * step["step"] - 4, 4 * step["step"]))
-        seen += int((rows.labels != IGNORE).sum())
+        seen += int((rows.labels != IGNORE_INDEX).sum())
         assert step["tokens"] == seen
         assert step["updates"] == steps.index(step) + 1
 
@@ -79,7 +80,7 @@ def test_a_run_that_passes_over_steps_and_resumes_reads_what_one_that_never_stop
         for name, source in data.sources.items()
     )
     common = [
-        "seq_len=32", "batch.rows=4", "batch.micro=2", "checkpoint.every=2", f"data.cache={data.cache}",
+        "seq_len=32", "batch.size=4", "batch.micro_size=2", "checkpoint.every=2", f"data.cache={data.cache}",
         f"data.sources={{{sources}}}", "data.phases=[{from_step:4,weights:{ids:1,few:3}}]", "skip_steps=[[3,4],[7,7]]",
         "schedule.total_steps=9",
     ]  # fmt: skip

@@ -23,9 +23,9 @@ from tests.trainer.test_resume import HALF, half
 
 def config_of(layout: Layout, offload: str = "none", micro: int = 2, rows: int = 16) -> Config:
     config = Case(micro, tied=True).config(layout)
-    config.batch.rows = rows
+    config.batch.size = rows
     config.parallel.engine, config.parallel.offload = layout.engine, offload
-    config.parallel.replicas = layout.dp_replicate if layout.zero else None
+    config.parallel.dp_replicate = layout.dp_replicate if layout.zero else None
     return config
 
 

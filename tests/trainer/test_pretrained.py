@@ -19,7 +19,7 @@ from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.shards import PARAMETER, Shard
 from stoker.trainer.assemble import with_vocabulary
-from stoker.trainer.cut import cut
+from stoker.trainer.parallelize import cut
 from stoker.trainer.pretrained import adopt_shape, load_pretrained
 from tests import world
 from tests.launch.runs import overrides, write_text
@@ -31,7 +31,7 @@ pytest.importorskip("transformers")
 
 
 def asked(folder: Path, *more: str) -> Config:
-    words = [f"model.init_from={folder}", "seq_len=32", "batch.rows=8", "precision=fp32", *more]
+    words = [f"model.init_from={folder}", "seq_len=32", "batch.size=8", "precision=fp32", *more]
     return with_vocabulary(adopt_shape(compose(words), words))
 
 
@@ -47,7 +47,12 @@ def begun(config: Config) -> list[Shard]:
 @pytest.mark.parametrize("layout", [Layout(dp_shard=2, tp=2, zero=3), Layout(pp=2, tp=2), Layout(4)], ids=str)
 def test_every_layout_begins_with_the_weights_of_the_files(layout: Layout, tmp_path: Path) -> None:
     reference = write_family(tmp_path, "tied qwen2").state_dict()
-    words = [f"parallel.tp={layout.tp}", f"parallel.pp={layout.pp}", f"parallel.zero={layout.zero}", "batch.micro=2"]
+    words = [
+        f"parallel.tp={layout.tp}",
+        f"parallel.pp={layout.pp}",
+        f"parallel.zero={layout.zero}",
+        "batch.micro_size=2",
+    ]
     found = assemble(world.run(begun, 4, asked(tmp_path, *words)))
     assert {tensor_name(name) for name in found} == set(reference) - {"lm_head.weight"}
     for name, value in found.items():
@@ -56,8 +61,10 @@ def test_every_layout_begins_with_the_weights_of_the_files(layout: Layout, tmp_p
 
 def test_only_some_parameters_can_be_taken(tmp_path: Path) -> None:
     reference = write_family(tmp_path, "llama").state_dict()
-    taken = assemble(world.run(begun, 1, asked(tmp_path, "model.init_only=[layers.*.mlp.*]", "model.layers=2")))
-    seeded = assemble(world.run(cut_only, 1, asked(tmp_path, "model.layers=2")))
+    taken = assemble(
+        world.run(begun, 1, asked(tmp_path, "model.init_only=[layers.*.mlp.*]", "model.num_hidden_layers=2"))
+    )
+    seeded = assemble(world.run(cut_only, 1, asked(tmp_path, "model.num_hidden_layers=2")))
     for name, value in taken.items():
         from_file = torch.equal(value, reference[tensor_name(name)])
         assert from_file if ".mlp." in name else torch.equal(value, seeded[name]), name
@@ -72,9 +79,9 @@ def cut_only(config: Config) -> list[Shard]:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["model.layers=2"], "layers.2.*is not in this model"),
-        (["model.layers=4"], "layers.3.attention.k.weight is missing"),
-        (["model.hidden=64"], r"layers.0.mlp.gate.weight has shape \(48, 32\), the model's has \(64, 32\)"),
+        (["model.num_hidden_layers=2"], "layers.2.*is not in this model"),
+        (["model.num_hidden_layers=4"], "layers.3.attention.k.weight is missing"),
+        (["model.intermediate_size=64"], r"layers.0.mlp.gate.weight has shape \(48, 32\), the model's has \(64, 32\)"),
         (["model.init_only=[blocks.*]"], "fits no parameter, such as embedding.weight"),
     ],
 )
@@ -135,7 +142,7 @@ def test_a_run_begins_with_the_weights_of_another_run_and_then_needs_it_no_more(
 ) -> None:
     text = write_text(tmp_path / "text")
     first, second = tmp_path / "first", tmp_path / "second"
-    words = overrides(first, text, "steps=2", "batch.micro=8", f"data.cache={tmp_path / 'cache'}")
+    words = overrides(first, text, "steps=2", "batch.micro_size=8", f"data.cache={tmp_path / 'cache'}")
     assert world.run(trained, 1, words, fresh=True) == [("completed", 2)]
     again = [
         *(
@@ -147,7 +154,7 @@ def test_a_run_begins_with_the_weights_of_another_run_and_then_needs_it_no_more(
             "optim.lr=1e-30",
             "seq_len=32",
         ),
-        *("batch.rows=8", "precision=fp32", f"data.cache={tmp_path / 'cache'}"),
+        *("batch.size=8", "precision=fp32", f"data.cache={tmp_path / 'cache'}"),
     ]
     assert main(["config", *again]) == 0
     assert "width: 32" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from stoker.conf.schema import Config
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.shards import Shard
-from stoker.trainer.cut import cut
+from stoker.trainer.parallelize import cut
 from tests import world
 from tests.parallel.parity import Case
 from tests.parallel.reference import Trace, assemble, global_rows, normwise, one_process
@@ -45,7 +45,7 @@ def half(config: Config, directory: Path) -> tuple[list[tuple[float, float]], li
     layout = layout_of(config, dist.get_world_size())
     mesh = mesh_over_default_group(layout, torch.device("cpu"), 60.0)
     engine = cut(config, mesh, batch_plan(config, layout))
-    state = resume(directory, engine.shards(), mesh.exchange, mesh.rank)
+    state = resume(directory, engine.shards(), mesh.all_gather_text, mesh.rank)
     done = 0
     if state is not None:
         done = state["step"]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from stoker.trainer.metrics import read
+from stoker.trainer.report.metrics import read
 from tests.launch.runs import overrides, train_here, write_text
 from tests.trainer.spiking import LOSS, NORM
 
 WORDS = [
-    "launch.nproc=1", "parallel.zero=0", "batch.micro=8", "steps=32", "checkpoint.every=0",
+    "launch.nproc=1", "parallel.zero=0", "batch.micro_size=8", "steps=32", "checkpoint.every=0",
     "model.target=tests.trainer.spiking:build",
 ]  # fmt: skip
 

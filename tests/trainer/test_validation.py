@@ -14,14 +14,14 @@ from stoker.conf.targets import import_target
 from stoker.data import open_rows, read_rows
 from stoker.parallel.model import whole_model
 from stoker.trainer.assemble import with_vocabulary
-from stoker.trainer.metrics import read
+from stoker.trainer.report.metrics import read
 from tests.launch.runs import overrides, train_here, write_text
 
 ROWS = 5  # over two data-parallel ranks one has a row less
 WORDS = [
-    f"eval.rows={ROWS}", "eval.every=2", "steps=10", "checkpoint.every=2", "checkpoint.keep=1",
+    f"eval.sequences={ROWS}", "eval.every=2", "steps=10", "checkpoint.every=2", "checkpoint.keep=1",
     "checkpoint.keep_best=1",
-    "model.kv_heads=2", "schedule=constant", "schedule.warmup_steps=10", "optim=sgd", "optim.momentum=0",
+    "model.num_key_value_heads=2", "schedule=constant", "schedule.warmup_steps=10", "optim=sgd", "optim.momentum=0",
     "optim.lr=2", "optim.weight_decay=0.5",  # of the last steps' learning rate it takes away what was learned
 ]  # fmt: skip
 LAYOUTS = {
@@ -47,7 +47,7 @@ def validation_losses(run: RunDirectory) -> dict[int, float]:
 
 def loss_of(checkpoint: Path, config: Config) -> float:
     """Of the validation rows, computed in one process with the weights of a checkpoint."""
-    model = import_target(config.model.target)(config.model, whole_model(config.model.layers))
+    model = import_target(config.model.target)(config.model, whole_model(config.model.num_hidden_layers))
     tensors = dict(read_tensors(checkpoint))
     for name, parameter in model.named_parameters():
         parameter.data.copy_(tensors[name])

@@ -1,0 +1,128 @@
+"""Windows: a few splits read together, their documents shuffled and tokenised."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from stoker.data.remote import Damaged, Loss
+from stoker.data.remote.store import Store
+from stoker.data.shuffle import permute
+from stoker.data.streaming.assignment import ALL, Skip
+from stoker.data.streaming.splits import Content, Losses, Splits, whole
+from stoker.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Window:
+    """The documents of a window laid end to end, each closed by end_of_document."""
+
+    ids: np.ndarray  # uint16 or uint32 [tokens]
+    starts: np.ndarray  # int64 [documents], the number of each document's first token
+    skips: tuple[Skip, ...]
+    bytes: int  # read from files and servers
+    retries: int
+
+
+@dataclass(frozen=True)
+class ShuffleWindows:
+    """The windows of a source, numbered on through the epochs: each epoch has an order of splits of its own."""
+
+    name: str
+    splits: Splits
+    splits_per_window: int
+    seed: int
+    tokenizer: Tokenizer
+    validation: float  # share of the documents that are kept for validation
+    skipping: bool  # data.on_damage=skip
+    epochs: int | None
+    held_out: bool = False  # the documents kept for validation, and no others
+
+    @property
+    def per_epoch(self) -> int:
+        return -(-len(self.splits) // self.splits_per_window)
+
+    @property
+    def total(self) -> int | None:
+        """How many windows there are; None: without end."""
+        return None if self.epochs is None else self.epochs * self.per_epoch
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """All that the windows depend on."""
+        return {
+            **self.splits.fingerprint,
+            "splits": len(self.splits),
+            "shuffle_window": self.splits_per_window,
+            "seed": self.seed,
+            "tokenizer": self.tokenizer.fingerprint,
+            "validation": self.validation,
+        }
+
+    def splits_of(self, window: int) -> list[int]:
+        """Which splits make up a window."""
+        epoch, place = divmod(window, self.per_epoch)
+        begin = place * self.splits_per_window
+        places = np.arange(begin, min(begin + self.splits_per_window, len(self.splits)))
+        return permute(places, len(self.splits), self.seed, epoch, of="units").tolist()
+
+    def read(self, window: int, store: Store, known: Sequence[Skip] | None = None) -> Window:
+        """Read and tokenise `window`.
+
+        `known` are the skips that a state recorded for it: the same documents are left out again, and no others. Raises
+        Damaged for what is damaged and may not be skipped.
+        """
+        before = (store.traffic.bytes, store.traffic.retries)
+        contents: list[Content] = []
+        skips: list[Skip] = []
+        for split in self.splits_of(window):
+            losses = Losses(
+                self.skipping and known is None,
+                [(s.first, None if s.documents == ALL else s.documents) for s in known or () if s.split == split],
+            )
+            if losses.all_lost:
+                continue
+            documents = whole(partial(self.splits.read, split, store, losses), losses)
+            for number, content in documents:
+                if losses.lost(number) or not len(content):
+                    continue
+                if wrong := self._wrong_ids(content):
+                    where = f"{self.name}, split {split}"
+                    losses(Loss(Damaged(wrong, where, None, f"document {number}"), number, 1))
+                elif is_validation(content, self.validation) == self.held_out:
+                    contents.append(content)
+            skips += [Skip(window, split, loss.first, ALL if loss.count is None else loss.count) for loss in losses.new]
+        order = permute(np.arange(len(contents)), max(1, len(contents)), self.seed, window, of="documents")
+        ids, starts = self._tokenise([contents[place] for place in order.tolist()])
+        traffic = store.traffic
+        return Window(ids, starts, tuple(skips), traffic.bytes - before[0], traffic.retries - before[1])
+
+    def _wrong_ids(self, content: Content) -> str | None:
+        if isinstance(content, str) or (content.min() >= 0 and content.max() < self.tokenizer.vocab_size):
+            return None
+        return f"token ids {content.min()} to {content.max()}, and the tokenizer has {self.tokenizer.vocab_size}"
+
+    def _tokenise(self, contents: Sequence[Content]) -> tuple[np.ndarray, np.ndarray]:
+        dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
+        encoded = iter(self.tokenizer.encode_batch([content for content in contents if isinstance(content, str)]))
+        found = [next(encoded) if isinstance(content, str) else content for content in contents]
+        lengths = np.array([len(ids) + 1 for ids in found], np.int64)
+        ends = np.cumsum(lengths)
+        ids = np.empty(int(ends[-1]) if len(ends) else 0, dtype)
+        for end, tokens in zip(ends.tolist(), found, strict=True):
+            ids[end - 1 - len(tokens) : end - 1] = tokens
+        ids[ends - 1] = self.tokenizer.end_of_document
+        return ids, ends - lengths
+
+
+def is_validation(content: Content, share: float) -> bool:
+    """Whether a document is kept for validation, as a share of all is. Equal documents land on one side."""
+    if not share:
+        return False
+    data = content.encode() if isinstance(content, str) else content.astype("<u4").tobytes()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8]) < share * 2**64

@@ -1,0 +1,75 @@
+"""What the cut adds to a model does not change what it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stoker.conf.schema import BatchConfig, ModelConfig, ParallelConfig
+from stoker.parallel.layout import batch_plan, layout_of
+from stoker.parallel.mesh import mesh_over_default_group
+from stoker.trainer.parallelize import cut
+from tests import world
+from tests.parallel.reference import VOCABULARY, assemble, global_rows, normwise, one_process, small_config
+
+DECODER = ModelConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+)
+
+
+def losses(mode: str, compiled: bool, zero: int, tied: bool) -> tuple[list[tuple[float, float]], list]:
+    config = decoder_config(tied)
+    config.activation_checkpointing, config.compile, config.parallel = mode, compiled, ParallelConfig(zero=zero)
+    layout = layout_of(config, torch.distributed.get_world_size())
+    mesh = mesh_over_default_group(layout, torch.device("cpu"), 60.0)
+    engine = cut(config, mesh, batch_plan(config, layout))
+    found = []
+    for step in range(1, 6):
+        engine.forward_backward(global_rows(config, step)[mesh.dp_rank :: layout.dp])
+        result = engine.update(config.optim.lr).read()
+        found.append((result.loss, result.grad_norm))
+    return found, engine.shards()
+
+
+def decoder_config(tied: bool):  # type: ignore[no-untyped-def]
+    model = ModelConfig(**{**vars(DECODER), "tie_word_embeddings": tied})
+    config = small_config(model=model, batch=BatchConfig(size=8, micro_size=2))
+    config.data.document_mask = True
+    return config
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_decoder_computes_the_same_whatever_it_recomputes(mode: str, zero: int, tied: bool) -> None:
+    expected = one_process(decoder_config(tied), 5)
+    results = world.run(losses, 2, mode, False, zero, tied)
+    for steps, _ in results:
+        assert [loss for loss, _ in steps] == pytest.approx(expected.losses, rel=1e-5)
+        assert [norm for _, norm in steps] == pytest.approx(expected.norms, rel=1e-5)
+    parameters = assemble([shards for _, shards in results])
+    for name, value in expected.parameters.items():
+        assert normwise(parameters[name], value) < 1e-4, name
+
+
+def test_compiled_blocks_compute_the_same() -> None:
+    expected = one_process(decoder_config(False), 5)
+    for steps, _ in world.run(losses, 2, "none", True, 1, False, timeout=240.0):
+        assert [loss for loss, _ in steps] == pytest.approx(expected.losses, rel=1e-4)
+
+
+def test_a_model_with_nothing_to_train_is_refused() -> None:
+    with pytest.raises(AssertionError, match="none of its parameters is to be trained"):
+        world.run(frozen, 1)
+
+
+def frozen() -> None:
+    config = small_config()
+    config.model.target = "tests.toy:build_all_frozen"
+    layout = layout_of(config, 1)
+    cut(config, mesh_over_default_group(layout, torch.device("cpu"), 60.0), batch_plan(config, layout))

@@ -1,0 +1,173 @@
+"""How a model is cut: from a config and a mesh to an engine with initialised weights.
+
+The order matters and stands here only: stages (pipeline) -> tensor parallel -> fp32 modules -> activation
+checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has cut it, the model lives on the meta device
+and costs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from stoker.conf.schema import Config, ModelConfig
+from stoker.conf.targets import import_target
+from stoker.parallel.engine import Engine
+from stoker.parallel.fp32_modules import compute_in_fp32
+from stoker.parallel.initialize import initialize
+from stoker.parallel.layout import BatchPlan
+from stoker.parallel.mesh import Mesh
+from stoker.parallel.model import ParallelizableModel, Part, whole_model
+from stoker.parallel.native import build_native
+from stoker.parallel.registry import Registry
+from stoker.parallel.sharding import DTYPES
+from stoker.parallel.stages import costs_of, parts, stages_of
+from stoker.parallel.tensor import enable_async_tensor_parallelism, parallelize_tensors
+
+log = logging.getLogger(__name__)
+
+
+def cut(config: Config, mesh: Mesh, plan: BatchPlan) -> Engine:
+    """The engine for `config` on this rank, its weights a function of (seed, names) only.
+
+    `config.model.vocab_size` is known by now. Raises ValueError for a model target that cannot be imported, and for a
+    model that cannot be cut as asked.
+    """
+    engine, initialise = build_engine(config, mesh, plan)
+    initialise()
+    return engine
+
+
+def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, Callable[[], None]]:
+    """`cut` in two: an engine whose parameters hold anything, and what gives them their initial values.
+
+    A run that goes on from a checkpoint has no use for those, and to draw them takes seconds per billion.
+    """
+    whole = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
+    count = sum(math.prod(parameter.shape) for parameter in whole.parameters())
+    log.info("model: %s, %s parameters", config.model.name, f"{count:,}")
+    if not any(parameter.requires_grad for parameter in whole.parameters()):
+        raise ValueError(f"model.target={config.model.target}: none of its parameters is to be trained")
+
+    held = _parts(config, mesh, whole)
+    stages = [build_on_meta(config.model, part) for part in held] if mesh.layout.pp > 1 else [whole]
+    registry = _cut_tensors(config, mesh, stages)
+    if mesh.layout.pp > 1:
+        registry = _tie_stages(config, mesh, registry, stages)
+
+    dtype = DTYPES[config.precision]
+    full = [compute_in_fp32(stage, config.fp32_modules, dtype) if config.fp32_modules else () for stage in stages]
+    if config.fp32_modules:
+        log.info("fp32 modules: %s", ", ".join(config.fp32_modules))
+    for stage in stages:
+        for block in _parallelizable(stage).blocks().values():
+            _checkpoint_activations(block, config.activation_checkpointing)
+            if config.compile:
+                block.forward = torch.compile(block.forward)
+    if config.activation_checkpointing != "none":
+        log.info("activation checkpointing: %s, per block", config.activation_checkpointing)
+    if config.compile:
+        log.info("compile: per block")
+
+    engine = build_native(config, mesh, plan, stages, full, registry)
+    log.info("layout: %s; %d micro-batches of %d rows per rank", mesh.layout, plan.micro_batches, plan.micro_rows)
+    for stage in stages:
+        _parallelizable(stage).rebuild_buffers()
+
+    def initialise() -> None:
+        initialize(engine.shards(), _parallelizable(stages[0]).initial, config.run.seed)
+        engine.shards_written()
+
+    return engine, initialise
+
+
+def build_on_meta(config: ModelConfig, part: Part) -> nn.Module:
+    """The `part` of the model that `config` names, without memory."""
+    with torch.device("meta"):
+        model = import_target(config.target)(config, part)
+    assert isinstance(model, nn.Module), f"model.target={config.target} built a {type(model).__name__}"
+    return model
+
+
+def _parts(config: Config, mesh: Mesh, whole: nn.Module) -> list[Part]:
+    """The stages of this rank, in the order of the pipeline."""
+    if mesh.layout.pp == 1:
+        return [whole_model(config.model.num_hidden_layers)]
+    costs = costs_of(_parallelizable(whole), functools.partial(build_on_meta, config.model))
+    every = parts(costs, mesh.layout.pp * config.parallel.stages_per_rank)
+    mine = [every[number] for number in stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)]
+    spans = ", ".join(f"{part.layers.start}-{part.layers.stop - 1}" for part in every)
+    log.info("pipeline: %s, layers of the stages: %s", config.parallel.schedule, spans)
+    return mine
+
+
+def _cut_tensors(config: Config, mesh: Mesh, stages: list[nn.Module]) -> Registry:
+    """Cut the layers of all stages over tp; what lies where, and who still has to sum what."""
+    entries = [
+        entry
+        for stage in stages
+        for entry in parallelize_tensors(stage, mesh, config.parallel.sequence_parallel).entries.values()
+    ]
+    group = mesh.group("tp")
+    if group is not None:
+        kind = "tensor and sequence parallel" if config.parallel.sequence_parallel else "tensor parallel"
+        log.info("%s over %d ranks", kind, mesh.layout.tp)
+        if config.compile and mesh.device.type == "cuda":
+            enable_async_tensor_parallelism(group)
+    return Registry(entries)
+
+
+def _tie_stages(config: Config, mesh: Mesh, registry: Registry, stages: list[nn.Module]) -> Registry:
+    """Parameters that the first and the last stage both hold (tied embeddings): the same gradient, counted once."""
+    last = config.model.num_hidden_layers - 1
+    ends = Part(range(1), embedding=True, head=False), Part(range(last, last + 1), embedding=False, head=True)
+    first_names, last_names = (
+        {name for name, _ in build_on_meta(config.model, end).named_parameters()} for end in ends
+    )
+    tied = first_names & last_names
+    if not tied:
+        return registry
+    mesh.add_groups("ends", [[ranks[0], ranks[-1]] for ranks in mesh.layout.groups("pp")])
+    log.info("tied over the ends of the pipeline: %s", ", ".join(sorted(tied)))
+    copy = 0 if mesh.coordinate.pp == 0 else 1
+    return Registry(
+        dataclasses.replace(
+            entry,
+            replica=entry.replica + copy * entry.replicas,
+            replicas=2 * entry.replicas,
+            partial=(*entry.partial, "ends"),
+        )
+        if entry.name in tied
+        else entry
+        for entry in registry.entries.values()
+    )
+
+
+def _parallelizable(model: nn.Module) -> ParallelizableModel:
+    return model  # type: ignore[return-value]
+
+
+def _checkpoint_activations(block: nn.Module, mode: str) -> None:
+    """Recompute a block's activations in backward: all of them (full), or all but the matrix products (selective).
+
+    Selective keeps what collectives have reduced as well: what took a network is not asked for twice.
+    """
+    if mode == "none":
+        return
+    from torch.utils import checkpoint
+
+    options: dict[str, Any] = {}
+    if mode == "selective":
+        aten, collectives = torch.ops.aten, torch.ops._c10d_functional
+        kept = [aten.mm.default, aten.addmm.default, aten.bmm.default]
+        reduced = (collectives.reduce_scatter_tensor, collectives.all_to_all_single, collectives.all_reduce)
+        kept += [operation.default for operation in reduced]
+        options["context_fn"] = functools.partial(checkpoint.create_selective_checkpoint_contexts, kept)
+    block.forward = functools.partial(checkpoint.checkpoint, block.forward, use_reentrant=False, **options)

@@ -1,0 +1,95 @@
+"""What a person and other tools see of a run: observers of the loop, on global rank 0 only.
+
+    loop -> Observers -> MetricsFile   metrics.jsonl, one line per step; part of the run, its errors end the run
+                      -> progress      lines or a live view on the terminal
+                      -> Tracker       a process that follows metrics.jsonl into wandb or tensorboard
+
+Only the metrics file matters to the run. Whatever else fails (a closed terminal, a tracker without a network) is
+named once and switched off, and training goes on. An observer returns in microseconds: slow work belongs to another
+thread or process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TextIO
+
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import Config, LogConfig
+from stoker.trainer.report.metrics import MetricsFile
+from stoker.trainer.report.observer import CheckpointReport, Observer, StepRecord
+from stoker.trainer.report.progress import PlainProgress
+from stoker.trainer.report.trackers import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+class Observers(Observer):
+    """Passes every event to `metrics`, whose errors surface, then to the others, whose errors switch them off."""
+
+    def __init__(self, metrics: MetricsFile, others: list[Observer]) -> None:
+        self.metrics = metrics
+        self._others = others
+
+    def add(self, other: Observer) -> None:
+        self._others.append(other)
+
+    def start(self, config: Config, resumed_from_step: int | None, total_steps: int, facts: Mapping[str, str]) -> None:
+        self.metrics.start(config, resumed_from_step, total_steps, facts)
+        self._tell(lambda other: other.start(config, resumed_from_step, total_steps, facts))
+
+    def step(self, record: StepRecord) -> None:
+        self.metrics.step(record)
+        self._tell(lambda other: other.step(record))
+
+    def saving(self, step: int) -> None:
+        self._tell(lambda other: other.saving(step))
+
+    def checkpoint(self, report: CheckpointReport) -> None:
+        self._tell(lambda other: other.checkpoint(report))
+
+    def rolled_back(self, step: int) -> None:
+        self.metrics.rolled_back(step)
+        self._tell(lambda other: other.rolled_back(step))
+
+    def message(self, text: str) -> None:
+        self._tell(lambda other: other.message(text))
+
+    def finish(self, outcome: str, step: int) -> None:
+        self._tell(lambda other: other.finish(outcome, step))  # first: a full disk must not cost the terminal
+        self.metrics.finish(outcome, step)
+
+    def _tell(self, event: Callable[[Observer], None]) -> None:
+        for other in tuple(self._others):
+            if other not in self._others:
+                continue  # switched off by the message about one before it
+            try:
+                event(other)
+            except Exception as error:
+                self._others.remove(other)
+                logger.warning("%s switched off", other.name, exc_info=error)
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                self.message(f"{other.name} switched off, training goes on: {reason}")
+
+
+def open_observers(config: Config, run_dir: Path, screen: TextIO) -> Observers:
+    """The observers that `config` asks for. `screen` is where a person looks: a terminal, a pipe or a file."""
+    run = RunDirectory(run_dir)
+    views = [open_progress(config.log, screen)] if config.log.progress != "none" else []
+    observers = Observers(MetricsFile(run.metrics), views)
+    if config.tracker.name != "none":
+        observers.add(Tracker(config.tracker, run, say=observers.message))
+    return observers
+
+
+def open_progress(log: LogConfig, screen: TextIO) -> Observer:
+    """The view that `log.progress` asks for: `auto` is live on a terminal and plain elsewhere."""
+    terminal = screen.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    if log.progress == "live" or (log.progress == "auto" and terminal):
+        from stoker.trainer.report.live import LiveProgress
+
+        return LiveProgress(screen)
+    return PlainProgress(screen, log.every)

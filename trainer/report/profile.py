@@ -1,0 +1,103 @@
+"""Profiling: steps traced into files (`profile.steps`), and phases of steps for metrics.jsonl (`profile.phases_every`).
+
+Both use torch's profiler, of which a process has one at a time: the steps of `profile.steps` have no phases. Ranks
+profile the same steps, so that none waits for another that is slowed down by its profiler. What a step computes is
+not touched; it takes longer, and so does its `step_seconds`, which the phases do not hide.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from stoker.conf.schema import ProfileConfig
+from stoker.trainer.report.breakdown import events_of, phase_seconds
+
+log = logging.getLogger(__name__)
+
+MEMORY_EVENTS = 100_000  # newest allocations and frees in a memory snapshot; several kB each, says torch
+
+
+class Profiler:
+    """Profiles the steps that `config` asks for; the others cost a comparison."""
+
+    def __init__(
+        self,
+        config: ProfileConfig,
+        device: torch.device,
+        trace: Path,
+        memory_snapshot: Path,
+        say: Callable[[str], None] = log.info,
+    ) -> None:
+        """`trace` and `memory_snapshot` are the files to write (the second on GPUs only); `say` hears of them."""
+        self._first, self._last = config.steps or (0, 0)
+        self._every = config.phases_every
+        self._on_gpu = device.type == "cuda"
+        self._device, self._trace, self._memory_snapshot, self._say = device, trace, memory_snapshot, say
+        self._recording: profile | None = None  # of `profile.steps`
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[dict[str, float]]:
+        """The work of `step` is done inside. What is yielded then holds the metrics that profiling adds to the step."""
+        metrics: dict[str, float] = {}
+        if self._first <= step <= self._last:
+            with self._traced(step), record_function(f"ProfilerStep#{step}"):  # a name that tools for traces know
+                yield metrics
+        elif self._every and step % self._every == 0:
+            self._wait_for_device()  # what came before is not of this step
+            with self._profile() as traced:
+                yield metrics
+                self._wait_for_device()
+            metrics |= phase_seconds(events_of(traced))
+        else:
+            yield metrics
+
+    def close(self) -> None:
+        """Write the trace, if one is being recorded. That it cannot be written is said and ends nothing."""
+        if self._recording is None:
+            return
+        recorded, self._recording = self._recording, None
+        try:
+            recorded.stop()
+            self._trace.parent.mkdir(parents=True, exist_ok=True)
+            if self._on_gpu:
+                torch.cuda.memory._dump_snapshot(str(self._memory_snapshot))
+                torch.cuda.memory._record_memory_history(enabled=None)
+            unfinished = self._trace.with_name(f".{self._trace.name}")
+            recorded.export_chrome_trace(str(unfinished))
+            unfinished.replace(self._trace)
+        except (OSError, RuntimeError) as error:
+            log.warning("no trace is written to %s", self._trace, exc_info=error)
+            self._say(f"no trace is written: {error}")
+        else:
+            self._say(f"traced: {self._trace.parent}")
+
+    @contextmanager
+    def _traced(self, step: int) -> Iterator[None]:
+        if self._recording is None:
+            if self._on_gpu:
+                torch.cuda.memory._record_memory_history(stacks="python", max_entries=MEMORY_EVENTS, clear_history=True)
+            self._recording = self._profile()
+            self._recording.start()
+        try:
+            yield
+        except Exception:
+            self.close()  # the way to an out-of-memory error is what a memory snapshot shows
+            raise
+        if step == self._last:
+            self.close()
+
+    def _profile(self) -> profile:
+        activities = [ProfilerActivity.CPU]
+        if self._on_gpu:
+            activities.append(ProfilerActivity.CUDA)
+        return profile(activities=activities)
+
+    def _wait_for_device(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize(self._device)

@@ -1,0 +1,135 @@
+"""The end of a run for a person: a short table, and the loss as a picture."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import Config
+from stoker.trainer.report.goodput import goodput
+from stoker.trainer.report.metrics import read
+from stoker.trainer.report.progress import duration
+
+LOG_STEPS_FROM = 1000  # runs this long are drawn over log steps: the start would be a cliff
+
+Steps = list[dict[str, Any]]
+
+
+def summarize(run_dir: Path, config: Config, outcome: str) -> str:
+    """Draw `loss.png` and return the table, both from what is in the run directory.
+
+    A picture that cannot be drawn is a line in the table, never an error.
+    """
+    run = RunDirectory(run_dir)
+    steps = read(run.metrics)
+    rows = table(steps, run, config)
+    if len(steps) > 1:
+        try:
+            rows.append(("picture", str(draw(steps, run.loss_plot, config.run.name or run.path.name))))
+        except Exception as error:
+            rows.append(("picture", f"not drawn: {type(error).__name__}: {str(error).partition(chr(10))[0]}"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([outcome, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def table(steps: Steps, run: RunDirectory, config: Config) -> list[tuple[str, str]]:
+    """What there is to say about `steps`, as (name, value)."""
+    rows = []
+    if steps:
+        last = steps[-1]
+        skipped = sum(step["skipped"] for step in steps)
+        updates = f"{last['updates']:,} updates" + (f", {skipped:,} skipped" if skipped else "")
+        rows.append(("steps", f"{last['step']:,} of {config.steps:,} ({updates})"))
+        rows.append(("tokens", f"{last['tokens']:,}"))
+        for name, key in (("loss", "loss"), ("val loss", "val_loss")):
+            finite = [step for step in steps if step.get(key) is not None]
+            if finite:
+                when = "" if finite[-1] is last else f" at step {finite[-1]['step']:,}"
+                rows.append((name, f"{finite[-1][key]:.4f} nats per token{when}"))
+        speed = statistics.median(step["tokens_per_second"] for step in steps)
+        training = duration(sum(step["step_seconds"] for step in steps))
+        rows.append(("speed", f"{speed:,.0f} tokens/s (median), {training} in steps"))
+    spent = goodput(run, time.time())
+    if spent.total:
+        rows.append(
+            (
+                "time",
+                f"{duration(spent.total)} in {spent.attempts} attempts"
+                if spent.attempts > 1
+                else duration(spent.total),
+            )
+        )
+        rows.append(("goodput", str(spent)))
+    committed = len(list(run.checkpoints.glob("*/MANIFEST.json")))
+    rows.append(("checkpoints", f"{committed} kept"))
+    rows.append(("run", str(run.path)))
+    return rows
+
+
+def draw(steps: Steps, path: Path, title: str) -> Path:
+    """Draw loss and validation loss over steps as a PNG. Returns `path`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot: no window system, no global state
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+
+    trained = [(step["step"], step["loss"]) for step in steps if step["loss"] is not None]
+    validated = [(step["step"], step["val_loss"]) for step in steps if step.get("val_loss") is not None]
+    skipped = [step["step"] for step in steps if step["skipped"]]
+    figure = Figure(figsize=(8, 4.5), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    blue, orange, grey = "#2f6db3", "#d9641e", "#6b7280"
+
+    noisy = len(trained) >= 40
+    if trained:
+        axes.plot(*zip(*trained, strict=True), color=blue, lw=0.8 if noisy else 1.6, alpha=0.3 if noisy else 1.0)
+        line = smooth(trained) if noisy else trained
+        axes.plot(*zip(*line, strict=True), color=blue, lw=1.8, label="training" + (", smoothed" if noisy else ""))
+    if validated:
+        marker = "o-" if len(validated) <= 30 else "-"
+        axes.plot(*zip(*validated, strict=True), marker, color=orange, lw=1.4, ms=4, label="validation")
+    if skipped:
+        floor = axes.get_xaxis_transform()
+        axes.plot(skipped, [0.015] * len(skipped), "|", color="#b91c1c", ms=8, transform=floor, label="skipped")
+
+    losses = [loss for _, loss in trained + validated]
+    if losses and min(losses) > 0 and max(losses) > 2 * min(losses):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    if steps[-1]["step"] >= LOG_STEPS_FROM:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
+    axes.margins(x=0.02)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#1f2937")
+    axes.set_xlabel("step", color=grey)
+    axes.set_ylabel("loss (nats per token)", color=grey)
+    axes.tick_params(which="both", colors=grey, labelsize=9)
+    axes.grid(True, which="major", color="#e5e7eb", lw=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color("#9ca3af")
+    if losses or skipped:
+        axes.legend(frameon=False, fontsize=9, labelcolor=grey)
+    figure.savefig(path)
+    return path
+
+
+def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Mean over a window around each step that grows with it, so that an early fall is not smeared out."""
+    sums = [0.0]
+    for _, loss in points:
+        sums.append(sums[-1] + loss)
+    line = []
+    for i, (step, _) in enumerate(points):
+        reach = min(i // 10, len(points) // 50)
+        low, high = i - reach, min(i + reach + 1, len(points))
+        line.append((step, (sums[high] - sums[low]) / (high - low)))
+    return line

@@ -1,0 +1,182 @@
+"""What can be found out about ranks that make no progress, and how it is told."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.runtime.process import Stamp
+from stoker.trainer.runtime.stack_dump import MAIN_ANSWERS, SIGNAL, THREAD_ANSWERS
+
+ANSWER_SECONDS = 2.0
+LEAST_SECONDS = 0.5  # who computes is known by the processor time that it takes meanwhile
+ORDER = ("start", "open_data", "build", "resume", "data", "forward_backward", "await_staged", "update", "evaluate",
+         "save", "rollback", "last_save", "upload")  # fmt: skip
+WAITING = "waits for other ranks"
+_BACKWARD = "torch/autograd/graph.py"
+_DEAF = ("", "Z", "T", "t")  # letters of /proc for who will not answer: gone or stopped
+SHOWN = 32  # ranks in the table, those that are behind first
+# Frames in which a rank waits for its peers: torch's collectives, and ours, which enter C at once.
+COLLECTIVES = ("torch/distributed/distributed_c10d.py", "torch/distributed/_functional_collectives.py",
+               "torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py")  # fmt: skip
+# Innermost frames that wait for a collective which was begun elsewhere.
+_WAITS = re.compile(
+    r'(parallel/replicated\.py", line \d+ in wait|distributed/pipelining/schedules\.py", line \d+ in _wait_batch_p2p)$'
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is known of one rank."""
+
+    rank: int
+    host: str
+    step: int
+    phase: str
+    seconds: float  # since it entered the phase
+    state: str
+    frame: str = ""  # innermost Python frame of the main thread
+
+
+def place_of(at: Stamp | Finding) -> tuple[int, int]:
+    """Orders ranks by how far they are."""
+    return at.step, ORDER.index(at.phase) if at.phase in ORDER else len(ORDER)
+
+
+def behind(findings: Sequence[Finding]) -> list[Finding]:
+    """Those that the others wait for: the furthest behind, without those of them that wait themselves."""
+    last = min(place_of(finding) for finding in findings)
+    there = [finding for finding in findings if place_of(finding) == last]
+    active = [finding for finding in there if finding.state != WAITING]
+    return active or there
+
+
+def examine(
+    run: RunDirectory, attempt: int, stamps: Mapping[int, Stamp], seconds: Mapping[int, float]
+) -> list[Finding]:
+    """Ask the ranks of this machine (see `stack_dump`) and the kernel. Takes up to ANSWER_SECONDS."""
+    before = {rank: _processor_seconds(stamp.pid) for rank, stamp in stamps.items()}
+    for stamp in stamps.values():
+        with suppress(ProcessLookupError):
+            os.kill(stamp.pid, SIGNAL)
+    asked = time.monotonic()
+    stacks: dict[int, str] = {}
+    while (waited := time.monotonic() - asked) < ANSWER_SECONDS:
+        stacks = {rank: _text(run.stacks(attempt, rank)) for rank in stamps}
+        silent = [rank for rank, text in stacks.items() if THREAD_ANSWERS not in text or MAIN_ANSWERS not in text]
+        if waited > LEAST_SECONDS and all(_kernel_state(stamps[rank].pid) in _DEAF for rank in silent):
+            break
+        time.sleep(0.05)
+    found = []
+    for rank, stamp in stamps.items():
+        busy = _processor_seconds(stamp.pid) - before[rank] > 0.2 * waited
+        state = state_of(_kernel_state(stamp.pid), stacks.get(rank, ""), stamp.phase, busy)
+        frame = innermost(stacks.get(rank, ""))
+        found.append(Finding(rank, stamp.host, stamp.step, stamp.phase, seconds.get(rank, 0.0), state, frame))
+    return found
+
+
+def state_of(kernel: str, stacks: str, phase: str, busy: bool) -> str:
+    """What a rank is doing, from the letter of its main thread's state in /proc (empty: no such process), its answers,
+    and whether it used a processor meanwhile."""
+    if not kernel or kernel == "Z":
+        return "its process is gone"
+    if kernel in "Tt":
+        return "stopped by a signal (SIGSTOP)"
+    if not stacks:
+        return "in the kernel: a disk or a driver" if kernel == "D" else "does not answer"
+    if _waits(stacks):
+        return WAITING
+    if phase == "data":
+        return "waits for its rows"
+    doing = "computing" if busy else "asleep"
+    if THREAD_ANSWERS not in stacks:
+        return f"in a C call that keeps the interpreter, {doing}"
+    if MAIN_ANSWERS not in stacks:
+        return f"in a C call, {doing}"
+    return f"in Python, {doing}"
+
+
+def _of_main(stacks: str) -> list[str]:
+    """The frames of the main thread, which faulthandler writes last, innermost first."""
+    lines = stacks.splitlines()
+    heads = [at for at, line in enumerate(lines) if line.startswith(("Thread 0x", "Current thread 0x"))]
+    return [line for line in lines[heads[-1] :] if line.startswith("  File ")] if heads else []
+
+
+def _waits(stacks: str) -> bool:
+    """Whether the main thread is in a collective, or a backward pass is, which GPUs do in threads of their own."""
+    main = _of_main(stacks)
+    if main and _WAITS.search(main[0]):
+        return True
+    backward = bool(main) and _BACKWARD in main[0]
+    return any(place in (stacks if backward else "\n".join(main)) for place in COLLECTIVES)
+
+
+def innermost(stacks: str) -> str:
+    """`file.py:12 function` of the main thread; empty without a stack."""
+    main = _of_main(stacks)
+    if not main:
+        return ""
+    path, _, rest = main[0].removeprefix('  File "').partition('", line ')
+    number, _, function = rest.partition(" in ")
+    return f"{'/'.join(Path(path).parts[-2:])}:{number} {function}"
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """One line per rank, who is behind first; a long one is cut."""
+    first = behind(findings)
+    ordered = [*first, *(finding for finding in findings if finding not in first)]
+    head = ("rank", "host", "step", "phase", "seconds", "state", "innermost Python frame")
+    rows = [(str(f.rank), f.host, str(f.step), f.phase, f"{f.seconds:.0f}", f.state, f.frame) for f in ordered[:SHOWN]]
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    more = [f"and {len(ordered) - SHOWN} more"] if len(ordered) > SHOWN else []
+    return "\n".join([*(line.rstrip() for line in lines), *more])
+
+
+def explain(findings: Sequence[Finding]) -> str:
+    """One line: who holds the run up, where."""
+    first = behind(findings)
+    one = first[0]
+    where = f"{one.phase} of step {one.step}" if one.step else one.phase
+    several = len(first) > 1
+    if all(finding.state == WAITING for finding in first) and len(first) == len(findings) > 1:
+        return f"all {len(first)} ranks wait for each other in {where}: a connection or a message was lost"
+    who = ("ranks " if several else "rank ") + ", ".join(str(finding.rank) for finding in first[:8])
+    who += (f" and {len(first) - 8} more" if len(first) > 8 else "") + f" on {one.host}"
+    frame = f" ({one.frame})" if one.frame else ""
+    if all(finding.state == WAITING for finding in first) and len(findings) > len(first):
+        lost = "a message was lost, or ranks do not agree on what comes next"
+        return f"{who} wait{'' if several else 's'} in {where}{frame} for ranks that have left it: {lost}"
+    held = f"hold{'' if several else 's'} the run up, for {one.seconds:.0f} s in {where}"
+    return f"{who} {held}: {one.state}{frame}"
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped a process. A debugger that looks into it does not count."""
+    return _kernel_state(pid) == "T"
+
+
+def _kernel_state(pid: int) -> str:
+    fields = _text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    return fields[0] if fields else ""
+
+
+def _processor_seconds(pid: int) -> float:
+    """That the main thread was on a processor or in line for one, which on a busy machine may be long."""
+    words = _text(Path(f"/proc/{pid}/schedstat")).split()
+    return (int(words[0]) + int(words[1])) / 1e9 if words else 0.0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

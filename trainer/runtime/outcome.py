@@ -1,0 +1,102 @@
+"""How an attempt ended: one small file per attempt, because launchers lose exit codes."""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from stoker.conf.durable import write_durably
+from stoker.conf.rundir import RunDirectory
+
+GOES_ON = 75  # exit status for a run that was preempted: the same command goes on (EX_TEMPFAIL of sysexits.h)
+
+
+class Outcome(enum.StrEnum):
+    COMPLETED = "completed"  # all steps done and saved
+    STOPPED = "stopped"  # a person asked (Ctrl-C, STOP file): saved
+    PREEMPTED = "preempted"  # the machine is needed back (SIGTERM, SIGUSR1, a deadline): saved, and wants to go on
+    FAILED = "failed"  # an error, or a process that was killed
+    HUNG = "hung"  # no progress for too long, and ended by the watchdog (trainer.watchdog)
+    NONFINITE = "nonfinite"  # too many steps in a row without a finite loss and gradient norm
+
+
+class Superseded(Exception):
+    """Another start of the run has begun: only it may save from now on, so this one ends."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """`start.json`: what an attempt was begun with."""
+
+    time: float  # seconds since the epoch
+    from_step: int  # of the checkpoint it could resume from; 0: none
+    ranks: int
+    host: str  # of global rank 0
+    job: str | None = None  # the scheduler's number for it
+
+
+@dataclass(frozen=True)
+class Ending:
+    """`outcome.json`."""
+
+    outcome: Outcome
+    message: str  # one line for people
+    step: int | None = None  # the last step done, where known
+    rank: int | None = None  # of the process that failed, where known
+    retry: bool = False  # would a new attempt have a chance?
+    signal: int | None = None  # the signal that asked for the stop
+    time: float = 0.0  # seconds since the epoch
+    save: dict[str, float] | None = None  # metrics of the last save: no step's line comes after it
+
+
+def write_ending(run: RunDirectory, attempt: int, ending: Ending) -> bool:
+    """Write the attempt's outcome unless it has one: the first rank that knows is right. True if this one was kept."""
+    path = run.outcome(attempt)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    ending = Ending(**{**asdict(ending), "time": ending.time or time.time()})
+    try:
+        temporary.write_text(json.dumps(asdict(ending)) + "\n", encoding="utf-8")
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def read_ending(run: RunDirectory, attempt: int) -> Ending | None:
+    """The outcome of an attempt, or None while there is none."""
+    path: Path = run.outcome(attempt)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Ending(**{**values, "outcome": Outcome(values["outcome"])})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not an outcome: {error}") from error
+
+
+def write_beginning(run: RunDirectory, attempt: int, beginning: Beginning) -> None:
+    write_durably(run.beginning(attempt), (json.dumps(asdict(beginning)) + "\n").encode())
+
+
+def read_beginning(run: RunDirectory, attempt: int) -> Beginning | None:
+    """What an attempt was begun with, or None where it did not get so far."""
+    try:
+        return Beginning(**json.loads(run.beginning(attempt).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{run.beginning(attempt)} is not what an attempt begins with: {error}") from error
+
+
+def close_dead_attempts(run: RunDirectory, current: int) -> None:
+    """Fill in the outcome of earlier attempts whose processes could not write one."""
+    for attempt in run.attempt_numbers():
+        if attempt < current:
+            message = "ended without a word: killed, or its machine was lost"
+            write_ending(run, attempt, Ending(Outcome.FAILED, message, retry=True))

@@ -1,0 +1,189 @@
+"""A rank as a process: what it dies of, what it says and where. What it is asked: `stoker.trainer.runtime.requests`.
+
+All of it works under any launcher that sets the usual torchrun variables, because it lives in the run directory:
+logs, progress stamps, request files and the outcome.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+RESTARTS_VARIABLE = "STOKER_RESTARTS"  # how often a Slurm job has started its ranks again
+_PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_STAMP_BYTES = 128  # of a stamp: each is written over the one before
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the ranks, as torchrun's variables say; alone where they are not set."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    restart: int  # how often the launcher has started the ranks again, or the scheduler the job
+
+
+def place_from_environment() -> Place:
+    def number(name: str, default: int) -> int:
+        return int(os.environ.get(name, default))
+
+    restart = sum(number(name, 0) for name in ("TORCHELASTIC_RESTART_COUNT", RESTARTS_VARIABLE, "SLURM_RESTART_COUNT"))
+    return Place(
+        number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1), restart
+    )
+
+
+def die_with_launcher() -> None:
+    """Have the kernel kill this rank when its launcher dies, so that kill -9 of a launcher leaves nobody behind.
+
+    Only under an elastic launcher: a rank started by hand may outlive its shell.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel was told
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep what a step frees for the next step, instead of returning it to the system and faulting it in
+    again: 3 to 5% of a step on CPUs. Every step needs the same memory, so the peak stays what it was."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def give_freed_memory_back() -> None:
+    """The opposite, where memory is what there is too little of: large blocks go back to the system as they are freed.
+
+    Left to itself malloc keeps them, and blocks of many sizes leave holes: 3 bytes for each parameter, under NVMe.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+class Phases:
+    """Stamps where others can read them (see `Stamp`), and adds up seconds per phase."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
+        self._phase, self._since = "start", time.perf_counter()
+        self._seconds: dict[str, float] = {}  # since `take_seconds`
+        self._totals: dict[str, float] = {}  # before that
+        self.folder = path.parent
+        self._pid, self._host, self._first_step = os.getpid(), socket.gethostname(), 0
+        self(0, "start")
+
+    def __call__(self, step: int, phase: str) -> None:
+        """The rank enters `phase` of `step`."""
+        now = time.perf_counter()
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+        self._first_step = self._first_step or step
+        stamp = f"{step} {phase} {time.time():.3f} {self._pid} {self._host} {self._first_step}"
+        os.pwrite(self._file, stamp.ljust(_STAMP_BYTES).encode(), 0)
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds per phase since the last call, the present one included."""
+        now = time.perf_counter()
+        seconds, self._seconds = self._seconds, {}
+        seconds[self._phase] = seconds.get(self._phase, 0.0) + now - self._since
+        self._since = now
+        _add(self._totals, seconds)
+        return seconds
+
+    def spent(self, phase: str) -> float:
+        """Seconds in a phase that is over, since the last `take_seconds`."""
+        return self._seconds.get(phase, 0.0)
+
+    def totals(self) -> dict[str, float]:
+        """Seconds per phase since the beginning, the present one included."""
+        totals = dict(self._totals)
+        _add(totals, self._seconds)
+        _add(totals, {self._phase: time.perf_counter() - self._since})
+        return totals
+
+
+def _add(totals: dict[str, float], seconds: dict[str, float]) -> None:
+    for phase, own in seconds.items():
+        totals[phase] = totals.get(phase, 0.0) + own
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Where a rank was when it last said so."""
+
+    step: int
+    phase: str
+    time: float  # seconds since the epoch
+    pid: int
+    host: str
+    first_step: int = 0  # of the attempt, by this rank; 0 before it
+
+
+def read_stamps(attempt: Path) -> dict[int, Stamp]:
+    """The newest stamp of each rank of an attempt whose directory this is, in the order of ranks."""
+    found = {}
+    for path in attempt.glob("rank-*.stamp"):
+        words = path.read_text().split()
+        if len(words) == 6:  # else it is being written for the first time
+            rank = int(path.stem.removeprefix("rank-"))
+            found[rank] = Stamp(int(words[0]), words[1], float(words[2]), int(words[3]), words[4], int(words[5]))
+    return dict(sorted(found.items()))
+
+
+class Console:
+    """Where this rank writes: everything into its log, and what a person should see on the real terminal.
+
+    Before an attempt is known both are the terminal. Afterwards file descriptors 1 and 2 are the log, so that what C++
+    libraries print lands there too.
+    """
+
+    def __init__(self) -> None:
+        self.screen: TextIO = sys.stdout
+        self.errors: TextIO = sys.stderr
+
+    def redirect(self, log_file: Path) -> None:
+        self.screen = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
+        self.errors = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        file = os.open(log_file, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.close(file)
+        logging.basicConfig(
+            level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+        )
+
+    @contextmanager
+    def echoing_warnings(self) -> Iterator[None]:
+        """While a run starts, warnings and errors of the log are shown too: a damaged checkpoint set aside, say."""
+        handler = logging.StreamHandler(self.errors)
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(logging.Formatter("stoker: %(message)s"))
+        logging.getLogger().addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(handler)

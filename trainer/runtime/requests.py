@@ -1,0 +1,131 @@
+"""What a run is asked from outside: by signals, files in the run directory and a deadline.
+
+They only set flags. While steps are taken the flags are votes, which all ranks hear of with the step's own message, so
+that all save and end at the same step. Before the first step there is nothing to save: then a rank leaves at once, even
+from inside a call that does not come back, because a thread of its own waits for the word.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
+
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.runtime.outcome import Outcome
+from stoker.trainer.runtime.signal_listener import SignalListener
+
+STOP, PREEMPT, SAVE, SUPERSEDED = "stop", "preempt", "save", "superseded"  # of parallel.update.VOTES
+DEADLINE_VARIABLE = "STOKER_DEADLINE"  # seconds since the epoch; whoever starts ranks knows when they will be ended
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LEAVE_SECONDS = 1.0  # that an end takes where there is nothing to save: looks are _LOOK_SECONDS apart
+_LOOK_SECONDS = 0.2  # between looks at files and the clock before the first step
+
+
+def ending_of(votes: frozenset[str]) -> Outcome | None:
+    """How a run with these votes ends. A person's stop is one, whoever else wants the machine."""
+    if STOP in votes:
+        return Outcome.STOPPED
+    return Outcome.PREEMPTED if PREEMPT in votes else None
+
+
+def deadline_of(config_deadline: str | None) -> float | None:
+    """When the run must have ended, in seconds since the epoch: the config's word or the launcher's, the earlier."""
+    given = os.environ.get(DEADLINE_VARIABLE)
+    known = [datetime.fromisoformat(config_deadline).timestamp()] if config_deadline else []
+    return min([*known, *([float(given)] if given else [])], default=None)
+
+
+class Requests:
+    """What this rank was asked from outside, to be agreed with the others."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.grace: Callable[[], float] = lambda: LEAVE_SECONDS  # that a save and the steps before it take
+        self._run: RunDirectory | None = None
+        self._next_attempt = 0
+        self._deadline: float | None = None
+        self._leaving: threading.Thread | None = None
+        self._training = False
+        self._news = threading.Event()  # for the thread that waits to leave
+
+    def watch(self, run: RunDirectory, attempt: int, forget: bool, deadline: float | None = None) -> None:
+        """Have this rank of `attempt` look for the files of `run` and at the clock (one rank is enough, and has one
+        clock).
+
+        `forget` the stop and save files that are there already: they are from an earlier launch. When a launcher
+        starts its ranks again, they were made meanwhile and count.
+        """
+        run.requeue.unlink(missing_ok=True)  # this start is the answer
+        if forget:
+            run.stop.unlink(missing_ok=True)
+            run.save.unlink(missing_ok=True)
+        self._run, self._next_attempt, self._deadline = run, attempt + 1, deadline
+
+    def listen(self, leave: Callable[[Outcome, str], None], listener: SignalListener) -> None:
+        """From here on signals ask for a save and an orderly end.
+
+        Until `training`, a thread calls `leave` with what was asked and by what.
+        """
+        for number in _SIGNALS:
+            signal.signal(number, self._ask)
+            listener.on(number, partial(self._hear, number))
+        self._leaving = threading.Thread(target=self._wait_to_leave, args=(leave,), daemon=True)
+        self._leaving.start()
+
+    def training(self) -> None:
+        """The first step begins: from here on there is something to save."""
+        self._training = True
+        self._news.set()
+        if self._leaving is not None:
+            self._leaving.join()
+
+    def votes(self) -> frozenset[str]:
+        run = self._run
+        stop = self.signal == signal.SIGINT or (run is not None and run.stop.exists())
+        preempt = self.signal not in (None, signal.SIGINT) or self._deadline_is_near()
+        preempt = preempt or (run is not None and run.requeue.exists())
+        save = run is not None and run.save.exists()
+        superseded = run is not None and run.attempt(self._next_attempt).exists()
+        cast = {STOP: stop, PREEMPT: preempt, SAVE: save, SUPERSEDED: superseded}
+        return frozenset(name for name, yes in cast.items() if yes)
+
+    def why(self) -> str:
+        """What this rank was asked by, for people; empty if by nothing."""
+        if self.signal is not None:
+            return signal.Signals(self.signal).name
+        if self._run is not None and self._run.stop.exists():
+            return f"the file {self._run.stop.name}"
+        if self._run is not None and self._run.requeue.exists():
+            return f"the file {self._run.requeue.name}"
+        if self._deadline is not None and self._deadline_is_near():
+            return f"the deadline at {datetime.fromtimestamp(self._deadline):%H:%M:%S}"
+        return ""
+
+    def saving(self) -> None:
+        """A save begins: it answers whoever has asked for one until now."""
+        if self._run is not None:
+            self._run.save.unlink(missing_ok=True)
+
+    def _deadline_is_near(self) -> bool:
+        return self._deadline is not None and time.time() + self.grace() >= self._deadline
+
+    def _ask(self, number: int, _frame: object) -> None:
+        self.signal = number
+
+    def _hear(self, number: int) -> None:
+        if self.signal is None:
+            self.signal = number  # the handler itself may be waiting for the main thread
+        self._news.set()
+
+    def _wait_to_leave(self, leave: Callable[[Outcome, str], None]) -> None:
+        while not self._training:
+            outcome = ending_of(self.votes())
+            if outcome is not None:
+                leave(outcome, self.why())
+            self._news.wait(_LOOK_SECONDS)
+            self._news.clear()

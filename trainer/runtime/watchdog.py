@@ -1,0 +1,177 @@
+"""The hang watchdog: sees from outside that ranks make no progress, says who is behind, and ends the attempt.
+
+Every machine has one: our launcher, or under another launcher a process beside local rank 0 (`python -m
+trainer.watchdog`). All see the stamps of all ranks in the run directory and judge by their own clocks. When the rank
+that is furthest behind has not moved for longer than its phase may take, each examines the ranks of its machine
+(`stoker.trainer.runtime.hang_report`), the one of rank 0 prints one table, and each kills its ranks; the launcher
+starts them again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.runtime.hang_report import Finding, behind, examine, explain, is_stopped, place_of, table
+from stoker.trainer.runtime.outcome import Ending, Outcome, read_ending, write_ending
+from stoker.trainer.runtime.process import Stamp, read_stamps
+
+LOOK_SECONDS = 0.5
+REST = 50  # times as long as a look takes, which grows with the ranks, a watchdog waits for the next one
+LEAST_SECONDS = 120.0  # a file system on a network may show stamps a minute late
+STEPS = 30  # median steps without progress are a hang
+GENEROUS = 10  # times as long may phases take that happen rarely, and the first step, which may compile
+LEAST_GENEROUS_SECONDS = 900.0
+STEADY = ("data", "forward_backward", "update")
+OTHERS_SECONDS = 8.0  # the doctors of other machines have so long to examine theirs
+
+
+class Watch:
+    """Stamps over time, by the clock of who watches; pure arithmetic."""
+
+    def __init__(self, hang_seconds: float | None) -> None:
+        self._given = hang_seconds
+        self._stamps: dict[int, Stamp] = {}
+        self._since: dict[int, float] = {}  # when a rank was first seen where it is
+        self._paces: deque[float] = deque(maxlen=50)  # seconds per step
+        self._newest: tuple[int, float] | None = None  # step, when first seen
+
+    def see(self, stamps: Mapping[int, Stamp], now: float) -> None:
+        for rank, stamp in stamps.items():
+            if rank not in self._stamps or self._stamps[rank] != stamp:
+                self._stamps[rank], self._since[rank] = stamp, now
+        step = max((stamp.step for stamp in stamps.values()), default=0)
+        if self._newest is None or step > self._newest[0]:
+            if self._newest is not None and self._newest[0] > max(stamp.first_step for stamp in stamps.values()) > 0:
+                self._paces.append((now - self._newest[1]) / (step - self._newest[0]))
+            self._newest = step, now
+
+    def limit(self, stamp: Stamp, stopped: bool = False) -> float:
+        """Seconds that a rank may stay where `stamp` says it is; in any phase the usual ones if it is stopped there."""
+        pace = statistics.median(self._paces) if self._paces else 0.0
+        usual = self._given or max(LEAST_SECONDS, STEPS * pace)
+        if stopped or (stamp.phase in STEADY and stamp.step > stamp.first_step > 0):
+            return usual
+        return GENEROUS * usual if self._given else max(GENEROUS * usual, LEAST_GENEROUS_SECONDS)
+
+    def seconds(self, now: float) -> dict[int, float]:
+        """For how long each rank has been where it is."""
+        return {rank: now - since for rank, since in self._since.items()}
+
+    def hangs(self, now: float, stopped: Collection[int] = ()) -> bool:
+        """Whoever is furthest behind decides: the others may wait for it as long as it may take.
+
+        `stopped`: ranks that a signal has stopped (SIGSTOP), as far as they are known.
+        """
+        if not self._stamps:
+            return False
+        last = min(place_of(stamp) for stamp in self._stamps.values())
+        return any(
+            now - self._since[rank] > self.limit(stamp, rank in stopped)
+            for rank, stamp in self._stamps.items()
+            if place_of(stamp) == last
+        )
+
+
+class Watchdog:
+    """Looks after `ranks`, which run on this machine, in one attempt of `run`. `say` prints where a person looks."""
+
+    def __init__(
+        self, run: RunDirectory, attempt: int, ranks: range, hang_seconds: float | None, say: Callable[[str], None]
+    ) -> None:
+        self._run, self._attempt, self._ranks, self._say = run, attempt, ranks, say
+        self._watch = Watch(hang_seconds)
+        self._next_look = 0.0
+
+    def look(self) -> bool:
+        """Look, if it is time to; True once the attempt has been ended."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return False
+        stamps = read_stamps(self._run.attempt(self._attempt))
+        self._next_look = now + max(LOOK_SECONDS, REST * (time.monotonic() - now))
+        self._watch.see(stamps, now)
+        stopped = {rank for rank in self._ranks if rank in stamps and is_stopped(stamps[rank].pid)}
+        if not self._watch.hangs(now, stopped) or read_ending(self._run, self._attempt) is not None:
+            return False
+        self._end(self._watch.seconds(now))
+        return True
+
+    def _end(self, seconds: dict[int, float]) -> None:
+        folder = self._run.attempt(self._attempt)
+        stamps = read_stamps(folder)
+        mine = {rank: stamp for rank, stamp in stamps.items() if rank in self._ranks}
+        findings = examine(self._run, self._attempt, mine, seconds)
+        if 0 not in self._ranks:
+            note = folder / f".hang-{self._ranks.start}"
+            note.write_text(json.dumps([asdict(finding) for finding in findings]))
+            note.rename(folder / f"hang-{self._ranks.start}.json")
+            self._wait(lambda: read_ending(self._run, self._attempt) is not None)
+        else:
+            others = {rank: stamp for rank, stamp in stamps.items() if rank not in self._ranks}
+            findings += self._of_others(others, seconds)
+            text = table(findings)
+            (folder / "hang.txt").write_text(text + "\n")
+            self._say(f"no progress:\n{text}")
+            line = explain(findings)
+            self._say(line)
+            first = behind(findings)[0]
+            write_ending(self._run, self._attempt, Ending(Outcome.HUNG, line, first.step, first.rank, retry=True))
+        for stamp in mine.values():
+            with suppress(ProcessLookupError):
+                os.kill(stamp.pid, signal.SIGKILL)
+
+    def _of_others(self, stamps: dict[int, Stamp], seconds: dict[int, float]) -> list[Finding]:
+        """What the doctors of other machines found; of a rank that nobody spoke of, what its stamp says."""
+        found: dict[int, Finding] = {}
+
+        def all_told() -> bool:
+            for note in self._run.attempt(self._attempt).glob("hang-*.json"):
+                for values in json.loads(note.read_text()):
+                    found[values["rank"]] = Finding(**values)
+            return stamps.keys() <= found.keys()
+
+        self._wait(all_told)
+        unseen = {
+            rank: Finding(rank, stamp.host, stamp.step, stamp.phase, seconds.get(rank, 0.0), "its machine is silent")
+            for rank, stamp in stamps.items()
+        }
+        return [finding for _, finding in sorted((unseen | found).items())]
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        until = time.monotonic() + OTHERS_SECONDS
+        while not condition() and time.monotonic() < until:
+            time.sleep(0.1)
+
+
+def main(words: list[str]) -> int:
+    """`RUN ATTEMPT FIRST COUNT HANG_SECONDS`: the watchdog of a machine whose launcher is not ours.
+
+    Ends when its parent, local rank 0, has.
+    """
+    run, attempt, first, count = RunDirectory(Path(words[0])), int(words[1]), int(words[2]), int(words[3])
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # a launcher sends them to all; we end with the rank
+
+    def say(text: str) -> None:
+        print(f"stoker: {text}", file=sys.stderr, flush=True)
+
+    watchdog = Watchdog(run, attempt, range(first, first + count), float(words[4]) if words[4] else None, say)
+    parent = os.getppid()
+    while os.getppid() == parent and not watchdog.look():
+        time.sleep(LOOK_SECONDS / 2)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

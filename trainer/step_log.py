@@ -1,0 +1,162 @@
+"""The step log: results of steps on their way from the device, and what ranks conclude from them.
+
+A result is read one step late, so that the host is always a step ahead of the device and never drains it. Only before
+something that needs the numbers (a save, the end) is everything settled at once. All ranks read the same results at
+the same steps, so they come to the same verdicts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from stoker.conf.schema import Config
+from stoker.parallel.update import StepResult
+from stoker.trainer.report.observer import StepRecord
+from stoker.trainer.report.observers import Observers
+from stoker.trainer.runtime.outcome import Outcome, Superseded
+from stoker.trainer.runtime.process import Phases, read_stamps
+from stoker.trainer.runtime.requests import SUPERSEDED, ending_of
+from stoker.trainer.runtime.stragglers import STEPS, Stragglers
+from stoker.trainer.spikes import ceilings
+
+
+@dataclass
+class Progress:
+    """How far a run has come. `step` numbers the global batches attempted, `updates` the optimizer steps taken."""
+
+    step: int = 0
+    updates: int = 0
+    tokens: int = 0  # valid tokens of the steps so far
+    skipped_in_a_row: int = 0
+    loss: float | None = None  # of the last step
+    val_loss: float | None = None  # of the last evaluation
+    val_step: int | None = None  # after which that was
+    seen: list[list[float]] = field(
+        default_factory=list
+    )  # step, loss, norm of sound steps, for `stoker.trainer.spikes`
+    passed_over: list[list[int]] = field(default_factory=list)  # first and last step of spans found bad
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do next: go on, save, or end with an outcome."""
+
+    outcome: Outcome | None = None
+    save: bool = False  # somebody asks for a checkpoint; every result has been read for it
+    bad_step: int | None = None  # go back to before it, and pass it over
+
+
+@dataclass(frozen=True)
+class _Entry:
+    step: int
+    lr: float
+    result: StepResult
+    val_loss: float | None
+    step_seconds: float
+    data_seconds: float
+    extra: Mapping[str, float]
+
+
+class StepLog:
+    """Books steps into `progress` and, on global rank 0, tells the observers of them."""
+
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress,
+        observers: Observers | None,
+        phase: Phases,
+        stragglers: Stragglers | None = None,
+    ) -> None:
+        self._stragglers = stragglers
+        self._bad = config.nonfinite
+        self._bad_step: int | None = None  # the first bad one
+        self._scaled = config.precision == "fp16"
+        self._failing = config.checkpoint.on_error == "fail"
+        self._progress, self._observers, self._phase = progress, observers, phase
+        self._open: list[_Entry] = []
+        self._last_entry = time.perf_counter()
+
+    def enter(
+        self, step: int, lr: float, result: StepResult, val_loss: float | None, extra: Mapping[str, float]
+    ) -> None:
+        """A step has been handed to the device. `extra` are metrics of some steps only."""
+        now = time.perf_counter()
+        data_seconds = self._phase.take_seconds().get("data", 0.0)
+        self._open.append(_Entry(step, lr, result, val_loss, now - self._last_entry, data_seconds, extra))
+        self._last_entry = now
+
+    def settle(self, *, everything: bool) -> Decision:
+        """Read the results that are due: all but the newest, or all; all too when a save is asked for.
+
+        Raises Superseded, on all ranks at the same step, when another start of the run has begun.
+        """
+        votes: set[str] = set()
+        while len(self._open) > (0 if everything or "save" in votes else 1):
+            votes |= self._book(self._open.pop(0))
+        save = "save" in votes
+        if SUPERSEDED in votes:
+            raise Superseded
+        if self._bad_step is not None:
+            if self._bad.action == "stop":
+                return Decision(Outcome.NONFINITE, save)
+            if self._bad.action == "rollback":
+                return Decision(bad_step=self._bad_step)
+        if self._progress.skipped_in_a_row >= self._bad.limit:
+            return Decision(Outcome.NONFINITE, save)
+        if "save_failed" in votes and self._failing:
+            return Decision(Outcome.FAILED, save)
+        return Decision(ending_of(frozenset(votes)), save)
+
+    def _book(self, entry: _Entry) -> frozenset[str]:
+        agreed = entry.result.read()
+        progress = self._progress
+        progress.step = entry.step
+        progress.updates += not agreed.skipped
+        progress.tokens += agreed.tokens
+        if not agreed.overflowed:  # an overflow is how fp16 finds its loss scale
+            progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if agreed.skipped else 0
+            if agreed.skipped and self._bad_step is None:
+                self._bad_step = entry.step
+        if self._bad.spike is not None and not agreed.skipped:
+            progress.seen = [*progress.seen, [entry.step, agreed.loss, agreed.grad_norm]][-self._bad.window - 1 :]
+        progress.loss = agreed.loss if math.isfinite(agreed.loss) else None  # JSON knows no infinity
+        if entry.val_loss is not None:
+            progress.val_loss, progress.val_step = entry.val_loss, entry.step
+        if self._observers is not None:
+            if self._stragglers is not None:
+                self._name_stragglers(entry.step, agreed.work_seconds)
+            scale = {"loss_scale": agreed.loss_scale} if self._scaled else {}
+            self._observers.step(
+                StepRecord(
+                    step=entry.step,
+                    updates=progress.updates,
+                    loss=agreed.loss,
+                    grad_norm=agreed.grad_norm,
+                    lr=entry.lr,
+                    tokens=progress.tokens,
+                    tokens_per_second=agreed.tokens / max(entry.step_seconds, 1e-9),
+                    step_seconds=entry.step_seconds,
+                    data_seconds=entry.data_seconds,
+                    skipped=agreed.skipped,
+                    val_loss=entry.val_loss,
+                    extra={**entry.extra, **scale},
+                )
+            )
+        return agreed.votes
+
+    def ceilings(self, step: int) -> tuple[float, float]:
+        """The largest loss and gradient norm that `step` may have: equal on all ranks."""
+        return ceilings(self._progress.seen, step, self._bad.spike, self._bad.window)
+
+    def _name_stragglers(self, step: int, seconds: Sequence[float]) -> None:
+        assert self._stragglers is not None and self._observers is not None
+        for rank, factor in self._stragglers.book(seconds):
+            stamp = read_stamps(self._phase.folder).get(rank)
+            where = f"rank {rank}" + (f" on {stamp.host}" if stamp else "")
+            self._observers.message(
+                f"{where} is slow: {factor:.2f} times the median work of a rank, for {STEPS} steps up to step {step}"
+            )
