@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from stoker.checkpoint.names import STATE, CheckpointMismatch, DamagedCheckpoint, rank_of_index
+from stoker.conf.migrations import migrate_state
 from stoker.parallel.shards import Chunk
 
 FORMAT = 1  # of all files of a checkpoint; stands in the manifest
@@ -258,8 +259,9 @@ def encode_state(state: dict[str, Any]) -> bytes:
 
 
 def decode_state(data: bytes, where: str) -> dict[str, Any]:
+    """The state of a checkpoint under today's names. Raises DamagedCheckpoint for what is no JSON object."""
     try:
-        return _object(_parse(data))
+        return migrate_state(_object(_parse(data)))
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{where}: no state: {_reason(error)}") from None
 

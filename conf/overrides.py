@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,16 @@ def _similar(key: str) -> list[str]:
     def ratios(known: str) -> tuple[float, float]:
         pairs = ((key, known), (last, known.rpartition(".")[2]))
         whole, part = (difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
-        return whole, part
+        return max(whole, _shared_words(key, known)), part
 
     best = max([*_TYPES, *GROUPS], key=lambda known: sum(ratios(known)))
     return [best] if max(ratios(best)) >= 0.6 else []
+
+
+def _shared_words(typed: str, known: str) -> float:
+    """How much of two keys is the same words, in any order: `micro_batch` and `batch.micro_size`."""
+    ours, theirs = (set(re.split(r"[._]", key)) for key in (typed, known))
+    return 2 * len(ours & theirs) / (len(ours) + len(theirs))
 
 
 def _value(quoted: str) -> Any:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from stoker.checkpoint import DamagedCheckpoint, Remote, newest, tier_problem
 from stoker.conf.compose import compose
-from stoker.conf.migrations import migrate
 from stoker.conf.resume import Change, check_changes, merge, pin
 from stoker.conf.rundir import RunDirectory, read_config, resolve
 from stoker.conf.schema import Config, from_dict, lookup
@@ -80,7 +79,7 @@ def _stored_config(run: RunDirectory, config: Config) -> Config | None:
         try:
             found = remote.manifest(step)
             if found is not None:
-                return from_dict(migrate(remote.state(found[0])["config"]))
+                return from_dict(remote.state(found[0])["config"])
         except DamagedCheckpoint as damage:
             log.warning("passed over: %s", damage)
     return None
