@@ -31,7 +31,7 @@ def examined(folder: Path, *kinds: str) -> tuple[RunDirectory, str, str]:
     ended."""
     run = RunDirectory(folder)
     run.attempt(1).mkdir(parents=True)
-    home = Path(__file__).parents[2]
+    home = Path(__file__).parents[3]
     program = [sys.executable, "-P", "-m", "tests.trainer.runtime.stuck", str(folder), *kinds]
     environment = {**os.environ, "PYTHONPATH": str(home)}
     said: list[str] = []
@@ -45,7 +45,7 @@ def examined(folder: Path, *kinds: str) -> tuple[RunDirectory, str, str]:
             while not watchdog.look():
                 assert time.monotonic() < until, "nothing is seen"
                 time.sleep(0.05)
-            ended, _ = process.communicate(timeout=5)
+            ended, _ = process.communicate(timeout=60)
         finally:
             if process.poll() is None:
                 for stamp in read_stamps(run.attempt(1)).values():
