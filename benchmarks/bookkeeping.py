@@ -35,14 +35,14 @@ from stoker.conf.rundir import RunDirectory
 from stoker.data import prepare
 from stoker.parallel import native
 from stoker.parallel.mesh import Mesh
-from stoker.parallel.update import VOTES, StepFlags, StepResult, UpdateDecision
+from stoker.parallel.update import ControlFlag, StepFlags, StepResult, UpdateDecision
 from stoker.trainer.loop import Trainer
 from stoker.trainer.main import main as rank
 from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.metrics import read
 from stoker.trainer.runtime.faults import Faults
 from stoker.trainer.runtime.outcome import Outcome
-from stoker.trainer.runtime.process import Phases
+from stoker.trainer.runtime.process import Phase, Phases
 from stoker.trainer.runtime.requests import Requests
 from stoker.trainer.runtime.stragglers import Stragglers, WorkClock
 
@@ -98,9 +98,9 @@ def parts() -> dict[str, float]:
         requests.watch(run, 1, forget=True)
         clock, stragglers, booking = WorkClock(), Stragglers(), Booking(run.seconds(1), phase, 0)
         message = torch.zeros(3, dtype=torch.float64)
-        said = [0.0] * (len(VOTES) + 2)
+        said = [0.0] * (len(ControlFlag) + 2)
         found = {
-            "stamps, six a step": 6 * _seconds(lambda: phase(1, "data")),
+            "stamps, six a step": 6 * _seconds(lambda: phase(1, Phase.DATA)),
             "looking for files that ask for something": _seconds(requests.votes),
             "measuring its work, and comparing that of ranks": _seconds(
                 lambda: (clock.take(), stragglers.book([0.1, 0.1]))
@@ -182,9 +182,8 @@ def _agree_on_the_norm(
     skipped = (~sound).double()
     result = torch.stack([loss, grad_norm, tokens, skipped, loss_scale.double(), torch.zeros_like(skipped)])
     divisor = torch.where(sound, divisor, torch.ones_like(divisor)).float()
-    return UpdateDecision(
-        StepResult(torch.cat([result, result.new_zeros(len(VOTES) + mesh.layout.world)])), divisor, skipped.float()
-    )
+    others = result.new_zeros(len(ControlFlag) + mesh.layout.world)
+    return UpdateDecision(StepResult(torch.cat([result, others])), divisor, skipped.float())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What a save and a restore cost, against torch's distributed checkpoint and against the disk itself.
 
-    python benchmarks/checkpoints.py [--sizes 256 1024] [--ranks 2] [--rounds 5] [--directory DIR] [--writer thread]
-                                     [--only-reads]
+    python benchmarks/checkpoints.py [--sizes 256 1024] [--ranks 2] [--rounds 5] [--directory DIR] [--only-reads]
 
 Each rank holds float32 tensors of --sizes MiB and computes steps that take a little longer than copying them. Printed,
 as medians over the rounds with their range, all in one run of the same processes in turn:
@@ -55,26 +54,23 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", default=None, help="where to write; default: the system's temporary directory")
-    parser.add_argument("--writer", default="thread", choices=["thread", "process"])
     parser.add_argument("--step-seconds", type=float, default=3.0, help="per GiB of a rank's state")
     parser.add_argument("--only-reads", action="store_true", help="nothing but `restore`")
     parser.add_argument("--turns", type=int, default=4, help="how often the overhead is measured")
     options = parser.parse_args()
     for size in options.sizes:
         with tempfile.TemporaryDirectory(dir=options.directory) as folder:
-            arguments = [folder, size, options.rounds, options.writer]
+            arguments = [folder, size, options.rounds]
             if not options.only_reads:
                 arguments += [options.step_seconds * size / 1024, options.turns]
             measured = run(measure_reads if options.only_reads else measure, Config(), options.ranks, *arguments)
             print(measured[0], flush=True)
 
 
-def measure(
-    _: Config, mesh: Mesh, folder: str, size: int, rounds: int, writer: str, step_seconds: float, pairs: int
-) -> str:
+def measure(_: Config, mesh: Mesh, folder: str, size: int, rounds: int, step_seconds: float, pairs: int) -> str:
     warnings.filterwarnings("ignore")
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # DCP starts a process
-    bench = Bench(mesh, Path(folder), size, writer)
+    bench = Bench(mesh, Path(folder), size)
     stalls: dict[str, list[float]] = {}
     writes, restores, cpu = [], [], []
     for number in range(rounds + 1):
@@ -99,7 +95,7 @@ def measure(
     against_async = [a / b for a, b in zip(ours, stalls[best], strict=True)]
     return "\n".join(
         [
-            f"{size} MiB per rank, {mesh.layout.world} ranks, writer {writer}, a copy takes {bench.copy_seconds:.3f} s",
+            f"{size} MiB per rank, {mesh.layout.world} ranks, a copy takes {bench.copy_seconds:.3f} s",
             f"  stall     {_spread(ours, ' s')}; {_spread(against_sync)} of DCP's synchronous save, "
             f"{_spread(against_async)} of its best asynchronous mode ({best})",
             f"  write     {_spread(writes)} of a plain write with fsync",
@@ -110,8 +106,8 @@ def measure(
     )
 
 
-def measure_reads(_: Config, mesh: Mesh, folder: str, size: int, rounds: int, writer: str) -> str:
-    bench = Bench(mesh, Path(folder), size, writer)
+def measure_reads(_: Config, mesh: Mesh, folder: str, size: int, rounds: int) -> str:
+    bench = Bench(mesh, Path(folder), size)
     ratios = []
     for _ in range(rounds + 1):
         bench.stoker_stall()
@@ -125,7 +121,7 @@ def measure_reads(_: Config, mesh: Mesh, folder: str, size: int, rounds: int, wr
 class Bench:
     """One rank's tensors, and all that is done with them. Seconds are the longest of all ranks."""
 
-    def __init__(self, mesh: Mesh, folder: Path, size: int, writer: str) -> None:
+    def __init__(self, mesh: Mesh, folder: Path, size: int) -> None:
         self._mesh, self._folder = mesh, folder
         rows, columns = size * MIB // 4 // TENSORS // 1024, 1024
         shape = (rows * mesh.layout.world, columns)
@@ -134,9 +130,7 @@ class Bench:
         self.shards = [Shard(f"w{n}", PARAMETER, shape, held, tensor) for n, tensor in enumerate(self.tensors)]
         self._bytes = size * MIB
         self._group = dist.new_group(backend="gloo")  # DCP's own: one that training uses crashes its asynchronous mode
-        self.saves = Checkpoints(
-            folder / "stoker", rank=mesh.rank, world=mesh.layout.world, attempt=1, keep=2, writer=writer
-        )
+        self.saves = Checkpoints(folder / "stoker", rank=mesh.rank, world=mesh.layout.world, attempt=1, keep=2)
         self.saves.prepare(self.shards)
         self._stager = DefaultStager(
             StagingOptions(

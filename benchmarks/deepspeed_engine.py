@@ -39,13 +39,13 @@ from ranks import (
 from stoker.conf.schema import BatchConfig, Config, ModelConfig, OptimConfig, ParallelConfig
 from stoker.models.decoder import build
 from stoker.parallel.batch import Batch
+from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import batch_plan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import whole_model
 from stoker.parallel.optimizer import is_decayed
 from stoker.parallel.registry import LocalShard, whole_registry
-from stoker.parallel.sharding import DTYPES
 from stoker.parallel.shards import PARAMETER, whole
 from stoker.trainer.runtime.process import keep_freed_memory
 
@@ -134,7 +134,7 @@ class Script:
             settings[config.precision] = {"enabled": True}
         self._unit = Everyone(mesh)
         self._engine, *_ = deepspeed.initialize(
-            model=model.to(DTYPES[config.precision]), optimizer=optimizer, mpu=self._unit, config=settings,
+            model=model.to(PRECISIONS[config.precision]), optimizer=optimizer, mpu=self._unit, config=settings,
             dist_init_required=False,
         )  # fmt: skip
         self._loss = torch.zeros((), device=mesh.device)

@@ -45,9 +45,9 @@ from ranks import (
 
 from stoker.conf.schema import BatchConfig, Config, ModelConfig, OptimConfig, ParallelConfig
 from stoker.parallel.batch import Batch
+from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.layout import batch_plan
 from stoker.parallel.mesh import Mesh
-from stoker.parallel.sharding import DTYPES
 from stoker.trainer.runtime.process import keep_freed_memory
 
 GOALS = {"tp": 1.0, "zero": 0.97, "pp": 0.9}
@@ -151,7 +151,7 @@ def _ideal_step(config: Config, mesh: Mesh, ours: Stoker, rows: Batch) -> Turn:
     (stage,) = ours.engine._passes._stages  # type: ignore[attr-defined]
     plan, device = batch_plan(config, mesh.layout), mesh.device
     micro = rows[: plan.micro_rows].to(device)
-    shape, dtype = (plan.micro_rows * config.seq_len, config.model.hidden_size), DTYPES[config.precision]
+    shape, dtype = (plan.micro_rows * config.seq_len, config.model.hidden_size), PRECISIONS[config.precision]
     received = torch.randn(shape, device=device).to(dtype)
     gradient = torch.full(shape, 1e-6, device=device, dtype=dtype)
     first, last = mesh.coordinate.pp == 0, mesh.coordinate.pp == mesh.layout.pp - 1

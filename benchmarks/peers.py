@@ -31,12 +31,12 @@ from torch.utils import checkpoint
 from stoker.conf.schema import Config
 from stoker.models.decoder import build
 from stoker.parallel.batch import IGNORE_INDEX, Batch
+from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import batch_plan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import whole_model
 from stoker.parallel.registry import LocalShard, whole_registry
-from stoker.parallel.sharding import DTYPES
 from stoker.parallel.shards import PARAMETER, whole
 
 
@@ -61,7 +61,7 @@ class HandWritten:
             if config.compile:
                 block.forward = torch.compile(block.forward)
 
-        dtype = None if config.precision == "fp32" else DTYPES[config.precision]
+        dtype = None if config.precision == "fp32" else PRECISIONS[config.precision]
         self._zero = config.parallel.zero if layout.dp > 1 else 1  # alone, nothing is worth giving back
         shard = functools.partial(
             fully_shard,

@@ -27,12 +27,12 @@ import torch.distributed as dist
 import yaml
 
 from stoker import conf
+from stoker.conf.parent_death import die_with
 from stoker.conf.schema import Config, ModelConfig, from_dict
 from stoker.parallel.batch import Batch
 from stoker.parallel.layout import batch_plan, layout_of, threads_per_rank
 from stoker.parallel.mesh import Mesh, pick_device, start_mesh, use_threads
 from stoker.parallel.update import StepResult
-from stoker.trainer.runtime.process import die_with_parent
 
 BATCHES = 4  # different global batches, over and over
 SECONDS_TO_WAIT = 3000.0  # for all ranks; a first step may compile for minutes
@@ -270,7 +270,7 @@ def run(function: Callable[..., Any], config: Config, ranks: int, *arguments: An
 def _rank(
     pipe: Any, store: str, rank: int, ranks: int, function: Callable[..., Any], config: Config, arguments: Sequence[Any]
 ) -> None:
-    die_with_parent()
+    die_with(os.getppid())
     try:
         use_threads(None, ranks)
         layout = layout_of(config, ranks)

@@ -28,7 +28,7 @@ from ranks import busy_seconds
 
 from stoker.conf.compose import compose
 from stoker.data import prepare
-from stoker.trainer.runtime.process import read_stamps
+from stoker.trainer.runtime.process import Phase, read_stamps
 
 PEER = """
 import sys, time
@@ -43,14 +43,14 @@ PHASES = {
     "command": "launcher: imports, config, refusals, data",
     "run directory": "launcher: elastic agent",
     "process": "rank: imports, config, rendezvous, attempt",
-    "start": "rank: process group",
-    "open_data": "rank: data",
-    "build": "rank: model, optimizer, initial weights",
-    "resume": "rank: look for a checkpoint, observers",
-    "data": "rank: first rows",
-    "forward_backward": "rank: forward and backward",
-    "await_staged": "rank: await staged",
-    "update": "rank: update, metrics",
+    Phase.START: "rank: process group",
+    Phase.OPEN_DATA: "rank: data",
+    Phase.BUILD: "rank: model, optimizer, initial weights",
+    Phase.RESUME: "rank: look for a checkpoint, observers",
+    Phase.DATA: "rank: first rows",
+    Phase.FORWARD_BACKWARD: "rank: forward and backward",
+    Phase.AWAIT_STAGED: "rank: await staged",
+    Phase.UPDATE: "rank: update, metrics",
 }
 
 

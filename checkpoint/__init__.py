@@ -11,7 +11,7 @@ layout.
 `tiling`    the proof that every tensor is whole: one number per rank for the commit, every piece for readers
 `staging`   the snapshot: live tensors copied to the image of the file (`memory`), beside the next forward and backward
 `writer`    `Checkpoints`: a rank's saves, one in flight, in a background thread
-`block_writer`  a shard file, block by block, in that thread or in a process of its own
+`block_writer`  a shard file, block by block
 `commit`    rank 0: reports -> proof -> manifest -> rename; fencing
 `retention` which checkpoints stay
 `remote`, `upload`  the second tier, and how what is committed gets there

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from stoker.checkpoint.block_writer import crc32
-from stoker.checkpoint.format import DTYPES, Piece, ShardIndex
+from stoker.checkpoint.format import Piece, ShardIndex
 from stoker.checkpoint.names import DamagedCheckpoint, data_name
 from stoker.checkpoint.storage import open_to_read
+from stoker.parallel.dtypes import DTYPES
 from stoker.parallel.shards import Chunk, flat_range
 
 _MOST_PLACES = 1024  # that one preadv takes

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stoker.checkpoint.format import DTYPES
 from stoker.checkpoint.reader import TensorReader
 from stoker.checkpoint.stored import read_state
+from stoker.parallel.dtypes import DTYPES
 
 MISSING = "-"  # the text of a value that one side does not have
 

@@ -17,25 +17,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from stoker.checkpoint.names import STATE, CheckpointMismatch, DamagedCheckpoint, rank_of_index
 from stoker.conf.migrations import migrate_state
+from stoker.parallel.dtypes import DTYPES
 from stoker.parallel.shards import Chunk
 
 FORMAT = 1  # of all files of a checkpoint; stands in the manifest
 BLOCK_BYTES = 4 << 20  # of a shard file under one CRC32
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _LARGEST = 1 << 62  # of any number read: what an int64 can count
 _LEAST_BLOCK_BYTES = 1 << 10

@@ -6,8 +6,9 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from stoker.checkpoint.format import DTYPE_NAMES, DTYPES, Piece, safetensors_header
+from stoker.checkpoint.format import Piece, safetensors_header
 from stoker.checkpoint.tiling import cover
+from stoker.parallel.dtypes import DTYPE_NAMES, DTYPES
 from stoker.parallel.shards import Chunk, Shard
 
 SPLIT_ELEMENTS = 1 << 14  # a replicated shard with fewer is written whole by one replica

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from stoker.checkpoint.block_reader import BlockReader, Wanted, read_wanted
-from stoker.checkpoint.format import DTYPE_NAMES, DTYPES, Piece, ShardIndex
+from stoker.checkpoint.format import Piece, ShardIndex
 from stoker.checkpoint.names import CheckpointMismatch, DamagedCheckpoint
 from stoker.checkpoint.stored import Stored, open_checkpoint, state_of
 from stoker.checkpoint.tiling import origin, tiling_problem
+from stoker.parallel.dtypes import DTYPE_NAMES, DTYPES
 from stoker.parallel.shards import PARAMETER, Chunk, Shard, whole
 
 _NAMED = 5  # tensors of each kind that a message names

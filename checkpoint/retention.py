@@ -27,8 +27,7 @@ class Retention:
     keep_best: int = 0  # of the lowest validation loss
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ValueError(f"checkpoint.keep={self.keep}: at least the newest checkpoint must be kept")
+        assert self.keep >= 1, "the newest checkpoint must be kept"
 
     def kept(self, losses: Mapping[int, float | None]) -> set[int]:
         """The steps that stay, of the valid checkpoints with their validation losses, by step."""

@@ -7,37 +7,31 @@ one before has been written. The snapshot is then complete only with the last on
 from __future__ import annotations
 
 import bisect
-import mmap
-import os
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from stoker.checkpoint.format import BLOCK_BYTES, DTYPES, Piece
+from stoker.checkpoint.format import BLOCK_BYTES, Piece
 from stoker.checkpoint.memory import fresh_bytes
 from stoker.checkpoint.plan import FilePlan, plan_file
+from stoker.parallel.dtypes import DTYPES
 from stoker.parallel.shards import Shard, flat_range, whole
 
 
 class StagingPool:
     """Holds one snapshot at a time. Pinned when the data are on CUDA, so that copies run beside the GPU's work.
 
-    At most `limit` bytes, but at least one block of `block_bytes`. A `shared` pool is anonymous memory that another
-    process can map by its `descriptor`.
+    At most `limit` bytes, but at least one block of `block_bytes`.
     """
 
-    def __init__(self, block_bytes: int = BLOCK_BYTES, limit: int | None = None, shared: bool = False) -> None:
-        self._block_bytes, self._limit, self._shared = block_bytes, limit, shared
+    def __init__(self, block_bytes: int = BLOCK_BYTES, limit: int | None = None) -> None:
+        self._block_bytes, self._limit = block_bytes, limit
         self._described: list[Any] = []
         self._plan: FilePlan | None = None
         self._image = torch.empty(0, dtype=torch.uint8)
         self._pinned = False
-        self.descriptor: int | None = None  # of a shared pool
-        self.generation = 0  # counts the times that the memory was another
 
     @property
     def bytes(self) -> int:
@@ -55,8 +49,7 @@ class StagingPool:
             size, pinned = self._size(self._plan.file_bytes), any(shard.data.is_cuda for shard in shards)
             if (self.bytes, self._pinned) != (size, pinned):
                 self._image = torch.empty(0, dtype=torch.uint8)  # give the old memory back first
-                self._image = self._allocate(size, pinned)
-                self.generation += 1
+                self._image = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else fresh_bytes(size)
                 self._pinned = pinned
                 self._image.zero_()  # touches every page now rather than in the first snapshot
         return self._plan
@@ -65,20 +58,6 @@ class StagingPool:
         if self._limit is None or file_bytes <= self._limit:
             return file_bytes
         return min(file_bytes, max(1, self._limit // self._block_bytes) * self._block_bytes)
-
-    def _allocate(self, size: int, pinned: bool) -> Tensor:
-        if not self._shared:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else fresh_bytes(size)
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-        self.descriptor = os.memfd_create("staging", os.MFD_CLOEXEC)
-        os.ftruncate(self.descriptor, size)
-        image = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
-        if pinned:
-            address = image.data_ptr()
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, size, 0))
-            weakref.finalize(image, torch.cuda.cudart().cudaHostUnregister, address)
-        return image
 
     def fill(self, shards: Sequence[Shard], snapshot: Snapshot) -> Iterator[memoryview]:
         """The shard file's bytes, window by window, each copied from `shards` when it is asked for.

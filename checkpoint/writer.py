@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker.checkpoint import commit
-from stoker.checkpoint.block_writer import WriterDied, WriterProcess, write_blocks
+from stoker.checkpoint.block_writer import write_blocks
 from stoker.checkpoint.format import BLOCK_BYTES, ShardIndex, encode_index, encode_state
 from stoker.checkpoint.names import (
     STATE,
@@ -79,8 +79,7 @@ class Checkpoints:
     `directory` is on a file system that all ranks share; `attempt` is the start of the run that these ranks belong to,
     and rank 0 has called `fence` for it. `keep`, `keep_every` and `keep_best` are those of `Retention`. With mode
     `sync`, `save` returns after the commit. A save that is not committed `timeout_seconds` after its data were written
-    fails. Shard files are written by a thread or, with writer `process`, by a process that is nice. `staging_limit`, in
-    bytes, bounds the staging pool: a larger shard file streams through it.
+    fails. `staging_limit`, in bytes, bounds the staging pool: a larger shard file streams through it.
 
     The thread is a daemon: it never keeps a process alive. One that ends in the middle of a save stops it at
     the next block; what is on storage then is garbage that the next attempt removes.
@@ -97,24 +96,16 @@ class Checkpoints:
         keep_every: int = 0,
         keep_best: int = 0,
         mode: str = "async",
-        writer: str = "thread",
         staging_limit: int | None = None,
         remote: Remote | None = None,
         timeout_seconds: float = 1800.0,
     ) -> None:
-        if mode not in ("async", "sync"):
-            raise ValueError(f"checkpoint.mode={mode!r}: choose async or sync")
-        if writer not in ("thread", "process"):
-            raise ValueError(f"checkpoint.writer={writer!r}: choose thread or process")
         self._directory = Path(directory)
         self._rank, self._world, self._attempt = rank, world, attempt
         self._retention = Retention(keep, keep_every, keep_best)
         self._uploader = Uploader(self._directory, remote, rank, world, self._retention) if remote else None
         self._mode, self._timeout = mode, timeout_seconds
-        self._pool = StagingPool(BLOCK_BYTES, staging_limit, shared=writer == "process")
-        self._in_process = writer == "process"
-        self._process: WriterProcess | None = None
-        self._mapped: int | None = None  # the pool that the process has mapped
+        self._pool = StagingPool(BLOCK_BYTES, staging_limit)
         self._snapshot: Snapshot | None = None
         self._stalls: dict[int, float] = {}  # seconds, by step
         self._writer: threading.Thread | None = None
@@ -125,14 +116,9 @@ class Checkpoints:
         self._rehearsed: OSError | None = None
 
     def prepare(self, shards: Iterable[Shard]) -> None:
-        """Allocate the staging pool, and start the writer process, before the first save.
-
-        Raises ValueError for shards that cannot be stored.
-        """
+        """Allocate the staging pool before the first save. Raises ValueError for shards that cannot be stored."""
         self._join()
         self._pool.prepare(list(shards))
-        if self._in_process:
-            self._start_process()
 
     def save(self, step: int, shards: Iterable[Shard], state: dict[str, Any]) -> None:
         """Start saving the present values of `shards` and `state` as the checkpoint of `step`.
@@ -207,13 +193,10 @@ class Checkpoints:
             self._uploader.add_unfinished()
 
     def close(self) -> None:
-        """End the writer process and the uploads, if there are any. Nothing may be in flight."""
+        """Wait for the save in flight and end the uploads, if there are any."""
         self._join()
         if self._uploader is not None:
             self._uploader.close()
-        if self._process is not None:
-            self._process.close()
-            self._process = None
 
     def _join(self) -> None:
         if self._writer is not None:
@@ -241,8 +224,6 @@ class Checkpoints:
         commit.check_fence(self._directory, self._attempt)
         plan = self._pool.prepare(save.shards)
         require_space(save.partial, plan.file_bytes)
-        if self._in_process:
-            self._start_process()
         rehearsed, self._rehearsed = self._rehearsed, None
         if rehearsed is not None:
             raise rehearsed
@@ -268,18 +249,10 @@ class Checkpoints:
 
     def _write_blocks(self, save: _Save, report: SaveReport) -> list[int]:
         """Copies and writes this rank's shard file; the CRC32s of its blocks."""
-        path = save.partial / data_name(self._rank)
         windows = self._windows(save, report)
         began = time.monotonic()
         try:
-            if self._process is None:
-                return write_blocks(path, windows, BLOCK_BYTES, self._proceed)
-            return self._process.write_blocks(path, map(len, windows), BLOCK_BYTES, self._proceed)
-        except BaseException as error:
-            self._process = None  # ended by its failure; the next save starts another
-            if isinstance(error, WriterDied):
-                raise SaveFailed(one_line(error)) from None
-            raise
+            return write_blocks(save.partial / data_name(self._rank), windows, BLOCK_BYTES, self._proceed)
         finally:
             report.write_seconds = time.monotonic() - began - report.copy_seconds
 
@@ -295,19 +268,6 @@ class Checkpoints:
             report.staged_seconds = time.monotonic() - save.began
             yield window
         save.shards = ()
-
-    def _start_process(self) -> None:
-        """Have a writer process that has mapped the pool as it is now."""
-        if self._process is None:
-            self._process, self._mapped = WriterProcess(), None
-        assert self._pool.descriptor is not None
-        if self._mapped != self._pool.generation:
-            try:
-                self._process.use_pool(self._pool.descriptor, self._pool.bytes)
-            except WriterDied as error:
-                self._process = None
-                raise SaveFailed(one_line(error)) from None
-            self._mapped = self._pool.generation
 
     def _tidy(self) -> None:
         """Remove what need not be kept, in a thread of its own: large directories take their time."""

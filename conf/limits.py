@@ -163,7 +163,6 @@ LIMITS = (
     _at_least("checkpoint.keep_every", 0, "it counts steps"),
     _at_least("checkpoint.keep_best", 0, "it counts checkpoints"),
     _choice("checkpoint.mode", "async", "sync"),
-    _choice("checkpoint.writer", "thread", "process"),
     _at_least("checkpoint.staging_limit", 4 << 20, "a shard file is written in blocks of 4 MiB"),
     _choice("checkpoint.on_error", "warn", "fail"),
     _at_least("eval.every", 0, "it counts steps"),

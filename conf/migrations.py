@@ -1,7 +1,7 @@
 """What earlier versions stored, read under today's names.
 
-A run directory and a checkpoint keep the config and the data state they were made with. What has been renamed since
-stands here, and nowhere else.
+A run directory and a checkpoint keep the config and the data state they were made with. What has been renamed or
+removed since stands here, and nowhere else.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ _KEYS = {
     },
     "eval": {"rows": "sequences"},
 }
+_REMOVED = {("checkpoint", "writer"): ("thread", "process")}  # key: its values, all of which computed the same
 _MODES = {"index": "indexed", "lanes": "streaming"}
 _STATE_KEYS = _KEYS["data"]
 
@@ -58,6 +59,10 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
         held = moved.get(section)
         if isinstance(held, dict) and isinstance(held.get(key), str):
             moved[section] = held | {key: _TARGETS.get(held[key], held[key])}
+    for (section, key), equal in _REMOVED.items():
+        held = moved.get(section)
+        if isinstance(held, dict) and held.get(key) in equal:
+            moved[section] = {name: value for name, value in held.items() if name != key}
     data = moved.get("data")
     if isinstance(data, dict) and data.get("mode") in _MODES:
         moved["data"] = data | {"mode": _MODES[data["mode"]]}

@@ -178,7 +178,6 @@ class CheckpointConfig:
     keep_every: int = free(0)  # steps: checkpoints of their multiples are kept for good; 0: none
     keep_best: int = free(0)  # checkpoints of the lowest validation loss kept as well
     mode: str = free("async")  # async | sync
-    writer: str = free("thread")  # thread | process (nice, beside the ranks): who writes shard files
     staging_limit: int | None = free()  # bytes of host memory per rank for a snapshot; default: all of it
     dir: str | None = free()  # a faster place for this run alone, that all ranks share; default: the run directory
     remote: str | None = free()  # fsspec URL of a second tier for this run alone: s3://bucket/run, file:///mnt/run

@@ -6,17 +6,15 @@ process group, and the rank still needs rows for the steps before its last save.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Protocol
 
-_LIBC = ctypes.CDLL(None)  # loaded before any fork: the loader's lock may be held in a forked process
-_PR_SET_PDEATHSIG = 1
+from stoker.conf.parent_death import die_with
+
 LEFT_TO_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -44,14 +42,6 @@ def fork(work: Callable[[], None], not_for_it: Iterable[Closable] = ()) -> int:
             os._exit(0)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return pid
-
-
-def die_with(parent: int) -> None:
-    """Have this process killed when `parent`, which forked it, ends."""
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the kernel was told
-        os._exit(1)
 
 
 def end(pid: int) -> int | None:

@@ -43,7 +43,7 @@ def prepare(config: Config) -> None:
 
     Called once per machine before its ranks call `open_rows`. Raises ValueError for data that cannot be used.
     """
-    if config.data.mode != "streams":  # whose texts are tokenised as they are read
+    if config.data.mode != "streaming":  # whose texts are tokenised as they are read
         open_rows(config, "train")
     if config.eval.sequences:
         open_rows(config, "validation")
@@ -59,7 +59,7 @@ def open_rows(config: Config, split: str) -> IndexPlan | MixedPlan:
     if config.data.mode == "streaming" and split == "train":
         raise ValueError("rows of data.mode=streaming have no numbers that could be looked up: data.mode=indexed has")
     specs = specs_of(config.data)
-    if config.data.mode == "streams":
+    if config.data.mode == "streaming":
         opened = _held_out(config, specs)
     else:
         opened = [open_source(config, spec, split) for spec in specs]
@@ -88,7 +88,7 @@ def open_stream(config: Config, mesh: Mesh) -> RowSource:
 
     Raises ValueError for data that cannot be used.
     """
-    if config.data.mode == "streams":
+    if config.data.mode == "streaming":
         from stoker.data.streaming.opening import open_streams  # most runs do not need what it imports
 
         return open_streams(config, mesh, open_tokenizer(config.data))

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-from stoker.data.forks import die_with
+from stoker.conf.parent_death import die_with
 
 _WORTH_FORKING = 16 << 20  # bytes of text: less is done before processes would be there
 

@@ -39,7 +39,7 @@ def peek(options: argparse.Namespace) -> int:
     if any(begin <= options.step <= end for begin, end in config.skip_steps):
         say(f"step {options.step} is passed over by skip_steps={config.skip_steps}: nobody trains on these rows")
     states = _states(run)
-    if config.data.mode == "streams":
+    if config.data.mode == "streaming":
         assert tokenizer is not None  # streams cannot be read without
         first, found = _of_streams(config, tokenizer, states, options.step, options.rows)
     else:

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
@@ -22,10 +21,10 @@ from stoker.data.hugging_face import tokenizer_files
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.launch.tensor_files import TensorWriter, index_json, plan_files
 from stoker.models.hugging_face import config_json, tensor_name
+from stoker.parallel.dtypes import DTYPE_NAMES, PRECISIONS
 from stoker.parallel.shards import PARAMETER
 from stoker.trainer.assemble import with_vocabulary
 
-_DTYPES = {"fp32": (torch.float32, "F32"), "bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16")}
 _SIZE = re.compile(r"(\d+)\s*(KB|MB|GB)", re.IGNORECASE)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -74,8 +73,8 @@ def _write_weights(folder: Path, checkpoint: Path, dtype: str, file_bytes: int) 
     """The parameters, one in memory at a time. Raises DamagedCheckpoint."""
     stored = open_checkpoint(checkpoint).tensors.values()
     shapes = {tensor_name(tensor.name): tensor.shape for tensor in stored if tensor.kind == PARAMETER}
-    theirs, named = _DTYPES[dtype]
-    files = plan_files(shapes, named, theirs.itemsize, file_bytes)
+    theirs = PRECISIONS[dtype]
+    files = plan_files(shapes, DTYPE_NAMES[theirs], theirs.itemsize, file_bytes)
     console = Console(stderr=True)
     columns = (TextColumn("exporting"), BarColumn(), DownloadColumn())
     with (

@@ -9,14 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stoker.conf.schema import ModelConfig
-from stoker.models.attention import (
-    Attention,
-    AttentionContext,
-    attention_context,
-    cached_mask,
-    document_mask,
-    head_dim_of,
-)
+from stoker.models.attention import Attention, AttentionContext, attention_context, cached_mask, document_mask
 from stoker.models.cache import Cache, LayerCache
 from stoker.models.embedding import Embedding
 from stoker.models.loss import Head
@@ -27,9 +20,8 @@ from stoker.parallel.tensor.layers import ColumnLinear, CopyToTensorParallel, Ro
 def build(config: ModelConfig, part: Part) -> nn.Module:
     """The `part` of the decoder that `config` describes, uninitialised, on torch's default device.
 
-    Raises ValueError for a shape that cannot be built.
+    Which shapes can be built is judged in `stoker.conf.limits` and `stoker.parallel.refusals`. The vocabulary is known.
     """
-    _check(config)
     return Decoder(config, part)
 
 
@@ -119,21 +111,3 @@ class Decoder(nn.Module):
         """There are no buffers; but `to_empty` unties what is tied."""
         if self.part.head and self.config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
-
-
-def _check(config: ModelConfig) -> None:
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-    if config.vocab_size is None:
-        raise ValueError("model.vocab_size is not known: give it, or take the tokenizer's")
-    if config.head_dim is None and config.hidden_size % heads:
-        raise ValueError(
-            f"model.hidden_size={config.hidden_size} does not divide into {heads} heads: give model.head_dim"
-        )
-    if head_dim_of(config) % 2:
-        raise ValueError(f"model.head_dim={head_dim_of(config)} is odd: rotary embedding turns pairs of channels")
-    if heads % kv_heads:
-        raise ValueError(
-            f"model.num_attention_heads={heads} do not divide into groups for model.num_key_value_heads={kv_heads}"
-        )
-    if config.loss_chunk < 1:
-        raise ValueError(f"model.loss_chunk={config.loss_chunk}: at least one token has logits at a time")

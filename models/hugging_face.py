@@ -12,8 +12,7 @@ from typing import Any
 
 from stoker.conf.schema import ModelConfig, RopeScalingConfig
 from stoker.models.attention import head_dim_of
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+from stoker.parallel.dtypes import PRECISIONS
 
 _OUTER = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -82,12 +81,12 @@ def family_of(config: ModelConfig) -> str:
 
 
 def config_json(config: ModelConfig, dtype: str, context: int, end_of_document: int) -> dict[str, Any]:
-    """The config.json of `config`, whose `vocab_size` is known. `dtype` is one of DTYPES, `context` counts tokens.
+    """The config.json of `config`, whose `vocab_size` is known. `dtype` is one of PRECISIONS, `context` counts tokens.
 
     Raises ValueError for a shape that no family has.
     """
     family = family_of(config)
-    scaling = config.rope_scaling
+    scaling, named = config.rope_scaling, str(PRECISIONS[dtype]).removeprefix("torch.")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if scaling.factor != 1.0:
         rope |= {"rope_type": "llama3"} | {theirs: getattr(scaling, ours) for ours, theirs in _ROPE_SCALING.items()}
@@ -107,8 +106,8 @@ def config_json(config: ModelConfig, dtype: str, context: int, end_of_document: 
         "rope_scaling": None if scaling.factor == 1.0 else {k: v for k, v in rope.items() if k != "rope_theta"},
         "bos_token_id": None,
         "eos_token_id": end_of_document,
-        "dtype": DTYPES[dtype],
-        "torch_dtype": DTYPES[dtype],
+        "dtype": named,
+        "torch_dtype": named,
     }
     return dict(sorted(values.items()))
 

@@ -4,6 +4,7 @@
 `refusals`    which configs are refused before a rank is spawned, and why; `start`: what they judge
 `mesh`        this rank's device and process groups, in one object that is passed, never global
 `rows`        what the data room hands to an engine; `model`: what an engine asks of a model
+`dtypes`      of tensors, and their names in configs and files
 `registry`    for each parameter its global shape and where this rank's piece of it lies. Initial weights, gradient
               norm, checkpoints and exports are driven by it; nothing else may guess
 `shards`      what leaves an engine: chunks of global tensors, free of layout and engine

@@ -14,6 +14,7 @@ from torch.profiler import record_function
 
 from stoker.conf.schema import Config
 from stoker.parallel.batch import Batch
+from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.forward_backward import ForwardBackward, GradientAccumulation
 from stoker.parallel.layout import BatchPlan
 from stoker.parallel.loss_scale import LossScale
@@ -22,7 +23,7 @@ from stoker.parallel.mmap_offload import offloaded
 from stoker.parallel.optimizer import LocalOptimizer
 from stoker.parallel.registry import LocalShard, Registry
 from stoker.parallel.replicated import ReplicatedStrategy
-from stoker.parallel.sharding import DTYPES, Precision, ShardingStrategy
+from stoker.parallel.sharding import Precision, ShardingStrategy
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.stages import stages_of
 from stoker.parallel.update import NO_FLAGS, StepFlags, StepResult, reduce_step
@@ -167,7 +168,7 @@ def build_native(
 
     Without a pipeline there is one stage, the whole model. `full` are those modules of each that compute in float32.
     """
-    dtype = DTYPES[config.precision]
+    dtype = PRECISIONS[config.precision]
     precisions = [Precision(dtype, modules) for modules in full]
     weights = [
         _store(config, mesh, plan, registry, stage, precision)

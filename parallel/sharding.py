@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from stoker.parallel.registry import LocalShard
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @dataclass(frozen=True)
 class Precision:

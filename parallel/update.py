@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,14 +13,22 @@ from torch import Tensor
 from stoker.parallel.loss_scale import FLOOR
 from stoker.parallel.mesh import Mesh
 
-VOTES = ("stop", "preempt", "save", "save_failed", "superseded")  # what ranks agree on, one step late
+
+class ControlFlag(enum.StrEnum):
+    """What one rank raises and all ranks act on, one step late. The message has a place for each."""
+
+    STOP = "stop"  # a person asked for the end
+    PREEMPT = "preempt"  # the machine is needed back
+    SAVE = "save"  # a checkpoint is asked for
+    SAVE_FAILED = "save_failed"  # a save or an upload failed
+    SUPERSEDED = "superseded"  # another start of the run has begun
 
 
 @dataclass(frozen=True)
 class StepFlags:
     """What a rank has to say to the others with a step."""
 
-    votes: frozenset[str] = frozenset()  # of VOTES
+    votes: frozenset[ControlFlag] = frozenset()
     work_seconds: float = 0.0  # that the rank needed for itself; waiting for others is no work
     loss_ceiling: float = math.inf  # a step above either is left out as one that is not finite is; equal on all ranks
     norm_ceiling: float = math.inf
@@ -36,7 +45,7 @@ class StepMetrics:
     grad_norm: float  # L2 norm of that mean's gradient, before clipping
     tokens: int  # valid tokens of the global batch
     skipped: bool  # no update was made: loss or norm not finite, or not one valid token
-    votes: frozenset[str]  # those of VOTES that at least one rank cast
+    votes: frozenset[ControlFlag]  # those that at least one rank cast
     loss_scale: float = 1.0  # what the loss was multiplied by, other than 1 in fp16 only
     work_seconds: tuple[float, ...] = field(default=(), kw_only=True)  # of each rank
     overflowed: bool = False  # skipped, but only as the loss scale was too large: it is lowered, and the next step fits
@@ -59,8 +68,8 @@ class StepResult:
         if self._event is not None:
             self._event.synchronize()
         loss, grad_norm, tokens, skipped, loss_scale, overflowed, *said = self._values.tolist()
-        votes, seconds = said[: len(VOTES)], tuple(said[len(VOTES) :])
-        cast = frozenset(name for name, count in zip(VOTES, votes, strict=True) if count > 0)
+        votes, seconds = said[: len(ControlFlag)], tuple(said[len(ControlFlag) :])
+        cast = frozenset(flag for flag, count in zip(ControlFlag, votes, strict=True) if count > 0)
         overflow = bool(overflowed)
         return StepMetrics(
             loss, grad_norm, int(tokens), bool(skipped), cast, loss_scale, overflow, work_seconds=seconds
@@ -94,13 +103,11 @@ def reduce_step(
     are float64 scalars, zero on ranks whose numbers another rank of the same replica reports.
     Each rank's seconds have a place of their own in the message, zero in those of others, so that a sum brings all.
     """
-    unknown = said.votes - set(VOTES)
-    assert not unknown, unknown
     norms = torch._foreach_norm(list(gradients)) if gradients else []
     squares = torch.stack(list(norms)).double().square().sum() if norms else torch.zeros_like(loss_sum)
     seconds = [0.0] * mesh.layout.world
     seconds[mesh.rank] = said.work_seconds
-    cast = torch.tensor([*(float(name in said.votes) for name in VOTES), *seconds], dtype=torch.float64)
+    cast = torch.tensor([*(float(flag in said.votes) for flag in ControlFlag), *seconds], dtype=torch.float64)
     squares, cast = squares.to(loss_sum.device), cast.to(loss_sum.device, non_blocking=True)
     message = torch.cat([torch.stack([squares, loss_sum, valid_tokens]), cast])
     mesh.all_reduce(message)

@@ -6,6 +6,9 @@ import ast
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from stoker.parallel.update import ControlFlag
+from stoker.trainer.runtime.process import Phase
+
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("conf", "parallel", "data", "models", "checkpoint", "trainer", "launch")  # bottom first
 NAMELESS = {"utils.py", "helpers.py", "common.py", "misc.py"}
@@ -128,6 +131,45 @@ def _reachable(graph: dict[str, set[str]], start: str) -> set[str]:
     return found
 
 
+def states() -> set[str]:
+    """The values of the two enums in which control flags and phases are declared."""
+    return {*ControlFlag, *Phase}
+
+
+def undeclared_states(source: str) -> list[str]:
+    """Control flags and phases as text: their values where no other word is meant.
+
+    Some values are words with other uses ("data"). They count in a call of `phase` or `spent`, compared with something
+    whose name speaks of phases or votes, and two or more of them together.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and node.value in states() and "_" in str(node.value):
+            found.append(f"line {node.lineno}: {node.value}")
+        words = [word for word in _words_of(node) if word in states()]
+        if len(words) > 1 or (words and isinstance(node, ast.Call | ast.Compare)):
+            found.append(f"line {getattr(node, 'lineno', 0)}: {', '.join(words)}")
+    return found
+
+
+def _words_of(node: ast.AST) -> list[str]:
+    """Text in a place where it may be a state."""
+    match node:
+        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in ("phase", "spent", "Stamp"):
+            inside = node.args
+        case ast.Compare() if any(word in ast.unparse(node) for word in ("phase", "votes", "flags")):
+            inside = [node.left, *node.comparators]
+        case ast.Set() | ast.List() | ast.Tuple():
+            inside = node.elts
+        case ast.Dict():
+            inside = [key for key in node.keys if key is not None]
+        case ast.ClassDef():
+            inside = [field.value for field in node.body if isinstance(field, ast.Assign)]
+        case _:
+            inside = []
+    return [part.value for part in inside if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+
+
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(("stoker", *(parts[:-1] if parts[-1] == "__init__" else parts)))
@@ -158,6 +200,24 @@ def test_no_modules_import_each_other():
     assert sum(map(len, graph.values())) > len(graph)  # it sees the imports
     assert circles(graph) == []
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+
+
+def test_control_flags_and_phases_are_declared_once():
+    declared = {ROOT / "parallel" / "update.py", ROOT / "trainer" / "runtime" / "process.py"}
+    assert all(undeclared_states(path.read_text()) for path in declared), "it sees the declarations"
+    assert broken(set(files(*FLOORS)) - declared, lambda _, source: undeclared_states(source)) == []
+    for source in (
+        "self.phase(step, 'data')",
+        "seconds = phase.spent('data')",
+        "if stamp.phase == 'update': pass",
+        "if 'stop' in votes: pass",
+        "STEADY = ('data', 'update')",
+        "BOOKS = {'data': 1, 'save': 2}",
+        "class Asked:\n    STOP = 'stop'\n    SAVE = 'save'",
+        "found.get('forward_backward')",
+    ):
+        assert undeclared_states(source), source
+    assert undeclared_states("state['data']\naction == 'stop'\nphase(step, Phase.DATA)\n('data', 'down')") == []
 
 
 def test_no_room_uses_private_names_of_another():

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from tests.launch.runs import environment, overrides, write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("launch", "trainer", "checkpoint", "models", "data", "parallel", "conf")
+MODULES = {"hydra-core": "hydra", "pyyaml": "yaml"}  # of distributions that are not called like what they hold
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +64,48 @@ assert all(importlib.util.find_spec(room) is None for room in {ROOMS!r} if room 
 def test_an_editable_install_makes_no_room_importable(tmp_path: Path) -> None:
     program = f"import importlib.util as i; assert [r for r in {ROOMS!r} if i.find_spec(r)] == [], 'importable'"
     subprocess.run([sys.executable, "-P", "-c", program], cwd=tmp_path, check=True)
+
+
+def declared(section: list[str]) -> set[str]:
+    """The top-level modules of requirements."""
+    names = (re.match(r"[\w.-]+", requirement) for requirement in section)
+    return {MODULES.get(name[0], name[0]) for name in names if name is not None}
+
+
+def imported() -> set[str]:
+    """The top-level modules that the rooms import, at any depth of their code, without Python's own."""
+    found = set()
+    for path in (path for room in ROOMS for path in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {name.name.partition(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add((node.module or "").partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"stoker"}
+
+
+def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = declared(project["dependencies"]) | declared(extras["hf"] + extras["tiktoken"] + extras["s3"])
+    without_work = {"webdataset", "peft"}  # until data=webdataset reads with the one, and adapters with the other
+    by_address = {"s3fs"}  # fsspec imports it for s3://
+    assert needed - imported() - without_work == by_address
+    assert imported() - needed == set()
+
+
+def test_deepspeed_is_imported_where_it_is_asked_for_only(tmp_path: Path) -> None:
+    write_text(tmp_path / "text")
+    words = overrides(
+        tmp_path / "run", tmp_path / "text", "steps=1", "batch.micro_size=8", f"data.cache={tmp_path / 'cache'}",
+        "parallel.engine=fsdp", "launch.device=cpu", "launch.nproc=1",
+    )  # fmt: skip
+    program = f"""
+import sys, stoker, stoker.trainer.main
+from stoker.launch.cli import main
+assert main(["config", *{words!r}]) == 0
+assert stoker.run({words!r}).outcome == "completed"
+print([name for name in sys.modules if name.partition(".")[0] == "deepspeed"], file=sys.stderr)
+"""
+    ended = subprocess.run([sys.executable, "-P", "-c", program], env=environment(tmp_path), capture_output=True)
+    assert (ended.returncode, ended.stderr.splitlines()[-1:]) == (0, [b"[]"]), ended.stderr.decode()

@@ -25,7 +25,7 @@ from stoker.trainer.report.metrics import read_recent
 from stoker.trainer.report.observers import open_observers
 from stoker.trainer.report.profile import Profiler
 from stoker.trainer.runtime.faults import Faults
-from stoker.trainer.runtime.process import Phases, Place
+from stoker.trainer.runtime.process import Phase, Phases, Place
 from stoker.trainer.runtime.requests import Requests, deadline_of
 from stoker.trainer.runtime.shutdown_estimate import ShutdownEstimate
 
@@ -47,13 +47,13 @@ def assemble(
     `config` is settled (`stoker.trainer.start`). Raises ValueError for data or a checkpoint that do not fit it.
     """
     plan = batch_plan(config, mesh.layout)
-    phase(0, "open_data")
+    phase(0, Phase.OPEN_DATA)
     run_config = config
     config = with_vocabulary(config)
     stream, evaluation = _open_data(config, mesh, place)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=stream.document_mask))
 
-    phase(0, "build")
+    phase(0, Phase.BUILD)
     engine, initialise = build_engine(config, mesh, plan)
     observers = open_observers(config, run.path, screen) if mesh.rank == 0 else None
     remote = Remote(config.checkpoint.remote) if config.checkpoint.remote else None
@@ -66,7 +66,6 @@ def assemble(
         keep_every=config.checkpoint.keep_every,
         keep_best=config.checkpoint.keep_best,
         mode=config.checkpoint.mode,
-        writer=config.checkpoint.writer,
         staging_limit=config.checkpoint.staging_limit,
         remote=remote,
     )
@@ -97,7 +96,7 @@ def assemble(
         faults=faults,
         restore=restore,
     )
-    phase(0, "resume")
+    phase(0, Phase.RESUME)
     state = restore()
     if state is not None:
         trainer.load_state(state)

@@ -14,15 +14,15 @@ from stoker.conf.schema import Config, to_dict
 from stoker.data import RowSource
 from stoker.parallel.engine import Engine
 from stoker.parallel.mesh import Mesh
-from stoker.parallel.update import StepFlags
+from stoker.parallel.update import ControlFlag, StepFlags
 from stoker.trainer.evaluation import Evaluation
 from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.observers import Observers
 from stoker.trainer.report.profile import Profiler
 from stoker.trainer.runtime.faults import Faults
 from stoker.trainer.runtime.outcome import Outcome
-from stoker.trainer.runtime.process import Phases
-from stoker.trainer.runtime.requests import PREEMPT, STOP, Requests, ending_of
+from stoker.trainer.runtime.process import Phase, Phases
+from stoker.trainer.runtime.requests import Requests, ending_of
 from stoker.trainer.runtime.shutdown_estimate import CHECKPOINT_SECONDS
 from stoker.trainer.runtime.stragglers import Stragglers, WorkClock
 from stoker.trainer.schedule import learning_rate
@@ -69,22 +69,22 @@ class Trainer:
             self.observers.message(f"nothing to do: step {step} of {self.config.steps} is done; {ends}")
         for step in self.steps(self.config.steps):
             with self.profiler.step(step) as profiled:
-                self.phase(step, "data")
+                self.phase(step, Phase.DATA)
                 with record_function("stoker.data"):
                     rows = self.rows.next()
                     first_row = self.rows.row - self.config.batch.size
-                self.phase(step, "forward_backward")
+                self.phase(step, Phase.FORWARD_BACKWARD)
                 self.faults.inject(step)
                 with self.faults.in_passes():
                     self.engine.forward_backward(rows)
-                self.phase(step, "await_staged")
+                self.phase(step, Phase.AWAIT_STAGED)
                 self.checkpoints.await_staged()  # a snapshot in flight must not see the update
-                self.phase(step, "update")
+                self.phase(step, Phase.UPDATE)
                 lr = learning_rate(self.config.schedule, self.config.optim, step)
-                work_seconds = clock.take() + self.phase.spent("data")
+                work_seconds = clock.take() + self.phase.spent(Phase.DATA)
                 said = StepFlags(self._votes(), work_seconds, *step_log.ceilings(step))
                 result = self.engine.update(lr, said)  # stays on the device
-            self.phase(step, "data")  # whether this was the last step may be known only when the next rows are
+            self.phase(step, Phase.DATA)  # whether this was the last step may be known only when the next rows are
             last = self._is_last(step)
             val_loss = self._evaluate(step, last)
             extra = {"first_row": first_row, **profiled, **self.rows.metrics(), **self.saved}
@@ -117,7 +117,7 @@ class Trainer:
         step = self.progress.step
         if self.booking is not None:
             self.booking.saving(step)
-        self.phase(step, "save")
+        self.phase(step, Phase.SAVE)
         self.requests.saving()
         if self.observers is not None:
             self.observers.metrics.flush()
@@ -189,7 +189,7 @@ class Trainer:
         spans = [*self.progress.passed_over, [bad_step, bad_step]]
         if len(spans) > self.config.nonfinite.limit:
             return False
-        self.phase(self.progress.step, "rollback")
+        self.phase(self.progress.step, Phase.ROLLBACK)
         self.checkpoints.wait()
         self.report_saves()
         state = self.restore()
@@ -205,14 +205,14 @@ class Trainer:
             self.observers.message(f"step {bad_step} is bad: back to step {self._step}, to go on without its rows")
         return True
 
-    def _votes(self) -> frozenset[str]:
+    def _votes(self) -> frozenset[ControlFlag]:
         votes = self.requests.votes()
         if ending_of(votes) and self.observers is not None and not self._told:
             self._told = True
             self.observers.message(f"asked to end by {self.requests.why()}: saving first (Ctrl-C again kills)")
         if self._failing:
             self._failing = False
-            votes |= {"save_failed"}
+            votes |= {ControlFlag.SAVE_FAILED}
         return votes
 
     def _saves_at(self, step: int) -> bool:
@@ -227,7 +227,7 @@ class Trainer:
         every = self.config.eval.every
         if not self.evaluation.rows or not (last or (every > 0 and step % every == 0)):
             return None
-        self.phase(step, "evaluate")
+        self.phase(step, Phase.EVALUATE)
         if last:  # the run ends with it
             return self.evaluation.loss(self.engine)
         return self.evaluation.loss(self.engine, self._gives_up)
@@ -235,8 +235,8 @@ class Trainer:
     def _gives_up(self) -> bool:
         """Whether any rank was asked to end, which is then known to all. A collective."""
         votes = self.requests.votes()
-        stop, preempt = self.mesh.any([STOP in votes, PREEMPT in votes])
-        self._given_up = ending_of(frozenset([STOP] * stop + [PREEMPT] * preempt))
+        agreed = self.mesh.any([flag in votes for flag in ControlFlag])
+        self._given_up = ending_of(frozenset(flag for flag, cast in zip(ControlFlag, agreed, strict=True) if cast))
         return self._given_up is not None
 
 

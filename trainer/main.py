@@ -39,6 +39,7 @@ from stoker.trainer.runtime.outcome import (
 from stoker.trainer.runtime.preflight import ask_for_attempt, meet, tell_attempt
 from stoker.trainer.runtime.process import (
     Console,
+    Phase,
     Phases,
     Place,
     die_with_launcher,
@@ -245,10 +246,10 @@ def _train(
 def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:
     """Wait for the last save and agree on how the run ended."""
     step = trainer.progress.step
-    trainer.phase(step, "last_save")
+    trainer.phase(step, Phase.LAST_SAVE)
     errors = [report.error for report in trainer.checkpoints.wait() if report.error and report.step == step]
     while trainer.mesh.all_gather_text("busy" if trainer.checkpoints.uploading(UPLOAD_LOOK_SECONDS) else "")[0]:
-        trainer.phase(step, "upload")
+        trainer.phase(step, Phase.UPLOAD)
     trainer.report_saves()
     trainer.checkpoints.close()
     errors = [error for error in trainer.mesh.all_gather_text(errors[0] if errors else "") if error]

@@ -19,6 +19,7 @@ from torch import nn
 
 from stoker.conf.schema import Config, ModelConfig
 from stoker.conf.targets import import_target
+from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.engine import Engine
 from stoker.parallel.fp32_modules import compute_in_fp32
 from stoker.parallel.initialize import initialize
@@ -27,7 +28,6 @@ from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import ParallelizableModel, Part, whole_model
 from stoker.parallel.native import build_native
 from stoker.parallel.registry import Registry
-from stoker.parallel.sharding import DTYPES
 from stoker.parallel.stages import costs_of, parts, stages_of
 from stoker.parallel.tensor import enable_async_tensor_parallelism, parallelize_tensors
 
@@ -62,7 +62,7 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
     if mesh.layout.pp > 1:
         registry = _tie_stages(config, mesh, registry, stages)
 
-    dtype = DTYPES[config.precision]
+    dtype = PRECISIONS[config.precision]
     full = [compute_in_fp32(stage, config.fp32_modules, dtype) if config.fp32_modules else () for stage in stages]
     if config.fp32_modules:
         log.info("fp32 modules: %s", ", ".join(config.fp32_modules))

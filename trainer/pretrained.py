@@ -24,13 +24,14 @@ from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.schema import Config, ModelConfig, from_dict, kinds, lookup, to_dict
 from stoker.conf.values import ConfigError
 from stoker.models.hugging_face import shape_of, tensor_name
+from stoker.parallel.dtypes import DTYPES
 from stoker.parallel.model import whole_model
 from stoker.parallel.shards import PARAMETER, Chunk, Shard
 from stoker.trainer.parallelize import build_on_meta
 
 log = logging.getLogger(__name__)
 
-_FLOATS = {"F64", "F32", "BF16", "F16"}
+_FLOATS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
 _NAMED = 5  # tensors that a message names
 _OURS_ALONE = ("model.init_from", "model.init_only", "model.loss_chunk")  # of a run: not of its model's shape
 

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stoker.conf.schema import Config
-from stoker.parallel.update import StepResult
+from stoker.parallel.update import ControlFlag, StepResult
 from stoker.trainer.report.observer import StepRecord
 from stoker.trainer.report.observers import Observers
 from stoker.trainer.runtime.outcome import Outcome, Superseded
-from stoker.trainer.runtime.process import Phases, read_stamps
-from stoker.trainer.runtime.requests import SUPERSEDED, ending_of
+from stoker.trainer.runtime.process import Phase, Phases, read_stamps
+from stoker.trainer.runtime.requests import ending_of
 from stoker.trainer.runtime.stragglers import STEPS, Stragglers
 from stoker.trainer.spikes import ceilings
 
@@ -85,7 +85,7 @@ class StepLog:
     ) -> None:
         """A step has been handed to the device. `extra` are metrics of some steps only."""
         now = time.perf_counter()
-        data_seconds = self._phase.take_seconds().get("data", 0.0)
+        data_seconds = self._phase.take_seconds().get(Phase.DATA, 0.0)
         self._open.append(_Entry(step, lr, result, val_loss, now - self._last_entry, data_seconds, extra))
         self._last_entry = now
 
@@ -94,11 +94,11 @@ class StepLog:
 
         Raises Superseded, on all ranks at the same step, when another start of the run has begun.
         """
-        votes: set[str] = set()
-        while len(self._open) > (0 if everything or "save" in votes else 1):
+        votes: set[ControlFlag] = set()
+        while len(self._open) > (0 if everything or ControlFlag.SAVE in votes else 1):
             votes |= self._book(self._open.pop(0))
-        save = "save" in votes
-        if SUPERSEDED in votes:
+        save = ControlFlag.SAVE in votes
+        if ControlFlag.SUPERSEDED in votes:
             raise Superseded
         if self._bad_step is not None:
             if self._bad.action == "stop":
@@ -107,11 +107,11 @@ class StepLog:
                 return Decision(bad_step=self._bad_step)
         if self._progress.skipped_in_a_row >= self._bad.limit:
             return Decision(Outcome.NONFINITE, save)
-        if "save_failed" in votes and self._failing:
+        if ControlFlag.SAVE_FAILED in votes and self._failing:
             return Decision(Outcome.FAILED, save)
         return Decision(ending_of(frozenset(votes)), save)
 
-    def _book(self, entry: _Entry) -> frozenset[str]:
+    def _book(self, entry: _Entry) -> frozenset[ControlFlag]:
         agreed = entry.result.read()
         progress = self._progress
         progress.step = entry.step

@@ -32,12 +32,13 @@ from stoker.parallel.deepspeed_engine.swapping import (
     swapped_bytes,
 )
 from stoker.parallel.deepspeed_engine.unit import MeshUnit
+from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.layout import BatchPlan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.mmap_offload import offloaded
 from stoker.parallel.model import ParallelizableModel
 from stoker.parallel.registry import LocalShard, Registry
-from stoker.parallel.sharding import DTYPES, materialise, replace_parameters
+from stoker.parallel.sharding import materialise, replace_parameters
 from stoker.parallel.shards import flat_range
 
 
@@ -53,7 +54,7 @@ class DeepSpeedStrategy:
         shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
         trained = sum(parameter.numel() for parameter in named.values() if parameter.requires_grad)
 
-        dtype = DTYPES[config.precision]
+        dtype = PRECISIONS[config.precision]
         replace_parameters(model, lambda _, old: nn.Parameter(old.to(dtype), old.requires_grad))
         swap = self._prepare_swapping(config, mesh, model, ranks) if split else None
         wanted = settings(config, plan, trained, mesh.device.type == "cuda", swap)

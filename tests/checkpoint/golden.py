@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from stoker.checkpoint import plan, writer
-from stoker.checkpoint.format import DTYPES, FORMAT
+from stoker.checkpoint.format import FORMAT
+from stoker.parallel.dtypes import DTYPES
 from tests.checkpoint.simulated import Grid, Tensors, cut, save, start
 
 HOME = Path(__file__).with_name("golden")

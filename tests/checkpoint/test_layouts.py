@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from stoker.checkpoint import newest, read_state, read_tensors, verify
-from stoker.checkpoint.format import DTYPES, Piece, ShardIndex
+from stoker.checkpoint.format import Piece, ShardIndex
 from stoker.checkpoint.plan import pieces_to_write
 from stoker.checkpoint.reader import load
 from stoker.checkpoint.stored import Stored, open_checkpoint
 from stoker.checkpoint.tiling import PRIME, assemble, cover, tiling_problem
+from stoker.parallel.dtypes import DTYPES
 from stoker.parallel.shards import Chunk, Shard, whole
 from tests.checkpoint.simulated import Grid, blank, cut, holds, random_tensor, resume_all, same_bits, save, saved, start
 
@@ -179,7 +180,7 @@ def test_the_state_comes_back_as_it_was(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"writer": "process"}, {"staging_limit": 1 << 20}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"staging_limit": 1 << 20}], ids=str)
 def test_tensors_on_a_gpu_are_saved_as_they_were_when_save_was_called(tmp_path, options):
     data = torch.zeros(1 << 24, device="cuda")
     (writer,) = start(tmp_path, 1, **options)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stoker import checkpoint
-from stoker.checkpoint import CheckpointMismatch, Checkpoints, describe, newest, read_tensors, staging
+from stoker.checkpoint import CheckpointMismatch, describe, newest, read_tensors, staging
 from stoker.checkpoint.names import MANIFEST
 from stoker.checkpoint.retention import Retention
 from stoker.checkpoint.storage import discard
@@ -162,12 +162,6 @@ def test_a_checkpoint_on_its_way_out_is_never_a_candidate(tmp_path, monkeypatch)
     monkeypatch.undo()
     checkpoint.fence(tmp_path, 2)
     assert names(tmp_path) == ["FENCE", "step-00000002"]
-
-
-def test_keep_and_mode_are_checked(tmp_path):
-    for wrong in ({"keep": 0}, {"keep": 1, "mode": "later"}):
-        with pytest.raises(ValueError, match="checkpoint"):
-            Checkpoints(tmp_path, rank=0, world=1, attempt=1, **wrong)
 
 
 def test_the_pool_follows_shards_that_change(tmp_path):

@@ -1,48 +1,30 @@
-"""Who writes, and with how much memory: thread or process, a whole pool or a window that the file streams through."""
+"""How a shard file is written, and with how much memory: a whole pool or a window that the file streams through."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import importlib.util
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
 
-from stoker.checkpoint import Checkpoints, newest, read_tensors, verify
-from stoker.checkpoint.block_writer import NICE, WriterProcess, write_blocks
+from stoker.checkpoint import newest, read_tensors, verify
+from stoker.checkpoint.block_writer import write_blocks
 from stoker.checkpoint.memory import fresh_bytes
 from stoker.checkpoint.staging import Snapshot, StagingPool
 from stoker.parallel.shards import Shard, whole
-from tests.checkpoint.simulated import Grid, begin, blank, cut, end, holds, resume_all, save, small_model, start
+from tests.checkpoint.simulated import Grid, blank, cut, end, holds, resume_all, save, small_model, start
 
 TENSORS = small_model()
 
 
-def process_of(writer: Checkpoints) -> int:
-    assert writer._process is not None
-    return writer._process.pid
-
-
-def is_there(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-@pytest.mark.parametrize("writer", ["thread", "process"])
 @pytest.mark.parametrize("limit", [None, 1, 5000])
-def test_what_is_read_is_what_was_saved_whoever_wrote_it(tmp_path, writer, limit):
-    writers, grid = start(tmp_path, 4, writer=writer, staging_limit=limit), Grid(rows=2, columns=2)
+def test_what_is_read_is_what_was_saved(tmp_path, limit):
+    writers, grid = start(tmp_path, 4, staging_limit=limit), Grid(rows=2, columns=2)
     for one, shards in zip(writers, cut(TENSORS, grid), strict=True):
         one.prepare(shards)
     for step in (1, 2):
@@ -84,37 +66,6 @@ def test_with_a_limit_training_waits_until_the_last_window_is_copied(tmp_path):
     assert holds(ranks, TENSORS)
 
 
-def test_the_process_is_nice_and_small_and_ready_before_the_first_save(tmp_path):
-    (writer,), (shards,) = start(tmp_path, 1, writer="process"), cut(TENSORS, Grid())
-    writer.prepare(shards)
-    pid = process_of(writer)
-    assert os.getpriority(os.PRIO_PROCESS, pid) >= NICE
-    mapped = Path(f"/proc/{pid}/maps").read_text()
-    assert "memfd:staging" in mapped and "torch" not in mapped
-    assert "isal_zlib" in mapped or importlib.util.find_spec("isal") is None, "its checksums are the fast ones"
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        os.kill(pid, number)  # Slurm signals all processes of a job, and the last save is still to come
-    save([writer], 1, [shards])
-    assert process_of(writer) == pid
-    writer.close()
-    assert not is_there(pid)
-
-
-def test_a_process_that_is_killed_fails_the_save_and_the_next_one_has_another(tmp_path):
-    writers, ranks = start(tmp_path, 2, writer="process"), cut(TENSORS, Grid(rows=2))
-    for writer, shards in zip(writers, ranks, strict=True):
-        writer.prepare(shards)
-    pid = process_of(writers[1])
-    os.kill(pid, signal.SIGKILL)
-    begin(writers, 1, ranks)
-    for reports in end(writers):
-        assert "rank 1: the writer process has died" in (reports[0].error or "")
-    save(writers, 2, ranks)
-    assert [path.name for path in newest(tmp_path)] == ["step-00000002"] and process_of(writers[1]) != pid
-    for writer in writers:
-        writer.close()
-
-
 @pytest.mark.parametrize("refusing", ["flag", "write", None])
 def test_a_file_is_the_same_on_file_systems_that_write_past_the_page_cache_and_on_those_that_cannot(
     tmp_path, monkeypatch, refusing
@@ -148,61 +99,6 @@ def test_a_file_is_the_same_on_file_systems_that_write_past_the_page_cache_and_o
         assert direct == [True, True, False, False, False], "whole pages on whole pages, the rest as usual"
     else:
         assert direct.count(True) == (refusing == "write")
-
-
-def test_an_error_of_the_process_is_that_of_its_system_call(tmp_path):
-    writer = WriterProcess()
-    descriptor = os.memfd_create("staging")
-    os.ftruncate(descriptor, 4096)
-    writer.use_pool(descriptor, 4096)
-    with pytest.raises(FileNotFoundError, match="no/such/place"):
-        writer.write_blocks(Path("/no/such/place/data"), [10], 1024, lambda: None)
-    os.close(descriptor)
-
-
-def test_a_save_that_is_given_up_ends_the_process_at_once(tmp_path):
-    writer = WriterProcess()
-    descriptor = os.memfd_create("staging")
-    os.ftruncate(descriptor, 4096)
-    writer.use_pool(descriptor, 4096)
-    os.kill(writer.pid, signal.SIGSTOP)  # as if the disk hung
-
-    def stop() -> None:
-        raise InterruptedError("the trainer leaves")
-
-    with pytest.raises(InterruptedError):
-        writer.write_blocks(tmp_path / "data", [10], 1024, stop)
-    assert not is_there(writer.pid)
-    os.close(descriptor)
-
-
-TRAINER = """
-import os, pathlib, sys, time, torch
-from stoker.checkpoint import Checkpoints
-from stoker.parallel.shards import Shard, whole
-writer = Checkpoints(pathlib.Path(sys.argv[1]), rank=0, world=2, attempt=1, keep=1, writer="process")
-shards = [Shard("w", "param", (1000,), whole((1000,)), torch.zeros(1000))]
-writer.prepare(shards)
-if os.fork() == 0:  # a data worker that holds the trainer's end of the socket open
-    time.sleep(5)
-    os._exit(0)
-writer.save(1, shards, {})
-print(writer._process.pid, flush=True)
-time.sleep(60)
-"""
-
-
-def test_kill_9_of_a_trainer_ends_its_writer_process_within_two_seconds(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", TRAINER, tmp_path], stdout=subprocess.PIPE, text=True) as trainer:
-        assert trainer.stdout is not None
-        pid = int(trainer.stdout.readline())
-        assert is_there(pid)
-        trainer.kill()
-        trainer.wait()
-        killed = time.monotonic()
-        while is_there(pid) and time.monotonic() - killed < 10:
-            time.sleep(0.01)
-        assert time.monotonic() - killed < 2
 
 
 def test_no_save_waits_for_a_removal(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from stoker.conf.rundir import RunDirectory, next_attempt
 from stoker.launch import local
 from stoker.trainer.runtime.outcome import Ending, Outcome, read_ending, write_ending
-from stoker.trainer.runtime.process import Stamp, read_stamps
+from stoker.trainer.runtime.process import Phase, Stamp, read_stamps
 from tests.launch.runs import (
     command,
     finish,
@@ -40,7 +40,7 @@ def test_one_rank_that_is_told_in_an_evaluation_ends_it_on_all(home: Path) -> No
     run = RunDirectory(home / "evaluating")
     words = overrides(run.path, home / "text", *SLOW, "eval.every=3", "eval.sequences=400", "batch.micro_size=1")
     with started(home, command("train", *words, "data.validation=0.5"), cwd=Path.cwd()) as process:
-        wait_until(lambda: any(stamp.phase == "evaluate" for stamp in stamps_of(run)), process)
+        wait_until(lambda: any(stamp.phase is Phase.EVALUATE for stamp in stamps_of(run)), process)
         asked = time.monotonic()
         kill(rank_pids(run.path)[1], signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
@@ -58,7 +58,7 @@ def test_ranks_that_are_told_before_the_first_step_leave_at_once_even_from_c(
     run = RunDirectory(home / f"starting-{number.name}")
     words = overrides(run.path, home / "text", "model.target=tests.launch.stuck:build")
     with started(home, command("train", *words), cwd=Path.cwd()) as process:
-        wait_until(lambda: [stamp.phase for stamp in stamps_of(run)] == ["build", "build"], process)
+        wait_until(lambda: [stamp.phase for stamp in stamps_of(run)] == [Phase.BUILD, Phase.BUILD], process)
         asked = time.monotonic()
         process.send_signal(number)
         output, _ = process.communicate(timeout=30)

@@ -174,21 +174,6 @@ def test_a_compiled_block_is_one_graph() -> None:
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"vocab_size": None}, "vocab_size"),
-        ({"hidden_size": 30}, "hidden_size=30"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
-        ({"head_dim": 7}, "head_dim=7"),
-        ({"loss_chunk": 0}, "loss_chunk=0"),
-    ],
-)
-def test_a_shape_that_cannot_be_built_is_refused(changes: dict[str, object], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        build(shape(**changes), whole_model(3))
-
-
 def test_flops_are_six_per_multiplying_parameter_and_attention_over_the_row() -> None:
     tied, untied = shape(tie_word_embeddings=True), shape()
     attention = 12 * 3 * 32 * 128

@@ -14,7 +14,7 @@ from stoker.parallel.engine import Engine
 from stoker.parallel.layout import BatchPlan, Layout, batch_plan, layout_of
 from stoker.parallel.mesh import Mesh, mesh_over_default_group
 from stoker.parallel.shards import PARAMETER, Shard
-from stoker.parallel.update import StepFlags
+from stoker.parallel.update import ControlFlag, StepFlags
 from stoker.trainer.parallelize import cut
 from tests.parallel.reference import Trace, global_rows, one_process, small_config
 from tests.parallel.toy_engine import ToyEngine
@@ -64,10 +64,10 @@ def reference(optimizer: str) -> Trace:
     return one_process(small_config(optim=SGD) if optimizer == "sgd" else small_config(), STEPS)
 
 
-def agreed_votes(engine_name: str = "fsdp") -> list[frozenset[str]]:
+def agreed_votes(engine_name: str = "fsdp") -> list[frozenset[ControlFlag]]:
     engine, mesh = build(small_config(parallel=ParallelConfig(zero=0, engine=engine_name)))
     found = []
-    for votes in (frozenset(), frozenset({"stop"}) if mesh.rank == 1 else frozenset()):
+    for votes in (frozenset(), frozenset({ControlFlag.STOP}) if mesh.rank == 1 else frozenset()):
         engine.forward_backward(global_rows(small_config(), 1)[mesh.dp_rank :: mesh.layout.dp])
         found.append(engine.update(1e-3, StepFlags(votes)).read().votes)
     return found

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stoker.conf.schema import BatchConfig, Config, ModelConfig, ParallelConfig
 from stoker.conf.targets import import_target
 from stoker.parallel.batch import IGNORE_INDEX, Batch
+from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import BatchPlan, batch_plan, layout_of
 from stoker.parallel.mesh import Mesh, mesh_over_default_group
@@ -21,7 +22,7 @@ from stoker.parallel.pipeline import PipelineSchedule, Stage
 from stoker.parallel.registry import Registry, whole_registry
 from stoker.parallel.replicated import ReplicatedStrategy
 from stoker.parallel.sharded import ShardedStrategy
-from stoker.parallel.sharding import DTYPES, Precision, ShardingStrategy
+from stoker.parallel.sharding import Precision, ShardingStrategy
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.stages import costs_of, parts, stages_of
 from tests.parallel.reference import VOCABULARY, global_rows, small_config
@@ -114,13 +115,13 @@ class Pipeline:
             self.stages.append(Stage(number, model, wrap(weights, model)))
             self.registries.append(registry)
         tokens = self.plan.micro_rows * config.seq_len
-        activation = torch.empty(tokens, config.model.hidden_size, dtype=DTYPES[config.precision], device="meta")
+        activation = torch.empty(tokens, config.model.hidden_size, dtype=PRECISIONS[config.precision], device="meta")
         self.passes = PipelineSchedule(
             self.mesh, self.plan, self.stages, config.parallel.schedule, config.data.document_mask, activation
         )
 
     def store(self, model: nn.Module) -> ShardingStrategy:
-        precision, layout = Precision(DTYPES[self.config.precision]), self.mesh.layout
+        precision, layout = Precision(PRECISIONS[self.config.precision]), self.mesh.layout
         if layout.dp_shard == 1:
             return ReplicatedStrategy(model, self.mesh.device, precision, self.mesh.group("dp_replicate"))
         return ShardedStrategy(model, self.mesh, precision, layout.zero)

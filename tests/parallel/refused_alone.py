@@ -62,7 +62,6 @@ BEYOND = [
     "checkpoint.keep_every=-1",
     "checkpoint.keep_best=-1",
     "checkpoint.mode=later",
-    "checkpoint.writer=fork",
     "checkpoint.staging_limit=1000",
     "checkpoint.on_error=ignore",
     "eval.every=-1",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stoker.conf.schema import BatchConfig, OptimConfig, ParallelConfig
+from stoker.parallel.update import ControlFlag
 from tests import world
 from tests.parallel.conformance import (
     SGD,
@@ -126,7 +127,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_by_all(ranks: int, ze
 
 
 def test_a_vote_of_one_rank_reaches_all() -> None:
-    expected = [frozenset(), {"stop"}]
+    expected = [frozenset(), {ControlFlag.STOP}]
     assert world.run(agreed_votes, 2) == [expected, expected]
 
 

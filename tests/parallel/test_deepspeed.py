@@ -19,6 +19,7 @@ from stoker.conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
+from stoker.parallel.update import ControlFlag
 from stoker.trainer.parallelize import cut
 from tests import world
 from tests.parallel import conformance
@@ -162,7 +163,7 @@ def test_the_conformance_suite_holds_at_every_stage() -> None:
     ranks = world.run(conforms, 2, timeout=200.0, fresh=True)
     alone = one_process(small_config(), 0).parameters
     for rank in ranks:
-        assert rank["votes"] == [frozenset(), {"stop"}]
+        assert rank["votes"] == [frozenset(), {ControlFlag.STOP}]
     for zero in range(4):
         assert all(rank[f"live {zero}"] for rank in ranks), zero
         assert all(rank[f"no token {zero}"] == (True, 0, True) for rank in ranks), zero

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from stoker.conf.schema import Config
-from stoker.parallel.update import StepMetrics
-from stoker.trainer.runtime.outcome import Outcome
+from stoker.parallel.update import ControlFlag, StepMetrics
+from stoker.trainer.runtime.outcome import Outcome, Superseded
 from stoker.trainer.runtime.process import Phases
 from stoker.trainer.step_log import Progress, StepLog
 
@@ -15,7 +17,7 @@ from stoker.trainer.step_log import Progress, StepLog
 class Result:
     """A `StepResult` that is there already."""
 
-    def __init__(self, skipped: bool, overflowed: bool, *votes: str) -> None:
+    def __init__(self, skipped: bool, overflowed: bool, *votes: ControlFlag) -> None:
         self.agreed = StepMetrics(2.0, float("inf"), 10, skipped, frozenset(votes), 2.0**10, overflowed)
 
     def read(self) -> StepMetrics:
@@ -53,16 +55,16 @@ def late_ledger(folder: Path, on_error: str) -> tuple[StepLog, Progress]:
     return StepLog(config, progress, None, Phases(folder / "stamp")), progress
 
 
-def enter(step_log: StepLog, step: int, *votes: str) -> None:
+def enter(step_log: StepLog, step: int, *votes: ControlFlag) -> None:
     result: Any = Result(False, False, *votes)
     step_log.enter(step, 1e-3, result, None, {})
 
 
 def test_a_request_to_save_is_heard_a_step_late_and_then_every_result_is_read(tmp_path: Path) -> None:
     step_log, progress = late_ledger(tmp_path, "warn")
-    enter(step_log, 1, "save")
+    enter(step_log, 1, ControlFlag.SAVE)
     assert not step_log.settle(everything=False).save and progress.step == 0
-    enter(step_log, 2, "save")
+    enter(step_log, 2, ControlFlag.SAVE)
     verdict = step_log.settle(everything=False)
     assert verdict.save and verdict.outcome is None and progress.step == 2, "what is saved is the state after step 2"
     enter(step_log, 3)
@@ -73,6 +75,17 @@ def test_a_request_to_save_is_heard_a_step_late_and_then_every_result_is_read(tm
 def test_a_save_that_failed_on_any_rank_ends_the_run_only_if_that_is_the_policy(tmp_path: Path) -> None:
     for on_error, outcome in (("warn", None), ("fail", Outcome.FAILED)):
         step_log, _ = late_ledger(tmp_path, on_error)
-        enter(step_log, 1, "save_failed")
+        enter(step_log, 1, ControlFlag.SAVE_FAILED)
         enter(step_log, 2)
         assert step_log.settle(everything=False).outcome is outcome
+
+
+@pytest.mark.parametrize("flag", ControlFlag)
+def test_no_flag_is_ignored(tmp_path: Path, flag: ControlFlag) -> None:
+    step_log, _ = late_ledger(tmp_path, "fail")
+    enter(step_log, 1, flag)
+    try:
+        verdict = step_log.settle(everything=True)
+    except Superseded:
+        return
+    assert verdict.save or verdict.outcome is not None

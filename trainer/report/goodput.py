@@ -16,20 +16,24 @@ from typing import Any
 
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.runtime.outcome import read_ending
-from stoker.trainer.runtime.process import Phases, read_stamps
+from stoker.trainer.runtime.process import Phase, Phases, read_stamps
 
 BOOKS = ("training", "data", "checkpoint", "evaluation", "startup", "lost", "down")
-_BOOK_OF = {
-    "forward_backward": "training",
-    "update": "training",
-    "data": "data",
-    "await_staged": "checkpoint",
-    "save": "checkpoint",
-    "last_save": "checkpoint",
-    "upload": "checkpoint",
-    "evaluate": "evaluation",
-    "rollback": "lost",
-}  # every other phase is of the start
+BOOK_OF = {
+    Phase.START: "startup",
+    Phase.OPEN_DATA: "startup",
+    Phase.BUILD: "startup",
+    Phase.RESUME: "startup",
+    Phase.DATA: "data",
+    Phase.FORWARD_BACKWARD: "training",
+    Phase.AWAIT_STAGED: "checkpoint",
+    Phase.UPDATE: "training",
+    Phase.EVALUATE: "evaluation",
+    Phase.SAVE: "checkpoint",
+    Phase.ROLLBACK: "lost",
+    Phase.LAST_SAVE: "checkpoint",
+    Phase.UPLOAD: "checkpoint",
+}
 _OF_STEPS = ("training", "data", "checkpoint", "evaluation")  # done again when a run goes back
 WRITE_SECONDS = 0.5
 MARKS = 50  # newest saves whose seconds are kept
@@ -120,7 +124,7 @@ class Booking:
         self._record.time = time.time()
         seconds = dict.fromkeys(BOOKS[:-1], 0.0)
         for phase, own in spent.items():
-            seconds[_BOOK_OF.get(phase, "startup")] += own
+            seconds[BOOK_OF[phase]] += own
         for name, gone in self._lost.items():
             seconds[name] -= gone
             seconds["lost"] += gone

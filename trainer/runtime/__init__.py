@@ -1,8 +1,8 @@
 """How a rank lives, hangs and ends.
 
 `process`            the process of a rank: progress stamps, log redirection; `outcome`: records of how attempts end
-`requests`           requests to stop or save; `signal_listener`: the one reader of signals
-`preflight`          checks between machines before training; `shutdown_estimate`: seconds a last save takes
+`requests`           requests to stop or save; `signal_listener`: reads signals
+`preflight`          checks between machines before training; `shutdown_estimate`: seconds of a last save
 `watchdog`           finds ranks without progress from outside; `hang_report` asks them through `stack_dump`, then ends them
 `stragglers`         detection of slow ranks; `faults`: failures injected on request
 """

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from stoker.conf.rundir import RunDirectory
-from stoker.trainer.runtime.process import Stamp
+from stoker.trainer.runtime.process import Phase, Stamp
 from stoker.trainer.runtime.stack_dump import MAIN_ANSWERS, SIGNAL, THREAD_ANSWERS
 
 ANSWER_SECONDS = 2.0
 LEAST_SECONDS = 0.5  # who computes is known by the processor time that it takes meanwhile
-ORDER = ("start", "open_data", "build", "resume", "data", "forward_backward", "await_staged", "update", "evaluate",
-         "save", "rollback", "last_save", "upload")  # fmt: skip
+_ORDER = tuple(Phase)
 WAITING = "waits for other ranks"
-_BACKWARD = "torch/autograd/graph.py"
 _DEAF = ("", "Z", "T", "t")  # letters of /proc for who will not answer: gone or stopped
 SHOWN = 32  # ranks in the table, those that are behind first
-# Frames in which a rank waits for its peers: torch's collectives, and ours, which enter C at once.
-COLLECTIVES = ("torch/distributed/distributed_c10d.py", "torch/distributed/_functional_collectives.py",
-               "torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py")  # fmt: skip
-# Innermost frames that wait for a collective which was begun elsewhere.
-_WAITS = re.compile(
-    r'(parallel/replicated\.py", line \d+ in wait|distributed/pipelining/schedules\.py", line \d+ in _wait_batch_p2p)$'
+# What waits for other ranks: MODULE, or MODULE:FUNCTION. Nothing of it is imported here: most stands in torch, and the
+# watchdog beside a rank is a light process. tests/trainer/runtime/test_watchdog.py looks up every name.
+COLLECTIVES = (  # their functions enter C at once
+    "torch.distributed.distributed_c10d",
+    "torch.distributed._functional_collectives",
+    "torch.distributed.fsdp._fully_shard._fsdp_collectives",
 )
+AWAITING = (  # as the innermost frame: of a collective that was begun elsewhere
+    "stoker.parallel.replicated:_Buckets.wait",
+    "torch.distributed.pipelining.schedules:_wait_batch_p2p",
+)
+BACKWARD = "torch.autograd.graph:_engine_run_backward"  # here the main thread waits for the threads of a backward pass
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Finding:
     rank: int
     host: str
     step: int
-    phase: str
+    phase: Phase
     seconds: float  # since it entered the phase
     state: str
     frame: str = ""  # innermost Python frame of the main thread
@@ -46,7 +49,7 @@ class Finding:
 
 def place_of(at: Stamp | Finding) -> tuple[int, int]:
     """Orders ranks by how far they are."""
-    return at.step, ORDER.index(at.phase) if at.phase in ORDER else len(ORDER)
+    return at.step, _ORDER.index(at.phase)
 
 
 def behind(findings: Sequence[Finding]) -> list[Finding]:
@@ -82,7 +85,7 @@ def examine(
     return found
 
 
-def state_of(kernel: str, stacks: str, phase: str, busy: bool) -> str:
+def state_of(kernel: str, stacks: str, phase: Phase, busy: bool) -> str:
     """What a rank is doing, from the letter of its main thread's state in /proc (empty: no such process), its answers,
     and whether it used a processor meanwhile."""
     if not kernel or kernel == "Z":
@@ -93,7 +96,7 @@ def state_of(kernel: str, stacks: str, phase: str, busy: bool) -> str:
         return "in the kernel: a disk or a driver" if kernel == "D" else "does not answer"
     if _waits(stacks):
         return WAITING
-    if phase == "data":
+    if phase is Phase.DATA:
         return "waits for its rows"
     doing = "computing" if busy else "asleep"
     if THREAD_ANSWERS not in stacks:
@@ -103,30 +106,51 @@ def state_of(kernel: str, stacks: str, phase: str, busy: bool) -> str:
     return f"in Python, {doing}"
 
 
-def _of_main(stacks: str) -> list[str]:
+class Frame(NamedTuple):
+    """A line of a stack that faulthandler wrote."""
+
+    path: str
+    line: str
+    function: str  # without its class
+
+    def is_of(self, place: str) -> bool:
+        """`place`: MODULE, or MODULE:FUNCTION."""
+        module, _, function = place.partition(":")
+        return self.path.endswith(f"/{module.replace('.', '/')}.py") and function.split(".")[-1] in ("", self.function)
+
+
+def _frames(lines: Sequence[str]) -> list[Frame]:
+    found = []
+    for line in lines:
+        if line.startswith('  File "'):
+            path, _, rest = line.removeprefix('  File "').partition('", line ')
+            number, _, function = rest.partition(" in ")
+            found.append(Frame(path, number, function))
+    return found
+
+
+def _of_main(stacks: str) -> list[Frame]:
     """The frames of the main thread, which faulthandler writes last, innermost first."""
     lines = stacks.splitlines()
     heads = [at for at, line in enumerate(lines) if line.startswith(("Thread 0x", "Current thread 0x"))]
-    return [line for line in lines[heads[-1] :] if line.startswith("  File ")] if heads else []
+    return _frames(lines[heads[-1] :]) if heads else []
 
 
 def _waits(stacks: str) -> bool:
     """Whether the main thread is in a collective, or a backward pass is, which GPUs do in threads of their own."""
     main = _of_main(stacks)
-    if main and _WAITS.search(main[0]):
+    if not main:
+        return False
+    if any(main[0].is_of(function) for function in AWAITING):
         return True
-    backward = bool(main) and _BACKWARD in main[0]
-    return any(place in (stacks if backward else "\n".join(main)) for place in COLLECTIVES)
+    frames = _frames(stacks.splitlines()) if main[0].is_of(BACKWARD) else main
+    return any(frame.is_of(module) for frame in frames for module in COLLECTIVES)
 
 
 def innermost(stacks: str) -> str:
     """`file.py:12 function` of the main thread; empty without a stack."""
     main = _of_main(stacks)
-    if not main:
-        return ""
-    path, _, rest = main[0].removeprefix('  File "').partition('", line ')
-    number, _, function = rest.partition(" in ")
-    return f"{'/'.join(Path(path).parts[-2:])}:{number} {function}"
+    return f"{'/'.join(Path(main[0].path).parts[-2:])}:{main[0].line} {main[0].function}" if main else ""
 
 
 def table(findings: Sequence[Finding]) -> str:

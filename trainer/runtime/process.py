@@ -7,9 +7,9 @@ logs, progress stamps, request files and the outcome.
 from __future__ import annotations
 
 import ctypes
+import enum
 import logging
 import os
-import signal
 import socket
 import sys
 import time
@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from stoker.conf.parent_death import die_with
+
 RESTARTS_VARIABLE = "STOKER_RESTARTS"  # how often a Slurm job has started its ranks again
-_PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _STAMP_BYTES = 128  # of a stamp: each is written over the one before
 
@@ -52,15 +53,7 @@ def die_with_launcher() -> None:
     Only under an elastic launcher: a rank started by hand may outlive its shell.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends."""
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the kernel was told
-        os.kill(os.getpid(), signal.SIGKILL)
+        die_with(os.getppid())
 
 
 def keep_freed_memory() -> None:
@@ -82,19 +75,37 @@ def give_freed_memory_back() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
+class Phase(enum.StrEnum):
+    """What a rank is doing, in the order of a run: those of the start, of every step, of some steps, and of the end."""
+
+    START = "start"  # threads, device, process groups
+    OPEN_DATA = "open_data"
+    BUILD = "build"  # model and optimizer
+    RESUME = "resume"  # from a checkpoint, or initial weights
+    DATA = "data"
+    FORWARD_BACKWARD = "forward_backward"
+    AWAIT_STAGED = "await_staged"
+    UPDATE = "update"
+    EVALUATE = "evaluate"
+    SAVE = "save"
+    ROLLBACK = "rollback"
+    LAST_SAVE = "last_save"
+    UPLOAD = "upload"
+
+
 class Phases:
     """Stamps where others can read them (see `Stamp`), and adds up seconds per phase."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
-        self._phase, self._since = "start", time.perf_counter()
-        self._seconds: dict[str, float] = {}  # since `take_seconds`
-        self._totals: dict[str, float] = {}  # before that
+        self._phase, self._since = Phase.START, time.perf_counter()
+        self._seconds: dict[Phase, float] = {}  # since `take_seconds`
+        self._totals: dict[Phase, float] = {}  # before that
         self.folder = path.parent
         self._pid, self._host, self._first_step = os.getpid(), socket.gethostname(), 0
-        self(0, "start")
+        self(0, Phase.START)
 
-    def __call__(self, step: int, phase: str) -> None:
+    def __call__(self, step: int, phase: Phase) -> None:
         """The rank enters `phase` of `step`."""
         now = time.perf_counter()
         self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
@@ -103,7 +114,7 @@ class Phases:
         stamp = f"{step} {phase} {time.time():.3f} {self._pid} {self._host} {self._first_step}"
         os.pwrite(self._file, stamp.ljust(_STAMP_BYTES).encode(), 0)
 
-    def take_seconds(self) -> dict[str, float]:
+    def take_seconds(self) -> dict[Phase, float]:
         """Seconds per phase since the last call, the present one included."""
         now = time.perf_counter()
         seconds, self._seconds = self._seconds, {}
@@ -112,11 +123,11 @@ class Phases:
         _add(self._totals, seconds)
         return seconds
 
-    def spent(self, phase: str) -> float:
+    def spent(self, phase: Phase) -> float:
         """Seconds in a phase that is over, since the last `take_seconds`."""
         return self._seconds.get(phase, 0.0)
 
-    def totals(self) -> dict[str, float]:
+    def totals(self) -> dict[Phase, float]:
         """Seconds per phase since the beginning, the present one included."""
         totals = dict(self._totals)
         _add(totals, self._seconds)
@@ -124,7 +135,7 @@ class Phases:
         return totals
 
 
-def _add(totals: dict[str, float], seconds: dict[str, float]) -> None:
+def _add(totals: dict[Phase, float], seconds: dict[Phase, float]) -> None:
     for phase, own in seconds.items():
         totals[phase] = totals.get(phase, 0.0) + own
 
@@ -134,7 +145,7 @@ class Stamp:
     """Where a rank was when it last said so."""
 
     step: int
-    phase: str
+    phase: Phase
     time: float  # seconds since the epoch
     pid: int
     host: str
@@ -142,14 +153,23 @@ class Stamp:
 
 
 def read_stamps(attempt: Path) -> dict[int, Stamp]:
-    """The newest stamp of each rank of an attempt whose directory this is, in the order of ranks."""
+    """The newest stamp of each rank of an attempt whose directory this is, in the order of ranks.
+
+    Raises ValueError for a phase that this version of Stoker does not have.
+    """
     found = {}
     for path in attempt.glob("rank-*.stamp"):
         words = path.read_text().split()
         if len(words) == 6:  # else it is being written for the first time
-            rank = int(path.stem.removeprefix("rank-"))
-            found[rank] = Stamp(int(words[0]), words[1], float(words[2]), int(words[3]), words[4], int(words[5]))
+            rank, phase = int(path.stem.removeprefix("rank-")), _phase(words[1], path)
+            found[rank] = Stamp(int(words[0]), phase, float(words[2]), int(words[3]), words[4], int(words[5]))
     return dict(sorted(found.items()))
+
+
+def _phase(name: str, path: Path) -> Phase:
+    if name not in tuple(Phase):
+        raise ValueError(f"{path}: this version of Stoker has no phase {name!r}, but {', '.join(Phase)}")
+    return Phase(name)
 
 
 class Console:

@@ -16,21 +16,21 @@ from datetime import datetime
 from functools import partial
 
 from stoker.conf.rundir import RunDirectory
+from stoker.parallel.update import ControlFlag
 from stoker.trainer.runtime.outcome import Outcome
 from stoker.trainer.runtime.signal_listener import SignalListener
 
-STOP, PREEMPT, SAVE, SUPERSEDED = "stop", "preempt", "save", "superseded"  # of parallel.update.VOTES
 DEADLINE_VARIABLE = "STOKER_DEADLINE"  # seconds since the epoch; whoever starts ranks knows when they will be ended
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LEAVE_SECONDS = 1.0  # that an end takes where there is nothing to save: looks are _LOOK_SECONDS apart
 _LOOK_SECONDS = 0.2  # between looks at files and the clock before the first step
 
 
-def ending_of(votes: frozenset[str]) -> Outcome | None:
+def ending_of(votes: frozenset[ControlFlag]) -> Outcome | None:
     """How a run with these votes ends. A person's stop is one, whoever else wants the machine."""
-    if STOP in votes:
+    if ControlFlag.STOP in votes:
         return Outcome.STOPPED
-    return Outcome.PREEMPTED if PREEMPT in votes else None
+    return Outcome.PREEMPTED if ControlFlag.PREEMPT in votes else None
 
 
 def deadline_of(config_deadline: str | None) -> float | None:
@@ -84,15 +84,20 @@ class Requests:
         if self._leaving is not None:
             self._leaving.join()
 
-    def votes(self) -> frozenset[str]:
+    def votes(self) -> frozenset[ControlFlag]:
         run = self._run
         stop = self.signal == signal.SIGINT or (run is not None and run.stop.exists())
         preempt = self.signal not in (None, signal.SIGINT) or self._deadline_is_near()
         preempt = preempt or (run is not None and run.requeue.exists())
         save = run is not None and run.save.exists()
         superseded = run is not None and run.attempt(self._next_attempt).exists()
-        cast = {STOP: stop, PREEMPT: preempt, SAVE: save, SUPERSEDED: superseded}
-        return frozenset(name for name, yes in cast.items() if yes)
+        cast = {
+            ControlFlag.STOP: stop,
+            ControlFlag.PREEMPT: preempt,
+            ControlFlag.SAVE: save,
+            ControlFlag.SUPERSEDED: superseded,
+        }
+        return frozenset(flag for flag, yes in cast.items() if yes)
 
     def why(self) -> str:
         """What this rank was asked by, for people; empty if by nothing."""

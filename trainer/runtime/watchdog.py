@@ -24,7 +24,7 @@ from pathlib import Path
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.runtime.hang_report import Finding, behind, examine, explain, is_stopped, place_of, table
 from stoker.trainer.runtime.outcome import Ending, Outcome, read_ending, write_ending
-from stoker.trainer.runtime.process import Stamp, read_stamps
+from stoker.trainer.runtime.process import Phase, Stamp, read_stamps
 
 LOOK_SECONDS = 0.5
 REST = 50  # times as long as a look takes, which grows with the ranks, a watchdog waits for the next one
@@ -32,7 +32,21 @@ LEAST_SECONDS = 120.0  # a file system on a network may show stamps a minute lat
 STEPS = 30  # median steps without progress are a hang
 GENEROUS = 10  # times as long may phases take that happen rarely, and the first step, which may compile
 LEAST_GENEROUS_SECONDS = 900.0
-STEADY = ("data", "forward_backward", "update")
+ALLOWED = {  # times as long as a phase of every step may take
+    Phase.START: GENEROUS,
+    Phase.OPEN_DATA: GENEROUS,
+    Phase.BUILD: GENEROUS,
+    Phase.RESUME: GENEROUS,
+    Phase.DATA: 1,
+    Phase.FORWARD_BACKWARD: 1,
+    Phase.AWAIT_STAGED: GENEROUS,
+    Phase.UPDATE: 1,
+    Phase.EVALUATE: GENEROUS,
+    Phase.SAVE: GENEROUS,
+    Phase.ROLLBACK: GENEROUS,
+    Phase.LAST_SAVE: GENEROUS,
+    Phase.UPLOAD: GENEROUS,
+}
 OTHERS_SECONDS = 8.0  # the doctors of other machines have so long to examine theirs
 
 
@@ -60,9 +74,10 @@ class Watch:
         """Seconds that a rank may stay where `stamp` says it is; in any phase the usual ones if it is stopped there."""
         pace = statistics.median(self._paces) if self._paces else 0.0
         usual = self._given or max(LEAST_SECONDS, STEPS * pace)
-        if stopped or (stamp.phase in STEADY and stamp.step > stamp.first_step > 0):
+        times = ALLOWED[stamp.phase] if stamp.step > stamp.first_step > 0 else GENEROUS
+        if stopped or times == 1:
             return usual
-        return GENEROUS * usual if self._given else max(GENEROUS * usual, LEAST_GENEROUS_SECONDS)
+        return times * usual if self._given else max(times * usual, LEAST_GENEROUS_SECONDS)
 
     def seconds(self, now: float) -> dict[int, float]:
         """For how long each rank has been where it is."""
@@ -138,7 +153,7 @@ class Watchdog:
         def all_told() -> bool:
             for note in self._run.attempt(self._attempt).glob("hang-*.json"):
                 for values in json.loads(note.read_text()):
-                    found[values["rank"]] = Finding(**values)
+                    found[values["rank"]] = Finding(**{**values, "phase": Phase(values["phase"])})
             return stamps.keys() <= found.keys()
 
         self._wait(all_told)

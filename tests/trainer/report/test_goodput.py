@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from stoker.conf.rundir import RunDirectory
-from stoker.trainer.report.goodput import BOOKS, Booking, goodput
+from stoker.trainer.report.goodput import BOOK_OF, BOOKS, Booking, goodput
 from stoker.trainer.runtime.outcome import Ending, Outcome, write_ending
-from stoker.trainer.runtime.process import Phases
+from stoker.trainer.runtime.process import Phase, Phases
 
 
 def attempt(
@@ -116,12 +116,12 @@ def test_what_an_attempt_books_is_all_its_time_and_a_rollback_moves_some_to_lost
     phase = Phases(run.attempt(1) / "rank-0.stamp")
     booking = Booking(run.seconds(1), phase, 0)
     for step in range(1, 5):
-        phase(step, "data")
-        phase(step, "forward_backward")
-        until = phase.totals().get("forward_backward", 0.0) + 0.02
-        while phase.totals()["forward_backward"] < until:
+        phase(step, Phase.DATA)
+        phase(step, Phase.FORWARD_BACKWARD)
+        until = phase.totals()[Phase.FORWARD_BACKWARD] + 0.02
+        while phase.totals()[Phase.FORWARD_BACKWARD] < until:
             pass
-        phase(step, "save")
+        phase(step, Phase.SAVE)
         if step == 2:
             booking.saving(step)
     phase.take_seconds()
@@ -132,3 +132,8 @@ def test_what_an_attempt_books_is_all_its_time_and_a_rollback_moves_some_to_lost
     assert sum(record["seconds"].values()) == pytest.approx(record["time"] - record["began"], abs=0.02)
     assert record["seconds"]["lost"] >= 0.04
     assert record["seconds"]["training"] == pytest.approx(marked) and marked >= 0.04
+
+
+def test_every_phase_is_booked() -> None:
+    assert BOOK_OF.keys() == set(Phase)
+    assert set(BOOK_OF.values()) == set(BOOKS) - {"down"}

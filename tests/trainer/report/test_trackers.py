@@ -297,11 +297,6 @@ def test_another_tracker_gets_the_whole_run(tmp_path, fake):
     assert fake.notes("step") == list(range(1, 9))
 
 
-def test_an_unknown_tracker_is_refused_with_those_that_are_known(tmp_path):
-    with pytest.raises(ValueError, match=r"mlflow is not known; known are wandb, tensorboard and none"):
-        Tracker(TrackerConfig(name="mlflow"), a_run(tmp_path / "run"), say=print)
-
-
 def test_wandb_is_online_with_a_key_and_offline_without(tmp_path):
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
     home, nobody = {"HOME": str(tmp_path)}, {"HOME": str(tmp_path / "nobody")}

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from stoker.conf.rundir import RunDirectory
-from stoker.trainer.runtime.process import Phases
+from stoker.trainer.runtime.process import Phase, Phases
 from stoker.trainer.runtime.signal_listener import SignalListener
 from stoker.trainer.runtime.stack_dump import StackDump
 
@@ -48,8 +48,8 @@ def get_stuck(run: RunDirectory, rank: int, kind: str) -> None:
         store = dist.FileStore(str(run.path / "store"), 2)
         dist.init_process_group("gloo", store=store, rank=COLLECTIVES.index(kind), world_size=2)
         dist.all_reduce(torch.ones(1))
-    phase(1, "data")
-    phase(2 + (kind == "out of it"), "update")
+    phase(1, Phase.DATA)
+    phase(2 + (kind == "out of it"), Phase.UPDATE)
     if kind == "in a collective":
         dist.all_reduce(torch.ones(1))
     elif kind == "stopped":

@@ -13,7 +13,7 @@ from pathlib import Path
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.runtime.hang_report import WAITING
 from stoker.trainer.runtime.outcome import Outcome, read_ending
-from stoker.trainer.runtime.process import read_stamps
+from stoker.trainer.runtime.process import Phase, read_stamps
 from stoker.trainer.runtime.watchdog import Watchdog
 
 STUCK = {  # kind of tests/trainer/runtime/stuck.py: what the table says
@@ -38,7 +38,7 @@ def examined(folder: Path, *kinds: str) -> tuple[RunDirectory, str, str]:
     with subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
             until = time.monotonic() + 60
-            while len([s for s in read_stamps(run.attempt(1)).values() if s.phase == "update"]) < len(kinds):
+            while len([s for s in read_stamps(run.attempt(1)).values() if s.phase is Phase.UPDATE]) < len(kinds):
                 assert time.monotonic() < until and process.poll() is None, "they do not come so far"
                 time.sleep(0.05)
             watchdog = Watchdog(run, 1, range(len(kinds)), 1.0, said.append)

@@ -13,6 +13,7 @@ import pytest
 from stoker.checkpoint import SaveReport
 from stoker.conf.rundir import RunDirectory, next_attempt
 from stoker.conf.schema import Config
+from stoker.parallel.update import ControlFlag
 from stoker.trainer.report.observer import StepRecord
 from stoker.trainer.runtime.outcome import Outcome
 from stoker.trainer.runtime.requests import DEADLINE_VARIABLE, LEAVE_SECONDS, Requests, deadline_of, ending_of
@@ -55,12 +56,12 @@ def test_files_from_an_earlier_launch_ask_for_nothing_and_those_of_this_one_do(r
     assert requests.votes() == frozenset()
     run.stop.touch()
     run.save.touch()
-    assert requests.votes() == {"stop", "save"}
+    assert requests.votes() == {ControlFlag.STOP, ControlFlag.SAVE}
     again = Requests()
     again.watch(run, 1, forget=False)
-    assert again.votes() == {"stop", "save"}, "asked while the ranks were restarting"
+    assert again.votes() == {ControlFlag.STOP, ControlFlag.SAVE}, "asked while the ranks were restarting"
     run.requeue.touch()
-    assert "preempt" in again.votes()
+    assert ControlFlag.PREEMPT in again.votes()
     Requests().watch(run, 1, forget=False)
     assert not run.requeue.exists(), "a start is the answer to it"
 
@@ -70,7 +71,7 @@ def test_another_start_of_the_run_is_a_vote_from_its_first_moment(run: RunDirect
     requests.watch(run, next_attempt(run), forget=True)
     assert requests.votes() == frozenset()
     next_attempt(run)
-    assert requests.votes() == {"superseded"}
+    assert requests.votes() == {ControlFlag.SUPERSEDED}
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_the_end_begins_early_enough_before_the_deadline(run: RunDirectory) -> N
     requests.watch(run, 1, forget=True, deadline=time.time() + 30)
     assert requests.votes() == frozenset()
     requests.grace = lambda: 31.0
-    assert requests.votes() == {"preempt"}
+    assert requests.votes() == {ControlFlag.PREEMPT}
     run.stop.touch()
     assert ending_of(requests.votes()) is Outcome.STOPPED, "a person's stop stays one"
 

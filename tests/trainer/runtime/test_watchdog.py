@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from stoker.conf.rundir import RunDirectory
-from stoker.trainer.runtime.hang_report import WAITING, Finding, behind, explain, innermost, state_of, table
-from stoker.trainer.runtime.process import Stamp
+from stoker.trainer.runtime.hang_report import (
+    AWAITING,
+    BACKWARD,
+    COLLECTIVES,
+    WAITING,
+    Finding,
+    Frame,
+    behind,
+    explain,
+    innermost,
+    state_of,
+    table,
+)
+from stoker.trainer.runtime.process import Phase, Stamp
 from stoker.trainer.runtime.stack_dump import MAIN_ANSWERS, THREAD_ANSWERS
-from stoker.trainer.runtime.watchdog import GENEROUS, LEAST_SECONDS, REST, STEPS, Watch, Watchdog
+from stoker.trainer.runtime.watchdog import ALLOWED, GENEROUS, LEAST_SECONDS, REST, STEPS, Watch, Watchdog
 
 STACK = """Thread 0x00007f (most recent call first):
   File "/x/trainer/stack dump.py", line 50 in _listen
@@ -31,7 +45,7 @@ HELPER = """Thread 0x00007e (most recent call first):
 
 
 def stamp(step: int, phase: str, first_step: int = 1) -> Stamp:
-    return Stamp(step, phase, 0.0, 1, "host", first_step)
+    return Stamp(step, Phase(phase), 0.0, 1, "host", first_step)
 
 
 def watched(hang_seconds: float | None, *seen: tuple[float, dict[int, Stamp]]) -> Watch:
@@ -55,6 +69,10 @@ def test_rare_phases_may_take_longer(at: Stamp) -> None:
     watch = watched(5.0, (0.0, {0: stamp(1, "data")}), (1.0, {0: stamp(2, "data")}), (2.0, {0: at}))
     assert not watch.hangs(2.0 + 5.0 * GENEROUS - 0.1)
     assert watch.hangs(2.0 + 5.0 * GENEROUS + 0.1)
+
+
+def test_every_phase_has_a_limit() -> None:
+    assert ALLOWED.keys() == set(Phase)
 
 
 def test_a_stopped_rank_is_given_no_more_time_for_a_rare_phase() -> None:
@@ -107,15 +125,26 @@ def test_who_waits_for_a_slow_save_of_another_rank_does_not_hang() -> None:
         ("S", STACK.replace("/x/models/attention.py", "/y/torch/distributed/distributed_c10d.py"), "update", False,
          WAITING),
         ("S", HELPER + STACK + THREAD_ANSWERS + MAIN_ANSWERS, "update", False, "in Python, asleep"),
-        ("S", STACK.replace('models/attention.py", line 7 in forward', 'parallel/replicated.py", line 154 in wait'),
-         "update", False, WAITING),
+        ("S", STACK.replace('models/attention.py", line 7 in forward',
+                            'stoker/parallel/replicated.py", line 154 in wait'), "update", False, WAITING),
         ("S", STACK.replace('x/models/attention.py", line 7 in forward', 'usr/lib/threading.py", line 327 in wait'),
          "update", False, "in a C call that keeps the interpreter, asleep"),
-        ("S", HELPER + STACK.replace("/x/models/attention.py", "/y/torch/autograd/graph.py"), "update", False, WAITING),
+        ("S", HELPER + STACK.replace('/x/models/attention.py", line 7 in forward',
+                              '/y/torch/autograd/graph.py", line 7 in _engine_run_backward'), "update", False, WAITING),
     ],
 )  # fmt: skip
 def test_answers_tell_where_a_rank_is(kernel: str, stacks: str, phase: str, busy: bool, state: str) -> None:
-    assert state_of(kernel, stacks, phase, busy) == state
+    assert state_of(kernel, stacks, Phase(phase), busy) == state
+
+
+def test_every_function_in_which_a_rank_is_taken_to_wait_exists() -> None:
+    for module in COLLECTIVES:
+        assert Frame(importlib.import_module(module).__file__ or "", "1", "any").is_of(module)
+    for place in (*AWAITING, BACKWARD):
+        module, _, name = place.partition(":")
+        code = attrgetter(name)(importlib.import_module(module)).__code__
+        assert Frame(code.co_filename, "1", code.co_name).is_of(place)
+        assert not Frame(code.co_filename, "1", "another").is_of(place)
 
 
 def test_the_innermost_frame_is_that_of_the_main_thread() -> None:
@@ -124,7 +153,7 @@ def test_the_innermost_frame_is_that_of_the_main_thread() -> None:
 
 
 def finding(rank: int, step: int, phase: str, state: str = WAITING) -> Finding:
-    return Finding(rank, "n1", step, phase, 12.0, state, "a/b.py:1 f")
+    return Finding(rank, "n1", step, Phase(phase), 12.0, state, "a/b.py:1 f")
 
 
 def test_who_is_behind_is_named_and_those_that_wait_are_not() -> None:
