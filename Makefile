@@ -3,7 +3,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test test-long lint format install
+.PHONY: demo test test-short test-long lint format install
 
 install: .venv/installed
 
@@ -24,7 +24,11 @@ lint: install
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-test: lint
+# The linters beside the tests: on two cores they cost what is left over while ranks wait for each other.
+test: install
+	$(MAKE) --no-print-directory --jobs=2 test-short lint
+
+test-short: install
 	$(PYTEST) -m "not long"
 
 # Runs that are killed, hung and moved for minutes; some need a Slurm cluster or network namespaces, which they make as root.

@@ -79,12 +79,12 @@ class Skipping(Toy):
     """The toy that leaves its second layer out where positions do not begin at 0: no loss reaches it then."""
 
     def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None) -> Tensor:
-        layers = list(self.layers.values())
-        assert self.embedding is not None and self.head is not None
-        x = self.embedding(x)
-        for layer in layers if int(positions[0, 0]) == 0 else layers[:1]:
-            x = layer(x, rows=len(positions))
-        return self.head(x, labels)
+        if self.embedding is not None:
+            x = self.embedding(x)
+        for number, layer in self.layers.items():
+            if number != "1" or int(positions[0, 0]) == 0:
+                x = layer(x, rows=len(positions))
+        return x if self.head is None else self.head(x, labels)
 
 
 def build_skipping(config: ModelConfig, part: Part) -> nn.Module:

@@ -2,15 +2,21 @@
 
     results = world.run(function, 4, argument)      # function(mesh-less) runs on 4 ranks; results in rank order
 
-They talk over gloo, and with `device="cuda"` over NCCL, each with a GPU of its own; `world.device()` says on a rank
-which device is its own.
+They talk over gloo, and with `device="cuda"` over NCCL, each with a GPU of its own; `world.device()` returns, on a
+rank, its device.
 
 `function` is module-level and runs after the default process group exists. A failing rank's traceback becomes the
 assertion's message; ranks that outlive the timeout are killed and named.
+
+Ranks are kept for the next call: process groups are destroyed between calls, and random numbers, environment, thread
+counts and signal handlers are as they were. After a failure or a timeout the ranks of that call are replaced. `fresh`
+runs a call on processes of its own, which end with it: for what changes a process for good (DeepSpeed's module
+globals, limits, a whole run with its threads) and for measurements of a process's memory.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import multiprocessing
 import os
@@ -20,8 +26,11 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 # A server that has run no tensor code can fork safely; it pays for the imports once.
@@ -40,6 +49,9 @@ _context.set_forkserver_preload(
         "transformers.models.qwen3.modeling_qwen3",
         "deepspeed",
         "deepspeed.runtime.zero.muon.muon_optimizer",
+        "hypothesis",
+        "pytest",
+        "tests.toy",
     ]
 )
 
@@ -52,30 +64,112 @@ def run(
     *arguments: Any,
     timeout: float = 60.0,
     device: str = "cpu",
-    group: bool = True,
+    fresh: bool = False,
 ) -> list[Any]:
     """Run `function(*arguments)` on `ranks` ranks; what each returned, in rank order.
 
-    Without `group` they only know their place, and make the default process group themselves. Raises AssertionError
-    with the traceback of the first rank that failed, or naming those that did not end in time.
+    Raises AssertionError with the traceback of the first rank that failed, or naming those that did not end in time.
     """
+    fresh = fresh or device != "cpu"
+    pool = _Pool(kept=False) if fresh else _kept
     with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
-        for rank in range(ranks):
-            ours, theirs = _context.Pipe(duplex=False)
-            work = (theirs, os.path.join(folder, "store"), rank, ranks, timeout, device, group, function, arguments)
-            process = _context.Process(target=_rank, args=work, daemon=True)
+        place = _Place(os.path.join(folder, "store"), ranks, timeout, device)
+        try:
+            return pool.run(place, pickle.dumps((function, arguments)))  # by value: torch would share memory
+        except BaseException:
+            pool.end()
+            raise
+        finally:
+            if fresh:
+                pool.end()
+
+
+def exit_statuses(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 120.0) -> list[int]:
+    """Run `function(*arguments)`, which ends its process, on fresh ranks without process groups; status of each.
+
+    When one ends with another status than 0 the others are killed at once, as a launcher does.
+    """
+    processes: list[BaseProcess] = []
+    for rank in range(ranks):
+        process = _context.Process(target=_alone, args=(rank, ranks, function, arguments), daemon=True)
+        process.start()
+        processes.append(process)
+    deadline = time.monotonic() + timeout
+    try:
+        while left := [process for process in processes if process.exitcode is None]:
+            if any(process.exitcode for process in processes):
+                break
+            assert wait([process.sentinel for process in left], deadline - time.monotonic()), f"not within {timeout} s"
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [process.exitcode or 0 for process in processes]
+
+
+def _alone(rank: int, ranks: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _take_place(rank, ranks)
+    function(*arguments)
+
+
+def device() -> Any:
+    """On a rank: the `torch.device` it is to compute on."""
+    import torch
+    import torch.distributed as dist
+
+    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the ranks of one call meet."""
+
+    store: str  # a path
+    ranks: int
+    timeout: float  # seconds, of the call and of its process groups
+    device: str
+
+
+class _Pool:
+    """Processes that take one call after the other, the first ones as its ranks; unless `kept`, one call only."""
+
+    def __init__(self, kept: bool) -> None:
+        self._kept = kept
+        self._processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, place: _Place, work: bytes) -> list[Any]:
+        while len(self._processes) < place.ranks:
+            ours, theirs = _context.Pipe()
+            process = _context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
-            pipes.append(ours)
-            processes.append(process)
-        try:
-            return _collect(pipes, timeout)
-        finally:
-            for process in processes:
-                process.kill()
-            for process in processes:
-                process.join()
+            self._processes.append(process)
+            self._pipes.append(ours)
+        pipes = self._pipes[: place.ranks]
+        for rank, pipe in enumerate(pipes):
+            pipe.send_bytes(pickle.dumps((rank, place, work)))
+        results = _collect(pipes, place.timeout)
+        if not self._kept:
+            return results
+        for pipe in pipes:  # no rank closes its connections while a peer is still in a collective
+            pipe.send_bytes(pickle.dumps("all have ended"))
+        _collect(pipes, place.timeout)
+        return results
+
+    def end(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+
+_kept = _Pool(kept=True)
+atexit.register(_kept.end)
 
 
 def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
@@ -92,57 +186,94 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
             try:
                 succeeded, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
-                succeeded, value = False, "the process died without a word"
+                succeeded, value = False, "the process died and left no traceback"
             if not succeeded:
                 raise AssertionError(f"rank {rank} failed:\n{value}")
             results[rank] = value
     return [results[rank] for rank in range(len(pipes))]
 
 
-def device() -> Any:
-    """On a rank: the `torch.device` it is to compute on."""
-    import torch
-    import torch.distributed as dist
-
-    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-def _rank(
-    pipe: Connection,
-    store: str,
-    rank: int,
-    ranks: int,
-    timeout: float,
-    device: str,
-    group: bool,
-    function: Callable[..., Any],
-    arguments: Any,
-) -> None:
+def _serve(pipe: Connection) -> None:
+    """On a rank: one call after the other, until one fails."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    import gc
+
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
-    os.environ |= {name: str(value) for name, value in place.items()}
+    gc.freeze()  # what the server imported: a collection between calls need not go through it
+    start = _State()
     try:
-        if device == "cuda":
-            torch.cuda.set_device(rank)
-        if group:
-            dist.init_process_group(
-                "nccl" if device == "cuda" else "gloo",
-                init_method=f"file://{store}",
-                rank=rank,
-                world_size=ranks,
-                timeout=timedelta(seconds=timeout),
-            )
-        pipe.send_bytes(pickle.dumps((True, function(*arguments))))  # by value: torch would share memory
-        if group:
-            dist.barrier()  # nobody leaves while a peer still needs it
-            dist.destroy_process_group()
+        while True:
+            rank, place, work = pickle.loads(pipe.recv_bytes())
+            pipe.send_bytes(pickle.dumps((True, _call(rank, place, work))))
+            pipe.recv_bytes()
+            start.restore()
+            pipe.send_bytes(pickle.dumps((True, None)))
+    except EOFError:  # the tests are over
+        pass
     except BaseException:
-        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        with suppress(OSError):
+            pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         pipe.close()
         os._exit(0)
+
+
+def _take_place(rank: int, ranks: int) -> None:
+    names = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+
+
+def _call(rank: int, place: _Place, work: bytes) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    _take_place(rank, place.ranks)
+    if place.device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "nccl" if place.device == "cuda" else "gloo",
+        init_method=f"file://{place.store}",
+        rank=rank,
+        world_size=place.ranks,
+        timeout=timedelta(seconds=place.timeout),
+    )
+    function, arguments = pickle.loads(work)
+    return function(*arguments)
+
+
+class _State:
+    """What a call may change in a process and the next one must find as it was."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.environment = dict(os.environ)
+        self.random = torch.get_rng_state()
+        self.handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+
+    def restore(self) -> None:
+        import gc
+        import sys
+
+        import torch
+        import torch._dynamo
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        deepspeed = sys.modules.get("deepspeed.comm.comm")
+        assert deepspeed is None or deepspeed.cdb is None, "DeepSpeed keeps module globals: call with fresh=True"
+        os.environ.clear()
+        os.environ.update(self.environment)
+        torch.set_rng_state(self.random)
+        torch.set_num_threads(1)
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+        torch._dynamo.reset()
+        for number, handler in self.handlers.items():
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+        gc.collect()

@@ -297,6 +297,23 @@ def test_a_rank_that_cannot_read_stops_all_and_condemns_nothing(tmp_path, monkey
     assert len(newest(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_where_one_rank_finds_damage_and_another_cannot_read_nothing_is_condemned(tmp_path, monkeypatch, damaged):
+    """Whether it is damaged cannot be known by all: it may be the same fault of a machine or of the network."""
+    saved(tmp_path, small_model(), 1)
+    ranks = cut(small_model(), Grid(rows=2))
+
+    def unlucky(stored, shards, near):
+        if shards[0] is ranks[damaged][0]:
+            raise checkpoint.DamagedCheckpoint("block 3 is not as written")
+        raise PermissionError("no right to read")
+
+    monkeypatch.setattr("stoker.checkpoint.resuming.load", unlucky)
+    for error in resume_all(tmp_path, ranks):
+        assert isinstance(error, OSError) and f"no right to read (seen by rank {1 - damaged})" in str(error)
+    assert names(tmp_path) == ["step-00000001"] and len(newest(tmp_path)) == 1
+
+
 def test_a_sound_manifest_of_another_format_is_refused_and_stays(tmp_path, monkeypatch):
     monkeypatch.setattr("stoker.checkpoint.format.FORMAT", 2)
     saved(tmp_path, small_model(), 1)

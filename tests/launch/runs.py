@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,9 +16,10 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+from stoker.checkpoint import compare, newest
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.report.metrics import read
-from stoker.trainer.runtime.outcome import Outcome
+from stoker.trainer.runtime.outcome import Outcome, read_ending
 from stoker.trainer.runtime.process import read_stamps
 from tests import world
 
@@ -69,36 +72,70 @@ def started(home: Path, words: list[str], **options: Any) -> Iterator[subprocess
         process.communicate()
 
 
-def finish(home: Path, words: list[str], timeout: float = 90.0, **options: Any) -> tuple[int, str]:
+def finish(home: Path, words: list[str], timeout: float = 240.0, **options: Any) -> tuple[int, str]:
     """Run to the end; (exit status, all output)."""
     with started(home, words, **options) as process:
         output, _ = process.communicate(timeout=timeout)
         return process.returncode, output
 
 
-def train_here(home: Path, words: list[str]) -> None:
-    """Train to the end on forked ranks: a run to compare with, without the seconds that the start of processes takes.
+def train_forked(home: Path, words: list[str]) -> tuple[int, str]:
+    """`stoker train` on forked ranks: (exit status, all output), as `finish` gives them.
 
-    Raises AssertionError unless it is completed.
+    It takes none of the seconds that the start of processes takes. There is no launcher: nothing is restarted, and no
+    other process watches.
     """
-    (ranks,) = (int(word.removeprefix("launch.nproc=")) for word in words if word.startswith("launch.nproc="))
+    given = [int(word.removeprefix("launch.nproc=")) for word in words if word.startswith("launch.nproc=")]
+    ranks = given[0] if given else 2
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    world.run(_train, ranks, environment(home) | meeting, words, group=False)
+    with tempfile.NamedTemporaryFile() as output:
+        statuses = world.exit_statuses(_train, ranks, environment(home) | meeting, home, words, output.name)
+        return max(map(abs, statuses)), Path(output.name).read_text()
 
 
-def _train(environment: dict[str, str], words: list[str]) -> None:
-    from stoker.trainer.main import run  # not above: whoever starts processes only needs none of it
+def _train(environment: dict[str, str], home: Path, words: list[str], output: str) -> None:
+    from stoker.conf.schema import to_dict  # not above: whoever starts processes only needs none of it
+    from stoker.conf.values import ConfigError
+    from stoker.trainer.main import CONFIG_VARIABLE, main
+    from stoker.trainer.start import settle_config
 
     os.environ |= environment
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    ending = run(words)
-    assert ending.outcome is Outcome.COMPLETED, ending
+    os.chdir(home)
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    try:
+        config, _ = settle_config(words, lambda _: (int(os.environ["WORLD_SIZE"]), 0))
+    except ConfigError as error:
+        print(f"stoker: {error}")
+        os._exit(2)
+    os.environ[CONFIG_VARIABLE] = json.dumps(to_dict(config))
+    status = main(words)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def train_here(home: Path, words: list[str]) -> None:
+    """`train_forked` to the last step. Raises AssertionError unless the run is completed."""
+    status, output = train_forked(home, words)
+    (run,) = (RunDirectory(Path(word.removeprefix("run.dir="))) for word in words if word.startswith("run.dir="))
+    ending = read_ending(run, run.attempt_numbers()[-1]) if status == 0 else None
+    assert ending is not None and ending.outcome is Outcome.COMPLETED, output
 
 
 def steps_of(run: Path) -> list[tuple[Any, ...]]:
     """The part of metrics.jsonl that must not depend on where and how a run ran."""
     return [tuple(step[key] for key in COMPARED) for step in read(RunDirectory(run).metrics)]
+
+
+def assert_same_state(run: Path, reference: Path) -> None:
+    """Weights and optimizer state of the newest checkpoints of two runs are equal to the last bit."""
+    (path, *_), (expected, *_) = (newest(RunDirectory(folder).checkpoints) for folder in (run, reference))
+    assert path.name == expected.name
+    found = compare(path, expected)
+    assert found.equal > 0 and not found.tensors, found.tensors[:5]
 
 
 def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60.0) -> Any:

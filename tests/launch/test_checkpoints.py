@@ -19,6 +19,7 @@ from tests.launch.runs import (
     overrides,
     started,
     steps_of,
+    train_forked,
     train_here,
     wait_until,
     wait_until_gone,
@@ -31,7 +32,7 @@ def run_with_an_obstacle(home: Path, name: str, *more: str) -> tuple[int, str, R
     run.checkpoints.mkdir(parents=True)
     (run.checkpoints / "step-00000005").touch()
     words = overrides(run.path, home / "text", "steps=14", "checkpoint.every=5", *more)
-    status, output = finish(home, command("train", *words))
+    status, output = train_forked(home, words)
     return status, output, run
 
 
@@ -51,10 +52,10 @@ def test_a_save_that_fails_is_told_and_the_run_goes_on(home: Path) -> None:
 
 
 def test_a_save_that_fails_ends_the_run_if_that_is_asked_for(home: Path) -> None:
-    status, output, run = run_with_an_obstacle(home, "failed", "checkpoint.on_error=fail", "steps=40")
-    assert status == 1 and "restarting" not in output
+    status, _, run = run_with_an_obstacle(home, "failed", "checkpoint.on_error=fail", "steps=40")
+    assert status == 1
     ending = read_ending(run, 1)
-    assert ending is not None and ending.outcome is Outcome.FAILED
+    assert ending is not None and ending.outcome is Outcome.FAILED and not ending.retry
     assert "checkpoint of step 5 failed" in ending.message and "exists already" in ending.message
     assert f"saved at step {ending.step}" in ending.message and ending.step is not None and ending.step < 10
     assert newest(run.checkpoints)[0].name == f"step-{ending.step:08d}", "what was computed until then is not lost"
@@ -63,10 +64,10 @@ def test_a_save_that_fails_ends_the_run_if_that_is_asked_for(home: Path) -> None
 def test_a_remote_that_cannot_be_written_ends_the_run_if_that_is_asked_for(home: Path) -> None:
     run = RunDirectory(home / "remote-failed")
     words = ["steps=3", "checkpoint.remote=file:///proc/nobody-writes-here", "checkpoint.on_error=fail"]
-    status, output = finish(home, command("train", *overrides(run.path, home / "text", *words)))
-    assert status == 1 and "restarting" not in output, output
+    status, output = train_forked(home, overrides(run.path, home / "text", *words))
+    assert status == 1, output
     ending = read_ending(run, 1)
-    assert ending is not None and ending.outcome is Outcome.FAILED
+    assert ending is not None and ending.outcome is Outcome.FAILED and not ending.retry
     assert "upload of step 3 failed" in ending.message and "nobody-writes-here" in ending.message
     assert [path.name for path in newest(run.checkpoints)] == ["step-00000003"], "what was computed is not lost"
 
@@ -74,19 +75,18 @@ def test_a_remote_that_cannot_be_written_ends_the_run_if_that_is_asked_for(home:
 def test_a_run_keeps_checkpoints_in_a_faster_place_and_goes_on_from_the_remote_when_that_is_lost(home: Path) -> None:
     run, fast, remote = RunDirectory(home / "tiered"), home / "nvme", f"checkpoint.remote=file://{home}/tiered-remote"
     words = overrides(run.path, home / "text", f"checkpoint.dir={fast}", remote, "steps=3", "schedule.total_steps=9")
-    status, output = finish(home, command("train", *words))
+    status, output = train_forked(home, words)
     assert status == 0, output
     assert [path.name for path in newest(fast)] == ["step-00000003"]
     ending = read_ending(run, 1)
     assert ending is not None and ending.save is not None
     assert ending.save["checkpoint_step"] == 3 and ending.save["checkpoint_staged_bytes"] > 10_000
     shutil.rmtree(fast)
-    status, output = finish(home, command("train", f"run.dir={run.path}", remote, "steps=5"))
+    status, output = train_forked(home, [f"run.dir={run.path}", remote, "steps=5"])
     assert status == 0, output
     assert [path.name for path in newest(fast)] == ["step-00000005", "step-00000003"]
     assert [step["step"] for step in read(run.metrics)] == [1, 2, 3, 4, 5]
-    other = (f"run.dir={run.path}", f"checkpoint.dir={home}/other", "steps=6")
-    status, output = finish(home, command("train", *other))
+    status, output = train_forked(home, [f"run.dir={run.path}", f"checkpoint.dir={home}/other", "steps=6"])
     assert status == 2 and f"keeps its checkpoints in {fast}" in output
 
 
@@ -163,9 +163,8 @@ def test_a_run_goes_on_from_the_remote_alone_as_if_nothing_had_happened(home: Pa
     whole = home / "whole"
     train_here(home, overrides(whole, home / "text", "steps=16", *words))
     first, second = home / "first", home / "second"
-    status, output = finish(
-        home, command("train", *overrides(first, home / "text", "steps=10", "schedule.total_steps=16", *words, remote))
-    )
+    ten = overrides(first, home / "text", "steps=10", "schedule.total_steps=16", *words, remote)
+    status, output = train_forked(home, ten)
     assert status == 0 and "uploaded step 10" in output
     shutil.rmtree(first)
     words_of_second = [f"run.dir={second}", remote, "steps=16", "launch.nproc=1", "parallel.zero=0"]
@@ -177,5 +176,5 @@ def test_a_run_goes_on_from_the_remote_alone_as_if_nothing_had_happened(home: Pa
         assert b == pytest.approx(a, rel=1e-4)
     third = home / "third"  # by the words of the first start, as a script would have it
     again = overrides(third, home / "text", "data=text", "model=tiny", "steps=16", *words, remote, "run.adopt=true")
-    status, output = finish(home, command("train", *again))
+    status, output = train_forked(home, again)
     assert status == 0 and "nothing to do: step 16" in output, output

@@ -56,7 +56,7 @@ def test_a_run_killed_at_random_moments_is_bitwise_the_undisturbed_one(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = overrides(reference, home / "text", *layout)
-    assert world.run(undisturbed, 2, words, port, str(home / "store"), timeout=120.0) == ["completed"] * 2
+    assert world.run(undisturbed, 2, words, port, str(home / "store"), timeout=120.0, fresh=True) == ["completed"] * 2
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))  # the cache of these runs is their own
     layout += [f"parallel.offload={offload}", f"parallel.nvme_path={disk}"]
     killer = Killer(run, seed=3, steps=STEPS)

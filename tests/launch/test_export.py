@@ -39,7 +39,7 @@ def unchanged_run(tmp_path: Path, theirs: Path, *more: str) -> Path:
         *(f"model.init_from={theirs}", "steps=1", "optim=sgd", "optim.lr=1e-30", "batch.micro_size=4", *more),
     ]
     kept = [word for word in words if not word.startswith(SHAPE)]
-    assert world.run(trained, 1, kept) == [("completed", 1)]
+    assert world.run(trained, 1, kept, fresh=True) == [("completed", 1)]
     return run
 
 
@@ -100,7 +100,7 @@ def test_the_tokenizer_goes_with_the_model(tokenizer: str, tmp_path: Path) -> No
         run, write_text(tmp_path / "text"), f"data.cache={tmp_path / 'cache'}", "steps=1", "batch.micro_size=8",
         f"data.tokenizer={tokenizer}", "data.bpe_vocab=384",
     )  # fmt: skip
-    assert world.run(trained, 1, words) == [("completed", 1)]
+    assert world.run(trained, 1, words, fresh=True) == [("completed", 1)]
     assert main(["export", str(run), str(out)]) == 0
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     ours = open_tokenizer(read_config(RunDirectory(run)).data, RunDirectory(run).tokenizer)

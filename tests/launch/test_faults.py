@@ -10,7 +10,17 @@ from stoker.conf.faults import Fault, read_faults
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.report.metrics import read
 from stoker.trainer.runtime.outcome import read_ending
-from tests.launch.runs import command, finish, overrides, steps_of, train_here, wait_until_gone, write_text
+from tests.launch.runs import (
+    assert_same_state,
+    command,
+    finish,
+    overrides,
+    steps_of,
+    train_forked,
+    train_here,
+    wait_until_gone,
+    write_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +62,7 @@ def test_faults_strike_once_over_all_restarts_and_leave_no_trace_in_what_is_comp
     assert status == 0, output
     wait_until_gone(tmp_path)
     assert steps_of(run) == steps_of(reference)
+    assert_same_state(run, reference)
     directory = RunDirectory(run)
     endings = [read_ending(directory, number) for number in directory.attempt_numbers()]
     messages = [ending.message for ending in endings if ending is not None]
@@ -68,7 +79,7 @@ def test_a_nan_on_one_rank_is_left_out_by_all_and_training_goes_on(tmp_path: Pat
     write_text(tmp_path / "text")
     run = tmp_path / "poisoned"
     words = ["steps=6", "parallel.zero=3", "faults=[{at: 3, rank: 1, do: nan, steps: 2}]"]
-    status, output = finish(tmp_path, command("train", *overrides(run, tmp_path / "text", *words)))
+    status, output = train_forked(tmp_path, overrides(run, tmp_path / "text", *words))
     assert status == 0, output
     steps = read(RunDirectory(run).metrics)
     assert [step["step"] for step in steps if step["skipped"]] == [3, 4]

@@ -14,6 +14,7 @@ import pytest
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.runtime.outcome import Outcome, read_ending
 from tests.launch.runs import (
+    assert_same_state,
     command,
     finish,
     kill,
@@ -87,6 +88,7 @@ def test_a_run_killed_at_random_moments_is_bitwise_the_undisturbed_one(
     assert process.returncode == 0, output
     assert killer.kills == [victim for victims in starts for victim in victims if victim is not None]
     assert steps_of(run) == steps_of(reference)
+    assert_same_state(run, reference)
     ending = read_ending(RunDirectory(run), RunDirectory(run).attempt_numbers()[-1])
     assert ending is not None and ending.outcome is Outcome.COMPLETED
     for attempt in RunDirectory(run).attempt_numbers():

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+import signal
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stoker.launch.cli import main
 from stoker.launch.layout import lines_of, ranks_in_words
 from stoker.parallel.layout import AXES, BatchPlan, Layout
-from tests.launch.runs import command, finish
 from tests.parallel.test_layout import LAYOUTS
 
+Printed = Callable[..., tuple[int, list[str]]]
 PLAN = BatchPlan(rows=64, rank_rows=16, micro_rows=4)
 
 
@@ -108,14 +110,21 @@ def test_16384_ranks_fit_on_lines_that_a_screen_holds():
         assert groups_in(groups) == Layout(2, 64, 8, 16).groups(axis)
 
 
-def printed(home: Path, *words: str) -> tuple[int, list[str]]:
-    status, output = finish(home, command("config", "--layout", *words))
-    return status, output.splitlines()
+@pytest.fixture
+def printed(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Printed:
+    """Status and lines of `stoker config --layout <words>`."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # a command may end at a closed pipe, the tests may not
+
+    def run(*words: str) -> tuple[int, list[str]]:
+        status = main(["config", "--layout", *words])
+        return status, "".join(capfd.readouterr()).splitlines()
+
+    return run
 
 
-def test_any_number_of_ranks_can_be_asked_for_on_any_machine(tmp_path):
+def test_any_number_of_ranks_can_be_asked_for_on_any_machine(printed):
     words = ["launch.nproc=16384", "batch.size=32768", "parallel.zero=3", "parallel.dp_replicate=16"]
-    status, lines = printed(tmp_path, *words)
+    status, lines = printed(*words)
     assert status == 0, lines
     assert lines[0] == "16,384 ranks: dp_replicate 16 x dp_shard 1024, ZeRO 3, fsdp"
     assert lines[1] == "32,768 rows a step over 16,384 data-parallel ranks: 2 each, in 1 micro-batch of 2 rows"
@@ -124,14 +133,14 @@ def test_any_number_of_ranks_can_be_asked_for_on_any_machine(tmp_path):
     assert groups_in(found["dp_replicate"][1:]) == Layout(16, 1024).groups("dp_replicate")
 
 
-def test_gpus_that_this_machine_lacks_are_no_reason_to_refuse(tmp_path):
-    status, lines = printed(tmp_path, "launch.nproc=64", "launch.device=cuda", "batch.size=64")
+def test_gpus_that_this_machine_lacks_are_no_reason_to_refuse(printed):
+    status, lines = printed("launch.nproc=64", "launch.device=cuda", "batch.size=64")
     assert status == 0 and lines[0] == "64 ranks: dp_shard 64, ZeRO 1, fsdp", lines
 
 
-def test_tensor_and_pipeline_parallel_ranks_stand_where_they_should(tmp_path):
+def test_tensor_and_pipeline_parallel_ranks_stand_where_they_should(printed):
     words = ["launch.nproc=16", "parallel.tp=2", "parallel.pp=2", "parallel.zero=0", "batch.micro_size=1"]
-    status, lines = printed(tmp_path, *words)
+    status, lines = printed(*words)
     assert status == 0, lines
     found = sections(lines)
     assert found["tp"][1:] == ["  pp 0  0-1    2-3    4-5    6-7", "  pp 1  8-9    10-11  12-13  14-15"]
@@ -139,12 +148,13 @@ def test_tensor_and_pipeline_parallel_ranks_stand_where_they_should(tmp_path):
     assert groups_in(found["dp_replicate"][1:]) == Layout(4, 1, 2, 2).groups("dp_replicate")
 
 
-def test_a_layout_that_is_impossible_anywhere_is_refused(tmp_path):
-    status, lines = printed(tmp_path, "launch.nproc=16384")
+def test_a_layout_that_is_impossible_anywhere_is_refused(printed):
+    status, lines = printed("launch.nproc=16384")
     assert status == 2 and len(lines) == 1
     assert "batch.size=32 does not divide over 16384 data-parallel ranks: batch.size=16384 does" in lines[0]
 
 
-def test_without_the_flag_the_config_is_printed(tmp_path):
-    status, output = finish(tmp_path, command("config", "launch.nproc=2", "launch.device=cpu"))
+def test_without_the_flag_the_config_is_printed(capsys):
+    status = main(["config", "launch.nproc=2", "launch.device=cpu"])
+    output = capsys.readouterr().out
     assert status == 0 and output.startswith("run:\n") and "axis" not in output

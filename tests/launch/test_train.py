@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from stoker.conf.rundir import RunDirectory
+from stoker.launch.cli import main
 from stoker.trainer.report.metrics import read
 from stoker.trainer.runtime.outcome import Outcome, read_ending
 from tests.launch.runs import (
@@ -20,6 +21,7 @@ from tests.launch.runs import (
     overrides,
     started,
     steps_of,
+    train_forked,
     train_here,
     wait_until,
     wait_until_gone,
@@ -129,7 +131,7 @@ def test_a_finished_run_goes_on_elsewhere_with_more_steps(home: Path, undisturbe
     run = home / "moved"
     train_here(home, overrides(run, home / "text", "steps=8", "schedule.total_steps=30"))
     for steps, layout in ((10, ["launch.nproc=1", "parallel.zero=0"]), (12, ["launch.nproc=4", "parallel.zero=3"])):
-        status, output = finish(home, command("train", f"run.dir={run}", f"steps={steps}", *layout))
+        status, output = train_forked(home, [f"run.dir={run}", f"steps={steps}", *layout])
         assert status == 0, output
     moved, expected = read(RunDirectory(run).metrics), read(RunDirectory(undisturbed).metrics)[:12]
     assert [step["step"] for step in moved] == list(range(1, 13))
@@ -160,16 +162,19 @@ def test_ranks_that_die_before_they_can_speak_are_a_failure_even_after_a_success
     assert status == 1 and "ended with status 1" in output and "giving up after 1 restarts" in output
 
 
-def test_a_change_of_the_maths_is_shown_and_needs_consent(home: Path) -> None:
+def test_a_change_of_the_maths_is_shown_and_needs_consent(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = home / "changed"
     train_here(home, overrides(run, home / "text", "steps=2"))
-    status, output = finish(home, command("train", f"run.dir={run}", "steps=3", "optim.lr=1e-3"))
-    assert status == 2 and "optim.lr: 0.01 -> 0.001" in output
-    status, output = finish(home, command("train", f"run.dir={run}", "steps=3", "run.seed=1"))
-    assert status == 2 and "run.seed" in output
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    assert main(["train", f"run.dir={run}", "steps=3", "optim.lr=1e-3"]) == 2
+    assert "optim.lr: 0.01 -> 0.001" in capsys.readouterr().err
+    assert main(["train", f"run.dir={run}", "steps=3", "run.seed=1"]) == 2
+    assert "run.seed" in capsys.readouterr().err
     status, output = finish(home, command("train", f"run.dir={run}", "steps=3", "optim.lr=1e-3", "run.change=true"))
     assert status == 0 and "optim.lr: 0.01 -> 0.001" in output
-    assert finish(home, command("train", f"run.dir={run}", "run.fresh=true"))[0] == 2
+    assert main(["train", f"run.dir={run}", "run.fresh=true"]) == 2
 
 
 def test_a_run_that_is_not_finite_ends_by_itself_and_is_not_retried(home: Path) -> None:

@@ -1,7 +1,13 @@
-"""What every engine is compared with: one process, one model, plain torch, no line of an engine's code."""
+"""What every engine is compared with: one process, one model, plain torch, no line of an engine's code.
+
+Initial values and weight decay are decided here once more, from names: with the product's own rules the reference
+would repeat its faults.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +17,8 @@ from torch import Tensor, nn
 from stoker.conf.schema import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig
 from stoker.conf.targets import import_target
 from stoker.parallel.batch import IGNORE_INDEX, Batch
-from stoker.parallel.initialize import initialize
 from stoker.parallel.model import whole_model
-from stoker.parallel.optimizer import DECAYED
-from stoker.parallel.registry import LocalShard, whole_registry
+from stoker.parallel.normal import normal
 from stoker.parallel.shards import PARAMETER, Shard, whole
 
 VOCABULARY = 50
@@ -59,16 +63,11 @@ class Trace:
 def one_process(config: Config, steps: int, poison: int | None = None) -> Trace:
     """Train for `steps` steps in plain torch; at step `poison` the loss is infinite and the step is left out."""
     model: nn.Module = import_target(config.model.target)(config.model, whole_model(config.model.num_hidden_layers))
-    registry = whole_registry(model)
-    shards: list[Shard] = []
-    for name, parameter in model.named_parameters():
-        held = LocalShard((whole(tuple(parameter.shape)),))
-        shards += registry.shards(name, PARAMETER, held, parameter.detach())
-    initialize(shards, model.initial, config.run.seed)  # type: ignore[arg-type]
     named = list(model.named_parameters())
-    roles = registry.roles()
-    decayed = [p for n, p in named if roles[n] in DECAYED]
-    others = [p for n, p in named if roles[n] not in DECAYED]
+    for name, parameter in named:
+        parameter.data.copy_(initial_value(config, name, tuple(parameter.shape)))
+    decayed = [p for n, p in named if config.optim.decay_all or is_matrix(n)]
+    others = [p for n, p in named if not (config.optim.decay_all or is_matrix(n))]
     groups = [
         {"params": decayed, "weight_decay": config.optim.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -107,6 +106,29 @@ def one_process(config: Config, steps: int, poison: int | None = None) -> Trace:
         optimizer.step()
     trace.parameters = {name: parameter.detach().clone() for name, parameter in named}
     return trace
+
+
+def is_matrix(name: str) -> bool:
+    """Whether weight decay applies by default: norms, biases and embeddings have none."""
+    return not name.endswith(("norm.weight", ".bias", "embedding.weight"))
+
+
+def initial_value(config: Config, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The value that the parameter `name` of the decoder or of `tests.toy` starts from."""
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    std = 0.05 if config.model.target.startswith("tests.toy:") else config.model.initializer_range
+    if name.endswith(("attention.o.weight", "mlp.down.weight")):
+        std /= math.sqrt(2 * config.model.num_hidden_layers)
+    rows = max(1, 2**18 // math.prod(shape[1:]))  # of a block: each has a generator of its own
+    blocks = []
+    for number, start in enumerate(range(0, shape[0], rows)):
+        key = hashlib.blake2b(f"{config.run.seed}/{name}/{number}".encode(), digest_size=16).digest()
+        size = (min(rows, shape[0] - start), *shape[1:])
+        blocks.append(normal(math.prod(size), int.from_bytes(key, "little")).view(size) * std)
+    return torch.cat(blocks)
 
 
 def assemble(ranks: list[list[Shard]], kind: str = PARAMETER) -> dict[str, Tensor]:

@@ -22,9 +22,9 @@ from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.update import ControlFlag
 from stoker.trainer.parallelize import cut
 from tests import world
-from tests.parallel import test_conformance as conformance
+from tests.parallel import conformance
+from tests.parallel.parity import STEPS, Case, Measured, expected, train
 from tests.parallel.reference import Trace, assemble, global_rows, normwise, one_process, small_config
-from tests.parallel.test_parity import STEPS, Case, Measured, expected, train
 
 ENGINE = "deepspeed"
 
@@ -45,7 +45,7 @@ def train_each(configs: list[Config]) -> list[Measured]:
 
 def assert_parity(ranks: int, cases: list[tuple[Layout, Case]], **changes: Any) -> None:
     configs = [config_of(layout, case, **changes) for layout, case in cases]
-    measured = world.run(train_each, ranks, configs, timeout=300.0)
+    measured = world.run(train_each, ranks, configs, timeout=300.0, fresh=True)
     for (layout, case), found in zip(cases, zip(*measured, strict=True), strict=True):
         where, wanted = f"{layout}, {case}, {changes}", expected(case.tied, case.optimizer)
         trace = found[0].trace
@@ -97,7 +97,7 @@ def test_ranks_with_shares_of_unequal_size_partition_alike_what_they_sum() -> No
     layouts = [Layout(1, 2, 2, zero=zero) for zero in (1, 2, 3)]
     configs = [of_uneven_shares(config_of(layout, ADAM_OF_TWO)) for layout in layouts]
     wanted = one_process(of_uneven_shares(Case(2, tied=True).config(Layout())), STEPS)
-    for measured in world.run(train_each, 4, configs, timeout=120.0):
+    for measured in world.run(train_each, 4, configs, timeout=120.0, fresh=True):
         for config, found in zip(configs, measured, strict=True):
             assert found.trace.losses == pytest.approx(wanted.losses, rel=1e-5), config.parallel
             assert found.trace.norms == pytest.approx(wanted.norms, rel=1e-5), config.parallel
@@ -132,7 +132,7 @@ def test_in_bf16_the_first_gradients_are_bitwise_those_of_the_other_engine() -> 
     configs += [config_of(layout, Case(2, tied=True), offload="cpu") for layout in STAGES[1:]]
     for config in configs:
         config.precision = "bf16"
-    ranks = world.run(both_engines, 2, configs, timeout=200.0)
+    ranks = world.run(both_engines, 2, configs, timeout=200.0, fresh=True)
     for number, config in enumerate(configs):
         ours, theirs = ([rank[number][engine] for rank in ranks] for engine in (0, 1))
         wanted, found = (assemble([rank.gradients for rank in ranks], GRADIENT) for ranks in (ours, theirs))
@@ -160,7 +160,7 @@ def copies(shards: list[Shard]) -> list[Shard]:
 
 
 def test_the_conformance_suite_holds_at_every_stage() -> None:
-    ranks = world.run(conforms, 2, timeout=200.0)
+    ranks = world.run(conforms, 2, timeout=200.0, fresh=True)
     alone = one_process(small_config(), 0).parameters
     for rank in ranks:
         assert rank["votes"] == [frozenset(), {ControlFlag.STOP}]
@@ -225,7 +225,7 @@ def train_variants() -> dict[str, tuple[Trace, list[Shard]]]:
 
 
 def test_users_optimizers_and_frozen_parameters_train_as_in_one_process() -> None:
-    ranks = world.run(train_variants, 2, timeout=200.0)
+    ranks = world.run(train_variants, 2, timeout=200.0, fresh=True)
     skipping = one_process(small_config(), STEPS, poison=3)
     frozen = one_process(variants()["frozen, ZeRO 1"], STEPS)
     start = one_process(variants()["frozen, ZeRO 1"], 0).parameters
@@ -281,7 +281,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any() -> N
     configs += [config_of(Layout(1, 2, zero=2), Case(2), offload="cpu")]
     for config in configs[:3]:
         config.precision = "bf16"
-    for rank in world.run(skipped_steps, 2, configs, timeout=200.0):
+    for rank in world.run(skipped_steps, 2, configs, timeout=200.0, fresh=True):
         for config, found in zip(configs, rank, strict=True):
             assert found == (True, True, True), config.parallel
 
@@ -314,7 +314,7 @@ def test_a_parameter_that_a_loss_does_not_reach_has_no_gradient_of_the_step_befo
         for offload in ("none", "cpu")
     ]
     configs.append(small_config(parallel=ParallelConfig(zero=1, engine=ENGINE), precision="bf16"))
-    for rank in world.run(after_a_step_without, 2, configs, timeout=120.0):
+    for rank in world.run(after_a_step_without, 2, configs, timeout=120.0, fresh=True):
         for config, (reached, left_out) in zip(configs, rank, strict=True):
             second = [
                 [shard.data for shard in shards if shard.name.startswith("layers.1")] for shards in (reached, left_out)
@@ -330,7 +330,7 @@ def test_compiled_blocks_compute_the_same() -> None:
     for config in configs:
         config.compile, config.model.num_hidden_layers = True, 2
     plain = one_process(configs[0], STEPS)
-    for measured in world.run(train_each, 2, configs, timeout=240.0):
+    for measured in world.run(train_each, 2, configs, timeout=240.0, fresh=True):
         for config, found in zip(configs, measured, strict=True):
             assert found.trace.losses == pytest.approx(plain.losses, rel=1e-4), config.parallel
             assert found.trace.norms == pytest.approx(plain.norms, rel=1e-3), config.parallel
@@ -348,7 +348,7 @@ def bytes_of_masters() -> dict[int, tuple[int, int]]:
 
 def test_optimizer_state_is_sharded_from_stage_one_on() -> None:
     whole = sum(value.numel() for value in one_process(small_config(), 0).parameters.values())
-    ranks = world.run(bytes_of_masters, 2)
+    ranks = world.run(bytes_of_masters, 2, fresh=True)
     for zero in (1, 2, 3):
         assert [sum(rank[zero][kind] for rank in ranks) for kind in (0, 1)] == [whole, whole]
         assert all(abs(rank[zero][1] - whole / 2) <= 40 for rank in ranks)
@@ -361,7 +361,7 @@ def test_activations_can_be_recomputed() -> None:
     configs = [config_of(Layout(1, 2, zero=zero), ADAM_OF_TWO) for zero, _ in modes]
     for config, (_, mode) in zip(configs, modes, strict=True):
         config.activation_checkpointing = mode
-    for measured in world.run(train_each, 2, configs, timeout=120.0):
+    for measured in world.run(train_each, 2, configs, timeout=120.0, fresh=True):
         for found in measured:
             assert found.trace.losses == pytest.approx(wanted.losses, rel=1e-5)
             assert found.trace.norms == pytest.approx(wanted.norms, rel=1e-5)
@@ -375,6 +375,6 @@ def test_stages_on_gpus_compute_what_one_process_on_a_cpu_computes(layout: Layou
         pytest.skip(f"needs {layout.world} GPUs, there are {torch.cuda.device_count()}")
     wanted = expected(True, "adamw")
     config = config_of(layout, ADAM, offload=offload)
-    for measured in world.run(train_each, layout.world, [config], timeout=300.0, device="cuda"):
+    for measured in world.run(train_each, layout.world, [config], timeout=300.0, device="cuda", fresh=True):
         assert measured[0].trace.losses == pytest.approx(wanted.losses, rel=1e-5)
         assert measured[0].trace.norms == pytest.approx(wanted.norms, rel=1e-5)

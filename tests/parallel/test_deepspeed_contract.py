@@ -59,7 +59,7 @@ def seen_in_all(configs: list[Config]) -> list[dict[str, list[str]]]:
 def test_every_attribute_that_is_touched_is_there() -> None:
     configs = [small_config(parallel=ParallelConfig(zero=zero, engine="deepspeed")) for zero in (1, 2, 3)]
     configs.append(small_config(parallel=ParallelConfig(zero=1, engine="deepspeed"), precision="bf16"))
-    found = world.run(seen_in_all, 1, configs)[0]
+    found = world.run(seen_in_all, 1, configs, fresh=True)[0]
     assert {kind for one in found for kind in one} == set(partitions.TOUCHED)
     for one in found:
         for kind, missing in one.items():
@@ -126,7 +126,7 @@ def test_deepspeed_asks_the_unit_for_nothing_that_it_has_not() -> None:
         "get_sequence_data_parallel_world_size",
         "get_sequence_data_parallel_rank",
     }
-    asked = set(world.run(asked_of_the_unit, 1)[0])
+    asked = set(world.run(asked_of_the_unit, 1, fresh=True)[0])
     assert asked - optional <= offered, "DeepSpeed asks for more than ModelParallelUnit offers"
     assert "initialize_sequence_parallel" not in dir(MeshUnit)
 

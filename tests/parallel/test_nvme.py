@@ -54,9 +54,6 @@ def config_of(path: Path | str, layout: Layout, offload: str = "nvme", **changes
     return config
 
 
-STAGES = [Layout(2), *(Layout(1, 2, zero=zero) for zero in (1, 2, 3))]
-if MISSING:
-    STAGES = STAGES[:3]
 needs_async_io = pytest.mark.skipif(MISSING is not None, reason=f"no async IO of DeepSpeed: {MISSING}")
 
 
@@ -110,11 +107,18 @@ def mapped_bytes(folder: Path) -> int:
     return sum(int(span[2], 16) - int(span[1], 16) for span in spans if span)
 
 
-def test_every_stage_computes_the_same_as_in_memory_to_the_last_bit(tmp_path: Path) -> None:
-    configs = [config_of(tmp_path, layout, offload) for layout in STAGES for offload in ("cpu", "nvme")]
-    ranks = world.run(look, 2, configs, timeout=200.0)
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        pytest.param([Layout(2), Layout(1, 2, zero=1), Layout(1, 2, zero=2)], id="ZeRO 0 to 2"),
+        pytest.param([Layout(1, 2, zero=3)], id="ZeRO 3", marks=needs_async_io),
+    ],
+)
+def test_every_stage_computes_the_same_as_in_memory_to_the_last_bit(tmp_path: Path, layouts: list[Layout]) -> None:
+    configs = [config_of(tmp_path, layout, offload) for layout in layouts for offload in ("cpu", "nvme")]
+    ranks = world.run(look, 2, configs, timeout=200.0, fresh=True)
     wanted = one_process(configs[0], STEPS)
-    for number, layout in enumerate(STAGES):
+    for number, layout in enumerate(layouts):
         found = [rank[2 * number + 1] for rank in ranks]
         for cpu, nvme in zip([rank[2 * number] for rank in ranks], found, strict=True):
             assert_bitwise(nvme, cpu)
@@ -145,7 +149,7 @@ def test_frozen_parameters_small_groups_and_bf16_train_as_in_memory(tmp_path: Pa
     configs = [*swapped, *copy.deepcopy(swapped)]
     for config in configs[3:]:
         config.parallel.offload = "cpu"
-    for rank in world.run(look, 2, configs, 2, timeout=120.0):
+    for rank in world.run(look, 2, configs, 2, timeout=120.0, fresh=True):
         for nvme, cpu in zip(rank[:3], rank[3:], strict=True):
             assert_bitwise(nvme, cpu)
             assert nvme.swapped and not cpu.swapped
@@ -161,7 +165,7 @@ def test_a_run_goes_to_nvme_and_away_and_back(tmp_path: Path) -> None:
     wanted = one_process(ours, len(starts) * HALF)
     shards: list[list[Shard]] = []
     for number, config in enumerate(starts):
-        found = world.run(half, 2, config, checkpoints, timeout=60.0)
+        found = world.run(half, 2, config, checkpoints, timeout=60.0, fresh=True)
         losses, norms = zip(*found[0][0], strict=True)
         done = number * HALF
         assert losses == pytest.approx(wanted.losses[done : done + HALF], rel=1e-5), number
@@ -191,10 +195,10 @@ def test_a_run_fits_where_offload_to_the_cpu_finds_too_little_memory(tmp_path: P
     parameters = 4 * 2 * 1024 * 2048  # in the matrices of four layers
     # Bytes. On NVMe it takes less than 18 and 12 for a parameter, in the CPU's memory more than 34 and 24.
     limit = (24 if zero == 2 else 18) * parameters
-    world.run(under_a_limit, 1, config, limit)
+    world.run(under_a_limit, 1, config, limit, fresh=True)
     config.parallel.offload = "cpu"
     with pytest.raises(AssertionError, match="allocate memory"):
-        world.run(under_a_limit, 1, config, limit)
+        world.run(under_a_limit, 1, config, limit, fresh=True)
 
 
 def test_what_is_large_is_mapped_and_computes_like_any_tensor(tmp_path: Path) -> None:

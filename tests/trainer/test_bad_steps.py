@@ -77,6 +77,31 @@ def test_stop_ends_the_run_at_the_first_bad_step(tmp_path: Path) -> None:
     assert [verdict.outcome for verdict in found] == [None, None, None, Outcome.NONFINITE]
 
 
+@pytest.mark.parametrize(
+    ("bad", "ends_at"),
+    [({3, 4}, None), ({3, 4, 6, 7}, None), ({3, 4, 5}, 6), ({1, 2, 3}, 4), ({2, 4, 5, 6, 7}, 7)],
+    ids=str,
+)
+def test_a_run_ends_with_as_many_bad_steps_in_a_row_as_the_limit_and_not_before(
+    tmp_path: Path, bad: set[int], ends_at: int | None
+) -> None:
+    """Known one step late."""
+    _, found = verdicts(tmp_path, "skip", bad, 8, limit=3)
+    ended = [step for step, verdict in enumerate(found, 1) if verdict.outcome is Outcome.NONFINITE]
+    assert (ended[0] if ended else None) == ends_at
+
+
+def test_overflows_of_fp16_do_not_count_as_bad_steps(tmp_path: Path) -> None:
+    config = Config()
+    config.nonfinite.limit = 2
+    progress = Progress()
+    step_log = StepLog(config, progress, None, Phases(tmp_path / "rank-0.stamp"))
+    for step in range(1, 6):
+        step_log.enter(step, 1e-3, Result(StepMetrics(2.0, math.inf, 10, True, frozenset(), overflowed=True)), None, {})
+        assert step_log.settle(everything=True).outcome is None
+    assert progress.skipped_in_a_row == 0 and progress.updates == 0
+
+
 def test_only_sound_steps_say_what_is_usual(tmp_path: Path) -> None:
     progress, _ = verdicts(tmp_path, "skip", {3}, 6, spike=6.0)
     assert [entry[0] for entry in progress.seen] == [1, 2, 4, 5]

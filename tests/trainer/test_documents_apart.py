@@ -59,7 +59,7 @@ def test_the_tokens_a_run_reports_are_the_labels_it_learned(tmp_path: Path) -> N
         "steps=6",
         f"data.cache={data.cache}", "data.validation=0.1", "skip_steps=[[2,3],[5,5]]", "checkpoint.every=0",
     )  # fmt: skip
-    assert world.run(trained, 1, words) == [("completed", 6)]
+    assert world.run(trained, 1, words, fresh=True) == [("completed", 6)]
     plan = open_rows(dataclasses.replace(compose(words)), "train")
     assert plan.document_mask
     steps = read(tmp_path / "run" / "metrics.jsonl")
@@ -87,8 +87,8 @@ def test_a_run_that_passes_over_steps_and_resumes_reads_what_one_that_never_stop
     whole = overrides(tmp_path / "whole", tmp_path, "data.path=null", *common, "steps=9")
     first = overrides(tmp_path / "parts", tmp_path, "data.path=null", *common, "steps=5")
     second = overrides(tmp_path / "parts", tmp_path, "data.path=null", *common, "steps=9")
-    assert world.run(trained, 1, whole) == [("completed", 9)]
-    assert world.run(trained, 1, first) == [("completed", 5)]
-    assert world.run(trained, 1, second) == [("completed", 9)]
+    assert world.run(trained, 1, whole, fresh=True) == [("completed", 9)]
+    assert world.run(trained, 1, first, fresh=True) == [("completed", 5)]
+    assert world.run(trained, 1, second, fresh=True) == [("completed", 9)]
     one, two = steps_of(tmp_path / "whole"), steps_of(tmp_path / "parts")
     assert [step[0] for step in one] == [1, 2, 5, 6, 8, 9] and one == two

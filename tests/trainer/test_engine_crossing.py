@@ -16,8 +16,8 @@ from stoker.conf.schema import Config
 from stoker.parallel.layout import Layout
 from stoker.parallel.shards import Shard
 from tests import world
+from tests.parallel.parity import Case
 from tests.parallel.reference import Trace, assemble, normwise, one_process
-from tests.parallel.test_parity import Case
 from tests.trainer.test_resume import HALF, half
 
 
@@ -74,7 +74,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for size in sorted(set(RANKS.values())):
         names = [name for name in PARTIES if RANKS[name] == size]
         work = [(PARTIES[name], folder / name) for name in names]
-        for name, *found in zip(names, *world.run(halves, size, work, timeout=200.0), strict=True):
+        for name, *found in zip(names, *world.run(halves, size, work, timeout=200.0, fresh=True), strict=True):
             assert_continues(name, found, expected(2 * HALF), 0)
     return folder
 
@@ -90,7 +90,7 @@ def test_every_party_goes_on_from_every_other(saved: Path, tmp_path: Path, size:
         (directory / checkpoint).symlink_to(saved / giver / checkpoint)
         work.append((PARTIES[heir], directory))
     trace = expected(2 * HALF)
-    for (giver, heir), *found in zip(pairs, *world.run(halves, size, work, timeout=300.0), strict=True):
+    for (giver, heir), *found in zip(pairs, *world.run(halves, size, work, timeout=300.0, fresh=True), strict=True):
         assert_continues(f"{giver} -> {heir}", found, trace, HALF)
         parameters = assemble([shards for _, shards in found])
         for name, value in trace.parameters.items():
@@ -108,7 +108,7 @@ def test_a_run_goes_on_over_any_number_of_ranks(tmp_path: Path) -> None:
     ]
     trace = expected(len(starts) * HALF, rows)
     for number, (config, ranks) in enumerate(zip(starts, (4, 2, 3, 1), strict=True)):
-        found = world.run(half, ranks, config, tmp_path, timeout=120.0)
+        found = world.run(half, ranks, config, tmp_path, timeout=120.0, fresh=True)
         assert_continues(f"start {number + 1}", found, trace, number * HALF)
     parameters = assemble([shards for _, shards in found])
     for name, value in trace.parameters.items():

@@ -259,7 +259,7 @@ def test_a_run_begins_with_the_weights_of_another_run_and_then_needs_it_no_more(
     text = write_text(tmp_path / "text")
     first, second = tmp_path / "first", tmp_path / "second"
     words = overrides(first, text, "steps=2", "batch.micro_size=8", f"data.cache={tmp_path / 'cache'}")
-    assert world.run(trained, 1, words) == [("completed", 2)]
+    assert world.run(trained, 1, words, fresh=True) == [("completed", 2)]
     again = [
         *(
             f"run.dir={second}",
@@ -274,11 +274,11 @@ def test_a_run_begins_with_the_weights_of_another_run_and_then_needs_it_no_more(
     ]
     assert main(["config", *again]) == 0
     assert "hidden_size: 32" in capsys.readouterr().out
-    assert world.run(trained, 1, [*again, "steps=1"]) == [("completed", 1)]
+    assert world.run(trained, 1, [*again, "steps=1"], fresh=True) == [("completed", 1)]
     from stoker.checkpoint import read_tensors
 
     ours = dict(read_tensors(second / "checkpoints" / "step-00000001"))
     for name, value in read_tensors(first / "checkpoints" / "step-00000002"):
         assert torch.equal(ours[name], value), name
     shutil.rmtree(first)
-    assert world.run(trained, 1, [f"run.dir={second}", "steps=2", "run.change=true"]) == [("completed", 2)]
+    assert world.run(trained, 1, [f"run.dir={second}", "steps=2", "run.change=true"], fresh=True) == [("completed", 2)]

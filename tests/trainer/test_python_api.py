@@ -24,7 +24,7 @@ def test_a_run_from_python_is_the_same_run(tmp_path: Path) -> None:
     words = overrides(
         tmp_path / "run", tmp_path / "text", "steps=3", "batch.micro_size=8", f"data.cache={tmp_path / 'cache'}"
     )
-    assert world.run(trained, 1, words) == [("completed", 3)]
+    assert world.run(trained, 1, words, fresh=True) == [("completed", 3)]
     assert [step[0] for step in steps_of(tmp_path / "run")] == [1, 2, 3]
 
 
@@ -36,7 +36,7 @@ def test_best_fit_rows_are_attended_within_documents_unless_told_otherwise(tmp_p
             tmp_path / name, tmp_path / "text", "steps=1", "batch.micro_size=8", f"data.cache={tmp_path / 'cache'}",
             "data.packing=best_fit", "seq_len=256", *more,
         )  # fmt: skip
-        assert world.run(trained, 1, words) == [("completed", 1)]
+        assert world.run(trained, 1, words, fresh=True) == [("completed", 1)]
         losses.append(steps_of(tmp_path / name)[0][2])
     assert losses[0] == losses[1]
 

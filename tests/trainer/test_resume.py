@@ -16,8 +16,8 @@ from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.shards import Shard
 from stoker.trainer.parallelize import cut
 from tests import world
+from tests.parallel.parity import Case
 from tests.parallel.reference import Trace, assemble, global_rows, normwise, one_process
-from tests.parallel.test_parity import Case
 
 HALF = 5
 LAYOUTS: list[tuple[Layout, str]] = [  # with the schedule of the pipeline

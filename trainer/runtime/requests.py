@@ -22,6 +22,7 @@ from stoker.trainer.runtime.signal_listener import SignalListener
 
 DEADLINE_VARIABLE = "STOKER_DEADLINE"  # seconds since the epoch; whoever starts ranks knows when they will be ended
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LEAVE_SECONDS = 1.0  # that an end takes where there is nothing to save: looks are _LOOK_SECONDS apart
 _LOOK_SECONDS = 0.2  # between looks at files and the clock before the first step
 
 
@@ -44,7 +45,7 @@ class Requests:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self.grace: Callable[[], float] = lambda: 0.0  # seconds that a save and the steps before it take
+        self.grace: Callable[[], float] = lambda: LEAVE_SECONDS  # that a save and the steps before it take
         self._run: RunDirectory | None = None
         self._next_attempt = 0
         self._deadline: float | None = None

@@ -17,7 +17,7 @@ from stoker.conf.schema import ProfileConfig
 from stoker.trainer.report.metrics import read
 from stoker.trainer.report.profile import Profiler
 from tests import world
-from tests.launch.runs import command, finish, overrides, write_text
+from tests.launch.runs import overrides, train_forked, write_text
 
 CPU = torch.device("cpu")
 PHASES = [f"phase_{name}_seconds" for name in ("data", "forward", "backward", "update", "communication_exposed")]
@@ -192,7 +192,7 @@ def test_a_run_of_two_ranks_writes_a_trace_of_each_and_its_phases_into_the_metri
     run = RunDirectory(tmp_path / "run")
     asked = ["steps=5", "profile.steps=[4,9]", "profile.phases_every=2"]
     words = overrides(run.path, write_text(tmp_path / "text"), *asked)
-    status, output = finish(tmp_path, command("train", *words))
+    status, output = train_forked(tmp_path, words)
     assert status == 0, output
     assert f"traced: {run.path}/profiles/attempt-1" in output
     assert run.trace(1, 0) == run.path / "profiles" / "attempt-1" / "rank-0.trace.json.gz"

@@ -31,7 +31,7 @@ def examined(folder: Path, *kinds: str) -> tuple[RunDirectory, str, str]:
     ended."""
     run = RunDirectory(folder)
     run.attempt(1).mkdir(parents=True)
-    home = Path(__file__).parents[2]
+    home = Path(__file__).parents[3]
     program = [sys.executable, "-P", "-m", "tests.trainer.runtime.stuck", str(folder), *kinds]
     environment = {**os.environ, "PYTHONPATH": str(home)}
     said: list[str] = []

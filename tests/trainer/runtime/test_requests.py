@@ -16,7 +16,7 @@ from stoker.conf.schema import Config
 from stoker.parallel.update import ControlFlag
 from stoker.trainer.report.observer import StepRecord
 from stoker.trainer.runtime.outcome import Outcome
-from stoker.trainer.runtime.requests import DEADLINE_VARIABLE, Requests, deadline_of, ending_of
+from stoker.trainer.runtime.requests import DEADLINE_VARIABLE, LEAVE_SECONDS, Requests, deadline_of, ending_of
 from stoker.trainer.runtime.shutdown_estimate import GRACE_VARIABLE, ShutdownEstimate
 from stoker.trainer.runtime.signal_listener import SignalListener
 from tests.trainer.runtime.deaf import deaf_for
@@ -101,9 +101,11 @@ def test_a_stop_file_and_a_deadline_are_heeded_during_start_up(
     run: RunDirectory, listening: tuple[Requests, Left, threading.Event]
 ) -> None:
     requests, left, gone = listening
-    requests.watch(run, 1, forget=True, deadline=time.time() + 0.5)
-    assert not gone.wait(0.3)
-    assert gone.wait(2.0) and left[0][0] is Outcome.PREEMPTED and "deadline" in left[0][1]
+    deadline = time.time() + LEAVE_SECONDS + 2.0
+    requests.watch(run, 1, forget=True, deadline=deadline)
+    assert not gone.wait(0.5), "there is time left"
+    assert gone.wait(20.0) and time.time() < deadline, "too late"
+    assert left[0][0] is Outcome.PREEMPTED and "deadline" in left[0][1]
 
 
 def test_the_end_begins_early_enough_before_the_deadline(run: RunDirectory) -> None:

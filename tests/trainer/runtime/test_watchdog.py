@@ -58,6 +58,7 @@ def watched(hang_seconds: float | None, *seen: tuple[float, dict[int, Stamp]]) -
 def test_a_rank_that_does_not_move_in_a_steady_phase_hangs_after_the_given_seconds() -> None:
     watch = watched(5.0, (0.0, {0: stamp(1, "data")}), (1.0, {0: stamp(2, "data")}))
     assert not watch.hangs(5.9)
+    assert not watch.hangs(6.0), "as long as it may stay there, to the moment"
     assert watch.hangs(6.1)
     watch.see({0: stamp(2, "update")}, 6.0)
     assert not watch.hangs(6.1), "it moved"
@@ -94,7 +95,8 @@ def test_the_first_step_that_is_looked_at_need_not_be_the_first_that_was_taken()
 def test_without_a_limit_it_follows_the_median_step() -> None:
     steps = [(10.0 * number, {0: stamp(number, "data")}) for number in range(1, 8)]
     watch = watched(None, *steps)
-    assert watch.limit(stamp(7, "data")) == STEPS * 10.0
+    assert watch.limit(stamp(7, "data")) == STEPS * 10.0 == 300.0
+    assert not watch.hangs(70.0 + 300.0) and watch.hangs(70.0 + 300.1)
     assert watched(None, *((0.1 * n, {0: stamp(n, "data")}) for n in range(1, 8))).limit(
         stamp(7, "data")
     ) == pytest.approx(LEAST_SECONDS)

@@ -1,0 +1,80 @@
+"""The validation loss of whole runs, on every layout, and the checkpoint that is kept for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stoker.checkpoint import newest, read_tensors
+from stoker.conf.rundir import RunDirectory, read_config
+from stoker.conf.schema import Config
+from stoker.conf.targets import import_target
+from stoker.data import open_rows, read_rows
+from stoker.parallel.model import whole_model
+from stoker.trainer.assemble import with_vocabulary
+from stoker.trainer.report.metrics import read
+from tests.launch.runs import overrides, train_here, write_text
+
+ROWS = 5  # over two data-parallel ranks one has a row less
+WORDS = [
+    f"eval.sequences={ROWS}", "eval.every=2", "steps=10", "checkpoint.every=2", "checkpoint.keep=1",
+    "checkpoint.keep_best=1",
+    "model.num_key_value_heads=2", "schedule=constant", "schedule.warmup_steps=10", "optim=sgd", "optim.momentum=0",
+    "optim.lr=2", "optim.weight_decay=0.5",  # of the last steps' learning rate it takes away what was learned
+]  # fmt: skip
+LAYOUTS = {
+    "one process": ["launch.nproc=1", "parallel.zero=0"],
+    "zero 3": ["parallel.zero=3"],
+    "tp 2": ["parallel.zero=0", "parallel.tp=2"],
+    "pp 2": ["parallel.zero=0", "parallel.pp=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory]:
+    home = tmp_path_factory.mktemp("validation")
+    write_text(home / "text")
+    for name, layout in LAYOUTS.items():
+        train_here(home, overrides(home / name, home / "text", *WORDS, *layout))
+    return {name: RunDirectory(home / name) for name in LAYOUTS}
+
+
+def validation_losses(run: RunDirectory) -> dict[int, float]:
+    return {step["step"]: step["val_loss"] for step in read(run.metrics) if step.get("val_loss") is not None}
+
+
+def loss_of(checkpoint: Path, config: Config) -> float:
+    """Of the validation rows, computed in one process with the weights of a checkpoint."""
+    model = import_target(config.model.target)(config.model, whole_model(config.model.num_hidden_layers))
+    tensors = dict(read_tensors(checkpoint))
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(tensors[name])
+    rows = read_rows(open_rows(config, "validation"), range(ROWS))
+    with torch.no_grad():
+        total = model(rows.tokens, rows.positions, rows.documents if config.data.document_mask else None, rows.labels)
+    return total.item() / int(rows.valid_tokens())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_finds_the_validation_loss_of_one_process(runs: dict[str, RunDirectory], name: str) -> None:
+    found, expected = validation_losses(runs[name]), validation_losses(runs["one process"])
+    assert list(found) == [2, 4, 6, 8, 10]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_best_checkpoint_is_kept_and_its_weights_have_the_loss_that_was_written(
+    runs: dict[str, RunDirectory], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs[name]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(run.path.parent / "cache"))
+    losses = validation_losses(run)
+    best = min(losses, key=lambda step: losses[step])
+    assert best not in (2, 10), "the best must be neither the first nor the newest, or anything would keep it"
+    kept = {int(path.name.removeprefix("step-")): path for path in newest(run.checkpoints)}
+    assert sorted(kept) == [best, 10]
+    config = with_vocabulary(read_config(run))
+    for step, path in kept.items():
+        assert loss_of(path, config) == pytest.approx(losses[step], rel=1e-5)
