@@ -5,7 +5,7 @@ The way of one override, `parallel.tp=2`:
     overrides.py   is the key known, does the value fit its type? Quote what Hydra's grammar would misread.
     compose.py     Hydra merges the groups (model=tiny, optim=sgd, ...) and the overrides into a typed `Config`
     resume.py      a run that exists keeps its stored config; which keys may differ from it, and which may not
-    limits.py      what each single value may be; combinations of values are judged in `stoker.parallel.refusals`
+    limits.py      what each single value may be; combinations of values are judged in `stoker.trainer.validate`
     durable.py     files that survive a power failure; parent_death.py: processes that outlive no other
     rundir.py      `run.name` and `run.dir` are fixed once, and the composed config is written down as YAML
 

@@ -63,7 +63,7 @@ ZERO_BUBBLE = (
     "zbv",
     "dualpipe",
     "dualpipev",
-)  # schedules that `stoker.parallel.refusals` answers
+)  # schedules that `stoker.trainer.validate` answers
 
 
 LIMITS = (

@@ -206,6 +206,17 @@ def _absolute_template(args: dict[str, Any]) -> dict[str, Any]:
     return args | {"template": _absolute(given)}
 
 
+def run_directory(config: Config) -> RunDirectory:
+    """The run directory of a resolved config."""
+    assert config.run.dir is not None
+    return RunDirectory(Path(config.run.dir))
+
+
+def first_tier(config: Config) -> Path | None:
+    """Where a resolved config keeps checkpoints, if not in the run directory."""
+    return Path(config.checkpoint.dir) if config.checkpoint.dir is not None else None
+
+
 def next_attempt(run: RunDirectory) -> int:
     """Creates the directory of a new attempt and returns its number. Two callers never get the same one."""
     run.attempts.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@
 `replay`    one step of a run once more
 `show`      tables of checkpoints
 
-`stoker train` settles the whole config first (`stoker.trainer.start`), so that everything that can be known to be wrong
-is said before a process is spawned. The ranks it starts are `python -P -m stoker.trainer`, the same program that
+`stoker train` settles the whole config first (`stoker.trainer.settle`), so that everything that can be known to be
+wrong is said before a process is spawned. The ranks it starts are `python -P -m stoker.trainer`, the same program that
 torchrun starts; ours get the settled config through the environment instead of composing it again.
 """

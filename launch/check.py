@@ -34,7 +34,7 @@ from stoker.launch.train import gpus, ranks_for, say
 from stoker.parallel.layout import layout_of
 from stoker.parallel.shards import GRADIENT, PARAMETER
 from stoker.trainer.checking import GRADIENTS
-from stoker.trainer.start import settle_config
+from stoker.trainer.settle import settle_config
 
 ONE_PROCESS = [
     "launch.nproc=1",

@@ -160,7 +160,7 @@ def _config(options: argparse.Namespace) -> int:
     from stoker.conf.compose import compose
     from stoker.conf.rundir import to_yaml
     from stoker.launch.train import gpus, ranks_for
-    from stoker.parallel.refusals import refuse
+    from stoker.trainer.validate import validate
 
     config = compose(options.overrides)
     if config.model.init_from is not None:
@@ -169,13 +169,13 @@ def _config(options: argparse.Namespace) -> int:
         config = adopt_shape(config, options.overrides)
     world = ranks_for(config)
     if not options.layout:
-        refuse(config, world, gpus(config))
+        validate(config, world, gpus(config))
         print(to_yaml(config), end="")
         return 0
     from stoker.launch.layout import lines_of
     from stoker.parallel.layout import batch_plan, layout_of
 
-    refuse(config, world, gpus=world)  # asked of ranks anywhere, not of the GPUs of this machine
+    validate(config, world, gpus=world)  # asked of ranks anywhere, not of the GPUs of this machine
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us in silence
     layout = layout_of(config, world)
     for line in lines_of(layout, batch_plan(config, layout), shutil.get_terminal_size((120, 24)).columns):

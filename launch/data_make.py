@@ -23,7 +23,7 @@ from stoker.data.sources import specs_of
 from stoker.data.token_files import TokenFiles
 from stoker.data.tokenizer import JsonTokenizer
 from stoker.launch.train import say
-from stoker.parallel.refusals import refuse
+from stoker.trainer.validate import validate
 
 
 def prepare(options: argparse.Namespace) -> int:
@@ -101,7 +101,7 @@ def tokenizer(options: argparse.Namespace) -> int:
 def composed(overrides: Sequence[str]) -> Config:
     """The config of `overrides`, as far as data are concerned: on one rank, whatever it says of ranks."""
     config = resolve(compose(overrides), datetime.now())
-    refuse(dataclasses.replace(config, parallel=Config().parallel), 1, 0)
+    validate(dataclasses.replace(config, parallel=Config().parallel), 1, 0)
     return config
 
 

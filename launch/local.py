@@ -27,13 +27,12 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 
 from stoker.checkpoint import newest_step
 from stoker.conf.durable import with_room, write_whole
-from stoker.conf.rundir import RunDirectory
+from stoker.conf.rundir import RunDirectory, run_directory
 from stoker.conf.schema import Config, to_dict
 from stoker.parallel.layout import threads_per_rank
 from stoker.trainer.main import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import GOES_ON, Ending, Outcome, read_ending, write_ending
 from stoker.trainer.runtime.watchdog import Watchdog
-from stoker.trainer.start import run_directory
 
 MONITOR_SECONDS = 0.05
 GRACE_SECONDS = 600.0  # for a final save after a signal

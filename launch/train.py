@@ -26,8 +26,9 @@ def gpus(config: Config) -> int:
 def train(overrides: Sequence[str]) -> int:
     """Train, or resume, on this machine; the exit status. Raises ConfigError before a rank is spawned."""
     gc.disable()  # see trainer/__main__.py
+    from stoker.conf.rundir import run_directory
     from stoker.data import prepare
-    from stoker.trainer.start import run_directory, settle_config
+    from stoker.trainer.settle import settle_config
 
     gc.freeze()
     gc.enable()

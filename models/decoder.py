@@ -20,7 +20,7 @@ from stoker.parallel.tensor.layers import ColumnLinear, CopyToTensorParallel, Ro
 def build(config: ModelConfig, part: Part) -> nn.Module:
     """The `part` of the decoder that `config` describes, uninitialised, on torch's default device.
 
-    Which shapes can be built is judged in `stoker.conf.limits` and `stoker.parallel.refusals`. The vocabulary is known.
+    Which shapes can be built is judged in `stoker.conf.limits` and `stoker.trainer.validate`. The vocabulary is known.
     """
     return Decoder(config, part)
 

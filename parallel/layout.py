@@ -89,7 +89,7 @@ class Layout:
 def layout_of(config: Config, world: int) -> Layout:
     """The layout that `config` asks for on `world` ranks.
 
-    Raises ValueError when the axes do not multiply to `world`; `stoker.parallel.refusals` says so in more detail.
+    Raises ValueError when the axes do not multiply to `world`; `stoker.trainer.validate` says so in more detail.
     """
     wanted = config.parallel
     dp, rest = divmod(world, wanted.tp * wanted.pp)
@@ -133,7 +133,7 @@ def fit(config: Config, world: int) -> Config:
     """`config` for another number of ranks than it was made for: tp and pp stay, the data-parallel degree follows.
 
     Where replicas or micro-batches no longer divide, the largest smaller number that does takes their place. What does
-    not fit all the same (tp x pp, batch.size) is left for `stoker.parallel.refusals`. None of this changes the maths.
+    not fit all the same (tp x pp, batch.size) is left for `stoker.trainer.validate`. None of this changes the maths.
     """
     dp, rest = divmod(world, config.parallel.tp * config.parallel.pp)
     if rest or not dp or config.batch.size % dp:

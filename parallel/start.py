@@ -1,7 +1,8 @@
-"""What is about to start: a config and the machine's ranks and GPUs, with what follows from the three."""
+"""What is about to start: a config and the machine's ranks and GPUs, and what a room refuses of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from stoker.conf.schema import Config, ModelConfig
@@ -55,3 +56,26 @@ class Start:
             return batch_plan(self.config, Layout(dp_replicate=self.dp))
         except ValueError:
             return None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An entry of a room's table. `check` returns a message for the user, or None where there is nothing to refuse."""
+
+    name: str
+    what: str
+    why: str
+    check: Callable[[Start], str | None]
+
+
+class Refusals(list[Refusal]):
+    """The combinations of values that a room refuses: `stoker.trainer.validate` collects those of all rooms."""
+
+    def entry(self, name: str, what: str, why: str) -> Callable[[Callable[[Start], str | None]], Callable]:
+        """Adds the function below it."""
+
+        def add(check: Callable[[Start], str | None]) -> Callable[[Start], str | None]:
+            self.append(Refusal(name, what, why, check))
+            return check
+
+        return add

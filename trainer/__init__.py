@@ -1,7 +1,7 @@
 """The loop, what one optimizer step is made of, and the one function that cuts a model.
 
 `main`         the rank program (`python -m stoker.trainer`), from config to `Trainer.fit()`
-`start`        from overrides to the config of this start; `assemble`: from that config to a `Trainer`
+`settle`       from overrides to a config (`stored_run`, `validate`); `assemble`: from that to a `Trainer`
 `parallelize`  from a model on the meta device to an engine, in one order
 `loop`         the loop; `step_log`: results of steps, read one step late; `schedule`; `evaluation`
 `spikes`       which losses are taken for spikes; `replay`: a step again; `checking`: for `stoker check`

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from stoker.checkpoint import Owner, fence, newest_step
 from stoker.conf.durable import ROOM_SECONDS
 from stoker.conf.identity import read_identity
-from stoker.conf.rundir import RunDirectory, next_attempt, write_config
+from stoker.conf.rundir import RunDirectory, next_attempt, run_directory, write_config
 from stoker.conf.schema import Config, from_dict
 from stoker.conf.values import ConfigError
 from stoker.data import keep_tokenizer
@@ -53,7 +53,7 @@ from stoker.trainer.runtime.process import (
 from stoker.trainer.runtime.requests import Requests, deadline_of
 from stoker.trainer.runtime.signal_listener import SignalListener
 from stoker.trainer.runtime.stack_dump import StackDump
-from stoker.trainer.start import run_directory, settle_config
+from stoker.trainer.settle import settle_config
 from stoker.trainer.trust import remember
 
 log = logging.getLogger(__name__)

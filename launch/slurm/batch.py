@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stoker.checkpoint import newest_step
 from stoker.conf.durable import open_own
-from stoker.conf.rundir import RunDirectory
+from stoker.conf.rundir import RunDirectory, run_directory
 from stoker.conf.schema import Config, to_dict
 from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
@@ -27,7 +27,7 @@ from stoker.trainer.runtime.outcome import Ending, Outcome, read_beginning, read
 from stoker.trainer.runtime.process import RESTARTS_VARIABLE
 from stoker.trainer.runtime.requests import DEADLINE_VARIABLE
 from stoker.trainer.runtime.shutdown_estimate import GRACE_VARIABLE
-from stoker.trainer.start import run_directory, settle_config
+from stoker.trainer.settle import settle_config
 from stoker.trainer.trust import TRAINING
 
 MEETING_VARIABLE = "STOKER_MEETING"  # host:port of the store at which the nodes meet

@@ -10,14 +10,14 @@ from pathlib import Path
 from stoker.conf.durable import write_whole
 from stoker.conf.identity import identify
 from stoker.conf.overrides import parse
-from stoker.conf.rundir import RunDirectory
+from stoker.conf.rundir import RunDirectory, run_directory
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
 from stoker.launch.slurm.batch import LINK_VARIABLE, RANKS_DEFAULT, SUBMITTED, write_note
 from stoker.launch.train import say
 from stoker.trainer.history import begin_anew
-from stoker.trainer.start import run_directory, settle_config
+from stoker.trainer.settle import settle_config
 from stoker.trainer.trust import SLURM, TRAINING, remember, remember_script
 
 TEMPLATE = Path(__file__).with_name("train.sbatch")

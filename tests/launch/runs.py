@@ -98,7 +98,7 @@ def _train(environment: dict[str, str], home: Path, words: list[str], output: st
     from stoker.conf.schema import to_dict  # not above: whoever starts processes only needs none of it
     from stoker.conf.values import ConfigError
     from stoker.trainer.main import CONFIG_VARIABLE, main
-    from stoker.trainer.start import settle_config
+    from stoker.trainer.settle import settle_config
 
     os.environ |= environment
     os.chdir(home)

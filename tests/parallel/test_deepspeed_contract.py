@@ -26,8 +26,8 @@ from stoker.parallel.deepspeed_engine.swapping import LEAST_BYTES
 from stoker.parallel.deepspeed_engine.unit import MeshUnit, ModelParallelUnit
 from stoker.parallel.layout import BatchPlan, Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
-from stoker.parallel.refusals import refuse
 from stoker.trainer.parallelize import cut
+from stoker.trainer.validate import validate
 from tests import world
 from tests.parallel.reference import global_rows, small_config
 
@@ -202,6 +202,6 @@ def test_what_stoker_owns_is_refused_by_name_with_where_to_set_it(wanted: dict[s
     config = Config(parallel=ParallelConfig(engine="deepspeed", deepspeed=wanted))
     if said:
         with pytest.raises(ConfigError, match=re.escape(said)):
-            refuse(config, 2, 0)
+            validate(config, 2, 0)
     else:
-        refuse(config, 2, 0)
+        validate(config, 2, 0)

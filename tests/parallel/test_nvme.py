@@ -25,10 +25,10 @@ from stoker.parallel.deepspeed_engine.swapping import SwapFolder, require_lockab
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.mmap_offload import LARGE_BYTES, MappedMemory
-from stoker.parallel.refusals import refuse
 from stoker.parallel.shards import PARAMETER, Shard
 from stoker.trainer.parallelize import cut
 from stoker.trainer.runtime.process import give_freed_memory_back
+from stoker.trainer.validate import validate
 from tests import world
 from tests.parallel.reference import assemble, global_rows, normwise, one_process, small_config
 from tests.trainer.test_resume import HALF, half
@@ -245,7 +245,7 @@ def test_memory_that_may_not_be_locked_is_one_clear_line() -> None:
 
 def refused(config: Config) -> str:
     with pytest.raises(ConfigError) as error:
-        refuse(config, 2, 0)
+        validate(config, 2, 0)
     return str(error.value)
 
 
@@ -263,7 +263,7 @@ def test_reading_ahead_is_refused(tmp_path: Path) -> None:
     config.parallel.deepspeed = {"zero_optimization": {"stage3_prefetch_bucket_size": 10}}
     assert "zero_optimization.stage3_prefetch_bucket_size with parallel.offload=nvme" in refused(config)
     config.parallel.offload = "cpu"
-    refuse(config, 2, 0)
+    validate(config, 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_what_the_async_io_needs_is_named_before_a_rank_starts(
     monkeypatch.setenv("CXX", compiler)
     message = refused(config_of(tmp_path, Layout(zero=3)))
     assert said in message and "\n" not in message and "parallel.zero=2 does without" in message
-    refuse(config_of(tmp_path, Layout(zero=2)), 2, 0)
+    validate(config_of(tmp_path, Layout(zero=2)), 2, 0)
 
 
 def test_folders_of_processes_that_were_killed_are_removed_and_others_are_not(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.model import Role
 from stoker.parallel.optimizer import LocalOptimizer
 from stoker.parallel.optimizer_needs import declared_needs, undeclared
-from stoker.parallel.refusals import refuse
 from stoker.parallel.update import StepFlags
 from stoker.trainer.parallelize import cut
+from stoker.trainer.validate import validate
 from tests import world
 from tests.parallel.reference import assemble, global_rows, normwise, small_config
 from tests.parallel.test_conformance import train
@@ -124,13 +124,13 @@ DIVIDED = [
 def test_what_declares_nothing_is_refused_where_anything_is_divided(layout: Layout, advice: str) -> None:
     for target in ("Lamb", "muon"):
         with pytest.raises(ConfigError) as error:
-            refuse(config_with(target, layout), layout.world, 0)
+            validate(config_with(target, layout), layout.world, 0)
         message = str(error.value)
         assert (
             "does not declare what it needs" in message and f"{advice} works" in message and "optim.needs=" in message
         )
-        refuse(config_with(target, layout, "elementwise"), layout.world, 0)
-    refuse(config_with("Lion", layout), layout.world, 0)
+        validate(config_with(target, layout, "elementwise"), layout.world, 0)
+    validate(config_with("Lion", layout), layout.world, 0)
 
 
 @pytest.mark.parametrize(
@@ -159,11 +159,11 @@ def test_declarations_that_are_none_are_refused() -> None:
         config = config_with(target, two)
         config.optim.args = {"unknown": 1} if target == "muon" else {}
         with pytest.raises(ConfigError, match=said):
-            refuse(config, 2, 0)
+            validate(config, 2, 0)
     config = small_config(parallel=config.parallel)
     config.optim.needs = "norms"
     with pytest.raises(ConfigError, match=r"optim\.needs is for optim\.target"):
-        refuse(config, 2, 0)
+        validate(config, 2, 0)
 
 
 def test_the_engine_refuses_what_the_launcher_was_not_asked_about() -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from stoker.conf.schema import BatchConfig, Config, ParallelConfig
-from stoker.parallel.refusals import REFUSALS, Start
+from stoker.parallel.refusals import REFUSALS
+from stoker.parallel.start import Start
 from tests.parallel.simulated import Deadlock, Network, Transfer, simulate
 
 ABOUT_SCHEDULES = ("full pipeline", "interleaved rounds")
@@ -70,7 +71,7 @@ def test_the_simulated_network_sees_a_deadlock() -> None:
 
 
 def test_the_reason_to_refuse_zero_bubble_schedules_still_holds() -> None:
-    """When this fails, torch has changed: see `_zero_bubble` in `stoker.parallel.refusals`."""
+    """When this fails, torch has changed: see `_zero_bubble` in `stoker.trainer.validate`."""
     layer = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
     reduced = []
     layer.weight.register_post_accumulate_grad_hook(reduced.append)

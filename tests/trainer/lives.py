@@ -11,7 +11,7 @@ from stoker.checkpoint import Owner, claim
 from stoker.conf.identity import identify
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
-from stoker.trainer.start import settle_config
+from stoker.trainer.settle import settle_config
 from tests.launch.runs import overrides, train_here, write_text
 
 ONE = ["launch.nproc=1", "parallel.zero=0", "batch.micro_size=8", "model.num_hidden_layers=1"]

@@ -16,10 +16,10 @@ from stoker.conf.schema import Config, from_dict, to_dict
 from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
 from stoker.models import hugging_face_config
-from stoker.parallel.refusals import refuse
 from stoker.trainer import import_check
 from stoker.trainer.import_check import LIMIT, compare_import, relative
 from stoker.trainer.pretrained import adopt_shape
+from stoker.trainer.validate import validate
 from tests.models.config_edits import edited
 from tests.models.families import FAMILIES, write_family
 
@@ -151,7 +151,7 @@ def outcome_of_edit(seed: int, plain: Config, folder: Path) -> str:
     case, edit = edited(seed, folder)
     try:
         config = adopted(plain, folder)
-        refuse(config, 1, 0)
+        validate(config, 1, 0)
     except ConfigError:
         return "refused by the mapping"
     try:

@@ -1,13 +1,16 @@
-"""What does not go together with `data.mode=streaming`: entries of `stoker.parallel.refusals`."""
+"""What does not go together with `data.mode=streaming`, with the nearest that works."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from stoker.parallel.start import Start
+from stoker.parallel.start import Refusals, Start
 from stoker.parallel.suggestions import around, divisors, either, multiples_around
 
+REFUSALS = Refusals()
 
+
+@REFUSALS.entry(
+    "streams over ranks", "data.streams that is no multiple of dp under data.mode=streaming", "a stream has one owner"
+)
 def _ranks(start: Start) -> str | None:
     data, dp = start.config.data, start.dp
     if data.mode != "streaming" or not dp or data.streams < 1 or data.streams % dp == 0:
@@ -19,6 +22,9 @@ def _ranks(start: Start) -> str | None:
     )
 
 
+@REFUSALS.entry(
+    "rows over streams", "batch.size that is no multiple of data.streams under data.mode=streaming", "streams keep step"
+)
 def _rows(start: Start) -> str | None:
     data, rows = start.config.data, start.config.batch.size
     if data.mode != "streaming" or data.streams < 1 or rows < 1 or rows % data.streams == 0:
@@ -29,13 +35,19 @@ def _rows(start: Start) -> str | None:
     )
 
 
-def _units(start: Start) -> str | None:
+@REFUSALS.entry("splits of streams", "data.mode=streaming with a source that has no splits", "streams read splits")
+def _splits(start: Start) -> str | None:
     data = start.config.data
     if data.mode != "streaming" or data.splits is not None or data.sources:
         return None
-    return f"data.mode=streaming cannot read data={data.name} in units: data.mode=indexed works"
+    return f"data.mode=streaming cannot read data={data.name} in splits: data.mode=indexed works"
 
 
+@REFUSALS.entry(
+    "tokenizers of streams",
+    "data.mode=streaming with a tokenizer that is trained on the data",
+    "nothing is read before it is trained on",
+)
 def _tokenizer(start: Start) -> str | None:
     data = start.config.data
     if data.mode != "streaming" or data.tokenizer != "bpe":
@@ -44,27 +56,3 @@ def _tokenizer(start: Start) -> str | None:
         "data.tokenizer=bpe with data.mode=streaming: train one with `stoker data tokenizer` and name its folder, "
         "or data.tokenizer=byte works"
     )
-
-
-# (name, what is refused, why, check)
-ENTRIES: tuple[tuple[str, str, str, Callable[[Start], str | None]], ...] = (
-    (
-        "streams over ranks",
-        "data.streams that is no multiple of dp under data.mode=streaming",
-        "a stream has one owner",
-        _ranks,
-    ),
-    (
-        "rows over streams",
-        "batch.size that is no multiple of data.streams under data.mode=streaming",
-        "streams keep step",
-        _rows,
-    ),
-    ("units of streams", "data.mode=streaming with a source that has no units", "streams read units", _units),
-    (
-        "tokenizers of streams",
-        "data.mode=streaming with a tokenizer that is trained on the data",
-        "nothing is read before it is trained on",
-        _tokenizer,
-    ),
-)

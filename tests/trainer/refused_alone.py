@@ -1,6 +1,6 @@
 """For every limit of `stoker.conf.limits`, in their order, a value beyond it."""
 
-from tests.parallel.refused_streaming import BEYOND_OF_STREAMS
+from tests.trainer.refused_streaming import BEYOND_OF_STREAMS
 
 BEYOND = [
     "steps=0",

@@ -18,8 +18,8 @@ OF_STREAMS: dict[str, list[tuple[list[str], int, int, str]]] = {
             "over data.streams=8: batch.size=8 or 16 does",
         ),
     ],
-    "units of streams": [
-        (["data.mode=streaming"], 1, 0, "data.mode=streaming cannot read data=data in units: data.mode=indexed works"),
+    "splits of streams": [
+        (["data.mode=streaming"], 1, 0, "data.mode=streaming cannot read data=data in splits: data.mode=indexed works"),
     ],
     "tokenizers of streams": [([*STREAMS, "data.tokenizer=bpe"], 1, 0, "train one with `stoker data tokenizer`")],
 }
@@ -31,6 +31,8 @@ BEYOND_OF_STREAMS = [
     "data.split_bytes=100",
     "data.assign_every=0",
     "data.on_damage=ignore",
+    "data.max_decompressed_gib=0",
+    "data.zstd_window_log=32",
     "data.skip_limit=-1",
     "data.retries=-1",
     "data.stall_seconds=0",

@@ -1,0 +1,139 @@
+"""Shapes that the built-in decoder cannot have, alone or on a layout, with the nearest that work."""
+
+from __future__ import annotations
+
+import math
+
+from stoker.conf.schema import RopeParameters
+from stoker.parallel.start import Refusals, Start
+from stoker.parallel.suggestions import around, divisors, either, multiples_around
+
+REFUSALS = Refusals()
+
+# What each rope_type needs beside rope_theta; nothing else may be set with it. (Llama 3.1's values, for the message.)
+_NEEDED = {
+    "default": {},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@REFUSALS.entry(
+    "tensor parallelism",
+    "parallel.tp that does not divide heads and hidden, or that neither divides kv_heads nor is a multiple of it",
+    "every rank holds as many heads and channels, or one kv head that neighbours hold too; "
+    "width and vocabulary may be of any size",
+)
+def _tensor_parallel(start: Start) -> str | None:
+    tp, model = start.config.parallel.tp, start.config.model
+    heads, kv_heads, hidden = (
+        model.num_attention_heads,
+        model.num_key_value_heads or model.num_attention_heads,
+        model.intermediate_size,
+    )
+    if not start.built_in_model or min(tp, heads, kv_heads, hidden) < 1:
+        return None
+
+    def shares_kv_heads(ranks: int) -> bool:
+        return kv_heads % ranks == 0 or ranks % kv_heads == 0
+
+    uneven = [
+        f"model.{name}={size}"
+        for name, size in (("num_attention_heads", heads), ("intermediate_size", hidden))
+        if size % tp
+    ]
+    if model.num_key_value_heads and not shares_kv_heads(tp):
+        uneven.append(f"model.num_key_value_heads={kv_heads}")
+    if not uneven:
+        return None
+    fitting = around(tp, filter(shares_kv_heads, divisors(math.gcd(heads, hidden))))
+    return f"parallel.tp={tp} does not go with {', '.join(uneven)}: {either(fitting)} does"
+
+
+@REFUSALS.entry("stages", "more pipeline stages than layers", "a stage holds at least one layer")
+def _stages(start: Start) -> str | None:
+    wanted, layers = start.config.parallel, start.config.model.num_hidden_layers
+    stages = wanted.pp * wanted.stages_per_rank
+    if not start.built_in_model or stages <= max(layers, 1):
+        return None
+    return (
+        f"parallel.pp={wanted.pp} x parallel.stages_per_rank={wanted.stages_per_rank} are {stages} stages for "
+        f"model.num_hidden_layers={layers}: at most {layers} stages work"
+    )
+
+
+@REFUSALS.entry(
+    "query groups",
+    "model.num_attention_heads that is no multiple of model.num_key_value_heads",
+    "query heads share kv heads evenly",
+)
+def _query_groups(start: Start) -> str | None:
+    heads, kv_heads = start.config.model.num_attention_heads, start.config.model.num_key_value_heads
+    if not start.built_in_model or not kv_heads or min(heads, kv_heads) < 1 or heads % kv_heads == 0:
+        return None
+    return (
+        f"model.num_key_value_heads={kv_heads} does not divide model.num_attention_heads={heads}: "
+        f"{either(around(kv_heads, divisors(heads)))} does"
+    )
+
+
+@REFUSALS.entry(
+    "width of a head",
+    "model.hidden_size that does not split into heads of an even width, with head_dim null",
+    "rotary embeddings turn pairs of channels",
+)
+def _head_width(start: Start) -> str | None:
+    model = start.config.model
+    if not start.built_in_model or model.head_dim is not None or min(model.num_attention_heads, model.hidden_size) < 1:
+        return None
+    heads = model.num_attention_heads
+    if model.hidden_size % (2 * heads) == 0:
+        return None
+    return (
+        f"model.hidden_size={model.hidden_size} does not split into num_attention_heads={heads} of an even width: "
+        f"model.hidden_size={either(multiples_around(model.hidden_size, 2 * heads))} does, or set model.head_dim"
+    )
+
+
+@REFUSALS.entry(
+    "rotary scaling",
+    "values of model.rope_parameters that its rope_type lacks or does not use",
+    "another model would be trained than the one described",
+)
+def _scaling_without_a_use(start: Start) -> str | None:
+    rope = start.config.model.rope_parameters
+    needed = _NEEDED.get(rope.rope_type)  # an unknown one has a message of its own
+    if not start.built_in_model or needed is None:
+        return None
+    unused = [f"{key}={getattr(rope, key)}" for key in _SCALING if key not in needed and getattr(rope, key) is not None]
+    if unused:
+        return (
+            f"model.rope_parameters: {', '.join(unused)} have no effect with rope_type={rope.rope_type}: set "
+            "model.rope_parameters.rope_type=llama3, or leave them null"
+        )
+    missing = [key for key in needed if getattr(rope, key) is None]
+    if missing:
+        words = " ".join(f"model.rope_parameters.{key}={needed[key]}" for key in missing)
+        return f"model.rope_parameters: rope_type={rope.rope_type} needs {', '.join(missing)}; Llama 3.1 has {words}"
+    return None
+
+
+@REFUSALS.entry(
+    "context extension",
+    "model.rope_parameters whose frequency factors are not in order",
+    "it divides by their distance",
+)
+def _frequency_factors(start: Start) -> str | None:
+    rope: RopeParameters = start.config.model.rope_parameters
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    if not start.built_in_model or low is None or high is None or 0 < low < high:
+        return None
+    return (
+        f"model.rope_parameters: low_freq_factor={low} must be above 0 and below high_freq_factor={high}; "
+        "Llama 3.1 has 1 and 4"
+    )

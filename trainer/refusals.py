@@ -1,0 +1,87 @@
+"""Schedules, evaluations, checkpoints, traces and launches that would have no effect, with what works."""
+
+from __future__ import annotations
+
+from stoker.conf.faults import read_faults
+from stoker.parallel.start import Refusals, Start
+
+REFUSALS = Refusals()
+
+
+@REFUSALS.entry("warmup", "a warmup, with wsd also the decay, longer than the schedule", "the peak is never reached")
+def _warmup(start: Start) -> str | None:
+    schedule = start.config.schedule
+    total = start.config.steps if schedule.total_steps is None else schedule.total_steps
+    decay = round(schedule.decay_fraction * total) if schedule.name == "wsd" else 0
+    if schedule.warmup_steps + decay <= max(total, 1):
+        return None
+    also = f" and a decay of {decay} steps" if decay else ""
+    return (
+        f"schedule.warmup_steps={schedule.warmup_steps}{also} do not fit into {total} steps: "
+        f"schedule.warmup_steps={max(total - decay, 0)} does"
+    )
+
+
+@REFUSALS.entry(
+    "evaluation", "eval.every without eval.sequences, or eval.sequences with data.validation=0", "it evaluates nothing"
+)
+def _evaluation(start: Start) -> str | None:
+    every, rows = start.config.eval.every, start.config.eval.sequences
+    if every > 0 and rows == 0:
+        size = start.config.batch.size
+        return f"eval.every={every} with eval.sequences=0 evaluates nothing: set eval.sequences, such as {size}"
+    if rows > 0 and start.config.data.validation == 0:
+        return f"eval.sequences={rows} with data.validation=0: no document is kept for validation; 0.02 keeps some"
+    return None
+
+
+@REFUSALS.entry(
+    "best checkpoints",
+    "checkpoint.keep_best when not every checkpoint has a validation loss of its own step",
+    "there is nothing to compare",
+)
+def _best_checkpoints(start: Start) -> str | None:
+    wanted, every = start.config.checkpoint, start.config.eval.every
+    if wanted.keep_best < 1 or wanted.every < 1:
+        return None
+    if every > 0 and wanted.every % every == 0:
+        return None
+    return (
+        f"checkpoint.keep_best={wanted.keep_best} with checkpoint.every={wanted.every} and eval.every={every}: "
+        f"eval.every={wanted.every} measures every checkpoint (with eval.sequences above 0)"
+    )
+
+
+@REFUSALS.entry("traced steps", "profile.steps that begin after the last step", "nothing would be traced")
+def _traced_steps(start: Start) -> str | None:
+    traced, steps = start.config.profile.steps, start.config.steps
+    if not traced or len(traced) != 2 or steps < 1 or traced[0] <= steps or traced[1] < traced[0]:
+        return None
+    first = max(1, steps - (traced[1] - traced[0]))
+    return f"profile.steps={traced} with steps={steps}: no such step is taken; profile.steps=[{first},{steps}] works"
+
+
+@REFUSALS.entry(
+    "faults", "entries of faults that are none, or that no step and rank of the run meets", "nothing would break"
+)
+def _faults(start: Start) -> str | None:
+    try:
+        faults = read_faults(start.config.faults)
+    except ValueError as error:
+        return f"faults: {error}"
+    for fault in faults:
+        if fault.rank >= start.world:
+            return f"faults: {fault.name} is for rank {fault.rank} of {start.world}: rank 0 to {start.world - 1} work"
+        if fault.at > start.config.steps:
+            return f"faults: {fault.name} is for step {fault.at} of {start.config.steps}"
+    return None
+
+
+@REFUSALS.entry(
+    "several machines", "launch.nodes above 1 with launch=local", "`stoker train` starts ranks on one machine"
+)
+def _several_machines(start: Start) -> str | None:
+    nodes = start.config.launch.nodes
+    if start.config.launch.name != "local" or nodes == 1:
+        return None
+    return f"launch.nodes={nodes} with launch=local, which is this machine: `stoker submit launch=slurm` has several"

@@ -1,0 +1,144 @@
+"""From overrides to the config of a start, in one list of stages. All starts go through it, before a rank is spawned.
+
+    compose    the overrides over the groups and defaults of conf/, with absolute paths
+    resume     a run that exists: its stored config with the overrides; otherwise it is checked that none is overwritten
+    adopt      the shape of a model that comes in by `model.init_from`, and a link in the place of `checkpoints`
+    fit        under a launcher that found another number of machines: the layout that fits these
+    validate   limits, refusals of all rooms, places and imported weights
+    pin        defaults that must outlive this start are written out
+
+Each stage takes what the one before it made. It stands here and not in conf/, for a stage may ask any room.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from stoker.checkpoint import tier_problem
+from stoker.conf import resume as conf_resume
+from stoker.conf.compose import compose as compose_groups
+from stoker.conf.resume import Change
+from stoker.conf.rundir import RunDirectory, first_tier, refuse_links, resolve, run_directory
+from stoker.conf.schema import Config, lookup
+from stoker.conf.values import ConfigError
+from stoker.parallel import layout
+from stoker.trainer import validate as rooms
+from stoker.trainer.places import adopted_link, is_known, refuse_foreign_places
+from stoker.trainer.stored_run import refuse_silent_beginning, resumed, stored_config, tell_of_copies
+from stoker.trainer.trust import TRAINING
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a config is to be settled. The keys whose code the start runs are `uses` (`stoker.trainer.trust`)."""
+
+    overrides: Sequence[str]
+    where: Callable[[Config], tuple[int, int]]  # on how many ranks and GPUs a config will run
+    tell: Callable[[str], None] = log.info  # takes lines for the person who starts
+    refitted: Callable[[str], None] | None = None  # takes what `fit` changes; None: the layout stays as it is given
+    restarted: bool = False  # a launcher repeats the command of a person
+    uses: Sequence[str] = TRAINING
+    check_import: bool = False  # compare a model that comes in by `model.init_from` with transformers'
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A config on its way through the stages."""
+
+    config: Config
+    stored: Config | None = None  # of the run that is resumed
+    changes: list[Change] = field(default_factory=list)  # of the stored config
+
+    @property
+    def run(self) -> RunDirectory:
+        return run_directory(self.config)
+
+
+def settle_config(
+    overrides: Sequence[str],
+    where: Callable[[Config], tuple[int, int]],
+    **options: Any,
+) -> tuple[Config, list[Change]]:
+    """The config of this start, and what differs from the start before. The parameters are those of `Request`.
+
+    Raises ConfigError for everything that can be known to be wrong before a rank is spawned.
+    """
+    request = Request(overrides, where, **options)
+    draft = compose(request)
+    for stage in (resume, adopt, fit, validate, pin):
+        draft = stage(request, draft)
+    return draft.config, draft.changes
+
+
+def compose(request: Request) -> Draft:
+    config = resolve(compose_groups(request.overrides), datetime.now())
+    if request.restarted:
+        config.run.fresh = False  # it was meant for the first of these starts
+    return Draft(config)
+
+
+def resume(request: Request, draft: Draft) -> Draft:
+    config, run = draft.config, draft.run
+    refuse_links(run)
+    refuse_foreign_places(run, config)
+    stored = stored_config(run, config)
+    if stored is None:
+        if not config.run.fresh:
+            refuse_silent_beginning(run, config, request.overrides, request.restarted)
+        return draft
+    config, changes = resumed(run, config, stored, request.overrides, request.tell, request.uses)
+    return Draft(config, stored, changes)
+
+
+def adopt(request: Request, draft: Draft) -> Draft:
+    config = draft.config
+    if draft.stored is None and config.model.init_from is not None:
+        from stoker.trainer.pretrained import adopt_shape  # most starts do not need what it imports
+
+        config = adopt_shape(config, request.overrides)
+    chosen = config.checkpoint.dir is not None or any(word.startswith("checkpoint.dir=") for word in request.overrides)
+    place = None if chosen else adopted_link(draft.run)
+    if place is not None:  # a link that a person made is as good as the key
+        config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, dir=str(place)))
+    return dataclasses.replace(draft, config=config)
+
+
+def fit(request: Request, draft: Draft) -> Draft:
+    if request.refitted is None or not draft.run.attempt_numbers():
+        return draft
+    world = request.where(draft.config)[0]
+    fitted = layout.fit(draft.config, world)
+    for key in ("parallel.dp_replicate", "batch.micro_size"):
+        old, new = lookup(draft.config, key), lookup(fitted, key)
+        if old != new:
+            request.refitted(f"on {world} ranks {key}={old} becomes {new}")
+    return dataclasses.replace(draft, config=fitted)
+
+
+def validate(request: Request, draft: Draft) -> Draft:
+    config, run = draft.config, draft.run
+    rooms.validate(config, *request.where(config))
+    if request.check_import and draft.stored is None and config.model.init_from is not None:
+        from stoker.trainer.import_check import compare_import
+
+        result = compare_import(config)
+        if result is not None:
+            request.tell(f"model.init_from={config.model.init_from}: {result}")
+    problem = tier_problem(run.checkpoints, first_tier(config), is_known(config))
+    if problem is not None:
+        raise ConfigError(problem)
+    if draft.stored is not None:
+        refuse_foreign_places(run, config)  # those that were stored
+    tell_of_copies(run, request.tell)
+    return draft
+
+
+def pin(request: Request, draft: Draft) -> Draft:
+    return dataclasses.replace(draft, config=conf_resume.pin(draft.config))
