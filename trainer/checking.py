@@ -48,6 +48,7 @@ def _measure(trainer: Trainer, with_logits: bool) -> Outcome:
         losses.append(result.loss)
         norms.append(result.grad_norm)
         trainer.progress.step = step
+        trainer.progress.updates += not result.skipped
     parameters = [shard for shard in trainer.engine.shards() if shard.kind == PARAMETER]
     mask = bool(trainer.config.data.document_mask)
     state = {"layout": str(trainer.mesh.layout), "losses": losses, "norms": norms, "document_mask": mask}

@@ -16,7 +16,7 @@ from stoker.trainer.report.goodput import goodput
 from stoker.trainer.report.metrics import read
 from stoker.trainer.runtime.outcome import Outcome, read_ending
 from tests import world
-from tests.launch.runs import assert_same_state, command, finish, overrides, steps_of, train_forked, train_here
+from tests.launch.runs import assert_same_state, command, environment, finish, overrides, steps_of, train_forked, train_here
 
 
 def replay(run: str, step: int) -> tuple[int, str]:
@@ -25,6 +25,7 @@ def replay(run: str, step: int) -> tuple[int, str]:
 
     dist.destroy_process_group()  # a user's process has none
     os.chdir(Path(run).parent)
+    os.environ |= environment(Path(run).parent)  # the run's start recorded there that its code is this user's
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         status = main(["replay", run, "--step", str(step)])
     return status, shown.getvalue()
