@@ -16,7 +16,16 @@ from stoker.trainer.report.goodput import goodput
 from stoker.trainer.report.metrics import read
 from stoker.trainer.runtime.outcome import Outcome, read_ending
 from tests import world
-from tests.launch.runs import assert_same_state, command, environment, finish, overrides, steps_of, train_forked, train_here
+from tests.launch.runs import (
+    assert_same_state,
+    command,
+    environment,
+    finish,
+    overrides,
+    steps_of,
+    train_forked,
+    train_here,
+)
 
 
 def replay(run: str, step: int) -> tuple[int, str]:
