@@ -91,7 +91,8 @@ def train_forked(home: Path, words: list[str]) -> tuple[int, str]:
     meeting = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with tempfile.NamedTemporaryFile() as output:
         statuses = world.exit_statuses(_train, ranks, environment(home) | meeting, home, words, output.name)
-        return max(map(abs, statuses)), Path(output.name).read_text()
+        own = [status for status in statuses if status >= 0]  # the others were killed when a rank had ended
+        return max(own, default=0) or max(map(abs, statuses)), Path(output.name).read_text()
 
 
 def _train(environment: dict[str, str], home: Path, words: list[str], output: str) -> None:
