@@ -55,6 +55,9 @@ class Disk:
 
 
 def trained_on(variables: dict[str, str], words: list[str], refusals: int, screen: str) -> tuple[str, str]:
+    import torch.distributed as dist
+
+    dist.destroy_process_group()  # tests/world.py made one; a user's process has none
     import stoker
 
     os.environ |= variables
@@ -74,7 +77,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_on(home: Path, name: str, refusals: int, *more: str) -> tuple[RunDirectory, tuple[str, str], str]:
     words = words_of(home / name, home / "text", "steps=12", "checkpoint.every=4", "log.progress=plain", *more)
     screen = home / f"{name}.txt"
-    [ended] = world.run(trained_on, 1, environment(home), words, refusals, str(screen), group=False)
+    [ended] = world.run(trained_on, 1, environment(home), words, refusals, str(screen), fresh=True)
     return RunDirectory(home / name), ended, screen.read_text()
 
 
