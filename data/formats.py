@@ -149,8 +149,8 @@ def _decompressed_head(name: str, head: bytes, compression: Compression, limits:
             found += piece
             if len(found) >= HEAD_BYTES:
                 break
-    except EOFError:  # the head ends inside a stream
-        pass
+    except EOFError:  # the head ends inside a stream, and what came out of it is all that is looked at
+        return found[:HEAD_BYTES]
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {name}: {error}") from error
     return found[:HEAD_BYTES]

@@ -126,6 +126,7 @@ def test_a_buffer_may_get_any_value_in_any_dtype(dtype: torch.dtype) -> None:
         model = Model(through_data)
         materialise(model, torch.device("cpu"))
         fill_buffers(model, whole_registry(model))
+        assert model.mask.eq(0 if through_data else 1).all()  # type: ignore[union-attr]
 
 
 def averaging() -> tuple[list[bool], list[Shard], list[Shard]]:
