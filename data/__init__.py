@@ -4,7 +4,7 @@
     tokens     tokenised once, mapped from files         manifest.py, build.py, cache.py; token_files.py
     packing    documents -> rows                         packing.py, tables.py
     RowPlan    global row number -> row                  rows.py (the protocol), index.py, mixed.py, mixture.py
-    RowStream  this rank's rows of each global batch     stream.py, readers.py
+    IndexedLoader  this rank's rows of each global batch  indexed.py, readers.py
 
 The order of the rows is a pure function of (texts, tokenizer, packing, seq_len, seed): `IndexPlan` answers "what is row
 n?" in closed form, for any n, with no list of rows in memory, and `MixedPlan` which source it comes from. So the whole

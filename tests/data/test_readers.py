@@ -45,16 +45,16 @@ def soon(holds: Callable[[], bool], seconds: float = 5.0) -> bool:
 
 RANK = """
     import os, signal, sys
-    from stoker.data import RowStream
+    from stoker.data import IndexedLoader
     from tests.data.plans import NumberPlan
     asked = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: asked.append(number))
-    stream = RowStream(NumberPlan(seconds=float(sys.argv[1])), 4, workers=2, prefetch=2)
+    loader = IndexedLoader(NumberPlan(seconds=float(sys.argv[1])), 4, workers=2, prefetch=2)
     print("ready", flush=True)
     for line in sys.stdin:
-        print(stream.next().tokens[0, 0].item(), *asked, flush=True)
-    stream.close()
+        print(loader.next().tokens[0, 0].item(), *asked, flush=True)
+    loader.close()
 """
 
 
@@ -148,12 +148,12 @@ def test_a_token_file_cut_under_a_reader_is_an_error_that_says_so(config):
     program = """
         import json, os, sys
         from stoker.conf.schema import Config, from_dict
-        from stoker.data import RowStream, open_rows
+        from stoker.data import IndexedLoader, open_rows
         from tests.data.conftest import cache_of
         config = from_dict(json.loads(sys.argv[1]))
         plan = open_rows(config, "train")
         os.truncate(cache_of(config.data).folder / "train.tokens", 0)
-        RowStream(plan, 4, workers=1).next()
+        IndexedLoader(plan, 4, workers=1).next()
     """
     command = [sys.executable, "-c", textwrap.dedent(program), json.dumps(to_dict(config))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -178,8 +178,8 @@ def test_closing_takes_no_time_even_while_readers_read():
     stream = IndexedLoader(NumberPlan(seconds=60), 4, workers=2)
     readers = children(os.getpid())[-2:]
     began = time.monotonic()
-    stream.close()
-    stream.close()
+    loader.close()
+    loader.close()
     assert time.monotonic() - began < 5
     assert not any(map(alive, readers))
 

@@ -182,6 +182,8 @@ def test_where_no_checkpoint_is_sound_the_run_ends_and_begins_again_only_when_as
     )
     assert "Traceback" not in output and len(RunDirectory(run).attempt_numbers()) == 2
     status, output = finish(home, command("train", *words))
+    assert status == 2 and "run.fresh=true" in output, output
+    status, output = finish(home, command("train", *words, "run.fresh=true"))
     assert status == 0, output
     assert steps_of(run) == steps_of(trained)
 
@@ -200,7 +202,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_fails_the_save_and_keeps_the_checkpoint_before(home: Path, call: Call, small_disk: Path) -> None:
     run = small_disk / "run"
-    words = overrides(run, home / "text", "steps=12", "checkpoint.every=4", "checkpoint.keep=20")
+    words = overrides(
+        run, home / "text", "steps=12", "checkpoint.every=4", "checkpoint.keep=20", "checkpoint.on_error=fail"
+    )
     with started(home, command("train", *words, "launch.max_restarts=0")) as train:
         wait_until(lambda: (RunDirectory(run).checkpoints / "step-00000004").exists(), train)
         output, _ = train.communicate(timeout=60)
@@ -251,9 +255,13 @@ def test_a_model_that_no_longer_fits_its_checkpoints_is_named(home: Path, call: 
     run = home / "unfit"
     subprocess.run(["cp", "-r", trained, run], check=True)
     config = RunDirectory(run).config
-    config.write_text(config.read_text().replace("layers: 2", "layers: 1"))
+    config.write_text(config.read_text().replace("num_hidden_layers: 2", "num_hidden_layers: 1"))
     assert "layers.1." in refused(call, "generate", str(run), "--prompt", "a")
-    config.write_text(config.read_text().replace("layers: 1", "layers: 2").replace("hidden: 64", "hidden: 32"))
+    config.write_text(
+        config.read_text()
+        .replace("num_hidden_layers: 1", "num_hidden_layers: 2")
+        .replace("intermediate_size: 64", "intermediate_size: 32")
+    )
     assert "layers.0.mlp" in refused(call, "generate", str(run), "--prompt", "a")
 
 

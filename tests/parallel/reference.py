@@ -119,7 +119,8 @@ def initial_value(config: Config, name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.ones(shape)
     if name.endswith(".bias"):
         return torch.zeros(shape)
-    std = 0.05 if config.model.target.startswith("tests.toy:") else config.model.initializer_range
+    of_toys = config.model.target.startswith(("tests.toy:", "tests.parallel.odd_models:"))
+    std = 0.05 if of_toys else config.model.initializer_range
     if name.endswith(("attention.o.weight", "mlp.down.weight")):
         std /= math.sqrt(2 * config.model.num_hidden_layers)
     rows = max(1, 2**18 // math.prod(shape[1:]))  # of a block: each has a generator of its own

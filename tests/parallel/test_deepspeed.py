@@ -209,7 +209,7 @@ def test_a_stage_that_trains_nothing_goes_through_a_pipeline() -> None:
     for precision in ("fp32", "bf16"):
         config = frozen_stage()
         config.precision = precision
-        ranks = world.run(conformance.train, 4, config, "fsdp", STEPS, timeout=200.0)
+        ranks = world.run(conformance.train, 4, config, "fsdp", STEPS, timeout=200.0, fresh=True)
         parameters = assemble([shards for _, shards in ranks])
         assert ranks[0][0].losses == pytest.approx(wanted.losses, rel=1e-5 if precision == "fp32" else 2e-2)
         if precision == "fp32":

@@ -298,7 +298,7 @@ def shares_of(layout: Layout, units: int) -> tuple[list[Share], list[list[list[i
     shares, made = [], []
     for rank in range(layout.world):
         groups: list[list[list[int]]] = []
-        mesh: Any = SimpleNamespace(layout=layout, divide=lambda _, lists, made=groups: made.append(lists))
+        mesh: Any = SimpleNamespace(layout=layout, add_groups=lambda _, lists, made=groups: made.append(lists))
         axis = TensorAxis(mesh, layout.tp, layout.coordinate(rank).tp, group=None, group_name="", sequence=True)  # type: ignore[arg-type]
         shares.append(axis.share(units))
         made += groups
