@@ -47,9 +47,8 @@ def adopt_shape(config: Config, overrides: Sequence[str]) -> Config:
     folder = init_folder(config)
     try:
         given = {override.key for override in map(parse, overrides)}
-        adopted = _with_values(
-            config, {key: value for key, value in _shape(folder, config).items() if key not in given}
-        )
+        values = _shape(folder, config, own_target="model.target" in given)
+        adopted = _with_values(config, {key: value for key, value in values.items() if key not in given})
         if adopted.model.vocab_size is not None:  # else a tokenizer gives it, and the ranks compare
             names = _names(adopted.model)
             with _open(folder, adopted.model, list(names)) as source:
@@ -61,7 +60,7 @@ def adopt_shape(config: Config, overrides: Sequence[str]) -> Config:
 
 def imported(config: Config) -> Config:
     """`config` with the whole shape of the model in `model.init_from`, whatever keys were set beside it."""
-    return _with_values(config, _shape(init_folder(config), config))
+    return _with_values(config, _shape(init_folder(config), config, own_target=True))
 
 
 def init_folder(config: Config) -> Path:
@@ -173,11 +172,11 @@ def _newest(folder: Path) -> Summary:
     return sound[-1]
 
 
-def _shape(folder: Path, config: Config) -> dict[str, Any]:
+def _shape(folder: Path, config: Config, own_target: bool) -> dict[str, Any]:
     """The model of `folder` as values of a config by dotted key."""
     if is_run(folder):
         _newest(folder)
-        return _model_values(read_config(RunDirectory(folder)), config)
+        return _model_values(read_config(RunDirectory(folder)), config, own_target)
     if not folder.is_dir():
         raise ValueError("there is no such directory")
     if not (folder / theirs.CONFIG).is_file():
@@ -186,7 +185,7 @@ def _shape(folder: Path, config: Config) -> dict[str, Any]:
     if values.get("model_type") == OWN_MODEL:  # a user's own model, exported
         if not isinstance(values.get("model"), dict):
             raise ValueError(f"{theirs.CONFIG} has no model section")
-        return _model_values(from_dict(migrate({"model": values["model"]})), config)
+        return _model_values(from_dict(migrate({"model": values["model"]})), config, own_target)
     found = theirs.shape_of(theirs.parse(folder), config.seq_len)
     with open_weights(folder) as tensors:
         if found["tie_word_embeddings"] and has_own_head(tensors):
@@ -195,11 +194,17 @@ def _shape(folder: Path, config: Config) -> dict[str, Any]:
     return {f"model.{key}": value for key, value in found.items()}
 
 
-def _model_values(stored: Config, config: Config) -> dict[str, Any]:
-    """What is fixed in the model of another run. Which code builds it is not taken from a stored file."""
-    if stored.model.target != config.model.target:
-        raise ValueError(
-            f"its model is built by {stored.model.target}: model.target={stored.model.target} builds it here too"
-        )
+def _model_values(stored: Config, config: Config, own_target: bool) -> dict[str, Any]:
+    """What is fixed in the model of another run. Which code builds it is taken from a stored file with consent only.
+
+    `own_target`: the user has said which. Raises ValueError where nobody has and it is not what `config` says.
+    """
     keys = [key for key, kind in kinds().items() if key.startswith("model.") and kind == "fixed"]
+    if stored.model.target != config.model.target:
+        if config.run.trust:
+            keys.append("model.target")
+        elif not own_target:
+            raise ValueError(
+                f"its model is built by {stored.model.target}: model.target={stored.model.target} builds it here too"
+            )
     return {key: lookup(stored, key) for key in keys if key not in _OURS_ALONE}

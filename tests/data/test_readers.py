@@ -127,19 +127,19 @@ def test_a_rank_that_ends_without_closing_leaves_no_reader(rank):
     rank.stdin = None
 
 
-def read_on(stream: IndexedLoader) -> None:
+def read_on(loader: IndexedLoader) -> None:
     while True:
-        stream.next()
+        loader.next()
 
 
 def test_a_killed_reader_is_one_clear_error_within_seconds():
-    with closing(IndexedLoader(NumberPlan(), 4, workers=2, prefetch=2)) as stream:
-        stream.next()
+    with closing(IndexedLoader(NumberPlan(), 4, workers=2, prefetch=2)) as loader:
+        loader.next()
         victim, other = children(os.getpid())[-2:]
         os.kill(victim, signal.SIGKILL)
         began = time.monotonic()
         with pytest.raises(RuntimeError, match=rf"a data reader \(pid {victim}\) was killed by SIGKILL: .* memory"):
-            read_on(stream)
+            read_on(loader)
         assert time.monotonic() - began < 5
         assert not alive(other)
 
@@ -161,21 +161,21 @@ def test_a_token_file_cut_under_a_reader_is_an_error_that_says_so(config):
 
 
 def test_a_reader_killed_while_it_reads_is_an_error_too():
-    with closing(IndexedLoader(NumberPlan(seconds=30), 4, workers=1)) as stream:
+    with closing(IndexedLoader(NumberPlan(seconds=30), 4, workers=1)) as loader:
         os.kill(children(os.getpid())[-1], signal.SIGKILL)
         with pytest.raises(RuntimeError, match="killed by SIGKILL"):
-            stream.next()
+            loader.next()
 
 
 def test_what_fails_in_a_reader_is_told_in_the_rank():
-    with closing(IndexedLoader(NumberPlan(fails_at=9), 4, workers=2)) as stream:
-        assert [stream.next().tokens[0, 0].item() for _ in range(2)] == [0, 4]
+    with closing(IndexedLoader(NumberPlan(fails_at=9), 4, workers=2)) as loader:
+        assert [loader.next().tokens[0, 0].item() for _ in range(2)] == [0, 4]
         with pytest.raises(RuntimeError, match=r"(?s)a data reader failed .*ValueError: row 9 is unreadable"):
-            stream.next()
+            loader.next()
 
 
 def test_closing_takes_no_time_even_while_readers_read():
-    stream = IndexedLoader(NumberPlan(seconds=60), 4, workers=2)
+    loader = IndexedLoader(NumberPlan(seconds=60), 4, workers=2)
     readers = children(os.getpid())[-2:]
     began = time.monotonic()
     loader.close()
@@ -185,10 +185,10 @@ def test_closing_takes_no_time_even_while_readers_read():
 
 
 def test_readers_work_at_the_same_time():
-    with closing(IndexedLoader(NumberPlan(seconds=0.5), 4, workers=4, prefetch=1)) as stream:
+    with closing(IndexedLoader(NumberPlan(seconds=0.5), 4, workers=4, prefetch=1)) as loader:
         began = time.monotonic()
         for _ in range(4):
-            stream.next()
+            loader.next()
         assert time.monotonic() - began < 1.5
 
 

@@ -200,6 +200,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", disk], check=True)
 
 
+@pytest.mark.long  # the last save is tried again for a minute
 def test_a_full_disk_fails_the_save_and_keeps_the_checkpoint_before(home: Path, call: Call, small_disk: Path) -> None:
     run = small_disk / "run"
     words = overrides(
@@ -207,7 +208,7 @@ def test_a_full_disk_fails_the_save_and_keeps_the_checkpoint_before(home: Path, 
     )
     with started(home, command("train", *words, "launch.max_restarts=0")) as train:
         wait_until(lambda: (RunDirectory(run).checkpoints / "step-00000004").exists(), train)
-        output, _ = train.communicate(timeout=60)
+        output, _ = train.communicate(timeout=120)
     kept = sorted(path.name for path in RunDirectory(run).checkpoints.glob("step-*[0-9]"))
     assert train.returncode != 0, output
     assert "checkpoint" in output and "Traceback" not in output, output

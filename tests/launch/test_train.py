@@ -154,7 +154,8 @@ def test_a_resumed_run_keeps_its_number_of_ranks_unless_told_otherwise(home: Pat
 
 def test_ranks_that_die_before_they_can_speak_are_a_failure_even_after_a_success(undisturbed: Path, home: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from stoker.conf.rundir import *; from stoker.launch.local import launch;"
+        "import sys; from pathlib import Path; from stoker.conf.rundir import *;"
+        "from stoker.launch.local import launch;"
         f"config = read_config(RunDirectory(Path({str(undisturbed)!r}))); config.launch.max_restarts = 1;"
         "sys.executable = '/bin/false'; sys.exit(launch(config, 2, print))"
     )

@@ -77,7 +77,9 @@ def resumed(configs: list[Config]) -> list[tuple[list[float], list[float], list[
 
 @pytest.mark.parametrize("layouts", [LAYOUTS, OF_DEEPSPEED], ids=["fsdp", "deepspeed"])
 def test_persistent_buffers_are_resumed_and_others_are_not_stored(layouts: list[Layout]) -> None:
-    ranks = world.run(resumed, 2, [config_of(layout) for layout in layouts], fresh=layouts is OF_DEEPSPEED, timeout=300.0)
+    ranks = world.run(
+        resumed, 2, [config_of(layout) for layout in layouts], fresh=layouts is OF_DEEPSPEED, timeout=300.0
+    )
     for number, layout in enumerate(layouts):
         of_ranks = [rank[number] for rank in ranks]
         for went_on, after, _, dtypes in of_ranks:

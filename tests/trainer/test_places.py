@@ -282,11 +282,11 @@ def test_a_run_directory_can_be_the_working_directory(
 
 
 def test_a_run_in_the_working_directory_trains_and_resumes(
-    trained: RunDirectory, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+    trained: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = twin(trained, tmp_path / "run")
     monkeypatch.chdir(run.path)
-    train_here(home, ["run.dir=.", "steps=5", *ONE])
+    train_here(run.path, ["run.dir=.", "steps=5", *ONE])
     assert len(steps_of(run.path)) == 5 and read_config(run).run.name == "trained"
     assert main(["status", "."]) == 0
 
