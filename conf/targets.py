@@ -63,7 +63,7 @@ def _refuse_module_of_a_run(target: str, module_name: str) -> None:
             return
         origin = [spec.origin] if spec.has_location and spec.origin else []
         for place in [*origin, *(spec.submodule_search_locations or ())]:
-            run = _run_around(Path(place))
+            run = run_around(Path(place))
             if run is not None:
                 raise ValueError(
                     f"{target!r} would be imported from {place}, inside the run directory {run}: modules are never "
@@ -71,7 +71,7 @@ def _refuse_module_of_a_run(target: str, module_name: str) -> None:
                 )
 
 
-def _run_around(place: Path) -> Path | None:
+def run_around(place: Path) -> Path | None:
     """The run directory that `place` lies in."""
     for folder in place.resolve().parents:
         if (folder / "config.yaml").is_file() and (folder / "attempts").is_dir():

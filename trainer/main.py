@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from stoker.checkpoint import Owner, fence, newest_step
 from stoker.conf.durable import ROOM_SECONDS
+from stoker.conf.files import expand
 from stoker.conf.identity import read_identity
 from stoker.conf.rundir import RunDirectory, next_attempt, run_directory, write_config
 from stoker.conf.schema import Config, from_dict
@@ -159,6 +160,7 @@ def _config(overrides: Sequence[str], place: Place) -> Config:
     given = os.environ.get(CONFIG_VARIABLE)
     if given is not None:
         return from_dict(json.loads(given))
+    overrides = expand(overrides)
     if place.world > 1 and not any(o.startswith(("run.dir=", "run.name=")) for o in overrides):
         raise ConfigError("say run.dir=... or run.name=...: every rank must find the same run directory")
     if place.world > 1 and "LOCAL_RANK" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
