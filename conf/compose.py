@@ -47,11 +47,11 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 def _folders(overrides: Sequence[Override]) -> list[Path]:
     """The folders of groups that choices of the user's own come from. Raises ConfigError where one hides another's."""
-    own = [override for override in overrides if override.folder is not None]
-    folders = list(dict.fromkeys(override.folder for override in own if override.folder is not None))
-    for override in own:
-        name = Path(override.value).relative_to(override.folder)
-        for folder in folders[: folders.index(override.folder)]:
-            if (folder / name).exists():
-                raise ConfigError(f"{override.value} has the name of {folder / name}: rename one of the two")
+    own = [(Path(override.value), override.folder) for override in overrides if override.folder is not None]
+    folders = list(dict.fromkeys(folder for _, folder in own))
+    for file, chosen in own:
+        for folder in folders[: folders.index(chosen)]:
+            hiding = folder / file.relative_to(chosen)
+            if hiding.exists():
+                raise ConfigError(f"{file} has the name of {hiding}: rename one of the two")
     return folders

@@ -76,7 +76,10 @@ def own_choices(group: str, folders: Sequence[Path]) -> list[str]:
 
 def _sorted_out(words: Sequence[str]) -> tuple[list[str], list[Path], list[str], list[str]]:
     """Files, folders of groups, experiments, and the other words."""
-    files, folders, experiments, rest = [], [], [], []
+    files: list[str] = []
+    folders: list[str] = []
+    experiments: list[str] = []
+    rest: list[str] = []
     left = iter(words)
     for word in left:
         name, equals, value = word.partition("=")
@@ -182,6 +185,7 @@ def _spelled(node: yaml.Node) -> str:
         return "{" + ",".join(f"{_spelled(name)}:{_spelled(value)}" for name, value in node.value) + "}"
     if isinstance(node, yaml.SequenceNode):
         return "[" + ",".join(map(_spelled, node.value)) + "]"
+    assert isinstance(node, yaml.ScalarNode)
     if node.style is None:
         return quoted_value("null" if node.value == "~" or not node.value else node.value)
     return quoted(node.value)
