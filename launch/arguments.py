@@ -189,13 +189,17 @@ def _checkpoint_save(options: argparse.Namespace) -> int:
 
 def _data_made(options: argparse.Namespace) -> int:
     from stoker.launch import data_make as make
+    from stoker.launch.train import refusing
 
-    return {"prepare": make.prepare, "pack": make.pack, "tokenizer": make.tokenizer}[options.what](options)
+    with refusing():
+        return {"prepare": make.prepare, "pack": make.pack, "tokenizer": make.tokenizer}[options.what](options)
 
 
 def _data_shown(options: argparse.Namespace) -> int:
     from stoker.launch import data_show as show
     from stoker.launch.data_peek import peek
     from stoker.launch.data_verify import verify
+    from stoker.launch.train import refusing
 
-    return {"plan": show.plan, "peek": peek, "verify": verify}[options.what](options)
+    with refusing():
+        return {"plan": show.plan, "peek": peek, "verify": verify}[options.what](options)

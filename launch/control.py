@@ -11,6 +11,7 @@ from pathlib import Path
 from stoker.checkpoint import newest, newest_step, remove
 from stoker.conf.durable import touch_own
 from stoker.conf.rundir import RunDirectory
+from stoker.conf.values import ConfigError
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.trainer.runtime.outcome import read_ending
 from stoker.trainer.runtime.process import Stamp, read_stamps
@@ -20,12 +21,12 @@ _POLL_SECONDS = 0.1
 
 
 def remove_checkpoints(path: str, steps: list[int]) -> int:
-    """Remove the checkpoints of `steps`. Raises ValueError, with none removed, rather than take the last valid one."""
+    """Remove the checkpoints of `steps`. Raises ConfigError, with none removed, rather than take the last valid one."""
     run = run_at(path)
     chosen = {step: checkpoints_of(run, step)[0] for step in steps}
     left = [summary for summary in checkpoints_of(run) if summary.step not in chosen and summary.problem is None]
     if not left and any(summary.problem is None for summary in chosen.values()):
-        raise ValueError(f"{run.path}: no valid checkpoint would be left; nothing was removed")
+        raise ConfigError(f"{run.path}: no valid checkpoint would be left; nothing was removed")
     for step, summary in chosen.items():
         remove(summary.path)
         print(f"removed step {step}")

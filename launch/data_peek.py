@@ -12,6 +12,7 @@ from stoker.checkpoint import DamagedCheckpoint, read_state
 from stoker.checkpoint.names import committed
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
+from stoker.conf.values import ConfigError
 from stoker.data import open_rows, open_tokenizer
 from stoker.data.indexed import IndexPlan
 from stoker.data.loader import refuse_other_data
@@ -31,7 +32,7 @@ def peek(options: argparse.Namespace) -> int:
     run = run_at(options.run)
     config = trusted_config(run, options.trust, (DATA,), say)
     if options.step < 1:
-        raise ValueError(f"--step {options.step}: steps count from 1")
+        raise ConfigError(f"--step {options.step}: steps count from 1")
     tokenizer: Tokenizer | None = None
     try:
         tokenizer = open_tokenizer(config.data, run.tokenizer)
@@ -74,7 +75,7 @@ def _of_rows(
     first = _first_row(run, rows, config, states, step)
     last = first + config.batch.size
     if first < 0 or (rows.total_rows is not None and last > rows.total_rows):
-        raise ValueError(f"step {step} has no rows: the data end after {rows.total_rows} rows")
+        raise ConfigError(f"step {step} has no rows: the data end after {rows.total_rows} rows")
 
     def pieces() -> Iterator[Piece]:
         for place, row in enumerate(range(first, min(last, first + most))):
@@ -101,7 +102,7 @@ def _of_streams(
         stream.pass_over(step)
         first = stream.row
         if stream.exhausted:
-            raise ValueError(f"step {step} has no rows: the data end after {first} rows")
+            raise ConfigError(f"step {step} has no rows: the data end after {first} rows")
         names = stream.sources_of_batch()
         tokens = stream.next().tokens[:most].numpy()
     finally:

@@ -20,6 +20,7 @@ from rich.table import Column, Table
 
 from stoker.checkpoint import Difference, Summary, compare, describe, verify
 from stoker.conf.rundir import RunDirectory
+from stoker.conf.values import ConfigError
 from stoker.trainer.report.progress import size
 
 
@@ -32,24 +33,24 @@ def console_for_tables() -> Console:
 
 
 def run_at(path: str) -> RunDirectory:
-    """The run directory at `path`. Raises ValueError when it is none."""
+    """The run directory at `path`. Raises ConfigError when it is none."""
     run = RunDirectory(Path(path).expanduser().absolute())
     if not run.attempts.is_dir():
-        raise ValueError(f"{run.path} is not a run directory: it has no {run.attempts.name}")
+        raise ConfigError(f"{run.path} is not a run directory: it has no {run.attempts.name}")
     return run
 
 
 def checkpoints_of(run: RunDirectory, step: int | None = None) -> list[Summary]:
-    """The run's checkpoints, oldest first, or the one of `step`. Raises ValueError when there is none."""
+    """The run's checkpoints, oldest first, or the one of `step`. Raises ConfigError when there is none."""
     found = describe(run.checkpoints)
     if not found:
-        raise ValueError(f"{run.path} has no checkpoints yet")
+        raise ConfigError(f"{run.path} has no checkpoints yet")
     if step is None:
         return found
     chosen = [summary for summary in found if summary.step == step]
     if not chosen:
         steps = ", ".join(str(summary.step) for summary in found)
-        raise ValueError(f"{run.path} has no checkpoint of step {step}; there are {steps}")
+        raise ConfigError(f"{run.path} has no checkpoint of step {step}; there are {steps}")
     return chosen
 
 

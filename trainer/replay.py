@@ -26,6 +26,7 @@ from stoker.checkpoint.names import step_of
 from stoker.conf.faults import read_faults
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
+from stoker.conf.values import ConfigError
 from stoker.parallel.layout import layout_of
 from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from stoker.parallel.shards import PARAMETER
@@ -56,9 +57,9 @@ class Replayed:
 
 
 def replay(run: RunDirectory, config: Config, step: int) -> Replayed:
-    """Compute `step` again. `config`: the run's, for one process. Raises ValueError where the run has no such step."""
+    """Compute `step` again. `config`: the run's, for one process. Raises ConfigError where the run has no such step."""
     if not 1 <= step <= config.steps:
-        raise ValueError(f"step {step}: the run has steps 1 to {config.steps}")
+        raise ConfigError(f"step {step}: the run has steps 1 to {config.steps}")
     struck = [
         run.struck(fault.name)
         for fault in read_faults(config.faults)
@@ -129,7 +130,7 @@ def _replay(trainer: Trainer, step: int, poison: AbstractContextManager[Any]) ->
             )  # fmt: skip
         step_log.enter(number, lr, result, None, {})
         step_log.settle(everything=True)
-    raise ValueError(f"step {step} was passed over: the run never took it")
+    raise ConfigError(f"step {step} was passed over: the run never took it")
 
 
 def _not_finite(trainer: Trainer, gradients: bool) -> list[str]:

@@ -102,10 +102,24 @@ def test_a_run_directory_that_cannot_be_written_is_named(home: Path, call: Call)
     assert str(home / "file") in refused(call, "train", *overrides(home / "file" / "run", home / "text"))
 
 
-def test_a_model_that_cannot_be_imported_is_named(home: Path) -> None:
-    words = overrides(home / "no-model", home / "text", "model.target=no_such_module:build")
-    assert "no_such_module" in refused(process(home), "train", *words)
-    assert RunDirectory(home / "no-model").attempt_numbers() == [1], "there is no point in another attempt"
+@pytest.mark.parametrize(
+    ("key", "path", "message"),
+    [
+        ("model.target", "no_such_module:build", "cannot import 'no_such_module'"),
+        ("model.target", "stoker.models.decoder:biuld", "module 'stoker.models.decoder' has no 'biuld'"),
+        ("optim.target", "defective:build", "NameError: name 'undefined' is not defined ({home}/defective.py:1)"),
+        ("data.target", "half:build", "SyntaxError: "),
+        ("optim.target", "sys:path", "expected a function or a class"),
+    ],
+)
+def test_code_that_cannot_be_imported_is_named_before_a_rank_is_spawned(
+    home: Path, call: Call, key: str, path: str, message: str
+) -> None:
+    (home / "defective.py").write_text("undefined\n")
+    (home / "half.py").write_text("def build(:\n")
+    status, output = call("train", *overrides(home / "no-code", home / "text"), f"{key}={path}")
+    assert status == 2 and message.format(home=home) in output and key in output, output
+    assert len(output.strip().splitlines()) == 1 and RunDirectory(home / "no-code").attempt_numbers() == []
 
 
 def test_a_launcher_that_does_not_say_how_many_ranks_a_machine_has_is_told(home: Path) -> None:

@@ -146,14 +146,14 @@ def test_the_last_valid_checkpoint_is_never_removed(
     run = RunDirectory(tmp_path / "copy")
     shutil.copytree(asked[0].path, run.path)
     new, old = (str(int(path.name.removeprefix("step-"))) for path in newest(run.checkpoints))
-    assert main(["checkpoint", "rm", str(run.path), old, new]) == 1
+    assert main(["checkpoint", "rm", str(run.path), old, new]) == 2
     assert "no valid checkpoint would be left" in capsys.readouterr().err and len(newest(run.checkpoints)) == 2
     (run.checkpoints / f"step-{int(new):08d}" / "rank-00001.safetensors").write_bytes(b"broken")
-    assert main(["checkpoint", "rm", str(run.path), old]) == 1, "the other is no checkpoint to go on from"
+    assert main(["checkpoint", "rm", str(run.path), old]) == 2, "the other is no checkpoint to go on from"
     assert main(["checkpoint", "rm", str(run.path), new]) == 0
     assert [path.name for path in newest(run.checkpoints)] == [f"step-{int(old):08d}"]
     assert verify(newest(run.checkpoints)[0]) == []
-    assert main(["checkpoint", "rm", str(run.path), "77"]) == 1
+    assert main(["checkpoint", "rm", str(run.path), "77"]) == 2
     assert "no checkpoint of step 77" in capsys.readouterr().err
 
 
