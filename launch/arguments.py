@@ -90,7 +90,14 @@ def add_checkpoints(checkpoint: argparse.ArgumentParser) -> None:
     diff = of_checkpoints("diff", _checkpoint_diff, "What differs between two checkpoints: config, state, tensors.")
     diff.add_argument("first", type=int, help="step of the one")
     diff.add_argument("second", type=int, help="step of the other")
-    diff.add_argument("--tensors", type=int, default=20, help="show so many, the most changed first (default 20)")
+    diff.add_argument(
+        "--kind", action="append", default=[], help="only tensors of this kind: param, optim.exp_avg, ..."
+    )
+    most = diff.add_mutually_exclusive_group()
+    most.add_argument(
+        "--tensors", type=int, default=20, help="show so many, parameters and the most changed first (20)"
+    )
+    most.add_argument("--all", action="store_true", help="show all tensors that differ")
     remove = of_checkpoints("rm", _checkpoint_rm, "Remove checkpoints, but never the last valid one.")
     remove.add_argument("step", type=int, nargs="+", help="steps of those to remove")
     save = of_checkpoints("save", _checkpoint_save, "Ask a running job for a checkpoint now, and wait for it.")
@@ -172,7 +179,8 @@ def _checkpoint_verify(options: argparse.Namespace) -> int:
 def _checkpoint_diff(options: argparse.Namespace) -> int:
     from stoker.launch.inspect import compare_checkpoints
 
-    return compare_checkpoints(options.run, options.first, options.second, options.tensors)
+    most = None if options.all else options.tensors
+    return compare_checkpoints(options.run, options.first, options.second, options.kind, most)
 
 
 def _checkpoint_rm(options: argparse.Namespace) -> int:

@@ -46,6 +46,10 @@ def peek(options: argparse.Namespace) -> int:
         first, found = _of_streams(config, tokenizer, states, options.step, options.rows)
     else:
         first, found = _of_rows(run, config, states, options.step, options.rows)
+    if options.step > config.steps:
+        say(
+            f"step {options.step} is past the end: the run has steps={config.steps}; with more it would take these rows"
+        )
     chosen = min(options.rows, config.batch.size)
     print(f"step {options.step}: rows {first:,} to {first + config.batch.size - 1:,} of the run; showing {chosen}")
     for place, where, ids in found:
@@ -54,6 +58,10 @@ def peek(options: argparse.Namespace) -> int:
         print(f"\n[row {place} of the step, {where}]")
         print(shown)
     return 0
+
+
+def _past_the_data(step: int, rows: int, config: Config) -> str:
+    return f"step {step} has no rows: the data end after {rows} rows, with step {rows // config.batch.size}"
 
 
 def _states(run: RunDirectory) -> list[Mapping[str, Any]]:
@@ -75,7 +83,7 @@ def _of_rows(
     first = _first_row(run, rows, config, states, step)
     last = first + config.batch.size
     if first < 0 or (rows.total_rows is not None and last > rows.total_rows):
-        raise ConfigError(f"step {step} has no rows: the data end after {rows.total_rows} rows")
+        raise ConfigError(_past_the_data(step, rows.total_rows or 0, config))
 
     def pieces() -> Iterator[Piece]:
         for place, row in enumerate(range(first, min(last, first + most))):
@@ -102,7 +110,7 @@ def _of_streams(
         stream.pass_over(step)
         first = stream.row
         if stream.exhausted:
-            raise ConfigError(f"step {step} has no rows: the data end after {first} rows")
+            raise ConfigError(_past_the_data(step, first, config))
         names = stream.sources_of_batch()
         tokens = stream.next().tokens[:most].numpy()
     finally:

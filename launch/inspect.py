@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -95,20 +96,22 @@ def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
     progress.update(task, completed=done, total=total)
 
 
-def compare_checkpoints(path: str, first: int, second: int, most: int) -> int:
-    """Print what differs between two steps, at most so many tensors; status 1 if anything does."""
+def compare_checkpoints(path: str, first: int, second: int, kinds: Sequence[str], most: int | None) -> int:
+    """Print what differs between two steps, at most so many tensors, of some kinds; status 1 if anything does."""
     run = run_at(path)
     old, new = (checkpoints_of(run, step)[0].path for step in (first, second))
-    console = Console()
+    console = console_for_tables()
     columns = (TextColumn("comparing tensors"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        found = compare(old, new, functools.partial(_advance, progress, progress.add_task("")))
+        found = compare(old, new, functools.partial(_advance, progress, progress.add_task("")), kinds)
+    if unknown := [kind for kind in kinds if kind not in found.kinds]:
+        raise ConfigError(f"--kind {unknown[0]}: the kinds of tensors there are {', '.join(found.kinds)}")
     for table in _difference(found, first, second, most):
         console.print(table)
     return int(not found.empty)
 
 
-def _difference(found: Difference, first: int, second: int, most: int) -> list[Table | str]:
+def _difference(found: Difference, first: int, second: int, most: int | None) -> list[Table | str]:
     parts: list[Table | str] = []
     for title, changes in (("config", found.config), ("state", found.state)):
         if changes:
@@ -121,10 +124,13 @@ def _difference(found: Difference, first: int, second: int, most: int) -> list[T
         table = Table(*columns, box=None, pad_edge=False, header_style="bold")
         for tensor in found.tensors[:most]:
             what = "" if tensor.relative is not None else tensor.what
-            table.add_row(tensor.label, "" if tensor.relative is None else f"{tensor.relative:.3e}", what)
+            table.add_row(
+                f"{tensor.kind}/{tensor.name}", "" if tensor.relative is None else f"{tensor.relative:.3e}", what
+            )
         parts.append(table)
-    more = len(found.tensors) - most
+    more = 0 if most is None else len(found.tensors) - most
     parts.append(
-        f"{found.equal_tensors} tensors are equal, {len(found.tensors)} differ" + (f" ({more} not shown)" * (more > 0))
+        f"{found.equal_tensors} tensors are equal, {len(found.tensors)} differ"
+        + (f" ({more} not shown; --all shows them)" * (more > 0))
     )
     return parts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass
 
@@ -16,11 +15,9 @@ from stoker.launch.inspect import console_for_tables, run_at
 from stoker.launch.slurm.batch import read_notes
 from stoker.trainer.report.goodput import goodput
 from stoker.trainer.report.metrics import read_recent
-from stoker.trainer.report.progress import duration
+from stoker.trainer.report.progress import Pace, duration
 from stoker.trainer.runtime.outcome import read_beginning, read_ending
 from stoker.trainer.runtime.process import Stamp, read_stamps
-
-_RECENT = 50  # steps over which speed is measured
 
 
 @dataclass(frozen=True)
@@ -59,16 +56,18 @@ def facts(run: RunDirectory, attempts: list[Attempt], alive: Stamp | None) -> li
     rows = [("state", _state(run, attempts, alive))]
     steps = read_recent(run.metrics)
     if steps:
-        last, recent = steps[-1], steps[-_RECENT:]
+        last = steps[-1]
         total = read_config(run).steps
         rows.append(("step", f"{last['step']:,} of {total:,}"))
         if last["loss"] is not None:
             rows.append(("loss", f"{last['loss']:.4f} nats per token"))
-        seconds = statistics.median(step["step_seconds"] for step in recent)
-        speed = statistics.median(step["tokens_per_second"] for step in recent)
-        rows.append(("speed", f"{speed:,.0f} tokens/s, {seconds:.3g} s a step"))
+        began = (attempts[-1].from_step or 0) if attempts else 0
+        pace = Pace.of(
+            [step for step in steps if step["step"] > began] or steps
+        )  # of the ranks that the live view shows
+        rows.append(("speed", f"{pace.tokens_per_second:,.0f} tokens/s, {pace.step_seconds:.3g} s a step"))
         if alive is not None and last["step"] < total:
-            rows.append(("time left", duration((total - last["step"]) * seconds)))
+            rows.append(("time left", pace.left(last["step"], total)))
     rows.append(("checkpoint", _checkpoint(run)))
     spent = goodput(run, time.time() if alive is not None else None)
     if spent.total:

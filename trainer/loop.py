@@ -67,8 +67,7 @@ class Trainer:
         outcome = Outcome.COMPLETED
         last = self._is_last(self.progress.step)
         if last and self.observers is not None:
-            step, ends = self.progress.step, "the data end" if self.rows.exhausted else "steps=... goes on"
-            self.observers.message(f"nothing to do: step {step} of {self.config.steps} is done; {ends}")
+            self.observers.message(self._nothing_to_do())
         for step in self.steps(self.config.steps):
             with self.profiler.step(step) as profiled:
                 self.phase(step, Phase.DATA)
@@ -115,6 +114,14 @@ class Trainer:
         self.save()
         asked = outcome in (Outcome.STOPPED, Outcome.PREEMPTED)
         return Outcome.COMPLETED if asked and last else outcome
+
+    def _nothing_to_do(self) -> str:
+        done, wanted = self.progress.step, self.config.steps
+        what = (
+            f"steps={wanted} is below the {done} that are done" if wanted < done else f"step {done} of {wanted} is done"
+        )
+        goes_on = "the data end" if self.rows.exhausted else f"a number above {done} for steps goes on"
+        return f"nothing to do: {what}; {goes_on}"
 
     def save(self) -> None:
         """Start saving the state after the last step done; metrics up to it are on disk before it can be committed."""

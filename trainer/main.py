@@ -243,7 +243,9 @@ def _train(
     mesh = start_mesh(layout, device, store, rank, config.parallel.timeout_seconds)
 
     with console.echoing_warnings() if rank == 0 else nullcontext():
-        trainer = assemble(config, mesh, place, run, attempt.number, requests, phase, console.screen, on_failure, owner)
+        trainer = assemble(
+            config, mesh, place, run, attempt.number, requests, phase, console.screen, on_failure, owner, console.log
+        )
     if place.local_rank == 0 and (identity := read_identity(run)) is not None:
         remember(identity.run, config)
     if rank == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.launch.runs import (
     overrides,
     started,
     steps_of,
+    train_forked,
     train_here,
     wait_until,
     write_text,
@@ -134,6 +136,14 @@ def trained(home: Path) -> Path:
     run = home / "trained"
     train_here(home, overrides(run, home / "text", "steps=3"))
     return run
+
+
+def test_fewer_steps_than_are_done_are_told(home: Path, trained: Path) -> None:
+    run = home / "fewer"
+    shutil.copytree(trained, run)
+    status, output = train_forked(home, [f"run.dir={run}", "steps=2"])
+    assert status == 0 and last_step(run) == 3, output
+    assert "nothing to do: steps=2 is below the 3 that are done; a number above 3 for steps goes on" in output
 
 
 def test_a_wrong_prompt_run_or_step_is_named(home: Path, call: Call, trained: Path) -> None:

@@ -135,7 +135,14 @@ def test_two_checkpoints_are_compared(asked: tuple[RunDirectory, str, int], caps
     new, old = (str(int(path.name.removeprefix("step-"))) for path in newest(run.checkpoints))
     assert main(["checkpoint", "diff", str(run.path), old, new, "--tensors", "3"]) == 1
     said = capsys.readouterr().out
-    assert "progress.step" in said and "optim.exp_avg" in said and "not shown" in said and "0 tensors are equal" in said
+    assert "progress.step" in said and "not shown; --all shows them" in said and "0 tensors are equal" in said
+    shown = [line.split("/")[0] for line in said.splitlines() if "/" in line and "e-" in line]
+    assert shown == ["param"] * 3, said
+    assert main(["checkpoint", "diff", str(run.path), old, new, "--kind", "optim.exp_avg", "--all"]) == 1
+    said = capsys.readouterr().out
+    assert "optim.exp_avg/embedding.weight" in said and "param/" not in said and "not shown" not in said, said
+    assert main(["checkpoint", "diff", str(run.path), old, new, "--kind", "exp_avg"]) == 2
+    assert "--kind exp_avg: the kinds of tensors there are optim.exp_avg, " in capsys.readouterr().err
     assert main(["checkpoint", "diff", str(run.path), new, new]) == 0
     assert " 0 differ" in capsys.readouterr().out
 
