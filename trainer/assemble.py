@@ -48,9 +48,9 @@ def assemble(
 ) -> Trainer:
     """The trainer of this rank, resumed from the newest valid checkpoint of `run` if there is one.
 
-    `config` is settled (`stoker.trainer.settle`), and the places of checkpoints are `owner`'s. What has to be ended
-    when this fails is left to `closing`. Raises ValueError for data or a checkpoint that do not fit it, and for a run
-    whose checkpoints have gone.
+    `config` is settled (`stoker.trainer.settle`), and the places of checkpoints are `owner`'s. Resources that must be
+    closed when this fails are pushed on `closing`. Raises ValueError for data or a checkpoint that do not fit the
+    config, and for a run whose checkpoints are missing.
     """
     closing = closing or ExitStack()
     plan = batch_plan(config, mesh.layout)
@@ -136,7 +136,7 @@ def assemble(
 
 
 def with_vocabulary(config: Config, kept: Path | None = None) -> Config:
-    """`config` with `model.vocab_size` known: the tokenizer's, unless a larger one is asked for.
+    """`config` with `model.vocab_size` known: the tokenizer's, unless the config has a larger one.
 
     `kept`: the folder in which a run keeps its tokenizer.
     """
@@ -157,7 +157,7 @@ def _open_data(config: Config, mesh: Mesh, place: Place, closing: ExitStack) -> 
     closing.callback(stream.close)
     if not config.eval.sequences:
         return stream, Evaluation(mesh, None, 1)
-    # Every rank makes equally many passes: one that is short of rows reads its first again and counts nothing.
+    # Every rank makes equally many passes: a rank with fewer rows reads its first row again and does not count it.
     numbers = list(range(dp_rank, config.eval.sequences, dp))
     padding = -(-config.eval.sequences // dp) - len(numbers)
     rows = read_rows(open_rows(config, "validation"), numbers + [0] * padding, mesh.device.type == "cuda")
