@@ -22,7 +22,7 @@ class Limits:
 
 
 # fp32 is the contract. In fewer bits a rounding is 2**-9 (bf16) or 2**-12 (fp16) of a number, and AdamW, which divides
-# # small gradients by small gradients, amplifies it: there norms are compared in the first step, from identical
+# small gradients by small gradients, amplifies it: there norms are compared in the first step, from identical
 # parameters, and parameters not at all. tests/parallel/test_precision.py holds the layouts to the same limits.
 LIMITS = {
     "fp32": Limits(1e-5, 1e-5, 1e-5, 1e-4),

@@ -21,7 +21,7 @@ WAITING = "waits for other ranks"
 _CANNOT_ANSWER = ("", "Z", "T", "t")  # letters of /proc for a process that cannot answer: gone or stopped
 SHOWN = 32  # ranks in the table, those that are behind first
 # Code that waits for other ranks: MODULE, or MODULE:FUNCTION. Nothing of it is imported here: most is torch's, and the
-# # watchdog beside a rank is a light process. tests/trainer/runtime/test_watchdog.py looks up every name.
+# watchdog beside a rank is a light process. tests/trainer/runtime/test_watchdog.py looks up every name.
 COLLECTIVES = (  # their functions enter C at once
     "torch.distributed.distributed_c10d",
     "torch.distributed._functional_collectives",
