@@ -1,4 +1,4 @@
-"""What differs between two checkpoints: their tensors, one at a time, and their states, value by value."""
+"""Differences between two checkpoints: their tensors, one at a time, and their states, value by value."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TensorChange:
 
     kind: str  # as in `stoker.parallel.shards`
     name: str
-    relative: float | None  # |second - first| / |first|, L2 norms in float64; None where there is nothing to subtract
+    relative: float | None  # |second - first| / |first|, L2 norms in float64; None where they cannot be subtracted
     what: str  # for people: "changed", "only in the first", "F32 (4, 2) -> F32 (4, 3)"
 
 
@@ -58,8 +58,8 @@ def compare(
 ) -> Difference:
     """Reads all of both, or the tensors of some `kinds`, holding two tensors in memory.
 
-    `progress` is called with the tensors compared so far, and in all. Raises DamagedCheckpoint as soon as something is
-    damaged.
+    `progress` is called with the tensors compared so far, and in all. Raises DamagedCheckpoint at the
+    first damage.
     """
     old, new = read_state(first), read_state(second)
     config = list(_changes(old.pop("config", {}), new.pop("config", {}), ""))

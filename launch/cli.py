@@ -39,7 +39,7 @@ examples:
   stoker check parallel.zero=3 --against "parallel.zero=0"   two layouts
   stoker check model.init_from=DIR launch.nproc=2 --against transformers
 
-In fp32, where a difference means something, unless precision=... is given.
+In fp32, where a difference is meaningful, unless precision=... is given.
 The status is 0 if both are the same run.
 """
 
@@ -52,7 +52,7 @@ to have it in every shell:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status, one of docs/launch.md. What is wrong with the words is one line on stderr."""
+    """Run one command; the exit status, one of docs/launch.md. An error in the arguments is one line on stderr."""
     from stoker.conf.files import expand
     from stoker.conf.reasons import reason, with_cause
     from stoker.conf.values import ConfigError
@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
 
     config = add("config", _config, "Print the composed, validated config and exit.", CONFIG_EXAMPLES)
     arguments.add_settings(config)
-    config.add_argument("--layout", action="store_true", help="print where every rank would stand instead")
+    config.add_argument("--layout", action="store_true", help="print the place of every rank instead")
 
     check = add("check", _check, "Compare a layout with one process, or with transformers.", CHECK_EXAMPLES)
     arguments.add_settings(check)
@@ -169,7 +169,9 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("out", help="directory to make; must not exist, or be empty")
     export.add_argument("--format", choices=("hf",), default="hf", help="hf: safetensors + config.json (default)")
     export.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as the model came in, else fp32)"
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="of the weights (default: the imported model's, else fp32)",
     )
     export.add_argument("--step", type=int, help="of this step's checkpoint instead of the newest")
     export.add_argument("--shard-size", default="5GB", help="largest size of one file (default 5GB)")
@@ -177,8 +179,8 @@ def parser() -> argparse.ArgumentParser:
 
     arguments.add_runs(add)
     with_commands = (
-        (arguments.add_checkpoints, "checkpoint", "List, verify, compare, remove checkpoints, or save one."),
-        (arguments.add_data, "data", "Prepare data, and look at what a run reads."),
+        (arguments.add_checkpoints, "checkpoint", "List, verify, compare, remove checkpoints, or request one."),
+        (arguments.add_data, "data", "Prepare data, and show what a run reads."),
     )
     for add_commands, name, text in with_commands:
         command = add(name, lambda _: 0, text)
@@ -222,8 +224,8 @@ def _config(options: argparse.Namespace) -> int:
     from stoker.launch.layout import lines_of
     from stoker.parallel.layout import batch_plan, layout_of
 
-    validate(config, world, gpus=world)  # asked of ranks anywhere, not of the GPUs of this machine
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us in silence
+    validate(config, world, gpus=world)  # for ranks anywhere, not the GPUs of this machine
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the command silently
     layout = layout_of(config, world)
     for line in lines_of(layout, batch_plan(config, layout), shutil.get_terminal_size((120, 24)).columns):
         print(line)

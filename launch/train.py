@@ -60,5 +60,5 @@ def refusing() -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """One line for the person who started this."""
+    """Print one line for the user."""
     print(f"stoker: {line}", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ def main() -> int:
     from stoker.trainer.main import CONFIG_VARIABLE
 
     if MEETING_VARIABLE not in os.environ:
-        say("this is started by a job's own process: see launch/slurm/train.sbatch")
+        say("only a job's process starts this: see launch/slurm/train.sbatch")
         return 2
     config = from_dict(json.loads(os.environ[CONFIG_VARIABLE]))
     host, _, port = os.environ[MEETING_VARIABLE].rpartition(":")
@@ -33,15 +33,15 @@ def main() -> int:
 
 
 def unreachable(host: str) -> str | None:
-    """Why this machine cannot reach the job's first node `host`, if that is plain from its name."""
+    """Why this machine cannot reach the job's first node `host`, if its name shows it."""
     here = socket.gethostname()
     try:
         addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError as error:
-        return f"{here} does not know the address of {host}, the job's first node: {error.strerror}"
+        return f"{here} cannot resolve {host}, the job's first node: {error.strerror}"
     if host != here and all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses):
         seen = ", ".join(sorted(addresses))
-        return f"on {here} the job's first node {host} is {seen}, which is {here} itself: mend /etc/hosts there"
+        return f"on {here} the job's first node {host} is {seen}, which is {here} itself: correct /etc/hosts there"
     return None
 
 

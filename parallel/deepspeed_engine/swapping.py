@@ -1,4 +1,4 @@
-"""Parameters to compute with on NVMe: what DeepSpeed's own swapper (ZeRO 3) asks of a machine.
+"""Compute parameters on NVMe: what DeepSpeed's swapper (ZeRO 3) needs of a machine.
 
 It keeps a file for each parameter in a folder, and buffers that are locked in memory. Where the disk is full or memory
 may not be locked it aborts the process, so both are tried beforehand.
@@ -29,16 +29,16 @@ SLACK_BYTES = 1 << 16  # what it rounds a part up by is less
 
 
 class SwapFolder:
-    """A folder of this process alone under `parallel.nvme_path`, removed with this object.
+    """A folder of this process under `parallel.nvme_path`, removed with this object.
 
-    It is locked as long as the process lives. So those of processes that were killed are known, and are removed when
-    the next one makes its own. Raises ValueError when the disk cannot be written.
+    It is locked until the process ends. So the next process can tell the folders of killed processes, and removes them.
+    Raises ValueError when the disk cannot be written.
     """
 
     def __init__(self, parent: Path) -> None:
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            with _locked(parent):  # nobody sweeps between the making of a folder and its lock
+            with _locked(parent):  # no other process sweeps between mkdir and lock
                 for old in parent.glob(f"{PREFIX}*"):
                     _remove_if_left(old)
                 self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
@@ -64,7 +64,7 @@ def _remove_if_left(folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return  # its process lives
+        return  # its process is running
     else:
         shutil.rmtree(folder, ignore_errors=True)
     finally:
@@ -72,7 +72,7 @@ def _remove_if_left(folder: Path) -> None:
 
 
 def _remove(folder: Path, lock: int, owner: int) -> None:
-    if os.getpid() == owner:  # and no reader process that it has forked
+    if os.getpid() == owner:  # not a reader process that it has forked
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
@@ -91,7 +91,7 @@ def require_room(folder: Path, needed: int, mesh: Mesh) -> None:
             os.posix_fallocate(file.fileno(), 0, max(1, needed))
         except OSError as error:
             reason = f"parallel.nvme_path={folder.parent}: no room for {needed:,} bytes: {error.strerror}"
-        reasons = [found for found in mesh.all_gather_text(reason) if found]  # all hold theirs at one time
+        reasons = [found for found in mesh.all_gather_text(reason) if found]  # all ranks reserve at the same time
     if reasons:
         raise ValueError(reasons[0])
 

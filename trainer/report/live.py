@@ -31,7 +31,7 @@ _SHORTEST_BAR = 5
 
 
 class LiveProgress(Observer):
-    """Draws on `screen`, which should be a terminal that understands ANSI sequences."""
+    """Draws on `screen`, which should be a terminal that supports ANSI sequences."""
 
     name = "progress"
 

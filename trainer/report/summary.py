@@ -13,7 +13,7 @@ from stoker.trainer.report.goodput import goodput
 from stoker.trainer.report.metrics import read
 from stoker.trainer.report.progress import duration
 
-LOG_STEPS_FROM = 1000  # runs this long are drawn over log steps: the start would be a cliff
+LOG_STEPS_FROM = 1000  # from this length on, steps are drawn on a log axis
 
 Steps = list[dict[str, Any]]
 
@@ -36,14 +36,14 @@ def summarize(run_dir: Path, config: Config, outcome: str) -> str:
 
 
 def table(steps: Steps, run: RunDirectory, config: Config) -> list[tuple[str, str]]:
-    """What there is to say about `steps`, as (name, value)."""
+    """Rows about `steps`, as (name, value)."""
     rows = []
     if steps:
         last = steps[-1]
         skipped = sum(step["skipped"] for step in steps)
         empty = sum(step.get("empty", False) for step in steps)
         updates = f"{last['updates']:,} updates" + (f", {skipped:,} skipped" if skipped else "")
-        updates += f", {empty:,} of them without a label to learn" if empty else ""
+        updates += f", {empty:,} of them without labels" if empty else ""
         rows.append(("steps", f"{last['step']:,} of {config.steps:,} ({updates})"))
         rows.append(("tokens", f"{last['tokens']:,}"))
         for name, key in (("loss", "loss"), ("val loss", "val_loss")):
