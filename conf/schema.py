@@ -182,7 +182,8 @@ class ScheduleConfig:
 
 @dataclass
 class CheckpointConfig:
-    every: int = free(200)  # steps between checkpoints; 0: only at the end
+    every: int = free(200)  # steps between checkpoints; 0: by `minutes` and at the end only
+    minutes: float | None = free(15.0)  # since the last save began, after which another does; null: by steps only
     keep: int = free(3)  # newest valid checkpoints kept
     keep_every: int = free(0)  # steps: checkpoints of their multiples are kept for good; 0: none
     keep_best: int = free(0)  # checkpoints of the lowest validation loss kept as well
@@ -229,7 +230,9 @@ class LaunchConfig:
     time: str | None = free()  # slurm: time limit of the job, D-HH:MM:SS; default: the partition's
     partition: str | None = free()  # slurm; default: the cluster's
     gpus: int | None = free()  # slurm: GPUs of each machine, each for a rank; default: none
-    cpus: int | None = free()  # slurm: processors for each machine's ranks together; default: one for each
+    cpus: int | None = (
+        free()
+    )  # slurm: processors for each machine's ranks together; default: threads + data.workers + 2 each
     grace_seconds: int = free(120)  # slurm: from its signal to the time limit, for the last save
     requeue: bool = free(True)  # slurm: come back to the queue after a preemption and at the time limit
     chain: int = free(1)  # slurm: jobs in a row, each waiting for the one before; for sites without requeue

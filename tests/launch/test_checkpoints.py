@@ -61,6 +61,16 @@ def test_a_save_that_fails_ends_the_run_if_that_is_asked_for(home: Path) -> None
     assert newest(run.checkpoints)[0].name == f"step-{ending.step:08d}", "what was computed until then is not lost"
 
 
+def test_checkpoints_are_saved_by_time_as_well_by_all_ranks_after_the_same_step(home: Path) -> None:
+    run = RunDirectory(home / "timed")
+    words = overrides(run.path, home / "text", "steps=25", "checkpoint.every=0", "checkpoint.keep=50")
+    train_here(home, [*words, "checkpoint.minutes=0.0005"])  # 30 ms, which is some steps
+    found = newest(run.checkpoints)
+    assert len(found) >= 3 and found[0].name == "step-00000025"
+    for checkpoint in found:
+        assert verify(checkpoint) == [] and len(list(checkpoint.glob("rank-*.safetensors"))) == 2
+
+
 def test_a_remote_that_cannot_be_written_ends_the_run_if_that_is_asked_for(home: Path) -> None:
     run = RunDirectory(home / "remote-failed")
     words = ["steps=3", "checkpoint.remote=file:///proc/nobody-writes-here", "checkpoint.on_error=fail"]

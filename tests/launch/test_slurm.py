@@ -54,7 +54,7 @@ def test_the_plain_script_mends_a_killed_rank_in_its_allocation_is_requeued_when
 
 def test_the_tasks_of_an_array_are_runs_of_their_own(home: Home) -> None:
     run = home.path / "sweep"
-    array = ["steps=2", "launch=slurm", "launch.nproc=1", "launch.array=0-1", "run.seed={task}"]
+    array = ["steps=2", "launch=slurm", "launch.nproc=1", "launch.cpus=1", "launch.array=0-1", "run.seed={task}"]
     status, output = home.call(*command("submit", *overrides(run, home.path / "text", *array)))
     assert status == 0, output
     job = output.split(" as job ")[1].split(";")[0]
