@@ -56,8 +56,11 @@ def parse(override: str) -> Override:
     value = _value(quoted)
     if not fits(value, hint):
         raise ConfigError(f"{key}={text}: expected {expected(hint)}")
-    if value == "" and not below:
-        raise ConfigError(f"{key}= is empty: give a value, or leave {key} out (is a variable of the shell not set?)")
+    empty = _empty(key, value)
+    if empty is not None:
+        raise ConfigError(
+            f"{empty}= is empty: give a value, or leave {empty} out (is a variable of the shell not set?)"
+        )
     return Override(key, value, False, f"++{quoted}" if below or key in _OPEN else quoted)
 
 
@@ -75,6 +78,17 @@ def choices(group: str) -> list[str]:
 def closest(word: str, known: list[str]) -> list[str]:
     """`known` with the most similar to `word` first."""
     return sorted(known, key=lambda name: -difflib.SequenceMatcher(None, word, name).ratio())
+
+
+def _empty(key: str, value: Any) -> str | None:
+    """The key of an empty text in `value`, which as a path is the working directory. A user's own keys may be empty."""
+    if ".args." in f"{key}." or key.startswith("parallel.deepspeed"):
+        return None
+    if isinstance(value, dict):
+        return next(filter(None, (_empty(f"{key}.{name}", inner) for name, inner in value.items())), None)
+    if isinstance(value, list):
+        return next(filter(None, (_empty(key, inner) for inner in value)), None)
+    return key if value == "" else None
 
 
 def _choice(group: str, text: str) -> Override:

@@ -35,6 +35,8 @@ def console_for_tables() -> Console:
 
 def run_at(path: str) -> RunDirectory:
     """The run directory at `path`. Raises ConfigError for any other directory."""
+    if not path:
+        raise ConfigError("the run directory is empty text (is a variable of the shell not set?)")
     run = RunDirectory(Path(path).expanduser().absolute())
     if not run.attempts.is_dir():
         raise ConfigError(f"{run.path} is not a run directory: it has no {run.attempts.name}")

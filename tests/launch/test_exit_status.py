@@ -88,6 +88,7 @@ ROWS: dict[str, list[tuple[Status, int]]] = {
         (command("train", "--fast"), 2),
         (command("train", "step=3"), 2),
         (command("status", "RUN/nowhere"), 2),
+        (command("stop", ""), 2),
         (command("checkpoint", "ls", "RUN"), 2),
         (command("logs", "RUN", "--attempt", "7"), 2),
         (command("data", "peek", "RUN/nowhere", "--step", "1"), 2),
