@@ -15,10 +15,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from torch.distributed import TCPStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -29,7 +29,9 @@ from stoker.checkpoint import newest_step
 from stoker.conf.durable import with_room, write_whole
 from stoker.conf.rundir import RunDirectory, run_directory
 from stoker.conf.schema import Config, to_dict
+from stoker.launch.gate import Tunnel
 from stoker.parallel.layout import threads_per_rank
+from stoker.parallel.loopback import LOOPBACK, keep_on_loopback, loopback_store
 from stoker.trainer.main import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import GOES_ON, Ending, Outcome, read_ending, write_ending
 from stoker.trainer.runtime.watchdog import Watchdog
@@ -44,12 +46,13 @@ EXIT_SECONDS = 5.0  # for processes to end after the outcome is written
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the launchers of several machines meet: a store that somebody else keeps."""
+    """Where the launchers of several machines meet: a gate to a store that somebody else keeps."""
 
     host: str
     port: int
     node: int  # of this machine, from 0
     nodes: int
+    key: bytes = field(repr=False)  # that the gate wants to be shown
 
 
 def launch(
@@ -71,6 +74,8 @@ def launch(
         "PYTHONSAFEPATH": "1",
         "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(handled_signals()),
     }
+    if meeting is None or meeting.nodes == 1:
+        keep_on_loopback(os.environ)
     with tempfile.TemporaryDirectory(prefix="stoker-") as folder:
         spec = WorkerSpec(
             role="rank",
@@ -80,7 +85,7 @@ def launch(
             args=("-P", "-m", "stoker.trainer", *arguments),
             max_restarts=config.launch.max_restarts if meeting is None else 0,
             monitor_interval=MONITOR_SECONDS,
-            master_addr="127.0.0.1" if meeting is None else meeting.host,
+            master_addr=LOOPBACK,
         )
         agent = _Agent(
             spec, DefaultLogsSpecs(log_dir=folder), run, config.launch.hang_seconds, say, alone=meeting is None
@@ -112,22 +117,23 @@ class _LocalRendezvous(StaticTCPRendezvous):
     """One machine, one agent: for every attempt a new store, on a port that the system picks."""
 
     def __init__(self) -> None:
-        super().__init__("127.0.0.1", 0, rank=0, world_size=1, run_id="stoker", timeout=60)
+        super().__init__(LOOPBACK, 0, rank=0, world_size=1, run_id="stoker", timeout=60)
 
     def next_rendezvous(self) -> RendezvousInfo:
-        self._store = store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        self._store = store = loopback_store()
         self.master_port = store.port
         return super().next_rendezvous()
 
 
 class _MeetingRendezvous(StaticTCPRendezvous):
-    """Several machines, one attempt."""
+    """Several machines, one attempt: the store is reached through a tunnel, by this process and by its ranks."""
 
     def __init__(self, meeting: Meeting) -> None:
-        super().__init__(meeting.host, meeting.port, meeting.node, meeting.nodes, run_id="stoker", timeout=60)
+        self._tunnel = Tunnel(meeting.host, meeting.port, meeting.key)
+        super().__init__(LOOPBACK, self._tunnel.port, meeting.node, meeting.nodes, run_id="stoker", timeout=60)
 
     def next_rendezvous(self) -> RendezvousInfo:
-        self._store = torch.distributed.TCPStore(self.master_addr, self.master_port, is_master=False)
+        self._store = TCPStore(LOOPBACK, self._tunnel.port, is_master=False)
         return super().next_rendezvous()
 
 

@@ -23,6 +23,7 @@ from stoker.conf.schema import Config, from_dict
 from stoker.conf.values import ConfigError
 from stoker.data import keep_tokenizer
 from stoker.parallel.layout import layout_of
+from stoker.parallel.loopback import is_loopback, loopback_store
 from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from stoker.trainer.assemble import assemble
 from stoker.trainer.base_model import keep_base
@@ -181,6 +182,10 @@ def _store(place: Place) -> dist.Store:
         return dist.HashStore()
     from datetime import timedelta
 
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if place.rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ and is_loopback(address) and port.isdecimal():
+        with suppress(OSError):  # taken: by an earlier run of this process, which torch knows, or by another program
+            return loopback_store(int(port))
     patience = timedelta(seconds=RENDEZVOUS_SECONDS)
     try:
         store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=patience))

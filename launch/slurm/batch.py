@@ -30,7 +30,8 @@ from stoker.trainer.runtime.shutdown_estimate import GRACE_VARIABLE
 from stoker.trainer.settle import settle_config
 from stoker.trainer.trust import TRAINING
 
-MEETING_VARIABLE = "STOKER_MEETING"  # host:port of the store at which the nodes meet
+MEETING_VARIABLE = "STOKER_MEETING"  # host:address:port of the gate at which the nodes meet
+KEY_VARIABLE = "STOKER_MEETING_KEY"  # what the gate wants to be shown: 64 hexadecimal digits
 LINK_VARIABLE = "STOKER_LINK"  # which job of how many of a chain this is: 2/5
 SUBMITTED = "submit"  # a note's move, beside those of `verdict.Move`
 RANKS_DEFAULT = 2  # on a node without GPUs
@@ -132,16 +133,21 @@ class Batch:
         return verdict.status
 
     def _start_ranks(self, environment: dict[str, str]) -> None:
-        from torch.distributed import TCPStore
+        from stoker.launch.gate import Gate, address_of, new_key
+        from stoker.parallel.loopback import LOOPBACK, loopback_store
 
         # A store of its own for every round: nothing that the ranks before have left in it can mislead these.
-        store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
-        environment[MEETING_VARIABLE] = f"{socket.gethostname()}:{store.port}"
+        store, key, host = loopback_store(), new_key(), socket.gethostname()
+        address = address_of(host) if self.job.nodes > 1 else LOOPBACK
+        gate = Gate(address, store.port, bytes.fromhex(key))
+        environment[MEETING_VARIABLE] = f"{host}:{address}:{gate.port}"
+        environment[KEY_VARIABLE] = key
         if self._asked is None:  # else the allocation ends before ranks would have begun
             self._ranks = subprocess.Popen(self._srun(), env=environment)
             if self._asked is not None:
                 self._ranks.send_signal(signal.SIGUSR1)
             self._ranks.wait()
+        gate.close()
         del store
 
     def _srun(self) -> list[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,23 @@ def processes_of(home: Path) -> list[int]:
             with suppress(OSError):
                 if mark in (entry / "environ").read_bytes().split(b"\0") and is_alive(int(entry.name)):
                     found.append(int(entry.name))
+    return found
+
+
+def listening_addresses(pids: Iterable[int]) -> set[str]:
+    """The IP addresses at which these processes listen for TCP connections, as the kernel lists them."""
+    held = set()
+    for pid in pids:
+        for entry in (Path("/proc") / str(pid) / "fd").iterdir():
+            with suppress(OSError):
+                held.add(os.readlink(entry))
+    found = set()
+    for table, words in (("tcp", 1), ("tcp6", 4)):
+        for line in (Path("/proc/net") / table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in held:
+                packed = struct.pack(f"={words}I", *struct.unpack(f">{words}I", bytes.fromhex(fields[1].split(":")[0])))
+                found.add(str(ipaddress.ip_address(packed)))
     return found
 
 
