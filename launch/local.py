@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,11 +30,13 @@ from stoker.checkpoint import newest_step
 from stoker.conf.durable import with_room, write_whole
 from stoker.conf.rundir import RunDirectory, run_directory
 from stoker.conf.schema import Config, to_dict
+from stoker.conf.scratch import Scratch
 from stoker.launch.gate import Tunnel
 from stoker.parallel.layout import threads_per_rank
 from stoker.parallel.loopback import LOOPBACK, keep_on_loopback, loopback_store
 from stoker.trainer.main import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import GOES_ON, Ending, Outcome, read_ending, write_ending
+from stoker.trainer.runtime.process import LAUNCH_VARIABLE, LAUNCHER_VARIABLE
 from stoker.trainer.runtime.watchdog import Watchdog
 
 MONITOR_SECONDS = 0.05
@@ -68,15 +71,18 @@ def launch(
     logging.disable(logging.ERROR)  # the agent is talkative; what a person should know we say ourselves
     run = run_directory(config)
     threads = threads_per_rank(config.launch.threads, ranks)
-    os.environ |= {
+    given = {
         CONFIG_VARIABLE: json.dumps(to_dict(config)),
+        LAUNCHER_VARIABLE: str(os.getpid()),
         "OMP_NUM_THREADS": str(threads),
         "PYTHONSAFEPATH": "1",
         "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(handled_signals()),
     }
+    if meeting is None:
+        given[LAUNCH_VARIABLE] = secrets.token_hex(8)
     if meeting is None or meeting.nodes == 1:
-        keep_on_loopback(os.environ)
-    with tempfile.TemporaryDirectory(prefix="stoker-") as folder:
+        keep_on_loopback(given)
+    with _environment(given), Scratch("stoker-launch-") as folder:
         spec = WorkerSpec(
             role="rank",
             local_world_size=ranks,
@@ -88,7 +94,7 @@ def launch(
             master_addr=LOOPBACK,
         )
         agent = _Agent(
-            spec, DefaultLogsSpecs(log_dir=folder), run, config.launch.hang_seconds, say, alone=meeting is None
+            spec, DefaultLogsSpecs(log_dir=str(folder)), run, config.launch.hang_seconds, say, alone=meeting is None
         )
         try:
             agent.run()
@@ -103,6 +109,18 @@ def launch(
     if ending is not None and ending.outcome is Outcome.PREEMPTED:
         return GOES_ON
     return 0 if ending is not None and ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED) else 1
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """The environment of ranks, for as long as they run."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def handled_signals() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 from collections.abc import MutableMapping
 
@@ -47,8 +48,11 @@ def is_loopback(address: str) -> bool:
 
 
 def keep_on_loopback(environment: MutableMapping[str, str]) -> None:
-    """Have the groups of ranks that all run on this machine listen on loopback, unless the user names an interface."""
+    """Have the groups of ranks that all run on this machine listen on loopback, unless the user names an interface.
+
+    `environment` is what ranks get beside this process's own.
+    """
     name = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if name is not None:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            environment.setdefault(variable, name)
+            environment[variable] = os.environ.get(variable) or name

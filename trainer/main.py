@@ -37,6 +37,7 @@ from stoker.trainer.runtime.outcome import (
     Ending,
     Outcome,
     close_dead_attempts,
+    is_first_of_launch,
     write_beginning,
     write_ending,
 )
@@ -46,9 +47,9 @@ from stoker.trainer.runtime.process import (
     Phase,
     Phases,
     Place,
-    die_with_launcher,
     give_freed_memory_back,
     keep_freed_memory,
+    launch_id,
     place_from_environment,
 )
 from stoker.trainer.runtime.requests import Requests, deadline_of
@@ -66,7 +67,6 @@ UPLOAD_LOOK_SECONDS = 30.0  # at the end ranks meet so often while the last chec
 
 def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.fit) -> int:
     """Run one rank, which does `work` once all is put together; the exit status of the process."""
-    die_with_launcher()
     requests, listener = Requests(), SignalListener()
     console = Console()
     place = place_from_environment()
@@ -107,7 +107,7 @@ def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.
 def _call_doctor(config: Config, attempt: Attempt, console: Console) -> None:
     """Start the watchdog of this machine: our own launcher is one itself, others are not. It ends with this process."""
     place, patience = attempt.place, config.launch.hang_seconds
-    words = [str(attempt.run.path), attempt.number, place.rank, place.local_world, patience or ""]
+    words = [os.getpid(), str(attempt.run.path), attempt.number, place.rank, place.local_world, patience or ""]
     program = [sys.executable, "-P", "-m", "stoker.trainer.runtime.watchdog", *map(str, words)]
     subprocess.Popen(program, stdin=subprocess.DEVNULL, stderr=console.errors)
 
@@ -225,14 +225,17 @@ def _train(
     on_failure.callback(phase.close)
     owner: Owner | None = None
     if rank == 0:
-        if config.run.fresh and place.restart == 0 and (aside := begin_anew(run)) is not None:
+        launch, number = launch_id(), attempt.number
+        requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0  # by a scheduler: the same launch goes on
+        first = not requeued and is_first_of_launch(run, number, launch)
+        if config.run.fresh and first and (aside := begin_anew(run)) is not None:
             console.errors.write(f"stoker: what an earlier run has left is in {aside}\n")
         owner = claim_places(run, config)
-        fence(run.checkpoints, attempt.number)
-        requests.watch(run, attempt.number, place.restart == 0, deadline_of(config.launch.deadline))
+        fence(run.checkpoints, number)
+        requests.watch(run, number, first, deadline_of(config.launch.deadline))
         job = os.environ.get("SLURM_JOB_ID")
-        beginning = Beginning(time.time(), newest_step(run.checkpoints), place.world, socket.gethostname(), job)
-        write_beginning(run, attempt.number, beginning)
+        step, host = newest_step(run.checkpoints), socket.gethostname()
+        write_beginning(run, number, Beginning(time.time(), step, place.world, host, job, launch))
     use_threads(config.launch.threads, place.local_world)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -24,7 +24,7 @@ from stoker.launch.slurm.verdict import Move, Situation, Verdict, judge
 from stoker.launch.train import say
 from stoker.trainer.main import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import Ending, Outcome, read_beginning, read_ending
-from stoker.trainer.runtime.process import RESTARTS_VARIABLE
+from stoker.trainer.runtime.process import LAUNCH_VARIABLE, RESTARTS_VARIABLE
 from stoker.trainer.runtime.requests import DEADLINE_VARIABLE
 from stoker.trainer.runtime.shutdown_estimate import GRACE_VARIABLE
 from stoker.trainer.settle import settle_config
@@ -116,6 +116,7 @@ class Batch:
             say(f"nothing to do for link {self.job.link} of {self.job.links}: {finished}")
             return 0
         environment = {**os.environ, **self._facts(), CONFIG_VARIABLE: json.dumps(to_dict(self.config))}
+        environment[LAUNCH_VARIABLE] = f"slurm-{self.job.number}"  # also when it comes back from the queue
         for round_ in range(1_000_000):
             environment[RESTARTS_VARIABLE] = str(round_)
             known = self.run.attempt_numbers()

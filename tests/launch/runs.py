@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import secrets
 import signal
 import struct
 import subprocess
@@ -22,7 +23,7 @@ from stoker.checkpoint import compare, newest
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.report.metrics import read
 from stoker.trainer.runtime.outcome import Outcome, read_ending
-from stoker.trainer.runtime.process import read_stamps
+from stoker.trainer.runtime.process import LAUNCH_VARIABLE, read_stamps
 from tests import world
 
 SMALL = [
@@ -91,6 +92,7 @@ def train_forked(home: Path, words: list[str]) -> tuple[int, str]:
     ranks = given[0] if given else 2
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    meeting[LAUNCH_VARIABLE] = secrets.token_hex(8)
     with tempfile.NamedTemporaryFile() as output:
         statuses = world.exit_statuses(_train, ranks, environment(home) | meeting, home, words, output.name)
         own = [status for status in statuses if status >= 0]  # the others were killed when a rank had ended

@@ -52,8 +52,12 @@ def test_a_store_listens_on_loopback_only(store: TCPStore) -> None:
         socket.create_connection((SECOND, store.port), timeout=5)
 
 
-def test_ranks_of_one_machine_listen_on_loopback_unless_the_user_names_an_interface() -> None:
-    environment = {"NCCL_SOCKET_IFNAME": "eth7"}
+def test_ranks_of_one_machine_listen_on_loopback_unless_the_user_names_an_interface(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
+    environment: dict[str, str] = {}
     keep_on_loopback(environment)
     assert environment == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "eth7"}
 

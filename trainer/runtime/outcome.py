@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class Beginning:
     ranks: int
     host: str  # of global rank 0
     job: str | None = None  # the scheduler's number for it
+    launch: str | None = None  # which launch started it (`process.launch_id`)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,17 @@ def read_beginning(run: RunDirectory, attempt: int) -> Beginning | None:
         return None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{run.beginning(attempt)} is not what an attempt begins with: {error}") from error
+
+
+def is_first_of_launch(run: RunDirectory, attempt: int, launch: str) -> bool:
+    """Whether no attempt of this launch has begun before `attempt`: one that died while it imported has not."""
+    for number in reversed(run.attempt_numbers()):
+        if number < attempt:
+            with suppress(ValueError):  # damaged: the one before it decides
+                beginning = read_beginning(run, number)
+                if beginning is not None:
+                    return beginning.launch != launch
+    return True
 
 
 def close_dead_attempts(run: RunDirectory, current: int) -> None:

@@ -10,11 +10,12 @@ import ctypes
 import enum
 import logging
 import os
+import secrets
 import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -22,6 +23,8 @@ from typing import TextIO
 from stoker.conf.durable import is_full, naming, open_own
 from stoker.conf.parent_death import die_with
 
+LAUNCHER_VARIABLE = "STOKER_LAUNCHER"  # the process id of our launcher on this machine
+LAUNCH_VARIABLE = "STOKER_LAUNCH"  # which launch this is, the same for all its restarts
 RESTARTS_VARIABLE = "STOKER_RESTARTS"  # how often a Slurm job has started its ranks again
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _STAMP_BYTES = 128  # of a stamp: each is written over the one before
@@ -51,10 +54,27 @@ def place_from_environment() -> Place:
 def die_with_launcher() -> None:
     """Have the kernel kill this rank when its launcher dies, so that kill -9 of a launcher leaves nobody behind.
 
-    Only under an elastic launcher: a rank started by hand may outlive its shell.
+    Only under an elastic launcher: a rank started by hand may outlive its shell. To be called before torch is imported,
+    which takes seconds.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if LAUNCHER_VARIABLE in os.environ:
+        die_with(int(os.environ[LAUNCHER_VARIABLE]))
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
         die_with(os.getppid())
+
+
+def launch_id() -> str:
+    """Which launch this rank is of: the same after restarts, another when a person or a scheduler starts anew."""
+    given = os.environ.get(LAUNCH_VARIABLE)
+    if given is not None:
+        return given
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return secrets.token_hex(8)  # started by hand, and restarted by none
+    parent = os.getppid()  # torchrun, which lives as long as its launch
+    with suppress(OSError):
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{socket.gethostname()}-{parent}-{began}"
+    return f"{socket.gethostname()}-{parent}"
 
 
 def keep_freed_memory() -> None:
