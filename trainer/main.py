@@ -18,7 +18,7 @@ import torch.distributed as dist
 from stoker.checkpoint import Owner, fence, newest_step
 from stoker.conf.durable import ROOM_SECONDS
 from stoker.conf.identity import read_identity
-from stoker.conf.rundir import RunDirectory, next_attempt, run_directory, write_config
+from stoker.conf.rundir import RunDirectory, make_run_directory, next_attempt, run_directory, write_config
 from stoker.conf.schema import Config, from_dict
 from stoker.conf.values import ConfigError
 from stoker.data import keep_tokenizer
@@ -84,6 +84,8 @@ def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.
         config = _config(overrides, place)
         run = run_directory(config)
         store = _store(place)
+        if place.rank == 0:
+            make_run_directory(run, config.run.public)
         attempt = Attempt(run, _agree_on_attempt(store, run, place), place)
         store = dist.PrefixStore(f"stoker/{attempt.number}", store)
         warning = meet(store, run, attempt.number, place)  # first: where a log would be is not known to be there
@@ -126,6 +128,8 @@ def run(overrides: Sequence[str]) -> Ending:
         config = _config(overrides, place)
         directory = run_directory(config)
         store = _store(place)
+        if place.rank == 0:
+            make_run_directory(directory, config.run.public)
         attempt = Attempt(directory, _agree_on_attempt(store, directory, place), place)
         try:
             store = dist.PrefixStore(f"stoker/{attempt.number}", store)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from stoker.checkpoint import newest_step
 from stoker.conf.durable import open_own
-from stoker.conf.rundir import RunDirectory, run_directory
+from stoker.conf.records import parse_json, record_of
+from stoker.conf.rundir import RunDirectory, make_run_directory, run_directory
 from stoker.conf.schema import Config, to_dict
 from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
@@ -217,6 +218,14 @@ def notes_file(run: RunDirectory) -> Path:
     return run.slurm / "jobs.jsonl"
 
 
+@dataclass(frozen=True)
+class _Note:
+    time: float  # seconds since the epoch
+    job: str
+    move: str
+    why: str
+
+
 def write_note(run: RunDirectory, job: str, move: str, why: str) -> None:
     note = {"time": time.time(), "job": job, "move": move, "why": why}
     with open(open_own(notes_file(run), os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as file:
@@ -224,9 +233,14 @@ def write_note(run: RunDirectory, job: str, move: str, why: str) -> None:
 
 
 def read_notes(run: RunDirectory) -> list[dict]:
+    """The notes, oldest first. A line that is none, such as one torn by a kill, is left out."""
     if not notes_file(run).exists():
         return []
-    return [json.loads(line) for line in notes_file(run).read_text(encoding="utf-8").splitlines()]
+    found = []
+    for line in notes_file(run).read_bytes().splitlines():
+        with suppress(ValueError):
+            found.append(vars(record_of(parse_json(line), _Note)))
+    return found
 
 
 def main(settings: Sequence[str]) -> int:
@@ -249,8 +263,8 @@ def main(settings: Sequence[str]) -> int:
         config.launch.name = "slurm"
         config.launch.nproc = config.launch.nproc or job.gpus or RANKS_DEFAULT
         run = run_directory(config)
-        run.slurm.mkdir(parents=True, exist_ok=True)
-        run.attempts.mkdir(exist_ok=True)
+        make_run_directory(run, config.run.public)
+        run.slurm.mkdir(exist_ok=True)
         say(f"job {job.number}, start {job.restarts + 1}, {job.nodes} nodes, run directory {run.path}")
         for change in changes:
             say(f"changed since the last start: {change}")

@@ -13,7 +13,8 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next_and_nothing_else(
     living = Scratch("a-", tmp_path)
     child = os.fork()
     if child == 0:
-        (Scratch("a-", tmp_path).path / "file").touch()
+        theirs = Scratch("a-", tmp_path)
+        (theirs.path / "file").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     other, elsewhere = tmp_path / "b-1", tmp_path / "elsewhere"

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from stoker.conf.durable import ROOM_SECONDS, naming, open_own, with_room, write_durably
+from stoker.conf.records import read_record
 from stoker.conf.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,20 @@ class Ending:
     save: dict[str, float] | None = None  # metrics of the last save: no step's line comes after it
 
 
+@dataclass(frozen=True)
+class _StoredEnding:
+    """`Ending` as JSON has it."""
+
+    outcome: str
+    message: str
+    step: int | None = None
+    rank: int | None = None
+    retry: bool = False
+    signal: int | None = None
+    time: float = 0.0
+    save: dict[str, Any] | None = None
+
+
 def write_ending(
     run: RunDirectory,
     attempt: int,
@@ -93,11 +109,12 @@ def read_ending(run: RunDirectory, attempt: int) -> Ending | None:
     """The outcome of an attempt, or None while there is none."""
     path: Path = run.outcome(attempt)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Ending(**{**values, "outcome": Outcome(values["outcome"])})
+        stored = read_record(path, _StoredEnding, "an outcome")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    try:
+        return Ending(**{**vars(stored), "outcome": Outcome(stored.outcome)})
+    except ValueError as error:
         raise ValueError(f"{path} is not an outcome: {error}") from error
 
 
@@ -108,11 +125,9 @@ def write_beginning(run: RunDirectory, attempt: int, beginning: Beginning) -> No
 def read_beginning(run: RunDirectory, attempt: int) -> Beginning | None:
     """What an attempt was begun with, or None where it did not get so far."""
     try:
-        return Beginning(**json.loads(run.beginning(attempt).read_text(encoding="utf-8")))
+        return read_record(run.beginning(attempt), Beginning, "what an attempt begins with")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{run.beginning(attempt)} is not what an attempt begins with: {error}") from error
 
 
 def is_first_of_launch(run: RunDirectory, attempt: int, launch: str) -> bool:
