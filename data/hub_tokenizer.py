@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stoker.conf.records import parse_json
 from stoker.conf.scratch import Scratch
 from stoker.data.tokenizer import JsonTokenizer, Renderer, Span
 
@@ -135,7 +136,7 @@ def _as_in_the_file(backend: str, files: Mapping[str, bytes]) -> str:
 
 def _encoding(source: str) -> dict[str, object]:
     """What of a tokenizer.json decides the ids of a text, and their decoding."""
-    return {key: value for key, value in json.loads(source).items() if key not in _NOT_OF_IDS}
+    return {key: value for key, value in parse_json(source).items() if key not in _NOT_OF_IDS}
 
 
 _NOT_OF_IDS = ("post_processor", "truncation", "padding")  # they add special tokens, shift offsets, cut or fill

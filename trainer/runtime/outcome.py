@@ -144,6 +144,6 @@ def is_first_of_launch(run: RunDirectory, attempt: int, launch: str) -> bool:
 def close_dead_attempts(run: RunDirectory, current: int) -> None:
     """Fill in the outcome of earlier attempts whose processes could not write one."""
     for attempt in run.attempt_numbers():
-        if attempt < current:
+        if attempt < current and not run.outcome(attempt).exists():
             message = "ended without a word: killed, or its machine was lost"
             write_ending(run, attempt, Ending(Outcome.FAILED, message, retry=True))
