@@ -193,6 +193,14 @@ def goodput(run: RunDirectory, now: float | None = None) -> Goodput:
     return Goodput(found, len(numbers))
 
 
+def _has_ended(run: RunDirectory, number: int) -> bool:
+    """Whether an attempt has an outcome, sound or damaged."""
+    try:
+        return read_ending(run, number) is not None
+    except ValueError:
+        return True
+
+
 def _stamped(run: RunDirectory, number: int) -> list[float]:
     """When the ranks of an attempt last stamped their progress; none where a stamp is damaged."""
     with suppress(ValueError):
@@ -218,7 +226,7 @@ def _seconds(values: Any) -> dict[str, float]:
 
 def _end_of(run: RunDirectory, number: int, record: _Record, now: float | None) -> tuple[float, bool]:
     """Until when the attempt did anything, and whether it goes on. Who hangs does nothing, whenever that is seen."""
-    if now is not None and read_ending(run, number) is None:
+    if now is not None and not _has_ended(run, number):
         return max(now, record.time), True
     return max([record.time, *_stamped(run, number)]), False
 
