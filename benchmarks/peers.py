@@ -1,8 +1,9 @@
 """The other side of a comparison: training loops as one would write them by hand, on torch alone.
 
-`fully_shard` with the flags of a ZeRO stage, bf16 compute over fp32 parameters, gradient clipping, fused AdamW; where
-tp > 1 `parallelize_module` on DTensors with sequence parallelism and `loss_parallel`, as torch's tutorial and
-torchtitan write it. The blocks are the decoder's own; embedding and loss are torch's where `torch_ends` says so.
+`fully_shard` with the flags of a ZeRO stage (`replicate` for stage 0), bf16 compute over fp32 parameters, gradient
+clipping, fused AdamW; where tp > 1 `parallelize_module` on DTensors with sequence parallelism and `loss_parallel`, as
+torch's tutorial and torchtitan write it. The blocks are Stoker's decoder blocks; embedding and loss are torch's
+if `torch_ends` is set.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -62,13 +64,17 @@ class HandWritten:
                 block.forward = torch.compile(block.forward)
 
         dtype = None if config.precision == "fp32" else PRECISIONS[config.precision]
-        self._zero = config.parallel.zero if layout.dp > 1 else 1  # alone, nothing is worth giving back
+        self._zero = config.parallel.zero if layout.dp > 1 else 1  # a single rank need not reshard
         shard = functools.partial(
             fully_shard,
             mesh=self._mesh["dp"],
             mp_policy=MixedPrecisionPolicy(dtype, torch.float32),
             reshard_after_forward=self._zero == 3,
         )
+        if self._zero == 0:
+            shard = functools.partial(
+                replicate, mesh=self._mesh["dp"], mp_policy=MixedPrecisionPolicy(dtype, torch.float32)
+            )
         for block in model.layers.values():
             shard(block)
         shard(model)
@@ -98,7 +104,7 @@ class HandWritten:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def said(self) -> tuple[float, float]:
+    def result(self) -> tuple[float, float]:
         loss = self._loss.clone()
         dist.all_reduce(loss)
         return loss.item() / self._world, _whole(self._norm).item()
@@ -147,7 +153,7 @@ def _parallelise(model: Any, mesh: DeviceMesh) -> None:
         "norm": SequenceParallel(sequence_dim=0),
         "head.linear": ColwiseParallel(input_layouts=tokens, output_layouts=Shard(-1), use_local_output=False),
     }
-    for number in model.num_hidden_layers:
+    for number in model.layers:
         parts = {
             "attention_norm": SequenceParallel(sequence_dim=0),
             "attention": PrepareModuleInput(

@@ -1,4 +1,4 @@
-"""Tokenizers that were made elsewhere: found at a path, loaded, and kept beside what was made with them."""
+"""Existing tokenizers: found at a path, loaded, and kept beside the data made with them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stoker.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 def load_tokenizer(path: Path, end_of_document: str | None = None, tiktoken_pattern: str | None = None) -> Tokenizer:
     """The tokenizer at `path`: a folder as transformers keeps it, or a file: tokenizer.json, .model or .tiktoken.
 
-    `end_of_document`: the token that closes a document; default: what the tokenizer calls its end (`eos_token`), or the
+    `end_of_document`: the token that closes a document; default: the tokenizer's `eos_token`, or the
     usual names. `tiktoken_pattern` as in `TiktokenTokenizer`. Raises ValueError, naming the path, for anything else.
     """
     try:
@@ -27,7 +27,7 @@ def load_tokenizer(path: Path, end_of_document: str | None = None, tiktoken_patt
             return HubTokenizer.of_files({"tokenizer.model": path.read_bytes()}, end_of_document)
         return _from_json(path.read_text(encoding="utf-8"), end_of_document)
     except FileNotFoundError:
-        raise ValueError(f"data.tokenizer={path}: it is not there; say byte, bpe or the path of a tokenizer") from None
+        raise ValueError(f"data.tokenizer={path}: does not exist; use byte, bpe or the path of a tokenizer") from None
     except OSError as error:
         raise ValueError(f"cannot read data.tokenizer={path}: {error.strerror or error}") from error
     except ValueError as error:

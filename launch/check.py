@@ -63,7 +63,7 @@ QUIET = [
 
 @dataclass(frozen=True)
 class Recording:
-    """What a run wrote for us."""
+    """The results that a run wrote."""
 
     layout: str
     losses: list[float]
@@ -96,7 +96,7 @@ def check(overrides: Sequence[str], against: str | None, steps: int) -> int:
         RunDirectory(Path(str(config.run.dir))).attempts.mkdir(parents=True)
         status = launch(config, ranks, say, "--measure")
         if status != 0:
-            say(f"that run failed; what it wrote is in {scratch.keep() / Path(str(config.run.dir)).name}")
+            say(f"that run failed; its files are in {scratch.keep() / Path(str(config.run.dir)).name}")
             return status
     one, other = (_recording(config) for config in configs)
     differences = compare(one, other, LIMITS[configs[1].precision])
@@ -123,13 +123,13 @@ def _both(one: Path, other: Path, kind: str) -> tuple[dict[str, Tensor], dict[st
 
 
 def together(overrides: Sequence[str], winning: Sequence[str]) -> list[str]:
-    """Both, without what `winning` says differently."""
+    """Both, without the settings that `winning` overrides."""
     keys = {parse(override).key for override in winning}
     return [*(override for override in overrides if parse(override).key not in keys), *winning]
 
 
 def settle(overrides: Sequence[str], run: Path, steps: int) -> Config:
-    """The config of one of the two runs: as asked, but short, in a directory of its own and without onlookers."""
+    """The config of one of the two runs: as given, but short, in a separate directory and without observers."""
     ours = [f"run.dir={run}", "run.name=check", "run.fresh=false", "run.change=false", *QUIET]
     where = lambda config: (ranks_for(config), gpus(config))  # noqa: E731
     config, _ = settle_config(together(overrides, ours), where, tell=say)

@@ -23,7 +23,7 @@ from stoker.data.streaming.splits import Losses, whole
 from stoker.data.tables import verify_table
 from stoker.launch.data_make import composed
 
-_NAMED = 3  # things left out of a source that are named
+_NAMED = 3  # documents left out of a source that are named
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -102,7 +102,7 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _left_out(folder: Path) -> str:
-    """What the texts of a folder of tokens held that is in no token."""
+    """The documents without text of a folder of tokens."""
     if folder.name.startswith("table-"):
         return ""
     left_out = open_folder(folder).left_out

@@ -26,13 +26,13 @@ from stoker.parallel.model import whole_model
 from stoker.parallel.registry import whole_registry
 from stoker.parallel.sharding import materialise
 from stoker.parallel.shards import BUFFER
-from stoker.trainer.assemble import with_vocabulary
+from stoker.trainer.facts import with_vocabulary
 from stoker.trainer.parallelize import build_on_meta
 from stoker.trainer.trust import DATA, MODEL, trusted_config
 
 
 def generate_text(options: argparse.Namespace) -> int:
-    """Print the prompt and what the model makes of it; of a chat, the reply alone.
+    """Print the prompt and its continuation; for a chat, only the reply.
 
     Raises ValueError for a run or values that cannot be used.
     """
@@ -83,13 +83,13 @@ def _tokenizer(config: Config, run: RunDirectory) -> Tokenizer:
 
 
 def _ids(text: str, config: Config) -> list[int]:
-    """Token ids such as `1,5,3`. Raises ValueError for what is none of the model's."""
+    """Token ids such as `1,5,3`. Raises ValueError for ids that the model does not have."""
     words = text.replace(",", " ").split()
     most = config.model.vocab_size
     assert most is not None
-    strange = [word for word in words if not word.isdecimal() or int(word) >= most]
-    if strange:
-        raise ValueError(f"--ids: {strange[0]!r} is no token id: 0 to {most - 1} are, separated by commas")
+    wrong = [word for word in words if not word.isdecimal() or int(word) >= most]
+    if wrong:
+        raise ValueError(f"--ids: {wrong[0]!r} is no token id: 0 to {most - 1} are, separated by commas")
     return [int(word) for word in words]
 
 

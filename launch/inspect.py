@@ -1,4 +1,4 @@
-"""Looking at a run's checkpoints: a list, a proof, a comparison."""
+"""Inspecting a run's checkpoints: list, verification, comparison."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from stoker.trainer.report.progress import size
 
 
 def console_for_tables() -> Console:
-    """A terminal is as wide as it is; a file or a pipe gets whole lines."""
+    """A terminal keeps its width; a file or a pipe gets whole lines."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160
@@ -34,7 +34,7 @@ def console_for_tables() -> Console:
 
 
 def run_at(path: str) -> RunDirectory:
-    """The run directory at `path`. Raises ValueError when it is none."""
+    """The run directory at `path`. Raises ValueError for any other directory."""
     run = RunDirectory(Path(path).expanduser().absolute())
     if not run.attempts.is_dir():
         raise ValueError(f"{run.path} is not a run directory: it has no {run.attempts.name}")
@@ -76,7 +76,7 @@ def list_checkpoints(path: str) -> int:
 
 
 def verify_checkpoints(path: str, step: int | None) -> int:
-    """Read every byte of the checkpoints and say what is wrong; status 1 if anything is."""
+    """Read every byte of the checkpoints and print all faults; status 1 if there are any."""
     found = checkpoints_of(run_at(path), step)
     console = Console()
     problems: dict[int, list[str]] = {}

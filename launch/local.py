@@ -1,8 +1,7 @@
 """Ranks on this machine, through torch's elastic agent.
 
-What differs from torchrun: survivors of a dead rank are killed at once instead of after 30 s (with a peer gone there is
-nothing left for them to save), a failure that a new attempt could not mend is not retried, a killed rank is named, and
-what a person sees is one line.
+What differs from torchrun: when a rank ends, the others are killed at once instead of after 30 s (without a peer they
+cannot save), a failure that would repeat is not retried, a killed rank is named, and the user's output is one line.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from stoker.trainer.runtime.watchdog import Watchdog
 
 MONITOR_SECONDS = 0.05
 GRACE_SECONDS = 600.0  # for a final save after a signal
-PEERS_SECONDS = 2.0  # for another machine to say what befell its ranks
+PEERS_SECONDS = 2.0  # for another machine to report how its ranks ended
 LAUNCHER_ROOM_SECONDS = 1800.0  # for room on a full disk before ranks are started again
 _PROBE_BYTES = 64 << 10  # that must find room before ranks are started again
 EXIT_SECONDS = 5.0  # for processes to end after the outcome is written
@@ -49,7 +48,7 @@ EXIT_SECONDS = 5.0  # for processes to end after the outcome is written
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the launchers of several machines meet: a gate to a store that somebody else keeps."""
+    """The gate to the store at which the launchers of several machines meet; another process keeps it."""
 
     host: str
     port: int
@@ -63,12 +62,12 @@ def launch(
 ) -> int:
     """Run `ranks` ranks of a settled config until they end; the exit status for the shell. They get `arguments`.
 
-    A failed attempt is followed by another, until `launch.max_restarts` in a row have not come to a new checkpoint; at
-    a `meeting` with other machines restarts are left to whoever keeps its store. SIGTERM, SIGUSR1 and SIGINT are passed
-    on and the ranks save before they end; a second SIGINT kills. SIGHUP does what SIGTERM does; where it is ignored, as
+    A failed attempt is followed by another, until `launch.max_restarts` in a row have not reached a new checkpoint; at
+    a `meeting` with other machines restarts are left to the owner of its store. SIGTERM, SIGUSR1 and SIGINT are passed
+    on and the ranks save before they end; a second SIGINT kills. SIGHUP acts like SIGTERM; where it is ignored, as
     under nohup, it stays ignored, here and in the ranks.
     """
-    logging.disable(logging.ERROR)  # the agent is talkative; what a person should know we say ourselves
+    logging.disable(logging.ERROR)  # the agent logs a lot; the lines for the user are printed here
     run = run_directory(config)
     threads = threads_per_rank(config.launch.threads, ranks)
     given = {
@@ -167,18 +166,18 @@ class _Agent(LocalElasticAgent):
     ) -> None:
         super().__init__(spec, logs)
         self._run, self._hang_seconds, self._say, self._alone = run, hang_seconds, say, alone
-        self._doctor: Watchdog | None = None  # of the present ranks, once there is an attempt
+        self._watchdog: Watchdog | None = None  # of the present ranks, once there is an attempt
         self._attempts_before = 0
         self._step_before = 0
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        # Before machines meet no rank of this attempt runs, so that all of them count the same attempts.
+        # No rank of this attempt runs before the machines meet, so that all of them count the same attempts.
         self._attempts_before = len(self._run.attempt_numbers())
         self._step_before = newest_step(self._run.checkpoints)
         super()._rendezvous(worker_group)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self._doctor = None
+        self._watchdog = None
         pids = super()._start_workers(worker_group)
         assert self._pcontext is not None
         close = self._pcontext.close
@@ -205,7 +204,7 @@ class _Agent(LocalElasticAgent):
                     os.kill(pid, signal.SIGINT if death_sig == signal.SIGINT else signal.SIGTERM)
             self._wait_for_save()
             number = self._attempt()
-            if number is not None:  # where a rank has written an outcome, it stands
+            if number is not None:  # an outcome that a rank has written is kept
                 outcome = Outcome.STOPPED if death_sig == signal.SIGINT else Outcome.PREEMPTED
                 ending = Ending(outcome, f"{outcome} before the first step", signal=int(death_sig))
                 write_ending(self._run, number, ending)
@@ -228,23 +227,23 @@ class _Agent(LocalElasticAgent):
         return result
 
     def _look_after_ranks(self) -> None:
-        """End ranks that make no progress. Their deaths are seen by the monitor, as all deaths are."""
-        if self._doctor is None and (number := self._attempt()) is not None:
+        """End ranks that make no progress. The monitor then sees them end like any other."""
+        if self._watchdog is None and (number := self._attempt()) is not None:
             workers = self._worker_group.workers
             ranks = range(workers[0].global_rank, workers[-1].global_rank + 1)
-            self._doctor = Watchdog(self._run, number, ranks, self._hang_seconds, self._say)
-        if self._doctor is not None:
-            self._doctor.look()
+            self._watchdog = Watchdog(self._run, number, ranks, self._hang_seconds, self._say)
+        if self._watchdog is not None:
+            self._watchdog.look()
 
     def _book_failure(self, result: RunResult) -> None:
-        """Write the outcome of ranks that could not, and say what happens next."""
+        """Write the outcome of ranks that could not, and print what follows."""
         if self._is_superseded():
             self._remaining_restarts = 0
             self._say("not restarting: another start of this run has begun")
             return
         ending = self.ending()
         if not self._alone and ending is None and all(f.exitcode > 0 for f in result.failures.values()):
-            deadline = time.monotonic() + PEERS_SECONDS  # these have lost a peer, and its machine knows how
+            deadline = time.monotonic() + PEERS_SECONDS  # these have lost a peer, whose machine reports how
             while ending is None and time.monotonic() < deadline:
                 time.sleep(MONITOR_SECONDS)
                 ending = self.ending()
@@ -263,7 +262,7 @@ class _Agent(LocalElasticAgent):
         if ending.retry and self._remaining_restarts > 0:
             with_room(self._try_to_write, LAUNCHER_ROOM_SECONDS, self._say)
         if newest_step(self._run.checkpoints) != self._step_before:
-            self._remaining_restarts = self._worker_group.spec.max_restarts  # it has come further: the budget is new
+            self._remaining_restarts = self._worker_group.spec.max_restarts  # it has progressed: the budget is renewed
         if not ending.retry:
             self._remaining_restarts = 0
         elif self._remaining_restarts > 0:
@@ -286,16 +285,16 @@ class _Agent(LocalElasticAgent):
         return numbers[self._attempts_before] if len(numbers) > self._attempts_before else None
 
     def _is_superseded(self) -> bool:
-        """Has somebody else started the run since these ranks made their attempt?"""
+        """Whether another start of the run has begun since these ranks made their attempt."""
         return len(self._run.attempt_numbers()) > self._attempts_before + 1
 
     def ending(self) -> Ending | None:
-        """How the present ranks ended; None while, or if, nobody has said."""
+        """How the present ranks ended; None without a record."""
         number = self._attempt()
         return read_ending(self._run, number) if number is not None else None
 
     def kill(self) -> None:
-        """Make sure that nobody is left, however we got here."""
+        """Make sure that no rank is left, on every path."""
         if self._pcontext is not None:
             self._pcontext.close(signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""`stoker logs`: what ranks wrote, of one attempt or, followed, of one after the other."""
+"""`stoker logs`: the output of ranks, of one attempt or, with --follow, of consecutive attempts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _QUIET_SECONDS = 3.0  # after an end, for an attempt that follows
 
 def show(path: str, ranks: list[int] | None, attempt: int | None, lines: int, follow: bool) -> int:
     """Print the last `lines` (0: all) of each rank, each line with its rank where there are several."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us in silence
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the command silently
     run = run_at(path)
     numbers = run.attempt_numbers()
     if not numbers:
@@ -46,7 +46,7 @@ def _logs(run: RunDirectory, number: int, ranks: list[int] | None) -> dict[int, 
 
 
 def _tail(log: Path, rank: int, lines: int, named: bool) -> int:
-    """Prints; where the file then ended."""
+    """Prints; returns the end of the file at that time."""
     with log.open("rb") as file:
         file.seek(_begin_of_last(file, lines) if lines else 0)
         return _copy(file, rank, named)

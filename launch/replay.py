@@ -1,4 +1,4 @@
-"""`stoker replay`: one step of a run once more, in one process."""
+"""`stoker replay`: recomputes one step of a run in one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stoker.trainer.trust import TRAINING, trusted_config
 
 
 def replay_step(path: str, step: int, trust: bool) -> int:
-    """Print what the step computes and where a number stops being finite; status 1 where one does."""
+    """Print the step's results and the first number that is not finite; status 1 if there is one."""
     run = run_at(path)
     config, _ = merge(trusted_config(run, trust, TRAINING, say), [*ONE_PROCESS, "eval.sequences=0", "eval.every=0"])
     config.run.dir = str(run.path)

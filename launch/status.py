@@ -41,7 +41,7 @@ class Attempt:
 
 
 def status(path: str) -> int:
-    """Print it; status 0 while the run lives or has ended well, else 1."""
+    """Print it; status 0 while the run is running or has ended well, else 1."""
     run = run_at(path)
     alive = living(run)
     attempts = attempts_of(run, alive)
@@ -57,7 +57,7 @@ def status(path: str) -> int:
 
 
 def facts(run: RunDirectory, attempts: list[Attempt], alive: Stamp | None) -> list[tuple[str, str]]:
-    """What there is to say of the run as a whole, as (name, value)."""
+    """Rows about the run as a whole, as (name, value)."""
     rows = [("state", _state(run, attempts, alive))]
     steps = read_recent(run.metrics)
     if steps:
@@ -102,7 +102,7 @@ def attempts_of(run: RunDirectory, alive: Stamp | None) -> list[Attempt]:
                 ended=ending.time if ending is not None else None,
                 outcome=str(ending.outcome) if ending is not None else "running" if running else "dead",
                 step=ending.step if ending is not None else max((stamp.step for stamp in stamps), default=None),
-                message=ending.message if ending is not None else "" if running else "ended without a word",
+                message=ending.message if ending is not None else "" if running else "left no exit record",
             )
         )
     return found

@@ -46,5 +46,5 @@ def train(overrides: Sequence[str]) -> int:
 
 
 def say(line: str) -> None:
-    """One line for the person who started this."""
+    """Print one line for the user."""
     print(printable(f"stoker: {line}"), file=sys.stderr, flush=True)

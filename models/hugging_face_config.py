@@ -1,7 +1,7 @@
 """A config.json of Hugging Face's, parsed by transformers' own class and mapped to the shape of our decoder.
 
-Defaults, old spellings and which of two keys counts are transformers' business: they differ by class and by version.
-What is left is to map the parsed values. A value that the decoder does not compute is refused here; a key that
+Defaults, old spellings and precedence of keys are left to transformers: they differ by class and by version.
+Stoker maps the parsed values. A value that the decoder does not compute is refused here; a key that
 transformers' class does not declare is in `unknown_keys`, and comparing logits shows whether it matters.
 """
 
@@ -23,7 +23,7 @@ ADAPTER = "adapter_config.json"
 _SILU = ("silu", "swish")  # two names of one function
 # Keys that transformers acts on before any class of a model reads them.
 _ELSEWHERE = {
-    "auto_map": "the model brings code of its own, which is not run",
+    "auto_map": "the model needs code from its folder, which is not run",
     "configuration_files": "another file of the folder holds the config of this version of transformers",
     "transformers_weights": "it names the file of the weights",
     "per_layer_config": "layers of different shapes are not built",
@@ -105,7 +105,7 @@ def unknown_keys(folder: Path, parsed: Any) -> list[str]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars, and without its warnings: what matters in them is refused here by name."""
+    """Without transformers' progress bars and warnings: the relevant conditions are refused here by name."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -138,7 +138,7 @@ def _refuse_short_windows(parsed: Any, seq_len: int) -> None:
 
 
 def rope_of(parsed: Any) -> RopeParameters:
-    """Raises ValueError for a rope_type, a key or a value that the decoder does not know."""
+    """Raises ValueError for a rope_type, a key or a value that the decoder does not support."""
     given: Mapping[str, Any] = parsed.rope_parameters
     kind = given.get("rope_type")
     if kind not in ROPE_KEYS:

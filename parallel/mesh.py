@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The groups of one rank. A group in which this rank is alone is None: there is nobody to talk to."""
+    """The groups of one rank. A group of a single rank is None: it needs no communication."""
 
     layout: Layout
     rank: int
@@ -28,7 +28,9 @@ class Mesh:
     world: dist.ProcessGroup  # all ranks, on the device's backend
     control: dist.ProcessGroup  # all ranks, on gloo: small texts between hosts, as bytes, never as pickles
     timeout: timedelta  # of every group; torch does not pass the default group's on to new ones
-    groups: dict[str, dist.ProcessGroup | None] = field(default_factory=dict)  # the axes', and what `add_groups` added
+    groups: dict[str, dist.ProcessGroup | None] = field(
+        default_factory=dict
+    )  # those of the axes, and those that `add_groups` added
 
     @property
     def coordinate(self) -> Coordinate:

@@ -1,4 +1,4 @@
-"""Evaluation: the loss on rows that no training row comes from, in the layout of training."""
+"""Evaluation: the loss on validation rows, in the layout of training."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from stoker.parallel.mesh import Mesh
 
 
 class Evaluation:
-    """The first `count` validation rows, dealt over data-parallel ranks. Every rank makes equally many passes."""
+    """The first `count` validation rows, divided over data-parallel ranks. Every rank makes equally many passes."""
 
     def __init__(self, mesh: Mesh, rows: Batch | None, per_pass: int) -> None:
         """`rows`: this rank's validation rows `[n, seq_len]`, n equal on all ranks; None for no evaluation.
 
-        A collective. Raises ValueError on all ranks if no row of any has a label, as there is no loss then.
+        A collective. Raises ValueError on all ranks if no row of any rank has a label, because there is no loss then.
         """
         if rows is not None and not any(mesh.any([bool(rows.valid_tokens() > 0)])):
             raise ValueError(
@@ -28,7 +28,7 @@ class Evaluation:
     def loss(self, engine: Engine, given_up: Callable[[], bool] = lambda: False) -> float | None:
         """Mean loss in nats per valid token over the rows of all ranks. Waits for the device.
 
-        `given_up` is asked before each pass; all ranks must answer alike. Once it is true there is no loss.
+        `given_up` is called before each pass and must return the same on all ranks. Once it is true there is no loss.
         """
         assert self.rows is not None
         passes = []

@@ -55,7 +55,7 @@ def _evaluation(start: Start) -> str | None:
 
 @REFUSALS.entry(
     "best checkpoints",
-    "checkpoint.keep_best when not every checkpoint has a validation loss of its own step",
+    "checkpoint.keep_best when not every checkpoint has a validation loss of the same step",
     "there is nothing to compare",
 )
 def _best_checkpoints(start: Start) -> str | None:

@@ -1,4 +1,4 @@
-"""http(s): range requests that can be taken up again at any byte."""
+"""http(s): range requests that can be resumed at any byte."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stoker.conf.secrets import conceal, reveal
 from stoker.data.remote.retries import Patience, Refused, Transient
 
 _PIECE = 256 << 10  # bytes taken from a connection at once
-_PASSING = {408, 425, 429, 500, 502, 503, 504}  # answers of servers that may be better soon
+_PASSING = {408, 425, 429, 500, 502, 503, 504}  # status codes of temporary failures
 
 
 class Web:
@@ -22,7 +22,7 @@ class Web:
         self._pid = 0
 
     def head(self, url: str) -> tuple[int, str]:
-        """Size in bytes and version of what is at `url`. Raises Transient or Refused."""
+        """Size in bytes and version of the file at `url`. Raises Transient or Refused."""
         response = self._ask(url, {"Range": "bytes=0-0", "Accept-Encoding": "identity"})
         with response:
             span = response.headers.get("Content-Range", "")
@@ -44,12 +44,12 @@ class Web:
             span = response.headers.get("Content-Range", "")
             wanted = f"bytes {begin}-{end - 1}/{size}"
             if span != wanted:
-                raise Refused(f"asked for {wanted}, the server gives {span or 'no range'}: it changed")
+                raise Refused(f"asked for {wanted}, the server returns {span or 'no range'}: it changed")
             if _version(response) != version:
                 raise Refused(f"its ETag is {_version(response) or 'gone'} and was {version}: it changed")
             left = end - begin
             try:
-                while piece := response.raw.read1(_PIECE):  # what there is: a broken connection loses nothing of it
+                while piece := response.raw.read1(_PIECE):  # what has arrived: a broken connection loses none of it
                     if len(piece) > left:
                         raise Refused(f"the server sends more than the {end - begin} bytes asked for")
                     left -= len(piece)

@@ -1,8 +1,8 @@
-"""What is evaluated under data.mode=streaming: the first documents that training leaves out, as counted tokens.
+"""Validation data under data.mode=streaming: the first documents kept out of training, as counted tokens.
 
 Which documents are kept for validation is known only when they are read. So the windows of a source are read one after
-the other, until what they keep makes the rows that are asked for, and kept below `data.cache` for the next start. The
-order does not follow the run's seed: every run over the same data evaluates the same documents.
+the other, until their validation documents make enough rows, which are kept below `data.cache` for the next start. The
+order does not depend on the run's seed: every run over the same data evaluates the same documents.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _read(kept: ShuffleWindows, packing: Packing, rows: int, store: Store) -> To
         if amount(len(starts)) >= wanted:
             break
     log.info("%s: the validation documents of %d windows make %d tokens", kept.name, number + 1, len(ids))
-    if packing.name == "concatenated":  # no more than is wanted: of a mixture, each source gives its share
+    if packing.name == "concatenated":  # no more than needed: in a mixture, each source has its share
         return Tokens(ids[:wanted], starts[starts < wanted])
     few = bisect_left(range(len(starts)), wanted, key=amount)
     return Tokens(ids[: starts[few]] if few < len(starts) else ids, starts[:few])
@@ -79,12 +79,12 @@ def _store(path: Path, tokens: Tokens) -> None:
 
 
 def _stored(path: Path) -> Tokens | None:
-    """What is kept at `path`; None when nothing is, or nothing whole: a zip archive holds checksums."""
+    """The tokens kept at `path`; None without any, or for a damaged file: a zip archive holds checksums."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return Tokens(arrays["ids"], arrays["starts"])
     except FileNotFoundError:
         return None
-    except Exception as error:  # zipfile and NumPy have errors of their own
-        log.warning("%s is damaged and made again: %s", path, error)
+    except Exception as error:  # zipfile and NumPy raise different errors
+        log.warning("%s is damaged and is made again: %s", path, error)
         return None

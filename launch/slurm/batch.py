@@ -1,4 +1,4 @@
-"""`python -P -m stoker.launch.slurm.batch KEY=VALUE ...`: a Slurm job's own process, on its first node."""
+"""`python -P -m stoker.launch.slurm.batch KEY=VALUE ...`: a Slurm job's process on its first node."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ RANKS_DEFAULT = 2  # on a node without GPUs
 
 @dataclass(frozen=True)
 class Job:
-    """What Slurm says in the environment of a batch script."""
+    """Slurm's environment variables of a batch script."""
 
     number: str
     name: str
@@ -76,7 +76,7 @@ def job_from(environment: Mapping[str, str]) -> Job:
 
 
 def settings_of(job: Job, settings: Sequence[str]) -> list[str]:
-    """The settings of this job's run, with a run directory that every start finds; each array task has its own."""
+    """The settings of this job's run, with a run directory that every start finds; one for each array task."""
     chosen = [setting.replace("{task}", job.task or "0") for setting in settings]
     place = next((at for at, setting in enumerate(settings) if setting.startswith("run.dir=")), None)
     if place is None:
@@ -88,7 +88,7 @@ def settings_of(job: Job, settings: Sequence[str]) -> list[str]:
 
 
 def stalled_attempts(run: RunDirectory, job: str) -> int:
-    """How many of the newest attempts, in a row and of this job, have not come to a checkpoint newer than they had."""
+    """How many of the newest attempts, in a row and of this job, have not reached a checkpoint newer than they had."""
     step = newest_step(run.checkpoints)
     count = 0
     for number in reversed(run.attempt_numbers()):
@@ -138,13 +138,13 @@ class Batch:
         from stoker.launch.gate import Gate, address_of, new_key
         from stoker.parallel.loopback import LOOPBACK, loopback_store
 
-        # A store of its own for every round: nothing that the ranks before have left in it can mislead these.
+        # A new store for every round: keys of earlier ranks cannot mislead these.
         store, key, host = loopback_store(), new_key(), socket.gethostname()
         address = address_of(host) if self.job.nodes > 1 else LOOPBACK
         gate = Gate(address, store.port, bytes.fromhex(key))
         environment[MEETING_VARIABLE] = f"{host}:{address}:{gate.port}"
         environment[KEY_VARIABLE] = key
-        if self._asked is None:  # else the allocation ends before ranks would have begun
+        if self._asked is None:  # else the allocation ends before ranks could start
             self._ranks = subprocess.Popen(self._srun(), env=environment)
             if self._asked is not None:
                 self._ranks.send_signal(signal.SIGUSR1)
@@ -161,13 +161,13 @@ class Batch:
         return [*words, *self.config.launch.srun_args, sys.executable, "-P", "-m", "stoker.launch.slurm.node"]
 
     def _pass_on(self, number: int, _frame: object) -> None:
-        """The allocation ends soon. Slurm may have told the ranks too; twice does no harm."""
+        """The allocation ends soon. Slurm may have signalled the ranks too; a second signal has no effect."""
         self._asked = number
         if self._ranks is not None and self._ranks.poll() is None:
             self._ranks.send_signal(signal.SIGUSR1)
 
     def _facts(self) -> dict[str, str]:
-        """What the ranks should know of the time they have."""
+        """The time limits for the ranks' environment."""
         end, grace = self.job.end_time, float(self.config.launch.grace_seconds)
         with suppress(ValueError):  # no scontrol here, as in a container
             end = end or commands.time_of(commands.facts_of_job(self.job.number).get("EndTime", ""))
@@ -203,7 +203,7 @@ class Batch:
         numbers = self.run.attempt_numbers()
         if self.job.link == 1 or not numbers:
             return None
-        with suppress(ValueError):  # forgotten, or nobody to ask
+        with suppress(ValueError):  # forgotten by the controller, or no scontrol here
             moves = [note for note in read_notes(self.run) if note["move"] != SUBMITTED]
             if any(commands.facts_of_job(note["job"])["JobState"] == "CANCELLED" for note in moves[-1:]):
                 return "the job before was cancelled"

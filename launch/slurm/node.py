@@ -20,7 +20,7 @@ def main() -> int:
     from stoker.trainer.main import CONFIG_VARIABLE
 
     if MEETING_VARIABLE not in os.environ or KEY_VARIABLE not in os.environ:
-        say("this is started by a job's own process: see launch/slurm/train.sbatch")
+        say("only a job's process starts this: see launch/slurm/train.sbatch")
         return 2
     config = from_dict(json.loads(os.environ[CONFIG_VARIABLE]))
     host, _, gate = os.environ[MEETING_VARIABLE].partition(":")
@@ -41,7 +41,7 @@ def unreachable(host: str, address: str) -> str | None:
         return None
     return (
         f"the job's first node {host} knows no address of its own but {address}, which on {here} is {here} itself: "
-        f"mend /etc/hosts on {host}"
+        f"correct /etc/hosts on {host}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Parameters to compute with on NVMe: what DeepSpeed's own swapper (ZeRO 3) asks of a machine.
+"""Compute parameters on NVMe: what DeepSpeed's swapper (ZeRO 3) needs of a machine.
 
 It keeps a file for each parameter in a folder, and buffers that are locked in memory. Where the disk is full or memory
 may not be locked it aborts the process, so both are tried beforehand.
@@ -47,7 +47,7 @@ def require_room(folder: Path, needed: int, mesh: Mesh) -> None:
             os.posix_fallocate(file.fileno(), 0, max(1, needed))
         except OSError as error:
             reason = f"parallel.nvme_path={folder.parent}: no room for {needed:,} bytes: {error.strerror}"
-        reasons = [found for found in mesh.all_gather_text(reason) if found]  # all hold theirs at one time
+        reasons = [found for found in mesh.all_gather_text(reason) if found]  # all ranks reserve at the same time
     if reasons:
         raise ValueError(reasons[0])
 

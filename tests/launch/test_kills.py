@@ -134,5 +134,5 @@ def test_kill_of_a_foreign_torchrun_leaves_nobody_and_the_next_start_goes_on(hom
         wait_until_gone(home)
     assert finish(home, command("train", *words))[0] == 0
     ending = read_ending(RunDirectory(run), 1)
-    assert ending is not None and ending.outcome is Outcome.FAILED and "without a word" in ending.message
+    assert ending is not None and ending.outcome is Outcome.FAILED and "no exit record" in ending.message
     assert [step[0] for step in steps_of(run)] == list(range(1, STEPS + 1))

@@ -138,6 +138,6 @@ def test_the_script_is_what_was_asked_for_and_a_chain_waits_link_by_link(
 def test_a_first_node_that_its_peers_take_for_themselves_is_named() -> None:
     line = unreachable("node-1", "127.0.1.1")
     assert line is not None and "node-1 knows no address of its own but 127.0.1.1" in line
-    assert "mend /etc/hosts on node-1" in line
+    assert "correct /etc/hosts on node-1" in line
     assert unreachable(socket.gethostname(), "127.0.0.1") is None, "several nodes on one machine reach each other so"
     assert unreachable("node-1", "10.0.0.7") is None

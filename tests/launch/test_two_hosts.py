@@ -156,7 +156,7 @@ NAMED = f"mount --bind hosts /etc/hosts && echo 127.0.1.1 {SECOND} > /etc/hosts"
     ("before", "interface", "line", "status"),
     [
         ("mount -t tmpfs none run", DEVICE, f"is not shared: {SECOND} does not see what rank 0 writes there", 1),
-        (NAMED, "", f"{SECOND} takes its own name for 127.0.1.1, where other machines cannot reach its ranks", 1),
+        (NAMED, "", f"{SECOND} resolves its own name to 127.0.1.1, where other machines cannot reach its ranks", 1),
         ("export PYTHONPATH=late", DEVICE, f"the clock of {SECOND} is 60 s behind that of rank 0", 0),
     ],
     ids=["run directory", "name", "clock"],

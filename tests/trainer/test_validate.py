@@ -231,7 +231,7 @@ TOGETHER = {
     ],
     "NVMe": [
         (["parallel.offload=nvme"], 2, 0, "with parallel.engine=fsdp: parallel.engine=deepspeed works, or"),
-        ([*DEEPSPEED, "parallel.offload=nvme"], 2, 0, "say parallel.nvme_path=, a directory on a local disk"),
+        ([*DEEPSPEED, "parallel.offload=nvme"], 2, 0, "needs parallel.nvme_path=DIRECTORY on a local disk"),
     ],
     "DeepSpeed settings": [
         (["parallel.deepspeed={a: 1}"], 2, 0, "these settings are for parallel.engine=deepspeed"),

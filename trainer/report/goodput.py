@@ -1,8 +1,8 @@
-"""Goodput: what every second of a run, over all its attempts, was good for.
+"""Goodput: how every second of a run, over all its attempts, was spent.
 
-Rank 0 of each attempt keeps a small file (`Booking`). Whatever stands there after the checkpoint that the next attempt
-resumed from was lost; between attempts the run was down. `goodput` needs nothing but the files, also those of a run
-that is under way or was killed.
+Rank 0 of each attempt keeps a small file (`Booking`). Time booked after the checkpoint from which the next attempt
+resumed counts as lost; between attempts the run was down. `goodput` needs only these files, also for a run that is in
+progress or was killed.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class _Record:
 
     began: float  # seconds since the epoch: when rank 0's process did
     time: float  # until when all is booked
-    resumed_from: int | None  # step; 0: it began anew; None: it did not get so far
+    resumed_from: int | None  # step; 0: from initial weights; None: it did not get so far
     seconds: dict[str, float]
     marks: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # what was booked when a step was saved
 
@@ -138,7 +138,7 @@ class Booking:
         except OSError as error:
             if not is_full(error):
                 raise
-            log.info("seconds are written later: %s", reason(error))
+            log.info("seconds will be written later: %s", reason(error))
 
     def _update(self) -> None:
         spent = self._phase.totals()
@@ -149,13 +149,13 @@ class Booking:
         for name, gone in self._lost.items():
             seconds[name] -= gone
             seconds["lost"] += gone
-        # What came before the first phase (imports, the rendezvous) is of the start.
+        # Time before the first phase (imports, the rendezvous) counts as startup.
         seconds["startup"] += max(0.0, self._record.time - self._record.began - sum(seconds.values()))
         self._record.seconds = seconds
 
 
 def process_start(now: float) -> float:
-    """When this process began, in seconds since the epoch; `now` where the system does not tell."""
+    """When this process began, in seconds since the epoch; `now` where the system does not provide it."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:
@@ -164,7 +164,7 @@ def process_start(now: float) -> float:
 
 
 def goodput(run: RunDirectory, now: float | None = None) -> Goodput:
-    """All seconds of a run by book. `now`: of a run that is under way; without, the last thing known is its end."""
+    """All seconds of a run by book. `now`: for a run in progress; without it, the last record is the end."""
     numbers = run.attempt_numbers()
     records = {number: _read(run, number) for number in numbers}
     found = dict.fromkeys(BOOKS, 0.0)
@@ -225,7 +225,7 @@ def _seconds(values: Any) -> dict[str, float]:
 
 
 def _end_of(run: RunDirectory, number: int, record: _Record, now: float | None) -> tuple[float, bool]:
-    """Until when the attempt did anything, and whether it goes on. Who hangs does nothing, whenever that is seen."""
+    """Until when the attempt made progress, and whether it continues. A hang counts from its beginning."""
     if now is not None and not _has_ended(run, number):
         return max(now, record.time), True
     return max([record.time, *_stamped(run, number)]), False

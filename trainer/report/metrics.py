@@ -39,8 +39,8 @@ class MetricsFile(Observer):
     """Appends to `path`.
 
     Lines that a full disk does not take wait in memory, in order, and follow when there is room: what is lost with the
-    process are lines of steps that no checkpoint has. `failure` says why lines wait. Raises OSError, naming the file,
-    for other errors, and when too much waits. A background thread may `flush`.
+    process are lines of steps that no checkpoint has. `failure` is the reason why lines wait. Raises OSError, naming
+    the file, for other errors, and when too much waits. A background thread may `flush`.
     """
 
     name = "metrics.jsonl"
@@ -177,7 +177,7 @@ def cut_back(path: Path, step: int) -> None:
 def _last_line(file: IO[bytes], most: int | None) -> tuple[int, int]:
     """Where the last whole line of a step ends, of one up to `most` if given, and its step; (0, 0) without one."""
     begin = file.seek(0, os.SEEK_END)
-    tail, stop = b"", 0  # what is not looked at yet: `stop` bytes of the file from `begin` on
+    tail, stop = b"", 0  # not searched yet: `stop` bytes of the file from `begin` on
     while begin or stop:
         start = tail.rfind(b"\n", 0, max(0, stop - 1)) + 1
         if start == 0 and begin:  # the line begins before what has been read

@@ -14,7 +14,7 @@ from stoker.trainer.report.goodput import goodput
 from stoker.trainer.report.metrics import steps
 from stoker.trainer.report.progress import duration
 
-LOG_STEPS_FROM = 1000  # runs this long are drawn over log steps: the start would be a cliff
+LOG_STEPS_FROM = 1000  # from this length on, steps are drawn on a log axis
 
 MOST_POINTS = 20_000  # of a curve that are kept: several for each column of the picture
 
@@ -85,12 +85,12 @@ def summarize(run_dir: Path, config: Config, outcome: str) -> str:
 
 
 def table(history: History, run: RunDirectory, config: Config) -> list[tuple[str, str]]:
-    """What there is to say about the steps, as (name, value)."""
+    """Rows about the steps, as (name, value)."""
     rows = []
     last = history.last
     if last is not None:
         updates = f"{last.get('updates', 0):,} updates" + (f", {history.skipped:,} skipped" if history.skipped else "")
-        updates += f", {history.empty:,} of them without a label to learn" if history.empty else ""
+        updates += f", {history.empty:,} of them without labels" if history.empty else ""
         rows.append(("steps", f"{last['step']:,} of {config.steps:,} ({updates})"))
         rows.append(("tokens", f"{last.get('tokens', 0):,}"))
         for name, key in (("loss", "loss"), ("val loss", "val_loss")):

@@ -19,15 +19,15 @@ from stoker.conf.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
 
-GOES_ON = 75  # exit status for a run that was preempted: the same command goes on (EX_TEMPFAIL of sysexits.h)
+GOES_ON = 75  # exit status for a run that was preempted: the same command resumes it (EX_TEMPFAIL of sysexits.h)
 
 
 class Outcome(enum.StrEnum):
     COMPLETED = "completed"  # all steps done and saved
-    STOPPED = "stopped"  # a person asked (Ctrl-C, STOP file): saved
-    PREEMPTED = "preempted"  # the machine is needed back (SIGTERM, SIGUSR1, a deadline): saved, and wants to go on
+    STOPPED = "stopped"  # by a user (Ctrl-C, STOP file): saved
+    PREEMPTED = "preempted"  # the machine is reclaimed (SIGTERM, SIGUSR1, a deadline): saved, to be resumed
     FAILED = "failed"  # an error, or a process that was killed
-    HUNG = "hung"  # no progress for too long, and ended by the watchdog (trainer.watchdog)
+    HUNG = "hung"  # no progress for too long, and ended by the watchdog (`stoker.trainer.runtime.watchdog`)
     NONFINITE = "nonfinite"  # too many steps in a row without a finite loss and gradient norm
 
 
@@ -37,7 +37,7 @@ class Superseded(Exception):
 
 @dataclass(frozen=True)
 class Beginning:
-    """`start.json`: what an attempt was begun with."""
+    """`start.json`: the start conditions of an attempt."""
 
     time: float  # seconds since the epoch
     from_step: int  # of the checkpoint it could resume from; 0: none
@@ -56,7 +56,7 @@ class Ending:
     step: int | None = None  # the last step done, where known
     rank: int | None = None  # of the process that failed, where known
     retry: bool = False  # would a new attempt have a chance?
-    signal: int | None = None  # the signal that asked for the stop
+    signal: int | None = None  # the signal that requested the stop
     time: float = 0.0  # seconds since the epoch
     save: dict[str, float] | None = None  # metrics of the last save: no step's line comes after it
 
@@ -82,10 +82,10 @@ def write_ending(
     room_seconds: float = ROOM_SECONDS,
     waiting: Callable[[str], None] = log.warning,
 ) -> bool:
-    """Write the attempt's outcome unless it has one: the first rank that knows is right. True if this one was kept.
+    """Write the attempt's outcome unless it has one: the first writer wins. True if this one was kept.
 
-    On a full disk it waits for room, after a line to `waiting`. Raises OSError, naming the file, if there is none for
-    so long.
+    On a full disk it waits for room, after a line to `waiting`. Raises OSError, naming the file, if there is still none
+    after that.
     """
     path = run.outcome(attempt)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -123,9 +123,9 @@ def write_beginning(run: RunDirectory, attempt: int, beginning: Beginning) -> No
 
 
 def read_beginning(run: RunDirectory, attempt: int) -> Beginning | None:
-    """What an attempt was begun with, or None where it did not get so far."""
+    """The start record of an attempt, or None where it did not get so far."""
     try:
-        return read_record(run.beginning(attempt), Beginning, "what an attempt begins with")
+        return read_record(run.beginning(attempt), Beginning, "a start record")
     except FileNotFoundError:
         return None
 
@@ -145,5 +145,5 @@ def close_dead_attempts(run: RunDirectory, current: int) -> None:
     """Fill in the outcome of earlier attempts whose processes could not write one."""
     for attempt in run.attempt_numbers():
         if attempt < current and not run.outcome(attempt).exists():
-            message = "ended without a word: killed, or its machine was lost"
+            message = "left no exit record: the process was killed or the node was lost"
             write_ending(run, attempt, Ending(Outcome.FAILED, message, retry=True))

@@ -1,6 +1,6 @@
-"""A rank as a process: what it dies of, what it says and where. What it is asked: `stoker.trainer.runtime.requests`.
+"""A rank as a process: death with its launcher, malloc, stamps, log. Its requests: `stoker.trainer.runtime.requests`.
 
-All of it works under any launcher that sets the usual torchrun variables, because it lives in the run directory:
+All of it works under any launcher that sets the usual torchrun variables, because it uses only the run directory:
 logs, progress stamps, request files and the outcome.
 """
 
@@ -33,7 +33,7 @@ _STAMP_BYTES = 128  # of a stamp: each is written over the one before
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among the ranks, as torchrun's variables say; alone where they are not set."""
+    """This process's numbers among the ranks, from torchrun's variables; a single rank where they are not set."""
 
     rank: int
     world: int
@@ -53,7 +53,7 @@ def place_from_environment() -> Place:
 
 
 def die_with_launcher() -> None:
-    """Have the kernel kill this rank when its launcher dies, so that kill -9 of a launcher leaves nobody behind.
+    """Make the kernel kill this rank when its launcher ends, so that kill -9 of a launcher leaves no rank behind.
 
     Only under an elastic launcher: a rank started by hand may outlive its shell. To be called before torch is imported,
     which takes seconds.
@@ -79,8 +79,8 @@ def launch_id() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep what a step frees for the next step, instead of returning it to the system and faulting it in
-    again: 3 to 5% of a step on CPUs. Every step needs the same memory, so the peak stays what it was."""
+    """Make malloc keep freed memory for the next step, instead of returning it to the system and faulting it in again:
+    3 to 5% of a step on CPUs. Every step needs the same memory, so the peak does not change."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
@@ -90,7 +90,7 @@ def keep_freed_memory() -> None:
 def give_freed_memory_back() -> None:
     """The opposite, where memory is what there is too little of: large blocks go back to the system as they are freed.
 
-    Left to itself malloc keeps them, and blocks of many sizes leave holes: 3 bytes for each parameter, under NVMe.
+    By default malloc keeps them, and blocks of many sizes leave holes: 3 bytes for each parameter, under NVMe.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -138,7 +138,7 @@ class Phases:
             with naming(self._path):
                 os.pwrite(self._file, stamp.ljust(_STAMP_BYTES).encode(), 0)
         except OSError as error:
-            if not is_full(error):  # where even what is written over needs room, the next phase stamps again
+            if not is_full(error):  # where even overwriting needs room, the next phase stamps again
                 raise
 
     def close(self) -> None:
@@ -173,7 +173,7 @@ def _add(totals: dict[Phase, float], seconds: dict[Phase, float]) -> None:
 
 @dataclass(frozen=True)
 class Stamp:
-    """Where a rank was when it last said so."""
+    """The last stamped position of a rank."""
 
     step: int
     phase: Phase
@@ -210,7 +210,7 @@ def _stamp(step: str, phase: str, moment: str, pid: str, host: str, first_step: 
 
 
 class Console:
-    """Where this rank writes: everything into its log, and what a person should see on the real terminal.
+    """Where this rank writes: everything into its log, and lines for the user on the real terminal.
 
     Before an attempt is known both are the terminal. Afterwards file descriptors 1 and 2 are the log, so that what C++
     libraries print lands there too.

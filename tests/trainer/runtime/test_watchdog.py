@@ -173,7 +173,7 @@ def test_who_waits_in_a_collective_that_the_others_have_left_is_told_from_who_ho
     ranks = [finding(0, 7, "update"), finding(1, 8, "data", "in Python, asleep"), finding(2, 8, "update")]
     assert explain(ranks) == (
         "rank 0 on n1 waits in update of step 7 (a/b.py:1 f) for ranks that have left it: "
-        "a message was lost, or ranks do not agree on what comes next"
+        "a message was lost, or ranks run different collectives"
     )
 
 
