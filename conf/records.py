@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import typing
@@ -48,7 +49,7 @@ def record_of(values: Any, kind: type[T]) -> T:
     type, and for numbers that are not finite."""
     if not isinstance(values, dict):
         raise ValueError(f"it holds {type(values).__name__}, not an object")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     for key, value in values.items():
         if key not in hints:
             raise ValueError(f"it has no key {str(key)[:80]!r}")
@@ -58,6 +59,11 @@ def record_of(values: Any, kind: type[T]) -> T:
         return kind(**values)
     except TypeError as error:
         raise ValueError(str(error).rpartition("() ")[2]) from error
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def is_sane(value: Any) -> bool:
