@@ -48,9 +48,10 @@ def named_tokenizer(config: DataConfig) -> Tokenizer | None:
 
 def load_kept(folder: Path) -> Tokenizer:
     """The tokenizer whose `files()` lie in `folder`. Raises OSError or ValueError when they do not."""
-    facts = parse_json((folder / "stoker.json").read_text())
     try:
-        return _of_facts(folder, facts)
+        return _of_facts(folder, parse_json((folder / "stoker.json").read_text()))
+    except ValueError as error:
+        raise ValueError(f"{folder} holds no tokenizer of a run: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'stoker.json'} does not describe a tokenizer: {error!r}") from error
 

@@ -26,12 +26,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
 
 from stoker.checkpoint import CheckpointMismatch, DamagedCheckpoint
 from stoker.conf.schema import DataConfig
 from stoker.data.remote import Damaged
 from stoker.data.tokenizer_files import load_kept
 from stoker.launch.cli import main
+from stoker.models.hugging_face_weights import open_weights
+from stoker.parallel.shards import Chunk
 from stoker.trainer.report.metrics import steps
 from stoker.trainer.report.summary import History
 
@@ -130,6 +134,7 @@ def fuzz(folder: Path, seed: int, count: int, say: Callable[[str], None] = lambd
     if not _watch:
         _watch.append(_Watch())
     watch, found = _watch[0], Counter[str]()
+    watch.seen = []
     for subject in SUBJECTS:  # sound ones first: what they import is imported, what they cache is cached
         subject.make(folder / subject.name)
         with _quiet():
@@ -254,6 +259,19 @@ def _make_tokenizer(place: Path) -> None:
     shutil.copytree(GOLDEN / "indexed" / "tokenizer", place)
 
 
+def _make_model(place: Path) -> None:
+    place.mkdir()
+    save_file({"a": torch.zeros(4, 4), "b": torch.ones(3)}, place / "a.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}
+    (place / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _read_model(place: Path) -> None:
+    with open_weights(place) as tensors:
+        for tensor in tensors.values():
+            tensor.read(Chunk((0,) * len(tensor.shape), tensor.shape))
+
+
 SUBJECTS = [
     Subject("run", _make_run, _read_run),
     _texts("a.jsonl", lambda: LINES),
@@ -265,4 +283,5 @@ SUBJECTS = [
     Subject("tar", _make_tar, _read_tar),
     Subject("ids", _make_ids, _read_ids),
     Subject("tokenizer", _make_tokenizer, load_kept),
+    Subject("model", _make_model, _read_model),
 ]
