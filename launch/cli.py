@@ -54,6 +54,7 @@ to have it in every shell:
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; the exit status, one of docs/launch.md. An error in the arguments is one line on stderr."""
     from stoker.conf.files import expand
+    from stoker.conf.printable import printable
     from stoker.conf.reasons import reason, with_cause
     from stoker.conf.values import ConfigError
 
@@ -73,13 +74,13 @@ def main(words: Sequence[str] | None = None) -> int:
             options.overrides = expand([*files, *folders, *settings, *trusted])
         return options.command(options)
     except ConfigError as error:
-        print(f"stoker: {error}", file=sys.stderr)
+        print(printable(f"stoker: {error}"), file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"stoker: {reason(error)}", file=sys.stderr)
+        print(printable(f"stoker: {reason(error)}"), file=sys.stderr)
         return 1
     except ValueError as error:
-        print(f"stoker: {with_cause(error)}", file=sys.stderr)
+        print(printable(f"stoker: {with_cause(error)}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

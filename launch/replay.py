@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from stoker.conf.printable import printable
 from stoker.conf.resume import merge
 from stoker.launch.check import ONE_PROCESS
 from stoker.launch.inspect import run_at
 from stoker.launch.train import say
 from stoker.trainer.replay import lines_of, replay
-from stoker.trainer.report.metrics import read
+from stoker.trainer.report.metrics import steps
 from stoker.trainer.trust import TRAINING, trusted_config
 
 _LINES = 5  # of progress, where there is no terminal
@@ -49,7 +50,7 @@ def replay_step(path: str, step: int, trust: bool) -> int:
     config.run.dir = str(run.path)
     with _shown() as progress:
         found = replay(run, config, step, progress)
-    recorded = next((line for line in read(run.metrics) if line["step"] == step), None)
+    recorded = next((line for line in steps(run.metrics) if line["step"] == step), None)
     for line in lines_of(found, recorded):
-        print(line)
+        print(printable(line))
     return 1 if found.output or found.gradient or found.weights or found.parameters else 0

@@ -6,9 +6,11 @@ import time
 from dataclasses import dataclass
 
 from rich.table import Column, Table
+from rich.text import Text
 
 from stoker.checkpoint import newest
 from stoker.checkpoint.names import MANIFEST, step_of
+from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory, read_config
 from stoker.launch.control import living
 from stoker.launch.inspect import console_for_tables, run_at
@@ -44,7 +46,7 @@ def status(path: str) -> int:
     rows = [("run", str(run.path)), *facts(run, attempts, alive)]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        console.print(f"{name:<{width}}  {value}", soft_wrap=True, markup=False)
+        console.print(f"{name:<{width}}  {printable(value)}", soft_wrap=True, markup=False)
     console.print()
     console.print(_table(attempts))
     well = attempts and attempts[-1].outcome in ("completed", "stopped", "preempted")
@@ -59,15 +61,14 @@ def facts(run: RunDirectory, attempts: list[Attempt], alive: Stamp | None) -> li
         last = steps[-1]
         total = read_config(run).steps
         rows.append(("step", f"{last['step']:,} of {total:,}"))
-        if last["loss"] is not None:
+        if last.get("loss") is not None:
             rows.append(("loss", f"{last['loss']:.4f} nats per token"))
         began = (attempts[-1].from_step or 0) if attempts else 0
-        pace = Pace.of(
-            [step for step in steps if step["step"] > began] or steps
-        )  # of the ranks that the live view shows
-        rows.append(("speed", f"{pace.tokens_per_second:,.0f} tokens/s, {pace.step_seconds:.3g} s a step"))
-        if alive is not None and last["step"] < total:
-            rows.append(("time left", pace.left(last["step"], total)))
+        pace = Pace.of([step for step in steps if step["step"] > began] or steps)  # as the live view of these ranks
+        if pace.step_seconds:
+            rows.append(("speed", f"{pace.tokens_per_second:,.0f} tokens/s, {pace.step_seconds:.3g} s a step"))
+            if alive is not None and last["step"] < total:
+                rows.append(("time left", pace.left(last["step"], total)))
     rows.append(("checkpoint", _checkpoint(run)))
     spent = goodput(run, time.time() if alive is not None else None)
     if spent.total:
@@ -141,5 +142,6 @@ def _table(attempts: list[Attempt]) -> Table:
     for attempt in attempts:
         counts = (number(attempt.step), number(attempt.ranks))
         times = (at(attempt.began), number(attempt.from_step), at(attempt.ended))
-        table.add_row(str(attempt.number), *times, attempt.outcome, *counts, attempt.where, attempt.message)
+        texts = (Text(printable(text)) for text in (attempt.where, attempt.message))  # as they are: no markup of rich's
+        table.add_row(str(attempt.number), *times, attempt.outcome, *counts, *texts)
     return table

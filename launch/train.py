@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from stoker.conf.printable import printable
 from stoker.conf.reasons import with_cause
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
@@ -29,7 +30,7 @@ def gpus(config: Config) -> int:
 def train(overrides: Sequence[str]) -> int:
     """Train, or resume, on this machine; the exit status. Raises ConfigError before a rank is spawned."""
     gc.disable()  # see trainer/__main__.py
-    from stoker.conf.rundir import run_directory
+    from stoker.conf.rundir import make_run_directory, run_directory
     from stoker.data import prepare
     from stoker.trainer.settle import settle_config
 
@@ -39,7 +40,7 @@ def train(overrides: Sequence[str]) -> int:
     config, changes = settle_config(overrides, where, tell=say, check_import=True)
     with refusing():
         prepare(config)
-    run_directory(config).attempts.mkdir(parents=True, exist_ok=True)
+    make_run_directory(run_directory(config), config.run.public)
     say(f"run directory {config.run.dir}")
     for change in changes:
         say(f"changed since the last start: {change}")
@@ -61,4 +62,4 @@ def refusing() -> Iterator[None]:
 
 def say(line: str) -> None:
     """Print one line for the user."""
-    print(f"stoker: {line}", file=sys.stderr, flush=True)
+    print(printable(f"stoker: {line}"), file=sys.stderr, flush=True)

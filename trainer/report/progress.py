@@ -26,7 +26,7 @@ class Pace:
         """The pace of a process whose steps these are, as metrics.jsonl has them."""
         pace = cls()
         for step in steps:
-            pace._add(step["tokens_per_second"], step["step_seconds"], step["data_seconds"])
+            pace._add(*(step.get(key) or 0.0 for key in ("tokens_per_second", "step_seconds", "data_seconds")))
         return pace
 
     def add(self, record: StepRecord) -> None:

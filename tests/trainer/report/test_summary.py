@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from stoker.trainer.report import summary
 from stoker.trainer.report.metrics import MetricsFile, read
-from stoker.trainer.report.summary import Marks, marks_of, picture, smooth, summarize
+from stoker.trainer.report.summary import History, Marks, marks_of, picture, smooth, summarize
 from stoker.trainer.runtime.outcome import Beginning, write_beginning
 from tests.trainer.report.observed import a_config, a_run, record
 
@@ -81,9 +81,10 @@ def test_the_picture_marks_attempts_and_rollbacks_and_shows_the_learning_rate_an
     left_out = (20, 21, 22, 30, 33)
     write_steps(run, [record(step, lr=step / 1000) for step in range(1, 41) if step not in left_out])
     steps = read(run.metrics)
-    marks = marks_of(steps, run, config)
+    history = History(steps)
+    marks = marks_of(history, run, config)
     assert marks == Marks(resumed=[10, 25], rolled_back=[30, 33])
-    figure = picture(steps, "demo", marks)
+    figure = picture(history, "demo", marks)
     FigureCanvasAgg(figure).draw()
     axes, rate = figure.axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "rolled back", "resumed"]
