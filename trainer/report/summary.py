@@ -229,9 +229,9 @@ def picture(history: History, title: str, marks: Marks) -> Figure:
     top.xaxis.set_minor_formatter(NullFormatter())
     top.xaxis.set_major_formatter(lambda step, _: count(float(np.interp(step, numbers, tokens, left=0))))
     top.set_xlabel("tokens", color=grey)
-    for side in (rates, top):
-        side.tick_params(which="both", colors=grey, labelsize=9)
-        for spine in side.spines.values():
+    for beside in (rates, top):
+        beside.tick_params(which="both", colors=grey, labelsize=9)
+        for spine in beside.spines.values():
             spine.set_visible(False)
     return figure
 
