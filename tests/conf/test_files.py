@@ -70,7 +70,9 @@ def test_words_without_files_come_back_as_they_were():
 def test_the_command_line_wins_over_files_and_the_later_file_over_the_earlier():
     write("a.yaml", "steps: 1\nmodel: small\nbatch: {size: 4}\noptim: {lr: 1}")
     write("b.yaml", "steps: 2\nbatch.size: 8")
-    config = compose(expand(["--config=a.yaml", "steps=3", "model=tiny", "--config", "b.yaml"]))
+    words = expand(["--config=a.yaml", "steps=3", "model=tiny", "--config", "b.yaml"])
+    assert len({word.partition("=")[0] for word in words}) == len(words), "each key once: some look for the first"
+    config = compose(words)
     assert (config.steps, config.model.name, config.batch.size, config.optim.lr) == (3, "tiny", 8, 1)
 
 
