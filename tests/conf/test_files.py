@@ -25,7 +25,7 @@ optim:
     - 0.9
 model:
   rope_parameters: {rope_theta: 5e5}
-  args: {depth: 3, name: "007", deep: {a: [x y, null]}}
+  args: {depth: 3, name: "7", deep: {a: [x y, null]}}
 grad_clip_norm: null
 compile: true
 run: {name: "1e5"}
@@ -40,7 +40,7 @@ launch:
 """
 WORDS = [
     "model=small", "optim=sgd", "steps=12", "batch.size=16", "optim.lr=3e-4", "optim.betas=[0.8,0.9]",
-    "model.rope_parameters.rope_theta=5e5", "model.args={depth:3,name:'007',deep:{a:[x y,null]}}",
+    "model.rope_parameters.rope_theta=5e5", "model.args={depth:3,name:'7',deep:{a:[x y,null]}}",
     "grad_clip_norm=null", "compile=true", "run.name=1e5", "data.sources={a:{kind:text,path:x y,weight:2}}",
     "launch.time=24:00:00", "launch.setup=module load cuda\nulimit -n 4096\n",
     "launch.sbatch_args=[--account=lab,'--comment=a, b']",
