@@ -101,7 +101,7 @@ def test_the_last_documents_are_kept_for_validation(tmp_path):
     assert validation.tokens.starts.tolist() == [0, 5]
 
 
-def test_what_prepare_made_is_a_source_of_its_own_with_its_tokenizer_and_splits(config, tmp_path):
+def test_prepared_data_are_a_source_with_their_tokenizer_and_splits(config, tmp_path):
     config.data.tokenizer, config.data.bpe_vocab = "bpe", 300
     folder = cache_of(config.data).folder
     folder.rename(tmp_path / "elsewhere")

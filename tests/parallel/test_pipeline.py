@@ -131,7 +131,7 @@ def test_four_stages_compute_what_one_process_computes() -> None:
     assert_parity(configs, 4)
 
 
-def test_a_users_own_model_passes_through_a_pipeline() -> None:
+def test_a_users_model_runs_in_a_pipeline() -> None:
     model = ModelConfig(target="tests.toy:build", vocab_size=VOCABULARY, hidden_size=18, num_hidden_layers=4)
     configs = [pipeline_config(schedule) for schedule in SCHEDULES]
     for config in configs:

@@ -1,7 +1,7 @@
 """A checkpoint of either engine continues on the other: the losses are those of one process that never stopped.
 
 All ordered pairs, and a run whose number of ranks and engine change at every start. The layouts of a world size share
-their ranks: one start of processes saves all of theirs, one goes on from all others'.
+their ranks: one start of processes saves all of theirs, one resumes from all others'.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("size", sorted(set(RANKS.values())))
-def test_every_party_goes_on_from_every_other(saved: Path, tmp_path: Path, size: int) -> None:
+def test_every_layout_resumes_from_every_other(saved: Path, tmp_path: Path, size: int) -> None:
     pairs = [(giver, heir) for heir in PARTIES if RANKS[heir] == size for giver in PARTIES if giver != heir]
     work = []
     for number, (giver, heir) in enumerate(pairs):
@@ -97,7 +97,7 @@ def test_every_party_goes_on_from_every_other(saved: Path, tmp_path: Path, size:
             assert normwise(parameters[name], value) < 1e-4, f"{giver} -> {heir}: {name}"
 
 
-def test_a_run_goes_on_over_any_number_of_ranks(tmp_path: Path) -> None:
+def test_a_run_resumes_on_any_number_of_ranks(tmp_path: Path) -> None:
     """4 -> 2 -> 3 -> 1 ranks, DeepSpeed's ZeRO 3, 2 and 1 and our own in between."""
     rows = 12
     starts = [
