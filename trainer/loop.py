@@ -69,7 +69,7 @@ class Trainer:
         outcome = Outcome.COMPLETED
         last = self._is_last(self.progress.step)
         if last and self.observers is not None:
-            step, ends = self.progress.step, "the data end" if self.rows.exhausted else "steps=... goes on"
+            step, ends = self.progress.step, "the data end" if self.rows.exhausted else "a larger steps=... continues"
             self.observers.message(f"nothing to do: step {step} of {self.config.steps} is done; {ends}")
         for step in self.steps(self.config.steps):
             with self.profiler.step(step) as profiled:
@@ -209,7 +209,7 @@ class Trainer:
             self.booking.rolled_back(self._step)
         if self.observers is not None:
             self.observers.rolled_back(self._step)
-            self.observers.message(f"step {bad_step} is bad: back to step {self._step}, to go on without its rows")
+            self.observers.message(f"step {bad_step} is bad: back to step {self._step}, to continue without its rows")
         return True
 
     def _look_at_gradients(self, step: int, batch: Batch) -> None:

@@ -31,8 +31,8 @@ SLACK_BYTES = 1 << 16  # what it rounds a part up by is less
 class SwapFolder:
     """A folder of this process under `parallel.nvme_path`, removed with this object.
 
-    It is locked until the process ends. So the next process can tell the folders of killed processes, and removes them.
-    Raises ValueError when the disk cannot be written.
+    It is locked until the process ends. So the next process recognises the folders of killed processes, and removes
+    them. Raises ValueError when the disk cannot be written.
     """
 
     def __init__(self, parent: Path) -> None:

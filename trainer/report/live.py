@@ -121,7 +121,7 @@ class LiveProgress(Observer):
         line("checkpoint", *self._save)
         if self._skipped:
             line("skipped", f"{self._skipped} step{'s' if self._skipped > 1 else ''}", "yellow")
-        return frame  # ends in a line of its own, where the cursor rests
+        return frame  # ends with an empty line, where the cursor stays
 
 
 def _console(screen: TextIO) -> Any:
@@ -133,7 +133,7 @@ def _console(screen: TextIO) -> Any:
 
         @property  # type: ignore[misc]  # the original can be set, for which there is no use
         def size(self) -> ConsoleDimensions:
-            # rich asks the standard streams, and those of a rank are log files
+            # rich inspects the standard streams, which are log files in a rank
             try:
                 width, height = os.get_terminal_size(screen.fileno())
             except (OSError, ValueError):

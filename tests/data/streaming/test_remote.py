@@ -96,7 +96,7 @@ def test_progress_gives_new_patience(server):
 def test_a_file_that_grew_or_shrank_is_not_read_on(server, tmp_path):
     shard, store = shard_of(server), Store(QUICK)
     (tmp_path / "served" / "a.bin").write_bytes(DATA + b"more")
-    with pytest.raises(Damaged, match="asked for bytes 0-9/300000, the server returns bytes 0-9/300004: it changed"):
+    with pytest.raises(Damaged, match="requested bytes 0-9/300000, the server returns bytes 0-9/300004: it changed"):
         store.read(shard, 0, 10)
     local = look_up([str(tmp_path / "served" / "a.bin")])[0]
     (tmp_path / "served" / "a.bin").write_bytes(DATA)
