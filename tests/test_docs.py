@@ -28,6 +28,7 @@ KEY = re.compile(rf"`((?:{'|'.join(SECTIONS)})\.[a-z_0-9]+(?:\.[a-z_0-9]+)*)(?:=
 FILE = re.compile(r"`((?:launch|trainer|checkpoint|models|data|parallel|conf|tests|benchmarks|docs)/[\w/.-]+\.\w+)`")
 PROGRAM = re.compile(r"(?:python|-m) ((?:benchmarks/|stoker\.|benchmarks\.)[\w./]+)")
 COMMAND = re.compile(r"(?:^|[`$ (])stoker ((?:checkpoint |data )?[a-z]+)\b([^`\n|)]*)", re.MULTILINE)
+BENCHMARK = re.compile(r"python (?:-m )?(benchmarks[/.]\w+)(?:\.py)?([^`\n]*)")
 OPTION = re.compile(r"(?<!\S)(--[a-z-]+)")
 
 
@@ -68,6 +69,15 @@ def missing_files(page: Path, text: str) -> set[str]:
     return found | {program for program in PROGRAM.findall(text) if not _exists(program)}
 
 
+def unknown_benchmark_options(text: str) -> set[str]:
+    """Options of benchmarks, by their sources: `--help` would import torch."""
+    found = set()
+    for name, rest in BENCHMARK.findall(text):
+        source = (ROOT / f"{name.replace('.', '/')}.py").read_text()
+        found |= {f"{name} {option}" for option in OPTION.findall(rest) if f'"{option}"' not in source}
+    return found
+
+
 def _exists(program: str) -> bool:
     if program.endswith(".py"):
         return (ROOT / program).exists()
@@ -103,6 +113,7 @@ def test_a_page_names_only_what_exists_and_is_short(page: Path) -> None:
     assert not unknown_settings(text)
     assert not missing_files(page, text)
     assert not unknown_commands(text)
+    assert not unknown_benchmark_options(text)
     assert len(text.splitlines()) <= LONGEST
 
 
@@ -121,6 +132,7 @@ def test_false_facts_are_found() -> None:
         "stoker.none",
         "benchmarks/none.py",
     }
+    assert unknown_benchmark_options("    python -m benchmarks.soak --faults 1 --none\n") == {"benchmarks.soak --none"}
     assert unknown_commands("`stoker doctor RUN`, `stoker logs RUN --rank 3 --none`") == {
         "stoker doctor",
         "stoker logs --none",
