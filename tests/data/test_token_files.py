@@ -160,7 +160,7 @@ def index_cut_short(folder: Path) -> str:
 def index_of_more(folder: Path) -> str:
     megatron(folder / "a", DOCUMENTS)
     np.arange(4, dtype=np.uint16).tofile(folder / "a.bin")
-    return r"a.idx speaks of sequence 1 of 2 tokens from byte 6 on, and a.bin has 8 bytes"
+    return r"a.idx lists sequence 1 of 2 tokens from byte 6 on, and a.bin has 8 bytes"
 
 
 def two_dimensions(folder: Path) -> str:

@@ -118,7 +118,7 @@ GOOD = (8, [2, 3], [0, 4], [0, 1, 2])
 BAD_INDEXES = {
     "bytes from byte 10 on come after every sequence of d.idx": (index(*GOOD), bytes(16)),
     "d.bin has 11 bytes, no multiple of 2": (index(*GOOD), bytes(11)),
-    "speaks of sequence 1 of 3 tokens from byte 4 on, and d.bin has 8 bytes": (index(*GOOD), bytes(8)),
+    "lists sequence 1 of 3 tokens from byte 4 on, and d.bin has 8 bytes": (index(*GOOD), bytes(8)),
     "end at byte 82, and it has 81: it is cut short": (index(*GOOD)[:-1], bytes(10)),
     "end at byte 82, and it has 83: 1 bytes follow": (index(*GOOD) + b"x", bytes(10)),
     "sequences of other modes than text": (index(*GOOD, more=b"\0\1"), bytes(10)),

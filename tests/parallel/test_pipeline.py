@@ -249,7 +249,7 @@ def in_another_dtype(config: Config, evaluate: bool) -> None:
 
 @pytest.mark.parametrize("evaluate", [False, True])
 def test_activations_of_another_dtype_than_announced_are_an_error_and_no_hang(evaluate: bool) -> None:
-    message = r"pipeline stage \d gave activations \(\(12, 32\), torch.float64\), but .*torch.float32"
+    message = r"pipeline stage \d returned activations \(\(12, 32\), torch.float64\), but .*torch.float32"
     with pytest.raises(AssertionError, match=message):
         world.run(in_another_dtype, 2, pipeline_config(), evaluate)
 

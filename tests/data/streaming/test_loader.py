@@ -189,7 +189,7 @@ def test_data_that_changed_under_a_resumed_run_are_noticed(opener, tmp_path):
     for path in (tmp_path / "texts").glob("*.jsonl"):  # as many bytes, fewer documents
         path.write_bytes(path.read_bytes().replace(b"xx", b"\\n"))
     with World(opener) as world:
-        with pytest.raises(ValueError, match=r"has read 72 rows of: texts.content was \w+ and is \w+$"):
+        with pytest.raises(ValueError, match=r"has read 72 rows of other data: texts.content was \w+ and is \w+$"):
             world.load(state)
         del state["fingerprint"]["texts.content"]  # which earlier versions did not record
         world.load(state)
