@@ -43,6 +43,7 @@ from stoker.checkpoint.names import (
 from stoker.checkpoint.storage import discard, read_json_bytes, read_line
 from stoker.checkpoint.tiling import PRIME, assemble
 from stoker.conf.durable import sync_directory, write_durably
+from stoker.conf.records import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def fence(directory: Path, attempt: int) -> None:
 def check_fence(directory: Path, attempt: int) -> None:
     """Raises SaveFailed when a newer attempt has begun."""
     try:
-        newest = json.loads((directory / FENCE).read_bytes())["attempt"]
+        newest = parse_json((directory / FENCE).read_bytes())["attempt"]
     except FileNotFoundError:
         return
     except (ValueError, KeyError, TypeError) as error:
@@ -214,7 +215,7 @@ def _polls(deadline: float, proceed: Callable[[], None]) -> Iterator[None]:
 
 def _reason_in(path: Path) -> str | None:
     try:
-        return str(json.loads(path.read_bytes())["reason"])
+        return str(parse_json(path.read_bytes())["reason"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):

@@ -16,6 +16,7 @@ from pathlib import Path
 from stoker.checkpoint.names import OWNER, DamagedCheckpoint, committed, one_line
 from stoker.checkpoint.stored import read_state
 from stoker.conf.durable import open_own, write_durably
+from stoker.conf.records import parse_json
 
 _MOST_BYTES = 1 << 16
 
@@ -39,7 +40,7 @@ def encode_owner(owner: Owner) -> bytes:
 def decode_owner(data: bytes, where: str) -> Owner:
     """Raises NotOurs for an invalid mark: something other than a run uses this place."""
     try:
-        owner = Owner(**json.loads(data))
+        owner = Owner(**parse_json(data))
         if not isinstance(owner.run, str) or not isinstance(owner.directory, str):
             raise TypeError("no id of a run")
     except (ValueError, TypeError) as error:

@@ -31,6 +31,7 @@ from stoker.checkpoint.remote import Remote, RemoteFailed, names_of
 from stoker.checkpoint.retention import VALIDATION_LOSS, Retention
 from stoker.checkpoint.stored import read_manifest
 from stoker.conf.durable import write_durably
+from stoker.conf.records import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ class Uploader:
     def _announced(self) -> Iterator[int | None]:
         while not self._closing.wait(_LOOK_SECONDS):
             try:
-                yield json.loads((self._directory / UPLOADING).read_bytes())["step"]
+                yield parse_json((self._directory / UPLOADING).read_bytes())["step"]
             except (OSError, ValueError, KeyError):
                 yield None
 

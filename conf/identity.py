@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stoker.conf.durable import write_durably
+from stoker.conf.records import read_json, record_of
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.values import ConfigError
 
@@ -40,14 +41,12 @@ class Standing(enum.Enum):
 def read_identity(run: RunDirectory) -> Identity | None:
     """None where no start has written one. Raises ConfigError for one that cannot be read."""
     try:
-        values = json.loads(run.identity.read_text(encoding="utf-8"))
-        identity = Identity(**values)
+        identity = record_of(read_json(run.identity), Identity)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{run.identity} cannot be read: {error}; remove it, and the run gets a new id") from error
-    types = {"run": str, "directory": str, "inode": int, "saved": bool}
-    if any(type(getattr(identity, name)) is not kind for name, kind in types.items()) or not _is_id(identity.run):
+    if not _is_id(identity.run):
         raise ConfigError(f"{run.identity} holds no id of a run; remove it, and the run gets a new id")
     return identity
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -217,6 +218,14 @@ def first_tier(config: Config) -> Path | None:
     return Path(config.checkpoint.dir) if config.checkpoint.dir is not None else None
 
 
+def make_run_directory(run: RunDirectory, public: bool) -> None:
+    """Make it where it is not there: `public` as the umask says, else for this user alone. One that exists is left."""
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        run.path.mkdir(mode=0o777 if public else 0o700)
+    run.attempts.mkdir(exist_ok=True)
+
+
 def next_attempt(run: RunDirectory) -> int:
     """Creates the directory of a new attempt and returns its number. Two callers never get the same one."""
     run.attempts.mkdir(parents=True, exist_ok=True)
@@ -265,10 +274,16 @@ def write_config(run: RunDirectory, config: Config) -> None:
 def read_config(run: RunDirectory) -> Config:
     """The stored config. Raises ConfigError, of one line, when it is missing or invalid."""
     try:
-        values = yaml.load(run.config.read_text(encoding="utf-8"), Loader=_Loader)
+        with open(run.config, "rb") as file:
+            data = file.read(_MOST_CONFIG_BYTES + 1)
+        if len(data) > _MOST_CONFIG_BYTES:
+            raise ConfigError(f"{run.config} holds more than {_MOST_CONFIG_BYTES:,} bytes: it is no config of a run")
+        values = yaml.load(data.decode(), Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError(f"{run.path} is not a run directory: it has no {run.config.name}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:  # a date such as 2026-99-99 is a ValueError
         raise ConfigError(f"{run.config} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{run.config} holds no config")
@@ -278,8 +293,32 @@ def read_config(run: RunDirectory) -> Config:
         raise ConfigError(f"{run.config}: {error}") from None
 
 
+_MOST_CONFIG_BYTES = 16 << 20
+_MOST_DEPTH = 50
+
+
 class _Loader(yaml.SafeLoader):
-    """Reads `1e-3` as a number, as in YAML 1.2; PyYAML alone reads text."""
+    """Reads `1e-3` as a number, as in YAML 1.2; PyYAML alone reads text.
+
+    Aliases are refused, by which ten lines become a billion values, and so is what is nested too deeply.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "an alias (*name), and a config has none", self._mark())
+        if self._depth > _MOST_DEPTH:
+            problem = f"it is nested more than {_MOST_DEPTH} deep"
+            raise yaml.composer.ComposerError(None, None, problem, self._mark())
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def _mark(self) -> Any:
+        return self.peek_event().start_mark
 
 
 class _Dumper(yaml.SafeDumper):

@@ -57,6 +57,7 @@ class RunConfig:
     fresh: bool = free(False)  # start over at step 1 without checkpoints; earlier metrics and config are moved aside
     change: bool = free(False)  # allow `maths` keys to change on resume
     trust: bool = free(False)  # run code that the stored config names, though another user started the run
+    public: bool = free(False)  # make the run directory as the umask says; default: for this user alone (mode 0700)
     adopt: bool = free(False)  # take over places for checkpoints that are marked as another run's
 
 

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from stoker.conf.durable import sync_directory
+from stoker.conf.records import parse_json
 from stoker.conf.schema import DataConfig
 from stoker.conf.user import cache_folder
 from stoker.data.build import SPLITS, Recipe, write_file, write_splits
@@ -122,7 +123,7 @@ def cache_root(config: DataConfig) -> Path:
 def open_folder(folder: Path) -> TokenCache:
     """A cache directory at its present place. Raises ValueError when it is none or is damaged."""
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = parse_json((folder / META).read_text())
         if meta["recipe"]["format"] not in _READ:
             raise ValueError(f"it has format {meta['recipe']['format']}, and this version reads {FORMAT}")
         for split in SPLITS:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
+from stoker.conf.records import parse_json
 from stoker.conf.schema import DataConfig
 from stoker.data.chat_limits import LimitReached, Limits
 from stoker.data.chat_refusals import Conversation, Message, refuse_template
@@ -109,7 +110,7 @@ def chat_prompt(
 
 def _prompted(prompt: str) -> Conversation:
     try:
-        values = json.loads(prompt)
+        values = parse_json(prompt)
     except ValueError:
         values = None
     if isinstance(values, list) and values and isinstance(values[0], dict):
@@ -137,7 +138,7 @@ class ChatEncoder:
     def encode(self, tokenizer: Tokenizer, name: str, text: str) -> tuple[np.ndarray, np.ndarray]:
         """The ids of the conversation `text` (JSON), and their loss mask. Raises ValueError naming it."""
         try:
-            return self._template(tokenizer).encode(conversation(json.loads(text)))
+            return self._template(tokenizer).encode(conversation(parse_json(text)))
         except TemplateError as error:
             raise ValueError(f"{name}: the chat template refuses it: {error}") from error
         except LimitReached as error:

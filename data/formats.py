@@ -8,12 +8,12 @@ in a wrong format.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stoker.conf.records import parse_json
 from stoker.data.decompress import COMPRESSIONS, Compression, Limits, compression_of, decompressed
 from stoker.data.json_text import BOM
 
@@ -119,7 +119,7 @@ def refuse(name: str, kind: Kind, source: str, reads: Sequence[Format]) -> None:
 def refuse_foreign_folder(root: Path) -> None:
     """Raise ValueError for a folder of shards that only the library that wrote them can read."""
     try:
-        index: Any = json.loads((root / "index.json").read_text(encoding="utf-8"))
+        index: Any = parse_json((root / "index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return
     if not isinstance(index, dict):
@@ -186,7 +186,7 @@ def _holds_object(head: bytes, column: str) -> bool:
     if not line.startswith(b"{") or f'"{column}"'.encode() not in line:
         return False
     try:
-        values = json.loads(line)
+        values = parse_json(line)
     except (ValueError, RecursionError):
         return len(line) > HEAD_BYTES // 2  # the head ends inside the line
     return isinstance(values, dict) and column in values

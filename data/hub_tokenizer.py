@@ -10,11 +10,12 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stoker.conf.records import parse_json
+from stoker.conf.scratch import Scratch
 from stoker.data.tokenizer import JsonTokenizer, Renderer, Span
 
 if TYPE_CHECKING:
@@ -66,10 +67,10 @@ class HubTokenizer:
     @classmethod
     def of_files(cls, files: Mapping[str, bytes], end_of_document: str | None = None) -> HubTokenizer:
         """The tokenizer of a folder with these files. Raises ValueError as the constructor does."""
-        with TemporaryDirectory(prefix="stoker-tokenizer-") as folder:
+        with Scratch("stoker-tokenizer-") as folder:
             for name, content in files.items():
-                (Path(folder) / name).write_bytes(content)
-            return cls(Path(folder), end_of_document)
+                (folder / name).write_bytes(content)
+            return cls(folder, end_of_document)
 
     def encode(self, text: str) -> list[int]:
         return self._plain.encode(text)
@@ -135,7 +136,7 @@ def _as_in_the_file(backend: str, files: Mapping[str, bytes]) -> str:
 
 def _encoding(source: str) -> dict[str, object]:
     """The parts of a tokenizer.json that decide the ids of a text, and their decoding."""
-    return {key: value for key, value in json.loads(source).items() if key not in _NOT_OF_IDS}
+    return {key: value for key, value in parse_json(source).items() if key not in _NOT_OF_IDS}
 
 
 _NOT_OF_IDS = ("post_processor", "truncation", "padding")  # they add special tokens, shift offsets, cut or fill

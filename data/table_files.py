@@ -23,6 +23,7 @@ from stoker.data.remote.store import Store
 from stoker.data.streaming.arrow import Batches, batches, is_stream
 
 _BLOCK = 1 << 20  # bytes of a file of separated values read at a time
+_ROWS = 1024  # of a row group decoded at a time
 Batch = Iterator[Mapping[str, Any]]
 
 
@@ -52,7 +53,7 @@ def open_table(kind: Kind, shard: Shard, store: Store, limits: Limits, known: Ba
             problem = f"it is compressed by {kind.compression.name}, and {kind.format.words} is read in pieces"
             raise ValueError(f"{problem}: decompress it ({kind.compression.command})")
         if kind.format is PARQUET:
-            return _Parquet(shard, store)
+            return _Parquet(shard, store, limits)
         if known is not None or is_stream(shard, store):
             return _ArrowStream(shard, store, known)
         return _Arrow(shard, store)
@@ -114,9 +115,10 @@ def _texts(
 class _Parquet:
     batches: Batches | None = None
 
-    def __init__(self, shard: Shard, store: Store) -> None:
+    def __init__(self, shard: Shard, store: Store, limits: Limits) -> None:
         import pyarrow.parquet
 
+        self._limits = limits
         self._file = pyarrow.parquet.ParquetFile(
             RangeFile(shard, store), pre_buffer=True, page_checksum_verification=True
         )
@@ -127,7 +129,14 @@ class _Parquet:
 
     def rows(self, piece: int, columns: list[str] | None) -> Batch:
         _check_columns(self._file.schema_arrow.names, columns, self._url)
-        yield from self._file.read_row_group(piece, columns=columns).to_pylist()
+        if self._file.metadata.row_group(piece).total_byte_size > self._limits.held_bytes:
+            raise self._limits.too_large(f"row group {piece} of {self._url}")
+        held = 0  # a value that a dictionary holds once takes its room in every row
+        for batch in self._file.iter_batches(_ROWS, row_groups=[piece], columns=columns):
+            held += batch.nbytes
+            if held > self._limits.held_bytes:
+                raise self._limits.too_large(f"row group {piece} of {self._url}")
+            yield from batch.to_pylist()
 
 
 class _Arrow:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from stoker.conf.durable import sync_directory
+from stoker.conf.records import parse_json
 from stoker.conf.schema import DataConfig
 from stoker.data.build import write_file
 from stoker.data.cache import META, TokenCache, cache_root, lock, open_folder
@@ -157,7 +158,7 @@ def _starts(
         except OSError as error:
             problem = f"cannot keep an index in {root}: {error.strerror or error}"
             raise ValueError(f"{problem}; name another data.cache") from error
-    meta = json.loads((folder / META).read_text())
+    meta = parse_json((folder / META).read_text())
     if not meta["documents"]:
         return np.empty(0, np.int64), meta
     return np.memmap(folder / "starts", np.int64, "r").view(np.ndarray), meta
@@ -165,7 +166,7 @@ def _starts(
 
 def _sound(folder: Path) -> bool:
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = parse_json((folder / META).read_text())
         return {"smallest", "largest"} <= {*meta} and (folder / "starts").stat().st_size == 8 * meta["documents"]
     except (OSError, ValueError, KeyError):
         return False

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from stoker.conf.records import parse_json
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -149,7 +151,7 @@ class JsonTokenizer:
             raise ValueError(f"the tokenizer has no token {end_of_document}: data.end_of_document=TOKEN names one")
         self.end_of_document = end
         added = self._encoder.get_added_tokens_decoder().items()
-        model = json.loads(source)["model"]
+        model = parse_json(source)["model"]
         unknown = (
             model.get("unk_id") if model.get("unk_token") is None else self._encoder.token_to_id(model["unk_token"])
         )

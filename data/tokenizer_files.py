@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from stoker.conf.records import parse_json
 from stoker.conf.schema import DataConfig
 from stoker.data.hub_tokenizer import USUAL_ENDS, HubTokenizer
 from stoker.data.tiktoken_files import TiktokenTokenizer
@@ -48,7 +48,15 @@ def named_tokenizer(config: DataConfig) -> Tokenizer | None:
 
 def load_kept(folder: Path) -> Tokenizer:
     """The tokenizer whose `files()` lie in `folder`. Raises OSError or ValueError when they do not."""
-    facts = json.loads((folder / "stoker.json").read_text())
+    try:
+        return _of_facts(folder, parse_json((folder / "stoker.json").read_text()))
+    except ValueError as error:
+        raise ValueError(f"{folder} holds no tokenizer of a run: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'stoker.json'} does not describe a tokenizer: {error!r}") from error
+
+
+def _of_facts(folder: Path, facts: dict[str, Any]) -> Tokenizer:
     if facts["kind"] == "byte":
         return ByteTokenizer()
     if facts["kind"] == "hub":
@@ -80,7 +88,7 @@ def _from_json(text: str, end: str | None) -> JsonTokenizer:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    values = json.loads(text)
+    values = parse_json(text)
     if not isinstance(values, dict):
         raise ValueError("it holds no JSON object")
     return values

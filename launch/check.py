@@ -7,8 +7,6 @@ each gradient of the first step, and each parameter after the last.
 from __future__ import annotations
 
 import shlex
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from stoker.checkpoint import newest, read_state, read_tensors
 from stoker.conf.overrides import parse
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
+from stoker.conf.scratch import Scratch
 from stoker.data import prepare
 from stoker.launch.differences import (
     LIMITS,
@@ -83,7 +82,8 @@ def check(overrides: Sequence[str], against: str | None, steps: int) -> int:
     reference = ONE_PROCESS if against is None else shlex.split(against)
     spoken = {parse(override).key for override in (*overrides, *reference)}
     precision = [] if "precision" in spoken else ["precision=fp32"]
-    folder = Path(tempfile.mkdtemp(prefix="stoker-check-"))
+    scratch = Scratch("stoker-check-")
+    folder = scratch.path
     asked = together(overrides, precision)
     configs = [
         settle(together(asked, reference), folder / "reference", steps),
@@ -96,12 +96,11 @@ def check(overrides: Sequence[str], against: str | None, steps: int) -> int:
         RunDirectory(Path(str(config.run.dir))).attempts.mkdir(parents=True)
         status = launch(config, ranks, say, "--measure")
         if status != 0:
-            say(f"that run failed; its files are in {config.run.dir}")
+            say(f"that run failed; its files are in {scratch.keep() / Path(str(config.run.dir)).name}")
             return status
     one, other = (_recording(config) for config in configs)
     differences = compare(one, other, LIMITS[configs[1].precision])
     show(one.layout, other.layout, configs[1].precision, differences)
-    shutil.rmtree(folder)
     return 0 if all(difference.sound for difference in differences) else 1
 
 

@@ -8,8 +8,6 @@ loss, the logits of the first sequences, the norm of all gradients together and 
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from stoker.checkpoint import newest, read_state, read_tensors
 from stoker.conf.overrides import parse
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config, ModelConfig
+from stoker.conf.scratch import Scratch
 from stoker.conf.values import ConfigError
 from stoker.data import prepare
 from stoker.launch.check import settle, together
@@ -43,7 +42,8 @@ _BYTES = 8  # of a parameter and its gradient
 
 def check_transformers(overrides: Sequence[str]) -> int:
     """Print the table; status 0 if both compute the same. Raises ConfigError for a start that is refused."""
-    folder = Path(tempfile.mkdtemp(prefix="stoker-check-"))
+    scratch = Scratch("stoker-check-")
+    folder = scratch.path
     spoken = {parse(override).key for override in overrides}
     asked = overrides if "precision" in spoken else together(overrides, ["precision=fp32"])
     config = settle(asked, folder / "asked", 1)
@@ -55,11 +55,10 @@ def check_transformers(overrides: Sequence[str]) -> int:
     run.attempts.mkdir(parents=True)
     status = launch(config, ranks, say, "--measure-logits")
     if status != 0:
-        say(f"that run failed; its files are in {config.run.dir}")
+        say(f"that run failed; its files are in {scratch.keep() / Path(str(config.run.dir)).name}")
         return status
     found, layout = _compared(config, run)
     show(f"transformers {_version()}, one process, fp32", layout, config.precision, found)
-    shutil.rmtree(folder)
     return 0 if all(difference.sound for difference in found) else 1
 
 

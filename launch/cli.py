@@ -43,6 +43,7 @@ the same run.
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. An error in the arguments is one line on stderr, status 2."""
+    from stoker.conf.printable import printable
     from stoker.conf.reasons import reason, with_cause
     from stoker.conf.values import ConfigError
 
@@ -57,13 +58,13 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         return options.command(options)
     except ConfigError as error:
-        print(f"stoker: {error}", file=sys.stderr)
+        print(printable(f"stoker: {error}"), file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"stoker: {reason(error)}", file=sys.stderr)
+        print(printable(f"stoker: {reason(error)}"), file=sys.stderr)
         return 1
     except ValueError as error:
-        print(f"stoker: {with_cause(error)}", file=sys.stderr)
+        print(printable(f"stoker: {with_cause(error)}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import sys
 import time
@@ -10,6 +9,8 @@ from pathlib import Path
 
 from stoker.checkpoint import newest, newest_step, remove
 from stoker.conf.durable import touch_own
+from stoker.conf.printable import printable
+from stoker.conf.records import read_json
 from stoker.conf.rundir import RunDirectory
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.trainer.runtime.outcome import read_ending
@@ -52,7 +53,7 @@ def save_now(path: str, wait_seconds: float) -> int:
             return 0
         failure = _failure(run.checkpoints, asked) if begun else None
         if failure is not None:
-            print(f"the save failed: {failure}", file=sys.stderr)
+            print(printable(f"the save failed: {failure}"), file=sys.stderr)
             return 1
         if living(run) is None:
             run.save.unlink(missing_ok=True)
@@ -87,7 +88,7 @@ def _failure(directory: Path, since: float) -> str | None:
     for note in directory.glob("*.failed.json"):
         try:
             if note.stat().st_mtime >= since:
-                return str(json.loads(note.read_bytes())["reason"])
-        except (OSError, ValueError, KeyError):
+                return str(read_json(note)["reason"])
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # cleared by a commit, or not written yet
     return None

@@ -10,6 +10,7 @@ import numpy as np
 
 from stoker.checkpoint import DamagedCheckpoint, read_state
 from stoker.checkpoint.names import committed
+from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.data import open_rows, open_tokenizer
@@ -50,8 +51,8 @@ def peek(options: argparse.Namespace) -> int:
     for place, where, ids in found:
         text = tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
         shown = text if len(text) <= options.characters else text[: options.characters] + " ..."
-        print(f"\n[row {place} of the step, {where}]")
-        print(shown)
+        print(printable(f"\n[row {place} of the step, {where}]"))
+        print(printable(shown))
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+from stoker.conf.printable import printable
 from stoker.conf.schema import Config, DataConfig
 from stoker.data import open_tokenizer
 from stoker.data.cache import META, cache_root, open_folder
@@ -46,7 +47,7 @@ def verify(options: argparse.Namespace) -> int:
             state = "damaged" if found else f"whole, every byte read{_left_out(folder)}"
             console.print(f"{folder}: {state}", soft_wrap=True)
             for line in found:
-                console.print(f"  {line}", highlight=False, soft_wrap=True)
+                console.print(f"  {printable(line)}", highlight=False, markup=False, soft_wrap=True)
     return int(problems > 0)
 
 
@@ -65,7 +66,7 @@ def _verify_sources(config: Config) -> int:
             folder = opened[0].folder
             damage = [] if folder is None else verify_tokens(open_folder(folder))
         for line in damage:
-            console.print(f"  {line}", highlight=False, soft_wrap=True)
+            console.print(f"  {printable(line)}", highlight=False, markup=False, soft_wrap=True)
         problems += len(damage)
     return int(problems > 0)
 
@@ -89,7 +90,7 @@ def _read_through(windows: ShuffleWindows, data: DataConfig, console: Console) -
     state = f"{len(damage):,} damaged" if damage else "whole, every split read"
     console.print(f"{windows.name}: {documents:,} documents in {len(splits):,} splits, {state}{left}", soft_wrap=True)
     for line in named:
-        console.print(f"  left out, for instance: {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  left out, for instance: {printable(line)}", highlight=False, markup=False, soft_wrap=True)
     return damage
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from stoker.checkpoint import CheckpointMismatch, DamagedCheckpoint, Summary, read_tensors
+from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.data import chat_prompt, open_tokenizer
@@ -66,9 +67,9 @@ def generate_text(options: argparse.Namespace) -> int:
         print(*prompt, *tokens, sep=",")
         return 0
     if not options.chat:
-        sys.stdout.write(options.prompt)
+        sys.stdout.write(printable(options.prompt))
     for text in _as_text(tokenizer, tokens):
-        sys.stdout.write(text)
+        sys.stdout.write(printable(text))
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
@@ -125,7 +126,7 @@ def _newest_model(config: Config, checkpoints: list[Summary]) -> nn.Module:
                 raise DamagedCheckpoint(f"{summary.path}: {summary.problem}")
             return load_model(config, summary.path)
         except DamagedCheckpoint as error:
-            print(f"stoker: damaged checkpoint passed over: {error}", file=sys.stderr)
+            print(printable(f"stoker: damaged checkpoint passed over: {error}"), file=sys.stderr)
     raise ValueError("no sound checkpoint to generate from")
 
 

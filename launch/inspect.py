@@ -17,8 +17,10 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Column, Table
+from rich.text import Text
 
 from stoker.checkpoint import Difference, Summary, compare, describe, verify
+from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.report.progress import size
 
@@ -64,10 +66,10 @@ def list_checkpoints(path: str) -> int:
             f"{summary.step:,}",
             "" if summary.time is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(summary.time)),
             "" if summary.bytes is None else size(summary.bytes),
-            summary.layout or "",
+            Text(printable(summary.layout or "")),
             "" if summary.ranks is None else str(summary.ranks),
             "" if summary.loss is None else f"{summary.loss:.4f}",
-            "valid" if summary.problem is None else f"[red]damaged: {summary.problem}",
+            "valid" if summary.problem is None else Text(f"damaged: {printable(summary.problem)}", "red"),
         )
     console_for_tables().print(table)
     return int(any(summary.problem for summary in found))
@@ -86,7 +88,7 @@ def verify_checkpoints(path: str, step: int | None) -> int:
     for at, lines in problems.items():
         console.print(f"step {at}: " + ("valid, every byte read" if not lines else "damaged"))
         for line in lines:
-            console.print(f"  {line}", highlight=False, soft_wrap=True)
+            console.print(f"  {printable(line)}", highlight=False, markup=False, soft_wrap=True)
     return int(any(problems.values()))
 
 
@@ -113,14 +115,15 @@ def _difference(found: Difference, first: int, second: int, most: int) -> list[T
         if changes:
             table = Table(title, f"step {first}", f"step {second}", box=None, pad_edge=False, header_style="bold")
             for change in changes:
-                table.add_row(change.key, change.first, change.second)
+                table.add_row(*(Text(printable(text)) for text in (change.key, change.first, change.second)))
             parts += [table, ""]
     if found.tensors:
         columns = (Column("tensor", no_wrap=True), Column("relative change", justify="right"), "")
         table = Table(*columns, box=None, pad_edge=False, header_style="bold")
         for tensor in found.tensors[:most]:
             what = "" if tensor.relative is not None else tensor.what
-            table.add_row(tensor.label, "" if tensor.relative is None else f"{tensor.relative:.3e}", what)
+            relative = "" if tensor.relative is None else f"{tensor.relative:.3e}"
+            table.add_row(Text(printable(tensor.label)), relative, Text(printable(what)))
         parts.append(table)
     more = len(found.tensors) - most
     parts.append(

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from torch.distributed import TCPStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -28,9 +29,13 @@ from stoker.checkpoint import newest_step
 from stoker.conf.durable import with_room, write_whole
 from stoker.conf.rundir import RunDirectory, run_directory
 from stoker.conf.schema import Config, to_dict
+from stoker.conf.scratch import Scratch
+from stoker.launch.gate import Tunnel
 from stoker.parallel.layout import threads_per_rank
+from stoker.parallel.loopback import LOOPBACK, keep_on_loopback, loopback_store
 from stoker.trainer.main import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import GOES_ON, Ending, Outcome, read_ending, write_ending
+from stoker.trainer.runtime.process import LAUNCH_VARIABLE, LAUNCHER_VARIABLE
 from stoker.trainer.runtime.watchdog import Watchdog
 
 MONITOR_SECONDS = 0.05
@@ -43,12 +48,13 @@ EXIT_SECONDS = 5.0  # for processes to end after the outcome is written
 
 @dataclass(frozen=True)
 class Meeting:
-    """The store at which the launchers of several machines meet; another process keeps it."""
+    """The gate to the store at which the launchers of several machines meet; another process keeps it."""
 
     host: str
     port: int
     node: int  # of this machine, from 0
     nodes: int
+    key: bytes = field(repr=False)  # that the gate wants to be shown
 
 
 def launch(
@@ -64,13 +70,18 @@ def launch(
     logging.disable(logging.ERROR)  # the agent logs a lot; the lines for the user are printed here
     run = run_directory(config)
     threads = threads_per_rank(config.launch.threads, ranks)
-    os.environ |= {
+    given = {
         CONFIG_VARIABLE: json.dumps(to_dict(config)),
+        LAUNCHER_VARIABLE: str(os.getpid()),
         "OMP_NUM_THREADS": str(threads),
         "PYTHONSAFEPATH": "1",
         "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(handled_signals()),
     }
-    with tempfile.TemporaryDirectory(prefix="stoker-") as folder:
+    if meeting is None:
+        given[LAUNCH_VARIABLE] = secrets.token_hex(8)
+    if meeting is None or meeting.nodes == 1:
+        keep_on_loopback(given)
+    with _environment(given), Scratch("stoker-launch-") as folder:
         spec = WorkerSpec(
             role="rank",
             local_world_size=ranks,
@@ -79,10 +90,10 @@ def launch(
             args=("-P", "-m", "stoker.trainer", *arguments),
             max_restarts=config.launch.max_restarts if meeting is None else 0,
             monitor_interval=MONITOR_SECONDS,
-            master_addr="127.0.0.1" if meeting is None else meeting.host,
+            master_addr=LOOPBACK,
         )
         agent = _Agent(
-            spec, DefaultLogsSpecs(log_dir=folder), run, config.launch.hang_seconds, say, alone=meeting is None
+            spec, DefaultLogsSpecs(log_dir=str(folder)), run, config.launch.hang_seconds, say, alone=meeting is None
         )
         try:
             agent.run()
@@ -99,6 +110,18 @@ def launch(
     return 0 if ending is not None and ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED) else 1
 
 
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """The environment of ranks, for as long as they run."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def handled_signals() -> list[str]:
     """The signals that end the run in order."""
     handled = [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1]
@@ -111,22 +134,23 @@ class _LocalRendezvous(StaticTCPRendezvous):
     """One machine, one agent: for every attempt a new store, on a port that the system picks."""
 
     def __init__(self) -> None:
-        super().__init__("127.0.0.1", 0, rank=0, world_size=1, run_id="stoker", timeout=60)
+        super().__init__(LOOPBACK, 0, rank=0, world_size=1, run_id="stoker", timeout=60)
 
     def next_rendezvous(self) -> RendezvousInfo:
-        self._store = store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        self._store = store = loopback_store()
         self.master_port = store.port
         return super().next_rendezvous()
 
 
 class _MeetingRendezvous(StaticTCPRendezvous):
-    """Several machines, one attempt."""
+    """Several machines, one attempt: the store is reached through a tunnel, by this process and by its ranks."""
 
     def __init__(self, meeting: Meeting) -> None:
-        super().__init__(meeting.host, meeting.port, meeting.node, meeting.nodes, run_id="stoker", timeout=60)
+        self._tunnel = Tunnel(meeting.host, meeting.port, meeting.key)
+        super().__init__(LOOPBACK, self._tunnel.port, meeting.node, meeting.nodes, run_id="stoker", timeout=60)
 
     def next_rendezvous(self) -> RendezvousInfo:
-        self._store = torch.distributed.TCPStore(self.master_addr, self.master_port, is_master=False)
+        self._store = TCPStore(LOOPBACK, self._tunnel.port, is_master=False)
         return super().next_rendezvous()
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from stoker.conf.durable import touch_own
 from stoker.conf.identity import identify
+from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.values import ConfigError
 from stoker.launch.control import living
@@ -36,7 +37,7 @@ def stop(path: str, wait_seconds: float) -> int:
     while time.monotonic() < deadline:
         ending = read_ending(run, run.attempt_numbers()[-1])
         if ending is not None and (ending.outcome is not Outcome.FAILED or not ending.retry):
-            print(ending.message)
+            print(printable(ending.message))
             return 0 if ending.outcome in (Outcome.STOPPED, Outcome.COMPLETED, Outcome.PREEMPTED) else 1
         if living(run) is None and run.attempt_numbers()[-1] == number and _job_of(run) is None:
             print("the run left no exit record: its newest checkpoint is its last state", file=sys.stderr)

@@ -8,13 +8,13 @@ transformers' class does not declare is in `unknown_keys`, and comparing logits 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from stoker.conf.records import parse_json
 from stoker.conf.schema import RopeParameters
 from stoker.models.hugging_face import FAMILIES, ROPE_KEYS, SHAPE
 
@@ -36,7 +36,7 @@ _OLD_SPELLINGS = {"rope_theta", "rope_scaling", "torch_dtype", "num_labels", "_n
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises OSError, and ValueError naming the file when it holds something else."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):

@@ -18,11 +18,12 @@ import torch.distributed as dist
 from stoker.checkpoint import Owner, fence, newest_step
 from stoker.conf.durable import ROOM_SECONDS
 from stoker.conf.identity import read_identity
-from stoker.conf.rundir import RunDirectory, next_attempt, run_directory, write_config
+from stoker.conf.rundir import RunDirectory, make_run_directory, next_attempt, run_directory, write_config
 from stoker.conf.schema import Config, from_dict
 from stoker.conf.values import ConfigError
 from stoker.data import keep_tokenizer
 from stoker.parallel.layout import layout_of
+from stoker.parallel.loopback import is_loopback, loopback_store
 from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from stoker.trainer.assemble import assemble
 from stoker.trainer.base_model import keep_base
@@ -36,6 +37,7 @@ from stoker.trainer.runtime.outcome import (
     Ending,
     Outcome,
     close_dead_attempts,
+    is_first_of_launch,
     write_beginning,
     write_ending,
 )
@@ -45,9 +47,9 @@ from stoker.trainer.runtime.process import (
     Phase,
     Phases,
     Place,
-    die_with_launcher,
     give_freed_memory_back,
     keep_freed_memory,
+    launch_id,
     place_from_environment,
 )
 from stoker.trainer.runtime.requests import Requests, deadline_of
@@ -65,7 +67,6 @@ UPLOAD_LOOK_SECONDS = 30.0  # interval of the ranks' checks at the end while the
 
 def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.fit) -> int:
     """Run one rank, which calls `work` once the trainer is assembled; returns the exit status of the process."""
-    die_with_launcher()
     requests, listener = Requests(), SignalListener()
     console = Console()
     place = place_from_environment()
@@ -83,6 +84,8 @@ def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.
         config = _config(overrides, place)
         run = run_directory(config)
         store = _store(place)
+        if place.rank == 0:
+            make_run_directory(run, config.run.public)
         attempt = Attempt(run, _agree_on_attempt(store, run, place), place)
         store = dist.PrefixStore(f"stoker/{attempt.number}", store)
         warning = meet(store, run, attempt.number, place)  # first: the run directory, and so the log, may not be shared
@@ -106,7 +109,7 @@ def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.
 def _start_watchdog(config: Config, attempt: Attempt, console: Console) -> None:
     """Start the watchdog of this machine: our own launcher is one itself, others are not. It ends with this process."""
     place, patience = attempt.place, config.launch.hang_seconds
-    words = [str(attempt.run.path), attempt.number, place.rank, place.local_world, patience or ""]
+    words = [os.getpid(), str(attempt.run.path), attempt.number, place.rank, place.local_world, patience or ""]
     program = [sys.executable, "-P", "-m", "stoker.trainer.runtime.watchdog", *map(str, words)]
     subprocess.Popen(program, stdin=subprocess.DEVNULL, stderr=console.errors)
 
@@ -125,6 +128,8 @@ def run(overrides: Sequence[str]) -> Ending:
         config = _config(overrides, place)
         directory = run_directory(config)
         store = _store(place)
+        if place.rank == 0:
+            make_run_directory(directory, config.run.public)
         attempt = Attempt(directory, _agree_on_attempt(store, directory, place), place)
         try:
             store = dist.PrefixStore(f"stoker/{attempt.number}", store)
@@ -183,6 +188,10 @@ def _store(place: Place) -> dist.Store:
         return dist.HashStore()
     from datetime import timedelta
 
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if place.rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ and is_loopback(address) and port.isdecimal():
+        with suppress(OSError):  # taken: by an earlier run of this process, which torch knows, or by another program
+            return loopback_store(int(port))
     patience = timedelta(seconds=RENDEZVOUS_SECONDS)
     try:
         store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=patience))
@@ -223,14 +232,17 @@ def _train(
     on_failure.callback(phase.close)
     owner: Owner | None = None
     if rank == 0:
-        if config.run.fresh and place.restart == 0 and (aside := begin_anew(run)) is not None:
+        launch, number = launch_id(), attempt.number
+        requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0  # by a scheduler: the same launch goes on
+        first = not requeued and is_first_of_launch(run, number, launch)
+        if config.run.fresh and first and (aside := begin_anew(run)) is not None:
             console.errors.write(f"stoker: files of the earlier run were moved to {aside}\n")
         owner = claim_places(run, config)
-        fence(run.checkpoints, attempt.number)
-        requests.watch(run, attempt.number, place.restart == 0, deadline_of(config.launch.deadline))
+        fence(run.checkpoints, number)
+        requests.watch(run, number, first, deadline_of(config.launch.deadline))
         job = os.environ.get("SLURM_JOB_ID")
-        beginning = Beginning(time.time(), newest_step(run.checkpoints), place.world, socket.gethostname(), job)
-        write_beginning(run, attempt.number, beginning)
+        step, host = newest_step(run.checkpoints), socket.gethostname()
+        write_beginning(run, number, Beginning(time.time(), step, place.world, host, job, launch))
     use_threads(config.launch.threads, place.local_world)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from stoker.checkpoint.names import step_of
 from stoker.conf.faults import read_faults
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
+from stoker.conf.scratch import Scratch
 from stoker.parallel.layout import layout_of
 from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from stoker.parallel.shards import PARAMETER
@@ -67,16 +67,16 @@ def replay(run: RunDirectory, config: Config, step: int) -> Replayed:
     poison = NaNInjector(struck[0].read_text() or None) if struck else nullcontext()
     config = dataclasses.replace(config, faults=[], tracker=dataclasses.replace(config.tracker, name="none"))
     with (
-        tempfile.TemporaryDirectory(prefix="stoker-replay-") as folder,
+        Scratch("stoker-replay-") as folder,
         _assembled(run, config, step, folder) as trainer,
     ):
         return _replay(trainer, step, poison)
 
 
 @contextmanager
-def _assembled(run: RunDirectory, config: Config, step: int, folder: str) -> Iterator[Trainer]:
+def _assembled(run: RunDirectory, config: Config, step: int, folder: Path) -> Iterator[Trainer]:
     """A trainer in a scratch directory, in the state of the newest checkpoint before `step`."""
-    scratch = RunDirectory(Path(folder))
+    scratch = RunDirectory(folder)
     scratch.attempt(1).mkdir(parents=True)
     scratch.checkpoints.mkdir()
     before = [path for path in newest(run.checkpoints) if (step_of(path) or 0) < step]

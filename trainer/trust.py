@@ -22,6 +22,7 @@ from stoker.conf.overrides import parse
 from stoker.conf.reasons import reason
 from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.schema import Config
+from stoker.conf.secrets import names_a_secret
 from stoker.conf.user import cache_folder
 from stoker.conf.values import ConfigError
 from stoker.data.remote.shards import addresses, scheme
@@ -36,7 +37,10 @@ _LARGEST_SHOWN = 120  # characters of a value
 
 
 def code_of(config: Config, uses: Sequence[str] = ("",)) -> Code:
-    """What `config` would import or execute that is not Stoker's, of the keys that begin with one of `uses`."""
+    """What `config` would import or execute that is not Stoker's, of the keys that begin with one of `uses`.
+
+    An address that names a secret of the environment is of the same kind: it would be sent to a stranger's host.
+    """
     found: Code = {}
     model, data, optim, launch = config.model, config.data, config.optim, config.launch
     found |= _target("model.target", model.target, "stoker.models.", {"model.args": model.args})
@@ -127,7 +131,7 @@ def _data(prefix: str, keys: Mapping[str, Any]) -> Code:
     if isinstance(args, Mapping) and args.get("map") and f"{prefix}.args" not in found:
         found[f"{prefix}.args.map"] = args["map"]
     for key in ("path", "urls"):
-        if _has_pipe(keys.get(key)):
+        if _has_pipe(keys.get(key)) or names_a_secret(keys.get(key)):
             found[f"{prefix}.{key}"] = keys[key]
     return found
 

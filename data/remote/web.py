@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from stoker.conf.secrets import conceal, reveal
 from stoker.data.remote.retries import Patience, Refused, Transient
 
 _PIECE = 256 << 10  # bytes taken from a connection at once
@@ -65,11 +66,13 @@ class Web:
             self._session, self._pid = requests.Session(), os.getpid()
         try:
             stall = self._patience.stall_seconds
-            response = self._session.get(url, headers=headers, stream=True, timeout=(stall, stall))
+            response = self._session.get(reveal(url), headers=headers, stream=True, timeout=(stall, stall))
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
-            raise Refused(str(error)) from error
+            raise Refused(conceal(str(error), url)) from None  # its cause would show what is concealed
         except requests.RequestException as error:
-            raise Transient(f"no answer: {_short(error)}") from error
+            raise Transient(f"no answer: {conceal(_short(error), url)}") from None
+        except ValueError as error:
+            raise Refused(str(error)) from error
         if response.status_code in _PASSING:
             response.close()
             raise Transient(f"the server answers {response.status_code} {response.reason}")

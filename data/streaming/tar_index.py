@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from stoker.conf.records import parse_json
 from stoker.data.streaming.tar import Broken, Bytes, Left, Reader, Sample, samples
 
 _FORMAT = 2
@@ -69,7 +70,7 @@ def dump(index: Index, size: int) -> bytes:
 def load(data: bytes, size: int) -> Index | None:
     """The inverse of `dump`; None for anything but an index of an archive of `size` bytes."""
     try:
-        values = json.loads(data)
+        values = parse_json(data)
         if values["format"] != _FORMAT or values["size"] != size:
             return None
         index = Index.from_json(values)

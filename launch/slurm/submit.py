@@ -10,7 +10,7 @@ from pathlib import Path
 from stoker.conf.durable import write_whole
 from stoker.conf.identity import identify
 from stoker.conf.overrides import parse
-from stoker.conf.rundir import RunDirectory, run_directory
+from stoker.conf.rundir import RunDirectory, make_run_directory, run_directory
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
@@ -49,8 +49,8 @@ def submit(overrides: Sequence[str], dry_run: bool) -> int:
         return 0
     if config.run.fresh and not tasks and (aside := begin_anew(run)) is not None:
         say(f"files of the earlier run were moved to {aside}")
-    run.slurm.mkdir(parents=True, exist_ok=True)
-    run.attempts.mkdir(exist_ok=True)
+    make_run_directory(run, config.run.public)
+    run.slurm.mkdir(exist_ok=True)
     write_whole(run.script, text.encode())
     owner = identify(run).run
     remember(owner, config)

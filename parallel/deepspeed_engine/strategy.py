@@ -25,10 +25,10 @@ from stoker.parallel.deepspeed_engine.partitions import (
 )
 from stoker.parallel.deepspeed_engine.settings import Swap, settings
 from stoker.parallel.deepspeed_engine.swapping import (
-    SwapFolder,
     keep_in_memory,
     require_lockable,
     require_room,
+    swap_folder,
     swapped_bytes,
 )
 from stoker.parallel.deepspeed_engine.unit import MeshUnit
@@ -113,7 +113,7 @@ class DeepSpeedStrategy:
             return None
         assert config.parallel.nvme_path is not None, "refused"
         load_async_io(announce=mesh.rank == 0)
-        self._swap_folder = SwapFolder(Path(config.parallel.nvme_path))
+        self._swap_folder = swap_folder(Path(config.parallel.nvme_path))
         require_room(self._swap_folder.path, sum(swapped_bytes(model, ranks)), mesh)
         largest = max(-(-parameter.numel() // ranks) for parameter in model.parameters())
         return Swap(self._swap_folder.path, largest)

@@ -241,6 +241,13 @@ def test_stokers_targets_are_trusted_only_for_their_keys() -> None:
     assert code(lambda config: setattr(config.data, "args", {"map": "stoker.launch.cli:main"})) == ["data.args.map"]
 
 
+def test_an_address_that_would_send_a_secret_of_the_environment_is_trusted_like_code() -> None:
+    address, config = "https://theirs/a.tar?$STOKER_SECRET_SAS", Config()
+    config.data.urls = ["https://theirs/b.tar", address]
+    config.data.sources = {"web": {"path": address}}
+    assert list(code_of(config)) == ["data.urls", "data.sources.web.path"]
+
+
 def test_a_script_that_this_user_has_not_submitted_is_not_requeued(
     stranger: Stranger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

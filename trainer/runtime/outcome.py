@@ -8,10 +8,13 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from stoker.conf.durable import ROOM_SECONDS, naming, open_own, with_room, write_durably
+from stoker.conf.records import read_record
 from stoker.conf.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ class Beginning:
     ranks: int
     host: str  # of global rank 0
     job: str | None = None  # the scheduler's number for it
+    launch: str | None = None  # which launch started it (`process.launch_id`)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,20 @@ class Ending:
     signal: int | None = None  # the signal that requested the stop
     time: float = 0.0  # seconds since the epoch
     save: dict[str, float] | None = None  # metrics of the last save: no step's line comes after it
+
+
+@dataclass(frozen=True)
+class _StoredEnding:
+    """`Ending` as JSON has it."""
+
+    outcome: str
+    message: str
+    step: int | None = None
+    rank: int | None = None
+    retry: bool = False
+    signal: int | None = None
+    time: float = 0.0
+    save: dict[str, Any] | None = None
 
 
 def write_ending(
@@ -91,11 +109,12 @@ def read_ending(run: RunDirectory, attempt: int) -> Ending | None:
     """The outcome of an attempt, or None while there is none."""
     path: Path = run.outcome(attempt)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Ending(**{**values, "outcome": Outcome(values["outcome"])})
+        stored = read_record(path, _StoredEnding, "an outcome")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    try:
+        return Ending(**{**vars(stored), "outcome": Outcome(stored.outcome)})
+    except ValueError as error:
         raise ValueError(f"{path} is not an outcome: {error}") from error
 
 
@@ -106,16 +125,25 @@ def write_beginning(run: RunDirectory, attempt: int, beginning: Beginning) -> No
 def read_beginning(run: RunDirectory, attempt: int) -> Beginning | None:
     """The start record of an attempt, or None where it did not get so far."""
     try:
-        return Beginning(**json.loads(run.beginning(attempt).read_text(encoding="utf-8")))
+        return read_record(run.beginning(attempt), Beginning, "a start record")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{run.beginning(attempt)} is not a start record: {error}") from error
+
+
+def is_first_of_launch(run: RunDirectory, attempt: int, launch: str) -> bool:
+    """Whether no attempt of this launch has begun before `attempt`: one that died while it imported has not."""
+    for number in reversed(run.attempt_numbers()):
+        if number < attempt:
+            with suppress(ValueError):  # damaged: the one before it decides
+                beginning = read_beginning(run, number)
+                if beginning is not None:
+                    return beginning.launch != launch
+    return True
 
 
 def close_dead_attempts(run: RunDirectory, current: int) -> None:
     """Fill in the outcome of earlier attempts whose processes could not write one."""
     for attempt in run.attempt_numbers():
-        if attempt < current:
+        if attempt < current and not run.outcome(attempt).exists():
             message = "left no exit record: the process was killed or the node was lost"
             write_ending(run, attempt, Ending(Outcome.FAILED, message, retry=True))

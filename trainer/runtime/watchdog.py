@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stoker.conf.durable import write_whole
+from stoker.conf.parent_death import die_with
 from stoker.conf.reasons import reason
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.runtime.hang_report import Finding, behind, examine, explain, is_stopped, place_of, table
@@ -49,6 +50,7 @@ ALLOWED = {  # factors of the limit for a phase of every step
     Phase.LAST_SAVE: GENEROUS,
     Phase.UPLOAD: GENEROUS,
 }
+LATE_SECONDS = 10.0  # a look this late: the watchdog itself was stopped, suspended or starved
 OTHERS_SECONDS = 8.0  # the watchdogs of other machines have this long to examine their ranks
 
 
@@ -71,6 +73,15 @@ class Watch:
             if self._newest is not None and self._newest[0] > max(stamp.first_step for stamp in stamps.values()) > 0:
                 self._paces.append((now - self._newest[1]) / (step - self._newest[0]))
             self._newest = step, now
+
+    def count_anew(self, now: float) -> None:
+        """Nobody has been watched for a while, and may not have been run either: every rank has just come where it is.
+
+        A step over this time says nothing about the pace.
+        """
+        self._since = dict.fromkeys(self._since, now)
+        if self._newest is not None:
+            self._newest = self._newest[0], now
 
     def limit(self, stamp: Stamp, stopped: bool = False) -> float:
         """Seconds that a rank may stay at `stamp`; in any phase the usual limit if a signal has stopped it there."""
@@ -108,13 +119,16 @@ class Watchdog:
     ) -> None:
         self._run, self._attempt, self._ranks, self._say = run, attempt, ranks, say
         self._watch = Watch(hang_seconds)
-        self._next_look = 0.0
+        self._next_look: float | None = None
 
     def look(self) -> bool:
         """Check, if it is time to; True once the attempt has been ended."""
         now = time.monotonic()
-        if now < self._next_look:
-            return False
+        if self._next_look is not None:
+            if now < self._next_look:
+                return False
+            if now - self._next_look > LATE_SECONDS:  # ranks that were frozen together with it do not hang
+                self._watch.count_anew(now)
         stamps = read_stamps(self._run.attempt(self._attempt))
         self._next_look = now + max(LOOK_SECONDS, REST * (time.monotonic() - now))
         self._watch.see(stamps, now)
@@ -175,20 +189,20 @@ class Watchdog:
 
 
 def main(words: list[str]) -> int:
-    """`RUN ATTEMPT FIRST COUNT HANG_SECONDS`: the watchdog of a machine under another launcher.
+    """`PARENT RUN ATTEMPT FIRST COUNT HANG_SECONDS`: the watchdog of a machine under another launcher.
 
     Ends when its parent, local rank 0, has.
     """
-    run, attempt, first, count = RunDirectory(Path(words[0])), int(words[1]), int(words[2]), int(words[3])
+    die_with(int(words[0]))
+    run, attempt, first, count = RunDirectory(Path(words[1])), int(words[2]), int(words[3]), int(words[4])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # a launcher sends them to all processes; the watchdog ends with the rank
 
     def say(text: str) -> None:
         print(f"stoker: {text}", file=sys.stderr, flush=True)
 
-    watchdog = Watchdog(run, attempt, range(first, first + count), float(words[4]) if words[4] else None, say)
-    parent = os.getppid()
-    while os.getppid() == parent and not watchdog.look():
+    watchdog = Watchdog(run, attempt, range(first, first + count), float(words[5]) if words[5] else None, say)
+    while not watchdog.look():
         time.sleep(LOOK_SECONDS / 2)
     return 0
 
