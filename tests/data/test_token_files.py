@@ -201,7 +201,7 @@ def test_tokens_without_a_tokenizer_need_a_vocabulary(tmp_path):
     config = config_of(tmp_path, write_npy(tmp_path / "ids"))
     assert vocabulary(config) == 300
     config.model.vocab_size = None
-    with pytest.raises(ValueError, match=r"say data.tokenizer=PATH, or at least model.vocab_size=N"):
+    with pytest.raises(ValueError, match=r"set data.tokenizer=PATH, or at least model.vocab_size=N"):
         vocabulary(config)
 
 

@@ -13,7 +13,7 @@ from tests.parallel.test_buffers import build, config_of
 from tests.parallel.test_conformance import assert_same, train
 
 WRONG = {
-    "never left": "a tensor-parallel region is entered (Enter) and never left",
+    "never left": "a tensor-parallel region is entered (CopyToTensorParallel) and never left",
     "never entered": "used inside a tensor-parallel region",
     "norm inside": "layers.1.inside.weight is used inside a tensor-parallel region",
     "entered twice": "and never left, or entered twice",
