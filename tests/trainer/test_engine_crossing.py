@@ -90,7 +90,7 @@ def pairs_of(heirs: Sequence[str]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("size", sorted(set(RANKS.values())))
-def test_every_layout_resumes_from_every_other(saved: Path, tmp_path: Path, size: int) -> None:
+def test_every_layout_resumes_from_one_of_each_engine(saved: Path, tmp_path: Path, size: int) -> None:
     pairs = pairs_of([name for name in PARTIES if RANKS[name] == size])
     work = []
     for number, (giver, heir) in enumerate(pairs):
