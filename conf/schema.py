@@ -192,7 +192,7 @@ class CheckpointConfig:
     staging_limit: int | None = free()  # bytes of host memory per rank for a snapshot; default: all of it
     dir: str | None = free()  # a faster place for this run only, shared by all ranks; default: the run directory
     remote: str | None = free()  # fsspec URL of a second tier for this run only: s3://bucket/run, file:///mnt/run
-    on_error: str = free("warn")  # of a save or metrics line not written: warn: reported, and the run goes on | fail
+    on_error: str = free("warn")  # of a save or metrics line not written: warn: reported, and the run continues | fail
 
 
 @dataclass

@@ -79,7 +79,7 @@ def _refuse_module_of_a_run(target: str, module_name: str) -> None:
 
 
 def run_around(place: Path) -> Path | None:
-    """The run directory that `place` lies in."""
+    """The run directory that contains `place`."""
     for folder in place.resolve().parents:
         if (folder / "config.yaml").is_file() and (folder / "attempts").is_dir():
             return folder

@@ -19,7 +19,7 @@ class Evaluation:
         """
         if rows is not None and not any(mesh.any([bool(rows.valid_tokens() > 0)])):
             raise ValueError(
-                "no token of the validation sequences is a label to learn, so there is no validation loss: more "
+                "no token of the validation sequences is a label, so there is no validation loss: more "
                 "eval.sequences may have some, and eval.sequences=0 evaluates nothing"
             )
         self._mesh, self._per_pass = mesh, per_pass

@@ -216,7 +216,7 @@ class Trainer:
             self.booking.rolled_back(self._step)
         if self.observers is not None:
             self.observers.rolled_back(self._step)
-            self.observers.message(f"step {bad_step} is bad: back to step {self._step}, to go on without its rows")
+            self.observers.message(f"step {bad_step} is bad: back to step {self._step}, to continue without its rows")
         return True
 
     def _look_at_gradients(self, step: int, batch: Batch) -> None:

@@ -117,7 +117,7 @@ def _start_watchdog(config: Config, attempt: Attempt, console: Console) -> None:
 
 def run(overrides: Sequence[str]) -> Ending:
     """Train from Python, as `python -m stoker.trainer` does: in this process, which is the only rank unless the
-    environment says otherwise (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+    environment has other values (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
     Returns how the run ended. Errors are raised, signals are left to the caller, and nothing is redirected. However it
     ends, process group, environment, threads and files are as they were: it can be called again.
@@ -316,7 +316,7 @@ def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:
         if reasons:
             message = f"{reasons[0]} (checkpoint.on_error=fail; saved at step {step})"
             return Ending(Outcome.FAILED, message, step, save=trainer.saved)
-    why = next((reason for reason in trainer.mesh.all_gather_text(requests.why()) if reason), "asked to")
+    why = next((reason for reason in trainer.mesh.all_gather_text(requests.why()) if reason), "requested")
     progress = trainer.progress
     if outcome == Outcome.COMPLETED and progress.step and not progress.updates:
         outcome = Outcome.FAILED

@@ -50,7 +50,7 @@ def process(home: Path) -> Call:
 
 
 def refused(call: Call, *words: str) -> str:
-    """What `stoker <words>` says when it refuses: one line, with the reasons below it where there are several."""
+    """The message of `stoker <arguments>` when it refuses: one line, with several reasons below it."""
     status, output = call(*words)
     assert status != 0, output
     lines = output.strip().splitlines()
@@ -124,7 +124,7 @@ def test_code_that_cannot_be_imported_is_named_before_a_rank_is_spawned(
     assert len(output.strip().splitlines()) == 1 and RunDirectory(home / "no-code").attempt_numbers() == []
 
 
-def test_a_launcher_that_does_not_say_how_many_ranks_a_machine_has_is_told(home: Path) -> None:
+def test_a_launcher_without_the_number_of_ranks_on_a_machine_is_refused(home: Path) -> None:
     place = ("RANK=0", "WORLD_SIZE=2", "LOCAL_RANK=0")
     words = ["env", *place, command()[0], "-P", "-m", "stoker.trainer", *overrides(home / "alone", home / "text")]
     status, output = finish(home, words)
@@ -155,7 +155,7 @@ def test_a_wrong_prompt_run_or_step_is_named(home: Path, call: Call, trained: Pa
     assert "no checkpoints" in refused(call, "checkpoint", "ls", str(home / "no-model"))
 
 
-def test_the_model_speaks_and_the_same_seed_says_the_same(home: Path, call: Call, trained: Path) -> None:
+def test_the_model_generates_and_the_same_seed_repeats_the_text(home: Path, call: Call, trained: Path) -> None:
     words = ["generate", str(trained), "--prompt", "document", "--tokens", "20", "--seed", "3"]
     (status, first), (_, second) = process(home)(*words), call(*words)
     assert status == 0 and first == second and first.startswith("document") and len(first) > len("document\n")
@@ -191,9 +191,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(home: Pat
     assert steps_of(run)[:10] == before and len(steps_of(run)) == 11
 
 
-def test_where_no_checkpoint_is_sound_the_run_ends_and_begins_again_only_when_asked_to(
-    home: Path, trained: Path
-) -> None:
+def test_where_no_checkpoint_is_sound_the_run_ends_and_starts_over_only_on_request(home: Path, trained: Path) -> None:
     run = home / "all damaged"
     subprocess.run(["cp", "-r", trained, run], check=True)
     [checkpoint] = RunDirectory(run).checkpoints.glob("step-*")
@@ -265,7 +263,7 @@ def test_a_trained_tokenizer_outlives_the_texts(home: Path, call: Call) -> None:
     assert status == 0 and output.startswith("document"), output
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_speaks(home: Path, call: Call) -> None:
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_generates(home: Path, call: Call) -> None:
     run = home / "speaks"
     train_here(home, overrides(run, home / "text", "steps=10"))
     file = RunDirectory(run).checkpoints / "step-00000010" / "rank-00000.safetensors"

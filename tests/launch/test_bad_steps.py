@@ -92,7 +92,7 @@ def test_a_replayed_bad_step_names_the_first_module(home: Path, layout: str, poi
     status, output = train_forked(home, overrides(run, home / "text", *words))
     assert status == 0, output
     assert [step["skipped"] for step in read(RunDirectory(run).metrics)] == [True, False, True, True]
-    for step, module in ((1, poisoned), (3, "layers.1")):  # on purpose; and by itself, after one update
+    for step, module in ((1, poisoned), (3, "layers.1")):  # injected; and of its own accord after one update
         status, output = replayed(run, step)
         assert status == 1, output
         assert f"first output that is not finite: {module} (micro-batch 1)" in output, output

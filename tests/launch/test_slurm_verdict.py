@@ -69,7 +69,7 @@ def test_only_attempts_of_this_job_in_a_row_without_progress_count(
     run = RunDirectory(tmp_path)
     for job, from_step in (("7", 0), ("7", 10), ("8", 10), ("8", 10)):
         write_beginning(run, next_attempt(run), Beginning(0.0, from_step, 4, "host", job))
-    next_attempt(run)  # and one that died before it could say anything
+    next_attempt(run)  # and one that ended before it could write anything
     checkpoint(run, 10, monkeypatch)
     assert stalled_attempts(run, "8") == 3
     checkpoint(run, 20, monkeypatch)
@@ -83,7 +83,7 @@ def job(**changed: str) -> Job:
     return job_from({"SLURM_JOB_ID": "12", "SLURM_JOB_NAME": "pretrain", "SLURM_JOB_NUM_NODES": "4", **changed})
 
 
-def test_every_start_of_a_job_finds_the_same_run_directory_and_array_tasks_their_own() -> None:
+def test_every_start_of_a_job_finds_the_same_run_directory_and_array_tasks_have_separate_ones() -> None:
     assert settings_of(job(), ["steps=3"]) == ["steps=3", "run.dir=runs/pretrain-12"]
     assert settings_of(job(), ["run.name=a"]) == ["run.name=a"]
     assert settings_of(job(), ["run.dir=/a"]) == ["run.dir=/a"]
@@ -105,7 +105,7 @@ def script_named(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(stat.S_IRWXU)
 
 
-def test_without_slurm_submit_says_so_in_one_line(
+def test_without_slurm_submit_reports_that_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -114,7 +114,7 @@ def test_without_slurm_submit_says_so_in_one_line(
     assert len(said.splitlines()) == 1 and "sbatch is not found" in said
 
 
-def test_the_script_is_what_was_asked_for_and_a_chain_waits_link_by_link(
+def test_the_script_has_the_requested_options_and_a_chain_waits_link_by_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script_named(tmp_path, "sbatch", f'echo "$@" >> {tmp_path}/calls; wc -l < {tmp_path}/calls')

@@ -142,7 +142,7 @@ def _console(screen: TextIO) -> Any:
     class Screen(Console):
         @property  # type: ignore[misc]  # the original can be set, for which there is no use
         def size(self) -> ConsoleDimensions:
-            # rich asks the standard streams, and those of a rank are log files
+            # rich inspects the standard streams, which are log files in a rank
             try:
                 width, height = os.get_terminal_size(screen.fileno())
             except (OSError, ValueError):

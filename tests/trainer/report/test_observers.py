@@ -63,7 +63,7 @@ def test_every_event_reaches_every_observer(tmp_path):
     assert recorder.seen == ["start", 1, "saving 1", "saved 1", "hello", "completed"]
 
 
-def test_an_observer_that_fails_is_switched_off_with_one_message_and_the_others_go_on(tmp_path):
+def test_an_observer_that_fails_is_switched_off_with_one_message_and_the_others_continue(tmp_path):
     recorder, failing = Recorder(), Failing()
     observers = Observers(MetricsFile(tmp_path / "m"), [failing, recorder])
     observers.start(a_config(), None, 4, {})

@@ -37,7 +37,7 @@ def plain(every: int = 20, total_steps: int = 200, resumed_from_step: int | None
     return view, screen
 
 
-def test_a_plain_line_says_how_the_run_goes():
+def test_a_plain_line_shows_the_progress_of_the_run():
     view, screen = plain()
     for step in range(1, 21):
         view.step(record(step, loss=2.34561))
@@ -53,13 +53,13 @@ def test_plain_lines_come_every_so_many_steps_and_at_the_first_and_the_last():
     assert [line.split()[1] for line in screen.getvalue().splitlines()] == ["4/25", "10/25", "20/25", "25/25"]
 
 
-def test_a_start_tells_the_facts_and_where_it_resumes():
+def test_a_start_shows_the_facts_and_where_it_resumes():
     screen = io.StringIO()
     PlainProgress(screen, 10).start(a_config(), 40, 200, {"layout": "dp_shard 2, ZeRO 1"})
     assert screen.getvalue() == "layout     dp_shard 2, ZeRO 1\nresumed from step 40\n"
 
 
-def test_checkpoints_evaluations_and_skips_have_lines_of_their_own():
+def test_checkpoints_evaluations_and_skips_have_separate_lines():
     view, screen = plain()
     view.step(record(1))
     screen.truncate(0)
@@ -76,7 +76,7 @@ def test_checkpoints_evaluations_and_skips_have_lines_of_their_own():
     ]
 
 
-def test_speed_speaks_of_recent_steps_and_not_of_the_first():
+def test_speed_is_of_recent_steps_and_not_of_the_first():
     pace = Pace()
     pace.add(record(1, step_seconds=60.0, tokens_per_second=1.0))
     assert pace.step_seconds == 60.0  # nothing better is known yet

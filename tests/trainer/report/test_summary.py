@@ -28,7 +28,7 @@ def png_size(path) -> tuple[int, int]:
     return struct.unpack(">II", data[16:24])
 
 
-def test_the_summary_says_how_the_run_went(tmp_path):
+def test_the_summary_shows_the_results_of_the_run(tmp_path):
     run = a_run(tmp_path / "demo")
     speeds = [1000.0, 9000.0, 3000.0]
     records = [

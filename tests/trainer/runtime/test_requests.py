@@ -59,7 +59,7 @@ def test_files_from_an_earlier_launch_ask_for_nothing_and_those_of_this_one_do(r
     assert requests.votes() == {ControlFlag.STOP, ControlFlag.SAVE}
     again = Requests()
     again.watch(run, 1, forget=False)
-    assert again.votes() == {ControlFlag.STOP, ControlFlag.SAVE}, "asked while the ranks were restarting"
+    assert again.votes() == {ControlFlag.STOP, ControlFlag.SAVE}, "requested while the ranks were restarting"
     run.requeue.touch()
     assert ControlFlag.PREEMPT in again.votes()
     Requests().watch(run, 1, forget=False)
@@ -110,7 +110,7 @@ def test_a_signal_while_training_is_a_vote(
     assert not left
 
 
-def test_a_signal_during_start_up_is_heard_while_the_main_thread_hangs(
+def test_a_signal_during_start_up_is_handled_while_the_main_thread_hangs(
     listening: tuple[Requests, Left, threading.Event],
 ) -> None:
     _, left, _ = listening
@@ -166,4 +166,4 @@ def test_the_grace_needed_is_compared_with_the_one_given(
     resumed = ShutdownEstimate(None, said.append)
     resumed.recall([{"step_seconds": 0.5, "checkpoint_seconds": 4.0}])
     resumed.start(Config(), 3, 10, {})
-    assert len(said) == 2 and verdict in said[1], "a resumed run knows at its start"
+    assert len(said) == 2 and verdict in said[1], "a resumed run has an estimate at its start"
