@@ -49,7 +49,7 @@ def record_of(values: Any, kind: type[T]) -> T:
     type, and for numbers that are not finite."""
     if not isinstance(values, dict):
         raise ValueError(f"it holds {type(values).__name__}, not an object")
-    hints = _hints(kind)
+    hints = _hints(typing.cast(Any, kind))
     for key, value in values.items():
         if key not in hints:
             raise ValueError(f"it has no key {str(key)[:80]!r}")
