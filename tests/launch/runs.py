@@ -72,7 +72,8 @@ def started(home: Path, words: list[str], **options: Any) -> Iterator[subprocess
             kill(pid)
         if process.poll() is None:
             process.kill()
-        process.communicate()
+        if process.stdout is not None and not process.stdout.closed:  # `wait_until` has read it where it failed
+            process.communicate()
 
 
 def finish(home: Path, words: list[str], timeout: float = 240.0, **options: Any) -> tuple[int, str]:

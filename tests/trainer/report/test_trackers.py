@@ -51,7 +51,7 @@ def test_wandb_offline_keeps_its_run_over_a_restart_and_no_step_is_logged_twice(
     run = a_run(tmp_path / "run")
     train(run, "wandb", 1, 12, mode="offline")
     messages = train(run, "wandb", 9, 20, mode="offline")  # from a checkpoint at step 8
-    assert messages == [f"wandb is offline (tracker.mode), files in {run.path}/wandb"]
+    assert f"wandb is offline (tracker.mode), files in {run.path}/wandb" in messages
     ids, steps, losses = [], [], {}
     for path in sorted(run.path.glob("wandb/offline-run-*/*.wandb")):
         for entry in offline_records(path):
