@@ -203,9 +203,7 @@ class EvalConfig:
 class NonfiniteConfig:
     action: str = maths("skip")  # of a bad step: skip (leave its update out) | rollback (and train without it) | stop
     limit: int = free(10)  # the run ends after this many bad (skip) or unlabelled steps in a row, or one more rollback
-    spike: float | None = (
-        maths()
-    )  # bad too: above median + this many deviations (1.4826 MAD); default: nan and inf only
+    spike: float | None = maths()  # bad: so many deviations (1.4826 MAD) above the median; null: nan and inf only
     window: int = maths(100)  # sound steps over which these are taken
 
 
