@@ -119,6 +119,7 @@ LIMITS = (
         "most documents must be left to train on",
         lambda value: 0 <= value <= 0.5,
     ),
+    _choice("data.validation_by", "documents", "position"),
     _choice("data.mode", "indexed", "streaming"),
     _at_least("data.streams", 1, "rows come from them"),
     _at_least("data.shuffle_window", 1, "it counts units"),

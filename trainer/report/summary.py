@@ -46,7 +46,7 @@ def table(steps: Steps, run: RunDirectory, config: Config) -> list[tuple[str, st
         updates += f", {empty:,} of them without a label to learn" if empty else ""
         rows.append(("steps", f"{last['step']:,} of {config.steps:,} ({updates})"))
         rows.append(("tokens", f"{last['tokens']:,}"))
-        for name, key in (("loss", "loss"), ("val loss", "val_loss")):
+        for name, key in (("loss", "loss"), ("val loss", "val_loss"), ("train loss", "train_loss")):
             finite = [step for step in steps if step.get(key) is not None]
             if finite:
                 when = "" if finite[-1] is last else f" at step {finite[-1]['step']:,}"
