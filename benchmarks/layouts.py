@@ -1,9 +1,9 @@
 """Tokens per second of layouts on this machine's ranks, each beside a named peer.
 
-    python benchmarks/layouts.py [--ranks 2 4] [--layouts tp2 pp2 zero1 zero2 zero3] [--rounds 7] [--steps 2] ...
+    python benchmarks/layouts.py [--ranks 2 4] [--layouts tp2 pp2 zero0 zero1 zero2 zero3] [--rounds 7] [--steps 2] ...
 
 - tp: the same decoder on torch's DTensors, `parallelize_module` with sequence and loss parallelism (peers.py).
-- zero: the same decoder in a minimal `fully_shard` loop with the same flags.
+- zero: the same decoder in a minimal `fully_shard` loop with the same flags; zero0 in torch's `replicate`.
 - pp: the ideal of its schedule, (micro-batches + stages - 1) x what a micro-batch takes in the slowest stage + the
   update. Every rank measures forward and backward of its own stage with all others busy at theirs and nothing sent.
 
@@ -69,7 +69,7 @@ ALONE = 4  # micro-batches of a stage alone that are timed together
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
-    parser.add_argument("--layouts", nargs="*", default=["tp2", "pp2", "zero1", "zero2", "zero3"])
+    parser.add_argument("--layouts", nargs="*", default=["tp2", "pp2", "zero0", "zero1", "zero2", "zero3"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
     parser.add_argument("--model", help="a model of conf/model; default: 13 million parameters for CPUs")
@@ -122,7 +122,8 @@ def _row(layout: str, config: Config, ranks: int, options: argparse.Namespace) -
     dp = ranks // (config.parallel.tp * config.parallel.pp)
     name = f"{kind} {layout[len(kind) :]}" if kind != "zero" else f"ZeRO {config.parallel.zero}"
     name += f" x {dp} data parallel" * (kind != "zero" and dp > 1)
-    cells = [ranks, name, speeds[0], PEERS[kind], speeds[1], ratio, goal, cpu_ratio, others, *memory]
+    peer_name = "torch's `replicate` loop" if layout == "zero0" else PEERS[kind]
+    cells = [ranks, name, speeds[0], peer_name, speeds[1], ratio, goal, cpu_ratio, others, *memory]
     return f"| {' | '.join(map(str, cells))} |"
 
 

@@ -1,8 +1,9 @@
 """The other side of a comparison: training loops as one would write them by hand, on torch alone.
 
-`fully_shard` with the flags of a ZeRO stage, bf16 compute over fp32 parameters, gradient clipping, fused AdamW; where
-tp > 1 `parallelize_module` on DTensors with sequence parallelism and `loss_parallel`, as torch's tutorial and
-torchtitan write it. The blocks are the decoder's own; embedding and loss are torch's where `torch_ends` says so.
+`fully_shard` with the flags of a ZeRO stage (`replicate` for stage 0), bf16 compute over fp32 parameters, gradient
+clipping, fused AdamW; where tp > 1 `parallelize_module` on DTensors with sequence parallelism and `loss_parallel`, as
+torch's tutorial and torchtitan write it. The blocks are the decoder's own; embedding and loss are torch's where
+`torch_ends` says so.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -69,6 +71,10 @@ class HandWritten:
             mp_policy=MixedPrecisionPolicy(dtype, torch.float32),
             reshard_after_forward=self._zero == 3,
         )
+        if self._zero == 0:
+            shard = functools.partial(
+                replicate, mesh=self._mesh["dp"], mp_policy=MixedPrecisionPolicy(dtype, torch.float32)
+            )
         for block in model.layers.values():
             shard(block)
         shard(model)
@@ -147,7 +153,7 @@ def _parallelise(model: Any, mesh: DeviceMesh) -> None:
         "norm": SequenceParallel(sequence_dim=0),
         "head.linear": ColwiseParallel(input_layouts=tokens, output_layouts=Shard(-1), use_local_output=False),
     }
-    for number in model.num_hidden_layers:
+    for number in model.layers:
         parts = {
             "attention_norm": SequenceParallel(sequence_dim=0),
             "attention": PrepareModuleInput(

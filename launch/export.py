@@ -22,7 +22,7 @@ from stoker.launch.train import say
 from stoker.models.hugging_face import tensor_name
 from stoker.parallel.dtypes import DTYPE_NAMES, PRECISIONS
 from stoker.parallel.shards import PARAMETER
-from stoker.trainer.assemble import with_vocabulary
+from stoker.trainer.facts import with_vocabulary
 from stoker.trainer.trust import DATA, MODEL, trusted_config
 
 _SIZE = re.compile(r"(\d+)\s*(KB|MB|GB)", re.IGNORECASE)

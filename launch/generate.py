@@ -25,7 +25,7 @@ from stoker.parallel.model import whole_model
 from stoker.parallel.registry import whole_registry
 from stoker.parallel.sharding import materialise
 from stoker.parallel.shards import BUFFER
-from stoker.trainer.assemble import with_vocabulary
+from stoker.trainer.facts import with_vocabulary
 from stoker.trainer.parallelize import build_on_meta
 from stoker.trainer.trust import DATA, MODEL, trusted_config
 

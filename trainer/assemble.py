@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, TextIO
 
 from stoker.checkpoint import Checkpoints, Owner, Remote, resume
 from stoker.conf.faults import read_faults
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
-from stoker.data import RowSource, Sample, open_samples, open_stream, prepare, read_rows, vocabulary
+from stoker.data import RowSource, Sample, open_samples, open_stream, prepare, read_rows
 from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.layout import batch_plan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.mmap_offload import offloaded
 from stoker.trainer.evaluation import Evaluation, Part
+from stoker.trainer.facts import Facts, vocabulary_of
 from stoker.trainer.history import SavedOnce, has_saved, nothing_to_resume
 from stoker.trainer.loop import Trainer
 from stoker.trainer.parallelize import build_engine
@@ -60,13 +59,13 @@ def assemble(
     closing = closing or ExitStack()
     plan = batch_plan(config, mesh.layout)
     phase(0, Phase.OPEN_DATA)
-    run_config = config
-    config = with_vocabulary(config)
+    vocab_size = vocabulary_of(config)
     stream, evaluation = _open_data(config, mesh, place, closing)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=stream.document_mask))
+    facts = Facts(vocab_size, stream.document_mask)
 
     phase(0, Phase.BUILD)
-    engine, initialise = build_engine(config, mesh, plan)
+    complete = facts.complete(config)
+    engine, initialise = build_engine(complete, mesh, plan)
     observers = open_observers(config, run.path, screen) if mesh.rank == 0 else None
     if observers is not None:
         closing.callback(observers.abandon)
@@ -99,7 +98,7 @@ def assemble(
 
     trainer = Trainer(
         config=config,
-        run_config=run_config,
+        facts=facts,
         mesh=mesh,
         engine=engine,
         rows=stream,
@@ -122,7 +121,7 @@ def assemble(
             raise ValueError(nothing_to_resume(run, config.checkpoint.remote))
         initialise()
         if config.model.init_from is not None:
-            load_pretrained(config, engine.shards())
+            load_pretrained(complete, engine.shards())
             engine.shards_written()
     checkpoints.go_on_uploading()
     with offloaded(config.parallel):
@@ -134,24 +133,12 @@ def assemble(
         observers.add(grace)
         observers.add(SavedOnce(run))
         resumed = trainer.progress.step if state is not None else None
-        facts = {"layout": str(mesh.layout), "device": str(mesh.device), "attempt": str(attempt)}
-        observers.start(config, resumed, config.steps, facts)
+        where = {"layout": str(mesh.layout), "device": str(mesh.device), "attempt": str(attempt)}
+        observers.start(complete, resumed, config.steps, where)
         if not evaluation.parts and config.eval.sequences is None:
             observers.message(NO_VALIDATION)
         trainer.booking = Booking(run.seconds(attempt), phase, trainer.progress.step)
     return trainer
-
-
-def with_vocabulary(config: Config, kept: Path | None = None) -> Config:
-    """`config` with `model.vocab_size` known: the tokenizer's, unless a larger one is asked for.
-
-    `kept`: the folder in which a run keeps its tokenizer.
-    """
-    needed = vocabulary(config, kept)
-    given = config.model.vocab_size
-    if given is not None and given < needed:
-        raise ValueError(f"model.vocab_size={given}, but the tokenizer has {needed} tokens")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or needed))
 
 
 def _open_data(config: Config, mesh: Mesh, place: Place, closing: ExitStack) -> tuple[RowSource, Evaluation]:

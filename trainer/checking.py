@@ -50,7 +50,7 @@ def _measure(trainer: Trainer, with_logits: bool) -> Outcome:
         trainer.progress.step = step
         trainer.progress.updates += not result.skipped
     parameters = [shard for shard in trainer.engine.shards() if shard.kind == PARAMETER]
-    mask = bool(trainer.config.data.document_mask)
+    mask = trainer.facts.document_mask
     state = {"layout": str(trainer.mesh.layout), "losses": losses, "norms": norms, "document_mask": mask}
     _keep(trainer, "checkpoints", trainer.progress.step, parameters, state)
     return Outcome.COMPLETED
@@ -59,8 +59,7 @@ def _measure(trainer: Trainer, with_logits: bool) -> Outcome:
 def _keep_logits(trainer: Trainer, rows: Batch) -> None:
     """`forward_backward`, and write the batch and the logits of as many sequences as stay within _LOGITS_BYTES."""
     config, mesh = trainer.config, trainer.mesh
-    vocab = config.model.vocab_size
-    assert vocab is not None
+    vocab = trainer.facts.vocab_size
     batch, length = config.batch.size, config.seq_len
     kept = min(batch, max(1, _LOGITS_BYTES // (4 * length * vocab)))
     numbers = range(mesh.dp_rank, batch, mesh.layout.dp)  # of this rank's sequences in the batch

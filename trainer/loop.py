@@ -17,6 +17,7 @@ from stoker.parallel.engine import Engine
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.update import ControlFlag, StepFlags
 from stoker.trainer.evaluation import Evaluated, Evaluation
+from stoker.trainer.facts import Facts
 from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.observers import Observers
 from stoker.trainer.report.profile import Profiler
@@ -37,7 +38,7 @@ class Trainer:
     """One rank's part of a training run. `stoker.trainer.assemble` puts one together from a config."""
 
     config: Config
-    run_config: Config  # as the run directory keeps it: what later starts begin with
+    facts: Facts
     mesh: Mesh
     engine: Engine
     rows: RowSource
@@ -159,7 +160,7 @@ class Trainer:
             "layout": str(self.mesh.layout),
             "loss": self.progress.loss,
             VALIDATION_LOSS: self.progress.val_loss if self.progress.val_step == self.progress.step else None,
-            "config": to_dict(self.run_config),
+            "config": to_dict(self.config),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from stoker.data.tokenizer import ByteTokenizer
 from stoker.launch.cli import main
 from stoker.launch.generate import load_model
 from stoker.models.generate import generate
-from stoker.trainer.assemble import with_vocabulary
+from stoker.trainer.facts import with_vocabulary
 from tests import world
 from tests.launch.runs import overrides, write_text
 from tests.models.families import FAMILIES, write_family

@@ -13,7 +13,7 @@ from stoker.launch.cli import main
 from stoker.launch.generate import load_model
 from stoker.launch.inspect import checkpoints_of
 from stoker.models.generate import generate
-from stoker.trainer.assemble import with_vocabulary
+from stoker.trainer.facts import with_vocabulary
 from tests import world
 from tests.data.chat_styles import template
 from tests.data.counted import conversations, write_lines

@@ -19,7 +19,7 @@ from stoker.models.hugging_face import tensor_name
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.shards import PARAMETER, Shard
-from stoker.trainer.assemble import with_vocabulary
+from stoker.trainer.facts import with_vocabulary
 from stoker.trainer.parallelize import cut
 from stoker.trainer.pretrained import adopt_shape, load_pretrained
 from tests import world

@@ -13,7 +13,7 @@ from stoker.conf.schema import Config
 from stoker.conf.targets import import_target
 from stoker.data import open_samples, read_rows
 from stoker.parallel.model import whole_model
-from stoker.trainer.assemble import with_vocabulary
+from stoker.trainer.facts import with_vocabulary
 from stoker.trainer.report.metrics import read
 from tests.launch.runs import overrides, train_here, write_text
 
