@@ -68,6 +68,7 @@ ZERO_BUBBLE = (
 
 LIMITS = (
     _at_least("steps", 1, "a run takes steps"),
+    _above_zero("tokens", "a run reads something"),
     Limit(
         "skip_steps",
         "pairs of a first and a last step, rising, such as [[100,120],[300,300]]",

@@ -146,7 +146,7 @@ class DataConfig:
     bpe_vocab: int = fixed(8192)  # vocabulary of tokenizer=bpe
     end_of_document: str | None = fixed()  # token that closes a document; default: what the tokenizer calls its end
     tiktoken_pattern: str | None = fixed()  # regex that cuts texts for a .tiktoken file; default: by its token count
-    epochs: int | None = maths()  # passes over the data after which it ends; default: no end
+    epochs: int | None = maths()  # passes over the data, which make `steps` if nothing else does; default: no end
     validation: float = fixed(0.02)  # share of the documents kept for validation
     validation_path: str | None = free()  # file or folder of the validation documents; default: data.validation of all
     validation_by: str | None = fixed()  # documents | position (the last tokens); default: position for one document
@@ -256,6 +256,7 @@ class ProfileConfig:
 class Config:
     run: RunConfig = free(RunConfig)
     steps: int = free(200)  # optimizer steps of the whole run
+    tokens: float | None = free()  # tokens of the whole run, such as 1e9, which make its steps at the first start
     skip_steps: list[list[int]] = maths([])  # first and last step of spans whose rows are left out: [[100,120]]
     seq_len: int = fixed(512)  # tokens per row
     batch: BatchConfig = free(BatchConfig)

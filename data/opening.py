@@ -51,15 +51,6 @@ class Opened:
         return SourceKey(self.content, tokenizer, self.encoder, self.spec.config.validation, kept_by)
 
 
-def prepare(config: Config) -> None:
-    """Tokenise the data of `config` if that has not been done, and prove that they make rows.
-
-    Called once per machine before its ranks call `open_rows`. Raises ValueError for data that cannot be used.
-    """
-    if config.data.mode != "streaming":  # whose texts are tokenised as they are read
-        open_rows(config, "train")
-
-
 def open_rows(config: Config, split: str) -> IndexPlan | MixedPlan:
     """The rows of `train`, shuffled anew in each epoch of a source, or of `validation`, once and in a fixed order.
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from stoker.conf.schema import Config
 from stoker.data.indexed import IndexPlan
-from stoker.data.opening import no_sequence, open_plans
+from stoker.data.opening import no_sequence, open_plans, open_rows
 from stoker.data.shuffle import permute
 from stoker.data.sources import specs_of, wanted_weights
 
@@ -35,6 +35,17 @@ class Sample:
     split: str  # validation | train
     plan: IndexPlan
     numbers: np.ndarray  # int64
+
+
+def prepare(config: Config) -> None:
+    """Tokenise the data of `config` if that has not been done, and prove that they make rows and samples.
+
+    Called once per machine before its ranks call `open_rows` and `open_samples`. Raises ValueError for data that cannot
+    be used.
+    """
+    if config.data.mode != "streaming":  # whose texts are tokenised as they are read
+        open_rows(config, "train")
+    open_samples(config)
 
 
 def open_samples(config: Config) -> list[Sample]:

@@ -145,7 +145,6 @@ def _open_data(config: Config, mesh: Mesh, place: Place, closing: ExitStack) -> 
     """The rows this rank trains on and those it evaluates. The first rank of each machine tokenises, if need be."""
     if place.local_rank == 0:
         prepare(config)
-        open_samples(config)
     mesh.all_gather_text("the data are prepared")
     stream = open_stream(config, mesh)
     closing.callback(stream.close)

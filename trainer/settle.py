@@ -3,6 +3,7 @@
     compose    the overrides over the groups and defaults of conf/, with absolute paths
     resume     a run that exists: its stored config with the overrides; otherwise it is checked that none is overwritten
     adopt      the shape of a model that comes in by `model.init_from`, and a link in the place of `checkpoints`
+    budget     `tokens` or `data.epochs` as steps, at the first start
     fit        under a launcher that found another number of machines: the layout that fits these
     validate   limits, refusals of all rooms, places and imported weights
     pin        defaults that must outlive this start are written out
@@ -28,6 +29,7 @@ from stoker.conf.schema import Config, lookup
 from stoker.conf.values import ConfigError
 from stoker.parallel import layout
 from stoker.trainer import validate as rooms
+from stoker.trainer.budget import settle_steps
 from stoker.trainer.places import adopted_link, is_known, refuse_foreign_places
 from stoker.trainer.stored_run import refuse_silent_beginning, resumed, stored_config, tell_of_copies
 from stoker.trainer.trust import TRAINING
@@ -72,7 +74,7 @@ def settle_config(
     """
     request = Request(overrides, where, **options)
     draft = compose(request)
-    for stage in (resume, adopt, fit, validate, pin):
+    for stage in (resume, adopt, budget, fit, validate, pin):
         draft = stage(request, draft)
     return draft.config, draft.changes
 
@@ -107,6 +109,11 @@ def adopt(request: Request, draft: Draft) -> Draft:
     place = None if chosen else adopted_link(draft.run)
     if place is not None:  # a link that a person made is as good as the key
         config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, dir=str(place)))
+    return dataclasses.replace(draft, config=config)
+
+
+def budget(request: Request, draft: Draft) -> Draft:
+    config = settle_steps(draft.config, request.overrides, first=draft.stored is None, tell=request.tell)
     return dataclasses.replace(draft, config=config)
 
 
