@@ -79,7 +79,10 @@ class _Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(word, known, 1, 0.3)
             message = f"there is no command {word!r}" + (f": did you mean {close[0]!r}?" if close else "")
         elif message.startswith("unrecognized"):
-            message += "; settings of a run are KEY=VALUE, such as steps=1000"
+            from stoker.conf.overrides import dashed
+
+            options = [word for word in message.partition(": ")[2].split() if word.startswith("-")]
+            message += f"; {dashed(options[0] if options else '')}"
         self.exit(2, f"stoker: {message} (see {self.prog} --help)\n")
 
 

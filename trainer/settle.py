@@ -28,6 +28,7 @@ from stoker.conf.rundir import RunDirectory, first_tier, refuse_links, resolve, 
 from stoker.conf.schema import Config, lookup
 from stoker.conf.values import ConfigError
 from stoker.parallel import layout
+from stoker.parallel.deepspeed_engine.file import expand
 from stoker.trainer import validate as rooms
 from stoker.trainer.budget import settle_steps
 from stoker.trainer.places import adopted_link, is_known, refuse_foreign_places
@@ -73,6 +74,7 @@ def settle_config(
     Raises ConfigError for everything that can be known to be wrong before a rank is spawned.
     """
     request = Request(overrides, where, **options)
+    request = dataclasses.replace(request, overrides=expand(request.overrides, request.tell))
     draft = compose(request)
     for stage in (resume, adopt, budget, fit, validate, pin):
         draft = stage(request, draft)
