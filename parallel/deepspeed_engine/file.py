@@ -24,7 +24,7 @@ _WITHOUT_EFFECT = {
     "prescale_gradients": False,
     "gradient_predivide_factor": 1.0,
     "sparse_gradients": False,
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save": None,  # checkpoints hold fp32; `stoker export` writes
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": None,  # `stoker export` writes those
     "gradient_accumulation_steps": None,  # follows from the batch
     "scheduler.params.last_batch_iteration": -1,
     "optimizer.params.torch_adam": None,

@@ -138,5 +138,5 @@ def test_a_setting_that_another_key_decides_is_refused_as_one_of_a_command_line_
     ):
         with pytest.raises(ConfigError, match=message):
             settle_config([written(tmp_path, values), run, "launch.nproc=2"], lambda _: (2, 0))
-    with pytest.raises(ConfigError, match="it cannot be read: .*gone.json: No such file"):
+    with pytest.raises(ConfigError, match=r"it cannot be read: .*gone.json: No such file"):
         expand(["parallel.deepspeed=gone.json"], pytest.fail)
