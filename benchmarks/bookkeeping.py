@@ -1,16 +1,16 @@
-"""What process life costs a step: agreement, stamps, requests, stragglers, goodput.
+"""What runtime bookkeeping costs a step: flags, stamps, requests, stragglers, goodput.
 
     python -m benchmarks.bookkeeping [--steps 800] [--ranks 2] [--limit 0.01] [overrides ...]
 
-First the processor time of each part in one step, measured alone, which other processes hardly disturb; with --steps 0
-that is all.
+First the processor time of each part in one step, measured separately, which other processes hardly disturb; with
+--steps 0 only that.
 
 Then, for an idle machine, one run of the tiny model in which blocks of steps do all of it and none of it in turn, on
-all ranks alike, so that what the machine does beside it falls on both. Without it nothing is stamped, nobody looks for
-files, measures its work or books seconds, and the message that carries the gradient norm carries nothing else. A
-block's median step time over that of its two neighbours is a ratio; printed are their median and its standard error
-(1.25 x 0.74 x the interquartile range over the root of their number). Writing metrics.jsonl belongs to training itself
-and is in both.
+all ranks, so that other load on the machine affects both. Without it nothing is stamped, no file is checked, no work is
+measured, no second is booked, and the message with the gradient norm has no other contents. A
+block's median step time over that of the blocks before and after is a ratio; printed are their median and its standard
+error (1.25 x 0.74 x the interquartile range over the root of their number). Writing metrics.jsonl belongs to training
+itself and is in both.
 """
 
 from __future__ import annotations
@@ -98,16 +98,16 @@ def parts() -> dict[str, float]:
         requests.watch(run, 1, forget=True)
         clock, stragglers, booking = WorkClock(), Stragglers(), Booking(run.seconds(1), phase, 0)
         message = torch.zeros(3, dtype=torch.float64)
-        said = [0.0] * (len(ControlFlag) + 2)
+        flags = [0.0] * (len(ControlFlag) + 2)
         found = {
             "stamps, six a step": 6 * _seconds(lambda: phase(1, Phase.DATA)),
-            "looking for files that ask for something": _seconds(requests.votes),
+            "checking for request files": _seconds(requests.votes),
             "measuring its work, and comparing that of ranks": _seconds(
                 lambda: (clock.take(), stragglers.book([0.1, 0.1]))
             ),
             "booking seconds, without writing them": _seconds(lambda: (phase.take_seconds(), booking.step())),
-            "what ranks say, beside the norm": _seconds(
-                lambda: torch.cat([message, torch.tensor(said, dtype=torch.float64)])
+            "flags and timings, beside the norm": _seconds(
+                lambda: torch.cat([message, torch.tensor(flags, dtype=torch.float64)])
             ),
         }
         return found | {
@@ -161,13 +161,13 @@ def _agree_on_the_norm(
     gradients: Sequence[Tensor],
     loss_sum: Tensor,
     valid_tokens: Tensor,
-    said: StepFlags,
+    flags: StepFlags,
     *,
     loss_scale: Tensor,
     nominal_tokens: int,
     grad_clip_norm: float | None,
 ) -> UpdateDecision:
-    """`stoker.parallel.update.agree` without what ranks say to each other."""
+    """`stoker.parallel.update.reduce_step` without flags and timings."""
     squares = torch.stack(list(torch._foreach_norm(list(gradients)))).double().square().sum()
     message = torch.stack([squares, loss_sum, valid_tokens])
     mesh.all_reduce(message)

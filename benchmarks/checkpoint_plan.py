@@ -4,9 +4,9 @@
 
 Simulates every rank of dp_shard x tp under ZeRO 3 with AdamW: its plan, its report on storage, and a shard file that is
 a hole of the right size. Rank 0 then commits as it does in a run. The reports are written by a pool of processes first;
-they take a gigabyte of temporary space and some minutes, which are not counted. With --readers it is timed too what a
-rank needs to find its shards, on this layout and on half as many ranks, and what a reader of everything needs, who
-reads every index and proves the tiling piece by piece.
+they take a gigabyte of temporary space and some minutes, which are not counted. With --readers it also times how a
+rank finds its shards, on this layout and on half as many ranks, and a reader of all tensors, which reads every index
+and proves the tiling piece by piece.
 """
 
 from __future__ import annotations

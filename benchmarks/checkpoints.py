@@ -146,7 +146,7 @@ class Bench:
         self._products = max(1, round(1.2 * self.copy_seconds / self._longest(self.compute)))
 
     def compute(self) -> None:
-        """What stands for forward and backward: a little longer than a copy of the tensors."""
+        """A stand-in for forward and backward: a little longer than a copy of the tensors."""
         for _ in range(self._products):
             torch.mm(self._factor, self._factor)
 
@@ -234,7 +234,7 @@ class Bench:
 
     def save_cpu_seconds(self) -> float:
         self._meet()
-        dist.barrier()  # nobody collects garbage any more
+        dist.barrier()  # no rank collects garbage any more
         busy = busy_seconds()
         self._save()
         self.saves.wait()
@@ -298,7 +298,7 @@ class Bench:
 
 
 def _forget(path: Path) -> None:
-    """Drop the file from the page cache: what is read next comes from the disk."""
+    """Drop the file from the page cache: the next read comes from the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -2,7 +2,7 @@
 
     python benchmarks/crash_sweep.py [--rounds 3] [--calls write fsync] [--effects signal=SIGKILL error=EIO]
 
-The test suite does one round of what matters most; this does all of it, again and again. After each blow a resume must
+The test suite does one round of the most important ones; this repeats all of them. After each failure a resume must
 find the checkpoint before or the new one, bit for bit. Needs strace.
 """
 

@@ -4,10 +4,10 @@ over those of public loaders on the same texts, tokenizer and packing.
     pip install --no-deps torchdata mosaicml-streaming litdata lightning-utilities obstore tifffile catalogue zstd
     python benchmarks/data_loading.py [--megabytes 24] [--workers 1 2] [--repeats 3]
 
-(`--no-deps`, since with them they want clouds' clients and another torch.) Every loader runs as a process of its own:
+(`--no-deps`: their dependencies include cloud clients and another torch.) Every loader runs as a separate process:
 the texts are the standard library's sources over and over, in tar shards and JSON lines; the tokenizer is a byte-level
 BPE trained on a part of them, given texts in batches, on one core in each worker; documents are laid end to end and
-cut. Loaders that are not installed are left out with a line. A ratio above 1: Stoker is faster, or takes less.
+cut. Loaders that are not installed are left out with a line. A ratio above 1: Stoker is faster, or uses less.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def run(loader: str, folder: Path, workers: int) -> dict[str, float] | None:
 
 
 def measure(loader: str, folder: Path, workers: int) -> dict[str, float]:
-    """Run one epoch, then go on at 90% of it, in this process."""
+    """Run one epoch, then resume at 90% of it, in this process."""
     begin = LOADERS[loader]
     began = time.perf_counter()
     batches, save, close = begin(folder, workers, None)
@@ -144,7 +144,7 @@ def tokenizer(folder: Path) -> JsonTokenizer:
 
 
 def bare(folder: Path) -> float:
-    """Tokens per second of the tokenizer alone, the best of three."""
+    """Tokens per second of only the tokenizer, the best of three."""
     encoder = tokenizer(folder)
     texts = [text for number, text in enumerate(all_texts(folder)) if number < 1000]
     found = []
@@ -241,7 +241,7 @@ def mosaic(folder: Path, workers: int, state: Any) -> Begun:
 
 
 def stand_in_for_torchvision() -> None:
-    """`streaming` imports it for classes of pictures; there may be none that fits this torch."""
+    """`streaming` imports it for image classes; there may be no version that fits this torch."""
     from importlib.machinery import ModuleSpec
     from importlib.util import find_spec
     from types import ModuleType

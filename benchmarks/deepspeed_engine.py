@@ -1,13 +1,13 @@
-"""Tokens per second under `parallel.engine=deepspeed`, beside a minimal DeepSpeed script and beside our own engine.
+"""Tokens per second under `parallel.engine=deepspeed`, beside a minimal DeepSpeed script and Stoker's engine.
 
     python benchmarks/deepspeed_engine.py [--ranks 2] [--zero 0 1 2 3] [--rounds 7] [--steps 2] [--precision bf16]
 
-The peer is what DeepSpeed's tutorial tells to write: the same decoder from the same weights, `deepspeed.initialize`
+The peer follows DeepSpeed's tutorial: the same decoder from the same weights, `deepspeed.initialize`
 with the same ZeRO stage, buckets, precision, fp32 accumulation, clipping and fused AdamW, `engine.backward` and
 `engine.step`.
 Only its ZeRO 0 in bf16 accumulates in bf16: it has no other. All three run in the same processes, in turns of some
-steps, and must tell the same losses and gradient norms first. Ratios are medians over the rounds, with their range.
-Memory is the worst rank's, of a run of each side alone: resident on CPUs, allocated on GPUs.
+steps, and must compute the same losses and gradient norms first. Ratios are medians over the rounds, with their range.
+Memory is the worst rank's, of a separate run of each side: resident on CPUs, allocated on GPUs.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Script:
             engine.step()
             self._loss += loss.detach() / self._plan.micro_batches
 
-    def said(self) -> tuple[float, float]:
+    def result(self) -> tuple[float, float]:
         loss = self._loss.clone()
         dist.all_reduce(loss)
         return loss.item() / dist.get_world_size(), float(self._engine.get_global_grad_norm() or float("nan"))
@@ -221,7 +221,7 @@ def _in_turn(config: Config, mesh: Mesh, rounds: int, steps: int, patience: floa
     keep_freed_memory()
     sides = [side(config, mesh) for side in SIDES]  # type: ignore[call-arg]
     rows = batches(config, mesh)
-    # DeepSpeed's ZeRO 0 has no norm to tell in fp32, and rounds more in bf16.
+    # DeepSpeed's ZeRO 0 returns no norm in fp32, and rounds more in bf16.
     peer, other = (sides[1], sides[2]) if config.parallel.zero else (sides[2], sides[1])
     check_equal(sides[0], peer, rows[0], config.precision)
     steps_of(other, rows, 3)

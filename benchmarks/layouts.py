@@ -5,12 +5,12 @@
 - tp: the same decoder on torch's DTensors, `parallelize_module` with sequence and loss parallelism (peers.py).
 - zero: the same decoder in a minimal `fully_shard` loop with the same flags; zero0 in torch's `replicate`.
 - pp: the ideal of its schedule, (micro-batches + stages - 1) x what a micro-batch takes in the slowest stage + the
-  update. Every rank measures forward and backward of its own stage with all others busy at theirs and nothing sent.
+  update. Every rank measures forward and backward of its own stage with all others busy and nothing sent.
 
 Ranks left over are data parallel. Both sides of a row run in the same processes, in turns of some steps, from the same
-weights, and must tell the same losses and gradient norms first. The ratio is the median over the rounds, with its
-range; CPU seconds are those of all ranks together and know no waiting. Memory is the worst rank's, of a run of each
-side alone: resident on CPUs, allocated on GPUs.
+weights, and must compute the same losses and gradient norms first. The ratio is the median over the rounds, with its
+range; CPU seconds are those of all ranks together, without waiting. Memory is the worst rank's, of a separate run of
+each side: resident on CPUs, allocated on GPUs.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SMALL = ModelConfig(
 )
 COLUMNS = ("ranks", "layout", "tokens/s", "peer", "its tokens/s", "ratio (range)", "goal", "of CPU seconds")
 COLUMNS += ("others' cores", "MiB per rank", "the peer's MiB")
-ALONE = 4  # micro-batches of a stage alone that are timed together
+STAGE_REPEATS = 4  # micro-batches of one stage that are timed together
 
 
 def main() -> None:
@@ -147,7 +147,7 @@ def _ideal_in_turn(config: Config, mesh: Mesh, rounds: int, steps: int, patience
 
 
 def _ideal_step(config: Config, mesh: Mesh, ours: Stoker, rows: Batch) -> Turn:
-    """A step whose bubble is all that it loses."""
+    """A step that loses time only in its bubble."""
     watch = Watch(mesh.device)
     (stage,) = ours.engine._passes._stages  # type: ignore[attr-defined]
     plan, device = batch_plan(config, mesh.layout), mesh.device
@@ -158,14 +158,14 @@ def _ideal_step(config: Config, mesh: Mesh, ours: Stoker, rows: Batch) -> Turn:
     first, last = mesh.coordinate.pp == 0, mesh.coordinate.pp == mesh.layout.pp - 1
 
     def alone() -> None:
-        for _ in range(ALONE):
+        for _ in range(STAGE_REPEATS):
             stage.weights.on_backward_start(is_last=False)
             x = micro.tokens if first else received.detach().requires_grad_()
             output = stage.model(x, micro.positions, None, micro.labels)
             (output * 1e-6).backward() if last else output.backward(gradient)
 
-    stage_seconds = torch.tensor(spent(alone, device), dtype=torch.float64, device=device) / ALONE
-    ours.engine.forward_backward(rows)  # takes the gradients of these micro-batches along: nobody looks at them
+    stage_seconds = torch.tensor(spent(alone, device), dtype=torch.float64, device=device) / STAGE_REPEATS
+    ours.engine.forward_backward(rows)  # adds to the gradients of these micro-batches, which are not used
     update = lambda: ours.engine.update(config.optim.lr)  # noqa: E731
     update_seconds = torch.tensor(spent(update, device), dtype=torch.float64, device=device)
     cpu_seconds = plan.micro_batches * stage_seconds[1] + update_seconds[1]
@@ -187,10 +187,10 @@ def _machine(most_ranks: int) -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
     cores = len(os.sched_getaffinity(0))
-    said = f"{cores} cores, torch {torch.__version__}, gloo; ranks have cores / ranks threads, at least 1"
+    text = f"{cores} cores, torch {torch.__version__}, gloo; ranks have cores / ranks threads, at least 1"
     if most_ranks > cores:
-        said += f". {most_ranks} ranks on {cores} cores are oversubscribed: they share cores and wait for each other"
-    return said
+        text += f". {most_ranks} ranks on {cores} cores are oversubscribed: they share cores and wait for each other"
+    return text
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
     python benchmarks/mfu.py --model llama3_1b --seq-len 4096 --rows 16 --micro 4 --compile      # a GPU
     python benchmarks/mfu.py                                                                     # this CPU, seconds
 
-Both sides train the same model from the same weights in the same processes, in turns of some steps, and must tell the
-same losses first. The loop (peers.py) has bf16 parameters over fp32 masters, torch's embedding and cross entropy, fused
-AdamW, and with --compile it compiles per block as we do, and its loss. Utilisation is that of `stoker.models.flops`
-(PaLM, appendix B) over the peak of the device: a published one, dense, where its name is known, and one measured here
-with matrix products. Choose --rows and --micro so that the GPU is full; both sides' parameters and optimizer states are
-in memory at the same time. Memory is measured in runs of each side alone (--no-memory leaves them out).
+Both sides train the same model from the same weights in the same processes, in turns of some steps, and must compute
+the same losses first. The loop (peers.py) has bf16 parameters over fp32 masters, torch's embedding and cross entropy,
+fused AdamW, and with --compile it compiles per block as Stoker does, and its loss. Utilisation is that of
+`stoker.models.flops` (PaLM, appendix B) over the peak of the device: a published one, dense, where its name is known,
+and one measured here with matrix products. Choose --rows and --micro so that the GPU is full; both sides' parameters
+and optimizer states are in memory at the same time. Memory is measured in separate runs of each side (--no-memory
+leaves them out).
 """
 
 from __future__ import annotations

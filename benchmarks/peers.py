@@ -2,8 +2,8 @@
 
 `fully_shard` with the flags of a ZeRO stage (`replicate` for stage 0), bf16 compute over fp32 parameters, gradient
 clipping, fused AdamW; where tp > 1 `parallelize_module` on DTensors with sequence parallelism and `loss_parallel`, as
-torch's tutorial and torchtitan write it. The blocks are the decoder's own; embedding and loss are torch's where
-`torch_ends` says so.
+torch's tutorial and torchtitan write it. The blocks are Stoker's decoder blocks; embedding and loss are torch's
+if `torch_ends` is set.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class HandWritten:
                 block.forward = torch.compile(block.forward)
 
         dtype = None if config.precision == "fp32" else PRECISIONS[config.precision]
-        self._zero = config.parallel.zero if layout.dp > 1 else 1  # alone, nothing is worth giving back
+        self._zero = config.parallel.zero if layout.dp > 1 else 1  # a single rank need not reshard
         shard = functools.partial(
             fully_shard,
             mesh=self._mesh["dp"],
@@ -104,7 +104,7 @@ class HandWritten:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def said(self) -> tuple[float, float]:
+    def result(self) -> tuple[float, float]:
         loss = self._loss.clone()
         dist.all_reduce(loss)
         return loss.item() / self._world, _whole(self._norm).item()

@@ -1,7 +1,7 @@
-"""What benchmarks of several ranks share: ranks on this machine, rows, the clock, and Stoker's side of a comparison.
+"""Shared code of benchmarks over several ranks: ranks on this machine, rows, the clock, Stoker's side of a comparison.
 
-What is compared runs in the same processes, in turn: a machine that is shared, or that throttles, then slows both.
-Only memory is measured in processes of its own.
+Both sides run in the same processes, in turn: a machine that is shared, or that throttles, then slows both.
+Only memory is measured in separate processes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from stoker.parallel.update import StepResult
 
 BATCHES = 4  # different global batches, over and over
 SECONDS_TO_WAIT = 3000.0  # for all ranks; a first step may compile for minutes
-QUIET = 0.15  # cores: a machine on which others need no more is good to measure on
+QUIET = 0.15  # cores: a machine on which other processes need no more is quiet enough
 LOOK_SECONDS = 0.5
 
 
@@ -47,7 +47,7 @@ class Side(Protocol):
         """A whole optimizer step on this rank's rows. May leave the device busy."""
         ...
 
-    def said(self) -> tuple[float, float]:
+    def result(self) -> tuple[float, float]:
         """Mean loss of the global batch of the last step, and the gradient's norm before clipping."""
         ...
 
@@ -68,7 +68,7 @@ class Stoker:
         if previous is not None:
             previous.read()
 
-    def said(self) -> tuple[float, float]:
+    def result(self) -> tuple[float, float]:
         assert self._result is not None
         result = self._result.read()
         return result.loss, result.grad_norm
@@ -99,15 +99,15 @@ def batches(config: Config, mesh: Mesh) -> list[Batch]:
 
 @dataclass(frozen=True)
 class Turn:
-    """A step's share of what a turn took."""
+    """A step's share of a turn."""
 
     seconds: float
-    cpu_seconds: float  # of all ranks together, which knows no waiting
+    cpu_seconds: float  # of all ranks together, without waiting
     others: float  # cores that other processes kept busy meanwhile
 
 
 class Watch:
-    """Looks at the clock and at the machine from when all ranks are there until all are done."""
+    """Measures time and load from when all ranks are ready until all are done."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -152,7 +152,7 @@ def _meet(device: torch.device) -> None:
 
 
 def in_turn(sides: Sequence[Callable[[], Turn]], rounds: int, patience: float, mesh: Mesh) -> list[list[Turn]]:
-    """The turns of each side, one in every round. Who is first changes from round to round.
+    """The turns of each side, one in every round. The first side changes from round to round.
 
     Rounds during which other processes were busy are repeated, and a busy machine is waited for, for `patience` seconds
     in all; what is measured afterwards counts, however it was.
@@ -161,7 +161,7 @@ def in_turn(sides: Sequence[Callable[[], Turn]], rounds: int, patience: float, m
     patient_until = time.monotonic() + patience
 
     def agreed(otherwise_busy: Callable[[], float]) -> bool:
-        """Go on? Rank 0 decides."""
+        """Whether to continue; rank 0 decides."""
         calm = mesh.rank != 0 or time.monotonic() > patient_until or otherwise_busy() <= QUIET
         return mesh.all_gather_text("calm" if calm else "")[0] == "calm"
 
@@ -190,25 +190,25 @@ def busy_seconds() -> float:
 
 
 def check_equal(ours: Side, peer: Side, rows: Batch, precision: str) -> None:
-    """Three steps on the same rows from the same weights must say the same on both sides, else they are no peers.
+    """Three steps on the same rows from the same weights must compute the same on both sides, else they are no peers.
 
     Leaves both warm: what compiles has compiled.
     """
-    near = {"loss": 0.01, "gradient norm": 0.05}  # bf16, and AdamW makes much of small differences
+    near = {"loss": 0.01, "gradient norm": 0.05}  # bf16, and AdamW amplifies small differences
     if precision == "fp32":
         near = dict.fromkeys(near, 1e-4)
     for step in range(3):
-        told = []
+        results = []
         for side in (ours, peer):
             side.step(rows)
-            told.append(side.said())
-        for what, a, b in zip(near, *told, strict=True):
+            results.append(side.result())
+        for what, a, b in zip(near, *results, strict=True):
             if not abs(a - b) <= near[what] * abs(b):
                 raise ValueError(f"step {step + 1}: {what} is {a:.6g} on our side and {b:.6g} on the peer's")
 
 
 def peak_mib(build: Callable[[Config, Mesh], Side], config: Config, mesh: Mesh) -> float:
-    """Most memory of this rank over three steps of one side alone: allocated on a GPU, else resident."""
+    """Most memory of this rank over three steps of one side: allocated on a GPU, else resident."""
     side, rows = build(config, mesh), batches(config, mesh)
     steps_of(side, rows, 3)
     if mesh.device.type == "cuda":
@@ -256,7 +256,7 @@ def run(function: Callable[..., Any], config: Config, ranks: int, *arguments: An
                     try:
                         done, found[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
                     except EOFError:
-                        done, found[rank] = False, "it died without a word"
+                        done, found[rank] = False, "it left no result"
                     if not done:
                         sys.exit(f"rank {rank} failed: {found[rank]}")
             return [found[rank] for rank in range(ranks)]
@@ -278,7 +278,7 @@ def _rank(
         file.set_timeout(timedelta(seconds=SECONDS_TO_WAIT))
         mesh = start_mesh(layout, pick_device(None, rank), file, rank, SECONDS_TO_WAIT)
         message = True, function(config, mesh, *arguments)
-        dist.barrier()  # nobody leaves while another rank needs it
+        dist.barrier()  # no rank leaves while another needs it
     except BaseException:
         message = False, traceback.format_exc()
     pipe.send_bytes(pickle.dumps(message))

@@ -2,10 +2,10 @@
 
     python -m benchmarks.recovery [--repeats 5] [--limit 10]
 
-Two ranks on this machine, the tiny model, `stoker train`. Detection: until the launcher has booked the death. Restart:
-until ranks of the next attempt are there (their first stamp: Python and torch are loaded, ranks have met). Load: until
-one of them begins a step. First step: until a step stands in metrics.jsonl that did not before the kill; those since
-the checkpoint are trained again on the way.
+Two ranks on this machine, the tiny model, `stoker train`. Detection: until the launcher has recorded the end. Restart:
+until ranks of the next attempt are ready (their first stamp: Python and torch are loaded, ranks have connected). Load:
+until one of them begins a step. First step: until metrics.jsonl has a step that it did not have before the kill; steps
+since the checkpoint are trained again first.
 """
 
 from __future__ import annotations

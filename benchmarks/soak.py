@@ -1,9 +1,9 @@
-"""A run that meets many random faults, compared with one that meets none.
+"""A run with many random failures, compared with one without any.
 
     python -m benchmarks.soak [--faults 100] [--seed 0]
 
 Kinds: kill -9 of a rank, of all ranks, of the launcher, of a rank in mid-save; SIGSTOP of a rank (a hang); SIGTERM. It
-fails unless step, loss, norm, rate and tokens of every step are equal to the last bit, no step stands twice, every
+fails unless step, loss, norm, rate and tokens of every step are equal to the last bit, no step occurs twice, every
 fault costs one attempt, every attempt has an outcome and no process is left. Prints how many faults of each kind there
 were, and the goodput.
 """

@@ -2,12 +2,12 @@
 
     python benchmarks/startup.py [--repeats 5] [--ranks 2] [overrides ...]
 
-The peer is `torchrun --standalone` of a script that only imports torch and builds a gloo process group; it has arrived
-when its last rank has. `stoker train` trains the tiny model on token files that are ready, on one row per rank, so that
-it is the start that is measured and not the arithmetic of a step; it has arrived when the loss of step 1 is in
+The peer is `torchrun --standalone` of a script that only imports torch and builds a gloo process group; it is finished
+when its last rank is. `stoker train` trains the tiny model on token files that are ready, on one row per rank, so that
+the start is measured and not the arithmetic of a step; it is finished when the loss of step 1 is in
 metrics.jsonl. Each repeat starts both, in alternating order.
 
-The table says where our time goes, seen from outside: our own line on stderr, the kernel's record of when the ranks
+The table shows where Stoker's time goes, from outside: its first line on stderr, the kernel's record of when the ranks
 were started, their progress stamps, and the time of the last write to metrics.jsonl. Its rows are of rank 0 and each is
 a median, so they need not add up.
 """
@@ -121,15 +121,15 @@ def ours(folder: Path, ranks: int, overrides: list[str]) -> dict[str, float]:
     stamps: dict[str, float] = {}
     follower = threading.Thread(target=_follow_stamps, args=(process, run / "attempts/1", stamps))
     follower.start()
-    said = ""
+    output = ""
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("stoker: run directory"):
             moments["run directory"] = time.time()
-        said += line
+        output += line
     follower.join()
     if process.wait() != 0:
-        sys.exit(f"stoker train failed:\n{said}")
+        sys.exit(f"stoker train failed:\n{output}")
     return moments | stamps | {"end": (run / "metrics.jsonl").stat().st_mtime}
 
 

@@ -1,10 +1,10 @@
 """Sharded, asynchronous checkpoints that can be trusted.
 
-A checkpoint is an immutable directory with a valid `MANIFEST.json`, or it is garbage. What a rank holds comes in as
-shards (`stoker.parallel.shards`), chunks of global tensors, and leaves as shards: neither side knows the other's
-layout.
+A checkpoint is an immutable directory with a valid `MANIFEST.json`, or it is garbage. Input and output
+are shards (`stoker.parallel.shards`), chunks of global tensors, so that reader and writer are independent of each
+other's layout.
 
-`owner`     whose place it is: a mark in every place where checkpoints go
+`owner`     a mark with the run's id in every place where checkpoints are kept
 `tier`      where the first tier is: in the run directory, or in a faster place
 `names`     directories and files, and the errors of this room
 `format`    what the files hold: index and manifest, from values to bytes and back. No pickle, in either direction
@@ -17,16 +17,16 @@ layout.
 `retention` which checkpoints stay
 `remote`, `upload`  the second tier, and how what is committed gets there
 `storage`   reads that cannot leave the checkpoint; removal
-`stored`    manifest, state, indexes: what there is and where it stands
+`stored`    manifest, state, indexes: the tensors of a checkpoint and their positions
 `reader`, `block_reader`  byte ranges checked block by block, straight into the live shards
-`resuming`  no rank goes on before all have read the same checkpoint; a damaged one is set aside
+`resuming`  all ranks load the same checkpoint before any continues; a damaged one is set aside
 `audit`, `compare`  lists, full verification, differences
 
-The way of a save: `save` records the moment and returns; a thread copies this rank's pieces to the staging pool, and
-`await_staged` holds the next update until that is done. The thread writes the shard file, its CRC32s on the way, then
+A save: `save` records the moment and returns; a thread copies this rank's pieces to the staging pool, and
+`await_staged` holds the next update until that is done. The thread writes the shard file, computing its CRC32s, then
 the index, whose appearance is this rank's report. Rank 0 sees all reports in the file system, proves that the pieces
 of each tensor tile it, writes the manifest and renames the directory. Before that rename there is no checkpoint; after
-it, the checkpoint never changes. Whatever fails ends up in `SaveReport.error`, on every rank.
+it, the checkpoint never changes. Every failure is reported in `SaveReport.error`, on every rank.
 """
 
 from stoker.checkpoint.audit import Summary, describe, verify

@@ -80,7 +80,7 @@ def _summary(checkpoint: Path) -> Summary:
 def verify(checkpoint: Path, progress: Progress = lambda done, total: None) -> list[str]:
     """Everything that is wrong with a checkpoint, one line each; empty if every byte of it is as written.
 
-    Reads all blocks of all files. Each bad block is named with the tensors that lie in it.
+    Reads all blocks of all files. Each bad block is named with the tensors in it.
     """
     problems: list[str] = []
     with _noting(problems):
@@ -143,7 +143,7 @@ def _check_blocks(reader: BlockReader) -> Iterator[tuple[str | None, int]]:
             data = reader.block(number, _labels(index, start, stop))
             expected = header[start:stop]
             if not in_order or data[: len(expected)].numpy().tobytes() != expected:
-                problem = f"{reader.path}: its header does not say what its index says"
+                problem = f"{reader.path}: its header does not match its index"
         except DamagedCheckpoint as damage:
             problem = one_line(damage)
         yield problem, stop - start

@@ -1,8 +1,8 @@
-"""Reading a shard file: each block in one piece from the file to where it is wanted, and checked there.
+"""Reading a shard file: each block in one read from the file to its destination, and checked there.
 
 The kernel copies a block straight into the tensors that it is a part of (preadv takes a list of places), so that its
-bytes are touched twice, by that copy and by the checksum. Only what is not in one piece where it is wanted, the columns
-of a matrix say, or is wanted on a GPU, is read aside and copied from there.
+bytes are touched twice, by that copy and by the checksum. Only parts that are not contiguous at their destination, such
+as columns of a matrix, or whose destination is a GPU, are read into scratch memory and copied from there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BlockReader:
         self.index = index
         self._descriptor = open_to_read(self.path)
         self._aside = torch.empty(0, dtype=torch.uint8)
-        self._held: int | None = None  # the block read aside last: small tensors that follow each other share one
+        self._held: int | None = None  # the last block read into scratch memory: consecutive small tensors share one
         size = os.fstat(self._descriptor).st_size
         if size != index.file_bytes:
             self.close()
@@ -56,7 +56,7 @@ class BlockReader:
         return start, min(start + self.index.block_bytes, self.index.file_bytes)
 
     def holds(self, number: int) -> bool:
-        """Can `block` be had without reading?"""
+        """Whether `block` needs no read."""
         return self._held == number
 
     def block(self, number: int, label: str) -> Tensor:
@@ -68,7 +68,7 @@ class BlockReader:
         return self._aside[: stop - start]
 
     def aside(self, number: int, start: int, stop: int) -> memoryview:
-        """Memory for these bytes of the file, in a block, that nobody wants or not here. Ends what `block` returned."""
+        """Scratch memory for bytes of a block that no tensor needs, or that must be copied. Ends `block`'s view."""
         self._held = None
         if not self._aside.numel():
             self._aside = torch.empty(min(self.index.block_bytes, self.index.file_bytes), dtype=torch.uint8)
@@ -109,7 +109,7 @@ class Wanted:
 
 
 def read_wanted(reader: BlockReader, wanted: Sequence[Wanted]) -> None:
-    """Reads what is wanted of a shard file, from its beginning to its end. Blocks that hold none of it are not read."""
+    """Reads the wanted pieces of a shard file, from its beginning to its end. Blocks without any are not read."""
     waiting = deque(sorted(filter(None, map(_stretch, wanted)), key=lambda stretch: stretch.start))
     reached: list[_Stretch] = []
     number = 0
@@ -126,12 +126,12 @@ def read_wanted(reader: BlockReader, wanted: Sequence[Wanted]) -> None:
 
 @dataclass(frozen=True)
 class _Stretch:
-    """The rows of a piece in which what is wanted stands: bytes `start` to `stop` of the file."""
+    """The rows of a piece that hold wanted elements: bytes `start` to `stop` of the file."""
 
     wanted: Wanted
     start: int
     stop: int
-    place: memoryview | None  # where these very bytes go, in one piece; None: to be copied part by part
+    place: memoryview | None  # the contiguous destination of these bytes; None: to be copied part by part
 
 
 def _stretch(wanted: Wanted) -> _Stretch | None:
@@ -164,13 +164,13 @@ def _read_block(reader: BlockReader, number: int, stretches: Sequence[_Stretch])
 
 
 def _places(reader: BlockReader, number: int, stretches: Sequence[_Stretch]) -> list[memoryview] | None:
-    """Where the bytes of a block go. None if they have to be copied, or if so few of them are wanted that it is better
-    read aside: it is then at hand for the next tensor in it."""
+    """The destinations of a block's bytes. None if they have to be copied, or if so few of them are wanted that the
+    block is better read into scratch memory, where the next tensor in it finds it."""
     start, stop = reader.extent(number)
     places, at, gaps = [], start, 0
     for stretch in stretches:
         first, last = max(start, stretch.start), min(stop, stretch.stop)
-        if stretch.place is None or first < at:  # `first < at`: two want the same bytes
+        if stretch.place is None or first < at:  # `first < at`: two stretches need the same bytes
             return None
         if first > at:
             gaps += first - at
@@ -184,7 +184,7 @@ def _places(reader: BlockReader, number: int, stretches: Sequence[_Stretch]) -> 
 
 
 def _copy(data: Tensor, start: int, first: int, last: int, wanted: Wanted) -> None:
-    """Copies what is wanted of bytes `first` to `last` of the file; `data` begins with byte `start`."""
+    """Copies the wanted parts of bytes `first` to `last` of the file; `data` begins with byte `start`."""
     piece, buffer = wanted.piece, wanted.buffer
     dtype, size, offset = DTYPES[piece.dtype], piece.chunk.sizes, piece.chunk.offsets
     elements = data[first - start : last - start].view(dtype)

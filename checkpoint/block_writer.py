@@ -12,7 +12,7 @@ from pathlib import Path
 
 try:
     from isal.isal_zlib import crc32  # the same as zlib's, five times as fast
-except ImportError:  # a processor for which nobody has built it
+except ImportError:  # no build for this processor
     from zlib import crc32
 
 _WRITE_BYTES = 32 << 20  # at once: between two such writes a save can be stopped
@@ -68,9 +68,9 @@ def _beside(blocks: list[memoryview], checksums: list[int]) -> Iterator[None]:
 class _File:
     """A new file that is written from its beginning to its end, past the page cache as far as that goes.
 
-    The disk then takes the bytes from where they are: no processor copies them, which training would pay for, and
-    nobody's pages are driven out of memory by what nobody reads soon. What does not begin or end on a page, and file
-    systems that cannot, take the usual way.
+    The disk then reads the bytes in place: no processor time is spent on a copy, and no other pages are evicted for
+    data that is not read soon. Bytes that do not begin or end on a page, and file systems without direct I/O, use the
+    page cache.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -87,7 +87,7 @@ class _File:
             except OSError as error:
                 if not direct or error.errno != errno.EINVAL:
                     raise
-                self._can_be_direct = False  # this file system, or this memory, is not made for it
+                self._can_be_direct = False  # not supported by this file system or memory
                 continue
             data = data[count:]
             self._written += count

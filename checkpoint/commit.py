@@ -1,8 +1,8 @@
 """Rank 0's part of a save: from the reports of all ranks to a committed checkpoint, and what precedes it.
 
-Ranks speak through the file system alone: no collective can be delayed or hung by a save. A rank reports with its
+Ranks communicate only through the file system: a save cannot delay or hang a collective. A rank reports with its
 index, or with a failure file in its place. Rank 0 answers with the rename that commits, or with a failure note beside
-the partial directory and its removal.
+the partial directory and the removal of that directory.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from stoker.checkpoint.names import (
 from stoker.checkpoint.storage import discard, read_json_bytes, read_line
 from stoker.checkpoint.tiling import PRIME, assemble
 from stoker.conf.durable import sync_directory, write_durably
+from stoker.conf.records import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ _POLL_SECONDS = (0.002, 0.5)  # at first, at most
 def fence(directory: Path, attempt: int) -> None:
     """Shut out the writers of attempts before `attempt`. Called by rank 0 before any rank of `attempt` saves.
 
-    An orphan that begins a save from now on sees the fence; one that has begun finds its directory renamed away. Also
-    deletes what earlier attempts left unfinished.
+    An orphan that begins a save from now on finds the fence; one that has begun finds its directory renamed away. Also
+    deletes unfinished directories of earlier attempts.
     """
     write_durably(directory / FENCE, json.dumps({"attempt": attempt}).encode())
     sync_directory(directory)
@@ -70,7 +71,7 @@ def fence(directory: Path, attempt: int) -> None:
 def check_fence(directory: Path, attempt: int) -> None:
     """Raises SaveFailed when a newer attempt has begun."""
     try:
-        newest = json.loads((directory / FENCE).read_bytes())["attempt"]
+        newest = parse_json((directory / FENCE).read_bytes())["attempt"]
     except FileNotFoundError:
         return
     except (ValueError, KeyError, TypeError) as error:
@@ -98,7 +99,7 @@ def await_reports(partial: Path, world: int, deadline: float, proceed: Callable[
 
 
 def commit(partial: Path, final: Path, step: int, attempt: int, world: int, proceed: Callable[[], None]) -> int:
-    """Turns `partial`, in which every rank has reported and the state stands, into `final`. Returns its bytes.
+    """Turns `partial`, in which every rank has reported and the state is written, into `final`. Returns its bytes.
 
     Raises SaveFailed when the tensors are not whole or the run has been fenced, OSError when storage fails.
     """
@@ -147,45 +148,45 @@ def _count_whole_tensors(partial: Path, reports: list[ReportHead]) -> int:
 
 
 def give_up(partial: Path, reason: str) -> None:
-    """Tell all ranks why the save in `partial` is not going to be committed, and remove it."""
+    """Publish why the save in `partial` will not be committed, and remove it."""
     note = failure_note(partial)
-    told = _try_to(lambda: write_durably(note, json.dumps({"reason": reason}).encode()))
+    noted = _try_to(lambda: write_durably(note, json.dumps({"reason": reason}).encode()))
     _try_to(lambda: discard(partial, _ABANDONED))
-    if not told:  # perhaps a full disk, on which there is room now
+    if not noted:  # perhaps the disk was full, and has space now
         _try_to(lambda: write_durably(note, json.dumps({"reason": reason}).encode()))
 
 
 def report_failure(partial: Path, rank: int, reason: str) -> None:
-    """Tell rank 0 that `rank` cannot write its part. Room for the message is made by removing that part."""
+    """Report to rank 0 that `rank` cannot write its part. That part is removed first, to make space for the report."""
     _try_to(lambda: (partial / data_name(rank)).unlink(missing_ok=True))
     _try_to(lambda: write_durably(partial / rank_failure_name(rank), json.dumps({"reason": reason}).encode()))
-    reason_given(partial)  # rank 0 may be gone already: then nobody else clears the directory away
+    reason_given(partial)  # if rank 0 has ended already, this removes the directory
 
 
 def reason_given(partial: Path) -> str | None:
-    """Why rank 0 has given the save in `partial` up; None if it has not."""
+    """Why rank 0 has abandoned the save in `partial`; None if it has not."""
     reason = _reason_in(failure_note(partial))
     if reason is not None:
-        _try_to(lambda: discard(partial, _ABANDONED))  # made anew by a rank that came after its removal
+        _try_to(lambda: discard(partial, _ABANDONED))  # made again by a rank that started after its removal
     elif not partial.exists():
-        return "rank 0 gave this save up, or a newer attempt has begun"
+        return "rank 0 has abandoned this save, or a newer attempt has begun"
     return reason
 
 
 def await_outcome(partial: Path, final: Path, attempt: int, deadline: float, proceed: Callable[[], None]) -> None:
-    """Returns when rank 0 has committed. Raises SaveFailed when it gave up, was fenced, or at the deadline."""
+    """Waits for rank 0's commit. Raises SaveFailed when it abandoned the save or was fenced, or at the deadline."""
     for _ in _polls(deadline, proceed):
         reason = reason_given(partial)
-        if is_of(final, attempt):  # looked for second: the commit may have come between
+        if is_of(final, attempt):  # checked second: the commit may have happened in between
             return
         if reason is not None:
-            # Asked again, because the directory may have gone before the note was looked for in vain.
+            # Checked again: the directory may have been removed before the first check for the note.
             raise SaveFailed(reason_given(partial) or reason)
-    raise SaveFailed(f"rank 0 has neither committed nor given up {final.name} in time")
+    raise SaveFailed(f"rank 0 has neither committed nor abandoned {final.name} in time")
 
 
 def is_of(checkpoint: Path, attempt: int) -> bool:
-    """Is it a valid checkpoint that `attempt` has written? Something else may stand under its name."""
+    """Whether it is a valid checkpoint that `attempt` has written, rather than something else of that name."""
     try:
         return decode_manifest(read_json_bytes(checkpoint / MANIFEST), MANIFEST).attempt == attempt
     except (DamagedCheckpoint, CheckpointMismatch):
@@ -193,7 +194,7 @@ def is_of(checkpoint: Path, attempt: int) -> bool:
 
 
 def is_valid(checkpoint: Path) -> bool:
-    """Does it have a manifest that is byte for byte as written? (`stoker.checkpoint.audit.verify` proves the rest.)"""
+    """Whether its manifest is byte for byte as written. (`stoker.checkpoint.audit.verify` proves the rest.)"""
     try:
         decode_manifest(read_json_bytes(checkpoint / MANIFEST), MANIFEST)
     except (DamagedCheckpoint, CheckpointMismatch):
@@ -214,7 +215,7 @@ def _polls(deadline: float, proceed: Callable[[], None]) -> Iterator[None]:
 
 def _reason_in(path: Path) -> str | None:
     try:
-        return str(json.loads(path.read_bytes())["reason"])
+        return str(parse_json(path.read_bytes())["reason"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
@@ -222,10 +223,10 @@ def _reason_in(path: Path) -> str | None:
 
 
 def _try_to(act: Callable[[], object]) -> bool:
-    """Whether `act` worked. For what is done after a failure, which must not hide the failure itself."""
+    """Whether `act` worked. For cleanup after a failure, whose errors must not hide the failure itself."""
     try:
         act()
     except OSError as error:
-        log.warning("while giving up a save: %s", one_line(error))
+        log.warning("while abandoning a save: %s", one_line(error))
         return False
     return True

@@ -1,4 +1,4 @@
-"""What differs between two checkpoints: their tensors, one at a time, and their states, value by value."""
+"""Differences between two checkpoints: their tensors, one at a time, and their states, value by value."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TensorChange:
     """A tensor that is not the same, bit for bit, in both."""
 
     label: str  # kind/name
-    relative: float | None  # |second - first| / |first|, L2 norms in float64; None where there is nothing to subtract
+    relative: float | None  # |second - first| / |first|, L2 norms in float64; None where they cannot be subtracted
     what: str  # for people: "changed", "only in the first", "F32 (4, 2) -> F32 (4, 3)"
 
 
@@ -46,9 +46,9 @@ class Difference:
 
 
 def compare(first: Path, second: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Difference:
-    """Reads all of both, holding two tensors in memory. Raises DamagedCheckpoint as soon as something is damaged.
+    """Reads all of both, holding two tensors in memory. Raises DamagedCheckpoint at the first damage.
 
-    `progress` is told tensors compared so far, and in all.
+    `progress` is called with the number of tensors compared so far, and in all.
     """
     old, new = read_state(first), read_state(second)
     config = list(_changes(old.pop("config", {}), new.pop("config", {}), ""))

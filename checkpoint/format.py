@@ -1,12 +1,12 @@
-"""What the files of a checkpoint hold, as values, and their bytes. Nothing here touches a file.
+"""The contents of a checkpoint's files, as values and as bytes. Nothing here touches a file.
 
 A shard file is a safetensors file. Its index is two lines: the body lists the pieces in the file and the CRC32 of each
 block of the FILE, header included; the head, a few hundred bytes before it, holds the body's SHA-256 and all that the
-committing rank has to know. The manifest holds the SHA-256 of every head and of the state, and of itself: so each byte
+committing rank needs. The manifest holds the SHA-256 of every head and of the state, and of itself: so each byte
 of a checkpoint is covered by a checksum that is covered by the manifest. All JSON is written in one canonical form, and
-the manifest is read only if it is byte for byte what we would write: not even a changed space goes unseen.
+the manifest is accepted only if it is byte for byte what Stoker would write: even a changed space is detected.
 
-Everything decoded here may come from a stranger. Decoders check each value and raise DamagedCheckpoint.
+Everything decoded here is untrusted input. Decoders check each value and raise DamagedCheckpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stoker.conf.migrations import migrate_state
 from stoker.parallel.dtypes import DTYPES
 from stoker.parallel.shards import Chunk
 
-FORMAT = 1  # of all files of a checkpoint; stands in the manifest
+FORMAT = 1  # of all files of a checkpoint; part of the manifest
 BLOCK_BYTES = 4 << 20  # of a shard file under one CRC32
 
 _LARGEST = 1 << 62  # of any number read: what an int64 can count
@@ -43,7 +43,7 @@ class Piece:
 
     @property
     def tensor(self) -> str:
-        """Which tensor this is a piece of, as people write it: `param/layers.0.w`."""
+        """The tensor that this is a piece of, for messages: `param/layers.0.w`."""
         return f"{self.kind}/{self.name}"
 
     @property
@@ -94,7 +94,7 @@ class ReportHead:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What makes a directory a checkpoint."""
+    """The manifest, which makes a directory a checkpoint."""
 
     step: int
     attempt: int
@@ -124,15 +124,15 @@ def safetensors_header(pieces: Sequence[Piece]) -> bytes:
 
 
 def safetensors_entries(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> dict[str, Any]:
-    """What a header says of tensors that follow each other: (name, dtype, shape, bytes) each.
+    """The header entries of consecutive tensors: (name, dtype, shape, bytes) each.
 
-    Raises ValueError for a name that stands twice.
+    Raises ValueError for a duplicate name.
     """
     entries: dict[str, Any] = {}
     offset = 0
     for name, dtype, shape, size in tensors:
         if name in entries:
-            raise ValueError(f"{name} stands twice among the shards of this rank")
+            raise ValueError(f"{name} occurs twice among the shards of this rank")
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     return entries
@@ -233,9 +233,9 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         if body.pop("format") != FORMAT:
             raise CheckpointMismatch(f"{where}: another format than {FORMAT}: written by another version of Stoker")
         files = {_text(name): _decode_digest(_object(value)) for name, value in _object(body["files"]).items()}
-        strange = [name for name in files if name != STATE and rank_of_index(name) is None]
-        if strange or STATE not in files:
-            raise ValueError(f"it lists {strange[0]!r}" if strange else f"it does not list {STATE}")
+        unexpected = [name for name in files if name != STATE and rank_of_index(name) is None]
+        if unexpected or STATE not in files:
+            raise ValueError(f"it lists {unexpected[0]!r}" if unexpected else f"it does not list {STATE}")
         if not isinstance(body["time"], float):
             raise ValueError("its time is no number")
         step, attempt, size, tensors = (_number(body[key]) for key in ("step", "attempt", "bytes", "tensors"))

@@ -2,8 +2,8 @@
 
 step-00000010/                      committed
 step-00000010.attempt-3.partial/    being written by attempt 3
-step-00000010.attempt-3.failed.json why attempt 3 gave that save up
-step-00000010.removed/              on its way out
+step-00000010.attempt-3.failed.json why attempt 3 abandoned that save
+step-00000010.removed/              being deleted
 damaged/step-00000010/              set aside because something in it was bad
 step-00000010.fetched.partial/      being downloaded from the remote
 FENCE                               the newest attempt: older ones may not commit
@@ -33,7 +33,7 @@ _INDEX = re.compile(r"rank-([0-9]{5,})\.index\.json")
 
 
 class DamagedCheckpoint(Exception):
-    """What is stored is not what was written: a file is missing, cut, changed or no checkpoint of ours at all."""
+    """Stored data differ from what was written: a file is missing, cut, changed or no checkpoint of Stoker's at all."""
 
 
 class CheckpointMismatch(ValueError):
@@ -45,7 +45,7 @@ class SaveFailed(Exception):
 
 
 def step_directory(directory: Path, step: int) -> Path:
-    """Where the committed checkpoint of `step` stands."""
+    """The directory of the committed checkpoint of `step`."""
     return directory / f"step-{step:08d}"
 
 
@@ -61,7 +61,7 @@ def fetched_directory(directory: Path, step: int) -> Path:
 
 
 def failure_note(partial: Path) -> Path:
-    """Where rank 0 leaves the reason for which it gave the save in `partial` up."""
+    """The file with rank 0's reason for abandoning the save in `partial`."""
     return partial.with_name(partial.name.removesuffix(PARTIAL) + FAILED)
 
 
@@ -71,7 +71,7 @@ def data_name(rank: int) -> str:
 
 
 def index_name(rank: int) -> str:
-    """What stands where in the data of `rank`, and its checksums."""
+    """The positions of tensors in the data of `rank`, and its checksums."""
     return f"rank-{rank:05d}.index.json"
 
 
@@ -97,7 +97,7 @@ def committed(directory: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """The step that the name of a committed checkpoint tells; None for any other name."""
+    """The step in the name of a committed checkpoint; None for any other name."""
     match = _STEP.fullmatch(checkpoint.name)
     return int(match[1]) if match and f"step-{int(match[1]):08d}" == checkpoint.name else None
 

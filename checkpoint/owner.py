@@ -1,7 +1,7 @@
-"""Whose place it is: a file in every place where checkpoints go, with the id of the run that they are of.
+"""The owner of a place: a file in every place where checkpoints are kept, with the id of their run.
 
-Two runs in one place would delete each other's checkpoints. The mark is made once, by whoever comes first, and is
-changed only when a person says so (`run.adopt=true`).
+Two runs in one place would delete each other's checkpoints. The first run makes the mark, and it is
+changed only at a user's request (`run.adopt=true`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from pathlib import Path
 from stoker.checkpoint.names import OWNER, DamagedCheckpoint, committed, one_line
 from stoker.checkpoint.stored import read_state
 from stoker.conf.durable import open_own, write_durably
+from stoker.conf.records import parse_json
 
 _MOST_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Owner:
-    """What stands in the mark."""
+    """The contents of the mark."""
 
     run: str  # id
     directory: str  # of the run, without links
@@ -37,9 +38,9 @@ def encode_owner(owner: Owner) -> bytes:
 
 
 def decode_owner(data: bytes, where: str) -> Owner:
-    """Raises NotOurs for what is no mark: something else than a run uses this place."""
+    """Raises NotOurs for an invalid mark: something other than a run uses this place."""
     try:
-        owner = Owner(**json.loads(data))
+        owner = Owner(**parse_json(data))
         if not isinstance(owner.run, str) or not isinstance(owner.directory, str):
             raise TypeError("no id of a run")
     except (ValueError, TypeError) as error:
@@ -48,7 +49,7 @@ def decode_owner(data: bytes, where: str) -> Owner:
 
 
 def read_mark(place: Path) -> Owner | None:
-    """The mark of a directory. Raises NotOurs for what is none."""
+    """The mark of a directory. Raises NotOurs for an invalid one."""
     try:
         with open(place / OWNER, "rb") as file:
             return decode_owner(file.read(_MOST_BYTES), str(place / OWNER))
@@ -57,7 +58,7 @@ def read_mark(place: Path) -> Owner | None:
 
 
 def read_owner(place: Path) -> Owner | None:
-    """The mark of a directory; where there is none, the run whose directory the newest checkpoint in it names.
+    """The mark of a directory; without one, the run whose directory the newest checkpoint in it names.
 
     Older versions left no mark. Their owner has no id (`""`). Raises NotOurs.
     """
@@ -73,7 +74,7 @@ def read_owner(place: Path) -> Owner | None:
 def problem_with(found: Owner | None, mine: Owner | None, here: str, place: str) -> str | None:
     """Why the run in `here` may not keep checkpoints in `place`, which is marked with `found`; None if it may.
 
-    `mine` is None for a directory without an id: then a mark that names this very directory is of the run that was
+    `mine` is None for a directory without an id: then a mark that names this directory is of the run that was
     here before it was lost.
     """
     if found is None or (found.directory == here and (mine is None or not found.run)):
@@ -109,7 +110,7 @@ def claim(place: Path, mine: Owner, adopt: bool) -> None:
     with open(open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
         file.write(encode_owner(mine))
     try:
-        os.link(temporary, mark)  # of two runs that come at once one is first
+        os.link(temporary, mark)  # of two runs at the same time one is first
     except FileExistsError:
         check_owner(place, mine)
     finally:

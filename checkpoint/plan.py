@@ -29,12 +29,12 @@ class FilePlan:
 def pieces_to_write(shard: Shard) -> list[Chunk]:
     """The parts of `shard.chunk` that this replica writes; those of all its replicas tile the chunk.
 
-    A large shard is cut along dim 0 over its replicas. Who begins is drawn by the tensor's name, so that the many
-    small ones, and what does not divide, spread evenly too.
+    A large shard is split along dim 0 over its replicas. A hash of the tensor's name selects the first replica, so that
+    small tensors and remainders are spread evenly too.
     """
     chunk = shard.chunk
     if not chunk.numel:
-        # An empty tensor must not be lost; an empty share of a tensor is nothing.
+        # An empty tensor is written; an empty share of a tensor is not.
         return [chunk] if 0 in shard.shape and shard.replica == 0 else []
     rows = chunk.sizes[0] if chunk.sizes else 1
     parts = min(rows, shard.replicas) if chunk.numel >= SPLIT_ELEMENTS else 1

@@ -1,4 +1,4 @@
-"""Reading a checkpoint: only what is wanted, straight to where it is wanted, every byte of it checked."""
+"""Reading a checkpoint: only the wanted parts, straight to their destination, every byte checked."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _NAMED = 5  # tensors of each kind that a message names
 def load(stored: Stored, shards: Sequence[Shard], near: float = 0.0) -> dict[str, Any]:
     """Reads a checkpoint's values straight into `shards`, every byte checked, and returns its state.
 
-    Indexes are read until all shards have been found, those first whose writer stood `near` (a share of the ranks: 0.5
-    is the middle) where this one stands, so that a rank that goes on where it was finds its own. Raises
+    Indexes are read until all shards have been found, beginning with writers `near` this rank (as a share of the ranks:
+    0.5 is the middle), so that a rank on an unchanged layout reads its own first. Raises
     CheckpointMismatch, naming the tensors that are missing or of another shape or dtype, with the shards as they were,
-    and DamagedCheckpoint, naming file, tensor and block: what the shards hold then is of no use. Whether a tensor of
-    the checkpoint is too many no rank knows alone: see `idle`.
+    and DamagedCheckpoint, naming file, tensor and block: the shards are then undefined. No single rank can tell
+    whether the checkpoint has a tensor too many: see `idle`.
     """
     if not fits(stored, shards):
         refuse(stored.path, mismatches(stored, shards))
@@ -42,7 +42,7 @@ def load(stored: Stored, shards: Sequence[Shard], near: float = 0.0) -> dict[str
 def find_pieces(
     stored: Stored, shards: Sequence[Shard], near: float
 ) -> list[tuple[ShardIndex, list[tuple[int, Piece]]]]:
-    """The files to read, each with the pieces in it that are wanted and of which of `shards`, by number, they are.
+    """The files to read, each with its wanted pieces and the numbers of the `shards` that they belong to.
 
     Raises DamagedCheckpoint unless each element of each shard is there exactly once.
     """
@@ -78,7 +78,7 @@ def find_pieces(
 
 
 def fits(stored: Stored, shards: Sequence[Shard]) -> bool:
-    """Does `stored` hold the tensors that `shards` are parts of, in their shapes and dtypes?"""
+    """Whether `stored` holds the tensors that `shards` are parts of, in their shapes and dtypes."""
     return _origins(shards).issubset(stored.origins)
 
 
@@ -111,7 +111,7 @@ def mismatches(stored: Stored, shards: Sequence[Shard]) -> list[str]:
 
 
 def unused(stored: Stored, shards: Sequence[Shard]) -> list[bool]:
-    """For each tensor of `stored`, in its order: is none of `shards` a part of it?"""
+    """For each tensor of `stored`, in its order: whether none of `shards` is a part of it."""
     used = {(shard.kind, shard.name) for shard in shards}
     return [key not in used for key in stored.tensors]
 
@@ -142,7 +142,7 @@ class TensorReader:
             reader.close()
 
     def read(self, name: str, kind: str = PARAMETER) -> Tensor:
-        """A tensor in memory of its own. Raises DamagedCheckpoint, and KeyError for one that is not there."""
+        """A tensor in memory of its own. Raises DamagedCheckpoint, and KeyError for an unknown one."""
         tensor = self.stored.tensors[kind, name]
         value = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
         for held in tensor.pieces:
@@ -155,9 +155,9 @@ class TensorReader:
 def read_tensors(
     checkpoint: Path, kind: str = PARAMETER, select: Callable[[str], bool] = lambda name: True
 ) -> Iterator[tuple[str, Tensor]]:
-    """The whole tensors of `kind` whose name `select` takes, one at a time, every byte checked.
+    """The whole tensors of `kind` whose name `select` accepts, one at a time, every byte checked.
 
-    Raises DamagedCheckpoint as soon as something read is bad: what has been given before is sound.
+    Raises DamagedCheckpoint at the first bad block; tensors yielded before are sound.
     """
     with TensorReader(checkpoint) as reader:
         for tensor in reader.stored.tensors.values():

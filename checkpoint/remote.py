@@ -36,12 +36,12 @@ from stoker.checkpoint.owner import NotOurs, Owner, decode_owner, encode_owner, 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_SLOWEST_BYTES_PER_SECOND = 1 << 20  # a transfer slower than this is taken for one that hangs
+_SLOWEST_BYTES_PER_SECOND = 1 << 20  # a slower transfer counts as hung
 _LONGEST_PAUSE = 30.0  # seconds
 
 
 class RemoteFailed(OSError):
-    """The remote did not do what was asked, however often it was asked. One line."""
+    """A call to the remote has failed after all retries. One line."""
 
 
 class Remote:
@@ -56,7 +56,7 @@ class Remote:
         self._opened: tuple[Any, str] | None = None
 
     def owner(self) -> Owner | None:
-        """The run that keeps its checkpoints here; None if none has yet. Raises NotOurs for what is no mark.
+        """The run that keeps its checkpoints here; None if none has yet. Raises NotOurs for an invalid mark.
 
         Where an older version left none, the run that the newest checkpoint is of (see `stoker.checkpoint.owner`).
         """
@@ -80,12 +80,13 @@ class Remote:
             raise NotOurs(problem)
         data = encode_owner(mine)
         first = found is None or not found.run
-        mode = {"mode": "create"} if first else {}  # of two runs that come at once one is first, where a store can
+        # of two runs at the same time one is first, if the store supports it
+        mode = {"mode": "create"} if first else {}
 
         def put(files: Any, root: str) -> None:
             try:
                 files.pipe_file(f"{root}/{OWNER}", data, **mode)
-            except Exception:  # each store says "it exists" in its own way: look
+            except Exception:  # stores raise different errors for "it exists": check
                 if self._read(OWNER) is None:
                     raise
 
@@ -108,7 +109,7 @@ class Remote:
         return sorted((step for step in steps if step is not None), reverse=True)
 
     def manifest(self, step: int) -> tuple[Manifest, bytes] | None:
-        """What makes `step` a checkpoint here; None if it is none, or a damaged one, which is logged."""
+        """The manifest of `step` here; None without one, or for a damaged one, which is logged."""
         where = f"{self.url}/{step_directory(Path(), step)}/{MANIFEST}"
         data = self._read(f"{step_directory(Path(), step)}/{MANIFEST}")
         if data is None:
@@ -123,7 +124,7 @@ class Remote:
             return None
 
     def state(self, manifest: Manifest) -> dict[str, Any]:
-        """What was saved that is not a tensor. Raises DamagedCheckpoint."""
+        """The saved state other than tensors. Raises DamagedCheckpoint."""
         name = _name(manifest.step, manifest.attempt, STATE)
         data = self._read(name)
         if data is None or digest(data) != manifest.files[STATE]:
@@ -131,7 +132,7 @@ class Remote:
         return decode_state(data, f"{self.url}/{name}")
 
     def size(self, manifest: Manifest, name: str) -> int | None:
-        """Bytes of a file of the checkpoint; None if it is not there."""
+        """Bytes of a file of the checkpoint; None if it does not exist."""
 
         def looked_up(files: Any, root: str) -> int | None:
             try:
@@ -142,7 +143,7 @@ class Remote:
         return self._call(f"look up {name}", looked_up)
 
     def put(self, checkpoint: Path, manifest: Manifest, name: str) -> None:
-        """Upload a file of a local checkpoint, unless it is there in full."""
+        """Upload a file of a local checkpoint, unless the remote has all of it."""
         size = (checkpoint / name).stat().st_size
         if self.size(manifest, name) == size:
             return
@@ -159,7 +160,7 @@ class Remote:
         def create(files: Any, root: str) -> None:
             try:
                 files.pipe_file(f"{root}/{name}", data, mode="create")
-            except Exception:  # each store says "it exists" in its own way: look
+            except Exception:  # stores raise different errors for "it exists": check
                 if self._read(name) is None:
                     raise
 
@@ -204,7 +205,7 @@ class Remote:
                 return _within(seconds, lambda: act(*self._open()))
             except (DamagedCheckpoint, NotOurs, ImportError):
                 raise
-            except Exception as error:  # whatever a store's library raises
+            except Exception as error:  # of any kind: each store's library has its own errors
                 reason = f"{type(error).__name__}: {one_line(error)}"
             if left:
                 log.info("%s: cannot %s, trying again in %.1f s: %s", self.url, what, pause, reason)
@@ -223,7 +224,7 @@ class Remote:
 
 
 def names_of(manifest: Manifest) -> list[str]:
-    """The files of a checkpoint without its manifest, in an order that all ranks know."""
+    """The files of a checkpoint without its manifest, in an order that is the same on all ranks."""
     return sorted([*manifest.files, *(data_name(rank) for rank in manifest.ranks)])
 
 
@@ -232,7 +233,7 @@ def _name(step: int, attempt: int, name: str) -> str:
 
 
 def _within(seconds: float, act: Callable[[], T]) -> T:
-    """What `act` returns or raises. Raises TimeoutError, and leaves its thread alone, when it does neither in time."""
+    """Returns or raises as `act` does. Raises TimeoutError, and abandons the thread, when it does neither in time."""
     outcome: list[T | BaseException] = []
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Resuming: all ranks load the newest checkpoint that all of them can read, or none goes on."""
+"""Resuming: all ranks load the newest checkpoint that all of them can read, or none continues."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 Exchange = Callable[[str], list[str]]
 T = TypeVar("T")
 
-_TOLD = 20  # mismatches that a rank tells the others of
+_MOST_MISMATCHES = 20  # that a rank sends to the others
 
 
 def newest(directory: Path) -> list[Path]:
@@ -50,12 +50,12 @@ def resume(
 ) -> dict[str, Any] | None:
     """Load the newest sound checkpoint into `shards` on all ranks and return its state; None if there is none.
 
-    Called by all ranks together. `exchange` gives every rank the texts of all ranks, in rank order. What rank 0 sees
-    in `directory` and at `remote` decides on the candidates; one of the remote is downloaded first, by all ranks
+    Called by all ranks together. `exchange` gives every rank the texts of all ranks, in rank order. Rank 0's view of
+    `directory` and `remote` decides on the candidates; one of the remote is downloaded first, by all ranks
     together. One that any rank finds damaged is moved to `damaged/`, and all fall back to the one before it. Raises, on
     all ranks alike, CheckpointMismatch when the checkpoint is sound but not one of this model, OSError when a rank
-    cannot read it for another reason than damage, and DamagedCheckpoint when there was one and none is sound. What the
-    shards hold after an exception is of no use: they are read into directly, without memory for a second copy.
+    cannot read it for another reason than damage, and DamagedCheckpoint when there was one and none is sound. After
+    an exception the shards are undefined: they are read into directly, without memory for a second copy.
     """
     directory, shards = Path(directory), list(shards)
     found = _together(lambda: _candidates(directory, remote) if rank == 0 else [], exchange)
@@ -77,7 +77,7 @@ def resume(
     if last is not None:
         raise DamagedCheckpoint(
             f"no checkpoint is sound (the last one tried: {one_line(last)}); those in {directory} have been moved to "
-            f"{DAMAGED}/; run.fresh=true begins anew at step 1"
+            f"{DAMAGED}/; run.fresh=true starts over at step 1"
         )
     return None
 
@@ -85,7 +85,7 @@ def resume(
 def _candidates(directory: Path, remote: Remote | None) -> list[tuple[int, bool]]:
     """(step, is it the remote's?), the newest first and of one step the local one first. Raises OSError.
 
-    A remote that does not answer is no reason not to go on from what is here; without anything here it is.
+    If the remote does not answer, local checkpoints are used; without any, this raises.
     """
     here = [(step, False) for checkpoint in committed(directory) if (step := step_of(checkpoint)) is not None]
     there: list[tuple[int, bool]] = []
@@ -95,18 +95,18 @@ def _candidates(directory: Path, remote: Remote | None) -> list[tuple[int, bool]
         except RemoteFailed as error:
             if not here:
                 raise
-            log.warning("only checkpoints on this machine are looked at: %s", one_line(error))
+            log.warning("only local checkpoints are considered: %s", one_line(error))
     return sorted([*here, *there], key=lambda found: (-found[0], found[1]))
 
 
 def _download(remote: Remote, step: int, directory: Path, exchange: Exchange, rank: int) -> None:
-    """Put the remote's checkpoint of `step` where a local one stands. Every rank downloads a share of its files."""
+    """Download the remote's checkpoint of `step` as a local one. Every rank downloads a share of its files."""
     partial, world = fetched_directory(directory, step), len(exchange("downloading"))
 
     def download_share() -> bytes:
         found = remote.manifest(step)
         if found is None:
-            raise DamagedCheckpoint(f"{remote.url}: step {step} has gone")
+            raise DamagedCheckpoint(f"{remote.url}: step {step} was removed")
         manifest, data = found
         partial.mkdir(parents=True, exist_ok=True)
         for name in names_of(manifest)[rank::world]:
@@ -127,7 +127,7 @@ def _download(remote: Remote, step: int, directory: Path, exchange: Exchange, ra
 
 
 def set_aside(checkpoint: Path, reason: str) -> Path:
-    """Moves a damaged checkpoint to `damaged/`, where it stays for people to look at. Returns its new place."""
+    """Moves a damaged checkpoint to `damaged/`, where it stays for inspection. Returns its new place."""
     shelf = checkpoint.parent / DAMAGED
     shelf.mkdir(parents=True, exist_ok=True)
     target, count = shelf / checkpoint.name, 1
@@ -141,7 +141,7 @@ def set_aside(checkpoint: Path, reason: str) -> Path:
 
 
 def _together(act: Callable[[], T], exchange: Exchange) -> T:
-    """What `act` returns here, if it worked on all ranks. Else raises the same on all of them."""
+    """The result of `act` here, if it worked on all ranks. Otherwise raises the same error on all of them."""
     result: T | None = None
     kind, reason = "", ""
     try:
@@ -150,10 +150,10 @@ def _together(act: Callable[[], T], exchange: Exchange) -> T:
         kind, reason = "damaged", one_line(error)
     except CheckpointMismatch as error:
         kind, reason = "mismatch", one_line(error)
-    except Exception as error:  # the others wait in the exchange: whatever it is, they must hear of it
+    except Exception as error:  # of any kind: the other ranks wait in the exchange for it
         kind, reason = "unreadable", f"{type(error).__name__}: {one_line(error)}"
     outcomes = [tuple(json.loads(text)) for text in exchange(json.dumps([kind, reason]))]
-    # What is not damage comes first: a checkpoint is not set aside because one node cannot reach it.
+    # Errors other than damage come first: a checkpoint is not set aside because one node cannot reach it.
     for wanted, raised in (("unreadable", OSError), ("mismatch", CheckpointMismatch), ("damaged", DamagedCheckpoint)):
         for rank, (kind, reason) in enumerate(outcomes):
             if kind == wanted:
@@ -163,13 +163,13 @@ def _together(act: Callable[[], T], exchange: Exchange) -> T:
 
 
 def _refuse_together(stored: Stored, shards: list[Shard], exchange: Exchange) -> None:
-    """Raises CheckpointMismatch on all ranks, naming what is wrong on any and what no rank has a place for."""
+    """Raises CheckpointMismatch on all ranks, naming the mismatches of any rank and the tensors that no rank holds."""
     finding = {"fits": fits(stored, shards), "idle": f"{idle(stored, shards):x}"}
     findings = [json.loads(text) for text in exchange(json.dumps(finding))]
     if all(other["fits"] for other in findings) and not _in_all(findings, "idle"):
         return
-    # Only now every index is needed, to name what is wrong.
-    found = {"problems": _together(lambda: sorted(mismatches(stored, shards))[:_TOLD], exchange)}
+    # Only now every index is needed, to name the mismatches.
+    found = {"problems": _together(lambda: sorted(mismatches(stored, shards))[:_MOST_MISMATCHES], exchange)}
     spare = sum(1 << place for place, spared in enumerate(unused(stored, shards)) if spared)
     findings = [json.loads(text) for text in exchange(json.dumps(found | {"unused": f"{spare:x}"}))]
     problems = [problem for other in findings for problem in other["problems"]]

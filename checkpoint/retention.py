@@ -1,4 +1,4 @@
-"""Which checkpoints stay. Only valid ones count; damaged ones are left for people to look at."""
+"""Which checkpoints stay. Only valid ones count; damaged ones are left for inspection."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from stoker.checkpoint.stored import read_state
 
 log = logging.getLogger(__name__)
 
-VALIDATION_LOSS = "val_loss"  # where the state of a checkpoint holds it: a number, or null if it was not measured there
+VALIDATION_LOSS = "val_loss"  # key in the state of a checkpoint: a number, or null if it was not measured there
 
 
 @dataclass(frozen=True)
 class Retention:
-    """The checkpoints that stay: the newest, those of certain steps, the best. What one rule keeps, stays."""
+    """The checkpoints that stay: the newest, those of certain steps, the best. One rule is enough to keep one."""
 
     keep: int  # newest
     keep_every: int = 0  # those whose step is a multiple of this; 0: none
@@ -47,7 +47,7 @@ def retain(directory: Path, retention: Retention, spared: Collection[int] = ()) 
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a committed checkpoint, whatever others there are."""
+    """Remove a committed checkpoint, without regard to others."""
     discard(checkpoint)
 
 
@@ -60,7 +60,7 @@ def _validation_loss(checkpoint: Path) -> float | None:
     try:
         loss = read_state(checkpoint).get(VALIDATION_LOSS)
     except (DamagedCheckpoint, CheckpointMismatch, OSError) as error:
-        log.warning("the validation loss of %s is not known: %s", checkpoint.name, one_line(error))
+        log.warning("the validation loss of %s cannot be read: %s", checkpoint.name, one_line(error))
         return None
     return float(loss) if isinstance(loss, int | float) else None
 

@@ -1,7 +1,7 @@
-"""The staging pool: memory for the image of this rank's shard file, filled from live tensors and used again.
+"""The staging pool: memory for the image of this rank's shard file, filled from live tensors and reused.
 
-With a limit the pool is smaller than the file and shows it through one window after the other: each is filled when the
-one before has been written. The snapshot is then complete only with the last one, and training waits for the disk.
+With a limit the pool is smaller than the file, which passes through it in windows: each is filled when the one before
+has been written. The snapshot is then complete only with the last window, and training waits for the disk.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class StagingPool:
         return self._image.numel()
 
     def prepare(self, shards: Sequence[Shard]) -> FilePlan:
-        """The file of `shards`, with memory for it. Costs nothing when they are described as they were last time.
+        """The file of `shards`, with memory for it. Free of cost when their descriptions have not changed.
 
         Raises ValueError for shards that cannot be stored.
         """
@@ -48,7 +48,7 @@ class StagingPool:
             self._described = described
             size, pinned = self._size(self._plan.file_bytes), any(shard.data.is_cuda for shard in shards)
             if (self.bytes, self._pinned) != (size, pinned):
-                self._image = torch.empty(0, dtype=torch.uint8)  # give the old memory back first
+                self._image = torch.empty(0, dtype=torch.uint8)  # free the old memory first
                 self._image = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else fresh_bytes(size)
                 self._pinned = pinned
                 self._image.zero_()  # touches every page now rather than in the first snapshot
@@ -60,7 +60,7 @@ class StagingPool:
         return min(file_bytes, max(1, self._limit // self._block_bytes) * self._block_bytes)
 
     def fill(self, shards: Sequence[Shard], snapshot: Snapshot) -> Iterator[memoryview]:
-        """The shard file's bytes, window by window, each copied from `shards` when it is asked for.
+        """The shard file's bytes, window by window, each copied from `shards` on demand.
 
         With the last one `snapshot` is complete.
         """
@@ -81,7 +81,7 @@ class StagingPool:
             yield view[: stop - start]
 
     def _copy(self, piece: Piece, shard: Shard, start: int, stop: int, streams: dict[Any, Any]) -> None:
-        """The elements of `piece` that stand between bytes `start` and `stop` of the file."""
+        """The elements of `piece` between bytes `start` and `stop` of the file."""
         dtype, size = DTYPES[piece.dtype], piece.chunk.sizes
         part = shard.data.detach()[piece.chunk.within(shard.chunk)]
         first, last = max(start, piece.start), min(stop, piece.stop)
@@ -105,7 +105,7 @@ def _overlapping(plan: FilePlan, start: int, stop: int) -> range:
 
 
 def _description(shard: Shard) -> tuple[Any, ...]:
-    """What the plan of a shard depends on: everything but its values."""
+    """The key of a shard's plan: everything but its values."""
     place = (shard.name, shard.kind, shard.shape, shard.chunk, shard.replica, shard.replicas)
     return *place, shard.data.dtype, shard.data.shape
 
@@ -113,8 +113,8 @@ def _description(shard: Shard) -> tuple[Any, ...]:
 class Snapshot:
     """The moment whose values are saved: begun by the trainer's thread, copied by the writer's.
 
-    On CUDA the copies run on a side stream that starts behind the work which the trainer had queued by then; the next
-    update is queued behind the copies. Neither makes the host wait for the device.
+    On CUDA the copies run on a side stream that starts after the work which the trainer had queued by then; the next
+    update is queued after the copies. Neither makes the host wait for the device.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -145,7 +145,7 @@ class Snapshot:
         self._staged.set()
 
     def await_staged(self) -> None:
-        """Return when the live data may be changed by what the caller does or queues next."""
+        """Return when the caller's next operations may change the live data."""
         self._staged.wait()
         for device, event in self._copied.items():
             torch.cuda.current_stream(device).wait_event(event)

@@ -1,4 +1,4 @@
-"""File effects: room and removal, and reads that cannot be led out of a checkpoint or into a device."""
+"""Disk-space checks, deletion, and reads that refuse links and device files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def require_space(directory: Path, needed_bytes: int) -> None:
 def discard(path: Path, suffix: str = REMOVED) -> None:
     """Removes a directory: by name at once, so that it is never taken for a whole one, then for good.
 
-    What cannot be deleted now keeps a name that ends in `suffix`; `fence` tries again.
+    A directory that cannot be deleted now keeps a name that ends in `suffix`; `fence` tries again.
     """
     target, count = path.with_name(path.name + suffix), 1
     while True:
@@ -40,7 +40,7 @@ def discard(path: Path, suffix: str = REMOVED) -> None:
                 raise
         count += 1
         target = path.with_name(f"{path.name}.{count}{suffix}")
-    with contextlib.suppress(OSError):  # manifest first: what is left by whoever kills us is nobody's checkpoint
+    with contextlib.suppress(OSError):  # manifest first: after a kill the rest is no checkpoint
         (target / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(target, ignore_errors=True)
 
@@ -50,7 +50,7 @@ def open_to_read(path: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        # These say that the file is not there as written. Others (no permission, a stale mount) are not damage.
+        # These mean that the file is not as written. Others (no permission, a stale mount) are not damage.
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EIO):
             raise DamagedCheckpoint(f"{path}: {error.strerror}") from None
         raise

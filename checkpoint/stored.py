@@ -1,4 +1,4 @@
-"""A checkpoint on storage: its manifest, its state, and where its tensors stand."""
+"""A checkpoint on storage: its manifest, its state, and the positions of its tensors."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from stoker.checkpoint.tiling import PRIME, StoredTensor, assemble
 class Stored:
     """A checkpoint whose manifest and heads of indexes have been checked. Its blocks are checked as they are read.
 
-    The heads hold what rank 0 proved the tensors whole with, and name them all by their hashes: enough to know what
-    is there without reading what grows with ranks times tensors. `index` reads where the pieces of one writer stand;
-    `tensors` reads all of them, and proves the tiling piece by piece.
+    The heads hold the values from which rank 0 proved the tensors whole, and name all tensors by their hashes, so that
+    the list is known without reading data that grow with ranks times tensors. `index` reads the positions of one
+    writer's pieces; `tensors` reads those of all, and proves the tiling piece by piece.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,7 +37,7 @@ class Stored:
         begun = [origin for head in heads for origin in head.origins]
         self.origins = sorted(set(begun))
         if sum(head.cover for head in heads) % PRIME or len(self.origins) != len(begun):
-            _ = self.tensors  # only every piece tells now: an empty tensor may begin twice, any other is not whole
+            _ = self.tensors  # all pieces are needed: an empty tensor may begin twice, any other is not whole
 
     def index(self, rank: int) -> ShardIndex:
         """What one rank wrote. Raises DamagedCheckpoint, naming the file."""
@@ -50,7 +50,7 @@ class Stored:
 
     @functools.cached_property
     def tensors(self) -> dict[tuple[str, str], StoredTensor]:
-        """All there are, by (kind, name). Raises DamagedCheckpoint, naming the file or the tensor that is not whole."""
+        """All tensors, by (kind, name). Raises DamagedCheckpoint, naming the file or the tensor that is not whole."""
         try:
             return assemble(self.indexes.values())
         except ValueError as error:
@@ -58,7 +58,7 @@ class Stored:
 
 
 def open_checkpoint(checkpoint: Path) -> Stored:
-    """Reads and checks what says which tensors there are. Raises DamagedCheckpoint or CheckpointMismatch."""
+    """Reads and checks the manifest and the heads of the indexes. Raises DamagedCheckpoint or CheckpointMismatch."""
     return Stored(checkpoint)
 
 
@@ -75,7 +75,7 @@ def read_index(checkpoint: Path, manifest: Manifest, rank: int) -> ShardIndex:
     """The index of one writer. Raises DamagedCheckpoint, naming the file."""
     name = index_name(rank)
     data = read_json_bytes(checkpoint / name)
-    _check_listed(checkpoint, manifest, name, data.partition(b"\n")[0])  # its head, which answers for the rest
+    _check_listed(checkpoint, manifest, name, data.partition(b"\n")[0])  # its head, which has the digest of the rest
     index = decode_index(data, str(checkpoint / name))
     if (index.rank, index.step, index.attempt) != (rank, manifest.step, manifest.attempt):
         raise DamagedCheckpoint(f"{checkpoint / name}: not of this checkpoint")
@@ -93,12 +93,12 @@ def _read_head(checkpoint: Path, manifest: Manifest, rank: int) -> ReportHead:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What was saved that is not a tensor. Raises DamagedCheckpoint."""
+    """The saved state other than tensors. Raises DamagedCheckpoint."""
     return state_of(checkpoint, read_manifest(checkpoint))
 
 
 def state_of(checkpoint: Path, manifest: Manifest) -> dict[str, Any]:
-    """The same, of a checkpoint whose manifest has been read."""
+    """The same, for a checkpoint whose manifest has been read."""
     data = read_json_bytes(checkpoint / STATE)
     _check_listed(checkpoint, manifest, STATE, data)
     return decode_state(data, str(checkpoint / STATE))

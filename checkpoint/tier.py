@@ -1,6 +1,6 @@
 """Where the first tier is: in the run directory, or in a faster place that `checkpoints` in there is a link to.
 
-Whoever looks for the checkpoints of a run looks in its directory, and need not know which of the two it is.
+Readers use the run directory in both cases.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from stoker.checkpoint.storage import discard
 
 
 def linked_place(checkpoints: Path) -> Path | None:
-    """Where the link `checkpoints` leads, absolute: a relative one counts from where it lies. None if it is no link."""
+    """The absolute target of the link `checkpoints`; a relative one counts from its directory. None if not a link."""
     if not checkpoints.is_symlink():
         return None
     return Path(os.path.normpath(checkpoints.parent.resolve() / os.readlink(checkpoints)))
@@ -23,7 +23,7 @@ def tier_problem(checkpoints: Path, elsewhere: Path | None, known: bool = False)
     """Why the checkpoints of the run that has `checkpoints` cannot be kept in `elsewhere` (None: in the run directory).
 
     None when they can. A run's checkpoints are in one place, and a place is one run's: with `known` the checkpoints in
-    `elsewhere` are this run's, by their mark or because it takes them over.
+    `elsewhere` are this run's, by their mark or because the run takes them over.
     """
     linked = linked_place(checkpoints)
     if linked is not None and elsewhere is not None and os.path.realpath(linked) == os.path.realpath(elsewhere):
@@ -54,7 +54,7 @@ def tier_problem(checkpoints: Path, elsewhere: Path | None, known: bool = False)
 
 
 def make_tier(checkpoints: Path, elsewhere: Path | None, known: bool = False) -> None:
-    """Have a directory behind `checkpoints`. Raises ValueError for a place that `tier_problem` finds wrong, OSError."""
+    """Make a directory behind `checkpoints`. Raises ValueError for a place that `tier_problem` refuses, OSError."""
     problem = tier_problem(checkpoints, elsewhere, known)
     if problem is not None:
         raise ValueError(problem)
@@ -63,5 +63,5 @@ def make_tier(checkpoints: Path, elsewhere: Path | None, known: bool = False) ->
         return
     elsewhere.mkdir(parents=True, exist_ok=True)
     if not checkpoints.is_symlink():
-        discard(checkpoints)  # what a start that never saved has left
+        discard(checkpoints)  # left by a start that never saved
         checkpoints.symlink_to(elsewhere)

@@ -1,11 +1,11 @@
 """Whole tensors from their pieces: the proof that the pieces of a tensor cover it, once each.
 
-There are two. `assemble` holds every piece and is exact: readers use it, and whoever has to name what is wrong. `cover`
-makes the same statement of a run of any size with one number per rank, so that the rank that commits need not see
-millions of chunks. A chunk from l to h (per dim d) is the polynomial product_d (x_d^l_d - x_d^h_d); pieces
+There are two. `assemble` holds every piece and is exact: readers use it, and error messages. `cover`
+proves the same for a run of any size with one number per rank, so that the committing rank need not list millions of
+chunks. A chunk from l to h (per dim d) is the polynomial product_d (x_d^l_d - x_d^h_d); pieces
 tile a tensor of shape n if and only if their polynomials add up to product_d (1 - x_d^n_d). Every rank evaluates its
-own at one point modulo a prime, weighted by a hash of the tensor; whoever holds a tensor's first element subtracts
-what is due for the whole. If the sum over all ranks is 0 and no tensor begins twice, all tensors are whole: two
+polynomials at one point modulo a prime, weighted by a hash of the tensor; the rank with a tensor's first element
+subtracts the value of the whole. If the sum over all ranks is 0 and no tensor begins twice, all tensors are whole: two
 different polynomials agree at a point with a chance of degree / 2**127 (Schwartz 1980, Zippel 1979).
 """
 
@@ -25,13 +25,13 @@ PRIME = (1 << 127) - 1
 
 @dataclass(frozen=True)
 class StoredPiece:
-    rank: int  # whose shard file holds it
+    rank: int  # the writer of its shard file
     piece: Piece
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A global tensor and where its pieces stand. They tile it exactly."""
+    """A global tensor and the positions of its pieces, which tile it exactly."""
 
     name: str
     kind: str
@@ -109,8 +109,8 @@ def _tensor(pieces: list[StoredPiece]) -> StoredTensor:
 def tiling_problem(shape: tuple[int, ...], chunks: Sequence[Chunk]) -> str | None:
     """Why `chunks`, each inside `shape`, do not cover each of its elements exactly once; None if they do.
 
-    Chunks that do not overlap and have together as many elements as the whole can leave none out. The sweep
-    compares each only with those that reach into it along the most finely cut dim.
+    Chunks that do not overlap and together have as many elements as the whole leave none out. The sweep compares each
+    only with those that overlap it along the most finely split dim.
     """
     solid = [chunk for chunk in chunks if chunk.numel]
     if shape and solid:

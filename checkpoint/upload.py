@@ -1,8 +1,8 @@
-"""Uploads: what is committed on the first tier goes to the second, in the background and by all ranks together.
+"""Uploads: committed checkpoints of the first tier are copied to the second, in the background by all ranks together.
 
 Rank 0 decides what is uploaded and announces it in a file beside the checkpoints; every rank then puts its share of the
-files. When rank 0 finds all of them there, it puts the manifest. Few wait in the queue: a remote slower than the saves
-gets the newest ones and skips some in between.
+files. When rank 0 finds all of them there, it puts the manifest. The queue is short: a remote slower than the saves
+gets the newest checkpoints, without some in between.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from stoker.checkpoint.remote import Remote, RemoteFailed, names_of
 from stoker.checkpoint.retention import VALIDATION_LOSS, Retention
 from stoker.checkpoint.stored import read_manifest
 from stoker.conf.durable import write_durably
+from stoker.conf.records import parse_json
 
 log = logging.getLogger(__name__)
 
 QUEUE = 2  # checkpoints that wait while one is uploaded
-_LOOK_SECONDS = 0.5  # between looks at the announcement, and at what has arrived
+_LOOK_SECONDS = 0.5  # between checks of the announcement, and of uploaded files
 _PATIENCE_SECONDS = 1800.0  # for the shares of the other ranks
 
 
@@ -64,7 +65,7 @@ class Uploader:
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._ended: deque[UploadReport] = deque()
-        self._losses: dict[int, float | None] = {}  # of what is on the remote, as far as it has been looked up
+        self._losses: dict[int, float | None] = {}  # of checkpoints on the remote, as far as they were looked up
         threading.Thread(target=self._lead if rank == 0 else self._follow, name="uploads", daemon=True).start()
 
     def add(self, step: int) -> None:
@@ -79,7 +80,7 @@ class Uploader:
             self._changed.notify_all()
 
     def add_unfinished(self) -> None:
-        """On rank 0, at a start: go on with the newest local checkpoint, whatever of it an earlier attempt uploaded."""
+        """On rank 0, at a start: upload the newest local checkpoint, except files that are there already."""
         valid = (checkpoint for checkpoint in committed(self._directory) if is_valid(checkpoint))
         newest = next(valid, None)
         if newest is not None:
@@ -98,12 +99,12 @@ class Uploader:
         return reports
 
     def busy(self, wait_seconds: float) -> bool:
-        """Is anything left to upload, after waiting for it for at most so long?"""
+        """Whether anything is left to upload, after waiting for it for at most `seconds`."""
         with self._changed:
             return not self._changed.wait_for(lambda: self._current is None and not self._pending, wait_seconds)
 
     def close(self) -> None:
-        """Begin nothing more; what has been begun goes on."""
+        """Begin no further upload; a running one continues."""
         with self._changed:
             self._closing.set()
             self._changed.notify_all()
@@ -139,7 +140,7 @@ class Uploader:
             self._retain()
         except (OSError, DamagedCheckpoint, CheckpointMismatch, NotOurs) as failure:
             error = one_line(failure)
-        except Exception as failure:  # a defect: it must be told, not end the thread in silence
+        except Exception as failure:  # a defect: report it instead of ending the thread silently
             log.exception("upload of step %d", step)
             error = f"{type(failure).__name__}: {one_line(failure)}"
         return UploadReport(step, size, time.monotonic() - began, error)
@@ -154,13 +155,13 @@ class Uploader:
                 checkpoint = step_directory(self._directory, step)
                 self._put_share(checkpoint, read_manifest(checkpoint))
                 done = step
-            except Exception as failure:  # rank 0 waits, and tells how the upload ended
+            except Exception as failure:  # rank 0 waits for the share, and reports how the upload ended
                 log.warning("rank %d's share of step %d: %s", self._rank, step, one_line(failure))
 
     def _announced(self) -> Iterator[int | None]:
         while not self._closing.wait(_LOOK_SECONDS):
             try:
-                yield json.loads((self._directory / UPLOADING).read_bytes())["step"]
+                yield parse_json((self._directory / UPLOADING).read_bytes())["step"]
             except (OSError, ValueError, KeyError):
                 yield None
 

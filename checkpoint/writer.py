@@ -1,4 +1,4 @@
-"""Saving, as a rank sees it: `Checkpoints` takes a snapshot and does the rest in a background thread."""
+"""One rank's saves: `Checkpoints` takes a snapshot and does the rest in a background thread."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from stoker.parallel.shards import Shard
 
 log = logging.getLogger(__name__)
 
-_EXIT_SECONDS = 2.0  # a process that ends waits so long for its writer to stop between two blocks
+_EXIT_SECONDS = 2.0  # a process that ends waits this long for its writer to stop between two blocks
 
 
 @dataclass
 class SaveReport:
-    """How a save ended, as this rank saw it. Seconds count from the call of `save`; 0.0: it did not get so far."""
+    """How a save ended on this rank. Seconds count from the call of `save`; 0.0: it did not get so far."""
 
     step: int
     bytes: int = 0  # of this rank's shard file; on rank 0, once committed, of all
     staged_bytes: int = 0  # of this rank's shard file
-    staged_seconds: float = 0.0  # the live data were free to change
+    staged_seconds: float = 0.0  # when the live data could change again
     written_seconds: float = 0.0  # this rank's part was on storage
     seconds: float = 0.0  # committed on all ranks, or failed
     stall_seconds: float = 0.0  # that the trainer was held up: in `save`, the save before included, and `await_staged`
@@ -55,7 +55,7 @@ class SaveReport:
 
     @property
     def full(self) -> bool:
-        """Whether it failed for want of room. The reasons of other ranks come as text."""
+        """Whether it failed because the disk was full. The reasons of other ranks are text."""
         return self.error is not None and ("no space" in self.error.lower() or "quota exceeded" in self.error.lower())
 
     @property
@@ -89,8 +89,8 @@ class Checkpoints:
     fails. `staging_limit`, in bytes, bounds the staging pool: a larger shard file streams through it. `owner` is the
     run that `directory` and `remote` are marked with: when another run has taken them over, saves fail.
 
-    The thread is a daemon: it never keeps a process alive. One that ends in the middle of a save stops it at
-    the next block; what is on storage then is garbage that the next attempt removes.
+    The thread is a daemon and never keeps a process running. A process that ends during a save stops the thread at the
+    next block; the files on storage are then garbage that the next attempt removes.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Checkpoints:
 
         On rank 0 `before_commit` is called in the background when all ranks have written; if it raises, the save fails.
         Waits for the save in flight first; a step that is committed already is not saved again. The tensors must not
-        be changed until `await_staged`; `state` (rank 0's is stored) may. What goes wrong later is told by `finished`.
+        be changed until `await_staged`; `state` (rank 0's is stored) may. Later failures are reported by `finished`.
         Raises TypeError for a state that JSON cannot hold.
         """
         called = time.monotonic()
@@ -162,7 +162,7 @@ class Checkpoints:
         self._stalls[step] = time.monotonic() - called
 
     def inject_failure(self, failure: OSError) -> None:
-        """Have the next save of this rank meet `failure` where it writes."""
+        """Make the next save of this rank raise `failure` where it writes."""
         self._rehearsed = failure
 
     def await_staged(self) -> None:
@@ -174,7 +174,7 @@ class Checkpoints:
             called = time.monotonic()
             self._snapshot.await_staged()
             self._snapshot = None
-            if self._stalls:  # of the save in flight; none: it has ended and been reported
+            if self._stalls:  # of the save in flight; empty: it has ended and been reported
                 self._stalls[max(self._stalls)] += time.monotonic() - called
 
     def finished(self) -> list[SaveReport]:
@@ -187,9 +187,9 @@ class Checkpoints:
         return reports
 
     def wait(self) -> list[SaveReport]:
-        """Return when no save is in flight: committed, visible to this rank, or failed; and what it replaced removed.
+        """Return when no save is in flight: committed or failed, with replaced checkpoints removed.
 
-        Gives the reports that `finished` will give next, without taking them.
+        Returns the reports that `finished` will return next, without taking them.
         """
         self._join()
         if self._tidier is not None:
@@ -201,11 +201,11 @@ class Checkpoints:
         return self._uploader.finished() if self._uploader is not None else []
 
     def uploading(self, wait_seconds: float) -> bool:
-        """Is anything left to upload by this rank's word, after waiting for it for at most so long?"""
+        """Whether this rank has anything left to upload, after waiting for it for at most `seconds`."""
         return self._uploader is not None and self._rank == 0 and self._uploader.busy(wait_seconds)
 
     def go_on_uploading(self) -> None:
-        """Upload the newest checkpoint there is, if an earlier attempt has not. Called by rank 0 after resuming."""
+        """Upload the newest checkpoint, if an earlier attempt has not. Called by rank 0 after resuming."""
         if self._uploader is not None and self._rank == 0:
             self._uploader.add_unfinished()
 
@@ -216,7 +216,7 @@ class Checkpoints:
             self._uploader.close()
 
     def abandon(self) -> None:
-        """As `close` after a failure: a save in flight is given up at its next block instead of waited for."""
+        """As `close` after a failure: a save in flight is abandoned at its next block instead of awaited."""
         self._leaving.set()
         if self._writer is not None:
             self._writer.join(_EXIT_SECONDS)
@@ -233,7 +233,7 @@ class Checkpoints:
         atexit.register(self._leave, threading.current_thread())
         try:
             self._write(save, report)
-        except Exception as error:  # whatever it is: it must reach the reports, not die with this thread
+        except Exception as error:  # of any kind: it must reach the reports
             report.error = self._fail(save, error, reported=report.written_seconds > 0)
         finally:
             save.snapshot.give_up()
@@ -245,7 +245,7 @@ class Checkpoints:
         self._directory.mkdir(parents=True, exist_ok=True)
         save.partial.mkdir(exist_ok=True)
         # After the mkdir: a newer attempt raises its fence first and clears partial directories second, so either
-        # we see the fence or it sees our directory.
+        # this writer finds the fence, or that attempt finds this directory.
         commit.check_fence(self._directory, self._attempt)
         if self._rank == 0 and self._owner is not None:
             check_owner(self._directory, self._owner)
@@ -299,9 +299,9 @@ class Checkpoints:
         save.shards = ()
 
     def _tidy(self) -> None:
-        """Remove what need not be kept, in a thread of its own: large directories take their time."""
+        """Remove checkpoints that need not be kept, in a separate thread: large directories take long."""
         try:
-            clear_failures(self._directory)  # here: after the next save has begun a note may be wanted
+            clear_failures(self._directory)  # here: after the next save has begun a note may be needed
         except OSError as error:
             log.warning("%s could not be tidied: %s", self._directory, one_line(error))
         if self._tidier is not None:
@@ -312,11 +312,11 @@ class Checkpoints:
     def _remove_what_is_old(self) -> None:
         try:
             retain(self._directory, self._retention, self._uploader.needed() if self._uploader else ())
-        except OSError as error:  # the new checkpoint stands, and the next commit tidies again
+        except OSError as error:  # the new checkpoint is committed, and the next commit tidies again
             log.warning("%s could not be tidied: %s", self._directory, one_line(error))
 
     def _fail(self, save: _Save, error: Exception, reported: bool) -> str:
-        """Tell the other ranks of a failure here. Returns the reason, which may be what rank 0 told us."""
+        """Report a failure here to the other ranks. Returns the reason, which may be rank 0's."""
         reason = one_line(error)
         if self._rank == 0:
             reason = reason if isinstance(error, SaveFailed) else f"rank 0: {reason}"
@@ -324,7 +324,7 @@ class Checkpoints:
             return reason
         if reported:
             return reason
-        # Our directory may be gone because rank 0 gave up first: then its reason is the one to tell.
+        # The directory may be gone because rank 0 abandoned the save first: then its reason counts.
         told = commit.reason_given(save.partial) if isinstance(error, FileNotFoundError) else None
         if told is None:
             commit.report_failure(save.partial, self._rank, reason)

@@ -38,7 +38,7 @@ def write_whole(path: Path, data: bytes, sync: bool = False) -> None:
                 if sync:
                     os.fsync(file.fileno())
         except OSError as error:
-            if error.filename is None:  # opened and then failed: a part of the file only takes up room
+            if error.filename is None:  # opened and then failed: a partial file only takes up space
                 temporary.unlink(missing_ok=True)
             raise
         temporary.replace(path)
@@ -55,13 +55,13 @@ def open_own(path: Path, flags: int) -> int:
 
 
 def touch_own(path: Path) -> None:
-    """Have an empty file of a run directory. Raises OSError for a link, naming it."""
+    """Make an empty file of a run directory. Raises OSError for a link, naming it."""
     os.close(open_own(path, os.O_WRONLY | os.O_CREAT))
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """What fails inside on a bare descriptor names `path`: its OSError has no file name of its own."""
+    """Adds `path` to an OSError inside that has no file name, as of a bare descriptor."""
     try:
         yield
     except OSError as error:
@@ -80,7 +80,7 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def with_room(act: Callable[[], T], seconds: float = ROOM_SECONDS, waiting: Callable[[str], None] = log.warning) -> T:
-    """What `act` returns. While a full disk refuses it, it is tried again for so many `seconds`; `waiting` gets a line.
+    """The result of `act`. While the disk is full it is retried for `seconds`; `waiting` gets a line.
 
     Raises what `act` raises for any other reason, and the OSError of the full disk when the time is up.
     """

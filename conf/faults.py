@@ -1,4 +1,4 @@
-"""What may be broken on purpose: the entries of `faults`, such as `faults=[{at: 7, rank: 1, do: kill}]`."""
+"""Failures that can be injected: the entries of `faults`, such as `faults=[{at: 7, rank: 1, do: kill}]`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ KINDS = {
     "hang": "the rank sleeps for ever before its passes",
     "slow": "the rank computes for nothing, `seconds` in each of `steps` steps",
     "nan": "the first output of a module in the rank's passes is nan, in each of `steps` steps",
-    "oom": "the rank asks its device for more memory than there is",
+    "oom": "the rank requests more memory than its device has",
     "disk_full": "the rank's part of the next checkpoint, of this step or later, meets a full disk",
     "net_loss": "every network connection of the rank is cut",
 }
-LASTING = {"slow": 30, "nan": 1}  # those that last for `steps` steps, and for how many unless told
+LASTING = {"slow": 30, "nan": 1}  # those that last for `steps` steps, with their defaults
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One entry. It strikes once in a run, however often the run is restarted."""
+    """One entry. It is injected once in a run, also over restarts."""
 
     at: int  # step, counted from 1
     do: str  # one of KINDS
@@ -31,23 +31,23 @@ class Fault:
 
     @property
     def name(self) -> str:
-        """Tells it from the other faults of a run."""
+        """Identifies it among the faults of a run."""
         return f"step-{self.at}-rank-{self.rank}-{self.do}"
 
 
 def spelled(entry: dict[str, Any]) -> dict[str, Any]:
-    """`entry` with `do: nan` as the word that it is: YAML reads a number, which is not even equal to itself."""
+    """`entry` with `do: nan` as text: YAML reads a number, which is not even equal to itself."""
     kind = entry.get("do")
     return entry | {"do": "nan"} if isinstance(kind, float) and kind != kind else entry
 
 
 def read_faults(entries: Sequence[dict[str, Any]]) -> list[Fault]:
-    """The entries of `faults`. Raises ValueError, of one line, for the first that is none."""
+    """The entries of `faults`. Raises ValueError, of one line, for the first invalid one."""
     found: list[Fault] = []
     for entry in entries:
         fault = _read(entry)
         if any(other.name == fault.name for other in found):
-            raise ValueError(f"{_text(entry)}: the same fault stands there twice, and each strikes once")
+            raise ValueError(f"{_text(entry)}: this fault is listed twice, and each is injected once")
         found.append(fault)
     return found
 
@@ -67,7 +67,7 @@ def _read(entry: dict[str, Any]) -> Fault:
         raise ValueError(f"{_text(entry)}: at=STEP is missing")
     for key, value in values.items():
         if key not in fields:
-            raise ValueError(f"{_text(entry)}: {key} is nothing that do: {kind} knows; it takes {', '.join(fields)}")
+            raise ValueError(f"{_text(entry)}: do: {kind} has no {key}; it has {', '.join(fields)}")
         of_type, least = fields[key]
         if type(value) not in (int, of_type) or not least <= value < float("inf"):
             number = "a whole number" if of_type is int else "a number"

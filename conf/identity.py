@@ -1,7 +1,7 @@
-"""Which run a directory holds: an id of its own, by which copies, moved directories and places of others are known.
+"""The id of the run in a directory, by which copies, moved directories and places of other runs are recognised.
 
-`RUN/run.json` keeps the id, and where the directory stood when it was written. A copy has the same id in another place
-while the original still stands: it becomes a run of its own when it is started.
+`RUN/run.json` keeps the id, and the path of the directory when it was written. A copy has the same id at another path
+while the original still exists: it becomes a new run when it is started.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stoker.conf.durable import write_durably
+from stoker.conf.records import read_json, record_of
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.values import ConfigError
 
@@ -24,30 +25,28 @@ class Identity:
     """`run.json`."""
 
     run: str  # 32 hexadecimal digits
-    directory: str  # where it stood, without links
+    directory: str  # its path then, without links
     inode: int  # of the directory
     saved: bool = False  # whether a checkpoint has been committed since its first step
 
 
 class Standing(enum.Enum):
-    """What a directory is to the one that its `run.json` was written in."""
+    """The relation of a directory to the one in which its `run.json` was written."""
 
-    SAME = "same"  # it, perhaps renamed or mounted elsewhere
-    COPY = "copy"  # the original stands where it was
-    UNKNOWN = "unknown"  # moved between file systems, or a copy whose original is out of sight
+    SAME = "same"  # the same one, perhaps renamed or mounted elsewhere
+    COPY = "copy"  # the original still exists at its path
+    UNKNOWN = "unknown"  # moved between file systems, or a copy whose original cannot be seen
 
 
 def read_identity(run: RunDirectory) -> Identity | None:
     """None where no start has written one. Raises ConfigError for one that cannot be read."""
     try:
-        values = json.loads(run.identity.read_text(encoding="utf-8"))
-        identity = Identity(**values)
+        identity = record_of(read_json(run.identity), Identity)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{run.identity} cannot be read: {error}; remove it, and the run gets a new id") from error
-    types = {"run": str, "directory": str, "inode": int, "saved": bool}
-    if any(type(getattr(identity, name)) is not kind for name, kind in types.items()) or not _is_id(identity.run):
+    if not _is_id(identity.run):
         raise ConfigError(f"{run.identity} holds no id of a run; remove it, and the run gets a new id")
     return identity
 
@@ -70,7 +69,7 @@ def standing(run: RunDirectory, identity: Identity) -> Standing:
 def identify(run: RunDirectory, recovered: str | None = None) -> Identity:
     """The identity of `run`, written down: a new one for a first start and for a copy.
 
-    `recovered`: the id under which places elsewhere hold checkpoints of this very directory, which was lost.
+    `recovered`: the id under which other places hold checkpoints of this directory, which was lost.
     """
     run.path.mkdir(parents=True, exist_ok=True)
     here, inode = os.path.realpath(run.path), os.stat(run.path).st_ino

@@ -1,4 +1,4 @@
-"""What each single value may be, whatever the others are."""
+"""Limits of single values, independent of all others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Limit:
     choices: tuple[str, ...] = ()
 
     def broken(self, config: Config) -> str | None:
-        """What to tell the user about this key, or None when its value is allowed."""
+        """The message about this key, or None when its value is allowed."""
         value = lookup(config, self.key)
         if value is None or self.holds(value):
             return None
@@ -44,7 +44,7 @@ def _above_zero(key: str, why: str) -> Limit:
 
 def _choice(key: str, *names: str, judged_elsewhere: tuple[str, ...] = ()) -> Limit:
     known = (*names, *judged_elsewhere)
-    return Limit(key, "one of " + ", ".join(names), "nothing else is known", known.__contains__, names)
+    return Limit(key, "one of " + ", ".join(names), "there are no other choices", known.__contains__, names)
 
 
 def _is_time(value: str) -> bool:
@@ -63,7 +63,7 @@ ZERO_BUBBLE = (
     "zbv",
     "dualpipe",
     "dualpipev",
-)  # schedules that `stoker.trainer.validate` answers
+)  # schedules with a message in `stoker.trainer.validate`
 
 
 LIMITS = (
@@ -99,7 +99,7 @@ LIMITS = (
     Limit(
         "model.head_dim",
         "an even number above 0",
-        "rotary embeddings turn pairs of channels",
+        "rotary embeddings rotate pairs of channels",
         lambda value: value > 0 and value % 2 == 0,
     ),
     _at_least("model.intermediate_size", 1, "it counts channels"),
@@ -108,7 +108,7 @@ LIMITS = (
     _above_zero("model.rope_parameters.rope_theta", "wavelengths are its powers"),
     _at_least("model.rope_parameters.factor", 1, "it extends the context"),
     _at_least("model.rope_parameters.original_max_position_embeddings", 1, "it counts tokens"),
-    _above_zero("model.initializer_range", "weights that all start at 0 cannot learn"),
+    _above_zero("model.initializer_range", "weights that all start at 0 cannot be trained"),
     _at_least("model.loss_chunk", 1, "it counts tokens"),
     _choice("data.packing", "concatenated", "best_fit", "padded"),
     _above_zero("data.temperature", "it divides"),
@@ -123,12 +123,12 @@ LIMITS = (
     _choice("data.validation_by", "documents", "position"),
     _choice("data.mode", "indexed", "streaming"),
     _at_least("data.streams", 1, "rows come from them"),
-    _at_least("data.shuffle_window", 1, "it counts units"),
+    _at_least("data.shuffle_window", 1, "it counts splits"),
     _at_least("data.split_bytes", 512, "smaller reads cost more than they bring"),
     _at_least("data.assign_every", 1, "it counts rows"),
     _choice("data.on_damage", "error", "skip"),
     _above_zero("data.max_decompressed_gib", "a line takes memory"),
-    Limit("data.zstd_window_log", "from 10 to 31", "zstd knows no other windows", lambda value: 10 <= value <= 31),
+    Limit("data.zstd_window_log", "from 10 to 31", "zstd has no other windows", lambda value: 10 <= value <= 31),
     _at_least("data.skip_limit", 0, "it counts skips"),
     _at_least("data.retries", 0, "it counts attempts"),
     _above_zero("data.stall_seconds", "no answer comes at once"),
@@ -157,13 +157,13 @@ LIMITS = (
     _at_least("schedule.total_steps", 1, "it counts steps"),
     Limit("schedule.decay_fraction", "above 0 and at most 1", "it is a share", lambda value: 0 < value <= 1),
     Limit("schedule.final", "from 0 to 1", "it is a share of the peak", lambda value: 0 <= value <= 1),
-    _above_zero("grad_clip_norm", "gradients clipped to 0 teach nothing (null switches clipping off)"),
+    _above_zero("grad_clip_norm", "gradients clipped to 0 change nothing (null switches clipping off)"),
     _choice("precision", "fp32", "bf16", "fp16"),
     _choice("activation_checkpointing", "none", "selective", "full"),
     _choice("nonfinite.action", "skip", "rollback", "stop"),
     _at_least("nonfinite.limit", 1, "it counts steps"),
     _above_zero("nonfinite.spike", "half of all steps are above their median"),
-    _at_least("nonfinite.window", 20, "fewer steps do not tell what is usual"),
+    _at_least("nonfinite.window", 20, "fewer steps give no reliable median"),
     _at_least("checkpoint.every", 0, "it counts steps"),
     _at_least("checkpoint.keep", 1, "a run without a checkpoint cannot resume"),
     _at_least("checkpoint.keep_every", 0, "it counts steps"),

@@ -1,7 +1,7 @@
 """What earlier versions stored, read under today's names.
 
-A run directory and a checkpoint keep the config and the data state they were made with. What has been renamed or
-removed since stands here, and nowhere else.
+A run directory and a checkpoint keep the config and the data state they were made with. Only this module lists the
+keys that were renamed or removed since.
 """
 
 from __future__ import annotations

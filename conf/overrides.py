@@ -49,7 +49,7 @@ def parse(override: str) -> Override:
         raise ConfigError(f"{problem}; {known}" if known else problem)
     if "${" in text:
         raise ConfigError(
-            f"{override}: an interpolation would be resolved anew by every rank and every restart; write the value out"
+            f"{override}: an interpolation would be resolved again by every rank and every restart; write the value"
         )
     if key in GROUPS:
         _check_choice(key, text)
@@ -65,13 +65,13 @@ def parse(override: str) -> Override:
 
 
 def quote(override: str) -> str:
-    """`override` with its value quoted where Hydra would reject it or take it for something else than it looks."""
+    """`override` with its value quoted where Hydra would reject or misread it."""
     key, separator, text = override.partition("=")
     return f"{key}={_quoted_value(text, _TYPES.get(key.lstrip('+'), Any))}" if separator else override
 
 
 def choices(group: str) -> list[str]:
-    """What `group=...` may be: the names of the group's files."""
+    """The choices of `group=...`: the names of the group's files."""
     return sorted(file.stem for file in (GROUPS_FOLDER / group).glob("*.yaml"))
 
 
@@ -127,7 +127,7 @@ def _check_key(key: str, text: str, below: str | None, added: bool) -> None:
 
 
 def _similar(key: str) -> list[str]:
-    """Known keys of the same last part, at most three, or else the one key or group that reads most alike."""
+    """Known keys of the same last part, at most three, or else the most similar key or group."""
     last = key.rpartition(".")[2]
     same = [known for known in _TYPES if known.rpartition(".")[2] == last]
     if same:
@@ -143,7 +143,7 @@ def _similar(key: str) -> list[str]:
 
 
 def _shared_words(typed: str, known: str) -> float:
-    """How much of two keys is the same words, in any order: `micro_batch` and `batch.micro_size`."""
+    """The share of equal words in two keys, in any order: `micro_batch` and `batch.micro_size`."""
     ours, theirs = (set(re.split(r"[._]", key)) for key in (typed, known))
     return 2 * len(ours & theirs) / (len(ours) + len(theirs))
 
@@ -187,7 +187,7 @@ def _reads_as_it_looks(text: str, hint: Any) -> bool:
 
 
 def _items(text: str) -> list[str]:
-    """`text` split at the commas that stand outside brackets and quotes."""
+    """`text` split at the commas outside brackets and quotes."""
     items, depth, quote_mark, start = [], 0, "", 0
     for at, letter in enumerate(text):
         if quote_mark:

@@ -31,8 +31,8 @@ def merge(stored: Config, overrides: Sequence[str]) -> tuple[Config, list[Change
     """`stored` with `overrides` applied, and the keys that now differ, in the order of the schema.
 
     `optim=sgd` replaces the whole node by the one a new run would get; `optim.lr=3e-4` sets the one key. A pinned
-    `schedule.total_steps` stays unless it is set by number. Raises ConfigError for a wrong override; whether the
-    changes are allowed is for `check_changes` to say.
+    `schedule.total_steps` stays unless it is set by number. Raises ConfigError for a wrong override; `check_changes`
+    decides whether the changes are allowed.
     """
     new_run = to_dict(compose(overrides))
     values = to_dict(lasting(stored))
@@ -60,7 +60,7 @@ def check_changes(changes: Sequence[Change], allow: bool) -> None:
     maths = [change for change in changes if change.kind == "maths"]
     lines = []
     if fixed:
-        lines += ["these keys are what the run is, and cannot change; start another run:", *_indented(fixed)]
+        lines += ["these keys are fixed for the life of a run; start another run:", *_indented(fixed)]
     if maths and not allow:
         lines += ["these keys change what the run computes; run.change=true allows it:", *_indented(maths)]
     if lines:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ from stoker.conf.values import ConfigError
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where things stand in the directory of a run. Only names: nothing is created or read."""
+    """Paths in the directory of a run. Only names: nothing is created or read."""
 
     path: Path
 
@@ -41,26 +42,26 @@ class RunDirectory:
 
     @property
     def stop(self) -> Path:
-        """A file whose existence asks the run to stop."""
+        """A file whose existence requests the run to stop."""
         return self.path / "STOP"
 
     @property
     def save(self) -> Path:
-        """A file whose existence asks the run for a checkpoint. It is removed when the checkpoint is begun."""
+        """A file whose existence requests a checkpoint. It is removed when the save begins."""
         return self.path / "SAVE"
 
     @property
     def requeue(self) -> Path:
-        """A file whose existence asks the run to save and make way for its own next start."""
+        """A file whose existence requests the run to save, end and requeue."""
         return self.path / "REQUEUE"
 
     @property
     def identity(self) -> Path:
-        """Which run this is, as JSON (`stoker.conf.identity`)."""
+        """The identity of the run, as JSON (`stoker.conf.identity`)."""
         return self.path / "run.json"
 
     def earlier(self, number: int) -> Path:
-        """The curve and the config of a run that `run.fresh=true` has begun anew, counted from 1."""
+        """Metrics and config of the run before `run.fresh=true` started over, counted from 1."""
         return self.path / "earlier" / str(number)
 
     @property
@@ -74,11 +75,11 @@ class RunDirectory:
 
     @property
     def base_model(self) -> Path:
-        """A folder with what the model of `model.init_from` came with beside its weights, for the way out."""
+        """A folder with the files of `model.init_from` other than its weights, for a later export."""
         return self.path / "base_model"
 
     def struck(self, fault: str) -> Path:
-        """A file that says that the fault of this name (`faults`) has struck, and does so no more."""
+        """A file that marks the fault of this name (`faults`) as injected, so that it is not repeated."""
         return self.path / "faults" / fault
 
     @property
@@ -87,7 +88,7 @@ class RunDirectory:
 
     @property
     def slurm(self) -> Path:
-        """What has to do with Slurm: the script, what jobs said, and what was decided when they ended."""
+        """Files of Slurm jobs: the script, their output, and the decisions at their end."""
         return self.path / "slurm"
 
     @property
@@ -104,11 +105,11 @@ class RunDirectory:
         return self.attempt(number) / f"rank-{rank}.log"
 
     def beginning(self, number: int) -> Path:
-        """What an attempt was begun with, as JSON."""
+        """The start conditions of an attempt, as JSON."""
         return self.attempt(number) / "start.json"
 
     def seconds(self, number: int) -> Path:
-        """What the seconds of an attempt were good for, as JSON."""
+        """How the seconds of an attempt were spent, as JSON."""
         return self.attempt(number) / "seconds.json"
 
     def stacks(self, number: int, rank: int) -> Path:
@@ -144,8 +145,8 @@ class RunDirectory:
 def resolve(config: Config, now: datetime) -> Config:
     """`config` with `run.name` and absolute paths. Done once, before ranks start: a clock differs by rank.
 
-    A run that is given a directory and no name is called like the directory. Raises ConfigError for a name that is no
-    name of a directory.
+    A run with a directory and no name gets the directory's name. Raises ConfigError for a name that cannot be a
+    directory's.
     """
     name = config.run.name
     if name is None:
@@ -178,14 +179,14 @@ def _name_of(directory: str) -> str:
 
 
 def _absolute(path: str | None) -> str | None:
-    """A run goes on from any working directory. What has a scheme (`s3://...`, `pipe:...`) is no path here."""
+    """A run resumes from any working directory. Values with a scheme (`s3://...`, `pipe:...`) are no paths."""
     if path is None or "://" in path or path.startswith("pipe:"):
         return path
     return str(Path(path).expanduser().absolute())
 
 
 def _absolute_each(paths: Any) -> Any:
-    """One path, or a list of them; what is neither is for others to refuse."""
+    """One path, or a list of them; other values are refused elsewhere."""
     if isinstance(paths, list):
         return [_absolute_each(path) for path in paths]
     return _absolute(paths) if isinstance(paths, str) else paths
@@ -218,6 +219,14 @@ def first_tier(config: Config) -> Path | None:
     return Path(config.checkpoint.dir) if config.checkpoint.dir is not None else None
 
 
+def make_run_directory(run: RunDirectory, public: bool) -> None:
+    """Make it where it is not there: `public` as the umask says, else for this user alone. One that exists is left."""
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        run.path.mkdir(mode=0o777 if public else 0o700)
+    run.attempts.mkdir(exist_ok=True)
+
+
 def next_attempt(run: RunDirectory) -> int:
     """Creates the directory of a new attempt and returns its number. Two callers never get the same one."""
     run.attempts.mkdir(parents=True, exist_ok=True)
@@ -231,7 +240,7 @@ def next_attempt(run: RunDirectory) -> int:
 
 
 def refuse_links(run: RunDirectory) -> None:
-    """Raises ConfigError for a link where the run writes: it could lead into somebody else's files.
+    """Raises ConfigError for a link where the run writes: it could lead into files of other users.
 
     `checkpoints` may be one: it is checked with the place that it leads to (`stoker.checkpoint.tier`).
     """
@@ -241,7 +250,7 @@ def refuse_links(run: RunDirectory) -> None:
             if entry.is_symlink() and entry.path != str(run.checkpoints):
                 raise ConfigError(
                     f"{entry.path} is a link to {os.readlink(entry.path)}, and links inside a run directory are not "
-                    "followed when it is written: remove it, or put what it leads to in its place"
+                    "followed when it is written: remove it, or move its target here"
                 )
 
 
@@ -264,12 +273,18 @@ def write_config(run: RunDirectory, config: Config) -> None:
 
 
 def read_config(run: RunDirectory) -> Config:
-    """The stored config. Raises ConfigError, of one line, when there is none or somebody broke it."""
+    """The stored config. Raises ConfigError, of one line, when it is missing or invalid."""
     try:
-        values = yaml.load(run.config.read_text(encoding="utf-8"), Loader=_Loader)
+        with open(run.config, "rb") as file:
+            data = file.read(_MOST_CONFIG_BYTES + 1)
+        if len(data) > _MOST_CONFIG_BYTES:
+            raise ConfigError(f"{run.config} holds more than {_MOST_CONFIG_BYTES:,} bytes: it is no config of a run")
+        values = yaml.load(data.decode(), Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError(f"{run.path} is not a run directory: it has no {run.config.name}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:  # a date such as 2026-99-99 is a ValueError
         raise ConfigError(f"{run.config} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{run.config} holds no config")
@@ -279,8 +294,32 @@ def read_config(run: RunDirectory) -> Config:
         raise ConfigError(f"{run.config}: {error}") from None
 
 
+_MOST_CONFIG_BYTES = 16 << 20
+_MOST_DEPTH = 50
+
+
 class _Loader(yaml.SafeLoader):
-    """Reads `1e-3` as the number it is in YAML 1.2; PyYAML alone takes it for text."""
+    """Reads `1e-3` as a number, as in YAML 1.2; PyYAML alone reads text.
+
+    Aliases are refused, by which ten lines become a billion values, and so is what is nested too deeply.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "an alias (*name), and a config has none", self._mark())
+        if self._depth > _MOST_DEPTH:
+            problem = f"it is nested more than {_MOST_DEPTH} deep"
+            raise yaml.composer.ComposerError(None, None, problem, self._mark())
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def _mark(self) -> Any:
+        return self.peek_event().start_mark
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,4 +1,4 @@
-"""The typed config: every key a run understands, its unit, and how free it is.
+"""The typed config: every key of a run, its unit, and its kind.
 
 Each field is of one of three kinds, which decide what may change when a run is resumed:
 
@@ -54,9 +54,10 @@ class RunConfig:
     dir: str | None = free()  # run directory; default runs/<run.name>
     name: str | None = free()  # default <model>-<start time>
     seed: int = fixed(0)  # seeds initial weights and the order of the data
-    fresh: bool = free(False)  # begin at step 1: without checkpoints; an earlier curve and config are set aside
+    fresh: bool = free(False)  # start over at step 1 without checkpoints; earlier metrics and config are moved aside
     change: bool = free(False)  # allow `maths` keys to change on resume
     trust: bool = free(False)  # run code that the stored config names, though another user started the run
+    public: bool = free(False)  # make the run directory as the umask says; default: for this user alone (mode 0700)
     adopt: bool = free(False)  # take over places for checkpoints that are marked as another run's
 
 
@@ -76,15 +77,15 @@ class ParallelConfig:
     schedule: str = free("1f1b")  # pipeline schedule: 1f1b | gpipe | interleaved
     stages_per_rank: int = free(1)  # pipeline stages per rank, > 1 with schedule=interleaved
     engine: str = free("fsdp")  # fsdp | deepspeed
-    offload: str = free("none")  # none | cpu | nvme: where fp32 parameters and optimizer state live
-    nvme_path: str | None = free()  # offload=nvme: a directory on a disk of each machine that is fast and its own
+    offload: str = free("none")  # none | cpu | nvme: where fp32 parameters and optimizer state are kept
+    nvme_path: str | None = free()  # offload=nvme: a directory on a fast local disk of each machine
     deepspeed: dict[str, Any] = free({})  # engine=deepspeed: further settings, in DeepSpeed's own JSON
     timeout_seconds: float = free(600.0)  # of every process group's collectives
 
 
 @dataclass
 class RopeParameters:
-    """Rotary position embedding, with the keys of transformers' `rope_parameters`; a key that is null is not there."""
+    """Rotary position embedding, with the keys of transformers' `rope_parameters`; a null key is absent."""
 
     rope_type: str = fixed("default")  # default | llama3 (frequencies scaled as in the Llama 3.1 model card)
     rope_theta: float = fixed(10000.0)  # base of the rotary wavelengths, in tokens
@@ -97,7 +98,7 @@ class RopeParameters:
 @dataclass
 class ModelConfig:
     target: str = fixed("stoker.models.decoder:build")  # import path pkg.mod:function of the builder
-    name: str = free("model")  # for people: run names and tables
+    name: str = free("model")  # for run names and tables
     family: str | None = free()  # of exports: llama | mistral | qwen2 | qwen3; default: by shape
     init_from: str | None = fixed()  # directory to take shape and weights from: Hugging Face's or a run's
     init_only: list[str] = fixed([])  # with init_from: take these parameters (`layers.*`) only; default: all
@@ -115,14 +116,14 @@ class ModelConfig:
     tie_word_embeddings: bool = fixed(False)  # one matrix for the embedding and the head
     initializer_range: float = fixed(0.02)  # standard deviation of initial weights
     loss_chunk: int = free(1024)  # tokens whose logits exist at one time
-    args: dict[str, Any] = fixed({})  # for a user's own model.target
+    args: dict[str, Any] = fixed({})  # for a user's model.target
 
 
 @dataclass
 class DataConfig:
     target: str = fixed("stoker.data.stdlib:open_source")  # import path pkg.mod:function of the source
     splits: str | None = fixed()  # import path pkg.mod:function of the source as splits, for mode=streaming
-    name: str = free("data")  # for people
+    name: str = free("data")  # for tables
     path: str | None = free()  # file or directory for sources that read one
     urls: Any = free()  # shards: an address, a brace pattern such as s-{000..099}.tar, or a list of them
     mode: str = fixed("indexed")  # indexed: tokens counted first | streaming: read, tokenised and packed on the fly
@@ -142,9 +143,10 @@ class DataConfig:
     weights: dict[str, Any] = maths({})  # share of the tokens by source; default: those in data.sources
     temperature: float = maths(1.0)  # weights to the power 1/temperature: above 1 small sources get more
     phases: list[dict[str, Any]] = maths([])  # weights from a step on: [{from_step: 1000, weights: {a: 1, b: 3}}]
-    tokenizer: str | None = fixed("byte")  # byte | bpe (trained on this data at first use) | path; null: the data's own
+    # byte | bpe (trained on this data at first use) | path; null: that of the data
+    tokenizer: str | None = fixed("byte")
     bpe_vocab: int = fixed(8192)  # vocabulary of tokenizer=bpe
-    end_of_document: str | None = fixed()  # token that closes a document; default: what the tokenizer calls its end
+    end_of_document: str | None = fixed()  # token that closes a document; default: the tokenizer's end token
     tiktoken_pattern: str | None = fixed()  # regex that cuts texts for a .tiktoken file; default: by its token count
     epochs: int | None = maths()  # passes over the data, which make `steps` if nothing else does; default: no end
     validation: float = fixed(0.02)  # share of the documents kept for validation
@@ -155,21 +157,21 @@ class DataConfig:
     workers: int = free(1)  # reader processes per rank; 0 reads in the rank itself
     prefetch: int = free(4)  # global batches read ahead per worker
     cache: str | None = free()  # tokenised data; default $XDG_CACHE_HOME/stoker
-    args: dict[str, Any] = fixed({})  # for a user's own data.target
+    args: dict[str, Any] = fixed({})  # for a user's data.target
 
 
 @dataclass
 class OptimConfig:
     name: str = maths("adamw")  # adamw | sgd
-    target: str | None = maths()  # import path pkg.mod:function of a user's own torch optimizer
-    needs: str | None = free()  # optim.target: elementwise | norms | matrix, what it must see; default: as it declares
+    target: str | None = maths()  # import path pkg.mod:function of a user's torch optimizer
+    needs: str | None = free()  # optim.target: elementwise | norms | matrix, what it needs; default: its declaration
     lr: float = maths(1e-3)  # peak learning rate
     weight_decay: float = maths(0.1)  # decoupled: share of lr x weight taken off per step
     betas: list[float] = maths([0.9, 0.95])  # adamw: decay per step of the two moments
     eps: float = maths(1e-8)  # adamw: added to the root of the second moment
     momentum: float = maths(0.0)  # sgd: decay per step of the velocity
     decay_all: bool = maths(False)  # decay norms, biases and embeddings too
-    args: dict[str, Any] = maths({})  # for a user's own optim.target
+    args: dict[str, Any] = maths({})  # for a user's optim.target
 
 
 @dataclass
@@ -189,8 +191,8 @@ class CheckpointConfig:
     keep_best: int = free(0)  # checkpoints of the lowest validation loss kept as well
     mode: str = free("async")  # async | sync
     staging_limit: int | None = free()  # bytes of host memory per rank for a snapshot; default: all of it
-    dir: str | None = free()  # a faster place for this run alone, that all ranks share; default: the run directory
-    remote: str | None = free()  # fsspec URL of a second tier for this run alone: s3://bucket/run, file:///mnt/run
+    dir: str | None = free()  # a faster place for this run only, shared by all ranks; default: the run directory
+    remote: str | None = free()  # fsspec URL of a second tier for this run only: s3://bucket/run, file:///mnt/run
     on_error: str = free("warn")  # of a save or metrics line not written: warn: reported, and the run goes on | fail
 
 
@@ -204,8 +206,9 @@ class EvalConfig:
 @dataclass
 class NonfiniteConfig:
     action: str = maths("skip")  # of a bad step: skip (leave its update out) | rollback (and train without it) | stop
-    limit: int = free(10)  # the run ends after so many bad (skip) or unlabelled steps in a row, or one more rollback
-    spike: float | None = maths()  # bad too: above median + so many deviations (1.4826 MAD); default: only nan and inf
+    limit: int = free(10)  # the run ends after this many bad (skip) or unlabelled steps in a row, or one more rollback
+    # bad too: above median + this many deviations (1.4826 MAD); default: only nan and inf
+    spike: float | None = maths()
     window: int = maths(100)  # sound steps over which these are taken
 
 
@@ -221,7 +224,7 @@ class TrackerConfig:
 class LaunchConfig:
     name: str = free("local")  # local: processes on this machine | slurm: a job, by `stoker submit`
     nproc: int | None = free()  # ranks on each machine; default: its GPUs, else 2
-    max_restarts: int = free(3)  # restarts in a row that may fail before they have come to a new checkpoint
+    max_restarts: int = free(3)  # restarts in a row that may fail before a new checkpoint is reached
     hang_seconds: float | None = free()  # without progress is a hang; default: 30 median steps, 120 at least
     threads: int | None = free()  # CPU threads per rank; default: cores / ranks
     device: str | None = free()  # cpu | cuda; default: cuda where there is one
@@ -249,7 +252,7 @@ class LogConfig:
 @dataclass
 class ProfileConfig:
     steps: list[int] | None = free()  # first and last step traced into RUN/profiles, such as [10,13]; default: none
-    phases_every: int = free(0)  # steps between those whose phases stand in metrics.jsonl; 0: never
+    phases_every: int = free(0)  # steps between those whose phases are in metrics.jsonl; 0: never
 
 
 @dataclass
@@ -267,7 +270,7 @@ class Config:
     schedule: ScheduleConfig = maths(ScheduleConfig)
     grad_clip_norm: float | None = maths(1.0)  # largest gradient norm; null: no clipping
     precision: str = maths("bf16")  # fp32 | bf16 | fp16
-    fp32_modules: list[str] = maths([])  # compute in fp32 all the same; patterns of names: [layers.0, layers.*.mlp]
+    fp32_modules: list[str] = maths([])  # modules that compute in fp32; patterns of names: [layers.0, layers.*.mlp]
     activation_checkpointing: str = free("none")  # none | selective | full
     compile: bool = free(False)  # torch.compile per block
     deterministic: bool = free(False)  # bitwise equal repeats on GPUs too
@@ -278,11 +281,11 @@ class Config:
     launch: LaunchConfig = free(LaunchConfig)
     log: LogConfig = free(LogConfig)
     profile: ProfileConfig = free(ProfileConfig)
-    faults: list[dict[str, Any]] = free([])  # to be rehearsed, each once per run: [{at: 7, rank: 1, do: kill}]
+    faults: list[dict[str, Any]] = free([])  # failures to inject, each once per run: [{at: 7, rank: 1, do: kill}]
 
 
 GROUPS = ("model", "data", "optim", "schedule", "tracker", "launch")
-# They are for one start, and a run does not keep them.
+# Keys for one start, which a run does not keep.
 PER_START = ("run.fresh", "run.change", "run.trust", "run.adopt", "launch.deadline")
 
 
@@ -314,7 +317,7 @@ def from_dict(values: dict[str, Any], kind: type = Config, prefix: str = "") -> 
 
 
 def lasting(config: Config) -> Config:
-    """`config` without what speaks of one start only: the form in which a run keeps it."""
+    """`config` without the keys for one start: the form in which a run keeps it."""
     run = dataclasses.replace(config.run, fresh=False, change=False, trust=False, adopt=False)
     return dataclasses.replace(config, run=run, launch=dataclasses.replace(config.launch, deadline=None))
 

@@ -1,4 +1,4 @@
-"""Import paths in a config: a user's own model, data source or optimizer, named as `pkg.mod:name`."""
+"""Import paths in a config: a user's model, data source or optimizer, named as `pkg.mod:name`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 def import_target(target: str) -> Any:
     """The object that `target` names. Modules of the working directory are found, as `python -m` would find them.
 
-    What is not Stoker's own is logged with the file that it comes from. Raises ValueError saying what is wrong with
-    the path, also for a module that lies inside a run directory: whoever gave it away could have put it there.
+    Imports other than Stoker's are logged with their file. Raises ValueError for an invalid path, also for a module
+    inside a run directory, which may come from another user.
     """
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
@@ -37,7 +37,7 @@ def import_target(target: str) -> Any:
     return found
 
 
-@functools.cache  # a data source may be asked for at every document
+@functools.cache  # a data source may be resolved at every document
 def _log_import(target: str, file: str | None) -> None:
     log.info("imported %s from %s", target, file)
 
@@ -51,13 +51,13 @@ def _find_modules_of_the_working_directory() -> None:
 
 @functools.cache
 def _refuse_module_of_a_run(target: str, module_name: str) -> None:
-    """Looks at every package on the way before it is imported. Raises ValueError."""
+    """Checks every package on the path before it is imported. Raises ValueError."""
     names = module_name.split(".")
     for end in range(1, len(names) + 1):
         name = ".".join(names[:end])
         try:
             spec = importlib.util.find_spec(name)
-        except (ImportError, ValueError):  # the import itself says what is wrong
+        except (ImportError, ValueError):  # the import itself reports the error
             return
         if spec is None:
             return
@@ -67,7 +67,7 @@ def _refuse_module_of_a_run(target: str, module_name: str) -> None:
             if run is not None:
                 raise ValueError(
                     f"{target!r} would be imported from {place}, inside the run directory {run}: modules are never "
-                    "taken from there; put it into a folder of your own and start from that folder"
+                    "taken from there; copy it to another folder and start from there"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Where this user's files are kept, whatever a config says."""
+"""The folder of this user's files, independent of any config."""
 
 from __future__ import annotations
 

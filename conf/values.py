@@ -21,7 +21,7 @@ _WORDS = {
 
 
 class ConfigError(ValueError):
-    """A config that cannot run. The message is for the user, one line for each thing that is wrong."""
+    """A config that cannot run. The message is for the user, one line for each error."""
 
 
 def options(hint: Any) -> tuple[Any, ...]:
@@ -30,7 +30,7 @@ def options(hint: Any) -> tuple[Any, ...]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether the plain value `value` may stand where `hint` is declared. No conversions but int to float."""
+    """Whether the plain value `value` fits the declared type `hint`. No conversions but int to float."""
     return any(_fits_one(value, option) for option in options(hint))
 
 

@@ -8,17 +8,18 @@
 
 The order of the rows is a pure function of (texts, tokenizer, packing, seq_len, seed): `IndexPlan` answers "what is row
 n?" in closed form, for any n, with no list of rows in memory, and `MixedPlan` which source it comes from. So the whole
-state of the data is one row number. Ranks, reader processes, prefetching and restarts only decide who reads a row and
-when, never which row it is: data-parallel rank r of dp takes the rows first + r, first + r + dp, ... of a global batch.
-The end of the data is arithmetic on the row number too, so all ranks agree on it without a word.
+state of the data is one row number. Ranks, reader processes, prefetching and restarts only decide which process reads a
+row and when, never which row it is: data-parallel rank r of dp takes the rows first + r, first + r + dp, ... of a
+global batch. The end of the data is arithmetic on the row number too, so all ranks compute the same end without
+communication.
 
 A row is `seq_len` tokens and the label of each, its next token. It is made of stretches of documents, each document
-closed by an end-of-document token; a document that goes on in another row shares one token with it, which is the last
-label of the one and the first token of the other. Every row of an epoch is read once before the next epoch, in another
-order, begins.
+closed by an end-of-document token; a document that continues in another row shares one token with it, which is the last
+label of the first row and the first token of the second. Every row of an epoch is read once before the next epoch, in
+another order, begins.
 
-The state carries a fingerprint of everything that the rows depend on. A state with another fingerprint is refused, and
-told what differs: a run never goes on, without a word, on other rows than it began with.
+The state carries a fingerprint of everything that the rows depend on. A state with another fingerprint is refused, with
+the difference: a run never continues on other rows without notice.
 
 What a launcher does once per machine (`prepare`) makes the ranks' `open_rows` cheap: it reads file stamps, no texts.
 """

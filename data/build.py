@@ -1,7 +1,7 @@
-"""Tokenising a source into files: part by part on all cores, and on after a kill where it stood.
+"""Tokenising a source into files: part by part on all cores, resumed after a kill.
 
-Each part leaves its files and, last, a note of what they hold. A builder that finds a note, whose files are as long
-as it says, does not make that part again. When all parts are there they are put together.
+Each part writes its files and, last, a note of their contents. A builder that finds a note and files of the noted
+lengths does not make that part again. When all parts exist they are joined.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Recipe:
 
 
 def write_splits(folder: Path, manifest: Manifest, recipe: Recipe) -> dict[str, Any]:
-    """Make `<split>.<kind>` in `folder` for both splits; what they hold, as `data.cache` keeps it in meta.json.
+    """Make `<split>.<kind>` in `folder` for both splits; returns their description for meta.json.
 
     Raises ValueError for a text that changed since the manifest was read.
     """
@@ -65,7 +65,7 @@ def write_splits(folder: Path, manifest: Manifest, recipe: Recipe) -> dict[str, 
 
 
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> int:
-    """Write `pieces` to `path` and on to the disk; the CRC-32 of the file."""
+    """Write `pieces` to `path` and sync it to the disk; returns the CRC-32 of the file."""
     crc = 0
     with open(path, "wb") as file:
         for piece in pieces:
@@ -77,7 +77,7 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> int:
 
 
 def _make_part(folder: Path, number: int, manifest: Manifest, recipe: Recipe) -> None:
-    with suppress(OSError, ValueError, KeyError):  # whatever is wrong with a note, making the part again is the cure
+    with suppress(OSError, ValueError, KeyError):  # with any fault in a note, the part is made again
         _read_note(folder, number, recipe)
         return
     note = {split: {"tokens": 0, "documents": 0} for split in SPLITS}
@@ -101,7 +101,7 @@ def _make_part(folder: Path, number: int, manifest: Manifest, recipe: Recipe) ->
 
 
 def _read_note(folder: Path, number: int, recipe: Recipe) -> dict[str, dict[str, int]]:
-    """What a part holds. Raises OSError, ValueError or KeyError when it is not there whole."""
+    """The note of a part. Raises OSError, ValueError or KeyError when the part is not complete."""
     note = json.loads((folder / f"{number}.note").read_text())
     for split in SPLITS:
         for kind, dtype in recipe.arrays.items():
@@ -118,7 +118,7 @@ def _part(folder: Path, number: int, split: str, kind: str) -> Path:
 def _encoded(
     texts: Iterable[tuple[str, str, bytes]], recipe: Recipe
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
-    """Split, ids and what is worth learning of each text, closed by the end of a document."""
+    """Split, ids and loss mask of each text, closed by the end of a document."""
     end = np.array([recipe.tokenizer.end_of_document], np.uint32)
     for batch in _batches(texts):
         if recipe.encoder is None:

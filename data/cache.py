@@ -2,15 +2,15 @@
 
     <data.cache>/<key>/train.tokens        ids of all documents end to end, each closed by end_of_document
                        train.starts        int64 number of each document's first token
-                       train.learned       uint8 for each token, 1 where it is worth learning; of conversations only
+                       train.learned       uint8 for each token, 1 where it is trained on; only for conversations
                        validation.*        the same for the documents kept for validation
-                       tokenizer/          what it takes to load the tokenizer again
-                       meta.json           counts and CRC-32s, by which a damaged directory is known
+                       tokenizer/          the files to load the tokenizer again
+                       meta.json           counts and CRC-32s, by which damage is detected
                        <packing>-...       row tables made of them since (tables.py)
 
-The key is a fingerprint of the texts, the tokenizer and the split, so a directory never changes once it is there. It is
-made under a lock in a directory beside it, synced, and renamed into place; what a killed builder made is used by the
-next. Opening takes no lock: a cache that is ready can be read-only. Such a folder can be moved anywhere: `data=tokens`
+The key is a fingerprint of the texts, the tokenizer and the split, so a finished directory never changes. It is
+made under a lock in a directory beside it, synced, and renamed into place; the next builder uses the work of a killed
+one. Opening takes no lock: a cache that is ready can be read-only. Such a folder can be moved anywhere: `data=tokens`
 reads it.
 """
 
@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from stoker.conf.durable import sync_directory
+from stoker.conf.records import parse_json
 from stoker.conf.schema import DataConfig
 from stoker.conf.user import cache_folder
 from stoker.data.build import SPLITS, Recipe, write_file, write_splits
@@ -66,7 +67,7 @@ class TokenCache:
 
     @property
     def encoder(self) -> str | None:
-        """Fingerprint of what made tokens of the texts, where it was not the tokenizer alone."""
+        """Fingerprint of the encoder, where texts are not encoded by the tokenizer only."""
         return self.meta["recipe"].get("encoder")
 
     @property
@@ -129,9 +130,9 @@ def cache_root(config: DataConfig) -> Path:
 
 
 def open_folder(folder: Path) -> TokenCache:
-    """A cache directory wherever it lies now. Raises ValueError when it is none or is damaged."""
+    """A cache directory at its present place. Raises ValueError when it is none or is damaged."""
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = parse_json((folder / META).read_text())
         if meta["recipe"]["format"] not in _READ:
             raise ValueError(f"it has format {meta['recipe']['format']}, and this version reads {FORMAT}")
         for split in SPLITS:
@@ -148,7 +149,7 @@ def open_folder(folder: Path) -> TokenCache:
 
 
 def verify(cache: TokenCache, seen: Callable[[int], None] = lambda size: None) -> list[str]:
-    """Read every byte and compare with the sums of the meta; what is wrong, a line each. `seen` is told of bytes."""
+    """Read every byte and compare with the sums of the meta; returns problems, a line each. `seen` gets byte counts."""
     problems = []
     for split in SPLITS:
         for kind, name, _, _ in _arrays(cache.meta, split):
@@ -164,9 +165,9 @@ def verify(cache: TokenCache, seen: Callable[[int], None] = lambda size: None) -
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Keep `tokenizer` in `folder`, which is not there yet: whole or not at all.
+    """Keep `tokenizer` in `folder`, which does not exist yet: whole or not at all.
 
-    Raises ValueError when it would not be the same one when it is loaded again.
+    Raises ValueError when loading it again would give another tokenizer.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     _keep(tokenizer, temporary)
@@ -175,7 +176,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Only one process at a time is here; the kernel frees the lock of one that dies."""
+    """Admits one process at a time; the kernel frees the lock when a process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -194,7 +195,7 @@ def _key(config: DataConfig, source: Source, tokenizer: Tokenizer | None, conten
 
 
 def _open(root: Path, key: TokensKey) -> TokenCache | None:
-    """The cache of `key`, or None when it is not there or, with a warning, damaged."""
+    """The cache of `key`, or None when it does not exist or, with a warning, is damaged."""
     folder = root / key.key
     if not folder.is_dir():
         return None
@@ -202,7 +203,7 @@ def _open(root: Path, key: TokensKey) -> TokenCache | None:
         ready = open_folder(folder)
         if ready.meta["recipe"] != key.values():
             raise ValueError(f"{folder}: its {META} names other ingredients")
-    except ValueError as error:  # whatever is wrong with a cache, making it again is the cure
+    except ValueError as error:  # with any fault in a cache, it is made again
         log.warning("the token cache is damaged and made again: %s", error)
         return None
     return ready
@@ -235,7 +236,7 @@ def _build(
     folder = root / key.key
     log.info("tokenising %d documents into %s", manifest.documents, folder)
     unfinished = folder.with_suffix(".unfinished")
-    unfinished.mkdir(exist_ok=True)  # a builder that was killed has left its parts
+    unfinished.mkdir(exist_ok=True)  # with the parts of a killed builder
     try:
         tokenizer = tokenizer or _trained(unfinished / "tokenizer", config, manifest)
         _keep(tokenizer, unfinished / "tokenizer")
@@ -249,7 +250,7 @@ def _build(
     except Killed:
         raise
     except ValueError:
-        shutil.rmtree(unfinished)  # the texts are not what they were: nothing of it can be used
+        shutil.rmtree(unfinished)  # the texts have changed: no part can be used
         raise
 
 

@@ -1,4 +1,4 @@
-"""Conversations: JSON lines of messages, written out by a chat template; only the assistant's tokens are learned."""
+"""Conversations: JSON lines of messages, rendered by a chat template; only the assistant's tokens are trained on."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
+from stoker.conf.records import parse_json
 from stoker.conf.schema import DataConfig
 from stoker.data.chat_limits import LimitReached, Limits
 from stoker.data.chat_refusals import Conversation, Message, refuse_template
@@ -42,7 +43,7 @@ CHATML = (
 
 _TARGET = "stoker.data.chat:open_source"
 
-# What a line gives to the template beside its messages, by key and type.
+# Further inputs of the template in a line, by key and type.
 _BESIDE = {"tools": list, "documents": list, "chat_template_kwargs": dict}
 
 
@@ -62,10 +63,10 @@ def open_source(config: DataConfig) -> Source:
 
 
 def settings_of(config: DataConfig, tokenizer: Tokenizer | None) -> TemplateSettings:
-    """What `data.args` say of the template; `tokenizer` is the one of `config`, or None before it is trained.
+    """The template settings in `data.args`; `tokenizer` is the one of `config`, or None before it is trained.
 
-    `template`: its text, the path of a file with it, or the name of one of the tokenizer's; default: the tokenizer's
-    own, else ChatML. `variables`: what it is given beside the messages. `date`: the day it finds (`strftime_now`).
+    `template`: its text, the path of a file with it, or the name of one of the tokenizer's; default: the tokenizer's,
+    else ChatML. `variables`: further variables of the template. `date`: the result of `strftime_now`.
     `render_seconds`, `render_megabytes`: limits of one rendering. Raises ValueError for what cannot be used.
     """
     args = _args(config)
@@ -88,14 +89,15 @@ def chat_prompt(
 ) -> tuple[list[int], frozenset[int]]:
     """The ids that a reply follows, and the ids that end one, by the template of `config`.
 
-    `prompt` is a user's message, or JSON: a list of messages, or an object with `messages`, `tools` and what else a
-    line of data may hold. Of a run on several sources the template is that of its chats. Raises ValueError for what the
+    `prompt` is a user's message, or JSON: a list of messages, or an object with `messages`, `tools` and the other keys
+             of a
+    line of data. Of a run on several sources the template is that of its chats. Raises ValueError for what the
     template refuses.
     """
     chats = [spec.config for spec in specs_of(config) if spec.config.target == _TARGET]
     settings = {repr(found): found for found in (settings_of(chat, tokenizer) for chat in chats)}
     if len(settings) > 1:
-        raise ValueError("the run has chats of several templates: which one the prompt is for is not known")
+        raise ValueError("the run has chats of several templates: the template of the prompt is ambiguous")
     template = ChatTemplate(tokenizer, next(iter(settings.values()), None) or settings_of(DataConfig(), tokenizer))
     talk = _prompted(prompt)
     if system is not None:
@@ -108,7 +110,7 @@ def chat_prompt(
 
 def _prompted(prompt: str) -> Conversation:
     try:
-        values = json.loads(prompt)
+        values = parse_json(prompt)
     except ValueError:
         values = None
     if isinstance(values, list) and values and isinstance(values[0], dict):
@@ -122,21 +124,21 @@ class ChatEncoder:
     """See `stoker.data.documents.Encoder`."""
 
     def __init__(self, settings: TemplateSettings, tokenizer: Tokenizer | None = None) -> None:
-        """`tokenizer`: the one whose own template is used where `settings` name none."""
+        """`tokenizer`: its template is used where `settings` name none."""
         self.settings = settings
         own = ""
         if isinstance(tokenizer, HubTokenizer):
             own = f"{tokenizer.renderer.fingerprint} {sorted(_own_templates(tokenizer).items())}"
         said = (settings.template, sorted(settings.variables.items()), str(settings.date), own)
-        # Its code hands the messages to the template: another version may do so in another way.
+        # transformers' code passes the messages to the template: another version may do so in another way.
         release = ".".join(version("transformers").split(".")[:2])
         self.fingerprint = f"chat {hashlib.sha256(repr(said).encode()).hexdigest()[:16]} transformers {release}"
         self._bound: tuple[Tokenizer, ChatTemplate] | None = None
 
     def encode(self, tokenizer: Tokenizer, name: str, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of the conversation `text` (JSON), and which are learned. Raises ValueError naming it."""
+        """The ids of the conversation `text` (JSON), and their loss mask. Raises ValueError naming it."""
         try:
-            return self._template(tokenizer).encode(conversation(json.loads(text)))
+            return self._template(tokenizer).encode(conversation(parse_json(text)))
         except TemplateError as error:
             raise ValueError(f"{name}: the chat template refuses it: {error}") from error
         except LimitReached as error:
@@ -155,7 +157,7 @@ class ChatEncoder:
 
 
 def conversation(values: Any) -> Conversation:
-    """What a line's text stands for: a list of messages, or an object with `messages` and what stands beside them.
+    """The conversation in a line's text: a list of messages, or an object with `messages` and further keys.
 
     Raises ValueError for what is no conversation.
     """
@@ -186,7 +188,7 @@ def text_of(values: dict[str, Any], key: str) -> str:
         text = json.dumps({"messages": messages, **beside} if beside else messages, ensure_ascii=False)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
-    text.encode()  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
+    text.encode()  # an unpaired surrogate is no text: UnicodeEncodeError is a ValueError
     return text
 
 
@@ -195,11 +197,11 @@ def _is_learned(number: int, message: Message) -> bool:
     wanted = [message[key] for key in ("weight", "train") if message.get(key) is not None]
     for value in wanted:
         if value not in (0, 1):
-            raise ValueError(f"message {number} has the weight {value!r}: 0 and 1 are known, and true and false")
+            raise ValueError(f"message {number} has the weight {value!r}: 0, 1, true and false are supported")
     if message["role"] == "assistant":
         return all(wanted)
     if any(wanted):
-        raise ValueError(f"message {number} is to be learned, and its role is {message['role']!r}, not 'assistant'")
+        raise ValueError(f"message {number} is to be trained on, and its role is {message['role']!r}, not 'assistant'")
     return False
 
 
@@ -225,15 +227,15 @@ def _positive(args: Mapping[str, Any], name: str) -> float:
 
 
 def _refuse_parameters(variables: Mapping[str, Any], what: str) -> None:
-    """Names that transformers would not hand on to the template, but take for its own settings."""
+    """Refuse names that transformers takes as its own parameters instead of passing them to the template."""
     if not variables:
         return
-    from transformers import PreTrainedTokenizerBase  # seconds, which most data need not spend
+    from transformers import PreTrainedTokenizerBase  # takes seconds, only needed here
 
     own = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
     taken = sorted(own & set(variables) | {name for name in variables if not isinstance(name, str)})
     if taken:
-        raise ValueError(f"{what} names {', '.join(map(str, taken))}, which is no variable of a template")
+        raise ValueError(f"{what} names {', '.join(map(str, taken))}, which cannot be a variable of a template")
 
 
 def _template(given: str | None, own: Mapping[str, str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Chat templates are programs that strangers wrote: how long one may run, how much it may hold and write, and its date.
+"""Chat templates are untrusted programs: limits of their time, memory and output, and their date.
 
 They run in the sandbox of transformers (jinja2's ImmutableSandboxedEnvironment), which limits neither time nor memory.
 """
@@ -39,9 +39,9 @@ class LimitReached(Exception):
 
 @contextmanager
 def limited(limits: Limits) -> Iterator[None]:
-    """Raises LimitReached where what is done here takes more time or memory than `limits` allow.
+    """Raises LimitReached where the block takes more time or memory than `limits` allow.
 
-    The time is watched by a signal, which Python delivers to the main thread only: in another thread it has no limit.
+    The time is limited by a signal, which Python delivers to the main thread only: other threads have no limit.
     An operation that cannot be interrupted, such as one on very long integers, ends first.
     """
     memory = resource.getrlimit(resource.RLIMIT_AS)
@@ -57,9 +57,9 @@ def limited(limits: Limits) -> Iterator[None]:
 
 @contextmanager
 def dated(date: datetime | None) -> Iterator[None]:
-    """Templates find `date` where they ask for the present (`strftime_now`); without one they may not ask.
+    """Templates get `date` from `strftime_now`; without a date that call is an error.
 
-    Transformers gives templates the clock: a run whose tokens depend on the day it is started is no function of its
+    Transformers gives templates the clock: a run whose tokens depend on the day of its start is no function of its
     config and data.
     """
     from transformers.utils import chat_template_utils
@@ -96,7 +96,7 @@ def _address_space(limits: Limits, memory: tuple[int, int]) -> int:
 
 @contextmanager
 def timed(limits: Limits) -> Iterator[None]:
-    """Raises LimitReached where what is done here takes more processor time than `limits` allow."""
+    """Raises LimitReached where the block takes more processor time than `limits` allow."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

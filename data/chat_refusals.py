@@ -1,4 +1,4 @@
-"""Chat templates, and conversations for them, that are refused: what they write would not be what was given."""
+"""Chat templates, and conversations for them, that are refused: their output would not match the input."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jinja2.parser import Parser
 
 Message = dict[str, Any]
 
-# Names that transformers gives a message's thoughts to a template under, whichever of them the data use.
+# Keys under which transformers passes a message's reasoning to a template, for any of them in the data.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a template is given, and which of the messages are learned."""
+    """The input of a template, and which of the messages are trained on."""
 
     messages: Sequence[Message]
     learned: Sequence[bool] = ()  # one for each message
@@ -28,7 +28,7 @@ class Conversation:
 
 
 def refuse_template(source: str) -> None:
-    """Raises ValueError for what is no template, and for one that does not write the same text each time."""
+    """Raises ValueError for an invalid template, and for one that does not write the same text each time."""
     environment = Environment(extensions=[_Generation, loopcontrols])
     try:
         found = environment.parse(source)
@@ -36,19 +36,19 @@ def refuse_template(source: str) -> None:
         raise ValueError(f"it is no Jinja template: {error}") from error
     calls = {node.node.name for node in found.find_all(nodes.Call) if isinstance(node.node, nodes.Name)}
     if "lipsum" in calls or any(node.name == "random" for node in found.find_all(nodes.Filter)):
-        raise ValueError("it writes something else each time (lipsum, random): tokens are a function of the data")
+        raise ValueError("it writes another text each time (lipsum, random): tokens must be a function of the data")
     for kind in (nodes.Macro, nodes.CallBlock, nodes.AssignBlock, nodes.FilterBlock):
         if any(node.find(nodes.Scope) for node in found.find_all(kind)):
             raise ValueError(
-                "it marks what the assistant writes ({% generation %}) inside a macro, a call, a set or a filter "
-                "block, where transformers finds another place in the text than where it ends up: mark it outside"
+                "it marks the assistant's text ({% generation %}) inside a macro, a call, a set or a filter block, "
+                "where transformers computes a wrong position in the text: mark it outside"
             )
     if next(found.find_all(nodes.Pow), None) is not None:
         raise ValueError("it raises numbers to powers (**), which no limit of time can interrupt")
 
 
 class _Generation(Extension):
-    """Parses `{% generation %} ... {% endgeneration %}` to a `Scope`, which nothing else is parsed to."""
+    """Parses `{% generation %} ... {% endgeneration %}` to a `Scope`, a node that nothing else is parsed to."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
 
@@ -58,7 +58,7 @@ class _Generation(Extension):
 
 
 def refuse_what_is_left_out(template: str, chat: Conversation) -> None:
-    """Raises TemplateError where the conversation has what the template names nowhere, and so writes nowhere."""
+    """Raises TemplateError where the conversation has keys that the template does not use."""
     for what, given in (("tools", chat.tools), ("documents", chat.documents)):
         if given and what not in template:
             raise TemplateError(f"the conversation has {what}, and the template does not write them")

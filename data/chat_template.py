@@ -1,9 +1,9 @@
-"""A chat template at work: rendered by transformers, and which of what it writes is learned.
+"""Rendering a chat template by transformers, with the loss mask of its output.
 
-Where a template marks what the assistant writes (`{% generation %}`), the mask is that of transformers'
-`apply_chat_template`. Any other template is rendered message by message: what the text grows by where the assistant
-writes, without the opening that the template gives to a reply (`add_generation_prompt`), is learned. A template that
-writes an earlier message in another way when more follow is refused: no part of its text belongs to one message.
+Where a template marks the assistant's text (`{% generation %}`), the mask is that of transformers'
+`apply_chat_template`. Any other template is rendered message by message: the text that a message of the assistant
+adds, without the opening of a reply (`add_generation_prompt`), is trained on. A template that renders an earlier
+message differently when more follow is refused, because no part of its text belongs to one message.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from stoker.data.chat_refusals import Conversation, Message, refuse_what_is_left
 from stoker.data.tokenizer import Renderer, Span, Tokenizer
 
 _MARK = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
-_PROBE = "stoker 0123456789"  # a reply that no template writes by itself
+_PROBE = "stoker 0123456789"  # a reply that occurs in no template
 
 
 @dataclass(frozen=True)
 class TemplateSettings:
-    """What is said of templates in the config."""
+    """The config's settings of a template."""
 
-    template: str | None = None  # text, or the name of one of the tokenizer's; None: the tokenizer's own
+    template: str | None = None  # text, or the name of one of the tokenizer's; None: the tokenizer's
     variables: Mapping[str, Any] = field(default_factory=dict)
     date: datetime | None = None
     limits: Limits = field(default_factory=Limits)
@@ -43,11 +43,11 @@ class ChatTemplate:
         self._renderer: Renderer = tokenizer.renderer
 
     def encode(self, chat: Conversation) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a conversation, uint32, and which are learned, uint8.
+        """The ids of a conversation, uint32, and their loss mask, uint8.
 
-        The token that closes a document follows where the template has not written a special token at the end itself.
-        Raises TemplateError for a conversation that the template refuses or would write only in part, and for one of
-        whose text it is not clear what the assistant writes; and LimitReached.
+        The token that closes a document is appended where the template does not end the text with a special token.
+        Raises TemplateError for a conversation that the template refuses or would write only in part, and for one whose
+        assistant text cannot be determined; and LimitReached.
         """
         template = self._source(chat)
         refuse_what_is_left_out(template, chat)
@@ -55,7 +55,7 @@ class ChatTemplate:
         whole = texts.whole
         refuse_what_is_misread(whole, chat)
         if chat.tools == [] and whole != self.text(replace(chat, tools=None)):
-            raise TemplateError("the template writes an empty list of tools in another way than none: leave it out")
+            raise TemplateError("the template renders an empty list of tools differently from no list: leave it out")
         if _MARK.search(template):
             ids, spans, mask = self._marked(chat, whole)
             mask &= ~_overlaps(spans, list(texts.not_learned()))
@@ -80,7 +80,7 @@ class ChatTemplate:
         return text
 
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end a reply: what the template writes behind one, and the end of a document."""
+        """Ids that end a reply: those that the template writes after one, and the end of a document."""
         found = {self._tokenizer.end_of_document}
         user = {"role": "user", "content": _PROBE[::-1]}
         talk = [user, {"role": "assistant", "content": _PROBE}]
@@ -111,7 +111,7 @@ class ChatTemplate:
             )
         except (TemplateError, LimitReached, MemoryError):
             raise
-        except Exception as error:  # a template is a program, and ends with what it likes
+        except Exception as error:  # a template is a program and may raise anything
             raise TemplateError(f"{type(error).__name__}: {error}") from error
 
     def _marked(self, chat: Conversation, text: str) -> tuple[list[int], list[Span], np.ndarray]:
@@ -134,7 +134,7 @@ class ChatTemplate:
     def _learn_stops(
         self, ids: Sequence[int], spans: Sequence[Span], mask: np.ndarray, text: str, replies: Sequence[Span]
     ) -> None:
-        """Learn the special token that follows a reply where the template writes none at the reply's own end."""
+        """Add to the mask the special token after a reply where the template ends the reply without one."""
         for reply in replies:
             following = next((place for place, (begin, _) in enumerate(spans) if begin >= reply[1]), None)
             if following is None or self._closed(ids, spans, text, reply):
@@ -154,7 +154,7 @@ class ChatTemplate:
 
 
 class _Texts:
-    """A conversation, as its template writes more and more of its messages."""
+    """A conversation, rendered with a growing number of its messages."""
 
     def __init__(self, template: ChatTemplate, chat: Conversation) -> None:
         self._template, self._chat = template, chat
@@ -162,13 +162,13 @@ class _Texts:
         self.whole = self._text(len(chat.messages))
 
     def learned(self) -> Iterator[Span]:
-        """Where in the text the replies are that are learned, each without its opening."""
+        """Positions of the trained replies in the text, each without its opening."""
         for number, message in enumerate(self._chat.messages):
             if message["role"] != "assistant" or not self._chat.learned[number]:
                 continue
             if not number:
                 raise TemplateError(
-                    "the assistant begins, and the template does not mark what it writes: put a message of the "
+                    "the assistant begins, and the template does not mark the assistant's text: put a message of the "
                     f"system or the user before it, or {_ADVICE}"
                 )
             after, before = self._up_to(number + 1), self._opening(number)
@@ -177,18 +177,18 @@ class _Texts:
             yield len(before), len(after)
 
     def not_learned(self) -> Iterator[Span]:
-        """Where in the text the replies are that are not learned."""
+        """Positions of the replies in the text that are not trained on."""
         for number, message in enumerate(self._chat.messages):
             if message["role"] == "assistant" and not self._chat.learned[number]:
                 yield len(self._up_to(number)) if number else 0, len(self._up_to(number + 1))
 
     def last_reply(self) -> Span:
-        """Where in the text the last message is, if it is the assistant's and that is known; else all of the text."""
+        """Position of the last message in the text, if it is the assistant's and can be found; else all of the text."""
         number, begin = len(self._chat.messages) - 1, 0
         if number and self._chat.messages[number]["role"] == "assistant":
             try:
                 opened = self._text(number, opening=True)
-            except TemplateError:  # the messages before it are no conversation to the template
+            except TemplateError:  # the template refuses the messages before it
                 opened = ""
             begin = len(opened) if self.whole.startswith(opened) else 0
         return begin, len(self.whole)
@@ -205,15 +205,15 @@ class _Texts:
         opened = self._text(number, opening=True)
         if opened != self._text(number):
             return opened
-        # The template opens no reply: is there a heading before the assistant's words that nobody is to learn?
+        # The template opens no reply: check for a heading before the assistant's text, which must not be trained on.
         messages = [*self._chat.messages[:number], {"role": "assistant", "content": _PROBE}]
         reply = self._template.text(self._chat, messages)
         if not reply.startswith(opened):
             raise _rewritten(number - 1)
         if not reply[len(opened) :].lstrip().startswith(_PROBE):
             raise TemplateError(
-                "it writes a heading before a reply, and does not write it alone for add_generation_prompt: what of "
-                f"the text the assistant writes is not known. {_ADVICE[0].upper()}{_ADVICE[1:]}"
+                "it writes a heading before a reply, and does not write the heading for add_generation_prompt: the "
+                f"assistant's part of the text is not known. {_ADVICE[0].upper()}{_ADVICE[1:]}"
             )
         return opened
 
@@ -224,10 +224,10 @@ class _Texts:
 
 
 def _rewritten(number: int) -> TemplateError:
-    return TemplateError(f"what it writes for message {number + 1} changes when more follow: {_ADVICE}")
+    return TemplateError(f"its text for message {number + 1} changes when more follow: {_ADVICE}")
 
 
-_ADVICE = "mark what the assistant writes with {% generation %} ... {% endgeneration %}"
+_ADVICE = "mark the assistant's text with {% generation %} ... {% endgeneration %}"
 
 
 def _overlaps(spans: Sequence[Span], wanted: Sequence[Span]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Decompression in bounded memory, of gzip, bzip2, xz and zstd: every byte of a file is used, or it is an error.
 
-The libraries' own file objects pass over what follows the last stream of a .bz2 or .xz file, and zstandard's reader
-over a last frame that is cut short. Here a stream that is cut short and bytes that belong to no stream are errors.
+The libraries' file objects ignore bytes after the last stream of a .bz2 or .xz file, and zstandard's reader ignores a
+last frame that is cut short. Here a stream that is cut short and bytes that belong to no stream are errors.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 
 from stoker.conf.schema import DataConfig
 
-_PIECE = 1 << 20  # bytes of text given out at once, about
-# Bytes given to zstd at a time: a block of 4 bytes may stand for 128 KiB, so these are 32 MiB of text at most.
+_PIECE = 1 << 20  # bytes of text yielded at once, about
+# Bytes given to zstd at a time: a block of 4 bytes may expand to 128 KiB, so these are 32 MiB of text at most.
 _ZSTD_INPUT = 1 << 10
 _ZSTD_SKIPPABLE = tuple(bytes([low, 0x2A, 0x4D, 0x18]) for low in range(0x50, 0x60))
 _BZIP2 = tuple(b"BZh%d" % level + mark for level in range(1, 10) for mark in (b"1AY&SY", b"\x17rE8P\x90"))
 
 
 class TooLarge(ValueError):
-    """What a limit of the config does not allow: it is refused, and never left out as damage is."""
+    """Data beyond a limit of the config: refused, and never skipped as damage is."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Limits:
 
     def too_large(self, what: str) -> TooLarge:
         gib = self.held_bytes / 2**30
-        return TooLarge(f"{what} takes more than data.max_decompressed_gib={gib:g} of memory: a larger one reads it")
+        return TooLarge(f"{what} takes more than data.max_decompressed_gib={gib:g} of memory: a larger value reads it")
 
 
 def limits_of(config: DataConfig) -> Limits:
@@ -45,7 +45,7 @@ def limits_of(config: DataConfig) -> Limits:
 
 @dataclass(frozen=True)
 class Compression:
-    """A format of compressed files, known by the bytes it begins with."""
+    """A format of compressed files, recognised by its first bytes."""
 
     name: str
     magics: tuple[bytes, ...]
@@ -76,14 +76,14 @@ class _Zlib:
 
 
 class _Zstd:
-    """A zstd frame, given its bytes in small pieces: the library gives out all that they stand for."""
+    """A zstd frame, fed in small pieces: the library returns all that they expand to."""
 
     def __init__(self, limits: Limits) -> None:
         import zstandard
 
         self._error, self._limits = zstandard.ZstdError, limits
         self._inner = zstandard.ZstdDecompressor(max_window_size=1 << limits.window_log).decompressobj()
-        self._data, self._at = b"", 0  # not yet given to the library from there on
+        self._data, self._at = b"", 0  # not yet fed to the library from there on
 
     def decompress(self, data: bytes, most: int) -> bytes:
         self._data, self._at = self._data[self._at :] + data, 0
@@ -134,15 +134,15 @@ COMPRESSIONS = (
 
 
 def compression_of(head: bytes) -> Compression | None:
-    """The compression of a file that begins with `head`; None for none."""
+    """The compression of a file that begins with `head`; None for an uncompressed one."""
     return next((one for one in COMPRESSIONS if head.startswith(one.magics)), None)
 
 
 def decompressed(pieces: Iterable[bytes], compression: Compression | None, limits: Limits) -> Iterator[bytes]:
     """The contents of a file whose bytes are `pieces`, in pieces: those of all its streams, one after the other.
 
-    Raises EOFError for a file that is cut short, OSError for one that is damaged or has bytes behind its end, and
-    TooLarge for what the limits do not allow.
+    Raises EOFError for a file that is cut short, OSError for one that is damaged or has bytes after its end, and
+    TooLarge for data beyond the limits.
     """
     if compression is None:
         yield from pieces
@@ -171,7 +171,7 @@ def decompressed(pieces: Iterable[bytes], compression: Compression | None, limit
 
 
 def lines(pieces: Iterable[bytes], limits: Limits) -> Iterator[bytes]:
-    """The lines of a text that comes in `pieces`. Raises TooLarge for a line that the limits do not allow."""
+    """The lines of a text in `pieces`. Raises TooLarge for a line beyond the limits."""
     held: list[bytes] = []
     size = 0
     for piece in pieces:
@@ -189,7 +189,7 @@ def lines(pieces: Iterable[bytes], limits: Limits) -> Iterator[bytes]:
 
 
 def whole(pieces: Iterable[bytes], limits: Limits) -> bytes:
-    """All of a text that comes in `pieces`. Raises TooLarge for one that the limits do not allow."""
+    """All of a text in `pieces`. Raises TooLarge for one beyond the limits."""
     held, size = [], 0
     for piece in pieces:
         held.append(piece)

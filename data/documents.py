@@ -1,7 +1,7 @@
-"""Documents, and what sources of files have in common.
+"""Documents, and functions shared by sources of files.
 
 A source is a function of the config that returns its documents in order: `Document`s, `Collection`s of them, or both.
-One whose texts are more than texts to learn returns a `Source`, which says how they become tokens.
+A source whose texts need an encoder returns a `Source`, which has one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stoker.conf.schema import DataConfig
 from stoker.conf.targets import import_target
 from stoker.data.tokenizer import Tokenizer
 
-_FRESH_SECONDS = 2.0  # the coarsest clock a file system stamps with: two writes within it may carry one stamp
+_FRESH_SECONDS = 2.0  # the coarsest time stamp of file systems: two writes within it may have the same stamp
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Document:
     """One text of a source.
 
     `read` returns the whole text; it raises ValueError naming the document when it cannot. `version` changes whenever
-    the text may have changed, and is cheap to know; None when only reading tells.
+    the text may have changed, and is cheap to get; None when only reading can detect a change.
     """
 
     name: str
@@ -49,36 +49,36 @@ class Collection:
 
 
 class Encoder(Protocol):
-    """How the texts of a source become tokens, where it is not by the tokenizer alone."""
+    """Turns the texts of a source into tokens, where the tokenizer alone is not enough."""
 
     @property
     def fingerprint(self) -> str:
-        """Two encoders that encode differently differ here."""
+        """Differs between two encoders that encode differently."""
         ...
 
     def encode(self, tokenizer: Tokenizer, name: str, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of one text, and, uint8, which are worth learning. Raises ValueError naming the text."""
+        """The ids of one text, and their loss mask, uint8. Raises ValueError naming the text."""
         ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents, and how they become tokens."""
+    """Documents, and their encoder."""
 
     documents: Sequence[Document | Collection]
     encoder: Encoder | None = None
 
 
 def documents_of(found: object, target: str) -> Source:
-    """What `data.target` returned, as a `Source`. Raises ValueError when it holds no documents."""
+    """The result of `data.target` as a `Source`. Raises ValueError when it holds no documents."""
     source = found if isinstance(found, Source) else Source(tuple(found))  # type: ignore[arg-type]
     if not source.documents:
-        raise ValueError(f"data.target={target} gives no documents")
+        raise ValueError(f"data.target={target} returned no documents")
     return source
 
 
 def open_source(config: DataConfig) -> list[Document | Collection]:
-    """The documents that `data.target` gives for `config`, in order. Raises ValueError when there are none."""
+    """The documents that `data.target` returns for `config`, in order. Raises ValueError when there are none."""
     return list(documents_of(import_target(config.target)(config), config.target).documents)
 
 
@@ -90,10 +90,9 @@ def file_documents(root: Path, keep_folder: Callable[[str], bool], keep_file: Ca
 def file_paths(
     root: Path, keep_folder: Callable[[str], bool], keep_file: Callable[[str], bool]
 ) -> list[tuple[str, Path]]:
-    """Relative and whole path of each file under `root` whose own name and folders' names are kept, sorted.
+    """Relative and whole path of each file under `root` whose name and folders' names are kept, sorted.
 
-    Symbolic links are followed. Raises ValueError for a folder that cannot be listed: nothing is left out without a
-    word.
+    Symbolic links are followed. Raises ValueError for a folder that cannot be listed: nothing is left out silently.
     """
     found = []
     for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
@@ -109,7 +108,7 @@ def file_document(name: str, path: Path) -> Document:
 
 
 def stamp(path: Path) -> tuple[str | None, int]:
-    """The version of a file, None while a second write might not show in it, and its bytes.
+    """The version of a file, None while a second write might not change it, and its bytes.
 
     Raises ValueError when it is no regular file.
     """

@@ -1,7 +1,7 @@
-"""Forked processes that belong to a rank: bound to its life, deaf to its signals, ended at once.
+"""Forked processes of a rank: they end with it, ignore its signals, and are ended at once.
 
-A child never outlives its rank. It leaves signals to it, because Ctrl-C and a scheduler's warning reach the whole
-process group, and the rank still needs rows for the steps before its last save. It tidies up nothing it inherited.
+A child never outlives its rank. It ignores signals, because Ctrl-C and a scheduler's warning reach the whole process
+group, and the rank still needs rows for the steps before its last save. It cleans up nothing that it inherited.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Closable(Protocol):
 
 def fork(work: Callable[[], None], not_for_it: Iterable[Closable] = ()) -> int:
     """Run `work` in a forked process, which ends with it, and return its pid. It closes `not_for_it` first: the rank's
-    ends of pipes, which would else not be closed when the rank closes them.
+    ends of pipes, which would otherwise stay open when the rank closes them.
 
     Call it in the main thread: the process is killed when the thread that made it ends.
     """
@@ -45,14 +45,14 @@ def fork(work: Callable[[], None], not_for_it: Iterable[Closable] = ()) -> int:
 
 
 def end(pid: int) -> int | None:
-    """Kill a child, which holds nothing that could be lost, and wait for it; see `wait_for`."""
+    """Kill a child, which holds no state, and wait for it; see `wait_for`."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     return wait_for(pid)
 
 
 def wait_for(pid: int) -> int | None:
-    """The exit status of a child, negative for a signal; None when somebody else collected it."""
+    """The exit status of a child, negative for a signal; None when another call has collected it."""
     try:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     except ChildProcessError:
@@ -64,7 +64,7 @@ def describe(status: int | None) -> str:
     if status is None or status >= 0:
         return f"ended with exit status {status}"
     hints = {
-        signal.SIGKILL: ": most often for want of memory; lower data.workers or data.prefetch",
+        signal.SIGKILL: ": most often because memory ran out; lower data.workers or data.prefetch",
         signal.SIGBUS: ": a file it reads was cut short, or its disk failed",
     }
     number = signal.Signals(-status)
@@ -73,7 +73,7 @@ def describe(status: int | None) -> str:
 
 def _settle(rank: int, mask: set[int]) -> None:
     gc.freeze()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along: waiting for them has no end
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not forked: waiting for them would never end
     for number in LEFT_TO_THE_RANK:
         signal.signal(number, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)

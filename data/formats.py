@@ -1,34 +1,34 @@
-"""The formats of files, for all sources in both modes: known by what is in a file, and then by its name.
+"""The formats of files, for all sources in both modes: recognised by a file's content, and then by its name.
 
-`identify` looks at the first bytes: compression and binary formats have magic numbers. Whether a text file is JSON
-lines, a JSON array, a table or one document of text is a matter of its name, and for JSON of its first character. A
-name and a content that contradict each other are refused, and so is every known format that a source cannot read: no
-file is learned as what it is not.
+`identify` reads the first bytes: compression and binary formats have magic numbers. Whether a text file is JSON
+lines, a JSON array, a table or one document of text follows from its name, and for JSON from its first character. A
+name that contradicts the content is refused, and so is every known format that a source cannot read: no file is read
+in a wrong format.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stoker.conf.records import parse_json
 from stoker.data.decompress import COMPRESSIONS, Compression, Limits, compression_of, decompressed
 from stoker.data.json_text import BOM
 
-HEAD_BYTES = 64 << 10  # of a file, that tell its format
+HEAD_BYTES = 64 << 10  # of a file, by which its format is recognised
 
 
 @dataclass(frozen=True)
 class Format:
-    """What a file holds, once it is decompressed."""
+    """The format of a file, once it is decompressed."""
 
     name: str  # as data.args.format names it
     words: str
     endings: tuple[str, ...]  # of names, in small letters
-    magics: tuple[tuple[int, bytes], ...] = ()  # place and bytes of which one is there; none: a text
-    works: str | None = None  # of a format that data=text does not read: what does
+    magics: tuple[tuple[int, bytes], ...] = ()  # position and bytes, one of which must match; empty: a text
+    works: str | None = None  # for a format that data=text does not read: what to do
 
     def begins(self, head: bytes) -> bool:
         """Whether a file that begins with `head` has one of the magic numbers."""
@@ -62,7 +62,7 @@ _FOREIGN = (
     Format("sqlite", "an SQLite database", (".sqlite",), ((0, b"SQLite format 3\0"),), "write its texts to JSON lines"),
     Format("orc", "an ORC file", (".orc",), (), "write its texts to parquet"),
     Format("avro", "an Avro file", (".avro",), ((0, b"Obj\x01"),), "write its texts to parquet"),
-    Format("feather1", "a Feather file of version 1", (), ((0, b"FEA1"),), "write it anew as Feather 2 or parquet"),
+    Format("feather1", "a Feather file of version 1", (), ((0, b"FEA1"),), "write it again as Feather 2 or parquet"),
     Format("pickle", "a pickle, which may run code", (".pkl", ".pickle", ".pt", ".pth"), (), "write it as JSON lines"),
     Format("lz4", "an lz4 file", (".lz4",), ((0, b"\x04\x22\x4d\x18"),), "decompress it first"),
     Format("pdf", "a PDF document", (".pdf",), ((0, b"%PDF-"),), "extract its text first"),
@@ -87,7 +87,7 @@ Read = Callable[[int], bytes]  # so many of the first bytes of a file, fewer whe
 
 
 def identify(name: str, read: Read, limits: Limits, given: str = "auto", column: str | None = None) -> Kind:
-    """What the file `name` is. `given` is data.args.format, `column` the key whose value is the document.
+    """The kind of the file `name`. `given` is data.args.format, `column` the key whose value is the document.
 
     Raises ValueError, naming the file, where name and content contradict each other, and where a file that is not
     named as JSON has an object with `column` on its first line, unless `given` decides.
@@ -119,7 +119,7 @@ def refuse(name: str, kind: Kind, source: str, reads: Sequence[Format]) -> None:
 def refuse_foreign_folder(root: Path) -> None:
     """Raise ValueError for a folder of shards that only the library that wrote them can read."""
     try:
-        index: Any = json.loads((root / "index.json").read_text(encoding="utf-8"))
+        index: Any = parse_json((root / "index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return
     if not isinstance(index, dict):
@@ -149,7 +149,7 @@ def _decompressed_head(name: str, head: bytes, compression: Compression, limits:
             found += piece
             if len(found) >= HEAD_BYTES:
                 break
-    except EOFError:  # the head ends inside a stream, and what came out of it is all that is looked at
+    except EOFError:  # the head ends inside a stream: what was decompressed is used
         return found[:HEAD_BYTES]
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {name}: {error}") from error
@@ -169,13 +169,13 @@ def _format(name: str, stem: str, head: bytes, column: str | None) -> Format:
         if text.startswith((b"{\n", b"{\r\n")):
             raise ValueError(
                 f"{name} holds a JSON object over several lines: `jq -c . {name} > FILE.jsonl` writes one a line, "
-                "data.args.format=text learns the file as it stands"
+                "data.args.format=text reads the file as one text"
             )
         return JSON_ARRAY if text.startswith(b"[") else JSON_LINES
     if by_name is TEXT and column is not None and _holds_object(head, column):
         raise ValueError(
             f"{name} is named as a text, and its first line is a JSON object with {column!r}: data.args.format=jsonl "
-            "reads a document from each line, data.args.format=text learns the file as it stands"
+            "reads a document from each line, data.args.format=text reads the file as one text"
         )
     return by_name
 
@@ -186,7 +186,7 @@ def _holds_object(head: bytes, column: str) -> bool:
     if not line.startswith(b"{") or f'"{column}"'.encode() not in line:
         return False
     try:
-        values = json.loads(line)
+        values = parse_json(line)
     except (ValueError, RecursionError):
         return len(line) > HEAD_BYTES // 2  # the head ends inside the line
     return isinstance(values, dict) and column in values

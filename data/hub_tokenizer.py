@@ -1,6 +1,6 @@
-"""A folder of transformers: what AutoTokenizer makes of it, and the files it made it of.
+"""A tokenizer folder of transformers: the AutoTokenizer's result, and the files that it was made from.
 
-Texts are encoded by a copy of its backend (the `tokenizers` library) on all cores, chats by the tokenizer itself.
+Texts are encoded by a copy of its backend (the `tokenizers` library) on all cores, chats by the tokenizer.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stoker.conf.records import parse_json
+from stoker.conf.scratch import Scratch
 from stoker.data.tokenizer import JsonTokenizer, Renderer, Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Beside the files that a class of transformers names itself (`vocab_files_names`).
+# In addition to the files that a class of transformers names (`vocab_files_names`).
 _COMMON_FILES = (
     "config.json",  # its model_type may decide the class
     "tokenizer_config.json",
@@ -52,7 +53,7 @@ class HubTokenizer:
         encoder = self.hub.backend_tokenizer
         try:
             backend = encoder.to_str()
-        except Exception as error:  # the library raises nothing narrower: parts of it are written in Python
+        except Exception as error:  # the library raises no specific error
             raise ValueError(f"{type(self.hub).__name__} of transformers cannot be copied: {error}") from error
         held = encoder.get_vocab(with_added_tokens=True)
         end = end_of_document or self.hub.eos_token or next((name for name in USUAL_ENDS if name in held), None)
@@ -66,10 +67,10 @@ class HubTokenizer:
     @classmethod
     def of_files(cls, files: Mapping[str, bytes], end_of_document: str | None = None) -> HubTokenizer:
         """The tokenizer of a folder with these files. Raises ValueError as the constructor does."""
-        with TemporaryDirectory(prefix="stoker-tokenizer-") as folder:
+        with Scratch("stoker-tokenizer-") as folder:
             for name, content in files.items():
-                (Path(folder) / name).write_bytes(content)
-            return cls(Path(folder), end_of_document)
+                (folder / name).write_bytes(content)
+            return cls(folder, end_of_document)
 
     def encode(self, text: str) -> list[int]:
         return self._plain.encode(text)
@@ -99,7 +100,7 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
 
     try:
         hub = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of what is in the folder: its classes raise what they like
+    except Exception as error:  # depends on the folder: its classes raise any error
         first = (str(error).strip() or "without a message").splitlines()[0]
         message = f"transformers cannot read this folder: {type(error).__name__}: {first}"
         if importlib.util.find_spec("sentencepiece") is None and any(folder.glob("*.model")):
@@ -114,7 +115,7 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _files_of(hub: PreTrainedTokenizerBase, folder: Path) -> dict[str, bytes]:
-    """What of `folder` makes the tokenizer."""
+    """The files of `folder` that make the tokenizer."""
     patterns = {*_COMMON_FILES, *(name for name in hub.vocab_files_names.values() if isinstance(name, str))}
     found = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
@@ -123,7 +124,7 @@ def _files_of(hub: PreTrainedTokenizerBase, folder: Path) -> dict[str, bytes]:
 def _as_in_the_file(backend: str, files: Mapping[str, bytes]) -> str:
     """The folder's tokenizer.json where it encodes as `backend` does, and `backend` where transformers changed it.
 
-    So the fingerprint of a folder that transformers takes as it is depends on no version of the library.
+    So the fingerprint of a folder that transformers does not change is independent of the library's version.
     """
     from tokenizers import Tokenizer as Encoder
 
@@ -134,8 +135,8 @@ def _as_in_the_file(backend: str, files: Mapping[str, bytes]) -> str:
 
 
 def _encoding(source: str) -> dict[str, object]:
-    """What of a tokenizer.json decides the ids of a text, and their decoding."""
-    return {key: value for key, value in json.loads(source).items() if key not in _NOT_OF_IDS}
+    """The parts of a tokenizer.json that decide the ids of a text, and their decoding."""
+    return {key: value for key, value in parse_json(source).items() if key not in _NOT_OF_IDS}
 
 
 _NOT_OF_IDS = ("post_processor", "truncation", "padding")  # they add special tokens, shift offsets, cut or fill

@@ -11,9 +11,9 @@ _NOT_OF_THE_TOKENIZER = ("config.json", "stoker.json")  # the model's, and ours
 
 
 def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
-    """Contents by file name; none for a tokenizer that transformers has no class for. `context`: tokens of a model.
+    """Contents by file name; empty for a tokenizer that transformers has no class for. `context`: tokens of a model.
 
-    A tokenizer that came as a folder of transformers goes as it came.
+    A tokenizer that was read from a folder of transformers is written unchanged.
     """
     if isinstance(tokenizer, HubTokenizer):
         return {name: content for name, content in tokenizer.files().items() if name not in _NOT_OF_THE_TOKENIZER}

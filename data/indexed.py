@@ -17,7 +17,7 @@ from stoker.data.tokens import Tokens
 class IndexPlan:
     """The rows of one source: those of `table`, or, without one, the tokens cut every `seq_len`.
 
-    Implements `stoker.data.rows.RowPlan`. `numbers` of rows run on through the epochs. Without a table the last few
+    Implements `stoker.data.rows.RowPlan`. `numbers` of rows continue through the epochs. Without a table the last few
     tokens, if they fill no row, are in none.
     """
 
@@ -54,14 +54,14 @@ class IndexPlan:
         return None
 
     def resume(self, history: None, row: int, step: int) -> None:
-        """Nothing can have been different."""
+        """A single source has no history."""
 
     def read(self, numbers: np.ndarray, out: np.ndarray) -> None:
         """See `RowPlan.read` and `stoker.data.packing.fill`."""
         fill(out, self.tokens.ids, self.pieces(numbers), self.document_mask, self.tokens.learned)
 
     def pieces(self, numbers: np.ndarray) -> Pieces:
-        """What the rows `numbers` are made of."""
+        """The pieces of the rows `numbers`."""
         rows = self._shuffled(numbers)
         if self.table is not None:
             return self.table.pieces(rows)
@@ -82,7 +82,7 @@ class IndexPlan:
         return Pieces(owners, cuts, following - cuts)
 
     def _shuffled(self, numbers: np.ndarray) -> np.ndarray:
-        """Which row of the tokens, or of the table, each row is."""
+        """The row of the tokens, or of the table, for each row."""
         epochs, rows = np.divmod(numbers, self.rows_per_epoch)
         if self.seed is not None:
             for epoch in np.unique(epochs).tolist():

@@ -1,7 +1,7 @@
 """JSON as files of documents hold it: an object a line, or an array of objects.
 
-It is read as the `json` module reads it, and more strictly where that would lose something: bytes that are no UTF-8
-(`json` takes encoded surrogates), and a key that stands twice, of which `json` keeps the last.
+It is read by the `json` module, and more strictly where that would lose data: bytes that are not UTF-8 (`json` accepts
+encoded surrogates), and a duplicate key, of which `json` keeps the last.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-BOM = b"\xef\xbb\xbf"  # may stand at the beginning of a file, and where files were put together
+BOM = b"\xef\xbb\xbf"  # may be at the beginning of a file, and where files were concatenated
 
 
 def parse(data: bytes, key: str | None = None) -> Any:
-    """The value that is written in `data`. `key`: one whose value is used, and which no object may hold twice.
+    """The JSON value in `data`. `key`: one whose value is used, and which no object may hold twice.
 
     Raises ValueError, with the reason, for what is not JSON in UTF-8.
     """
@@ -32,7 +32,7 @@ def parse(data: bytes, key: str | None = None) -> Any:
 
 
 def elements(data: bytes, key: str | None = None) -> list[Any]:
-    """The elements of the array that a whole file holds. Raises ValueError for what is none."""
+    """The elements of the array that a whole file holds. Raises ValueError for anything else."""
     found = parse(data, key)
     if not isinstance(found, list):
         raise ValueError(f"it is {type(found).__name__}, not an array")

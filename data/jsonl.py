@@ -23,9 +23,9 @@ def json_collections(
 ) -> list[Collection]:
     """The objects of a file, `text_of` each, in collections of some size. Blank lines are no texts.
 
-    `key` is the one that `text_of` takes, which no object may hold twice. `what` says what it makes of it: other texts
-    of the same file are another version. Reading raises ValueError, naming file and line, for what is not JSON and for
-    what `text_of` refuses by ValueError.
+    `key` is the one that `text_of` reads, which no object may hold twice. `what` describes the result of `text_of`:
+    other texts of the same file are another version. Reading raises ValueError, naming file and line, for invalid JSON
+    and for objects that `text_of` refuses by ValueError.
     """
     version, size = stamp(path)
     version = None if version is None else f"{version} {kind} {what}"
@@ -42,7 +42,7 @@ def json_collections(
 
 
 def field(key: str, kind: type) -> Callable[[dict[str, Any]], Any]:
-    """What takes `key` out of an object. It raises ValueError where that is missing or of another type."""
+    """A function that returns an object's `key`. It raises ValueError where that is missing or of another type."""
 
     def take(values: dict[str, Any]) -> Any:
         if key not in values:

@@ -1,19 +1,19 @@
-"""The key of every cache and the fingerprint of every state, each made here, of typed ingredients.
+"""The key of every cache and the fingerprint of every state, each made here from typed ingredients.
 
-A key that lacks an ingredient hands one run the files of another; a fingerprint that lacks one lets a run go on with
-other sequences than it began with. So whatever changes sequences is a field of one of these classes:
+A key that lacks an ingredient gives one run the files of another; a fingerprint that lacks one lets a run continue
+with other sequences. So everything that changes sequences is a field of one of these classes:
 
     MemoKey              which texts some versions of files had             manifest.py
     TokensKey            the tokens of a source                             cache.py
     RowTableKey          the rows that a packing makes of them              tables.py
     IndexedFingerprint   the sequences of an indexed run                    opening.py
-    SplitsKey            which documents lie where in a streamed source     streaming/
+    SplitsKey            the position of each document in a streamed source     streaming/
     WindowsKey           the windows of a streamed source
     HeldOutKey           documents of one to evaluate                       streaming/held_out.py
     StreamedFingerprint  the sequences of a streamed run                    streaming/loader.py
-    BlockKey, IndexKey   a downloaded block; where the samples of a tar lie
+    BlockKey, IndexKey   a downloaded block; the positions of a tar's samples
 
-Where the data lie, what they are called, when they were written, and how many processes read them is in none.
+The place, names and dates of the data, and the number of reading processes, are in none.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def text_digest(text: bytes) -> bytes:
 
 
 def is_validation(document: bytes, share: float) -> bool:
-    """Whether the document with this SHA-256 is kept for validation, as `share` of all are. Copies land on one side."""
+    """Whether the document with this SHA-256 is kept for validation, as `share` of all are. Copies share a side."""
     return int.from_bytes(document[:8]) < share * 2**64
 
 
@@ -67,7 +67,7 @@ class TokensKey(_Ingredients):
     content: str  # of the texts: each byte of each document, in order
     tokenizer: str
     validation: float
-    encoder: str | None  # how texts become tokens where it is not by the tokenizer alone: the chat template
+    encoder: str | None  # of texts that the tokenizer alone does not encode: the chat template
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class IndexedFingerprint(_Ingredients):
     seq_len: int
     seed: int
     sources: tuple[tuple[str, SourceKey], ...]
-    mixed: bool  # do the sources stand in data.sources, where one may stand alone?
+    mixed: bool  # whether the sources are in data.sources, which may have one only
 
     def values(self) -> dict[str, Any]:
         common = {field.name: getattr(self, field.name) for field in fields(self)[:-2]}
@@ -134,12 +134,12 @@ class IndexedFingerprint(_Ingredients):
 
 @dataclass(frozen=True)
 class SplitsKey(_Ingredients):
-    """Which documents a streamed source has, and in which split each lies."""
+    """The documents of a streamed source, and the split of each."""
 
     format: str
     shards: str | None  # their names and sizes; None where they have none
-    content: str | None  # samples of their bytes; None where only reading through them would tell
-    reading: tuple[tuple[str, Any], ...]  # what else decides which documents are read of them, by name
+    content: str | None  # samples of their bytes; None where only reading all of them would show it
+    reading: tuple[tuple[str, Any], ...]  # other settings that decide which documents are read, by name
 
     def values(self) -> dict[str, Any]:
         found = {"format": self.format, **dict(self.reading), "content": self.content}
@@ -167,7 +167,7 @@ class HeldOutKey(_Ingredients):
     rows: int
     seq_len: int
     packing: str
-    skipping: bool  # were damaged documents left out?
+    skipping: bool  # whether damaged documents were left out
     split: str  # validation | train
 
 
@@ -212,10 +212,10 @@ class Comparison:
     """How the fingerprint of a state compares with today's."""
 
     different: tuple[str, ...]  # names of ingredients
-    unrecorded: tuple[str, ...]  # ingredients that the state does not hold, and that may be others than they were
+    unrecorded: tuple[str, ...]  # ingredients that the state does not hold, and that may have changed
 
 
-# Of shards every version recorded names and sizes, and the windows that a state holds are read and counted again.
+# Every version recorded names and sizes of shards, and the windows in a state are read and counted again.
 _PROVEN_BY_READING = "content"
 
 
@@ -223,8 +223,8 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Comparison:
     """Compare today's fingerprint with the one of a state, which an earlier version may have stored.
 
     One rule holds for an ingredient that the state lacks because that version did not record it. If today's value is
-    None the data have no such thing, and had none then. If it is samples of the shards of a streamed source, the
-    windows that are read again prove it. Any other may have changed since: it is unrecorded, for the user to decide.
+    None the data do not have it, and did not then. If it is samples of the shards of a streamed source, the windows
+    that are read again prove it. Any other may have changed since: it is unrecorded, and the user decides.
     """
     different, unrecorded = [], []
     for name in sorted({*ours, *theirs}):

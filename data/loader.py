@@ -20,15 +20,15 @@ COMPARED_EVERY = 64  # batches between two comparisons over a model-parallel gro
 
 
 class EndOfData(Exception):
-    """There is no further global batch. Every rank meets it at the same step."""
+    """There is no further global batch. Every rank raises it at the same step."""
 
 
 class RowSource(Protocol):
-    """What the loop knows of its data, whichever mode stands behind them."""
+    """The loop's interface to its data, in both modes."""
 
     @property
     def row(self) -> int:
-        """Global number of the next row; all rows before it have been handed out or passed over."""
+        """Global number of the next row; all rows before it have been returned or skipped."""
         ...
 
     @property
@@ -50,15 +50,15 @@ class RowSource(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Numbers of the data for metrics.jsonl, up to the rows handed out."""
+        """Numbers of the data for metrics.jsonl, up to the rows returned."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands after the rows handed out: JSON values, equal on every rank of every layout."""
+        """The state of the stream after the rows returned: JSON values, equal on every rank of every layout."""
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on after the rows that `state` has seen. Raises ValueError, with what differs, for other rows."""
+        """Continue after the rows that `state` has read. Raises ValueError, with what differs, for other rows."""
         ...
 
     def close(self) -> None:
@@ -71,7 +71,7 @@ class IndexedLoader:
 
     Of the global batch that begins at row n, data-parallel rank r reads rows n + r, n + r + dp, n + r + 2 dp, ...;
     the last rows of finite data, if they do not fill a global batch, are left out. Reader processes are forked here:
-    make the stream before the model, so that they do not keep a second copy of it alive.
+    make the stream before the model, so that they do not keep a second copy of it in memory.
     """
 
     def __init__(
@@ -90,9 +90,9 @@ class IndexedLoader:
     ) -> None:
         """`row`: global number of the first row; `prefetch`: global batches that each of `workers` reads ahead.
 
-        `pin` puts the rows into page-locked memory. `compare` is given this rank's rows now and then, and raises when
-        the ranks that should hold the same do not. `change` (run.change) allows a state of an earlier version that
-        lacks an ingredient of its fingerprint. Raises ValueError when `batch_rows` does not divide over `dp`.
+        `pin` puts the rows into page-locked memory. `compare` is called with this rank's rows now and then, and raises
+        when the ranks that should hold the same rows do not. `change` (run.change) allows a state of an earlier version
+        that lacks an ingredient of its fingerprint. Raises ValueError when `batch_rows` does not divide over `dp`.
         """
         if batch_rows % dp:
             raise ValueError(f"batch.size={batch_rows} does not divide over {dp} data-parallel ranks")
@@ -131,7 +131,7 @@ class IndexedLoader:
         return not self.batches_left
 
     def metrics(self) -> dict[str, float]:
-        """Numbers of the data for metrics.jsonl, up to the rows handed out."""
+        """Numbers of the data for metrics.jsonl, up to the rows returned."""
         return {
             f"data.{source}.{name}": count
             for source, counts in self._plan.counts(self._row).items()
@@ -141,8 +141,8 @@ class IndexedLoader:
     def next(self) -> Batch:
         """This rank's rows of the next global batch, `[batch_rows / dp, seq_len]`.
 
-        Raises EndOfData after the last batch, and RuntimeError when a reader process died or failed, or when the ranks
-        of a model-parallel group hold different rows.
+        Raises EndOfData after the last batch, and RuntimeError when a reader process was killed or failed, or when the
+        ranks of a model-parallel group hold different rows.
         """
         if not self.batches_left:
             raise EndOfData(
@@ -166,18 +166,18 @@ class IndexedLoader:
     def pass_over(self, step: int) -> None:
         """Leave out the global batches before that of `step`, which count from 1, or all there are."""
         batches = step - 1 - self._step
-        assert batches >= 0, "steps only go on"
+        assert batches >= 0, "steps only increase"
         batches = min(batches, self.batches_left)
         row = self._row + batches * self._batch_rows
         while self._readers is not None and self._row < min(row, self._ask_from):
-            self._readers.take()  # read ahead for nothing
+            self._readers.take()  # read ahead and not needed
             self._row += self._batch_rows
         self._row, self._ask_from = row, max(row, self._ask_from)
         self._step += batches
         self._ask()
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands after the rows handed out: JSON values, equal on every rank of every layout."""
+        """The state of the stream after the rows returned: JSON values, equal on every rank of every layout."""
         return {
             "row": self._row,
             "step": self._step,
@@ -187,7 +187,7 @@ class IndexedLoader:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on after the rows that `state` has seen. Raises ValueError, with what differs, for other rows."""
+        """Continue after the rows that `state` has read. Raises ValueError, with what differs, for other rows."""
         refuse_other_data(self._plan.fingerprint, state, self._change)
         self._plan.resume(state["weights"], state["row"], state["step"])
         self._refuse_other_counts(state)
@@ -205,12 +205,12 @@ class IndexedLoader:
     def _refuse_other_counts(self, state: Mapping[str, Any]) -> None:
         """A mixture counts on from the rows that each source has given: they follow from the weights and the epochs."""
         for name, counts in self._plan.counts(state["row"]).items():
-            given = state["sources"].get(name, counts)["rows"]  # one source alone may have another name now
+            given = state["sources"].get(name, counts)["rows"]  # a single source may have another name now
             if given != counts["rows"]:
                 raise ValueError(
-                    f"the first {state['row']} rows hold {given} of {name}, and with the epochs that its sources have "
-                    f"now they would hold {counts['rows']}: a source that has ended cannot go on in a mixture, so set "
-                    "data.epochs and max_epochs back to what they were"
+                    f"the first {state['row']} rows hold {given} of {name}, and with the present epochs of the sources "
+                    f"they would hold {counts['rows']}: a source that has ended cannot continue in a mixture, so set "
+                    "data.epochs and max_epochs back to their former values"
                 )
 
     @property
@@ -238,11 +238,11 @@ def refuse_other_data(fingerprint: Mapping[str, Any], state: Mapping[str, Any], 
     found = compare_fingerprints(ours, theirs)
     if found.different:
         differences = ", ".join(f"{name} was {theirs.get(name)} and is {ours.get(name)}" for name in found.different)
-        raise ValueError(f"these are not the data that the checkpoint has read {state['row']} rows of: {differences}")
+        raise ValueError(f"the checkpoint has read {state['row']} rows of other data: {differences}")
     if not found.unrecorded:
         return
     names = ", ".join(f"{name} (now {ours[name]})" for name in found.unrecorded)
     unknown = f"an earlier version of Stoker stored this checkpoint and did not record {names}"
     if not change:
-        raise ValueError(f"{unknown}: if it is what it was, run.change=true goes on")
-    log.warning("%s: going on as run.change=true says", unknown)
+        raise ValueError(f"{unknown}: if that has not changed, set run.change=true to continue")
+    log.warning("%s: continuing because of run.change=true", unknown)

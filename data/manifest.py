@@ -1,6 +1,6 @@
-"""What a source holds, as one fingerprint of its texts: neither names, times nor the folder they lie in matter.
+"""The contents of a source as one fingerprint of its texts, independent of names, times and folder.
 
-The documents are taken in parts of some megabytes, which processes work through side by side.
+The documents are taken in parts of some megabytes, which processes read in parallel.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from stoker.data.pool import each
 
 log = logging.getLogger(__name__)
 
-_MEMO_FORMAT = 2  # of what is remembered: another number where a reader takes other texts from the same bytes
+_MEMO_FORMAT = 2  # of the memo: changes when a reader returns other texts for the same bytes
 _EMPTY = text_digest(b"")
 _DIGEST = len(_EMPTY)
 _PART_BYTES = 8 << 20  # of text: seconds of work, little memory
 _MOST_PARTS = 10_000
-_PART_DOCUMENTS = 1024  # of which nobody knows the size
+_PART_DOCUMENTS = 1024  # of unknown size
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Part:
     def texts(self) -> Iterator[tuple[str, str, bytes]]:
         """The name, the text and its SHA-256 of each document that has any text, in order.
 
-        Raises ValueError, naming the document, when it is no text.
+        Raises ValueError, naming the document, when it is not text.
         """
         return (entry for entry in self._all() if entry[2] != _EMPTY)
 
@@ -67,7 +67,7 @@ class Manifest:
         return sum(map(len, self.digests)) // _DIGEST
 
     def texts(self, number: int) -> Iterator[tuple[str, str, bytes]]:
-        """The texts of a part again. Raises ValueError when they are no longer those of the digests."""
+        """The texts of a part, read again. Raises ValueError when they no longer match the digests."""
         known, place = self.digests[number], 0
         for name, text, found in self.parts[number].texts():
             if found != known[place : place + _DIGEST]:
@@ -79,7 +79,7 @@ class Manifest:
 
 
 def parts_of(documents: Sequence[Document | Collection]) -> list[Part]:
-    """`documents` in parts that depend on nothing but them."""
+    """`documents` in parts that depend only on them."""
     most = max(_PART_BYTES, sum(document.size for document in documents) // _MOST_PARTS)
     parts: list[Part] = []
     held: list[Document | Collection] = []
@@ -94,7 +94,7 @@ def parts_of(documents: Sequence[Document | Collection]) -> list[Part]:
 
 
 def read_manifest(documents: Sequence[Document | Collection]) -> Manifest:
-    """Read every text of a source. Raises ValueError for one that cannot be read, or when none holds any text."""
+    """Read every text of a source. Raises ValueError for one that cannot be read, or when none has any text."""
     parts = parts_of(documents)
     found = each(lambda number: parts[number].digests(), [part.size for part in parts], "reading")
     manifest = Manifest(tuple(parts), tuple(digests for digests, _ in found), sum(empty for _, empty in found))
@@ -104,9 +104,9 @@ def read_manifest(documents: Sequence[Document | Collection]) -> Manifest:
 
 
 class Memo:
-    """Remembers, in small files, which fingerprint the texts of certain document versions had.
+    """Keeps, in small files, the fingerprint of the texts of certain document versions.
 
-    It spares every start of every rank the reading of all texts. It is used only where all documents have a version.
+    It avoids reading all texts at every start of every rank. It is used only where all documents have a version.
     """
 
     def __init__(self, folder: Path, documents: Sequence[Document | Collection]) -> None:
@@ -139,7 +139,7 @@ def _texts(document: Document | Collection) -> Iterator[tuple[str, str]]:
             yield from document.read()
         else:
             yield document.name, document.read()
-    except OSError as error:  # of a user's own source
+    except OSError as error:  # of a user's source
         raise ValueError(f"cannot read the document {document.name}: {error}") from error
 
 

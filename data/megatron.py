@@ -1,4 +1,4 @@
-"""Indexed datasets of Megatron-LM: NAME.bin holds ids, NAME.idx where sequences lie in it and which make a document.
+"""Indexed datasets of Megatron-LM: NAME.bin holds ids, NAME.idx the positions of sequences in it and the documents.
 
     magic  version  dtype code  sequences S  documents D   9 + 8 + 1 + 8 + 8 bytes
     tokens of each sequence                                int32 [S]
@@ -6,7 +6,7 @@
     the first sequence of each document, and S at the end  int64 [D]
     modes, in data sets of several modalities              int8 [S]
 
-Sequences may lie in any order, overlap, and leave parts of the .bin out (`megatron/core/datasets/indexed_dataset.py`).
+Sequences may be in any order, overlap, and leave parts of the .bin out (`megatron/core/datasets/indexed_dataset.py`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def open_indexed(path: Path, index: Path) -> tuple[Array, np.ndarray]:
     document that has any, int64. Raises ValueError, with file and place, for files that contradict themselves or each
     other."""
     if not index.is_file():
-        raise ValueError(f"{path} has no index: {index} is not there")
+        raise ValueError(f"{path} has no index: {index} does not exist")
     try:
         found = _read(index)
     except (OSError, ValueError, struct.error) as error:
@@ -75,7 +75,7 @@ def _read(index: Path) -> _Index:
         raise ValueError(f"version {version}, dtype {code}")
     dtype = np.dtype(_TYPES[code])
     if dtype.kind not in "ui":
-        raise ValueError(f"it speaks of {dtype}, and token ids are whole numbers")
+        raise ValueError(f"its dtype is {dtype}, and token ids are whole numbers")
     at = np.cumsum([_BEGIN, *(int(count) * width for count, width in [(sequences, 4), (sequences, 8), (documents, 8)])])
     end = _BEGIN + 12 * sequences + 8 * documents
     if size not in (end, end + sequences):
@@ -99,15 +99,15 @@ def _read(index: Path) -> _Index:
 
 
 def _check_places(path: Path, index: Path, found: _Index, ends: np.ndarray, size: int) -> None:
-    """Raises ValueError for a sequence that does not lie in the .bin, and for bytes behind the last one."""
+    """Raises ValueError for a sequence outside the .bin, and for bytes after the last one."""
     wrong = (found.sizes < 0) | (found.pointers < 0) | (found.pointers % found.dtype.itemsize != 0) | (ends > size)
     if wrong.any():
         at = int(np.argmax(wrong))
         where = f"sequence {at} of {found.sizes[at]} tokens from byte {found.pointers[at]} on"
-        raise ValueError(f"{index} speaks of {where}, and {path.name} has {size} bytes")
+        raise ValueError(f"{index} lists {where}, and {path.name} has {size} bytes")
     last = int(ends.max(initial=0))
     if last < size:
-        raise ValueError(f"{path}: {size - last} bytes from byte {last} on lie behind every sequence of {index.name}")
+        raise ValueError(f"{path}: {size - last} bytes from byte {last} on come after every sequence of {index.name}")
 
 
 def _covered(begins: np.ndarray, ends: np.ndarray) -> int:

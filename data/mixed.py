@@ -14,13 +14,13 @@ from stoker.data.indexed import IndexPlan
 from stoker.data.mixture import Mixture, mix
 from stoker.data.packing import Pieces
 
-_HISTORY_BYTES = 16 << 20  # of the weights that there were; untouched pages cost nothing
+_HISTORY_BYTES = 16 << 20  # of the history of weights; untouched pages cost nothing
 _ROUNDING = 8  # units of weight in 2**30 by which two machines may differ over the same shares
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What the config asks for: whole weights from a step on, by source; the first from step 1."""
+    """The config's integer weights from a step on, by source; the first from step 1."""
 
     from_step: int
     weights: tuple[int, ...]
@@ -29,8 +29,8 @@ class Weights:
 class MixedPlan:
     """Implements `stoker.data.rows.RowPlan` over the plans of several sources.
 
-    Which weights hold from which row is known only once the run's state is: weights that were changed hold from the row
-    at which the run went on. `resume` is told, and readers forked before see it too: it lies in memory they share.
+    Which weights hold from which row follows from the run's state: changed weights hold from the row at which the run
+    was resumed. `resume` sets it, also for readers that were forked before: it is in shared memory.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class MixedPlan:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows after which every source has been read once on average; sources have epochs of their own."""
+        """Rows after which every source has been read once on average; sources have separate epochs."""
         return sum(plan.rows_per_epoch for plan in self.plans)
 
     @property
@@ -59,7 +59,7 @@ class MixedPlan:
 
     @property
     def mixture(self) -> Mixture:
-        """The sequence of sources as it is known now."""
+        """The sequence of sources as known so far."""
         size = int.from_bytes(self._shared[:8], "little")
         seen = self._shared[8 : 8 + size]
         if seen != self._seen or self._mixture is None:
@@ -105,9 +105,9 @@ class MixedPlan:
 def weights_from(
     wanted: Sequence[Weights], history: Sequence[Sequence[Any]] | None, row: int, step: int, batch_rows: int
 ) -> list[list[Any]]:
-    """`[[first row, [weight of each source]], ...]` when a run goes on at `row`, after `step` steps.
+    """`[[first row, [weight of each source]], ...]` when a run resumes at `row`, after `step` steps.
 
-    The rows before had the weights of `history`, in the same form; the steps after `step` have what is `wanted`.
+    The rows before had the weights of `history`, in the same form; the steps after `step` have those of `wanted`.
     """
     known: list[Any] = [[int(first), [int(weight) for weight in weights]] for first, weights in history or []]
     due = [phase for phase in wanted if phase.from_step <= step + 1]

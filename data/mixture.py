@@ -1,17 +1,17 @@
-"""Which source each row of a mixture comes from: a closed form of the row number, in whole numbers.
+"""Which source each row of a mixture comes from: a closed form of the row number, in integers.
 
-The sources are the leaves of a binary tree. Of the first n rows that come to a node, floor((n * left + u) / (left +
+The sources are the leaves of a binary tree. Of the first n rows at a node, floor((n * left + u) / (left +
 right)) go to its left child, where `left` and `right` are the weights below its children. So the rows of a child follow
-its share as closely as whole rows can from any row on, and how many went where before row n needs no list. It is exact
+its share as closely as whole rows can from any row on, and the counts before row n need no list. It is exact
 at any row number, because n is divided by the weights before it is multiplied.
 
 In any batch a leaf's rows are off by less than 1 + s1 + s1 s2 + ..., where s1, s2, ... are the shares that it and the
-nodes above it, but for the root, have of their parents. A tree whose nodes are split as evenly as they can be keeps
-that sum under 3: the shares above a leaf are about a half, unless a source outweighs all others, and then it stands
-higher.
+nodes above it, except the root, have of their parents. A tree whose nodes are split as evenly as possible keeps that
+sum under 3: the shares above a leaf are about a half, unless a source outweighs all others, and then it is higher in
+the tree.
 
-Weights may change at a row (a phase). Every phase counts from its own first row, on top of what the phases before it
-gave, so earlier rows and each source's order stay as they were. A source that has given all its rows ends a phase too.
+Weights may change at a row (a phase). Every phase counts from its first row, on top of the counts of the phases before,
+so earlier rows and each source's order do not change. A source without further rows also ends a phase.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WEIGHT_UNITS = 1 << 30  # about the sum of whole weights: a product of two of th
 
 @dataclass(frozen=True)
 class Phase:
-    """Weights from one row on, and how many rows of each source came before it."""
+    """Weights from one row on, and the rows of each source before it."""
 
     first: int  # row
     weights: tuple[int, ...]  # by source; 0: none of its rows
@@ -48,7 +48,7 @@ class Mixture:
     total_rows: int | None  # None: without end
 
     def assign(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where `rows` (int64 `[rows]`) come from: the number of the source and the row of that source, both int64."""
+        """The number of the source and the row of that source for each of `rows` (int64 `[rows]`), both int64."""
         sources, numbers = np.empty_like(rows), np.empty_like(rows)
         firsts = np.array([phase.first for phase in self.phases])
         phases = np.searchsorted(firsts, rows, side="right") - 1
@@ -69,7 +69,7 @@ def mix(weights: Sequence[tuple[int, Sequence[int]]], rows: Sequence[int | None]
     """The mixture of sources that have `rows` rows each (None: without end).
 
     `weights` are pairs of a first row, rising from 0, and a whole number for each source, of sum 2**31 at most. A
-    source that has given all its rows leaves the mixture, and the others go on in their proportions. The end is where
+    source without further rows leaves the mixture, and the others keep their proportions. The end is where
     no source with a weight is left. Raises ValueError for weights that are all 0.
     """
     assert weights[0][0] == 0 and all(sum(wanted) <= 1 << 31 for _, wanted in weights)
@@ -110,7 +110,7 @@ def _counts(phase: Phase, row: int) -> tuple[int, ...]:
 
 
 def _end(phase: Phase, source: int, limit: int) -> int:
-    """The first row at which `source` has given `limit` rows."""
+    """The first row at which `source` has contributed `limit` rows."""
     low, high = phase.first, phase.first + 1
     while _counts(phase, high)[source] < limit:
         low, high = high, phase.first + 2 * (high - phase.first)
@@ -146,12 +146,12 @@ def _split(leaves: list[tuple[int, int]]) -> _Node:
 
 
 def _descend(node: _Node, rows: np.ndarray, counts: np.ndarray) -> None:
-    """Write to `counts` how many of the first `rows` that come to `node` each source below it gets."""
+    """Write to `counts` how many of the first `rows` at `node` each source below it gets."""
     if node.children is None:
         counts[node.source] = rows
         return
     left, right = node.children
-    weight = max(node.weight, 1)  # sources without any weight stand side by side
+    weight = max(node.weight, 1)  # sources of weight 0 share a node
     whole, rest = np.divmod(rows, weight)
     taken = whole * left.weight + (rest * left.weight + weight // 2) // weight
     _descend(left, taken, counts)

@@ -13,7 +13,7 @@ MAGIC = np.lib.format.MAGIC_PREFIX
 def header(file: BinaryIO, size: int) -> tuple[np.dtype, tuple[int, ...], int]:
     """dtype, shape and first byte of the data of an array in a file of `size` bytes, which must end with the data.
 
-    NumPy reads 10,000 bytes of a header at most. Raises ValueError for what is no such file.
+    NumPy reads 10,000 bytes of a header at most. Raises ValueError for any other file.
     """
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
@@ -23,15 +23,15 @@ def header(file: BinaryIO, size: int) -> tuple[np.dtype, tuple[int, ...], int]:
         )
     try:
         shape, _, dtype = readers[version](file)
-    except Exception as error:  # of the parsers of Python's literals that it uses, each with errors of its own
+    except Exception as error:  # its parsers of Python literals raise different errors
         raise ValueError(f"its header is garbled or cut short: {str(error).partition(chr(10))[0]}") from error
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are never unpickled")
     if any(length < 0 for length in shape):
-        raise ValueError(f"its header gives it the shape {shape}")
+        raise ValueError(f"its header has the shape {shape}")
     begin = file.tell()
     end = begin + math.prod(shape) * dtype.itemsize
     if end != size:
         what = "it is cut short" if end > size else f"{size - end} bytes follow the array"
-        raise ValueError(f"by its header it ends at byte {end}, and it has {size} bytes: {what}")
+        raise ValueError(f"its header ends the array at byte {end}, and it has {size} bytes: {what}")
     return dtype, shape, begin

@@ -27,20 +27,20 @@ from stoker.data.tokenizer_files import load_kept, named_tokenizer
 from stoker.data.tokens import Tokens
 from stoker.parallel.mesh import Mesh
 
-FORMAT = 2  # of the fingerprint: rows of another format are other rows
+FORMAT = 2  # of the fingerprint; changes with the rows
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A source whose tokens are there."""
+    """A source with its tokens."""
 
     spec: Spec
     content: str  # fingerprint of its texts, or of its token files
-    tokenizer: Tokenizer | None  # None: tokens that came without
+    tokenizer: Tokenizer | None  # None: tokens without a tokenizer
     tokens: Tokens
     is_chat: bool
-    folder: Path | None  # of the cache that holds the tokens; None: they lie where they were
-    encoder: str | None = None  # fingerprint of what made documents and tokens of them besides the tokenizer
+    folder: Path | None  # of the cache that holds the tokens; None: they stay at their place
+    encoder: str | None = None  # fingerprint of the encoder, beside the tokenizer
     left_out: int | None = 0  # documents without text; None: not counted
     by_position: bool = False  # are the last tokens kept for validation, rather than documents?
 
@@ -52,12 +52,12 @@ class Opened:
 
 
 def open_rows(config: Config, split: str) -> IndexPlan | MixedPlan:
-    """The rows of `train`, shuffled anew in each epoch of a source, or of `validation`, once and in a fixed order.
+    """The rows of `train`, shuffled in each epoch of a source, or of `validation`, once and in a fixed order.
 
     Raises ValueError when the documents cannot be read or make no row.
     """
     if config.data.mode == "streaming":
-        raise ValueError("rows of data.mode=streaming have no numbers that could be looked up: data.mode=indexed has")
+        raise ValueError("rows of data.mode=streaming cannot be looked up by number: those of data.mode=indexed can")
     specs, plans = specs_of(config.data), open_plans(config, split, shuffled=split == "train")
     rows = [plan.rows_per_epoch for plan in plans]
     for plan, count in zip(plans, rows, strict=True):
@@ -75,10 +75,10 @@ def open_rows(config: Config, split: str) -> IndexPlan | MixedPlan:
 def open_plans(
     config: Config, split: str, streamed: Sequence[int] | None = None, *, shuffled: bool = False
 ) -> list[IndexPlan]:
-    """The rows of each source in the order of its documents, once; with `shuffled` anew in each of its epochs.
+    """The rows of each source in the order of its documents, once; with `shuffled`, shuffled in each of its epochs.
 
-    Of data.mode=streaming they are made of documents from all over a source that make so many rows as `streamed` says
-    of it, or more. Raises ValueError when the documents cannot be read.
+    For data.mode=streaming, `streamed` gives the rows to read of each source; they are made of documents from all over
+    it. Raises ValueError when the documents cannot be read.
     """
     assert split in SPLITS
     specs = specs_of(config.data)
@@ -100,7 +100,7 @@ def open_stream(config: Config, mesh: Mesh) -> RowSource:
     Raises ValueError for data that cannot be used.
     """
     if config.data.mode == "streaming":
-        from stoker.data.streaming.opening import open_streams  # most runs do not need what it imports
+        from stoker.data.streaming.opening import open_streams  # most runs do not need its imports
 
         return open_streams(config, mesh, open_tokenizer(config.data))
     compare = None
@@ -124,7 +124,7 @@ def open_stream(config: Config, mesh: Mesh) -> RowSource:
 def vocabulary(config: Config, kept: Path | None = None) -> int:
     """How many token ids a model of these data needs. Reads no text.
 
-    `kept` as in `open_tokenizer`. Raises ValueError for tokens that came without a tokenizer and no `model.vocab_size`.
+    `kept` as in `open_tokenizer`. Raises ValueError for tokens without a tokenizer and no `model.vocab_size`.
     """
     if config.data.tokenizer == "bpe":
         return config.data.bpe_vocab
@@ -137,14 +137,14 @@ def vocabulary(config: Config, kept: Path | None = None) -> int:
 
 
 class NoTokenizer(ValueError):
-    """The data are tokens, and nothing says of which tokenizer."""
+    """The data are tokens of an unknown tokenizer."""
 
 
 def open_tokenizer(config: DataConfig, kept: Path | None = None) -> Tokenizer:
-    """The tokenizer of these data: the one in the folder `kept` if it is there, and else the one that the config names.
+    """The tokenizer of these data: the one in the folder `kept` if that exists, else the one that the config names.
 
-    `bpe` is trained on the training documents when nobody has done so yet. Raises ValueError for a path that holds none
-    and NoTokenizer for token files that came without.
+    `bpe` is trained on the training documents if that has not been done. Raises ValueError for a path that holds none
+    and NoTokenizer for token files without one.
     """
     if kept is not None and kept.is_dir():
         return load_kept(kept)
@@ -155,14 +155,14 @@ def open_tokenizer(config: DataConfig, kept: Path | None = None) -> Tokenizer:
             folder = Path(spec.config.path or "")
             if (folder / "tokenizer").is_dir():
                 return open_folder(folder).tokenizer
-        raise NoTokenizer("these token files name no tokenizer: say data.tokenizer=PATH")
+        raise NoTokenizer("these token files name no tokenizer: set data.tokenizer=PATH")
     found = named_tokenizer(config)
     assert found is not None
     return found
 
 
 def keep_tokenizer(config: DataConfig, folder: Path) -> None:
-    """Write the tokenizer to `folder`, whole or not at all, if it is not there. Tokens that came without have none."""
+    """Write the tokenizer to `folder`, whole or not at all, if that does not exist. Token files may have none."""
     if folder.is_dir():
         return
     try:
@@ -173,7 +173,7 @@ def keep_tokenizer(config: DataConfig, folder: Path) -> None:
 
 
 def open_source(config: Config, spec: Spec, split: str) -> Opened:
-    """The tokens of one source, made first where there are texts. Raises ValueError for what cannot be read or used."""
+    """The tokens of one source, made first from texts. Raises ValueError for data that cannot be read or used."""
     apart = validation_spec(spec)
     if split == "train" or apart is None:
         return _open_source(config, spec, split)

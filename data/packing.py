@@ -1,6 +1,6 @@
-"""How documents become rows: what each packing puts in a row, and the one function that writes it there.
+"""How documents become rows: the contents of a row under each packing, and the function that writes a row.
 
-A row is made of pieces: stretches of one document each, laid side by side. A row has `seq_len` places for tokens and
+A row is made of pieces: stretches of one document each, one after the other. A row has `seq_len` places for tokens and
 one more that only serves as the last label, so pieces of a row may have up to `seq_len + 1` tokens together; the
 piece at the end of a row shares its last token with the next piece of the same document.
 
@@ -8,7 +8,7 @@ piece at the end of a row shares its last token with the next piece of the same 
     best_fit       no document is cut that fits a row; short ones share a row      Table
     padded         a document to a row                                             Table
 
-Under `best_fit` and `padded` a document longer than a row gives whole rows and a rest, which is packed like a document.
+Under `best_fit` and `padded` a document longer than a row makes whole rows and a rest, which is packed like a document.
 So every token of a document but its first is the label of exactly one place in an epoch.
 """
 
@@ -23,12 +23,12 @@ from stoker.data.tokens import Array
 from stoker.parallel.batch import IGNORE_INDEX
 
 PACKINGS = ("concatenated", "best_fit", "padded")
-PADDING = 0  # the token where a row has none: nothing real attends it, and it has no label
+PADDING = 0  # the token of padding: no real token attends to it, and it has no label
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Stretches of an array of tokens and the rows that they go to, in the order in which they stand there."""
+    """Stretches of an array of tokens and their rows, in order."""
 
     rows: np.ndarray  # int64 [pieces], rising; rows without a piece are padding
     begins: np.ndarray  # int64 [pieces], where each begins in the array
@@ -56,14 +56,14 @@ class Table:
 
 
 def fill(out: np.ndarray, tokens: Array, pieces: Pieces, document_mask: bool, learned: Array | None = None) -> None:
-    """Write rows to `out`, int32 `[4, rows, seq_len]` (the planes of `stoker.data.rows`), whatever it held before.
+    """Write rows to `out`, int32 `[4, rows, seq_len]` (the planes of `stoker.data.rows`), overwriting it.
 
-    `tokens` is what the pieces were cut from: anything that an int64 array can index, such as a mapped file.
-    `learned`, alike, says which tokens are worth learning; without it all are. The label of a token is the one after
-    it in its row. With `document_mask`, positions begin at 0 with each piece, and the last token of a piece has no
-    label, unless the piece goes on in the place behind the row; without, the row is one run of text: positions run
+    `tokens` is the array of the pieces: anything that an int64 array can index, such as a mapped file. `learned`, of
+    the same length, marks the tokens that are trained on; without it all are. The label of a token is the one after it
+    in its row. With `document_mask`, positions begin at 0 with each piece, and the last token of a piece has no label,
+    unless the piece continues in the place after the row; without, the row is one run of text: positions run
     through it, and the first token of a piece is a label like any other. Pieces are numbered from 0 in each row;
-    padding comes after them, with a number of its own and no label.
+    padding comes after them, with the next number and no label.
     """
     _, rows, seq_len = out.shape
     width = seq_len + 1
@@ -102,7 +102,7 @@ def best_fit(begins: np.ndarray, lengths: np.ndarray, seq_len: int) -> Table:
     """Rows of whole documents (int64 `[documents]`: first token, number of tokens), as few as best fit finds.
 
     Best-fit decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). Whole rows of long documents
-    come first, then the others, the ones with the longest document first.
+    come first, then the others, by falling length of their longest document.
     """
     whole, rest = _cut(begins, lengths, seq_len)
     bins = fit(rest[1], seq_len)
@@ -120,15 +120,15 @@ def padded(begins: np.ndarray, lengths: np.ndarray, seq_len: int) -> Table:
 def fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Into which bin of `capacity` each of `lengths` (in 1 .. capacity) goes under best-fit decreasing: int64.
 
-    All items of one length are placed at once. The fullest bin that has room for one takes as many as it has room
-    for, because it stays the fullest; so all bins with equal room are alike, and the work is one array operation for
-    each pair of a length and a room that meet: millions of items in a second.
+    All items of one length are placed at once. The fullest bin that has room for one takes as many as fit, because
+    it stays the fullest; so all bins with equal room are equivalent, and the work is one array operation for each pair
+    of a length and a room that occurs: millions of items in a second.
     """
     lengths = np.asarray(lengths, np.int64)
     assert not len(lengths) or (lengths.min() >= 1 and lengths.max() <= capacity)
     order = np.argsort(-lengths, kind="stable")
     counts = np.bincount(lengths, minlength=capacity + 1)
-    placed = np.empty(len(lengths), np.int64)  # in the order of falling lengths
+    placed = np.empty(len(lengths), np.int64)  # by falling length
     open_bins: dict[int, list[np.ndarray]] = {}  # bins by the room they have left
     rooms = 0  # bit r: there are bins with room r
     done = bins = 0
@@ -173,10 +173,10 @@ def ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def _cut(
     begins: np.ndarray, lengths: np.ndarray, seq_len: int
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Whole rows of the documents that are longer than one, and what is left of each document: (begins, lengths) each.
+    """Whole rows of the documents that are longer than one, and the rest of each document: (begins, lengths) each.
 
-    A whole row takes along the token after it, as its last label. A rest that is no more than that token is left out:
-    it has nothing more to teach.
+    A whole row includes the token after it, as its last label. A rest of only that token is left out: it has no further
+    label.
     """
     begins, lengths = np.asarray(begins, np.int64), np.asarray(lengths, np.int64)
     rows = np.maximum(lengths - 1, 0) // seq_len

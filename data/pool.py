@@ -15,22 +15,22 @@ from typing import Any, TypeVar
 
 from stoker.conf.parent_death import die_with
 
-_WORTH_FORKING = 16 << 20  # bytes of text: less is done before processes would be there
+_WORTH_FORKING = 16 << 20  # bytes of text: less is done faster than processes start
 
 T = TypeVar("T")
 _work: Callable[[int], Any] | None = None  # of a forked process
 
 
 class Killed(ValueError):
-    """A process was killed. What the others did stays."""
+    """A process was killed. The results of the others are kept."""
 
 
 def each(work: Callable[[int], T], sizes: Sequence[int], label: str, processes: int | None = None) -> list[T]:
-    """`work(n)` for every n in `range(len(sizes))`, in processes side by side where `sizes` (bytes) are worth it.
+    """`work(n)` for every n in `range(len(sizes))`, in parallel processes where `sizes` (bytes) are large enough.
 
     The processes are forked: `work` and what it refers to need not be picklable, its result must be. On a terminal a
     bar labelled `label` shows the progress. Raises what `work` raises, as ValueError if it is one, and Killed when a
-    process is; the others end with the part they are at.
+    process is killed; the others end after their present part.
     """
     processes = processes or _cores()
     with ExitStack() as stack:
@@ -57,8 +57,8 @@ def each(work: Callable[[int], T], sizes: Sequence[int], label: str, processes: 
                 advance(sizes[futures[future]])
         except BrokenProcessPool as error:
             raise Killed(
-                f"a process that was {label} was killed, most often for want of memory: start again, "
-                "what is done is kept"
+                f"a process that was {label} was killed, most often because memory ran out: start again, "
+                "finished parts are kept"
             ) from error
         return [future.result()[1] for future in futures]
 
@@ -70,10 +70,10 @@ def _cores() -> int:
 def _settle(parent: int, work: Callable[[int], Any]) -> None:
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, with whom we end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; this process ends with it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with(parent)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not forked
 
 
 def _do(number: int) -> tuple[Exception | None, Any]:
@@ -87,7 +87,7 @@ def _do(number: int) -> tuple[Exception | None, Any]:
 
 
 class _Bar:
-    """A progress bar on stderr, if it is a terminal, for what takes longer than a glance."""
+    """A progress bar on stderr, if it is a terminal, for work that takes longer than a moment."""
 
     def __init__(self, label: str, size: int) -> None:
         self._label, self._size = label, size

@@ -1,8 +1,8 @@
 """Processes that read ahead, into memory that they share with the rank.
 
-A reader holds no state: it is asked for an item, writes it to a slot and says so. Asking, order and resuming stay with
-the rank, so a reader can be killed at any time and loses nothing. The shared memory is anonymous: it has no name in
-/dev/shm that could be left behind.
+A reader holds no state: it gets a request for an item, writes it to a slot and replies. Requests, order and resuming
+stay with the rank, so a reader can be killed at any time without loss. The shared memory is anonymous: it leaves no
+name in /dev/shm.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class _Reader:
 
 
 class Readers:
-    """`workers` forked processes that run `read(item, out)` for the items asked for, in the order asked.
+    """`workers` forked processes that run `read(item, out)` for the requested items, in order.
 
-    Make it early and in the main thread: a forked process keeps alive what memory its parent had, and is killed when
-    the thread that made it ends.
+    Make it early and in the main thread: a forked process keeps the memory of its parent, and is killed when the thread
+    that made it ends.
     """
 
     def __init__(self, read: Read, shape: tuple[int, ...], workers: int, ahead: int) -> None:
@@ -53,11 +53,11 @@ class Readers:
 
     @property
     def free(self) -> int:
-        """How many more items can be asked for."""
+        """How many more items can be requested."""
         return len(self._free)
 
     def ask(self, item: int) -> None:
-        """Have `item` read by the process whose turn it is."""
+        """Request `item` from the next process."""
         reader, slot = self._readers[0], self._free.popleft()
         self._readers.rotate(-1)
         try:
@@ -67,9 +67,9 @@ class Readers:
         self._asked.append((reader, slot))
 
     def take(self) -> np.ndarray:
-        """The item asked for longest ago, int32 of `shape`; to be used up before the next `ask`.
+        """The item requested longest ago, int32 of `shape`; to be used before the next `ask`.
 
-        Raises RuntimeError when its process died or failed; the others are ended.
+        Raises RuntimeError when its process was killed or failed; the others are ended.
         """
         reader, slot = self._asked.popleft()
         try:
@@ -83,12 +83,12 @@ class Readers:
         return self._slots[slot]
 
     def discard(self) -> None:
-        """Forget what was asked for and not taken."""
+        """Drop items that were requested and not taken."""
         while self._asked:
             self.take()
 
     def close(self) -> None:
-        """End the processes at once. They hold nothing that could be lost."""
+        """End the processes at once. They hold no state."""
         while self._readers:
             reader = self._readers.pop()
             forks.end(reader.pid)

@@ -23,7 +23,9 @@ def _ranks(start: Start) -> str | None:
 
 
 @REFUSALS.entry(
-    "rows over streams", "batch.size that is no multiple of data.streams under data.mode=streaming", "streams keep step"
+    "rows over streams",
+    "batch.size that is no multiple of data.streams under data.mode=streaming",
+    "streams advance together",
 )
 def _rows(start: Start) -> str | None:
     data, rows = start.config.data, start.config.batch.size

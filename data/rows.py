@@ -1,4 +1,4 @@
-"""The row interface: what a mode must answer, and rows as tensors."""
+"""The row interface of both modes, and rows as tensors."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ class RowPlan(Protocol):
     def read(self, numbers: np.ndarray, out: np.ndarray) -> None:
         """Write the rows `numbers` (int64 `[rows]`, each in `range(total_rows)`) to `out`, int32 `[4, rows, seq_len]`.
 
-        The planes are TOKENS, LABELS (IGNORE where there is nothing to learn), POSITIONS and DOCUMENTS.
+        The planes are TOKENS, LABELS (IGNORE_INDEX where no label is trained), POSITIONS and DOCUMENTS.
         """
         ...
 
     def counts(self, row: int) -> dict[str, dict[str, int]]:
-        """How far each source is read when the rows before `row` are: `{name: {"rows": rows, "epoch": epoch}}`, and
+        """How far each source is read after the rows before `row`: `{name: {"rows": rows, "epoch": epoch}}`, and
         where it is known the number of documents that are in no row, `"leftovers"`."""
         ...
 
     def history(self, row: int) -> Any:
-        """What the rows before `row` depended on besides the fingerprint, as JSON; None for nothing."""
+        """Settings of the rows before `row` beside the fingerprint, as JSON; None without any."""
         ...
 
     def resume(self, history: Any, row: int, step: int) -> None:
-        """A run goes on at `row`, after `step` steps, the rows before it with `history`. Forked readers know too."""
+        """Resume at `row`, after `step` steps, with `history` for the rows before. Applies to forked readers too."""
         ...
 
 
 def read_rows(plan: RowPlan, numbers: Sequence[int], pin: bool = False) -> Batch:
-    """The rows `numbers` of `plan`, read here and now; in page-locked memory if `pin`."""
+    """The rows `numbers` of `plan`, read in this process; in page-locked memory if `pin`."""
     packed = np.empty((4, len(numbers), plan.seq_len), np.int32)
     plan.read(np.asarray(numbers, np.int64), packed)
     return unpack(packed, pin)

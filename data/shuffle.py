@@ -13,10 +13,10 @@ _ROUNDS = 6
 def permute(index: np.ndarray, size: int, seed: int, epoch: int, of: str = "rows") -> np.ndarray:
     """Where each of `index` (int64, each in `range(size)`) goes in the order of `epoch`; int64 of the same shape.
 
-    `of` says what is shuffled: each kind of thing has an order of its own.
+    `of` names the kind of things shuffled: each kind has a separate order.
 
-    A Feistel network (Luby and Rackoff 1988) permutes the smallest square that holds `size`; what lands outside of
-    `size` is sent through again until it lands inside (cycle walking, Black and Rogaway 2002), which keeps the map
+    A Feistel network (Luby and Rackoff 1988) permutes the smallest square that holds `size`; an element outside of
+    `size` is permuted again until it is inside (cycle walking, Black and Rogaway 2002), which keeps the map
     one-to-one. A square exceeds `size` by few elements, so second trips are rare.
     """
     side = np.uint64(isqrt(size - 1) + 1)

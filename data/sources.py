@@ -15,7 +15,7 @@ from stoker.conf.schema import DataConfig
 from stoker.data.mixed import Weights
 from stoker.data.mixture import whole_weights
 
-# Of DataConfig, that every source has of its own.
+# Of DataConfig, that every source may set.
 _KEYS = ("target", "splits", "path", "urls", "validation", "validation_path", "validation_by", "args")
 
 
@@ -24,9 +24,9 @@ class Spec:
     """One source."""
 
     name: str
-    config: DataConfig  # of this source alone
-    weight: float | None  # None: as many tokens as it has
-    epochs: int | None  # passes after which it has given all it may; None: no end
+    config: DataConfig  # of this source only
+    weight: float | None  # None: its number of tokens
+    epochs: int | None  # passes after which it ends; None: no end
 
 
 def specs_of(config: DataConfig) -> list[Spec]:
@@ -34,12 +34,12 @@ def specs_of(config: DataConfig) -> list[Spec]:
     if not config.sources:
         for key, default in (("weights", {}), ("phases", []), ("temperature", 1.0)):
             if getattr(config, key) != default:
-                problem = f"data.{key}={getattr(config, key)}: one source has nothing to be weighed against"
+                problem = f"data.{key}={getattr(config, key)}: a single source has no weights"
                 raise ValueError(f"{problem}; name several in data.sources={{NAME: {{kind: text, path: ...}}, ...}}")
         return [Spec(config.name, _training(config), None, config.epochs)]
     for key in ("path", "validation_path"):
         if getattr(config, key) is not None:
-            problem = f"data.{key}={getattr(config, key)} with data.sources: each of them has a path of its own"
+            problem = f"data.{key}={getattr(config, key)} with data.sources: each of them has its path"
             raise ValueError(f"{problem}, data.sources.NAME.{key}")
     found = [_spec(config, name, keys) for name, keys in config.sources.items()]
     weighted = [spec.name for spec in found if spec.weight is not None]
@@ -75,7 +75,7 @@ def _training(config: DataConfig) -> DataConfig:
 
 
 def wanted_weights(config: DataConfig, specs: Sequence[Spec], rows: Sequence[int]) -> list[Weights]:
-    """The whole weights that `config` asks for, from step 1 and from the first step of each phase.
+    """The integer weights of `config`, from step 1 and from the first step of each phase.
 
     `rows` are those of each source in an epoch. Raises ValueError for names that are no source's and for steps that do
     not rise.
@@ -138,7 +138,7 @@ def _spec(config: DataConfig, name: str, given: Any) -> Spec:
 
 
 def _group(kind: str | None, where: str) -> dict[str, Any]:
-    """The keys of `data=<kind>` that a source has of its own."""
+    """The keys of `data=<kind>` that a source may set."""
     if kind is None:
         return {}
     path = Path(conf.__file__).parent / "data" / f"{kind}.yaml"

@@ -1,8 +1,8 @@
 """Tables in files: parquet row groups and arrow record batches, read with pyarrow, and whole files of separated values.
 
-Parquet and arrow keep at their end where their pieces lie, so a piece is found without reading what is before it;
-arrow streams are walked through when they are opened (arrow.py). A file of separated values is one piece, because only
-reading it from its beginning tells which line ends lie inside a value.
+Parquet and arrow keep the positions of their pieces at their end, so a piece is found without reading those before it;
+arrow streams are scanned when they are opened (arrow.py). A file of separated values is one piece, because only
+reading it from its beginning shows which line ends are inside a value.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from stoker.data.remote.store import Store
 from stoker.data.streaming.arrow import Batches, batches, is_stream
 
 _BLOCK = 1 << 20  # bytes of a file of separated values read at a time
+_ROWS = 1024  # of a row group decoded at a time
 Batch = Iterator[Mapping[str, Any]]
 
 
 class Table(Protocol):
     """An opened table. `len`: how many pieces it has."""
 
-    batches: Batches | None  # of an arrow stream: where its batches lie
+    batches: Batches | None  # of an arrow stream: positions of its batches
 
     def __len__(self) -> int: ...
 
     def rows(self, piece: int, columns: list[str] | None) -> Batch:
-        """The rows of a piece in order, with `columns` alone if they are given. Raises Damaged without one of them."""
+        """The rows of a piece in order, with only `columns` if they are given. Raises Damaged without one of them."""
         ...
 
 
 def open_table(kind: Kind, shard: Shard, store: Store, limits: Limits, known: Batches | None = None) -> Table:
     """Open a table to read it in pieces. `known`: the batches of an arrow stream that was opened before.
 
-    Raises Damaged for what is none.
+    Raises Damaged for anything else.
     """
     import pyarrow
 
@@ -52,7 +53,7 @@ def open_table(kind: Kind, shard: Shard, store: Store, limits: Limits, known: Ba
             problem = f"it is compressed by {kind.compression.name}, and {kind.format.words} is read in pieces"
             raise ValueError(f"{problem}: decompress it ({kind.compression.command})")
         if kind.format is PARQUET:
-            return _Parquet(shard, store)
+            return _Parquet(shard, store, limits)
         if known is not None or is_stream(shard, store):
             return _ArrowStream(shard, store, known)
         return _Arrow(shard, store)
@@ -71,7 +72,7 @@ def read_piece(
     columns: list[str] | None,
     known: Batches | None = None,
 ) -> Batch:
-    """The rows of a piece of a shard. Raises Damaged for what cannot be read and TooLarge for what is too large."""
+    """The rows of a piece of a shard. Raises Damaged for an unreadable one and TooLarge for one beyond the limits."""
     import pyarrow
 
     try:
@@ -83,7 +84,8 @@ def read_piece(
 def table_collections(name: str, path: Path, kind: Kind, column: str, limits: Limits) -> list[Collection]:
     """The rows of a table in a file as documents, a collection for each piece: the text at `column` of each row.
 
-    Raises ValueError for what is no table. Reading raises ValueError, naming file and row, for what is no text.
+    Raises ValueError for anything but a table. Reading raises ValueError, naming file and row, for a value that is not
+    text.
     """
     version, size = stamp(path)
     shard, store = Shard(str(path), size), Store()
@@ -113,9 +115,10 @@ def _texts(
 class _Parquet:
     batches: Batches | None = None
 
-    def __init__(self, shard: Shard, store: Store) -> None:
+    def __init__(self, shard: Shard, store: Store, limits: Limits) -> None:
         import pyarrow.parquet
 
+        self._limits = limits
         self._file = pyarrow.parquet.ParquetFile(
             RangeFile(shard, store), pre_buffer=True, page_checksum_verification=True
         )
@@ -126,7 +129,14 @@ class _Parquet:
 
     def rows(self, piece: int, columns: list[str] | None) -> Batch:
         _check_columns(self._file.schema_arrow.names, columns, self._url)
-        yield from self._file.read_row_group(piece, columns=columns).to_pylist()
+        if self._file.metadata.row_group(piece).total_byte_size > self._limits.held_bytes:
+            raise self._limits.too_large(f"row group {piece} of {self._url}")
+        held = 0  # a value that a dictionary holds once takes its room in every row
+        for batch in self._file.iter_batches(_ROWS, row_groups=[piece], columns=columns):
+            held += batch.nbytes
+            if held > self._limits.held_bytes:
+                raise self._limits.too_large(f"row group {piece} of {self._url}")
+            yield from batch.to_pylist()
 
 
 class _Arrow:
@@ -171,7 +181,7 @@ class _ArrowStream:
 class _Separated:
     """Comma- or tab-separated values with a header (RFC 4180): every value is text, and every row has all of them.
 
-    pyarrow's reader takes a quote that is never closed for a value that goes on to the end of the file, and drops some
+    pyarrow's reader extends the value of an unclosed quote to the end of the file, and drops some
     quotes inside others. The `csv` module refuses both.
     """
 

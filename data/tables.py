@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from stoker.conf.durable import sync_directory
+from stoker.conf.records import parse_json
 from stoker.data.build import write_file
 from stoker.data.cache import lock
 from stoker.data.keys import RowTableKey, SourceKey
@@ -56,7 +57,7 @@ def open_table(root: Path, source: SourceKey, split: str, tokens: Tokens, packin
 def verify_table(folder: Path) -> list[str]:
     """Read every byte and compare with the sums of the meta; what is wrong, a line each."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = parse_json((folder / "meta.json").read_text())
         return [
             f"{folder / name}: its CRC-32 is {crc:08x}, and it was written with {meta['crc32'][name]:08x}"
             for name in _DTYPES
@@ -70,7 +71,7 @@ def _read(folder: Path) -> Table | None:
     if not folder.is_dir():
         return None
     try:
-        counts = json.loads((folder / "meta.json").read_text())["counts"]
+        counts = parse_json((folder / "meta.json").read_text())["counts"]
         arrays = {}
         for name, dtype in _DTYPES.items():
             count, path = counts[name], folder / name
@@ -78,7 +79,7 @@ def _read(folder: Path) -> Table | None:
                 raise ValueError(f"{name} has {path.stat().st_size} bytes, not {count} x {np.dtype(dtype).itemsize}")
             arrays[name] = np.memmap(path, dtype, "r").view(np.ndarray) if count else np.empty(0, dtype)
     except (OSError, ValueError, KeyError) as error:
-        log.warning("the row table %s is damaged and made again: %s", folder, error)
+        log.warning("the row table %s is damaged and is made again: %s", folder, error)
         return None
     return Table(**arrays)
 

@@ -23,10 +23,11 @@ READS = (TEXT, *JSON, *TABLES)
 def open_source(config: DataConfig) -> list[Document | Collection]:
     """The texts under `data.path` sorted by relative path, hidden files left out.
 
-    What a file holds is known by its content and its name (`stoker.data.formats`), or is `data.args.format`. Of JSON
-    lines, JSON arrays and tables a document is the value of `data.args.text` (default `text`) of an object or row; any
-    other file is one document of UTF-8. Each may be compressed. `data.args.pattern` (default `*`) picks files by name.
-    Raises ValueError for a path that is missing, unreadable or without such files, and for a file of another format.
+    The format of a file follows from its content and its name (`stoker.data.formats`), or is `data.args.format`. Of
+    JSON lines, JSON arrays and tables a document is the value of `data.args.text` (default `text`) of an object or row;
+    any other file is one document of UTF-8. Each may be compressed. `data.args.pattern` (default `*`) picks files by
+    name. Raises ValueError for a path that is missing, unreadable or without such files, and for a file of another
+    format.
     """
     args = known_args(config, "data=text", pattern="*", text="text", format="auto")
     column, limits = args["text"], limits_of(config)
@@ -44,7 +45,7 @@ def open_source(config: DataConfig) -> list[Document | Collection]:
 def json_documents(
     config: DataConfig, what: str, pattern: str, key: str, text_of: Callable[[dict[str, Any]], str], version: str
 ) -> list[Collection]:
-    """The objects of the files under `data.path`, `text_of` each, of a source `what` that reads nothing but JSON.
+    """The objects of the files under `data.path`, `text_of` each, of a source `what` that reads only JSON.
 
     `key` and `version` as in `json_collections`. Raises ValueError as `open_source` does.
     """
@@ -61,16 +62,16 @@ def known_args(config: DataConfig, what: str, **defaults: Any) -> dict[str, Any]
     unknown = set(config.args) - set(defaults)
     if unknown:
         known = ", ".join(f"data.args.{name}" for name in defaults)
-        raise ValueError(f"{what} knows {known}, not {', '.join(sorted(unknown))}")
+        raise ValueError(f"{what} has {known}, not {', '.join(sorted(unknown))}")
     return defaults | config.args
 
 
 def files_of(
     config: DataConfig, what: str, pattern: str, keep: Callable[[str], bool] = lambda name: True
 ) -> list[tuple[str, Path]]:
-    """The name and path of the files under `data.path`, or of the one it is.
+    """The name and path of the files under `data.path`, or of the single file.
 
-    Raises ValueError without any, and for the shards of a library that nothing here reads.
+    Raises ValueError without any, and for the shards of a library that Stoker does not read.
     """
     if config.path is None:
         raise ValueError(f"{what} needs data.path=FOLDER (or one file)")
@@ -93,7 +94,7 @@ def files_of(
 def _kinds(
     config: DataConfig, what: str, pattern: str, reads: Sequence[Format], given: str, column: str | None
 ) -> list[tuple[str, Path, Kind]]:
-    """Each file with what it is. Raises ValueError for one that is of none of the formats `reads`."""
+    """Each file with its kind. Raises ValueError for one that is of none of the formats `reads`."""
     limits, found = limits_of(config), []
     for name, path in files_of(config, what, pattern):
         stamp(path)  # it is a regular file
@@ -119,7 +120,7 @@ def _value_of(key: str) -> Callable[[dict[str, Any]], str]:
             return take(values)
         except ValueError as error:
             raise ValueError(
-                f"{error}: data.args.text names another key, and data.args.format=text learns files as they stand"
+                f"{error}: data.args.text names another key, and data.args.format=text reads each file as one text"
             ) from error
 
     return text

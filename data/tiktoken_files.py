@@ -1,7 +1,7 @@
 """`.tiktoken` files: base64 tokens and their ranks, one a line.
 
-How texts are cut before they are encoded, and which special tokens there are, is not in the file: the number of its
-tokens tells which of the published ones it is. Any other needs `data.tiktoken_pattern` and `data.end_of_document`.
+The pattern that splits texts before encoding and the special tokens are not in the file: the number of its
+tokens identifies the published files. Any other needs `data.tiktoken_pattern` and `data.end_of_document`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _QWEN = (
 
 @dataclass(frozen=True)
 class _Known:
-    """A published file: how it cuts texts, its special tokens, and which of them ends a text."""
+    """A published file: its split pattern, its special tokens, and the one that ends a text."""
 
     name: str
     pattern: str
@@ -90,10 +90,10 @@ class TiktokenTokenizer:
         pattern: str | None = None,
         specials: Mapping[str, int] | None = None,
     ) -> None:
-        """`pattern`: the regular expression that cuts texts first; `specials`: ids of special tokens by name.
+        """`pattern`: the regular expression that splits texts first; `specials`: ids of special tokens by name.
 
         Default of each: that of the published file with this number of tokens. A file that is none of them needs
-        `pattern` and `end_of_document`, which becomes the id after the last. Raises ValueError for what is no such
+        `pattern` and `end_of_document`, which becomes the id after the last. Raises ValueError for any other
         file, and for an end that is not among the special tokens.
         """
         try:
@@ -121,7 +121,7 @@ class TiktokenTokenizer:
         self.special_ids, self._ordinary = frozenset(self.specials.values()), frozenset(ranks.values())
         self.vocab_size = max(*ranks.values(), *self.specials.values()) + 1
         self._begin = known.begin if known else ""
-        # Runs stored before there were several special tokens hold the fingerprint of one alone.
+        # Runs stored before several special tokens were supported hold the fingerprint of a single one.
         several = json.dumps(self.specials, sort_keys=True).encode() if len(self.specials) > 1 else b""
         digest = hashlib.sha256(content + self.pattern.encode() + several).hexdigest()[:16]
         self.fingerprint = f"tiktoken {digest} {end}"
@@ -159,7 +159,7 @@ def _ranks(content: bytes) -> dict[bytes, int]:
     except ValueError as error:
         raise ValueError(f"this is no .tiktoken file: {error}") from error
     if len(ranks) != len(lines) or len(set(ranks.values())) != len(lines):
-        raise ValueError("this is no sound .tiktoken file: a token or a rank stands in it twice")
+        raise ValueError("this is no sound .tiktoken file: a token or a rank occurs in it twice")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise ValueError(f"this is no sound .tiktoken file: it has no token for the byte {missing[0]:#04x}")
@@ -172,7 +172,7 @@ def _specials(count: int, known: _Known | None, pattern: str | None, end: str | 
     if pattern is None or end is None:
         sizes = ", ".join(f"{size} ({entry.name})" for size, entry in _KNOWN.items())
         raise ValueError(
-            f"it holds {count} tokens, which is none of the published files ({sizes}): how it cuts texts and ends them "
-            "is not in it. data.tiktoken_pattern=REGEX and data.end_of_document=TOKEN say both"
+            f"it holds {count} tokens, which is none of the published files ({sizes}): its split pattern and end token "
+            "are not in it. Set them by data.tiktoken_pattern=REGEX and data.end_of_document=TOKEN"
         )
     return {end: last + 1}

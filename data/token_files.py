@@ -1,13 +1,13 @@
-"""Texts that are tokens already: `data.path` names token files, which are mapped where they lie.
+"""Data that are tokens already: `data.path` names token files, which are mapped at their place.
 
     stoker      a folder of `stoker data prepare` (the token cache's own format)
     megatron    NAME.bin and NAME.idx of Megatron-LM's indexed datasets         megatron.py
     npy         NumPy arrays of one dimension                                   npy.py
-    llm.c       its .bin, with a header of its own                              token_formats.py
-    raw         numbers and nothing else, of the width that the user states
+    llm.c       its .bin, with llm.c's header                              token_formats.py
+    raw         numbers only, of the width that the user states
 
-What is written down, once, in the cache: where documents begin, from the .idx or by looking for the token that closes a
-document (a file's end closes one too), and which ids are the smallest and the largest of all.
+The cache keeps: the first token of each document, from the .idx or by a search for the token that closes a document (a
+file's end closes one too), and the smallest and the largest id.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from stoker.conf.durable import sync_directory
+from stoker.conf.records import parse_json
 from stoker.conf.schema import DataConfig
 from stoker.data.build import write_file
 from stoker.data.cache import META, TokenCache, cache_root, lock, open_folder
@@ -34,8 +35,8 @@ from stoker.data.token_formats import DTYPES, FORMATS, SUFFIXES, TokenFile, open
 from stoker.data.tokens import Tokens, View, join
 
 _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10  # of each file that are read for its fingerprint
-_BLOCK = 16 << 20  # tokens looked through at a time, an even number
-_TELLING = 64  # tokens of which every second one is 0 by no accident
+_BLOCK = 16 << 20  # tokens scanned at a time, an even number
+_TELLING = 64  # tokens of which every second one is not 0 by chance
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class TokenFiles:
     content: str  # fingerprint: sizes, and samples of every file
     cache: TokenCache | None
     whole: Tokens | None  # of foreign files: all documents
-    reading: str | None = None  # fingerprint of what else decides where documents begin: indexes, the format
-    largest: tuple[int, str] | None = None  # of foreign files: the largest id, and where it lies
+    reading: str | None = None  # fingerprint of other inputs that decide where documents begin: indexes, the format
+    largest: tuple[int, str] | None = None  # of foreign files: the largest id, and its position
     narrowest: tuple[str, str] | None = None  # of foreign files: the narrowest dtype, and a file that has it
 
     @property
@@ -78,7 +79,7 @@ class TokenFiles:
         return Tokens(View(ids, cut, len(ids)), starts[kept:] - cut)
 
     def refuse_vocabulary(self, size: int) -> None:
-        """Raises ValueError, with file and place, where a vocabulary of `size` ids is another than that of the ids."""
+        """Raises ValueError, with file and place, where a vocabulary of `size` ids does not match the ids."""
         if self.cache is not None:
             largest = _sampled_largest(self.cache.tokens("train"))
             where = f"{self.cache.folder} holds token {largest}"
@@ -86,15 +87,13 @@ class TokenFiles:
             largest, place = self.largest or (-1, "")
             where = f"{place} is {largest}"
         if largest >= size:
-            raise ValueError(
-                f"{where}, but the vocabulary has {size}: the tokens are another tokenizer's, or of another dtype"
-            )
+            raise ValueError(f"{where}, but the vocabulary has {size}: the tokens are of another tokenizer or dtype")
         if self.narrowest is not None and np.iinfo(self.narrowest[0]).bits == 16:
             dtype, path = self.narrowest
             if np.iinfo(dtype).max + 1 < size:
                 raise ValueError(
-                    f"{path} holds {dtype}, which cannot tell more than {np.iinfo(dtype).max + 1} ids apart, and the "
-                    f"vocabulary has {size}: the tokens are another tokenizer's, or of another dtype"
+                    f"{path} holds {dtype}, which cannot hold more than {np.iinfo(dtype).max + 1} ids, and the "
+                    f"vocabulary has {size}: the tokens are of another tokenizer or dtype"
                 )
 
 
@@ -103,8 +102,7 @@ def open_source(config: DataConfig) -> TokenFiles:
 
     `data.args.format` is `auto`, `stoker`, `megatron`, `npy`, `llm.c` or `raw`; `data.args.dtype` the type of the ids
     of files without a header, which must be stated; `data.args.end_of_document` the id that closes a document in files
-    without an index (default: every file is one document). Raises ValueError for files that are not what they should
-    be.
+    without an index (default: every file is one document). Raises ValueError for files of another format.
     """
     args = known_args(config, "data=tokens", format="auto", dtype=None, end_of_document=None, pattern="*")
     _check_args(args)
@@ -118,7 +116,7 @@ def open_source(config: DataConfig) -> TokenFiles:
     found = files_of(config, "data=tokens", args["pattern"], keep=lambda n: n.endswith((*SUFFIXES, ".idx")))
     for _, path in found:
         if path.suffix == ".idx" and not path.with_suffix(".bin").exists():
-            raise ValueError(f"{path} has no ids: {path.stem}.bin is not beside it")
+            raise ValueError(f"{path} has no ids: {path.stem}.bin is missing beside it")
     paths = [path for _, path in found if path.suffix != ".idx"]
     if not paths:
         raise ValueError(f"data.path={root}: name the .bin, or the folder of both")
@@ -154,7 +152,7 @@ def _check_args(args: dict[str, Any]) -> None:
 
 
 def _sampled_largest(tokens: Tokens) -> int:
-    """The largest of samples of the ids of our own format, whose tokenizer is known."""
+    """The largest of samples of the ids of Stoker's format, whose tokenizer is known."""
     places = np.linspace(0, max(len(tokens.ids) - 1, 0), 1 << 16).astype(np.int64)
     return int(np.max(tokens.ids[places], initial=0)) if len(tokens.ids) else 0
 
@@ -162,9 +160,9 @@ def _sampled_largest(tokens: Tokens) -> int:
 def _starts(
     config: DataConfig, content: str, files: Sequence[TokenFile], args: dict[str, Any]
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Where documents begin in all files end to end, mapped from the cache, and what else was found in all ids.
+    """The first token of each document in all files end to end, mapped from the cache, and further facts about the ids.
 
-    Every id is read, and the result written to the cache, if it is not there.
+    Every id is read, and the result written to the cache, unless it exists.
     """
     root = cache_root(config)
     folder = root / f"starts-{content}"
@@ -176,7 +174,7 @@ def _starts(
         except OSError as error:
             problem = f"cannot keep an index in {root}: {error.strerror or error}"
             raise ValueError(f"{problem}; name another data.cache") from error
-    meta = json.loads((folder / META).read_text())
+    meta = parse_json((folder / META).read_text())
     if not meta["documents"]:
         return np.empty(0, np.int64), meta
     return np.memmap(folder / "starts", np.int64, "r").view(np.ndarray), meta
@@ -184,7 +182,7 @@ def _starts(
 
 def _sound(folder: Path) -> bool:
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = parse_json((folder / META).read_text())
         return {"smallest", "largest"} <= {*meta} and (folder / "starts").stat().st_size == 8 * meta["documents"]
     except (OSError, ValueError, KeyError):
         return False
@@ -192,7 +190,7 @@ def _sound(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Scan:
-    """What reading all ids of a file tells."""
+    """The result of reading all ids of a file."""
 
     starts: np.ndarray  # int64: the first token of each document
     smallest: tuple[int, int] | None  # an id and its place; None without any
@@ -247,13 +245,13 @@ def _scan(file: TokenFile, end: int | None) -> _Scan:
 
 
 def _content(config: DataConfig, files: Sequence[TokenFile], args: dict[str, Any]) -> str:
-    """The fingerprint of the files, remembered for their stamps: not every rank reads the samples at every start."""
+    """The fingerprint of the files, kept for their stamps, so that not every rank reads the samples at every start."""
     paths = [file.path for file in files]
     documents = [Document(f"{path} as tokens {sorted(args.items())}", str, stamp(path)[0]) for path in paths]
     memo = Memo(cache_root(config) / "versions", documents)
     content = memo.recall()
     if content is None:
-        # Earlier versions took uint16 where nothing was stated: the fingerprints of what they read right are the same.
+        # Earlier versions assumed uint16 by default: the fingerprints of files that they read correctly are the same.
         dtype = args["dtype"] or next((file.ids.dtype.name for file in files if file.stated), "uint16")
         content = digest([[_sampled(path) for path in paths], args["end_of_document"], dtype])
         memo.remember(content)
@@ -261,7 +259,7 @@ def _content(config: DataConfig, files: Sequence[TokenFile], args: dict[str, Any
 
 
 def _reading(files: Sequence[TokenFile], args: dict[str, Any]) -> str | None:
-    """What decides, besides the files of ids, which documents there are; None where nothing does."""
+    """The inputs beside the files of ids that decide the documents; None without any."""
     indexes = [file.path.with_suffix(".idx") for file in files if file.starts is not None]
     if not indexes and args["format"] == "auto":
         return None

@@ -1,5 +1,5 @@
-"""The files of foreign token data. Width and format of ids come from a header, or the user states them: no file is
-guessed to be of one width, because ids read in another are ids too."""
+"""The files of foreign token data. Width and format of ids come from a header or from the user: a width is never
+guessed, because ids read in a wrong width are valid ids too."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _LLM_C_HEADER = 1024  # bytes
 class TokenFile:
     path: Path
     ids: Array
-    starts: np.ndarray | None = None  # int64: the first token of each document, where an index tells
-    stated: bool = False  # the width of the ids is the user's word
+    starts: np.ndarray | None = None  # int64: the first token of each document, where an index has it
+    stated: bool = False  # the width of the ids was set by the user
 
 
 def open_file(path: Path, args: dict[str, Any]) -> TokenFile:
-    """A file of ids, as `data.args` says or its header. Raises ValueError, with file and place, when it is another."""
+    """A file of ids, by `data.args` or its header. Raises ValueError, with file and place, for others."""
     stamp(path)
     wanted = args["format"]
     if wanted == "megatron" or (wanted == "auto" and path.suffix == ".bin" and path.with_suffix(".idx").exists()):
@@ -41,7 +41,7 @@ def open_file(path: Path, args: dict[str, Any]) -> TokenFile:
         head = file.read(_LLM_C_HEADER)
     found = "npy" if head.startswith(npy.MAGIC) else "llm.c" if _llm_c(head) is not None else "raw"
     if wanted not in ("auto", found):
-        raise ValueError(f"{path} is no file of data.args.format={wanted}: it begins like one of format={found}")
+        raise ValueError(f"{path} is not a file of data.args.format={wanted}: it begins like one of format={found}")
     if found == "npy":
         return TokenFile(path, _open_npy(path))
     if found == "llm.c":
@@ -52,11 +52,11 @@ def open_file(path: Path, args: dict[str, Any]) -> TokenFile:
 def _stated_dtype(path: Path, dtype: str | None) -> str:
     named = _NAMED.get(path.suffix)
     if dtype is not None and named not in (None, dtype):
-        raise ValueError(f"{path}: data.args.dtype={dtype}, and its name says {named}")
+        raise ValueError(f"{path}: data.args.dtype={dtype}, but its name means {named}")
     found = dtype or named
     if found is None:
         raise ValueError(
-            f"{path} has no header that is known, so nothing tells how wide its ids are: state data.args.dtype=uint16 "
+            f"{path} has no known header, so the width of its ids is unknown: set data.args.dtype=uint16 "
             f"(nanoGPT's .bin), uint32 (many .npy of OLMo), or another of {', '.join(DTYPES)}. A .bin of Megatron-LM "
             f"needs its {path.stem}.idx beside it"
         )
@@ -82,7 +82,7 @@ def _open_npy(path: Path) -> np.ndarray:
 
 
 def _llm_c(head: bytes) -> tuple[int, int, int] | None:
-    """Magic, version and tokens of a header of llm.c; None for what is none."""
+    """Magic, version and tokens of a header of llm.c; None for any other."""
     if len(head) < _LLM_C_HEADER:
         return None
     magic, version, tokens = np.frombuffer(head, "<i4", 3).tolist()
@@ -94,7 +94,7 @@ def _open_llm_c(path: Path, head: bytes) -> np.ndarray:
     assert found is not None
     magic, version, tokens = found
     if (magic, version) not in _LLM_C:
-        raise ValueError(f"{path} has llm.c's header {magic} of version {version}: known are {[*_LLM_C]}")
+        raise ValueError(f"{path} has llm.c's header {magic} of version {version}: supported are {[*_LLM_C]}")
     ids = _map(path, _LLM_C[magic, version], _LLM_C_HEADER)
     if len(ids) != tokens:
         raise ValueError(

@@ -1,11 +1,11 @@
-"""Tokenizers: bytes as they are, a byte-level BPE trained on the data, or one that was made elsewhere.
+"""Tokenizers: bytes, a byte-level BPE trained on the data, or an existing one.
 
     byte               UTF-8 bytes
     bpe                trained on the training documents at first use
     PATH               a folder as transformers keeps it (hub_tokenizer.py), a tokenizer.json, a SentencePiece .model
                        or a .tiktoken file (tiktoken_files.py); tokenizer_files.py finds which
 
-Every tokenizer but `byte` can be written to a folder, and loaded from it where the original is gone: a run and a token
+Every tokenizer but `byte` can be written to a folder, and loaded from it without the original: a run and a token
 cache keep theirs.
 """
 
@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from stoker.conf.records import parse_json
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -33,7 +35,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int  # ids that a model needs, some of them perhaps reserved
     end_of_document: int  # the id that closes each document; no text encodes to it
-    fingerprint: str  # two tokenizers that encode differently differ here
+    fingerprint: str  # differs between two tokenizers that encode differently
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -47,28 +49,28 @@ class Tokenizer(Protocol):
         ...
 
     def encode_template(self, text: str) -> tuple[list[int], list[Span]]:
-        """The ids of a text whose special tokens count as such, and the characters that each id stands for."""
+        """The ids of a text with its special tokens recognised, and the characters of each id."""
         ...
 
     @property
     def renderer(self) -> Renderer:
-        """What renders chat templates for this tokenizer."""
+        """The renderer of chat templates for this tokenizer."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special and reserved ids give nothing, broken UTF-8 gives U+FFFD."""
+        """The text of `ids`; special and reserved ids give no text, broken UTF-8 gives U+FFFD."""
         ...
 
     def files(self) -> Mapping[str, bytes]:
-        """What it takes to load it again (`stoker.data.tokenizer_files.load_kept`): contents by file name."""
+        """The files to load it again (`stoker.data.tokenizer_files.load_kept`): contents by file name."""
         ...
 
 
 class Renderer:
-    """A tokenizer of transformers as it renders chat templates.
+    """A tokenizer of transformers that renders chat templates.
 
-    `names` are variables of the template that the tokenizer itself does not give it, such as `eos_token`.
-    `same_ids`: whether its ids are those of the tokenizer it stands for; otherwise they are UTF-8 bytes.
+    `names` are variables of the template that the tokenizer does not provide, such as `eos_token`.
+    `same_ids`: whether its ids are those of the original tokenizer; otherwise they are UTF-8 bytes.
     """
 
     def __init__(self, backend: PreTrainedTokenizerBase, names: Mapping[str, str], same_ids: bool) -> None:
@@ -76,7 +78,7 @@ class Renderer:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with all that ids and their places in a text depend on, and with the names a template is given."""
+        """Changes with all that ids and their places in a text depend on, and with the template's variables."""
         values = json.loads(self.backend.backend_tokenizer.to_str())
         encoding = {key: value for key, value in values.items() if key not in ("truncation", "padding")}
         names = {**self.backend.special_tokens_map, **self.names}
@@ -94,7 +96,7 @@ class Renderer:
 class ByteTokenizer:
     """UTF-8 bytes: ids 0-255, 256 ends a document, the rest up to a multiple of 64 is reserved.
 
-    The multiple lets the vocabulary divide over tensor-parallel ranks and fills tensor cores.
+    A multiple divides over tensor-parallel ranks and fills tensor cores.
     """
 
     vocab_size = 320
@@ -127,17 +129,17 @@ class JsonTokenizer:
     """Any tokenizer in the format of the `tokenizers` library (its tokenizer.json)."""
 
     def __init__(self, source: str, end_of_document: str = END_OF_DOCUMENT, vocab_size: int | None = None) -> None:
-        """`vocab_size` may exceed the ids in `source` (default: what it holds): few texts have few merges to learn.
+        """`vocab_size` may exceed the ids in `source` (default: their number): few texts give few merges.
 
-        Raises ValueError for a file that is none, and for an end of document that it does not know.
+        Raises ValueError for any other file, and for an end of document that it does not have.
         """
         from tokenizers import Tokenizer as Encoder
 
         try:
             self._encoder, self._specials = Encoder.from_str(source), Encoder.from_str(source)
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no specific error
             raise ValueError(f"this is no tokenizer.json: {error}") from error
-        self._encoder.encode_special_tokens = True  # a text that spells the special token gets no special id
+        self._encoder.encode_special_tokens = True  # a text that contains a special token's name gets no special id
         for encoder in (self._encoder, self._specials):
             encoder.no_truncation()
             encoder.no_padding()
@@ -149,7 +151,7 @@ class JsonTokenizer:
             raise ValueError(f"the tokenizer has no token {end_of_document}: data.end_of_document=TOKEN names one")
         self.end_of_document = end
         added = self._encoder.get_added_tokens_decoder().items()
-        model = json.loads(source)["model"]
+        model = parse_json(source)["model"]
         unknown = (
             model.get("unk_id") if model.get("unk_token") is None else self._encoder.token_to_id(model["unk_token"])
         )
@@ -227,5 +229,5 @@ def spans_of_bytes(text: str, bounds: np.ndarray) -> list[Span]:
 
 
 def _let_threads_run() -> None:
-    # Unless told, the library switches its threads off, with a warning, in every process forked after their use.
+    # Without this the library switches its threads off, with a warning, in every process forked after their use.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,12 +1,12 @@
-"""Tokenizers that were made elsewhere: found at a path, loaded, and kept beside what was made with them."""
+"""Existing tokenizers: found at a path, loaded, and kept beside the data made with them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from stoker.conf.hub_names import download_advice
+from stoker.conf.records import parse_json
 from stoker.conf.schema import DataConfig
 from stoker.data.hub_tokenizer import USUAL_ENDS, HubTokenizer
 from stoker.data.tiktoken_files import TiktokenTokenizer
@@ -16,7 +16,7 @@ from stoker.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 def load_tokenizer(path: Path, end_of_document: str | None = None, tiktoken_pattern: str | None = None) -> Tokenizer:
     """The tokenizer at `path`: a folder as transformers keeps it, or a file: tokenizer.json, .model or .tiktoken.
 
-    `end_of_document`: the token that closes a document; default: what the tokenizer calls its end (`eos_token`), or the
+    `end_of_document`: the token that closes a document; default: the tokenizer's `eos_token`, or the
     usual names. `tiktoken_pattern` as in `TiktokenTokenizer`. Raises ValueError, naming the path, for anything else.
     """
     try:
@@ -28,7 +28,7 @@ def load_tokenizer(path: Path, end_of_document: str | None = None, tiktoken_patt
             return HubTokenizer.of_files({"tokenizer.model": path.read_bytes()}, end_of_document)
         return _from_json(path.read_text(encoding="utf-8"), end_of_document)
     except FileNotFoundError:
-        problem = f"data.tokenizer={path}: it is not there; say byte, bpe or the path of a tokenizer"
+        problem = f"data.tokenizer={path}: does not exist; use byte, bpe or the path of a tokenizer"
         raise ValueError(f"{problem}{download_advice(path, 'model')}") from None
     except OSError as error:
         raise ValueError(f"cannot read data.tokenizer={path}: {error.strerror or error}") from error
@@ -50,7 +50,15 @@ def named_tokenizer(config: DataConfig) -> Tokenizer | None:
 
 def load_kept(folder: Path) -> Tokenizer:
     """The tokenizer whose `files()` lie in `folder`. Raises OSError or ValueError when they do not."""
-    facts = json.loads((folder / "stoker.json").read_text())
+    try:
+        return _of_facts(folder, parse_json((folder / "stoker.json").read_text()))
+    except ValueError as error:
+        raise ValueError(f"{folder} holds no tokenizer of a run: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'stoker.json'} does not describe a tokenizer: {error!r}") from error
+
+
+def _of_facts(folder: Path, facts: dict[str, Any]) -> Tokenizer:
     if facts["kind"] == "byte":
         return ByteTokenizer()
     if facts["kind"] == "hub":
@@ -82,7 +90,7 @@ def _from_json(text: str, end: str | None) -> JsonTokenizer:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    values = json.loads(text)
+    values = parse_json(text)
     if not isinstance(values, dict):
         raise ValueError("it holds no JSON object")
     return values

@@ -1,4 +1,4 @@
-"""The tokens of a source as arrays that lie in files: nothing here reads them whole."""
+"""The tokens of a source as arrays in files: nothing here reads them whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Array(Protocol):
-    """A line of whole numbers: an array, or something that reads like one."""
+    """A one-dimensional sequence of integers: an array, or an object that is indexed like one."""
 
     @property
     def dtype(self) -> np.dtype: ...
@@ -23,7 +23,7 @@ class Array(Protocol):
 
 
 class Joined:
-    """Arrays end to end, taken for one: `joined[indices]` for an int64 array, `joined[a:b]`, and `len`."""
+    """Arrays end to end, as one: `joined[indices]` for an int64 array, `joined[a:b]`, and `len`."""
 
     def __init__(self, parts: Sequence[Array]) -> None:
         self._parts = tuple(part for part in parts if len(part))
@@ -103,7 +103,7 @@ class Tokens:
 
     ids: Array  # [tokens], unsigned
     starts: np.ndarray  # int64 [documents], the number of each document's first token; the first is 0
-    learned: Array | None = None  # uint8 [tokens], 1 where a token is worth learning; None: everywhere
+    learned: Array | None = None  # uint8 [tokens], 1 where a token is trained on; None: everywhere
 
     def lengths(self) -> np.ndarray:
         """Tokens of each document: int64 `[documents]`."""

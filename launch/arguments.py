@@ -1,6 +1,6 @@
-"""The words of the commands that have many: of runs, of checkpoints, of data.
+"""Arguments of the commands for runs, checkpoints and data.
 
-What a command does is imported when it is asked for: `stoker --help` loads no torch.
+The code of a command is imported when the command runs: `stoker --help` loads no torch.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def add_runs(add: Add, overrides: str) -> None:
     logs.add_argument("--rank", type=int, action="append", help="of this rank only; can be given several times")
     logs.add_argument("--attempt", type=int, help="of this attempt (default: the newest)")
     logs.add_argument("--lines", type=int, default=20, help="so many last lines of each (default 20; 0: all)")
-    logs.add_argument("--follow", "-f", action="store_true", help="go on with what is written, over restarts too")
+    logs.add_argument("--follow", "-f", action="store_true", help="continue with new lines, across restarts too")
 
-    stop = add("stop", _stop, "Have a run save and end, and wait for it.")
+    stop = add("stop", _stop, "Make a run save and end, and wait for it.")
     stop.add_argument("run", help="run directory")
     stop.add_argument("--wait", type=float, default=600.0, help="seconds to wait at most (default 600)")
 
-    requeue = add("requeue", _requeue, "Have a Slurm run save and go back to the queue, or submit it again.")
+    requeue = add("requeue", _requeue, "Make a Slurm run save and go back to the queue, or submit it again.")
     requeue.add_argument("run", help="run directory")
     add_trust(requeue)
 
@@ -75,7 +75,7 @@ def add_checkpoints(checkpoint: argparse.ArgumentParser) -> None:
     diff.add_argument("--tensors", type=int, default=20, help="show so many, the most changed first (default 20)")
     remove = of_checkpoints("rm", _checkpoint_rm, "Remove checkpoints, but never the last valid one.")
     remove.add_argument("step", type=int, nargs="+", help="steps of those to remove")
-    save = of_checkpoints("save", _checkpoint_save, "Ask a running job for a checkpoint now, and wait for it.")
+    save = of_checkpoints("save", _checkpoint_save, "Request a checkpoint of a running job now, and wait for it.")
     save.add_argument("--wait", type=float, default=600.0, help="seconds to wait at most (default 600)")
 
 
@@ -83,7 +83,7 @@ def add_data(data: argparse.ArgumentParser, overrides: str) -> None:
     data_commands = data.add_subparsers(required=True, metavar="COMMAND")
     made: dict[str, argparse.ArgumentParser] = {}
     for name, run, text in (
-        ("prepare", _data_made, "Tokenise data on all cores, into the cache or a folder; goes on after a kill."),
+        ("prepare", _data_made, "Tokenise data on all cores, into the cache or a folder; resumes after a kill."),
         ("pack", _data_made, "Write the training documents as webdataset shards."),
         ("tokenizer", _data_made, "Train a byte-level BPE on the training documents."),
         ("plan", _data_shown, "What a run of this config reads: documents, tokens, rows and epochs by source."),

@@ -7,8 +7,6 @@ each gradient of the first step, and each parameter after the last.
 from __future__ import annotations
 
 import shlex
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from stoker.checkpoint import newest, read_state, read_tensors
 from stoker.conf.overrides import parse
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
+from stoker.conf.scratch import Scratch
 from stoker.data import prepare
 from stoker.launch.differences import (
     LIMITS,
@@ -64,7 +63,7 @@ QUIET = [
 
 @dataclass(frozen=True)
 class Recording:
-    """What a run wrote for us."""
+    """The results that a run wrote."""
 
     layout: str
     losses: list[float]
@@ -83,7 +82,8 @@ def check(overrides: Sequence[str], against: str | None, steps: int) -> int:
     reference = ONE_PROCESS if against is None else shlex.split(against)
     spoken = {parse(override).key for override in (*overrides, *reference)}
     precision = [] if "precision" in spoken else ["precision=fp32"]
-    folder = Path(tempfile.mkdtemp(prefix="stoker-check-"))
+    scratch = Scratch("stoker-check-")
+    folder = scratch.path
     asked = together(overrides, precision)
     configs = [
         settle(together(asked, reference), folder / "reference", steps),
@@ -96,12 +96,11 @@ def check(overrides: Sequence[str], against: str | None, steps: int) -> int:
         RunDirectory(Path(str(config.run.dir))).attempts.mkdir(parents=True)
         status = launch(config, ranks, say, "--measure")
         if status != 0:
-            say(f"that run failed; what it wrote is in {config.run.dir}")
+            say(f"that run failed; its files are in {scratch.keep() / Path(str(config.run.dir)).name}")
             return status
     one, other = (_recording(config) for config in configs)
     differences = compare(one, other, LIMITS[configs[1].precision])
     show(one.layout, other.layout, configs[1].precision, differences)
-    shutil.rmtree(folder)
     return 0 if all(difference.sound for difference in differences) else 1
 
 
@@ -124,13 +123,13 @@ def _both(one: Path, other: Path, kind: str) -> tuple[dict[str, Tensor], dict[st
 
 
 def together(overrides: Sequence[str], winning: Sequence[str]) -> list[str]:
-    """Both, without what `winning` says differently."""
+    """Both, without the settings that `winning` overrides."""
     keys = {parse(override).key for override in winning}
     return [*(override for override in overrides if parse(override).key not in keys), *winning]
 
 
 def settle(overrides: Sequence[str], run: Path, steps: int) -> Config:
-    """The config of one of the two runs: as asked, but short, in a directory of its own and without onlookers."""
+    """The config of one of the two runs: as given, but short, in a separate directory and without observers."""
     ours = [f"run.dir={run}", "run.name=check", "run.fresh=false", "run.change=false", *QUIET]
     where = lambda config: (ranks_for(config), gpus(config))  # noqa: E731
     config, _ = settle_config(together(overrides, ours), where, tell=say)

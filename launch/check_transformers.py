@@ -1,6 +1,6 @@
 """`stoker check --against transformers`: does the decoder compute what transformers' own class computes?
 
-A model that came in with `model.init_from` takes one step on the run's data, on any layout; transformers' model of the
+A model imported by `model.init_from` takes one step on the run's data, on any layout; transformers' model of the
 same folder takes the same sequences in this process, float32 on the CPU, one sequence at a time. What is compared: the
 loss, the logits of the first sequences, the norm of all gradients together and each gradient.
 """
@@ -8,8 +8,6 @@ loss, the logits of the first sequences, the norm of all gradients together and 
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from stoker.checkpoint import newest, read_state, read_tensors
 from stoker.conf.overrides import parse
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config, ModelConfig
+from stoker.conf.scratch import Scratch
 from stoker.conf.values import ConfigError
 from stoker.data import prepare
 from stoker.launch.check import settle, together
@@ -43,7 +42,8 @@ _BYTES = 8  # of a parameter and its gradient
 
 def check_transformers(overrides: Sequence[str]) -> int:
     """Print the table; status 0 if both compute the same. Raises ConfigError for a start that is refused."""
-    folder = Path(tempfile.mkdtemp(prefix="stoker-check-"))
+    scratch = Scratch("stoker-check-")
+    folder = scratch.path
     spoken = {parse(override).key for override in overrides}
     asked = overrides if "precision" in spoken else together(overrides, ["precision=fp32"])
     config = settle(asked, folder / "asked", 1)
@@ -55,11 +55,10 @@ def check_transformers(overrides: Sequence[str]) -> int:
     run.attempts.mkdir(parents=True)
     status = launch(config, ranks, say, "--measure-logits")
     if status != 0:
-        say(f"that run failed; what it wrote is in {config.run.dir}")
+        say(f"that run failed; its files are in {scratch.keep() / Path(str(config.run.dir)).name}")
         return status
     found, layout = _compared(config, run)
     show(f"transformers {_version()}, one process, fp32", layout, config.precision, found)
-    shutil.rmtree(folder)
     return 0 if all(difference.sound for difference in found) else 1
 
 
@@ -89,7 +88,7 @@ def _compared(config: Config, run: RunDirectory) -> tuple[list[Difference], str]
         model = load_theirs(folder, theirs.parse(folder))
     except ValueError as error:
         raise ConfigError(f"model.init_from={folder}: {error}") from error
-    model.model.embed_tokens.padding_idx = None  # our embedding learns the row of pad_token_id as well
+    model.model.embed_tokens.padding_idx = None  # Stoker's embedding trains the row of pad_token_id too
     limits = LIMITS[config.precision]
     mask = bool(state["document_mask"])
     loss, of_logits = 0.0, []
@@ -129,7 +128,7 @@ def _their_logits(model: Any, batch: dict[str, Tensor], mask: bool) -> Tensor:
 
 
 def _gradients_of(model: Any, ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' gradients by our names; one that has no counterpart keeps its own name, and is found out."""
+    """transformers' gradients by our names; one without a counterpart keeps its name, and is reported."""
     by_theirs = {tensor_name(name): name for name in ours}
     named = model.named_parameters()  # tied ones once
     return {by_theirs.get(name, name): parameter.grad for name, parameter in named if parameter.grad is not None}

@@ -20,7 +20,7 @@ examples:
   stoker train run.dir=runs/a launch.nproc=1            resume it, on one rank
   stoker train data=text data.path=books model=small    your own text
 
-`stoker config` prints every key with its default; conf/schema.py says what each is for.
+`stoker config` prints every key with its default; conf/schema.py documents each.
 """
 
 CONFIG_EXAMPLES = """\
@@ -36,13 +36,14 @@ examples:
   stoker check parallel.zero=3 --against "parallel.zero=0"         one layout against another
   stoker check model.init_from=DIR launch.nproc=2 parallel.tp=2 --against transformers
 
-It computes in fp32, where a difference means something, unless you say precision=... . The status is 0 if both are
+It computes in fp32, where a difference is meaningful, unless you set precision=... . The status is 0 if both are
 the same run.
 """
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status. What is wrong with the user's words is one line on stderr, status 2."""
+    """Run one command; the exit status. An error in the arguments is one line on stderr, status 2."""
+    from stoker.conf.printable import printable
     from stoker.conf.reasons import reason, with_cause
     from stoker.conf.values import ConfigError
 
@@ -57,13 +58,13 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         return options.command(options)
     except ConfigError as error:
-        print(f"stoker: {error}", file=sys.stderr)
+        print(printable(f"stoker: {error}"), file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"stoker: {reason(error)}", file=sys.stderr)
+        print(printable(f"stoker: {reason(error)}"), file=sys.stderr)
         return 1
     except ValueError as error:
-        print(f"stoker: {with_cause(error)}", file=sys.stderr)
+        print(printable(f"stoker: {with_cause(error)}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -103,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
     config = add("config", _config, "Print the composed, validated config and exit.", CONFIG_EXAMPLES)
     config.add_argument("overrides", nargs="*", help=overrides)
-    config.add_argument("--layout", action="store_true", help="print where every rank would stand instead")
+    config.add_argument("--layout", action="store_true", help="print the place of every rank instead")
 
     check = add("check", _check, "Prove that a layout computes what one process computes.", CHECK_EXAMPLES)
     check.add_argument("overrides", nargs="*", help=overrides)
@@ -139,7 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", help="directory to make; must not exist, or be empty")
     export.add_argument("--format", choices=("hf",), default="hf", help="hf: safetensors + config.json (default)")
     export.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as the model came in, else fp32)"
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="of the weights (default: the imported model's, else fp32)",
     )
     export.add_argument("--step", type=int, help="of this step's checkpoint instead of the newest")
     export.add_argument("--shard-size", default="5GB", help="largest size of one file (default 5GB)")
@@ -147,9 +150,9 @@ def _parser() -> argparse.ArgumentParser:
 
     arguments.add_runs(add, overrides)
     arguments.add_checkpoints(
-        add("checkpoint", lambda _: 2, "Look at, prove, compare, remove checkpoints, or ask for one.")
+        add("checkpoint", lambda _: 2, "List, verify, compare, remove checkpoints, or request one.")
     )
-    arguments.add_data(add("data", lambda _: 2, "Prepare data, and look at what a run reads."), overrides)
+    arguments.add_data(add("data", lambda _: 2, "Prepare data, and show what a run reads."), overrides)
     return parser
 
 
@@ -183,8 +186,8 @@ def _config(options: argparse.Namespace) -> int:
     from stoker.launch.layout import lines_of
     from stoker.parallel.layout import batch_plan, layout_of
 
-    validate(config, world, gpus=world)  # asked of ranks anywhere, not of the GPUs of this machine
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us in silence
+    validate(config, world, gpus=world)  # for ranks anywhere, not the GPUs of this machine
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the command silently
     layout = layout_of(config, world)
     for line in lines_of(layout, batch_plan(config, layout), shutil.get_terminal_size((120, 24)).columns):
         print(line)

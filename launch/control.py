@@ -1,8 +1,7 @@
-"""Having a checkpoint made, or one removed."""
+"""Requesting and removing checkpoints."""
 
 from __future__ import annotations
 
-import json
 import socket
 import sys
 import time
@@ -10,17 +9,19 @@ from pathlib import Path
 
 from stoker.checkpoint import newest, newest_step, remove
 from stoker.conf.durable import touch_own
+from stoker.conf.printable import printable
+from stoker.conf.records import read_json
 from stoker.conf.rundir import RunDirectory
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.trainer.runtime.outcome import read_ending
 from stoker.trainer.runtime.process import Stamp, read_stamps
 
-FRESH_SECONDS = 120.0  # a rank on another machine that has stamped its progress so recently is taken for alive
+FRESH_SECONDS = 120.0  # a rank on another machine with a stamp this recent counts as running
 _POLL_SECONDS = 0.1
 
 
 def remove_checkpoints(path: str, steps: list[int]) -> int:
-    """Remove the checkpoints of `steps`. Raises ValueError, with none removed, rather than take the last valid one."""
+    """Remove the checkpoints of `steps`. Raises ValueError, with none removed, if no valid one would be left."""
     run = run_at(path)
     chosen = {step: checkpoints_of(run, step)[0] for step in steps}
     left = [summary for summary in checkpoints_of(run) if summary.step not in chosen and summary.problem is None]
@@ -33,26 +34,26 @@ def remove_checkpoints(path: str, steps: list[int]) -> int:
 
 
 def save_now(path: str, wait_seconds: float) -> int:
-    """Ask the run for a checkpoint and wait for it; status 1 if nobody hears, or it fails or is not there in time."""
+    """Request a checkpoint of the run and wait for it; status 1 if no rank runs, or it fails or is late."""
     run = run_at(path)
     at = living(run)
     if at is None:
-        print(f"nobody is training {run.path}: there is nothing to save", file=sys.stderr)
+        print(f"no rank is training {run.path}: there is nothing to save", file=sys.stderr)
         return 1
     before = {checkpoint.name for checkpoint in newest(run.checkpoints)}
     asked = time.time()
     touch_own(run.save)
-    print(f"asked: the run is at step {at.step}", flush=True)
+    print(f"requested: the run is at step {at.step}", flush=True)
     deadline = time.monotonic() + wait_seconds
     while time.monotonic() < deadline:
-        heard = not run.save.exists()
+        begun = not run.save.exists()
         fresh = [checkpoint for checkpoint in newest(run.checkpoints) if checkpoint.name not in before]
-        if heard and fresh:
+        if begun and fresh:
             print(f"saved {fresh[0]}")
             return 0
-        failure = _failure(run.checkpoints, asked) if heard else None
+        failure = _failure(run.checkpoints, asked) if begun else None
         if failure is not None:
-            print(f"the save failed: {failure}", file=sys.stderr)
+            print(printable(f"the save failed: {failure}"), file=sys.stderr)
             return 1
         if living(run) is None:
             run.save.unlink(missing_ok=True)
@@ -60,15 +61,15 @@ def save_now(path: str, wait_seconds: float) -> int:
             print(f"the run has ended; its newest checkpoint is that of step {step}", file=sys.stderr)
             return 1
         time.sleep(_POLL_SECONDS)
-    heard = not run.save.exists()
+    begun = not run.save.exists()
     run.save.unlink(missing_ok=True)
-    state = "has begun to save, and goes on" if heard else "has not come to the end of a step"
+    state = "has begun to save, and continues" if begun else "has not reached the end of a step"
     print(f"not saved within {wait_seconds:.0f} s: the run {state}", file=sys.stderr)
     return 1
 
 
 def living(run: RunDirectory) -> Stamp | None:
-    """The newest stamp of a rank of a running attempt; None if nobody is training."""
+    """The newest stamp of a rank of a running attempt; None if no rank is training."""
     numbers = run.attempt_numbers()
     if not numbers or read_ending(run, numbers[-1]) is not None:
         return None
@@ -87,7 +88,7 @@ def _failure(directory: Path, since: float) -> str | None:
     for note in directory.glob("*.failed.json"):
         try:
             if note.stat().st_mtime >= since:
-                return str(json.loads(note.read_bytes())["reason"])
-        except (OSError, ValueError, KeyError):
+                return str(read_json(note)["reason"])
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # cleared by a commit, or not written yet
     return None

@@ -1,4 +1,4 @@
-"""`stoker data prepare`, `pack` and `tokenizer`: what they make."""
+"""`stoker data prepare`, `pack` and `tokenizer`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from stoker.trainer.validate import validate
 
 
 def prepare(options: argparse.Namespace) -> int:
-    """Tokenise what the config names, and say where it lies; with `--out` put it there as token files."""
+    """Tokenise the data of the config, and print their place; with `--out` write them there as token files."""
     config = composed(options.overrides)
     out = Path(options.out).expanduser() if options.out else None
     if out is not None and out.exists() and any(out.iterdir()):
@@ -99,7 +99,7 @@ def tokenizer(options: argparse.Namespace) -> int:
 
 
 def composed(overrides: Sequence[str]) -> Config:
-    """The config of `overrides`, as far as data are concerned: on one rank, whatever it says of ranks."""
+    """The config of `overrides`, as far as data are concerned: on one rank, ignoring its number of ranks."""
     config = resolve(compose(overrides), datetime.now())
     validate(dataclasses.replace(config, parallel=Config().parallel), 1, 0)
     return config

@@ -1,4 +1,4 @@
-"""`stoker data peek`: the documents of any step of a run, past or to come."""
+"""`stoker data peek`: the documents of any step of a run, past or future."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from stoker.checkpoint import DamagedCheckpoint, read_state
 from stoker.checkpoint.names import committed
+from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.data import open_rows, open_tokenizer
@@ -27,7 +28,7 @@ Piece = tuple[int, str, np.ndarray]  # row of the step, where it comes from, ids
 
 
 def peek(options: argparse.Namespace) -> int:
-    """The rows of one step of a run, past or to come, as text."""
+    """The rows of one step of a run, past or future, as text."""
     run = run_at(options.run)
     config = trusted_config(run, options.trust, (DATA,), say)
     if options.step < 1:
@@ -38,7 +39,7 @@ def peek(options: argparse.Namespace) -> int:
     except NoTokenizer as error:
         say(f"{error}; showing numbers")
     if any(begin <= options.step <= end for begin, end in config.skip_steps):
-        say(f"step {options.step} is passed over by skip_steps={config.skip_steps}: nobody trains on these rows")
+        say(f"step {options.step} is skipped by skip_steps={config.skip_steps}: no step trains on these rows")
     states = _states(run)
     if config.data.mode == "streaming":
         assert tokenizer is not None  # streams cannot be read without
@@ -50,8 +51,8 @@ def peek(options: argparse.Namespace) -> int:
     for place, where, ids in found:
         text = tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
         shown = text if len(text) <= options.characters else text[: options.characters] + " ..."
-        print(f"\n[row {place} of the step, {where}]")
-        print(shown)
+        print(printable(f"\n[row {place} of the step, {where}]"))
+        print(printable(shown))
     return 0
 
 
@@ -79,7 +80,7 @@ def _of_rows(
     def pieces() -> Iterator[Piece]:
         for place, row in enumerate(range(first, min(last, first + most))):
             for source, begin, ids, learned in _documents(rows, row):
-                part = "" if learned is None else f", {learned:,} of them learned"
+                part = "" if learned is None else f", {learned:,} of them trained on"
                 yield place, f"{source}, tokens {begin:,} to {begin + len(ids) - 1:,}{part}", ids
 
     return first, pieces()
@@ -96,7 +97,7 @@ def _of_streams(
         before = [state for state in states if state["step"] < step]
         if before:
             stream.load_state(before[-1])
-        if mixture is not None and states:  # the weights that there were are known to the last state
+        if mixture is not None and states:  # the last state has the history of weights
             mixture.resume(states[-1]["weights"], states[-1]["row"], states[-1]["step"])
         stream.pass_over(step)
         first = stream.row
@@ -119,7 +120,7 @@ def _of_streams(
 def _first_row(
     run: RunDirectory, rows: IndexPlan | MixedPlan, config: Config, states: list[Mapping[str, Any]], step: int
 ) -> int:
-    """The row at which `step` of a run begins. `rows` learn the run's past from its checkpoints."""
+    """The row at which `step` of a run begins. `rows` get the run's history from its checkpoints."""
     if not states:
         return (step - 1) * config.batch.size
     state = next((state for state in states if state["step"] >= step), states[-1])
@@ -129,7 +130,7 @@ def _first_row(
 
 
 def _documents(rows: IndexPlan | MixedPlan, row: int) -> Iterator[tuple[str, int, np.ndarray, int | None]]:
-    """Source, first token in it, ids and number of learned tokens of each piece of a row."""
+    """Source, first token in it, ids and number of trained tokens of each piece of a row."""
     numbers = np.array([row], np.int64)
     found = rows.pieces(numbers) if isinstance(rows, MixedPlan) else [(rows, None, rows.pieces(numbers))]
     for one, _, pieces in found:

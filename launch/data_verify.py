@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+from stoker.conf.printable import printable
 from stoker.conf.schema import Config, DataConfig
 from stoker.data import open_tokenizer
 from stoker.data.cache import META, cache_root, open_folder
@@ -22,7 +23,7 @@ from stoker.data.streaming.splits import Losses, whole
 from stoker.data.tables import verify_table
 from stoker.launch.data_make import composed
 
-_NAMED = 3  # things left out of a source that are named
+_NAMED = 3  # documents left out of a source that are named
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -46,7 +47,7 @@ def verify(options: argparse.Namespace) -> int:
             state = "damaged" if found else f"whole, every byte read{_left_out(folder)}"
             console.print(f"{folder}: {state}", soft_wrap=True)
             for line in found:
-                console.print(f"  {line}", highlight=False, soft_wrap=True)
+                console.print(f"  {printable(line)}", highlight=False, markup=False, soft_wrap=True)
     return int(problems > 0)
 
 
@@ -65,7 +66,7 @@ def _verify_sources(config: Config) -> int:
             folder = opened[0].folder
             damage = [] if folder is None else verify_tokens(open_folder(folder))
         for line in damage:
-            console.print(f"  {line}", highlight=False, soft_wrap=True)
+            console.print(f"  {printable(line)}", highlight=False, markup=False, soft_wrap=True)
         problems += len(damage)
     return int(problems > 0)
 
@@ -89,7 +90,7 @@ def _read_through(windows: ShuffleWindows, data: DataConfig, console: Console) -
     state = f"{len(damage):,} damaged" if damage else "whole, every split read"
     console.print(f"{windows.name}: {documents:,} documents in {len(splits):,} splits, {state}{left}", soft_wrap=True)
     for line in named:
-        console.print(f"  left out, for instance: {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  left out, for instance: {printable(line)}", highlight=False, markup=False, soft_wrap=True)
     return damage
 
 
@@ -101,7 +102,7 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _left_out(folder: Path) -> str:
-    """What the texts of a folder of tokens held that is in no token."""
+    """The documents without text of a folder of tokens."""
     if folder.name.startswith("table-"):
         return ""
     left_out = open_folder(folder).left_out

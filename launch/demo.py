@@ -1,6 +1,6 @@
-"""`make demo`: train, kill a rank, watch the run mend itself, resume on another layout, and let the model speak.
+"""`make demo`: train, kill a rank, watch the run recover, resume on another layout, and generate text.
 
-It drives the commands that a user would type and says each before it runs it.
+It runs the commands that a user would type and prints each first.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ def main() -> int:
     _say(f"A small model learns to write Python from the standard library: 2 ranks, ZeRO 3, bf16, {STEPS} steps.")
     training = _start(["train", f"run.dir={run.path}", *TRAIN, *SETTINGS, *CADENCE])
     victim = _wait_for_step(run, training, STEPS // 2 + 5)
-    _say(f"Half way. Now we kill rank 1 (process {victim}) with SIGKILL, as a failing machine would.")
+    _say(f"Half way. Now rank 1 (process {victim}) is killed with SIGKILL, as a failing machine would.")
     os.kill(victim, signal.SIGKILL)
     if training.wait() != 0:
         return _fail("the run did not recover")
     steps = [step["step"] for step in _metrics(run)]
     if steps != list(range(1, STEPS + 1)):
         return _fail("metrics.jsonl does not hold every step exactly once")
-    _say(f"It restarted from its newest checkpoint by itself: metrics.jsonl holds each of its {STEPS} steps once.")
+    _say(f"It restarted from its newest checkpoint: metrics.jsonl holds each of its {STEPS} steps once.")
 
     _say("Its checkpoints:")
     if _start(["checkpoint", "ls", str(run.path)]).wait() != 0:
         return _fail("a checkpoint is damaged")
-    _say("Where a run runs does not change what it computes: the same run goes on as one process, without ZeRO.")
+    _say("Where a run runs does not change what it computes: the same run continues as one process, without ZeRO.")
     resumed = ["train", f"run.dir={run.path}", "launch.nproc=1", "parallel.zero=0", f"steps={STEPS + MORE}"]
     if _start(resumed).wait() != 0:
         return _fail("the run did not resume")
-    _say("And the model speaks:")
+    _say("The model continues a prompt:")
     if _start(["generate", str(run.path), "--prompt", "def ", "--tokens", "300"]).wait() != 0:
-        return _fail("the model did not speak")
+        return _fail("the model generated no text")
     last = next(step for step in reversed(_metrics(run)) if "val_loss" in step)
     loss, beside = last["val_loss"], last["train_loss"]
     _say(
         f"Validation loss {loss:.3f} nats per byte, {beside:.3f} on training sequences with the same weights; "
-        f"{time.monotonic() - began:.0f} s in all. Look around in {run.path}"
+        f"{time.monotonic() - began:.0f} s in all. The run directory is {run.path}"
     )
     if abs(loss - beside) > APART:
         return _fail(f"the two losses are more than {APART} apart, after a fraction of an epoch")

@@ -1,4 +1,4 @@
-"""What differs between two runs of a few steps, and how much of that rounding explains."""
+"""Differences between two runs of a few steps, and the limits that rounding explains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Limits:
 
 
 # fp32 is the contract. In fewer bits a rounding is 2**-9 (bf16) or 2**-12 (fp16) of a number, and AdamW, which divides
-# small gradients by small gradients, makes much of it: there norms are compared in the first step, from identical
+# small gradients by small gradients, amplifies it: there norms are compared in the first step, from identical
 # parameters, and parameters not at all. tests/parallel/test_precision.py holds the layouts to the same limits.
 LIMITS = {
     "fp32": Limits(1e-5, 1e-5, 1e-5, 1e-4),
@@ -64,7 +64,7 @@ def worst_tensor(
     """Normwise: |a - b| / |a|, or / (`small` times the norm of all of `ours`) where that is larger."""
     if ours.keys() != theirs.keys():
         odd = sorted(ours.keys() ^ theirs.keys())
-        return Difference(what, f"{odd[0]} is in one of them only", None, None, float("inf"), limit)
+        return Difference(what, f"{odd[0]} is in only one of them", None, None, float("inf"), limit)
     least = small * _norm(ours.values())
     found = []
     for name, value in ours.items():
@@ -79,7 +79,7 @@ def worst_tensor(
 
 
 def worst(found: list[Difference]) -> Difference:
-    """The largest relative difference; one that is not a number is larger than all."""
+    """The largest relative difference; nan counts as the largest."""
     return max(found, key=lambda difference: (difference.relative != difference.relative, difference.relative))
 
 

@@ -30,7 +30,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def export(options: argparse.Namespace) -> int:
-    """Write the directory `options.out`, whole or not at all. Raises ValueError for what cannot be exported so."""
+    """Write the directory `options.out`, whole or not at all. Raises ValueError for a run that cannot be exported."""
     run = run_at(options.run)
     summary = checkpoints_of(run, options.step)[-1]
     if summary.problem is not None:
@@ -39,7 +39,7 @@ def export(options: argparse.Namespace) -> int:
     dtype = options.dtype or export_dtype(run)
     if config.model.init_from is not None and not run.base_model.is_dir():
         print(
-            f"stoker: {run.base_model} is not there: files are made anew instead of those of {config.model.init_from}",
+            f"stoker: {run.base_model} does not exist: new files are made instead of those of {config.model.init_from}",
             file=sys.stderr,
         )
     file_bytes = _bytes(options.shard_size)
@@ -55,7 +55,7 @@ def export(options: argparse.Namespace) -> int:
             (unfinished / name).write_bytes(content)
         names = tensor_name if config.model.target == ModelConfig().target else str
         _write_weights(unfinished, summary.path, dtype, file_bytes, names)
-        unfinished.rename(out)  # onto nothing, or onto an empty directory
+        unfinished.rename(out)  # replaces at most an empty directory
     except DamagedCheckpoint as error:
         raise ValueError(f"{error}; --step takes another checkpoint") from error
     finally:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from stoker.checkpoint import CheckpointMismatch, DamagedCheckpoint, Summary, read_tensors
+from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.data import chat_prompt, open_tokenizer
@@ -31,7 +32,7 @@ from stoker.trainer.trust import DATA, MODEL, trusted_config
 
 
 def generate_text(options: argparse.Namespace) -> int:
-    """Print the prompt and what the model makes of it; of a chat, the reply alone.
+    """Print the prompt and its continuation; for a chat, only the reply.
 
     Raises ValueError for a run or values that cannot be used.
     """
@@ -66,9 +67,9 @@ def generate_text(options: argparse.Namespace) -> int:
         print(*prompt, *tokens, sep=",")
         return 0
     if not options.chat:
-        sys.stdout.write(options.prompt)
+        sys.stdout.write(printable(options.prompt))
     for text in _as_text(tokenizer, tokens):
-        sys.stdout.write(text)
+        sys.stdout.write(printable(text))
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
@@ -82,13 +83,13 @@ def _tokenizer(config: Config, run: RunDirectory) -> Tokenizer:
 
 
 def _ids(text: str, config: Config) -> list[int]:
-    """Token ids such as `1,5,3`. Raises ValueError for what is none of the model's."""
+    """Token ids such as `1,5,3`. Raises ValueError for ids that the model does not have."""
     words = text.replace(",", " ").split()
     most = config.model.vocab_size
     assert most is not None
-    strange = [word for word in words if not word.isdecimal() or int(word) >= most]
-    if strange:
-        raise ValueError(f"--ids: {strange[0]!r} is no token id: 0 to {most - 1} are, separated by commas")
+    wrong = [word for word in words if not word.isdecimal() or int(word) >= most]
+    if wrong:
+        raise ValueError(f"--ids: {wrong[0]!r} is no token id: 0 to {most - 1} are, separated by commas")
     return [int(word) for word in words]
 
 
@@ -125,7 +126,7 @@ def _newest_model(config: Config, checkpoints: list[Summary]) -> nn.Module:
                 raise DamagedCheckpoint(f"{summary.path}: {summary.problem}")
             return load_model(config, summary.path)
         except DamagedCheckpoint as error:
-            print(f"stoker: damaged checkpoint passed over: {error}", file=sys.stderr)
+            print(printable(f"stoker: damaged checkpoint passed over: {error}"), file=sys.stderr)
     raise ValueError("no sound checkpoint to generate from")
 
 

@@ -1,4 +1,4 @@
-"""Looking at a run's checkpoints: a list, a proof, a comparison."""
+"""Inspecting a run's checkpoints: list, verification, comparison."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Column, Table
+from rich.text import Text
 
 from stoker.checkpoint import Difference, Summary, compare, describe, verify
+from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.report.progress import size
 
 
 def console_for_tables() -> Console:
-    """A terminal is as wide as it is; a file or a pipe gets whole lines."""
+    """A terminal keeps its width; a file or a pipe gets whole lines."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160
@@ -32,7 +34,7 @@ def console_for_tables() -> Console:
 
 
 def run_at(path: str) -> RunDirectory:
-    """The run directory at `path`. Raises ValueError when it is none."""
+    """The run directory at `path`. Raises ValueError for any other directory."""
     run = RunDirectory(Path(path).expanduser().absolute())
     if not run.attempts.is_dir():
         raise ValueError(f"{run.path} is not a run directory: it has no {run.attempts.name}")
@@ -64,17 +66,17 @@ def list_checkpoints(path: str) -> int:
             f"{summary.step:,}",
             "" if summary.time is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(summary.time)),
             "" if summary.bytes is None else size(summary.bytes),
-            summary.layout or "",
+            Text(printable(summary.layout or "")),
             "" if summary.ranks is None else str(summary.ranks),
             "" if summary.loss is None else f"{summary.loss:.4f}",
-            "valid" if summary.problem is None else f"[red]damaged: {summary.problem}",
+            "valid" if summary.problem is None else Text(f"damaged: {printable(summary.problem)}", "red"),
         )
     console_for_tables().print(table)
     return int(any(summary.problem for summary in found))
 
 
 def verify_checkpoints(path: str, step: int | None) -> int:
-    """Read every byte of the checkpoints and say what is wrong; status 1 if anything is."""
+    """Read every byte of the checkpoints and print all faults; status 1 if there are any."""
     found = checkpoints_of(run_at(path), step)
     console = Console()
     problems: dict[int, list[str]] = {}
@@ -86,7 +88,7 @@ def verify_checkpoints(path: str, step: int | None) -> int:
     for at, lines in problems.items():
         console.print(f"step {at}: " + ("valid, every byte read" if not lines else "damaged"))
         for line in lines:
-            console.print(f"  {line}", highlight=False, soft_wrap=True)
+            console.print(f"  {printable(line)}", highlight=False, markup=False, soft_wrap=True)
     return int(any(problems.values()))
 
 
@@ -113,14 +115,15 @@ def _difference(found: Difference, first: int, second: int, most: int) -> list[T
         if changes:
             table = Table(title, f"step {first}", f"step {second}", box=None, pad_edge=False, header_style="bold")
             for change in changes:
-                table.add_row(change.key, change.first, change.second)
+                table.add_row(*(Text(printable(text)) for text in (change.key, change.first, change.second)))
             parts += [table, ""]
     if found.tensors:
         columns = (Column("tensor", no_wrap=True), Column("relative change", justify="right"), "")
         table = Table(*columns, box=None, pad_edge=False, header_style="bold")
         for tensor in found.tensors[:most]:
             what = "" if tensor.relative is not None else tensor.what
-            table.add_row(tensor.label, "" if tensor.relative is None else f"{tensor.relative:.3e}", what)
+            relative = "" if tensor.relative is None else f"{tensor.relative:.3e}"
+            table.add_row(Text(printable(tensor.label)), relative, Text(printable(what)))
         parts.append(table)
     more = len(found.tensors) - most
     parts.append(

@@ -1,4 +1,4 @@
-"""`stoker config --layout`: where every rank would stand, for as many ranks as anybody has."""
+"""`stoker config --layout`: the place of every rank, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _groups_of(axis: str, layout: Layout, width: int) -> Iterator[str]:
     """A line for each place on the other axes but the innermost, along which the groups of the line follow."""
     size = getattr(layout, axis)
     if size == 1:
-        yield f"{axis}: every rank by itself"
+        yield f"{axis}: no groups, size 1"
         return
     groups = layout.groups(axis)
     others = [other for other in AXES if other != axis and getattr(layout, other) > 1]

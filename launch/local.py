@@ -1,8 +1,7 @@
 """Ranks on this machine, through torch's elastic agent.
 
-What differs from torchrun: survivors of a dead rank are killed at once instead of after 30 s (with a peer gone there is
-nothing left for them to save), a failure that a new attempt could not mend is not retried, a killed rank is named, and
-what a person sees is one line.
+What differs from torchrun: when a rank ends, the others are killed at once instead of after 30 s (without a peer they
+cannot save), a failure that would repeat is not retried, a killed rank is named, and the user's output is one line.
 """
 
 from __future__ import annotations
@@ -10,15 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from torch.distributed import TCPStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -29,14 +29,18 @@ from stoker.checkpoint import newest_step
 from stoker.conf.durable import with_room, write_whole
 from stoker.conf.rundir import RunDirectory, run_directory
 from stoker.conf.schema import Config, to_dict
+from stoker.conf.scratch import Scratch
+from stoker.launch.gate import Tunnel
 from stoker.parallel.layout import threads_per_rank
+from stoker.parallel.loopback import LOOPBACK, keep_on_loopback, loopback_store
 from stoker.trainer.main import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import GOES_ON, Ending, Outcome, read_ending, write_ending
+from stoker.trainer.runtime.process import LAUNCH_VARIABLE, LAUNCHER_VARIABLE
 from stoker.trainer.runtime.watchdog import Watchdog
 
 MONITOR_SECONDS = 0.05
 GRACE_SECONDS = 600.0  # for a final save after a signal
-PEERS_SECONDS = 2.0  # for another machine to say what befell its ranks
+PEERS_SECONDS = 2.0  # for another machine to report how its ranks ended
 LAUNCHER_ROOM_SECONDS = 1800.0  # for room on a full disk before ranks are started again
 _PROBE_BYTES = 64 << 10  # that must find room before ranks are started again
 EXIT_SECONDS = 5.0  # for processes to end after the outcome is written
@@ -44,12 +48,13 @@ EXIT_SECONDS = 5.0  # for processes to end after the outcome is written
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the launchers of several machines meet: a store that somebody else keeps."""
+    """The gate to the store at which the launchers of several machines meet; another process keeps it."""
 
     host: str
     port: int
     node: int  # of this machine, from 0
     nodes: int
+    key: bytes = field(repr=False)  # that the gate wants to be shown
 
 
 def launch(
@@ -57,21 +62,26 @@ def launch(
 ) -> int:
     """Run `ranks` ranks of a settled config until they end; the exit status for the shell. They get `arguments`.
 
-    A failed attempt is followed by another, until `launch.max_restarts` in a row have not come to a new checkpoint; at
-    a `meeting` with other machines restarts are left to whoever keeps its store. SIGTERM, SIGUSR1 and SIGINT are passed
-    on and the ranks save before they end; a second SIGINT kills. SIGHUP does what SIGTERM does; where it is ignored, as
+    A failed attempt is followed by another, until `launch.max_restarts` in a row have not reached a new checkpoint; at
+    a `meeting` with other machines restarts are left to the owner of its store. SIGTERM, SIGUSR1 and SIGINT are passed
+    on and the ranks save before they end; a second SIGINT kills. SIGHUP acts like SIGTERM; where it is ignored, as
     under nohup, it stays ignored, here and in the ranks.
     """
-    logging.disable(logging.ERROR)  # the agent is talkative; what a person should know we say ourselves
+    logging.disable(logging.ERROR)  # the agent logs a lot; the lines for the user are printed here
     run = run_directory(config)
     threads = threads_per_rank(config.launch.threads, ranks)
-    os.environ |= {
+    given = {
         CONFIG_VARIABLE: json.dumps(to_dict(config)),
+        LAUNCHER_VARIABLE: str(os.getpid()),
         "OMP_NUM_THREADS": str(threads),
         "PYTHONSAFEPATH": "1",
         "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(handled_signals()),
     }
-    with tempfile.TemporaryDirectory(prefix="stoker-") as folder:
+    if meeting is None:
+        given[LAUNCH_VARIABLE] = secrets.token_hex(8)
+    if meeting is None or meeting.nodes == 1:
+        keep_on_loopback(given)
+    with _environment(given), Scratch("stoker-launch-") as folder:
         spec = WorkerSpec(
             role="rank",
             local_world_size=ranks,
@@ -80,10 +90,10 @@ def launch(
             args=("-P", "-m", "stoker.trainer", *arguments),
             max_restarts=config.launch.max_restarts if meeting is None else 0,
             monitor_interval=MONITOR_SECONDS,
-            master_addr="127.0.0.1" if meeting is None else meeting.host,
+            master_addr=LOOPBACK,
         )
         agent = _Agent(
-            spec, DefaultLogsSpecs(log_dir=folder), run, config.launch.hang_seconds, say, alone=meeting is None
+            spec, DefaultLogsSpecs(log_dir=str(folder)), run, config.launch.hang_seconds, say, alone=meeting is None
         )
         try:
             agent.run()
@@ -100,6 +110,18 @@ def launch(
     return 0 if ending is not None and ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED) else 1
 
 
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """The environment of ranks, for as long as they run."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def handled_signals() -> list[str]:
     """The signals that end the run in order."""
     handled = [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1]
@@ -112,22 +134,23 @@ class _LocalRendezvous(StaticTCPRendezvous):
     """One machine, one agent: for every attempt a new store, on a port that the system picks."""
 
     def __init__(self) -> None:
-        super().__init__("127.0.0.1", 0, rank=0, world_size=1, run_id="stoker", timeout=60)
+        super().__init__(LOOPBACK, 0, rank=0, world_size=1, run_id="stoker", timeout=60)
 
     def next_rendezvous(self) -> RendezvousInfo:
-        self._store = store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        self._store = store = loopback_store()
         self.master_port = store.port
         return super().next_rendezvous()
 
 
 class _MeetingRendezvous(StaticTCPRendezvous):
-    """Several machines, one attempt."""
+    """Several machines, one attempt: the store is reached through a tunnel, by this process and by its ranks."""
 
     def __init__(self, meeting: Meeting) -> None:
-        super().__init__(meeting.host, meeting.port, meeting.node, meeting.nodes, run_id="stoker", timeout=60)
+        self._tunnel = Tunnel(meeting.host, meeting.port, meeting.key)
+        super().__init__(LOOPBACK, self._tunnel.port, meeting.node, meeting.nodes, run_id="stoker", timeout=60)
 
     def next_rendezvous(self) -> RendezvousInfo:
-        self._store = torch.distributed.TCPStore(self.master_addr, self.master_port, is_master=False)
+        self._store = TCPStore(LOOPBACK, self._tunnel.port, is_master=False)
         return super().next_rendezvous()
 
 
@@ -143,18 +166,18 @@ class _Agent(LocalElasticAgent):
     ) -> None:
         super().__init__(spec, logs)
         self._run, self._hang_seconds, self._say, self._alone = run, hang_seconds, say, alone
-        self._doctor: Watchdog | None = None  # of the present ranks, once there is an attempt
+        self._watchdog: Watchdog | None = None  # of the present ranks, once there is an attempt
         self._attempts_before = 0
         self._step_before = 0
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        # Before machines meet no rank of this attempt runs, so that all of them count the same attempts.
+        # No rank of this attempt runs before the machines meet, so that all of them count the same attempts.
         self._attempts_before = len(self._run.attempt_numbers())
         self._step_before = newest_step(self._run.checkpoints)
         super()._rendezvous(worker_group)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self._doctor = None
+        self._watchdog = None
         pids = super()._start_workers(worker_group)
         assert self._pcontext is not None
         close = self._pcontext.close
@@ -181,7 +204,7 @@ class _Agent(LocalElasticAgent):
                     os.kill(pid, signal.SIGINT if death_sig == signal.SIGINT else signal.SIGTERM)
             self._wait_for_save()
             number = self._attempt()
-            if number is not None:  # where a rank has written an outcome, it stands
+            if number is not None:  # an outcome that a rank has written is kept
                 outcome = Outcome.STOPPED if death_sig == signal.SIGINT else Outcome.PREEMPTED
                 ending = Ending(outcome, f"{outcome} before the first step", signal=int(death_sig))
                 write_ending(self._run, number, ending)
@@ -204,23 +227,23 @@ class _Agent(LocalElasticAgent):
         return result
 
     def _look_after_ranks(self) -> None:
-        """End ranks that make no progress. Their deaths are seen by the monitor, as all deaths are."""
-        if self._doctor is None and (number := self._attempt()) is not None:
+        """End ranks that make no progress. The monitor then sees them end like any other."""
+        if self._watchdog is None and (number := self._attempt()) is not None:
             workers = self._worker_group.workers
             ranks = range(workers[0].global_rank, workers[-1].global_rank + 1)
-            self._doctor = Watchdog(self._run, number, ranks, self._hang_seconds, self._say)
-        if self._doctor is not None:
-            self._doctor.look()
+            self._watchdog = Watchdog(self._run, number, ranks, self._hang_seconds, self._say)
+        if self._watchdog is not None:
+            self._watchdog.look()
 
     def _book_failure(self, result: RunResult) -> None:
-        """Write the outcome of ranks that could not, and say what happens next."""
+        """Write the outcome of ranks that could not, and print what follows."""
         if self._is_superseded():
             self._remaining_restarts = 0
             self._say("not restarting: another start of this run has begun")
             return
         ending = self.ending()
         if not self._alone and ending is None and all(f.exitcode > 0 for f in result.failures.values()):
-            deadline = time.monotonic() + PEERS_SECONDS  # these have lost a peer, and its machine knows how
+            deadline = time.monotonic() + PEERS_SECONDS  # these have lost a peer, whose machine reports how
             while ending is None and time.monotonic() < deadline:
                 time.sleep(MONITOR_SECONDS)
                 ending = self.ending()
@@ -239,7 +262,7 @@ class _Agent(LocalElasticAgent):
         if ending.retry and self._remaining_restarts > 0:
             with_room(self._try_to_write, LAUNCHER_ROOM_SECONDS, self._say)
         if newest_step(self._run.checkpoints) != self._step_before:
-            self._remaining_restarts = self._worker_group.spec.max_restarts  # it has come further: the budget is new
+            self._remaining_restarts = self._worker_group.spec.max_restarts  # it has progressed: the budget is renewed
         if not ending.retry:
             self._remaining_restarts = 0
         elif self._remaining_restarts > 0:
@@ -262,16 +285,16 @@ class _Agent(LocalElasticAgent):
         return numbers[self._attempts_before] if len(numbers) > self._attempts_before else None
 
     def _is_superseded(self) -> bool:
-        """Has somebody else started the run since these ranks made their attempt?"""
+        """Whether another start of the run has begun since these ranks made their attempt."""
         return len(self._run.attempt_numbers()) > self._attempts_before + 1
 
     def ending(self) -> Ending | None:
-        """How the present ranks ended; None while, or if, nobody has said."""
+        """How the present ranks ended; None without a record."""
         number = self._attempt()
         return read_ending(self._run, number) if number is not None else None
 
     def kill(self) -> None:
-        """Make sure that nobody is left, however we got here."""
+        """Make sure that no rank is left, on every path."""
         if self._pcontext is not None:
             self._pcontext.close(signal.SIGKILL)
 

@@ -1,26 +1,28 @@
-"""`stoker logs`: what ranks wrote, of one attempt or, followed, of one after the other."""
+"""`stoker logs`: the output of ranks, of one attempt or, with --follow, of consecutive attempts."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
+from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory
 from stoker.launch.control import living
 from stoker.launch.inspect import run_at
 from stoker.trainer.runtime.outcome import read_ending
 
+_BLOCK = 1 << 16  # bytes read at a time
 _POLL_SECONDS = 0.2
 _QUIET_SECONDS = 3.0  # after an end, for an attempt that follows
 
 
 def show(path: str, ranks: list[int] | None, attempt: int | None, lines: int, follow: bool) -> int:
     """Print the last `lines` (0: all) of each rank, each line with its rank where there are several."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us in silence
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the command silently
     run = run_at(path)
     numbers = run.attempt_numbers()
     if not numbers:
@@ -44,13 +46,42 @@ def _logs(run: RunDirectory, number: int, ranks: list[int] | None) -> dict[int, 
 
 
 def _tail(log: Path, rank: int, lines: int, named: bool) -> int:
-    """Prints; where the file then ended."""
+    """Prints; returns the end of the file at that time."""
     with log.open("rb") as file:
-        whole = deque(file, maxlen=lines or None)
-        end = file.tell()
-    if whole and not whole[-1].endswith(b"\n"):  # being written: `_follow` shows it when it is whole
-        end -= len(whole.pop())
-    _print(whole, rank, named)
+        file.seek(_begin_of_last(file, lines) if lines else 0)
+        return _copy(file, rank, named)
+
+
+def _begin_of_last(file: IO[bytes], lines: int) -> int:
+    """Where the last `lines` of a file begin; what follows its last line end is no line yet."""
+    begin, wanted = file.seek(0, os.SEEK_END), lines + 1  # line ends: that of the line before them is one of these
+    while begin:
+        size = min(_BLOCK, begin)
+        begin -= size
+        file.seek(begin)
+        block = file.read(size)
+        count = block.count(b"\n")
+        if count >= wanted:
+            at = size
+            for _ in range(wanted):
+                at = block.rindex(b"\n", 0, at)
+            return begin + at + 1
+        wanted -= count
+    return 0
+
+
+def _copy(file: IO[bytes], rank: int, named: bool) -> int:
+    """Print the whole lines of `file` from where it is, and where it then is. A line that is being written is left.
+
+    A very long line is shown in parts.
+    """
+    end = file.tell()
+    while line := file.readline(_BLOCK):
+        if not line.endswith(b"\n") and len(line) < _BLOCK:
+            break
+        end += len(line)
+        _print(line, rank, named)
+    sys.stdout.flush()
     return end
 
 
@@ -62,10 +93,7 @@ def _follow(run: RunDirectory, number: int, ranks: list[int] | None, places: dic
         for rank, log in logs.items():
             with log.open("rb") as file:
                 file.seek(places.get(rank, 0))
-                new = file.read()
-            whole = new[: new.rfind(b"\n") + 1]
-            places[rank] = places.get(rank, 0) + len(whole)
-            _print(whole.splitlines(keepends=True), rank, len(logs) > 1)
+                places[rank] = _copy(file, rank, len(logs) > 1)
         later = run.attempt_numbers()[-1] > number
         if later and to_the_next:
             number, places, quiet_since = number + 1, {}, None
@@ -80,7 +108,6 @@ def _follow(run: RunDirectory, number: int, ranks: list[int] | None, places: dic
         time.sleep(_POLL_SECONDS)
 
 
-def _print(lines: Iterable[bytes], rank: int, named: bool) -> None:
-    for line in lines:
-        sys.stdout.write((f"[{rank}] " if named else "") + line.decode("utf-8", errors="replace"))
-    sys.stdout.flush()
+def _print(line: bytes, rank: int, named: bool) -> None:
+    text = printable(line.decode("utf-8", errors="replace"))
+    sys.stdout.write((f"[{rank}] " if named else "") + text + ("" if text.endswith("\n") else "\n"))

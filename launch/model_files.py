@@ -1,7 +1,7 @@
-"""All files of an exported model but its weights.
+"""All files of an exported model except its weights.
 
-A model that came in with `model.init_from` goes out with the files it came with: what training changed is changed in
-them, everything else stays. A run that began with nothing gets files of its own.
+A model imported by `model.init_from` is exported with its original files: values that training changed are updated,
+everything else stays. A run without `model.init_from` gets new files.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def model_files(run: RunDirectory, config: Config, dtype: str) -> dict[str, byte
 
 
 def export_dtype(run: RunDirectory) -> str:
-    """What a run's weights are exported in unless something else is asked for: what the model came in, else fp32."""
+    """The default dtype of a run's exported weights: that of the imported model, else fp32."""
     facts = base_facts(run)
     return "fp32" if facts is None or facts.dtype is None else facts.dtype
 
@@ -61,7 +61,7 @@ def _tokenizer(run: RunDirectory, config: Config) -> Tokenizer | None:
 
 
 def _context(config: Config) -> int:
-    """Positions that a model of this run is good for: those it was trained at, or those that scaling extends to."""
+    """Positions that a model of this run supports: those it was trained at, or those that scaling extends to."""
     rope = config.model.rope_parameters
     if rope.factor is None or rope.original_max_position_embeddings is None:
         return config.seq_len
@@ -71,7 +71,7 @@ def _context(config: Config) -> int:
 def _changed_files(
     run: RunDirectory, config: Config, dtype: str, facts: BaseFacts, end: int | None
 ) -> dict[str, bytes]:
-    """config.json and generation_config.json as they came, with what the run has changed."""
+    """The imported config.json and generation_config.json, with the run's changes."""
     path = run.base_model / theirs.CONFIG
     before = theirs.read_json(path)
     parsed = theirs.parse(run.base_model)
@@ -104,7 +104,7 @@ def _with_special_ids(values: dict[str, Any], same_tokenizer: bool, end: int | N
 
 
 def _own_config(config: Config, dtype: str) -> dict[str, Any]:
-    """What it takes to build the model again: `model.init_from` of another run reads it."""
+    """The config to build the model again: `model.init_from` of another run reads it."""
     return {
         "model_type": OWN_MODEL,
         "model": {**to_dict(config)["model"], "init_from": None, "init_only": []},

@@ -7,9 +7,11 @@ import time
 from dataclasses import dataclass
 
 from rich.table import Column, Table
+from rich.text import Text
 
 from stoker.checkpoint import newest
 from stoker.checkpoint.names import MANIFEST, step_of
+from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory, read_config
 from stoker.launch.control import living
 from stoker.launch.inspect import console_for_tables, run_at
@@ -39,7 +41,7 @@ class Attempt:
 
 
 def status(path: str) -> int:
-    """Print it; status 0 while the run lives or has ended well, else 1."""
+    """Print it; status 0 while the run is running or has ended well, else 1."""
     run = run_at(path)
     alive = living(run)
     attempts = attempts_of(run, alive)
@@ -47,7 +49,7 @@ def status(path: str) -> int:
     rows = [("run", str(run.path)), *facts(run, attempts, alive)]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        console.print(f"{name:<{width}}  {value}", soft_wrap=True, markup=False)
+        console.print(f"{name:<{width}}  {printable(value)}", soft_wrap=True, markup=False)
     console.print()
     console.print(_table(attempts))
     well = attempts and attempts[-1].outcome in ("completed", "stopped", "preempted")
@@ -55,20 +57,22 @@ def status(path: str) -> int:
 
 
 def facts(run: RunDirectory, attempts: list[Attempt], alive: Stamp | None) -> list[tuple[str, str]]:
-    """What there is to say of the run as a whole, as (name, value)."""
+    """Rows about the run as a whole, as (name, value)."""
     rows = [("state", _state(run, attempts, alive))]
     steps = read_recent(run.metrics)
     if steps:
         last, recent = steps[-1], steps[-_RECENT:]
         total = read_config(run).steps
         rows.append(("step", f"{last['step']:,} of {total:,}"))
-        if last["loss"] is not None:
+        if last.get("loss") is not None:
             rows.append(("loss", f"{last['loss']:.4f} nats per token"))
-        seconds = statistics.median(step["step_seconds"] for step in recent)
-        speed = statistics.median(step["tokens_per_second"] for step in recent)
-        rows.append(("speed", f"{speed:,.0f} tokens/s, {seconds:.3g} s a step"))
-        if alive is not None and last["step"] < total:
-            rows.append(("time left", duration((total - last["step"]) * seconds)))
+        times = [step["step_seconds"] for step in recent if step.get("step_seconds") is not None]
+        speeds = [step["tokens_per_second"] for step in recent if step.get("tokens_per_second") is not None]
+        if times and speeds:
+            seconds = statistics.median(times)
+            rows.append(("speed", f"{statistics.median(speeds):,.0f} tokens/s, {seconds:.3g} s a step"))
+            if alive is not None and last["step"] < total:
+                rows.append(("time left", duration((total - last["step"]) * seconds)))
     rows.append(("checkpoint", _checkpoint(run)))
     spent = goodput(run, time.time() if alive is not None else None)
     if spent.total:
@@ -98,7 +102,7 @@ def attempts_of(run: RunDirectory, alive: Stamp | None) -> list[Attempt]:
                 ended=ending.time if ending is not None else None,
                 outcome=str(ending.outcome) if ending is not None else "running" if running else "dead",
                 step=ending.step if ending is not None else max((stamp.step for stamp in stamps), default=None),
-                message=ending.message if ending is not None else "" if running else "ended without a word",
+                message=ending.message if ending is not None else "" if running else "left no exit record",
             )
         )
     return found
@@ -142,5 +146,6 @@ def _table(attempts: list[Attempt]) -> Table:
     for attempt in attempts:
         counts = (number(attempt.step), number(attempt.ranks))
         times = (at(attempt.began), number(attempt.from_step), at(attempt.ended))
-        table.add_row(str(attempt.number), *times, attempt.outcome, *counts, attempt.where, attempt.message)
+        texts = (Text(printable(text)) for text in (attempt.where, attempt.message))  # as they are: no markup of rich's
+        table.add_row(str(attempt.number), *times, attempt.outcome, *counts, *texts)
     return table

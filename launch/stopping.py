@@ -1,4 +1,4 @@
-"""Having a run end, or make way and come back. Both are files in the run directory, so they reach it anywhere."""
+"""Requests to a run to stop, or to requeue. Both are files in the run directory, so they reach it on any machine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from stoker.conf.durable import touch_own
 from stoker.conf.identity import identify
+from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.values import ConfigError
 from stoker.launch.control import living
@@ -19,27 +20,27 @@ from stoker.trainer.runtime.outcome import Outcome, read_beginning, read_ending
 from stoker.trainer.trust import code_of, is_remembered_script, remember, remember_script, shown
 
 _POLL_SECONDS = 0.1
-_NOTES = 20  # newest notes of jobs that are looked at
+_NOTES = 20  # newest notes of jobs that are checked
 _GONE = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
 def stop(path: str, wait_seconds: float) -> int:
-    """Ask the run to save and end, and wait for it; status 1 if it does not in time, or nobody is there to ask."""
+    """Request the run to save and end, and wait for it; status 1 if it does not in time, or is not running."""
     run = run_at(path)
     at = living(run)
     if at is None:
         return _stop_waiting_job(run)
     number = run.attempt_numbers()[-1]
     touch_own(run.stop)
-    print(f"asked: the run is at step {at.step}", flush=True)
+    print(f"requested: the run is at step {at.step}", flush=True)
     deadline = time.monotonic() + wait_seconds
     while time.monotonic() < deadline:
         ending = read_ending(run, run.attempt_numbers()[-1])
         if ending is not None and (ending.outcome is not Outcome.FAILED or not ending.retry):
-            print(ending.message)
+            print(printable(ending.message))
             return 0 if ending.outcome in (Outcome.STOPPED, Outcome.COMPLETED, Outcome.PREEMPTED) else 1
         if living(run) is None and run.attempt_numbers()[-1] == number and _job_of(run) is None:
-            print("the run has ended without a word: its newest checkpoint is what there is", file=sys.stderr)
+            print("the run left no exit record: its newest checkpoint is its last state", file=sys.stderr)
             return 1
         time.sleep(_POLL_SECONDS)
     print(f"still running after {wait_seconds:.0f} s: it ends when its step does", file=sys.stderr)
@@ -47,7 +48,7 @@ def stop(path: str, wait_seconds: float) -> int:
 
 
 def requeue(path: str, trust: bool) -> int:
-    """Have a Slurm run save and go back to the queue; submit it again if it has ended.
+    """Make a Slurm run save and go back to the queue; submit it again if it has ended.
 
     Raises ConfigError for a batch script that this user has not written, unless `trust`.
     """
@@ -58,13 +59,15 @@ def requeue(path: str, trust: bool) -> int:
         if job is None:
             raise ValueError(f"{run.path} does not run as a Slurm job: stop it, then start it where it should run")
         touch_own(run.requeue)
-        print(f"asked: the run saves, and job {job} goes back to the queue")
+        print(f"requested: the run saves, and job {job} goes back to the queue")
         return 0
     job = _job_of(run)
     if job is not None and commands.facts_of_job(job).get("JobState") == "PENDING":
         raise ValueError(f"job {job} waits in the queue already")
     if not run.script.exists():
-        raise ValueError(f"{run.path} was not submitted by `stoker submit`: `stoker train run.dir={run.path}` goes on")
+        raise ValueError(
+            f"{run.path} was not submitted by `stoker submit`: resume it by `stoker train run.dir={run.path}`"
+        )
     _refuse_foreign_script(run, trust)
     [number] = submit_script(run, 1)
     print(f"submitted {run.script} as job {number}")
@@ -72,7 +75,7 @@ def requeue(path: str, trust: bool) -> int:
 
 
 def _refuse_foreign_script(run: RunDirectory, trust: bool) -> None:
-    """The script is a program; what `trust` lets pass is remembered, as the job asks again for what it runs."""
+    """The script is a program; what `trust` allows is recorded, because the job checks it again."""
     text = run.script.read_text(encoding="utf-8")
     if is_remembered_script(run, text):
         return
@@ -91,7 +94,7 @@ def _refuse_foreign_script(run: RunDirectory, trust: bool) -> None:
 def _stop_waiting_job(run: RunDirectory) -> int:
     jobs = _jobs_of(run)
     if not jobs:
-        print(f"nobody is training {run.path}: there is nothing to stop", file=sys.stderr)
+        print(f"no rank is training {run.path}: there is nothing to stop", file=sys.stderr)
         return 1
     for job in jobs:  # the last of a chain first
         commands.cancel(job)
@@ -104,7 +107,7 @@ def _job_of(run: RunDirectory) -> str | None:
 
 
 def _jobs_of(run: RunDirectory) -> list[str]:
-    """The run's Slurm jobs that the controller knows and has not ended, the newest first."""
+    """The run's Slurm jobs that the controller lists as not ended, the newest first."""
     known: dict[str, float] = {note["job"]: note["time"] for note in reversed(read_notes(run)[-_NOTES:])}
     numbers = run.attempt_numbers()
     beginning = read_beginning(run, numbers[-1]) if numbers else None
@@ -116,4 +119,4 @@ def _jobs_of(run: RunDirectory) -> list[str]:
 def _is_gone(job: str) -> bool:
     with suppress(ValueError):
         return commands.facts_of_job(job).get("JobState") in _GONE
-    return True  # no Slurm here, or a job it has forgotten
+    return True  # no Slurm here, or a job that it has forgotten

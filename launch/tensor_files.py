@@ -1,6 +1,6 @@
 """Safetensors files written one tensor at a time, in any order, byte for byte as the safetensors library lays them out.
 
-The library itself wants all tensors of a file in memory. (Format: 8 bytes of header length, a JSON header, the data.)
+The library itself needs all tensors of a file in memory. (Format: 8 bytes of header length, a JSON header, the data.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TensorFile:
 
     name: str
     shapes: Mapping[str, Shape]
-    dtype: str  # in the words of the format: F32, BF16, F16
+    dtype: str  # by the format's names: F32, BF16, F16
     element: int
 
     @property
@@ -63,7 +63,7 @@ def plan_files(shapes: Mapping[str, Shape], dtype: str, element: int, file_bytes
 
 
 def index_json(files: list[TensorFile]) -> dict[str, Any]:
-    """What model.safetensors.index.json says of several files."""
+    """The contents of model.safetensors.index.json for several files."""
     where = {name: file.name for file in files for name in file.shapes}
     total = sum(file.data_bytes for file in files)
     counts = {"total_parameters": total // files[0].element, "total_size": total}
@@ -71,7 +71,7 @@ def index_json(files: list[TensorFile]) -> dict[str, Any]:
 
 
 class TensorWriter:
-    """Writes tensors where `files` want them. Used as a context, which syncs and closes the files."""
+    """Writes tensors at their places in `files`. Used as a context, which syncs and closes the files."""
 
     def __init__(self, folder: Path, files: list[TensorFile]) -> None:
         self._descriptors: list[int] = []

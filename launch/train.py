@@ -6,6 +6,7 @@ import gc
 import sys
 from collections.abc import Sequence
 
+from stoker.conf.printable import printable
 from stoker.conf.schema import Config
 
 
@@ -26,7 +27,7 @@ def gpus(config: Config) -> int:
 def train(overrides: Sequence[str]) -> int:
     """Train, or resume, on this machine; the exit status. Raises ConfigError before a rank is spawned."""
     gc.disable()  # see trainer/__main__.py
-    from stoker.conf.rundir import run_directory
+    from stoker.conf.rundir import make_run_directory, run_directory
     from stoker.data import prepare
     from stoker.trainer.settle import settle_config
 
@@ -35,7 +36,7 @@ def train(overrides: Sequence[str]) -> int:
     where = lambda config: (ranks_for(config), gpus(config))  # noqa: E731
     config, changes = settle_config(overrides, where, tell=say, check_import=True)
     prepare(config)
-    run_directory(config).attempts.mkdir(parents=True, exist_ok=True)
+    make_run_directory(run_directory(config), config.run.public)
     say(f"run directory {config.run.dir}")
     for change in changes:
         say(f"changed since the last start: {change}")
@@ -45,5 +46,5 @@ def train(overrides: Sequence[str]) -> int:
 
 
 def say(line: str) -> None:
-    """One line for the person who started this."""
-    print(f"stoker: {line}", file=sys.stderr, flush=True)
+    """Print one line for the user."""
+    print(printable(f"stoker: {line}"), file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""The decoder family: Llama, Qwen2, Qwen3 and their relatives, from one set of modules that are made to be cut.
+"""The decoder family: Llama, Qwen2, Qwen3 and their relatives, from one set of modules that can be parallelized.
 
-`decoder`     the blocks, the part of them that a pipeline stage holds, and what an engine asks of a model
-`attention`   queries, keys and values, and the one function that attends; masks are made once per micro-batch
+`decoder`     the blocks, the part of them that a pipeline stage holds, and the protocol of an engine's model
+`attention`   queries, keys and values, and the attention function; masks are made once per micro-batch
 `cpu_attention` the same for CPUs in bf16, where torch's kernel is slow
 `cache`       keys and values already seen, for generation
 `rope`        rotary angles for given positions, with Llama 3's scaling
@@ -11,12 +11,12 @@
 `flops`       the arithmetic of a token, for utilisation
 
 Two shapes run through all of it. Between blocks activations are flat, `[tokens, width]`, row after row: a sequence-
-parallel engine can gather them on dim 0 and nothing but attention knows of rows. What attention has to know of a
-micro-batch (its rows, rotary tables and mask) is computed once and handed to every block as one `AttentionContext`.
+parallel engine can gather them on dim 0, and only attention uses rows. The inputs of attention for a micro-batch (its
+rows, rotary tables and mask) are computed once and passed to every block as one `AttentionContext`.
 
-Nothing here depends on where it runs. There are no buffers, so `to_empty` leaves nothing wrong; layers go by their
-global number, so a stage has the names of the whole; linear layers, embedding and head are layers of
+Nothing here depends on where it runs. There are no buffers, so `to_empty` is safe; layers are named by
+their global number, so a stage uses the names of the whole model; linear layers, embedding and head are layers of
 `stoker.parallel.tensor`, ordinary ones until ranks share them, and the number of heads is read off the weights.
-Activations have the dtype of the weights, without autocast: an engine that wants bf16 hands in bf16 weights. Norms,
+Activations have the dtype of the weights, without autocast: an engine that computes in bf16 passes bf16 weights. Norms,
 softmax, rotary angles and losses are fp32 inside.
 """

@@ -1,4 +1,4 @@
-"""Attention: the projections, the one function that attends, and what it has to know of a micro-batch."""
+"""Attention: the projections, the attention function, and its inputs for a micro-batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What attention knows of a micro-batch, computed once and handed to every block.
+    """The inputs of attention for a micro-batch, computed once and passed to every block.
 
     `cos` and `signed_sin` are the tables of `stoker.models.rope`. `mask` is None for causal attention within a row,
     else what `document_mask` made, or a tensor that is added to the scores, `[rows or 1, 1, queries, keys]`.
@@ -37,7 +37,7 @@ class AttentionContext:
 
 
 def attention_context(config: ModelConfig, positions: Tensor, mask: Tensor | BlockMask | None) -> AttentionContext:
-    """The geometry of tokens at `positions` `[rows, seq_len]`."""
+    """The context of tokens at `positions` `[rows, seq_len]`."""
     radians = frequencies(head_dim_of(config), config.rope_parameters, positions.device)
     rows, seq_len = positions.shape
     return AttentionContext(rows, seq_len, *rotary_tables(positions, radians), mask)
@@ -48,7 +48,7 @@ def head_dim_of(config: ModelConfig) -> int:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023). How many heads it has is read off the weights."""
+    """Grouped-query attention (Ainslie et al. 2023). The number of heads follows from the weights' shapes."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
-        """Activations `[tokens, width]` to the same. With a cache, keys and values of earlier tokens are seen too."""
+        """Activations `[tokens, width]` to the same. With a cache, queries also attend to earlier tokens."""
         x = self.enter(x)
         by_head = (context.rows, context.seq_len, -1, self.head_dim)
         q = rotate(self.q_norm(self.q(x).view(by_head)), context.cos, context.signed_sin)
@@ -80,14 +80,14 @@ class Attention(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
     """Softmax attention of queries `[rows, queries, heads, head_dim]`, in the same shape.
 
-    `k` and `v` are `[rows, keys, kv_heads, head_dim]`; kv_heads divides heads, neighbouring queries share one.
+    `k` and `v` are `[rows, keys, kv_heads, head_dim]`; kv_heads divides heads; consecutive query heads share one.
     `mask` as in `AttentionContext`; None means causal attention, where there are as many keys as queries.
     """
     if mask is not None and not isinstance(mask, Tensor):
         return _flex_attention()(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, enable_gqa=True
         ).transpose(1, 2)
-    mask = None if mask is None else mask.to(q.dtype)  # a layer may compute in another than the rest
+    mask = None if mask is None else mask.to(q.dtype)  # a layer may compute in another dtype than the others
     in_blocks = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] == k.shape[1]
     if in_blocks and not torch.compiler.is_compiling():
         return attend_in_blocks(q, k, v, mask)
@@ -117,7 +117,7 @@ def document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor | BlockMask:
 
 
 def same_document(documents: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """What FlexAttention asks of every pair of tokens: row, head, query, key -> may the query see the key?"""
+    """FlexAttention's mask function: (row, head, query, key) -> whether the query may attend to the key."""
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (documents[row, query] == documents[row, key])

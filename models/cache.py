@@ -17,7 +17,7 @@ class LayerCache:
         self._values: Tensor | None = None
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append those of new tokens `[rows, new, kv_heads, head_dim]`; all so far, as views."""
+        """Append those of new tokens `[rows, new, kv_heads, head_dim]`; returns all so far, as views."""
         start, self.length = self.length, self.length + k.shape[1]
         assert self.length <= self.capacity
         if self._keys is None or self._values is None:

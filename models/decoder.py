@@ -20,7 +20,7 @@ from stoker.parallel.tensor.layers import ColumnLinear, CopyToTensorParallel, Ro
 def build(config: ModelConfig, part: Part) -> nn.Module:
     """The `part` of the decoder that `config` describes, uninitialised, on torch's default device.
 
-    Which shapes can be built is judged in `stoker.conf.limits` and `stoker.trainer.validate`. The vocabulary is known.
+    `stoker.conf.limits` and `stoker.trainer.validate` check the shape. `vocab_size` must be set.
     """
     return Decoder(config, part)
 
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         return self.head(self.norm(x), labels) if self.part.head else x
 
     def next_logits(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """What may follow `tokens`, int64 `[rows, new]`, which follow those in `cache`: fp32 logits `[rows, vocab]`.
+        """Logits of the token after `tokens`, int64 `[rows, new]`, which follow those in `cache`: fp32 `[rows, vocab]`.
 
         The whole model only. Adds the tokens to the cache.
         """
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         return dict(self.layers.items())
 
     def initial(self, name: str) -> Normal | Constant:
-        """Normal, and what is added to the residual stream smaller, the more layers add (GPT-2, section 2.3)."""
+        """Normal; smaller for projections into the residual stream, by the number of layers (GPT-2, section 2.3)."""
         if name.endswith("norm.weight"):
             return Constant(1.0)
         if name.endswith(".bias"):

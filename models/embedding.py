@@ -51,6 +51,6 @@ class _Lookup(torch.autograd.Function):
         backward = torch.ops.aten.embedding_dense_backward
         if foreign is None:
             summed = backward(gradient, tokens, own, -1, False)
-        else:  # into a row too many, which is left out
+        else:  # into an additional row, which is dropped
             summed = backward(gradient, tokens.masked_fill(foreign, own), own + 1, own, False)[:own]
         return None, None, summed.to(ctx.dtype)

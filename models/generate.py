@@ -23,11 +23,11 @@ def generate(
     stop: Collection[int] = (),
     context: int,
 ) -> Iterator[int]:
-    """The tokens that `model` continues `prompt` with, each as soon as it is known.
+    """The tokens with which `model` continues `prompt`, each as soon as it is sampled.
 
-    At most `limit` of them, none after one of the tokens `stop`, which is not given out. `greedy` takes the likeliest;
+    At most `limit` of them, none after one of the tokens `stop`, which is not yielded. `greedy` takes the likeliest;
     else one is drawn with `seed` from the `top_k` likeliest, cut down to the smallest set whose probability reaches
-    `top_p`. The model sees at most `context` tokens: when they are full, it goes on from the last half of them.
+    `top_p`. The model gets at most `context` tokens; when they are full, it continues from the last half of them.
 
     Raises ValueError, before any token, for values out of range and for a model that lacks `next_logits`.
     """
@@ -40,9 +40,9 @@ def generate(
     if limit < 0:
         raise ValueError(f"limit={limit}: the number of tokens to generate cannot be negative")
     if context < 2:
-        raise ValueError(f"context={context}: the model has to see at least 2 tokens")
+        raise ValueError(f"context={context}: the model needs at least 2 tokens")
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: has to be above 0 (for the likeliest tokens ask for greedy)")
+        raise ValueError(f"temperature={temperature}: has to be above 0 (for the likeliest tokens use greedy)")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: at least 1 token has to be kept")
     if top_p is not None and not 0 < top_p <= 1:

@@ -1,7 +1,7 @@
-"""The decoder family in Hugging Face's words: the names of tensors, and config.json on the way out.
+"""The decoder family in Hugging Face's format: the names of tensors, and config.json for export.
 
-No weight changes its layout on the way: `stoker.models.rope` pairs channels as Hugging Face's models do, and queries,
-keys and values are tensors of their own on both sides.
+No weight changes its layout: `stoker.models.rope` pairs channels as Hugging Face's models do, and queries,
+keys and values are separate tensors on both sides.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from stoker.conf.schema import ModelConfig
 from stoker.models.attention import head_dim_of
 from stoker.parallel.dtypes import PRECISIONS
 
-OWN_MODEL = "stoker"  # model_type of an exported model that is none of Hugging Face's (`model.target`)
-DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in PRECISIONS.items()}  # in config.json's words
+OWN_MODEL = "stoker"  # model_type of an exported model that is not one of Hugging Face's (`model.target`)
+DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in PRECISIONS.items()}  # by config.json's names
 
 _OUTER = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -67,7 +67,7 @@ def tensor_name(name: str) -> str:
 def family_of(config: ModelConfig) -> str:
     """The family that `config` belongs to: `model.family`, else the first that has its biases and norms.
 
-    Raises ValueError when there is none, or when the one asked for is built otherwise.
+    Raises ValueError when there is none, or when `model.family` has others.
     """
     built = (config.qkv_bias, config.qk_norm)
     fitting = [name for name, family in FAMILIES.items() if (family.qkv_bias, family.qk_norm) == built]
@@ -107,10 +107,10 @@ def config_json(config: ModelConfig, dtype: str, context: int, end_of_document: 
 def changed_config_json(
     base: Mapping[str, Any], base_shape: Mapping[str, Any], config: ModelConfig, dtype: str, same_dtype: bool
 ) -> dict[str, Any]:
-    """`base`, the config.json that a model came with, with what `config` and `dtype` have changed since.
+    """`base`, the config.json of an imported model, with the changes of `config` and `dtype` since the import.
 
-    `base_shape` is what `stoker.models.hugging_face_config.shape_of` made of it, and `same_dtype` says whether its
-    weights were in `dtype`. What did not change keeps its spelling and its place.
+    `base_shape` is the result of `stoker.models.hugging_face_config.shape_of` for it, and `same_dtype` is true if its
+    weights were in `dtype`. Unchanged keys keep their spelling and their place.
     """
     values = dict(base)
     before = {key: value for key, value in base_shape.items() if not key.startswith("rope_parameters.")}
@@ -139,14 +139,14 @@ _MORE = {
 
 
 def rope_parameters(config: ModelConfig) -> dict[str, Any]:
-    """The dict of transformers 5: what its rope_type has, and nothing else."""
+    """The dict of transformers 5: only the keys of its rope_type."""
     rope = config.rope_parameters
     keys = ("rope_type", "rope_theta", *ROPE_KEYS[rope.rope_type])
     return {key: getattr(rope, key) for key in keys}
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
-    """What makes the model, but for its rotary embedding, by transformers' names."""
+    """The shape of the model, except its rotary embedding, by transformers' names."""
     family = family_of(config)
     values = _ours(config)
     return {name: values[key] for key, name in {**SHAPE, **_MORE}.items()} | {

@@ -1,20 +1,20 @@
 """A config.json of Hugging Face's, parsed by transformers' own class and mapped to the shape of our decoder.
 
-Defaults, old spellings and which of two keys counts are transformers' business: they differ by class and by version.
-What is left is to map the parsed values. A value that the decoder does not compute is refused here; a key that
+Defaults, old spellings and precedence of keys are left to transformers: they differ by class and by version.
+Stoker maps the parsed values. A value that the decoder does not compute is refused here; a key that
 transformers' class does not declare is in `unknown_keys`, and comparing logits shows whether it matters.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from stoker.conf.records import parse_json
 from stoker.conf.schema import RopeParameters
 from stoker.models.hugging_face import FAMILIES, ROPE_KEYS, SHAPE
 
@@ -23,7 +23,7 @@ ADAPTER = "adapter_config.json"
 _SILU = ("silu", "swish")  # two names of one function
 # Keys that transformers acts on before any class of a model reads them.
 _ELSEWHERE = {
-    "auto_map": "the model brings code of its own, which is not run",
+    "auto_map": "the model needs code from its folder, which is not run",
     "configuration_files": "another file of the folder holds the config of this version of transformers",
     "transformers_weights": "it names the file of the weights",
     "per_layer_config": "layers of different shapes are not built",
@@ -36,7 +36,7 @@ _OLD_SPELLINGS = {"rope_theta", "rope_scaling", "torch_dtype", "num_labels", "_n
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises OSError, and ValueError naming the file when it holds something else."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
@@ -105,7 +105,7 @@ def unknown_keys(folder: Path, parsed: Any) -> list[str]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars, and without its warnings: what matters in them is refused here by name."""
+    """Without transformers' progress bars and warnings: the relevant conditions are refused here by name."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -138,7 +138,7 @@ def _refuse_short_windows(parsed: Any, seq_len: int) -> None:
 
 
 def rope_of(parsed: Any) -> RopeParameters:
-    """Raises ValueError for a rope_type, a key or a value that the decoder does not know."""
+    """Raises ValueError for a rope_type, a key or a value that the decoder does not support."""
     given: Mapping[str, Any] = parsed.rope_parameters
     kind = given.get("rope_type")
     if kind not in ROPE_KEYS:

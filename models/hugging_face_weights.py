@@ -28,11 +28,11 @@ _COMPARED_ROWS = 4096  # of two matrices at a time
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file that is open: its bytes are read when they are asked for."""
+    """One tensor of an open file: its bytes are read on demand."""
 
     file: Path
     shape: tuple[int, ...]
-    dtype: str  # in the words of the format: F32, BF16, ...
+    dtype: str  # by the format's names: F32, BF16, ...
     part: Any  # safetensors' slice
 
     def read(self, chunk: Chunk) -> Tensor:
@@ -88,7 +88,7 @@ def has_own_head(tensors: dict[str, StoredTensor]) -> bool:
 
 
 def _files_of(folder: Path) -> tuple[list[Path], dict[str, Path] | None]:
-    """The files that count, and what the index says of each tensor where it counts."""
+    """The files to read, and the index's file for each tensor where an index is used."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE], None
     if not (folder / INDEX).is_file():

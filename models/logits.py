@@ -1,4 +1,4 @@
-"""The logits of a training step, whatever cuts the model: taken at its head, while its weight is whole."""
+"""The logits of a training step on any layout: taken at the head while its weight is gathered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stoker.parallel.tensor.regions import enter
 
 
 class LogitsRecorder:
-    """While entered, keeps the logits of the first `tokens` tokens that any head of this process sees.
+    """While entered, keeps the logits of the first `tokens` tokens of any head of this process.
 
     `parts` then holds this rank's share of the vocabulary: fp32 `[tokens, vocab]` on the CPU, by its first token id.
     """
@@ -27,7 +27,7 @@ class LogitsRecorder:
         return {start: torch.cat(found) for start, found in self._found.items()}
 
     def __enter__(self) -> LogitsRecorder:
-        # A hook for all modules: it runs before those by which a sharding strategy takes the weight away again.
+        # A hook for all modules: it runs before the sharding strategy's hooks, which reshard the weight.
         self._hook = register_module_forward_hook(self._keep)
         return self
 
@@ -40,7 +40,7 @@ class LogitsRecorder:
         with torch.no_grad():
             x = arguments[0]
             if module.vocabulary is not None:
-                x = enter(x, module.vocabulary.axis)  # a collective: on all ranks, whether tokens are left or not
+                x = enter(x, module.vocabulary.axis)  # a collective: all ranks call it, also without tokens left
             x = x[: self._left]
             self._left -= len(x)
             if len(x):

@@ -1,7 +1,7 @@
 """Activations to the loss, without the logits of more than one chunk of tokens at a time.
 
 For a vocabulary of 128k the fp32 logits of 8192 tokens are 4 GB, several times over in backward. The gradient of a
-cross entropy is known as soon as its logits are, so it is taken in the forward pass, chunk by chunk, and backward only
+cross entropy needs only its logits, so it is computed in the forward pass, chunk by chunk, and backward only
 scales it (the fused linear cross entropy of Liger Kernel, Hsu et al. 2024, section 3.2).
 
 Where tensor-parallel ranks share the vocabulary no logit leaves its rank. Two numbers per token do: the logarithm of
@@ -34,7 +34,7 @@ class Head(VocabularyLayer):
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """The summed loss (fp32 scalar) of activations `[tokens, width]`; without labels the fp32 logits.
 
-        A head that is cut has a loss only.
+        A sharded head has a loss only.
         """
         if self.vocabulary is not None:
             assert labels is not None, "tensor-parallel ranks hold no token's logits whole"
@@ -49,8 +49,9 @@ def summed_loss(
 ) -> Tensor:
     """The sum over tokens of the cross entropy of `hidden @ weight.T`: fp32 scalar.
 
-    `hidden` is `[tokens, width]`, `weight` `[vocab, width]`, `labels` int64 `[tokens]`, those that are IGNORE left
-    out. Softmax and sums are fp32 whatever the dtype; `chunk` tokens have logits at one time. Between forward and
+    `hidden` is `[tokens, width]`, `weight` `[vocab, width]`, `labels` int64 `[tokens]`, those that are IGNORE_INDEX
+             left
+    out. Softmax and sums are fp32 for every dtype; `chunk` tokens have logits at one time. Between forward and
     backward it holds the gradients: one of the size of `hidden`, and one of `weight` in fp32.
 
     With a `vocabulary` `weight` is this rank's share of it. All its ranks call with the same hidden and labels, and
@@ -83,7 +84,7 @@ class _SummedLoss(torch.autograd.Function):
                 grad_weight += grad_logits.T @ rows
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
-        ctx.border = None if vocabulary is None else LEAVES  # what the ranks compute is summed in here
+        ctx.border = None if vocabulary is None else LEAVES  # the ranks' results are summed in here
         return total
 
     @staticmethod
@@ -100,7 +101,7 @@ class _SummedLoss(torch.autograd.Function):
 def _cross_entropy(logits: Tensor, labels: Tensor, vocabulary: Vocabulary | None) -> tuple[Tensor, Tensor]:
     """The summed loss of `labels` `[chunk]` (fp64 scalar) and its gradient by `logits` (fp32 `[chunk, vocab]`).
 
-    The gradient is softmax - onehot(labels), zero where the label is IGNORE.
+    The gradient is softmax - onehot(labels), zero where the label is IGNORE_INDEX.
     """
     valid = (labels != IGNORE_INDEX)[:, None]
     wanted = labels[:, None].masked_fill(~valid, 0)

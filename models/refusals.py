@@ -1,4 +1,4 @@
-"""Shapes that the built-in decoder cannot have, alone or on a layout, with the nearest that work."""
+"""Shapes that the built-in decoder cannot have, in general or on a layout, with the nearest that work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from stoker.parallel.suggestions import around, divisors, either, multiples_arou
 
 REFUSALS = Refusals()
 
-# What each rope_type needs beside rope_theta; nothing else may be set with it. (Llama 3.1's values, for the message.)
+# Required keys of each rope_type beside rope_theta; nothing else may be set with it. (Llama 3.1's values, for the
+# message.)
 _NEEDED = {
     "default": {},
     "llama3": {
@@ -25,9 +26,10 @@ _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_posit
 
 @REFUSALS.entry(
     "tensor parallelism",
-    "parallel.tp that does not divide heads and hidden, or that neither divides kv_heads nor is a multiple of it",
-    "every rank holds as many heads and channels, or one kv head that neighbours hold too; "
-    "width and vocabulary may be of any size",
+    "parallel.tp that does not divide model.num_attention_heads and model.intermediate_size, or that neither divides "
+    "model.num_key_value_heads nor is a multiple of it",
+    "every rank holds equally many heads and channels, or one kv head that other ranks hold too; "
+    "model.hidden_size and model.vocab_size may be of any size",
 )
 def _tensor_parallel(start: Start) -> str | None:
     tp, model = start.config.parallel.tp, start.config.model
@@ -85,7 +87,7 @@ def _query_groups(start: Start) -> str | None:
 @REFUSALS.entry(
     "width of a head",
     "model.hidden_size that does not split into heads of an even width, with head_dim null",
-    "rotary embeddings turn pairs of channels",
+    "rotary embeddings rotate pairs of channels",
 )
 def _head_width(start: Start) -> str | None:
     model = start.config.model
@@ -107,7 +109,7 @@ def _head_width(start: Start) -> str | None:
 )
 def _scaling_without_a_use(start: Start) -> str | None:
     rope = start.config.model.rope_parameters
-    needed = _NEEDED.get(rope.rope_type)  # an unknown one has a message of its own
+    needed = _NEEDED.get(rope.rope_type)  # an unknown one has a separate message
     if not start.built_in_model or needed is None:
         return None
     unused = [f"{key}={getattr(rope, key)}" for key in _SCALING if key not in needed and getattr(rope, key) is not None]
@@ -126,7 +128,7 @@ def _scaling_without_a_use(start: Start) -> str | None:
 @REFUSALS.entry(
     "context extension",
     "model.rope_parameters whose frequency factors are not in order",
-    "it divides by their distance",
+    "the scaling divides by their difference",
 )
 def _frequency_factors(start: Start) -> str | None:
     rope: RopeParameters = start.config.model.rope_parameters

@@ -17,7 +17,7 @@ def frequencies(head_dim: int, rope: RopeParameters, device: torch.device | None
     """Radians per position of each channel pair: fp32 `[head_dim / 2]`.
 
     With rope_type llama3 waves longer than the original context are slowed down by the factor, waves that fit into it
-    often are left alone, and those between are blended (Llama 3.1's reference code, `apply_scaling`).
+    often are unchanged, and those between are blended (Llama 3.1's reference code, `apply_scaling`).
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     radians = 1.0 / rope.rope_theta**exponents

@@ -1,4 +1,4 @@
-"""Rows: what the data room hands to an engine."""
+"""A batch: the input of an engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ IGNORE_INDEX = -100  # a label that carries no loss
 class Batch:
     """Training rows, all `[rows, seq_len]`.
 
-    `tokens` and `labels` are int64; a label of IGNORE is not trained on. `documents` (int32) numbers the documents of
+    `tokens` and `labels` are int64; a label of IGNORE_INDEX is not trained on. `documents` (int32) numbers the
+             documents of
     a row, so that attention can be kept inside them. `positions` (int64) counts from 0 within the row, or within each
     document where attention is kept inside documents.
     """
@@ -48,5 +49,5 @@ class Batch:
         return Batch(*(part.pin_memory() for part in parts))
 
     def valid_tokens(self) -> Tensor:
-        """How many labels carry a loss: int64 scalar on the rows' device."""
+        """Number of labels that carry a loss: int64 scalar on the rows' device."""
         return (self.labels != IGNORE_INDEX).sum()

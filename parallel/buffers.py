@@ -1,8 +1,8 @@
 """Buffers: their first values, and those that are persistent between steps, on all ranks and in checkpoints.
 
 A buffer may change in every forward. What counts as its value is the one after the last update: that is what is saved
-(while the next forward runs already) and what every rank goes on with. Ranks that computed different ones, each from
-its own sequences, all take those of the first rank, as torch's DistributedDataParallel does; that it happened is named,
+(while the next forward runs already) and what every rank continues with. Where ranks computed different values, each
+from its sequences, all take those of the first rank, as torch's DistributedDataParallel does, and a warning names it,
 because a run with such buffers depends on its layout.
 """
 
@@ -23,9 +23,9 @@ _AXES = ("dp_replicate", "dp_shard", "tp")  # whose ranks hold the same stages
 
 
 def fill_buffers(model: nn.Module, registry: Registry) -> None:
-    """Have the materialised `model` give its buffers their first values, in the dtypes that they were built in.
+    """Call `rebuild_buffers` of the materialised `model`: first values, in the dtypes that the buffers were built in.
 
-    Raises ValueError naming those that it leaves as they came from the meta device: uninitialised.
+    Raises ValueError naming the buffers that are still uninitialised afterwards.
     """
     for module, attribute, name in _places(model):
         buffer = module.get_buffer(attribute)
@@ -88,7 +88,7 @@ class Buffers:
         return differs
 
     def settle(self, skipped: Tensor) -> None:
-        """After an update: what was agreed is the value now, or what it was before where `skipped` (a flag) is 1."""
+        """After an update: keep the settled values, or the values before the step where `skipped` (a flag) is 1."""
         for name, value in self._next.items():
             self._saved[name].copy_(torch.where(skipped.to(value.device) > 0, self._saved[name], value))
         self._next = {}

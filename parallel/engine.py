@@ -1,4 +1,4 @@
-"""The protocol behind which ZeRO lives."""
+"""The protocol that hides ZeRO from the trainer."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Engine(Protocol):
         """Accumulate the gradients of this rank's rows of the global batch, `[rank_rows, seq_len]`."""
         ...
 
-    def update(self, lr: float, said: StepFlags = NO_FLAGS) -> StepResult:
-        """Clip and step with what was accumulated, and carry what this rank has `said` to all ranks.
+    def update(self, lr: float, flags: StepFlags = NO_FLAGS) -> StepResult:
+        """Clip and step with the accumulated gradients; add this rank's `flags` to the step's all-reduce.
 
-        A step whose loss and gradient norm are not finite, or above the ceilings that all ranks name alike, leaves
+        A step whose loss and gradient norm are not finite, or above the ceilings, which are equal on all ranks, leaves
         parameters and optimizer state as they are, on all ranks alike. The result stays on the device until it is read.
         """
         ...
@@ -35,9 +35,9 @@ class Engine(Protocol):
         ...
 
     def shards_written(self) -> None:
-        """The data of `shards()` were changed from outside: bring whatever is derived from them up to date.
+        """The data of `shards()` were changed from outside: update everything derived from them.
 
-        A collective. Gradients that are under way are dropped.
+        A collective. Accumulated gradients are dropped.
         """
         ...
 
@@ -46,7 +46,7 @@ class Engine(Protocol):
         ...
 
     def without_gradient(self) -> list[str]:
-        """Between `forward_backward` and `update`: the trained parameters whose whole gradient is exactly zero.
+        """Between `forward_backward` and `update`: names of trained parameters whose whole gradient is exactly zero.
 
         A collective that waits for the device; equal on all ranks, sorted.
         """

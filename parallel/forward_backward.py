@@ -1,4 +1,4 @@
-"""How the micro-batches of a step go through this rank's part of the model: straight, or as a pipeline (`pipeline`)."""
+"""Forward and backward of a step's micro-batches: gradient accumulation here, a pipeline schedule in `pipeline`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stoker.parallel.sharding import ShardingStrategy
 
 
 class ForwardBackward(Protocol):
-    """The two ways through a model. All ranks of a replica call them together with the same rows."""
+    """Training and evaluation passes. All ranks of a replica call them together with the same rows."""
 
     def train(self, rows: Batch, factor: Tensor) -> Tensor:
         """Accumulate the gradients of `factor` (fp32 scalar) x the summed loss of `rows`, `[rank_rows, seq_len]`.

@@ -1,4 +1,4 @@
-"""Modules that compute in float32 whatever the precision of the rest."""
+"""Modules that compute in float32 in every precision."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 def compute_in_fp32(model: nn.Module, patterns: Sequence[str], dtype: torch.dtype) -> tuple[nn.Module, ...]:
-    """Have the modules of `model` that match `patterns` (such as `layers.*.mlp`) take and compute in float32.
+    """Make the modules of `model` that match `patterns` (such as `layers.*.mlp`) compute in float32.
 
-    Floating-point inputs are cast on their way in, outputs to `dtype` on their way out, except for a scalar, the loss.
-    Their weights have to be float32 as well, which is the store's part (`stoker.parallel.sharding.Precision`). Raises
+    Floating-point inputs are cast to float32, outputs to `dtype`, except for a scalar, the loss. Their weights have to
+    be float32 as well, which is left to the sharding strategy (`stoker.parallel.sharding.Precision`). Raises
     ValueError where a parameter is shared with a module that does not match.
     """
     chosen: dict[str, nn.Module] = {}
@@ -28,7 +28,8 @@ def compute_in_fp32(model: nn.Module, patterns: Sequence[str], dtype: torch.dtyp
             shared = [key for key, parameter in module.named_parameters(recurse=False) if id(parameter) in owned]
             if shared:
                 raise ValueError(
-                    f"fp32_modules={list(patterns)}: {name}.{shared[0]} is shared with a module that they name; "
+                    f"fp32_modules={list(patterns)}: {name}.{shared[0]} is shared with a module that these patterns "
+                    "do not match; "
                     f"name {name} too"
                 )
     for module in chosen.values():

@@ -20,7 +20,7 @@ BLOCK_NUMEL = 1 << 18  # elements per row block: small enough that a rank makes 
 
 
 def initialize(shards: Iterable[Shard], rule: Callable[[str], Normal | Constant], seed: int) -> None:
-    """Fill the parameters among `shards` in place. `rule` says how the parameter of a name starts."""
+    """Fill the parameters among `shards` in place. `rule` gives the initial distribution of a parameter by its name."""
     for shard in shards:
         if shard.kind == PARAMETER:
             with torch.no_grad():

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from stoker.conf.schema import Config
 
-AXES = ("pp", "dp_replicate", "dp_shard", "tp")  # outermost first: tp ranks are neighbours
+AXES = ("pp", "dp_replicate", "dp_shard", "tp")  # outermost first: tp ranks are adjacent
 
 
 @dataclass(frozen=True)
 class Coordinate:
-    """Where a rank stands on each axis."""
+    """A rank's coordinate on each axis."""
 
     pp: int
     dp_replicate: int
@@ -67,7 +67,7 @@ class Layout:
         return at.dp_replicate * self.dp_shard + at.dp_shard
 
     def stride(self, axis: str) -> int:
-        """How far apart the ranks of neighbours on `axis` are."""
+        """Distance in rank numbers between adjacent ranks on `axis`."""
         return math.prod(self.sizes()[AXES.index(axis) + 1 :])
 
     def groups(self, *axes: str) -> list[list[int]]:
@@ -87,9 +87,9 @@ class Layout:
 
 
 def layout_of(config: Config, world: int) -> Layout:
-    """The layout that `config` asks for on `world` ranks.
+    """The layout of `config` on `world` ranks.
 
-    Raises ValueError when the axes do not multiply to `world`; `stoker.trainer.validate` says so in more detail.
+    Raises ValueError when the axes do not multiply to `world`; `stoker.trainer.validate` reports that in more detail.
     """
     wanted = config.parallel
     dp, rest = divmod(world, wanted.tp * wanted.pp)
@@ -132,8 +132,8 @@ def batch_plan(config: Config, layout: Layout) -> BatchPlan:
 def fit(config: Config, world: int) -> Config:
     """`config` for another number of ranks than it was made for: tp and pp stay, the data-parallel degree follows.
 
-    Where replicas or micro-batches no longer divide, the largest smaller number that does takes their place. What does
-    not fit all the same (tp x pp, batch.size) is left for `stoker.trainer.validate`. None of this changes the maths.
+    Where replicas or micro-batches no longer divide, the largest smaller number that does replaces them. What still
+    does not fit (tp x pp, batch.size) is left for `stoker.trainer.validate`. None of this changes the maths.
     """
     dp, rest = divmod(world, config.parallel.tp * config.parallel.pp)
     if rest or not dp or config.batch.size % dp:
@@ -155,5 +155,5 @@ def _largest_divisor(number: int, most: int) -> int:
 
 
 def threads_per_rank(threads: int | None, local_world: int) -> int:
-    """`threads`, else a rank's share of the cores that this process may use, so that ranks do not fight for them."""
+    """`threads`, else a rank's share of the cores that this process may use, so that ranks do not compete for them."""
     return threads or max(1, len(os.sched_getaffinity(0)) // local_world)

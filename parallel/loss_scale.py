@@ -1,8 +1,8 @@
 """The dynamic loss scale of fp16 (Micikevicius et al. 2018, "Mixed Precision Training", section 3.2).
 
-Gradients too small for fp16 vanish, so the loss is multiplied by a scale and what comes out divided by it. Where the
+Gradients too small for fp16 vanish, so the loss is multiplied by a scale and the gradients are divided by it. Where the
 scaled gradients overflow, the update is left out and the scale halved; after enough updates in a row it is doubled.
-The verdict is the one that all ranks agree on anyway (`stoker.parallel.update`), so the scale is equal everywhere.
+The overflow flag is reduced over all ranks (`stoker.parallel.update`), so the scale is equal everywhere.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class LossScale:
     def adjust(self, overflowed: Tensor, skipped: Tensor) -> None:
         """After a step, of flags (fp32 scalars) that are equal on all ranks.
 
-        `skipped` is 1 where the update was left out, `overflowed` where that was as the scaled gradients did not fit.
-        What is left out for another reason (a spike, a batch without labels, a loss that is not finite) says nothing
-        about the scale.
+        `skipped` is 1 where the update was left out, `overflowed` where the reason was an overflow of scaled gradients.
+        A step skipped for another reason (a spike, a batch without labels, a loss that is not finite) does not change
+        the scale.
         """
         self._updates = torch.where(overflowed > 0, 0.0, self._updates + (1 - skipped))
         grows = self._updates >= GROWS_AFTER
@@ -40,6 +40,6 @@ class LossScale:
         return {"loss_scale": self.value.item(), "loss_scale_updates": self._updates.item()}
 
     def load_state(self, state: dict[str, float]) -> None:
-        """The inverse of `state`; a state without a scale (of a run that computed in other precision) begins anew."""
+        """The inverse of `state`; a state without a scale (of a run in another precision) starts from FIRST."""
         self.value.fill_(state.get("loss_scale", FIRST))
         self._updates.fill_(state.get("loss_scale_updates", 0.0))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,15 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The groups of one rank. A group in which this rank is alone is None: there is nobody to talk to."""
+    """The groups of one rank. A group of a single rank is None: it needs no communication."""
 
     layout: Layout
     rank: int
     device: torch.device
     world: dist.ProcessGroup  # all ranks, on the device's backend
-    control: dist.ProcessGroup  # all ranks, on gloo: small texts between hosts
+    control: dist.ProcessGroup  # all ranks, on gloo: small texts between hosts, as bytes, never as pickles
     timeout: timedelta  # of every group; torch does not pass the default group's on to new ones
-    groups: dict[str, dist.ProcessGroup | None] = field(default_factory=dict)  # the axes', and what `add_groups` added
+    groups: dict[str, dist.ProcessGroup | None] = field(
+        default_factory=dict
+    )  # those of the axes, and those that `add_groups` added
 
     @property
     def coordinate(self) -> Coordinate:
@@ -80,9 +83,16 @@ class Mesh:
 
     def all_gather_text(self, text: str) -> list[str]:
         """`text` of every rank, in rank order. A collective on the control group."""
-        texts: list[str | None] = [None] * self.layout.world
-        dist.all_gather_object(texts, text, group=self.control)
-        return [gathered or "" for gathered in texts]
+        own = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)  # names of files may hold surrogates
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.layout.world)]
+        dist.all_gather(sizes, torch.tensor([len(own)]), group=self.control)
+        lengths = [int(size) for size in sizes]
+        padded = torch.zeros(max(1, *lengths), dtype=torch.uint8)
+        padded[: len(own)] = torch.tensor(own)
+        texts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(texts, padded, group=self.control)
+        gathered = zip(texts, lengths, strict=True)
+        return [bytes(data[:length].numpy()).decode("utf-8", "surrogatepass") for data, length in gathered]
 
     def sharding_mesh(self) -> DeviceMesh:
         """The torch device mesh that `fully_shard` takes: (dp_shard) or, hybrid, (dp_replicate, dp_shard)."""

@@ -1,12 +1,13 @@
-"""Memory that lives in files: what `parallel.offload=nvme` keeps on a disk.
+"""Memory mapped from files: what `parallel.offload=nvme` keeps on a disk.
 
-`MappedMemory` is a mode of torch's dispatcher. While it is on, whatever is made as a large tensor in the CPU's memory
-is a shared mapping of a file instead, so that those who make it need not know: DeepSpeed its masters and gradients, any
-torch optimizer its state, a checkpoint its staging pool. They stay plain tensors, and the arithmetic is the same to the
-last bit; the kernel keeps as many of their pages in memory as there is room for and writes the others to the disk.
+`MappedMemory` is a mode of torch's dispatcher. While it is on, every large tensor that is made in the CPU's memory
+is a shared mapping of a file instead, without changes to the code that makes it: DeepSpeed's masters and gradients,
+the state of any torch optimizer, the staging pool of a checkpoint. They stay plain tensors, and the arithmetic is the
+same to the last bit; the kernel keeps as many of their pages in memory as there is room for and writes the others to
+the disk.
 
-A file has no name from the start, so none is left behind, whatever kills the process, and none is shared between ranks
-or runs. Its blocks are allocated before it is mapped: a full disk is an error here, not a SIGBUS in a later step.
+A file never has a name, so none is left behind when the process is killed, and none is shared between ranks or runs.
+Its blocks are allocated before it is mapped: a full disk is an error here, not a SIGBUS in a later step.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _FROM_VALUES_OF = (aten.clone.default, aten._to_copy.default)
 
 
 class MappedMemory(TorchDispatchMode):
-    """`with MappedMemory(folder):` large CPU tensors that this thread makes live in files on the disk of `folder`."""
+    """`with MappedMemory(folder):` large CPU tensors that this thread makes are files on the disk of `folder`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -70,7 +71,7 @@ class MappedMemory(TorchDispatchMode):
 
 
 def offloaded(parallel: ParallelConfig) -> AbstractContextManager[Any]:
-    """While this is entered, where large tensors of the CPU's memory are made: in files if `parallel` says so.
+    """A context in which large tensors of the CPU's memory are made in files if `parallel.offload` is nvme.
 
     Raises ValueError inside it when the disk is full or cannot be written.
     """

@@ -1,4 +1,4 @@
-"""The protocol of a model that Stoker can cut; `stoker.models.decoder` is one."""
+"""The protocol of a model that Stoker can parallelize; `stoker.models.decoder` is one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Constant:
 
 
 class Role(enum.StrEnum):
-    """What a parameter is in its model, whatever its name: decides on weight decay and on update rules.
+    """The role of a parameter in its model, independent of its name: decides on weight decay and update rules.
 
     A module whose parameters of two or more dims are an embedding or a head has the attribute `role`; torch's own
     `nn.Embedding` needs none. All else is a matrix, or a vector if it has fewer dims.
@@ -54,7 +54,7 @@ class Role(enum.StrEnum):
 
 
 class ParallelizableModel(Protocol):
-    """What an engine asks of a model, besides being an `nn.Module` whose parameters carry global names."""
+    """What an engine needs of a model, which is an `nn.Module` whose parameters have global names."""
 
     def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None) -> Tensor:
         """One micro-batch through this part.
@@ -62,7 +62,7 @@ class ParallelizableModel(Protocol):
         `x` is int64 tokens `[rows, seq_len]` where the part has the embedding, else activations `[tokens, width]`
         with tokens = rows x seq_len, row after row. `positions` is int64 `[rows, seq_len]`; `documents` is int32
         `[rows, seq_len]`, or None when attention may cross documents (it never crosses rows). Returns the fp32 SUM of
-        the token losses (labels int64 `[rows, seq_len]`, IGNORE left out) where the part has the head, else
+        the token losses (labels int64 `[rows, seq_len]`, IGNORE_INDEX left out) where the part has the head, else
         activations `[tokens, width]`.
 
         Under sequence parallelism activations between parts are this tensor-parallel rank's share of the tokens.
@@ -74,7 +74,7 @@ class ParallelizableModel(Protocol):
         ...
 
     def initial(self, name: str) -> Normal | Constant:
-        """How the parameter of this global name starts."""
+        """The initial distribution of the parameter of this global name."""
         ...
 
     def rebuild_buffers(self) -> None:

@@ -1,6 +1,6 @@
-"""The engine: passes, gradients, agreement, update. Who holds the weights is a store's business.
+"""The engine: forward and backward, gradient sums, the step's all-reduce, the update. Sharding is left to a strategy.
 
-Under `parallel.engine=fsdp` the stores are our own, on torch alone; under `deepspeed` they are DeepSpeed's ZeRO.
+Under `parallel.engine=fsdp` the strategies are Stoker's, on torch alone; under `deepspeed` they use DeepSpeed's ZeRO.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class NativeEngine:
             self._optimizer = LocalOptimizer(config.optim, trained, registry.roles())
         self._loss_scale = LossScale(mesh.device) if config.precision == "fp16" else None
         self._one = torch.ones((), device=mesh.device)
-        self._complete: dict[str, Tensor] | None = None  # gradients of this step after all sums, once asked for
-        # All ranks of a replica see the same rows; the first tensor-parallel rank of the last stage reports them.
+        self._complete: dict[str, Tensor] | None = None  # gradients of this step after all sums, once computed
+        # All ranks of a replica have the same rows; the first tensor-parallel rank of the last stage reports them.
         self._reports = mesh.coordinate.tp == 0 and mesh.coordinate.pp == mesh.layout.pp - 1
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._tokens = torch.zeros((), dtype=torch.float64, device=mesh.device)
@@ -72,7 +72,7 @@ class NativeEngine:
             self._loss_sum += loss_sum
             self._tokens += rows.valid_tokens().to(self._mesh.device, non_blocking=True)
 
-    def update(self, lr: float, said: StepFlags = NO_FLAGS) -> StepResult:
+    def update(self, lr: float, flags: StepFlags = NO_FLAGS) -> StepResult:
         with record_function("stoker.update"):
             gradients = self._gradients()
             counted = [
@@ -85,7 +85,7 @@ class NativeEngine:
                 counted,
                 self._loss_sum,
                 self._tokens,
-                said,
+                flags,
                 loss_scale=self._scale(),
                 nominal_tokens=self._nominal_tokens,
                 grad_clip_norm=self._clip_norm,
@@ -151,7 +151,7 @@ class NativeEngine:
         return self._one if self._loss_scale is None else self._loss_scale.value
 
     def _gradients(self) -> dict[str, Tensor]:
-        """The gradients of all that is trained, summed over everything: what `update` works with."""
+        """The gradients of all trained parameters after all sums: the input of `update`."""
         if self._complete is None:
             self._complete = {}
             for stage in self._weights:
@@ -165,7 +165,7 @@ class NativeEngine:
 
 @contextmanager
 def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Modules in evaluation mode (dropout, batch norm), those that are in training mode afterwards again so."""
+    """Modules in evaluation mode (dropout, batch norm); those in training mode return to it afterwards."""
     training = [part for module in modules for part in module.modules() if part.training]
     for module in modules:
         module.eval()
@@ -207,7 +207,7 @@ def build_native(
     """The engine over `stages` (on the meta device), with memory for weights and optimizer but no values yet.
 
     Without a pipeline there is one stage, the whole model. `full` are those modules of each that compute in float32.
-    `activations` are like what each stage of the whole pipeline but the last gives to the next one, on the meta device.
+    `activations` are meta tensors like the outputs of every stage of the whole pipeline but the last.
     Raises ValueError for an optimizer that cannot work on what a rank holds, and for buffers without values.
     """
     problem = undeclared(config, mesh.layout)
@@ -251,7 +251,7 @@ def _store(
 
 
 def _frozen_store(config: Config, mesh: Mesh, model: nn.Module, precision: Precision) -> ShardingStrategy:
-    """Of a pipeline's stage that trains nothing: DeepSpeed makes no engine for it. All data-parallel ranks hold all."""
+    """For a pipeline stage without trained parameters, for which DeepSpeed makes no engine: every rank holds it."""
     store = ReplicatedStrategy(model, mesh.device, precision, None, config.parallel.offload == "cpu")
     dp_rank, dp = mesh.dp_rank, mesh.layout.dp
     store.held = {name: replace(held, replica=dp_rank, replicas=dp) for name, held in store.held.items()}

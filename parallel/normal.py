@@ -2,8 +2,8 @@
 
 `torch.normal_` calls logarithms and cosines whose last bits depend on the processor's vector instructions. Here the
 random bits are integers of a counter-based generator, Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as
-easy as 1, 2, 3"), and what turns them into normal numbers is a table lookup, one multiplication and one addition of
-float32, each a rounding of its own that IEEE 754 prescribes.
+easy as 1, 2, 3"), and a table lookup, one multiplication and one addition in float32 turn them into normal numbers;
+IEEE 754 prescribes the rounding of each.
 
 The table is the inverse of the normal distribution function, linear between points that lie 128 to each power of two of
 the probability (the hierarchical segments of Cheung, Lee, Luk and Villasenor 2007, "Hardware generation of arbitrary

@@ -45,10 +45,10 @@ class LocalOptimizer:
         self._make_state(config.lr)
 
     def _make_state(self, lr: float) -> None:
-        """Let the optimizer create its state now: memory is known before step 1, and a checkpoint can be read into it.
+        """Make the optimizer create its state: memory use is known before step 1, and a checkpoint can be read into it.
 
         A step of zero gradients on zero parameters leaves every moment at zero. The parameters are filled afterwards;
-        while they are zero they are their own gradients too, so that building takes no memory that training does not.
+        while they are zero they also serve as gradients, so that building takes no more memory than training.
         """
         with torch.no_grad():
             for parameter in self._parameters.values():

@@ -1,7 +1,7 @@
-"""What an optimizer must see of a parameter, and where it does not.
+"""Which part of a parameter an optimizer needs, and the layouts that give it less.
 
 ZeRO and tensor parallelism divide parameters over ranks, and a pipeline divides the set of them; the optimizer of a
-rank sees what the rank holds. That is enough for one that treats each element by itself. One that takes norms of whole
+rank gets what the rank holds. That is enough for one that treats each element separately. One that takes norms of whole
 tensors (LAMB, LARS) or multiplies whole matrices (Muon, Shampoo) would train another model without an error.
 """
 
@@ -16,7 +16,7 @@ from stoker.parallel.start import Start
 
 ELEMENTWISE, NORMS, MATRIX = "elementwise", "norms", "matrix"
 NEEDS = {
-    ELEMENTWISE: "treats each element of a parameter by itself",
+    ELEMENTWISE: "treats each element of a parameter separately",
     NORMS: "needs norms of whole parameters",
     MATRIX: "needs whole matrices",
 }
@@ -39,7 +39,7 @@ def declared_needs(config: OptimConfig) -> str | None:
     """What the optimizer of `config` needs, a key of NEEDS; None for a user's own that declares nothing.
 
     `optim.needs` counts first, then the attribute `needs` of what `optim.target` names and of the optimizer that it
-    builds. Elementwise classes of torch and DeepSpeed are known; one that inherits from them may do anything.
+    builds. Elementwise classes of torch and DeepSpeed are known; a class that inherits from them is not.
 
     Raises ValueError for a target that cannot be imported or called, and for a declaration that is none of NEEDS.
     """
@@ -78,13 +78,13 @@ def undeclared(config: Config, layout: Layout) -> str | None:
         return f"{what} {NEEDS[needs]} (needs={needs}), which {where} {verb}: {undivided} works"
     kinds = ", ".join(f"{name} ({meaning})" for name, meaning in NEEDS.items())
     return (
-        f"{what} does not declare what it needs, and {where} {verb} what it sees of the parameters: {undivided} works; "
+        f"{what} does not declare what it needs, and {where} {verb} the parameters: {undivided} works; "
         f"or declare it by optim.needs=..., or by an attribute `needs` of the class or function: {kinds}"
     )
 
 
 def _divided(layout: Layout, needs: str | None) -> list[str]:
-    """The keys by which `layout` divides what an optimizer that `needs` this sees; None: that may need anything."""
+    """The keys by which `layout` divides what an optimizer with these `needs` requires; None: its needs are unknown."""
     if needs == ELEMENTWISE:
         return []
     divided = {
@@ -97,7 +97,7 @@ def _divided(layout: Layout, needs: str | None) -> list[str]:
 
 
 def _build_one(build: Any, config: OptimConfig) -> Any:
-    """The optimizer over a single small matrix, to look at."""
+    """The optimizer over a single small matrix, to read its attributes."""
     import torch  # a second, for the launcher, that only a user's own optimizer needs
 
     group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "weight_decay": config.weight_decay}
@@ -120,8 +120,8 @@ def _refused(start: Start) -> str | None:
         return None
     if start.config.optim.needs is not None and start.config.optim.target is None:
         return (
-            f"optim.needs={start.config.optim.needs} with optim.name={start.config.optim.name}: it is known what that "
-            "needs; optim.needs is for optim.target"
+            f"optim.needs={start.config.optim.needs} with optim.name={start.config.optim.name}: the needs of that "
+            "optimizer are known; optim.needs is for optim.target"
         )
     try:
         return undeclared(start.config, layout)
@@ -134,7 +134,7 @@ ENTRIES = (
         "optimizer",
         "an optim.target that declares nothing, or needs norms or matrices, where ZeRO, DeepSpeed or parallel.tp "
         "divide parameters; one that declares nothing under parallel.pp; optim.needs without optim.target",
-        "the optimizer of a rank sees only what the rank holds",
+        "the optimizer of a rank gets only what the rank holds",
         _refused,
     ),
 )

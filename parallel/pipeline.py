@@ -1,15 +1,15 @@
 """The micro-batches of a step through a pipeline, by torch's schedules: GPipe, 1F1B, interleaved 1F1B.
 
-Training is torch's: its schedule says when which micro-batch passes which stage, its stage sends and receives. Three
-things are ours. What follows a backward is left to the stage's `ShardingStrategy`, who alone know when gradients are
-reduced and parameters given back; torch does not get to see that modules are sharded. Shapes are given, not found out
-with a forward pass. And what travels is kept only while a micro-batch is under way: torch's own buffers are one for
-each micro-batch of the step, so that the memory of 1F1B and interleaved 1F1B would grow with their number after all.
+Training uses torch's schedules, which order the micro-batches on each stage, and torch's stage, which sends and
+receives. Three things differ. The stage's `ShardingStrategy` alone reduces gradients and reshards parameters after a
+backward; torch does not see that modules are sharded. Shapes are given, not found by a forward pass. Tensors that are
+sent or received are kept only while their micro-batch is in flight: torch keeps a buffer for each micro-batch of the
+step, so that the memory of 1F1B and interleaved 1F1B would grow with their number.
 
-Evaluation needs no schedule: every rank computes a stage, hands the result to the next rank and takes the next one
-from the previous, all at the same time (`Ring`).
+Evaluation needs no schedule: every rank computes a stage, sends the result to the next rank and receives one from
+the previous rank, all at the same time (`Ring`).
 
-All ranks have the rows, so that only activations and their gradients travel.
+All ranks have the rows, so that only activations and their gradients are sent.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Stage:
 class PipelineSchedule:
     """`stoker.parallel.forward_backward.ForwardBackward` of a rank that holds `stages`, in the order of the pipeline.
 
-    `activations` are tensors on the meta device like those that a micro-batch's stages give, one for each of the whole
+    `activations` are meta tensors like the outputs of the stages for one micro-batch, for every stage of the whole
     pipeline but the last: `[tokens, ...]`, fewer tokens where tensor-parallel ranks share them.
     """
 
@@ -66,7 +66,8 @@ class PipelineSchedule:
         self._group, self._at, self._size = group, mesh.coordinate.pp, mesh.layout.pp
         self._count = self._size * len(stages)
         assert len(activations) == self._count - 1
-        # What a stage takes and gives: None for the first, which takes tokens, and the last, which gives the loss.
+        # Inputs and outputs of a stage: None for the first, whose input is tokens, and the last, whose output is the
+        # loss.
         self._takes: Sequence[Tensor | None] = [None, *activations]
         gives: Sequence[Tensor | None] = [*activations, None]
         self._factor = torch.ones((), device=mesh.device)
@@ -144,10 +145,10 @@ class PipelineSchedule:
 
 @dataclass(frozen=True)
 class Ring:
-    """Who does what when in an evaluation: a rank computes in each tick one stage of one micro-batch, or nothing.
+    """The schedule of an evaluation: a rank computes in each tick one stage of one micro-batch, or nothing.
 
-    Micro-batches go around in rounds of as many as there are ranks, one a tick behind the other, so that a rank that
-    holds several stages is free again when the first of them comes back.
+    Micro-batches run in rounds of as many as there are ranks, each one tick after the one before, so that a rank that
+    holds several stages is free again when the first of them returns.
     """
 
     rank: int
@@ -190,10 +191,10 @@ class Outbox:
 
 
 class _TorchStage(PipelineStage):
-    """torch's stage, leaving weights to `ShardingStrategy` and holding what is received and sent only as long as it
-    must.
+    """torch's stage, leaving weights to `ShardingStrategy` and holding received and sent tensors no longer than needed.
 
-    With an outbox it sends by itself, which only the interleaved schedule allows: the others send while they receive.
+    With an outbox the stage sends directly, which only the interleaved schedule allows: the others batch sends with
+    receives.
     """
 
     def __init__(
@@ -283,7 +284,7 @@ class _TorchStage(PipelineStage):
 class _Forward(nn.Module):
     """A model as torch's pipeline calls it. It holds the model, but not as a child: see the head of this file.
 
-    What stage `number` gives must be like `gives`; None where it ends in the loss.
+    The output of stage `number` must be like `gives`; None where the output is the loss.
     """
 
     def __init__(self, model: nn.Module, number: int, gives: Tensor | None) -> None:
@@ -307,7 +308,7 @@ class _Forward(nn.Module):
         found = (tuple(output.shape), output.dtype)
         if self._expected not in (None, found):  # the next stage would wait for another number of bytes
             raise ValueError(
-                f"pipeline stage {self._number} gave activations {found}, but {self._expected} on the meta device: "
+                f"pipeline stage {self._number} returned activations {found}, but {self._expected} on the meta device: "
                 "their shape and dtype may not depend on values or on the device"
             )
         return output

@@ -102,7 +102,7 @@ def _sequence_parallel(start: Start) -> str | None:
 @REFUSALS.entry(
     "interleaving",
     "stages_per_rank > 1 without schedule=interleaved, or the reverse, or either without a pipeline",
-    "interleaving is what several stages on a rank are for",
+    "interleaving and several stages on a rank go together",
 )
 def _interleaving(start: Start) -> str | None:
     wanted = start.config.parallel
@@ -163,7 +163,7 @@ def _interleaved_rounds(start: Start) -> str | None:
     )
 
 
-@REFUSALS.entry("GPUs", "more ranks than GPUs when they compute on GPUs", "NCCL wants a GPU for each rank")
+@REFUSALS.entry("GPUs", "more ranks than GPUs when they compute on GPUs", "NCCL needs a GPU for each rank")
 def _gpus(start: Start) -> str | None:
     if not start.cuda or start.world <= start.gpus:
         return None

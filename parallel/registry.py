@@ -1,7 +1,7 @@
-"""The registry: for each parameter and buffer its record, and where this rank's tensor lies in the global one.
+"""The registry: for each parameter and buffer its record, and the position of this rank's tensor in the global one.
 
 Attributes on parameters do not survive `to_empty` and `fully_shard`, and one cut cannot describe a fused or padded
-tensor, so this knowledge lives beside the model, keyed by global name.
+tensor, so these records are kept beside the model, keyed by global name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Entry:
     replicas: int = 1
     partial: tuple[str, ...] = ()  # groups of the mesh over which its gradient is still to be summed after backward
     trainable: bool = True
-    inside: bool = False  # used in tensor-parallel regions only, where each rank has its own channels
+    inside: bool = False  # used in tensor-parallel regions only, where each rank has a share of the channels
     role: Role = Role.MATRIX
     initial: Normal | Constant | None = None  # None: `rebuild_buffers` of the model sets it
     dtype: torch.dtype = torch.float32  # as it is stored; what computes in fewer bits are copies
@@ -47,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class LocalShard:
-    """What ZeRO left of a parameter on this rank: a part of the module's tensor, and who else holds it.
+    """The part of a parameter that ZeRO leaves on this rank, and how many ranks hold the same part.
 
     The data of one chunk have its shape. Those of a flat range, which are several chunks (see `flat_range`),
     are one dim: the chunks' elements, one chunk after the other.
@@ -81,7 +81,7 @@ class Registry:
         return {entry.name: entry.role for entry in self.entries.values()}
 
     def initial(self, name: str) -> Normal | Constant:
-        """How the parameter of this global name starts."""
+        """The initial distribution of the parameter of this global name."""
         rule = self.entries[name].initial
         assert rule is not None, f"{name} is a buffer, or of a model without `initial`"
         return rule
@@ -89,7 +89,7 @@ class Registry:
     def counted(self, name: str, held: LocalShard) -> bool:
         """Whether this rank counts its part of the parameter in sums over all ranks: of its replicas one does.
 
-        Which one is drawn by the name, so that the work is spread and no rank has to know the others' parameters.
+        A hash of the name selects it, so that the work is spread and no rank needs the other ranks' parameters.
         """
         replica, replicas = self._replica(name, held)
         return zlib.crc32(name.encode()) % replicas == replica
@@ -118,7 +118,7 @@ class Registry:
 
 
 def entries_of(model: nn.Module) -> list[Entry]:
-    """The entries of a model that this rank holds whole: its parameters, tied ones once, then its buffers.
+    """Entries of a model whose tensors this rank holds whole: parameters, tied ones once, then buffers.
 
     Raises ValueError for parameters of another dtype than float32: what computes in fewer bits are copies.
     """
@@ -128,12 +128,12 @@ def entries_of(model: nn.Module) -> list[Entry]:
         role = Role.EMBEDDING if isinstance(module, nn.Embedding) else getattr(module, "role", None)
         for parameter in module.parameters(recurse=False):
             if isinstance(role, Role) and parameter.dim() > 1:
-                roles.setdefault(parameter, role)  # tied: of the module that comes first
+                roles.setdefault(parameter, role)  # tied: the role of the first module
     entries = []
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ValueError(
-                f"parameter {name} is {parameter.dtype}: build models in float32, `precision` does the rest"
+                f"parameter {name} is {parameter.dtype}: build models in float32; `precision` sets the compute dtype"
             )
         role = roles.get(parameter, Role.MATRIX if parameter.dim() > 1 else Role.VECTOR)
         rule = None if initial is None else initial(name)

@@ -26,7 +26,7 @@ class ReplicatedStrategy:
     """See `stoker.parallel.sharding.ShardingStrategy`. `group` are the ranks that hold the same, None if this is the
     only one.
 
-    With `offload` the float32 parameters, and so the optimizer, live in the CPU's memory: gradients are copied there
+    With `offload` the float32 parameters, and so the optimizer, are in the CPU's memory: gradients are copied there
     after their reduction, and the compute copy back after the update.
     """
 
@@ -40,8 +40,8 @@ class ReplicatedStrategy:
     ) -> None:
         self.module, self._group = model, group
         replica, replicas = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
-        # Backward meets the parameters in the reverse order of their use, so that is their order in the buffers. What
-        # is not trained comes last and has no gradients.
+        # Backward completes gradients in the reverse order of use, so that is their order in the buffers. Parameters
+        # that are not trained come last and have no gradients.
         named = dict(reversed(list(model.named_parameters())))
         trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
         offsets, end = _layout(trained)
@@ -55,7 +55,7 @@ class ReplicatedStrategy:
         self._compute = self._master
         if offload or precision.dtype != torch.float32:
             self._compute = torch.zeros(total, device=device, dtype=precision.dtype)
-        # What computes in full has its own float32 copy where the masters are elsewhere.
+        # Modules that compute in float32 have a float32 copy of their own where the masters are on another device.
         full = {id(parameter) for module in precision.full for parameter in module.parameters()}
         self._full = torch.zeros(total, device=device) if offload and full else self._master
 
@@ -148,7 +148,7 @@ class _Buckets:
                 self._start_next()
 
     def wait(self) -> None:
-        """Start what backward left out (parameters without a gradient), then wait for all."""
+        """Start the buckets that backward did not complete (parameters without a gradient), then wait for all."""
         while self._reduce and self._next < len(self._spans):
             self._start_next()
         for work in self._works:

@@ -1,9 +1,9 @@
 """Weights that are sharded over `dp_shard` by torch's `fully_shard`: ZeRO 1, 2 and 3.
 
 The three stages differ in two switches: when gradients are reduce-scattered (after the last micro-batch, or after
-each) and when gathered parameters are given back (after the step's last backward, or after every use). With
+each) and when gathered parameters are freed (after the step's last backward, or after every use). With
 `dp_replicate` > 1 shards are summed over the replicas once, on the last micro-batch. In a pipeline several
-micro-batches are under way at once, so there gathered parameters are kept until the step's last backward.
+micro-batches are in flight at once, so there gathered parameters are kept until the step's last backward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stoker.parallel.shards import Chunk
 
 
 class ShardedStrategy:
-    """A `ShardingStrategy`. `stage` is 1, 2 or 3; with `offload` the shards live in the CPU's memory."""
+    """A `ShardingStrategy`. `stage` is 1, 2 or 3; with `offload` the shards are in the CPU's memory."""
 
     def __init__(self, model: nn.Module, mesh: Mesh, precision: Precision, stage: int, offload: bool = False) -> None:
         cuttable: ParallelizableModel = model  # type: ignore[assignment]
@@ -94,7 +94,7 @@ class ShardedStrategy:
         for parameter in self._parameters.values():
             parameter.grad = None
         for module in self._modules:
-            module.reshard()  # what an evaluation gathered and kept (ZeRO 1 and 2) is of old values now
+            module.reshard()  # parameters that an evaluation gathered and kept (ZeRO 1 and 2) are stale now
 
 
 def _local(tensor: Tensor) -> Tensor:

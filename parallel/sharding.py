@@ -1,4 +1,4 @@
-"""What the engine asks of a store of weights: `replicated`, `sharded` and `deepspeed_engine` are the three."""
+"""The protocol of a sharding strategy: `replicated`, `sharded` and `deepspeed_engine` implement it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from stoker.parallel.registry import LocalShard
 
 @dataclass(frozen=True)
 class Precision:
-    """What a store computes in. `full` are modules that compute in float32 whatever the rest does."""
+    """The compute dtype of a strategy. `full` are modules that always compute in float32."""
 
     dtype: torch.dtype
     full: tuple[nn.Module, ...] = ()
 
 
 class ShardingStrategy(Protocol):
-    """Parameters of one stage in float32 (the truth), copies to compute with, and gradients summed in float32."""
+    """Parameters of one stage in float32 (the masters), compute copies, and gradients summed in float32."""
 
-    module: nn.Module  # the stage, as it is to be called
+    module: nn.Module  # the stage, as callers use it
     held: dict[str, LocalShard]  # by global name: which part of the module's tensor this rank updates
     tensors: dict[str, Tensor]  # by global name: that part, float32, live
 

@@ -1,4 +1,4 @@
-"""Shards: the chunks of global tensors that live on a rank.
+"""Shards: the chunks of global tensors that a rank holds.
 
 Everything that leaves an engine (checkpoints, exports, comparisons) is described in these terms, so that it depends
 on neither the layout nor the engine that made it.
@@ -87,8 +87,8 @@ def _of_row(row: int, inside: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
 class Shard:
     """One chunk of one global tensor, with the live local tensor that holds it.
 
-    `data` has the shape `chunk.sizes` and shares the engine's storage: reading it sees the present values, writing
-    it changes them. The same chunk lives on `replicas` ranks, of which this one is number `replica`.
+    `data` has the shape `chunk.sizes` and shares the engine's storage: reading it gives the present values, writing
+    it changes them. `replicas` ranks hold the same chunk; this one is number `replica`.
     """
 
     name: str  # global name of the parameter

@@ -76,7 +76,7 @@ def split_layers(costs: Sequence[float], embedding: float, head: float, stages: 
 
 
 def stages_of(pp: int, pp_size: int, stages_per_rank: int) -> list[int]:
-    """The stages of the rank at `pp`: its own, and in a loop over the ranks every further one."""
+    """The stages of the rank at `pp`: stage `pp` and every `ranks`-th stage after it."""
     return [pp + turn * pp_size for turn in range(stages_per_rank)]
 
 

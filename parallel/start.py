@@ -25,7 +25,7 @@ class Start:
 
     @property
     def built_in_model(self) -> bool:
-        """Whether the shape in `config.model` describes the model; a user's own model may read none of it."""
+        """Whether the shape in `config.model` describes the model; a user's model may read none of it."""
         return self.config.model.target == ModelConfig().target
 
     @property

@@ -1,4 +1,4 @@
-"""The nearest numbers that would have worked: what a refusal tells the user."""
+"""The nearest numbers that work, for the messages of refusals."""
 
 from __future__ import annotations
 

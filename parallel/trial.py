@@ -1,4 +1,4 @@
-"""Forward passes on the meta device: what a model's parts take and give, found without memory and before any step."""
+"""Forward passes on the meta device: shapes of a model's parts, found without memory and before any step."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Trial:
     def activations(
         self, parts: Sequence[Part], build: Callable[[Part], nn.Module], dtype: torch.dtype
     ) -> list[Tensor]:
-        """Meta tensors like what each of `parts`, but the last, gives to the next one when it computes in `dtype`.
+        """Meta tensors like the outputs of all `parts` but the last when they compute in `dtype`.
 
         `build` makes a part on the meta device. Raises ValueError for a model that cannot run there, and for a
-        persistent buffer that several parts hold: each would go on with its own.
+        persistent buffer that several parts hold: their values would diverge.
         """
         found: list[Tensor] = []
         owners: dict[str, Part] = {}
@@ -65,26 +65,27 @@ class Trial:
         registry: Registry,
         received: Tensor | None,
         build: Callable[[], nn.Module],
-        whole_registry: Tensor | None,
+        whole: Tensor | None,
     ) -> None:
         """Raises ValueError for a `model`, on the meta device and cut over tp, that leaves a region open.
 
-        `received` is what the stage before gives, if there is one, `whole_registry` the same where no ranks share the
+        `received` is the output of the stage before, if there is one, `whole` the same where no ranks share
+                   the
         tokens. `build` makes the same part again, uncut.
         """
         x = None if received is None else received.float().requires_grad_()
         try:
             output = self._run(model, x)
         except Exception as error:
-            if self._runs_uncut(build(), whole_registry):
+            if self._runs_uncut(build(), whole):
                 raise ValueError(
                     f"{type(model).__name__} does not run once it is cut over tensor-parallel ranks: "
-                    f"{_first_line(error)} (does a RowLinear end every region that Enter begins?); "
+                    f"{_first_line(error)} (does a RowLinear end every region that CopyToTensorParallel begins?); "
                     "parallel.tp=1 works"
                 ) from error
             log.warning(
-                "%s does not run on the meta device, so it is not known whether it leaves every tensor-parallel region "
-                "that it enters: compare with one process by `stoker check` (%s)",
+                "%s does not run on the meta device, so it could not be checked that it leaves every "
+                "tensor-parallel region that it enters: compare with one process by `stoker check` (%s)",
                 type(model).__name__,
                 _first_line(error),
             )
@@ -94,7 +95,7 @@ class Trial:
     def _runs_uncut(self, model: nn.Module, received: Tensor | None) -> bool:
         try:
             self._run(model, received)
-        except Exception:  # whatever it is: the model runs with real tensors only
+        except Exception:  # of any kind: the model runs with real tensors only
             return False
         return True
 

@@ -1,4 +1,4 @@
-"""What happens between backward and the optimizer: one message, one all-reduce, all arithmetic on the device."""
+"""Between backward and the optimizer: one message, one all-reduce, all arithmetic on the device."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from stoker.parallel.mesh import Mesh
 
 
 class ControlFlag(enum.StrEnum):
-    """What one rank raises and all ranks act on, one step late. The message has a place for each."""
+    """Flags that one rank sets and all ranks act on, one step later. Each has a slot in the step's all-reduce."""
 
-    STOP = "stop"  # a person asked for the end
-    PREEMPT = "preempt"  # the machine is needed back
-    SAVE = "save"  # a checkpoint is asked for
+    STOP = "stop"  # a user requested the end
+    PREEMPT = "preempt"  # the machine is being reclaimed
+    SAVE = "save"  # a checkpoint was requested
     SAVE_FAILED = "save_failed"  # a save or an upload failed
     SUPERSEDED = "superseded"  # another start of the run has begun
 
 
 @dataclass(frozen=True)
 class StepFlags:
-    """What a rank has to say to the others with a step."""
+    """Flags and timings that this rank adds to the step's all-reduce."""
 
     votes: frozenset[ControlFlag] = frozenset()
-    work_seconds: float = 0.0  # that the rank needed for itself; waiting for others is no work
-    loss_ceiling: float = math.inf  # a step above either is left out as one that is not finite is; equal on all ranks
+    work_seconds: float = 0.0  # work of this rank, without waiting for other ranks
+    loss_ceiling: float = math.inf  # a step above either is skipped like one that is not finite; equal on all ranks
     norm_ceiling: float = math.inf
 
 
@@ -45,15 +45,15 @@ class StepMetrics:
     grad_norm: float  # L2 norm of that mean's gradient, before clipping
     tokens: int  # valid tokens of the global batch
     skipped: bool  # no update was made: loss or norm not finite, or not one valid token
-    votes: frozenset[ControlFlag]  # those that at least one rank cast
+    votes: frozenset[ControlFlag]  # set by at least one rank
     loss_scale: float = 1.0  # what the loss was multiplied by, other than 1 in fp16 only
     work_seconds: tuple[float, ...] = field(default=(), kw_only=True)  # of each rank
-    overflowed: bool = False  # skipped, but only as the loss scale was too large: it is lowered, and the next step fits
-    unequal_buffers: bool = False  # ranks had other values of persistent buffers, and took those of the first
+    overflowed: bool = False  # skipped because the loss scale was too large: the scale is lowered
+    unequal_buffers: bool = False  # ranks had different values of persistent buffers and took those of the first
 
 
 class StepResult:
-    """The result of a step, on its way from the device. `read` waits for it; nothing else does."""
+    """The result of a step, still on the device. Only `read` waits for it."""
 
     def __init__(self, values: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -68,8 +68,8 @@ class StepResult:
     def read(self) -> StepMetrics:
         if self._event is not None:
             self._event.synchronize()
-        loss, grad_norm, tokens, skipped, loss_scale, overflowed, unequal, *said = self._values.tolist()
-        votes, seconds = said[: len(ControlFlag)], tuple(said[len(ControlFlag) :])
+        loss, grad_norm, tokens, skipped, loss_scale, overflowed, unequal, *rest = self._values.tolist()
+        votes, seconds = rest[: len(ControlFlag)], tuple(rest[len(ControlFlag) :])
         cast = frozenset(flag for flag, count in zip(ControlFlag, votes, strict=True) if count > 0)
         return StepMetrics(
             loss,
@@ -86,12 +86,12 @@ class StepResult:
 
 @dataclass(frozen=True)
 class UpdateDecision:
-    """What the reduced message means for the update. All scalars on the device; nothing here waits for it."""
+    """Scalars for the update, from the reduced message. All are on the device; nothing here waits for it."""
 
     result: StepResult
     gradient_divisor: Tensor  # float32: the accumulated gradient over this is the clipped mean gradient
     found_inf: Tensor  # float32: 1 where the update must be left out
-    overflowed: Tensor  # float32: 1 where that is as the loss scale was too large
+    overflowed: Tensor  # float32: 1 where the reason is a loss scale that was too large
 
 
 def reduce_step(
@@ -99,26 +99,26 @@ def reduce_step(
     gradients: Sequence[Tensor],
     loss_sum: Tensor,
     valid_tokens: Tensor,
-    said: StepFlags,
+    flags: StepFlags,
     *,
     loss_scale: Tensor,
     nominal_tokens: int,
     grad_clip_norm: float | None,
     unequal_buffers: Tensor | None = None,
 ) -> UpdateDecision:
-    """Reduce one step's message over all ranks and draw the conclusions.
+    """Reduce one step's message over all ranks and compute the update's scalars from it.
 
     `gradients` are those this rank counts (each element of the global gradient is counted by exactly one rank),
     accumulated from losses multiplied by `loss_scale` (fp32 scalar) / nominal_tokens; `loss_sum` and `valid_tokens`
     are float64 scalars, zero on ranks whose numbers another rank of the same replica reports.
     `unequal_buffers` (float64 scalar) is 1 on a rank whose persistent buffers are not those of the first, else 0.
-    Each rank's seconds have a place of their own in the message, zero in those of others, so that a sum brings all.
+    Each rank writes its seconds to its own slot of the message and zeros to the other slots, so that a sum gathers all.
     """
     norms = torch._foreach_norm(list(gradients)) if gradients else []
     squares = torch.stack(list(norms)).double().square().sum() if norms else torch.zeros_like(loss_sum)
     seconds = [0.0] * mesh.layout.world
-    seconds[mesh.rank] = said.work_seconds
-    cast = torch.tensor([*(float(flag in said.votes) for flag in ControlFlag), *seconds], dtype=torch.float64)
+    seconds[mesh.rank] = flags.work_seconds
+    cast = torch.tensor([*(float(flag in flags.votes) for flag in ControlFlag), *seconds], dtype=torch.float64)
     squares, cast = squares.to(loss_sum.device), cast.to(loss_sum.device, non_blocking=True)
     unequal = torch.zeros_like(loss_sum) if unequal_buffers is None else unequal_buffers
     message = torch.cat([torch.stack([squares, loss_sum, valid_tokens, unequal]), cast])
@@ -130,8 +130,8 @@ def reduce_step(
     accumulated = loss_scale.double() * counted / nominal_tokens  # gradients are this times those of the mean loss
     grad_norm = message[0].sqrt() / accumulated
     sound = torch.isfinite(loss) & torch.isfinite(grad_norm) & (tokens > 0)
-    if min(said.loss_ceiling, said.norm_ceiling) < math.inf:
-        sound &= (loss <= said.loss_ceiling) & (grad_norm <= said.norm_ceiling)
+    if min(flags.loss_ceiling, flags.norm_ceiling) < math.inf:
+        sound &= (loss <= flags.loss_ceiling) & (grad_norm <= flags.norm_ceiling)
     divisor = accumulated
     if grad_clip_norm is not None:
         divisor = divisor / (grad_clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)

@@ -1,4 +1,4 @@
-"""The rules of the house: floors, circles, private names, file sizes, no pickle in checkpoints, units in the schema."""
+"""The rules of the house: floors, circles, private names, file sizes, no pickle, units in the schema."""
 
 from __future__ import annotations
 
@@ -84,9 +84,19 @@ def pickles(source: str) -> list[str]:
         if PICKLES & {*module.split("."), name} or (module == "torch" and name in ("save", "load")):
             found.append(f"line {line}: {module} {name or ''}")
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.save", "torch.load"):
+        unpickles = isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.save", "torch.load")
+        if unpickles or (isinstance(node, ast.Attribute | ast.Name) and _sends_pickles(ast.unparse(node))):
             found.append(f"line {node.lineno}: {ast.unparse(node)}")
     return found
+
+
+def _sends_pickles(name: str) -> bool:
+    """Whether this is a collective of torch.distributed that exchanges Python objects, as pickles."""
+    function = name.rpartition(".")[2]
+    return function in {f"{verb}_object_list" for verb in ("broadcast", "scatter", "send", "recv")} | {
+        "all_gather_object",
+        "gather_object",
+    }
 
 
 def keys_without_comment(source: str) -> list[str]:
@@ -236,14 +246,16 @@ def test_no_room_uses_private_names_of_another():
     assert private_uses("data", allowed + "\nfrom stoker.data import z\nz._w") == []
 
 
-def test_checkpoints_never_meet_pickle():
-    assert broken(files("checkpoint"), lambda _, source: pickles(source)) == []
+def test_nothing_that_is_read_or_received_is_unpickled():
+    assert broken(files(*FLOORS), lambda _, source: pickles(source)) == []
     for source in (
         "import pickle",
         "def f():\n    from pickle import loads",
         "import torch\ntorch.load('x')",
         "from torch import save",
         "from multiprocessing.reduction import pickle",
+        "dist.all_gather_object(texts, text, group=group)",
+        "from torch.distributed import broadcast_object_list\nbroadcast_object_list(x)",
     ):
         assert len(pickles(source)) == 1, source
 

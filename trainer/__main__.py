@@ -1,6 +1,6 @@
 """`python -m stoker.trainer [overrides]`: one rank of a run, under torchrun or any launcher that sets its variables.
 
-With `--measure` or `--measure-logits` instead of overrides it does what `stoker check` asks of a rank.
+With `--measure` or `--measure-logits` instead of overrides it does a rank's part of `stoker check`.
 """
 
 import gc
@@ -8,10 +8,13 @@ import os
 import sys
 
 if __name__ == "__main__":
+    from stoker.trainer.runtime.process import die_with_launcher
+
+    die_with_launcher()
     # OpenMP threads spin while they wait, and beside another busy process for 50 times longer than the work takes. So
-    # few rounds cost nothing on an idle machine and keep that to a factor of 5. It is read when torch is loaded.
+    # # few rounds cost nothing on an idle machine and keep that to a factor of 5. It is read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    gc.disable()  # torch is a quarter of a million objects that stay: looking for garbage there is a fifth of a start
+    gc.disable()  # torch is a quarter of a million permanent objects: scanning them takes a fifth of a start
     from stoker.trainer.main import main
 
     gc.freeze()
@@ -24,4 +27,4 @@ if __name__ == "__main__":
         status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # all is written; gloo's threads now and then hang in the interpreter's teardown
+    os._exit(status)  # everything is written; gloo's threads sometimes hang in the interpreter's teardown

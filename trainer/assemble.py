@@ -52,9 +52,9 @@ def assemble(
 ) -> Trainer:
     """The trainer of this rank, resumed from the newest valid checkpoint of `run` if there is one.
 
-    `config` is settled (`stoker.trainer.settle`), and the places of checkpoints are `owner`'s. What has to be ended
-    when this fails is left to `closing`. Raises ValueError for data or a checkpoint that do not fit it, and for a run
-    whose checkpoints have gone.
+    `config` is settled (`stoker.trainer.settle`), and the places of checkpoints are `owner`'s. Resources that must be
+    closed when this fails are pushed on `closing`. Raises ValueError for data or a checkpoint that do not fit the
+    config, and for a run whose checkpoints are missing.
     """
     closing = closing or ExitStack()
     plan = batch_plan(config, mesh.layout)

@@ -1,8 +1,8 @@
-"""What an imported model came with beside its weights, kept in the run directory until it is exported again.
+"""The files of an imported model other than its weights, kept in the run directory for a later export.
 
-A run needs `model.init_from` and the folder of its tokenizer only at its first start, and both may go after that.
-`RUN/base_model` holds config.json and generation_config.json as they came, the tokenizer's files under `tokenizer/`
-(chat templates and special tokens among them), and in `base.json` what an export has to know of them.
+A run needs `model.init_from` and the folder of its tokenizer only at its first start; both may be removed after that.
+`RUN/base_model` holds config.json and generation_config.json unchanged, the tokenizer's files under `tokenizer/`
+(chat templates and special tokens among them), and in `base.json` facts that an export needs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stoker.trainer.pretrained import init_folder, is_run
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer"
 _FACTS = "base.json"
-# Of all that a tokenizer of transformers may be made of; code (*.py) is not copied.
+# All files that a tokenizer of transformers may have, except code (*.py).
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -57,7 +57,7 @@ class BaseFacts:
 def keep_base(config: Config, run: RunDirectory) -> None:
     """Copy what `model.init_from` and the tokenizer's folder hold into `RUN/base_model`, if it is not there.
 
-    Whole or not at all. Nothing is kept where the run began with neither, or where both have gone.
+    Whole or not at all. Nothing is kept where the run started with neither, or where both were removed.
     """
     target = run.base_model
     if target.is_dir():
@@ -102,7 +102,7 @@ def base_facts(run: RunDirectory) -> BaseFacts | None:
 
 
 def kept_tokenizer_files(run: RunDirectory) -> dict[str, bytes]:
-    """The tokenizer's files as they came, by their paths within the folder of a model."""
+    """The tokenizer's files, unchanged, by their paths within the folder of a model."""
     folder = run.base_model / TOKENIZER
     return {str(file.relative_to(folder)): file.read_bytes() for file in _tokenizer_files(folder)}
 
@@ -128,7 +128,7 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 
 
 def _same_tokenizer(data: DataConfig, base: Path) -> bool:
-    """Whether token ids mean in the run what they mean in the base model. Tokens without a tokenizer are its own."""
+    """Whether token ids mean the same in the run and in the base model. True without a tokenizer."""
     try:
         ours = open_tokenizer(data)
     except NoTokenizer:
@@ -142,7 +142,7 @@ def _same_tokenizer(data: DataConfig, base: Path) -> bool:
 
 
 def _dtype(base: Path) -> str:
-    """What config.json says, else what most of the files' numbers are in."""
+    """The dtype in config.json, else the dtype of most numbers in the files."""
     values = read_json(base / CONFIG)
     named = values.get("dtype") or values.get("torch_dtype")
     for dtype, theirs in DTYPES.items():

@@ -1,8 +1,8 @@
 """What a rank does for `stoker check`: train a few steps and keep what is compared.
 
-Under `gradients/` of the run directory stands the gradient of the first step, under `checkpoints/` the parameters after
-the last, with every loss and gradient norm in the state. Against transformers the batch of the first step and the
-logits of its first sequences stand under `logits/` as well.
+`gradients/` of the run directory holds the gradient of the first step, `checkpoints/` the parameters after the last,
+with every loss and gradient norm in the state. Against transformers `logits/` also holds the batch of the first step
+and the logits of its first sequences.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LOGITS_BYTES = 1 << 30  # of the logits that are kept, beyond those of one sequ
 
 
 def measure(trainer: Trainer) -> Outcome:
-    """In the place of `Trainer.fit`. Raises RuntimeError when something could not be written."""
+    """Runs instead of `Trainer.fit`. Raises RuntimeError when something could not be written."""
     return _measure(trainer, with_logits=False)
 
 
@@ -71,7 +71,7 @@ def _keep_logits(trainer: Trainer, rows: Batch) -> None:
             data = getattr(rows, name)[at : at + 1].contiguous()
             box = Chunk((number, 0), (1, length))
             shards.append(Shard(name, LOGITS, (batch, length), box, data, mesh.coordinate.tp, mesh.layout.tp))
-    for start, logits in recorder.parts.items():  # none on a rank that has no head
+    for start, logits in recorder.parts.items():  # empty on a rank without the head
         for at, number in enumerate(number for number in numbers if number < kept):
             data = logits[at * length : (at + 1) * length][None]
             box = Chunk((number, 0, start), (1, length, logits.shape[1]))
@@ -84,7 +84,7 @@ def _keep(trainer: Trainer, name: str, step: int, shards: Sequence[Shard], state
     if trainer.mesh.rank == 0:
         directory.mkdir(exist_ok=True)
         fence(directory, 1)
-    trainer.mesh.all_gather_text("the directory is there")
+    trainer.mesh.all_gather_text("the directory exists")
     world = trainer.mesh.layout.world
     saves = Checkpoints(directory, rank=trainer.mesh.rank, world=world, attempt=1, keep=1, mode="sync")
     saves.save(step, shards, state)

@@ -32,7 +32,7 @@ class Evaluated:
 
 
 class Evaluation:
-    """The losses of samples whose rows are dealt over data-parallel ranks. Every rank makes equally many passes."""
+    """The losses of samples whose rows are divided over data-parallel ranks, which all make equally many passes."""
 
     def __init__(self, mesh: Mesh, parts: Sequence[Part], per_pass: int, required: bool = True) -> None:
         """`parts`: none for no evaluation; parts without a label on any rank are left out.
@@ -54,7 +54,7 @@ class Evaluation:
     def losses(self, engine: Engine, given_up: Callable[[], bool] = lambda: False) -> Evaluated | None:
         """Mean losses over the rows of all ranks. Waits for the device.
 
-        `given_up` is asked before each pass; all ranks must answer alike. Once it is true there are no losses.
+        `given_up` is called before each pass and must return the same on all ranks: once it is true, there are none.
         """
         sums = []
         for part in self.parts:

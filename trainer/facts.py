@@ -1,4 +1,4 @@
-"""What a run finds out when it opens its data. It stands beside the config, which stays as it was settled."""
+"""Facts that a run finds when it opens its data, kept beside the settled config, which does not change."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Facts:
     document_mask: bool  # `data.document_mask`
 
     def complete(self, config: Config) -> Config:
-        """`config` with these keys set: what models and engines are built from."""
+        """`config` with these keys set: the input for models and engines."""
         model = dataclasses.replace(config.model, vocab_size=self.vocab_size)
         data = dataclasses.replace(config.data, document_mask=self.document_mask)
         return dataclasses.replace(config, model=model, data=data)
 
 
 def vocabulary_of(config: Config, kept: Path | None = None) -> int:
-    """The token ids of the model: the tokenizer's, or more if `model.vocab_size` asks for more.
+    """The token ids of the model: the tokenizer's, or `model.vocab_size` if that is larger.
 
     `kept`: the folder in which a run keeps its tokenizer. Raises ValueError for a `model.vocab_size` below the
     tokenizer's.

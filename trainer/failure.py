@@ -1,4 +1,4 @@
-"""How a rank's failure is told: one line for a person, once for all ranks, the traceback in the log, an outcome."""
+"""How a rank's failure is reported: one line for the user, once for all ranks, the traceback in the log, an outcome."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class NotMet(ConfigError):
-    """This rank cannot reach the others, so nobody but itself can say so."""
+    """This rank cannot reach the others, so it reports this itself."""
 
 
 @dataclass
@@ -34,13 +34,13 @@ class Attempt:
 
 
 def fail(error: BaseException, attempt: Attempt | None, place: Place, console: Console) -> int:
-    """Say in one line what went wrong, once for all ranks; the traceback goes to the log."""
+    """Print in one line what went wrong, once for all ranks; the traceback goes to the log."""
     line = str(error) if isinstance(error, ConfigError) else in_one_line(error)
-    if attempt is None or not attempt.met:  # found by all ranks alike
+    if attempt is None or not attempt.met:  # all ranks found the same
         if place.rank == 0 or isinstance(error, NotMet):
             console.errors.write(f"stoker: {line}\n")
         if place.rank == 0 and attempt is not None:
-            retry = isinstance(error, RuntimeError)  # of the network, or of a rank that died
+            retry = isinstance(error, RuntimeError)  # of the network, or of a lost rank
             _write_failure(attempt, Ending(Outcome.FAILED, line, rank=0, retry=retry or is_full(error)), console)
         return 2 if isinstance(error, ConfigError) else 1
     if isinstance(error, Superseded):
@@ -49,8 +49,8 @@ def fail(error: BaseException, attempt: Attempt | None, place: Place, console: C
         return 0  # a launcher that started these ranks again would take the run from the other
     log.error("rank %d failed", place.rank, exc_info=error)
     if _is_loss_of_a_peer(error):
-        return 1  # who was lost says more than we can: its own last words, or its launcher's
-    # What else breaks a start breaks the next one too; and nobody begins at step 0 again without being asked.
+        return 1  # the lost rank or its launcher reports the cause
+    # Other errors of a start would repeat in the next one, and a run never restarts at step 0 without a request.
     retry = attempt.training or isinstance(error, RuntimeError) or is_full(error)
     retry = retry and not isinstance(error, DamagedCheckpoint)
     ending = Ending(Outcome.FAILED, line, attempt.step, place.rank, retry)
@@ -61,7 +61,7 @@ def fail(error: BaseException, attempt: Attempt | None, place: Place, console: C
 
 
 def _write_failure(attempt: Attempt, ending: Ending, console: Console) -> bool:
-    """Whether this is what the attempt ended with; also where it cannot be written, as then no other rank has."""
+    """Whether this became the attempt's outcome; also True where it cannot be written, as no other rank could then."""
 
     def tell(line: str) -> None:
         console.errors.write(f"stoker: {ending.message}; {line}\n")
@@ -74,7 +74,7 @@ def _write_failure(attempt: Attempt, ending: Ending, console: Console) -> bool:
 
 
 def in_one_line(error: BaseException) -> str:
-    """What went wrong first; and where, when it is a defect of a program rather than something its user can mend."""
+    """The root cause, with its place when it is a defect of a program rather than something its user can fix."""
     text, root = reason(error), root_cause(error)
     if isinstance(root, ValueError | OSError | DamagedCheckpoint):
         return text

@@ -1,7 +1,7 @@
-"""What a run directory holds of steps that were trained, and how a run begins anew without losing it.
+"""The training history in a run directory, and how a run starts over without losing it.
 
-A run that has a curve and no checkpoint to go on from never begins anew by itself: its checkpoints may only be out of
-sight. With `run.fresh=true` curve and config move to `RUN/earlier/N`, and step 1 follows.
+A run that has metrics but no checkpoint never starts over automatically: its checkpoints may only be unreachable. With
+`run.fresh=true` metrics and config move to `RUN/earlier/N`, and step 1 follows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRACKER_MEMORY = "tracker.json"
 
 
 class SavedOnce(Observer):
-    """Notes the first checkpoint in `run.json`: from then on a start without one is no beginning."""
+    """Notes the first checkpoint in `run.json`: from then on a start without a checkpoint is refused."""
 
     name = "note of the first checkpoint"
 
@@ -62,18 +62,18 @@ def nothing_to_resume(run: RunDirectory, remote: str | None) -> str:
     steps = last_step(run.metrics)
     had = f"holds {steps:,} steps in {run.metrics.name}" if steps else "had checkpoints"
     return (
-        f"{run.path} {had} and has no valid checkpoint in {looked} to go on from. Bring the checkpoints back, or begin "
-        f"anew at step 1 with run.fresh=true: curve and config then move to {run.earlier(_next(run))}, and the config "
-        "is what this command line gives"
+        f"{run.path} {had} and has no valid checkpoint in {looked} to resume from. Restore the checkpoints, or start "
+        f"over at step 1 with run.fresh=true: metrics and config then move to {run.earlier(_next(run))}, and the "
+        "config is taken from this command line"
     )
 
 
 def begin_anew(run: RunDirectory) -> Path | None:
-    """Move what an earlier run has left out of the way; where to. None where there is nothing. Raises OSError."""
+    """Move the files of an earlier run aside; returns the folder, None where there was nothing. Raises OSError."""
     if not run.config.exists() and not has_history(run):
         return None
-    for checkpoint in committed(run.checkpoints):  # none is valid, and a new one may have to take its name
-        set_aside(checkpoint, "the run begins anew")
+    for checkpoint in committed(run.checkpoints):  # none is valid, and a new one may need the name
+        set_aside(checkpoint, "the run starts over")
     target = run.earlier(_next(run))
     target.mkdir(parents=True)
     memory = run.path / TRACKER_MEMORY

@@ -1,4 +1,4 @@
-"""Is an imported model the model of its files? Its logits beside those of transformers' own class.
+"""Checks an imported model: its logits against those of transformers' class.
 
 Both compute in float32 on the CPU, one after the other, from the same random tokens. What is compared is what comes
 out of the embedding, of each layer, and of the head: the first that differs is where the mapping of config.json, or of
@@ -36,11 +36,11 @@ _LAYER = "model.layers."
 
 
 def compare_import(config: Config, available: Callable[[], int | None] = available_bytes) -> str | None:
-    """Compare the model in `model.init_from` with transformers'; in words what was compared, or why nothing was.
+    """Compare the model in `model.init_from` with transformers'. Returns a text: what was compared, or why nothing was.
 
     As many layers are compared as fit into the `available` bytes of memory. None where there is nothing to compare: no
-    `model.init_from`, a run directory, or a model of the user's own. Raises ConfigError naming the first layer that
-    differs, or what transformers says when it cannot load the model.
+    `model.init_from`, a run directory, or a user's model. Raises ConfigError naming the first layer that
+    differs, or with transformers' error when it cannot load the model.
     """
     if config.model.init_from is None or config.model.target != ModelConfig().target:
         return None
@@ -98,12 +98,14 @@ def load_theirs(folder: Path, parsed: Any) -> Any:
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ValueError(f"transformers finds no {', '.join(missing[:3])} in its files and would draw them at random")
+        raise ValueError(
+            f"transformers finds no {', '.join(missing[:3])} in its files and would initialise them at random"
+        )
     return model.eval()
 
 
 def _layers_that_fit(folder: Path, available: int | None) -> tuple[int, int]:
-    """How many layers fit into memory in float32, with all that is no layer; and the bytes that one takes so."""
+    """How many layers fit into memory in float32, together with all other modules; and the bytes of one layer."""
     sizes: dict[int, int] = {}
     rest = 0
     with open_weights(folder) as tensors:
@@ -133,7 +135,7 @@ def _their_outputs(folder: Path, parsed: Any, layers: int, tokens: Tensor) -> di
     with _recorded(modules) as outputs:
         try:
             logits = model(tokens).logits
-        except Exception as error:  # a value that only the forward pass stumbles over
+        except Exception as error:  # a value that fails only in the forward pass
             reason = f"transformers cannot compute its logits: {theirs.in_one_line(error)}"
             raise ConfigError(f"model.init_from={folder}: {reason}") from error
     return {**outputs, "logits": logits.flatten(0, 1)}
@@ -158,7 +160,7 @@ def _our_outputs(config: Config, tokens: Tensor) -> dict[str, Tensor]:
 
 @contextmanager
 def _recorded(modules: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
-    """What each of `modules` gives out, by its name, as `[tokens, width]`."""
+    """The output of each of `modules`, by its name, as `[tokens, width]`."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:

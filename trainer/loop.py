@@ -56,13 +56,14 @@ class Trainer:
     saved: dict[str, float] = field(default_factory=dict, init=False)  # metrics of the save that ended in this step
     _step: int = field(default=0, init=False)  # the last one begun
     _stragglers: Stragglers = field(default_factory=Stragglers, init=False)
-    _seen_gradients: bool = field(default=False, init=False)  # has it been named which parameters have none?
-    _told: bool = field(default=False, init=False)  # has the person who watches been told that we stop?
-    _failing: bool = field(default=False, init=False)  # has a save failed that the other ranks must hear of?
-    _given_up: Outcome | None = field(default=None, init=False)  # asked to end in an evaluation, which was left out
+    _seen_gradients: bool = field(default=False, init=False)  # were parameters without a gradient looked for?
+    _stop_reported: bool = field(default=False, init=False)  # was the stop reported on the screen?
+    _failing: bool = field(default=False, init=False)  # has a save failed that the other ranks do not know of?
+    # a request to end during an evaluation, which was skipped
+    _given_up: Outcome | None = field(default=None, init=False)
 
     def fit(self) -> Outcome:
-        """Train until the last step, the end of the data, or a verdict of all ranks. The state is saved at the end."""
+        """Train until the last step, the end of the data, or a decision of all ranks. The state is saved at the end."""
         step_log = self.step_log()
         clock = WorkClock()
         outcome = Outcome.COMPLETED
@@ -87,8 +88,8 @@ class Trainer:
                 self.phase(step, Phase.UPDATE)
                 lr = learning_rate(self.config.schedule, self.config.optim, step)
                 work_seconds = clock.take() + self.phase.spent(Phase.DATA)
-                said = StepFlags(self._votes(), work_seconds, *step_log.ceilings(step))
-                result = self.engine.update(lr, said)  # stays on the device
+                flags = StepFlags(self._votes(), work_seconds, *step_log.ceilings(step))
+                result = self.engine.update(lr, flags)  # stays on the device
             self.phase(step, Phase.DATA)  # whether this was the last step may be known only when the next rows are
             last = self._is_last(step)
             found = self._evaluate(step, last)
@@ -99,7 +100,7 @@ class Trainer:
             if self.booking is not None:
                 self.booking.step()
             settled = saving or last or self._given_up is not None
-            verdict = step_log.settle(everything=settled)  # else one step late: the host never waits
+            verdict = step_log.settle(everything=settled)  # else one step late, so that the host never waits
             if ending := verdict.outcome or self._given_up:
                 outcome = ending
                 break
@@ -132,7 +133,7 @@ class Trainer:
         self.checkpoints.save(step, self.engine.shards(), self.state(), before_commit=flush)
 
     def report_saves(self) -> None:
-        """Tell the observers of the saves that ended, and the other ranks of those that failed."""
+        """Report saves that ended to the observers, and flag those that failed to the other ranks."""
         self.saved = {}
         for report in self.checkpoints.finished():
             self.saved = save_metrics(report)
@@ -147,7 +148,7 @@ class Trainer:
                 self.observers.message(f"uploaded step {upload.step} in {upload.seconds:.1f} s")
 
     def _failed(self, what: str) -> None:
-        """Remember a failure and have all ranks hear of it with the next step; `checkpoint.on_error` says what then."""
+        """Record a failure and flag it to all ranks with the next step; `checkpoint.on_error` decides what follows."""
         self.failed_save, self._failing = what, True
         log.error(what)
 
@@ -164,7 +165,7 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`. Raises ValueError when the data are not those the state speaks of."""
+        """The inverse of `state`. Raises ValueError when the data are not those of the state."""
         self.rows.load_state(state["data"])
         self.engine.load_state(state["engine"])
         self.engine.shards_written()
@@ -189,9 +190,9 @@ class Trainer:
         return StepLog(self.config, self.progress, self.observers, self.phase, self._stragglers)
 
     def _roll_back(self, bad_step: int) -> bool:
-        """Go back to the newest checkpoint, to go on from there without `bad_step`; False where that is not possible.
+        """Return to the newest checkpoint, to continue from there without `bad_step`; False where that is not possible.
 
-        Whoever kills the run before the next checkpoint sends it here again, by the same numbers.
+        A run that is killed before the next checkpoint comes here again, because it computes the same numbers.
         """
         spans = [*self.progress.passed_over, [bad_step, bad_step]]
         if len(spans) > self.config.nonfinite.limit:
@@ -213,7 +214,7 @@ class Trainer:
         return True
 
     def _look_at_gradients(self, step: int, batch: Batch) -> None:
-        """In the first step of a run that learns anything: name the parameters whose gradient is exactly zero."""
+        """In the first step that has labels: warn of the parameters whose gradient is exactly zero."""
         self._seen_gradients = self.progress.updates > 0
         if self._seen_gradients or not any(self.mesh.any([bool(batch.valid_tokens() > 0)])):
             return
@@ -223,15 +224,15 @@ class Trainer:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             self.observers.message(
                 f"warning: step {step}: the gradient of {', '.join(names[:5])}{more} is exactly zero: does forward use "
-                "them, and does what they compute reach the loss? What is not to learn is better frozen "
+                "them, and does their output reach the loss? Freeze parameters that are not to be trained "
                 "(requires_grad_(False))"
             )
 
     def _votes(self) -> frozenset[ControlFlag]:
         votes = self.requests.votes()
-        if ending_of(votes) and self.observers is not None and not self._told:
-            self._told = True
-            self.observers.message(f"asked to end by {self.requests.why()}: saving first (Ctrl-C again kills)")
+        if ending_of(votes) and self.observers is not None and not self._stop_reported:
+            self._stop_reported = True
+            self.observers.message(f"ending on {self.requests.why()}: saving first (Ctrl-C again kills)")
         if self.observers is not None and (waiting := self.observers.metrics.failure) is not None:
             self.failed_save, self._failing = waiting, True
         if self._failing:
@@ -257,7 +258,7 @@ class Trainer:
         return self.evaluation.losses(self.engine, self._gives_up)
 
     def _gives_up(self) -> bool:
-        """Whether any rank was asked to end, which is then known to all. A collective."""
+        """Whether any rank has a request to end; equal on all ranks. A collective."""
         votes = self.requests.votes()
         agreed = self.mesh.any([flag in votes for flag in ControlFlag])
         self._given_up = ending_of(frozenset(flag for flag, cast in zip(ControlFlag, agreed, strict=True) if cast))
@@ -265,7 +266,7 @@ class Trainer:
 
 
 def save_metrics(report: SaveReport) -> dict[str, float]:
-    """What metrics.jsonl says of a save, on the line of the step after which it was known to have ended."""
+    """The metrics of a save in metrics.jsonl, on the line of the step after which its end was seen."""
     if report.error is not None:
         return {"checkpoint_step": report.step, "checkpoint_failed": 1}
     return {

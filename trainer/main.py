@@ -18,11 +18,12 @@ import torch.distributed as dist
 from stoker.checkpoint import Owner, fence, newest_step
 from stoker.conf.durable import ROOM_SECONDS
 from stoker.conf.identity import read_identity
-from stoker.conf.rundir import RunDirectory, next_attempt, run_directory, write_config
+from stoker.conf.rundir import RunDirectory, make_run_directory, next_attempt, run_directory, write_config
 from stoker.conf.schema import Config, from_dict
 from stoker.conf.values import ConfigError
 from stoker.data import keep_tokenizer
 from stoker.parallel.layout import layout_of
+from stoker.parallel.loopback import is_loopback, loopback_store
 from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from stoker.trainer.assemble import assemble
 from stoker.trainer.base_model import keep_base
@@ -36,6 +37,7 @@ from stoker.trainer.runtime.outcome import (
     Ending,
     Outcome,
     close_dead_attempts,
+    is_first_of_launch,
     write_beginning,
     write_ending,
 )
@@ -45,9 +47,9 @@ from stoker.trainer.runtime.process import (
     Phase,
     Phases,
     Place,
-    die_with_launcher,
     give_freed_memory_back,
     keep_freed_memory,
+    launch_id,
     place_from_environment,
 )
 from stoker.trainer.runtime.requests import Requests, deadline_of
@@ -58,21 +60,20 @@ from stoker.trainer.trust import remember
 
 log = logging.getLogger(__name__)
 
-CONFIG_VARIABLE = "STOKER_CONFIG"  # our launcher hands ranks the settled config, as JSON
+CONFIG_VARIABLE = "STOKER_CONFIG"  # our launcher passes the settled config to ranks, as JSON
 RENDEZVOUS_SECONDS = 300.0
-UPLOAD_LOOK_SECONDS = 30.0  # at the end ranks meet so often while the last checkpoint is uploaded
+UPLOAD_LOOK_SECONDS = 30.0  # interval of the ranks' checks at the end while the last checkpoint is uploaded
 
 
 def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.fit) -> int:
-    """Run one rank, which does `work` once all is put together; the exit status of the process."""
-    die_with_launcher()
+    """Run one rank, which calls `work` once the trainer is assembled; returns the exit status of the process."""
     requests, listener = Requests(), SignalListener()
     console = Console()
     place = place_from_environment()
     attempt: Attempt | None = None
 
     def leave(outcome: Outcome, why: str) -> None:
-        """Asked to end before the first step: there is nothing to save, and peers need not be waited for."""
+        """A request to end before the first step: there is nothing to save, and no need to wait for peers."""
         if attempt is not None:
             ending = Ending(outcome, f"{outcome} before the first step ({why})", signal=requests.signal)
             write_ending(attempt.run, attempt.number, ending)
@@ -83,30 +84,32 @@ def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.
         config = _config(overrides, place)
         run = run_directory(config)
         store = _store(place)
+        if place.rank == 0:
+            make_run_directory(run, config.run.public)
         attempt = Attempt(run, _agree_on_attempt(store, run, place), place)
         store = dist.PrefixStore(f"stoker/{attempt.number}", store)
-        warning = meet(store, run, attempt.number, place)  # first: where a log would be is not known to be there
+        warning = meet(store, run, attempt.number, place)  # first: the run directory, and so the log, may not be shared
         attempt.met = True
         console.redirect(run.log(attempt.number, place.rank))
         if warning is not None:
             console.errors.write(f"stoker: {warning}\n")
         StackDump(run.stacks(attempt.number, place.rank), run.flight(attempt.number, place.rank), listener)
         if place.local_rank == 0 and CONFIG_VARIABLE not in os.environ:
-            _call_doctor(config, attempt, console)
+            _start_watchdog(config, attempt, console)
         ending = _train(config, store, attempt, requests, console, work)
-        # A launcher starts ranks again that end with another status, and these have done what they were asked.
+        # A launcher restarts ranks that end with another status, and these have finished.
         return 0 if ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED, Outcome.PREEMPTED) else 1
     except BaseException as error:
         status = fail(error, attempt, place, console)
         with suppress(OSError):  # a log on a full disk
             sys.stderr.flush()
-        os._exit(status)  # peers may be gone: nothing on the way out may wait for them
+        os._exit(status)  # peers may be gone: the exit must not wait for them
 
 
-def _call_doctor(config: Config, attempt: Attempt, console: Console) -> None:
+def _start_watchdog(config: Config, attempt: Attempt, console: Console) -> None:
     """Start the watchdog of this machine: our own launcher is one itself, others are not. It ends with this process."""
     place, patience = attempt.place, config.launch.hang_seconds
-    words = [str(attempt.run.path), attempt.number, place.rank, place.local_world, patience or ""]
+    words = [os.getpid(), str(attempt.run.path), attempt.number, place.rank, place.local_world, patience or ""]
     program = [sys.executable, "-P", "-m", "stoker.trainer.runtime.watchdog", *map(str, words)]
     subprocess.Popen(program, stdin=subprocess.DEVNULL, stderr=console.errors)
 
@@ -119,12 +122,14 @@ def run(overrides: Sequence[str]) -> Ending:
     ends, process group, environment, threads and files are as they were: it can be called again.
     """
     if dist.is_initialized():
-        raise ConfigError("this process has a process group already, and a run makes its own: destroy that one first")
+        raise ConfigError("this process already has a process group, and a run makes its own: destroy that one first")
     with _left_as_found(), ExitStack() as on_failure:
         place = place_from_environment()
         config = _config(overrides, place)
         directory = run_directory(config)
         store = _store(place)
+        if place.rank == 0:
+            make_run_directory(directory, config.run.public)
         attempt = Attempt(directory, _agree_on_attempt(store, directory, place), place)
         try:
             store = dist.PrefixStore(f"stoker/{attempt.number}", store)
@@ -141,7 +146,7 @@ def run(overrides: Sequence[str]) -> Ending:
 
 @contextmanager
 def _left_as_found() -> Iterator[None]:
-    """What a run changes in its process is as before when the block ends."""
+    """Restores, at the end of the block, what a run changes in its process."""
     environment, threads = dict(os.environ), torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
@@ -160,9 +165,11 @@ def _config(overrides: Sequence[str], place: Place) -> Config:
     if given is not None:
         return from_dict(json.loads(given))
     if place.world > 1 and not any(o.startswith(("run.dir=", "run.name=")) for o in overrides):
-        raise ConfigError("say run.dir=... or run.name=...: every rank must find the same run directory")
+        raise ConfigError("set run.dir=... or run.name=...: every rank must find the same run directory")
     if place.world > 1 and "LOCAL_RANK" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
-        raise ConfigError("LOCAL_RANK is set and LOCAL_WORLD_SIZE is not: say how many ranks this machine has")
+        raise ConfigError(
+            "LOCAL_RANK is set and LOCAL_WORLD_SIZE is not: set it to the number of ranks on this machine"
+        )
     say = (lambda line: print(f"stoker: {line}", file=sys.stderr)) if place.rank == 0 else (lambda _: None)
     config, _ = settle_config(
         overrides,
@@ -170,17 +177,21 @@ def _config(overrides: Sequence[str], place: Place) -> Config:
         refitted=say,
         tell=say,
         restarted=place.restart > 0,
-        check_import=place.rank == 0,  # the others wait for it where they meet
+        check_import=place.rank == 0,  # the others wait for it in the preflight checks
     )
     return config
 
 
 def _store(place: Place) -> dist.Store:
-    """The launcher's. torchrun keeps one over restarts, and with it what the ranks before these have said."""
+    """The launcher's store. torchrun keeps one over restarts, with the keys of earlier attempts."""
     if place.world == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     from datetime import timedelta
 
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if place.rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ and is_loopback(address) and port.isdecimal():
+        with suppress(OSError):  # taken: by an earlier run of this process, which torch knows, or by another program
+            return loopback_store(int(port))
     patience = timedelta(seconds=RENDEZVOUS_SECONDS)
     try:
         store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=patience))
@@ -190,7 +201,8 @@ def _store(place: Place) -> dist.Store:
         if "EADDRINUSE" in str(error):
             raise ConfigError(f"MASTER_PORT: another program listens on {where}; name a free port") from error
         raise NotMet(
-            f"rank {place.rank} has not met the others at {where} within {RENDEZVOUS_SECONDS:.0f} s: is rank 0 there, "
+            f"rank {place.rank} has not reached the other ranks at {where} within {RENDEZVOUS_SECONDS:.0f} s: is rank "
+            "0 running, "
             "and may this machine connect to it?"
         ) from error
 
@@ -213,21 +225,24 @@ def _train(
     work: Callable[[Trainer], Outcome],
     on_failure: ExitStack | None = None,
 ) -> Ending:
-    """What has to be ended when it fails is left to `on_failure`; a rank's process just ends."""
+    """Resources that must be closed on failure are pushed on `on_failure`; a rank's process just ends."""
     on_failure = on_failure or ExitStack()
     run, place, rank = attempt.run, attempt.place, attempt.place.rank
     phase = Phases(run.attempt(attempt.number) / f"rank-{rank}.stamp")
     on_failure.callback(phase.close)
     owner: Owner | None = None
     if rank == 0:
-        if config.run.fresh and place.restart == 0 and (aside := begin_anew(run)) is not None:
-            console.errors.write(f"stoker: what an earlier run has left is in {aside}\n")
+        launch, number = launch_id(), attempt.number
+        requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0  # by a scheduler: the same launch goes on
+        first = not requeued and is_first_of_launch(run, number, launch)
+        if config.run.fresh and first and (aside := begin_anew(run)) is not None:
+            console.errors.write(f"stoker: files of the earlier run were moved to {aside}\n")
         owner = claim_places(run, config)
-        fence(run.checkpoints, attempt.number)
-        requests.watch(run, attempt.number, place.restart == 0, deadline_of(config.launch.deadline))
+        fence(run.checkpoints, number)
+        requests.watch(run, number, first, deadline_of(config.launch.deadline))
         job = os.environ.get("SLURM_JOB_ID")
-        beginning = Beginning(time.time(), newest_step(run.checkpoints), place.world, socket.gethostname(), job)
-        write_beginning(run, attempt.number, beginning)
+        step, host = newest_step(run.checkpoints), socket.gethostname()
+        write_beginning(run, number, Beginning(time.time(), step, place.world, host, job, launch))
     use_threads(config.launch.threads, place.local_world)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -245,7 +260,7 @@ def _train(
     if place.local_rank == 0 and (identity := read_identity(run)) is not None:
         remember(identity.run, config)
     if rank == 0:
-        write_config(run, config)  # after everybody has read the old one
+        write_config(run, config)  # after all ranks have read the old one
         keep_tokenizer(config.data, run.tokenizer)
         if trainer.progress.step == 0:
             keep_base(config, run)
@@ -255,7 +270,7 @@ def _train(
         outcome = work(trainer)
     except BaseException:
         if trainer.observers is not None:
-            with suppress(Exception):  # what broke the run matters more than how its end is shown
+            with suppress(Exception):  # the failure matters more than how the end is shown
                 trainer.observers.finish(Outcome.FAILED, trainer.progress.step)
         raise
     finally:
@@ -272,7 +287,7 @@ def _train(
             with suppress(OSError):  # the terminal may have been closed
                 print(summarize(run.path, config, ending.message), file=console.screen)
     mesh.all_gather_text(
-        "the end is told"
+        "the end is reported"
     )  # ranks leave together: a launcher kills the others when one leaves with a failure
     stop_mesh()
     phase.close()
@@ -314,13 +329,13 @@ def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:
 def _why_nothing_was_learned(trainer: Trainer) -> str:
     progress = trainer.progress
     if progress.empty_in_a_row:
-        what = f"{progress.empty_in_a_row} steps in a row, up to step {progress.step}, without a label to learn"
-        return f"{what} (prompts longer than seq_len={trainer.config.seq_len}, or no turn that is learned?)"
+        what = f"{progress.empty_in_a_row} steps in a row, up to step {progress.step}, without a label to train on"
+        return f"{what} (prompts longer than seq_len={trainer.config.seq_len}, or no turn that is trained on?)"
     return f"no update was made in {progress.step} steps: each was skipped"
 
 
 def _await_last_save(trainer: Trainer, step: int) -> list[str]:
-    """Why the state after `step` is not saved, as this rank knows it. On a full disk it is saved again for a while."""
+    """This rank's reason why the state after `step` is not saved. On a full disk the save is retried for a while."""
     deadline, pause = time.monotonic() + ROOM_SECONDS, 1.0
     while True:
         failed = [report for report in trainer.checkpoints.wait() if report.error and report.step == step]
@@ -336,7 +351,7 @@ def _await_last_save(trainer: Trainer, step: int) -> list[str]:
 
 def _why_bad(trainer: Trainer) -> str:
     progress, bad = trainer.progress, trainer.config.nonfinite
-    what = "a finite loss and gradient norm" if bad.spike is None else "a believable loss and gradient norm"
+    what = "a finite loss and gradient norm" if bad.spike is None else "a loss and gradient norm within the ceilings"
     if bad.action == "skip":
         return f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, without {what}"
     taken = len(progress.passed_over)

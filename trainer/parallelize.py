@@ -1,8 +1,8 @@
-"""How a model is cut: from a config and a mesh to an engine with initialised weights.
+"""How a model is parallelized: from a config and a mesh to an engine with initialised weights.
 
-The order matters and stands here only: stages (pipeline) -> tensor parallel -> fp32 modules -> activation
-checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has cut it, the model lives on the meta device
-and costs nothing.
+The order matters and is defined here only: stages (pipeline) -> tensor parallel -> fp32 modules -> activation
+checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has sharded it, the model is on the meta device
+and takes no memory.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 def cut(config: Config, mesh: Mesh, plan: BatchPlan) -> Engine:
     """The engine for `config` on this rank, its weights a function of (seed, names) only.
 
-    `config.model.vocab_size` is known by now. Raises ValueError for a model target that cannot be imported, and for a
-    model that cannot be cut as asked.
+    `config.model.vocab_size` must be set. Raises ValueError for a model target that cannot be imported, and for a
+    model that cannot be parallelized as configured.
     """
     engine, initialise = build_engine(config, mesh, plan)
     initialise()
@@ -47,29 +47,29 @@ def cut(config: Config, mesh: Mesh, plan: BatchPlan) -> Engine:
 
 
 def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, Callable[[], None]]:
-    """`cut` in two: an engine whose parameters hold anything, and what gives them their initial values.
+    """`parallelize` in two parts: an engine with uninitialised parameters, and a function that initialises them.
 
-    A run that goes on from a checkpoint has no use for those, and to draw them takes seconds per billion.
+    A run that resumes from a checkpoint does not need them, and drawing them takes seconds per billion parameters.
     """
     whole = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
     count = sum(math.prod(parameter.shape) for parameter in whole.parameters())
     log.info("model: %s, %s parameters", config.model.name, f"{count:,}")
     if not any(parameter.requires_grad for parameter in whole.parameters()):
-        raise ValueError(f"model.target={config.model.target}: none of its parameters is to be trained")
+        raise ValueError(f"model.target={config.model.target}: none of its parameters is trained")
 
     every = _parts(config, mesh, whole)
     numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
     stages = [build_on_meta(config.model, every[n]) for n in numbers] if mesh.layout.pp > 1 else [whole]
     trial = Trial(plan.micro_rows, config.seq_len, bool(config.data.document_mask))
     dtype = PRECISIONS[config.precision]
-    activations = whole_registry = trial.activations(every, functools.partial(build_on_meta, config.model), dtype)
+    activations = whole_activations = trial.activations(every, functools.partial(build_on_meta, config.model), dtype)
     registry = _cut_tensors(config, mesh, stages)
     if mesh.group("tp") is not None:
         if config.parallel.sequence_parallel:
-            activations = [_shared(activation, mesh.layout.tp) for activation in whole_registry]
+            activations = [_shared(activation, mesh.layout.tp) for activation in whole_activations]
         for number, stage in zip(numbers, stages, strict=True):
             rebuild = functools.partial(build_on_meta, config.model, every[number])
-            received, whole_received = ([None, *known][number] for known in (activations, whole_registry))
+            received, whole_received = ([None, *known][number] for known in (activations, whole_activations))
             trial.refuse_open_regions(stage, registry, received, rebuild, whole_received)
     if mesh.layout.pp > 1:
         registry = _tie_stages(config, mesh, registry, stages)
@@ -117,7 +117,7 @@ def _parts(config: Config, mesh: Mesh, whole: nn.Module) -> list[Part]:
 
 
 def _cut_tensors(config: Config, mesh: Mesh, stages: list[nn.Module]) -> Registry:
-    """Cut the layers of all stages over tp; what lies where, and who still has to sum what."""
+    """Shard the layers of all stages over tp; their registries name the groups that still sum each gradient."""
     entries = [
         entry
         for stage in stages
@@ -159,7 +159,7 @@ def _tie_stages(config: Config, mesh: Mesh, registry: Registry, stages: list[nn.
 
 
 def _shared(activation: Tensor, ranks: int) -> Tensor:
-    """What each of `ranks` that share the tokens of `activation` holds of it."""
+    """The share of `activation` that each of `ranks` holds when they share its tokens."""
     if activation.shape[0] % ranks:
         raise ValueError(f"sequence parallelism: {activation.shape[0]} tokens do not divide over {ranks} ranks")
     return activation[: activation.shape[0] // ranks].clone()
@@ -172,7 +172,7 @@ def _parallelizable(model: nn.Module) -> ParallelizableModel:
 def _checkpoint_activations(block: nn.Module, mode: str) -> None:
     """Recompute a block's activations in backward: all of them (full), or all but the matrix products (selective).
 
-    Selective keeps what collectives have reduced as well: what took a network is not asked for twice.
+    Selective also keeps the outputs of collectives, so that no communication is repeated.
     """
     if mode == "none":
         return

@@ -1,4 +1,4 @@
-"""The places where a run's checkpoints go, and whose they are: refused before ranks start, marked by rank 0.
+"""The places of a run's checkpoints and their owner: checked before ranks start, marked by rank 0.
 
 `checkpoints` in the run directory, or `checkpoint.dir` behind it, and `checkpoint.remote` each carry the id of the run
 that saves there (`stoker.checkpoint.owner`).
@@ -34,7 +34,7 @@ _LOOK_SECONDS = 10.0  # for a remote to answer; one that does not is marked befo
 
 
 def mine(run: RunDirectory) -> Owner | None:
-    """The id that `run` has before this start; None for a first one and for a copy, which becomes a run of its own."""
+    """The id that `run` has before this start; None for a first start and for a copy, which becomes a new run."""
     identity = read_identity(run)
     if identity is None or standing(run, identity) is Standing.COPY:
         return None
@@ -42,7 +42,7 @@ def mine(run: RunDirectory) -> Owner | None:
 
 
 def adopted_link(run: RunDirectory) -> Path | None:
-    """Where a link that a person has put in the place of `checkpoints` leads, if that place is empty or this run's."""
+    """The target of a link that a user has made as `checkpoints`, if the target is empty or belongs to this run."""
     place = linked_place(run.checkpoints)
     if place is None:
         return None
@@ -56,7 +56,7 @@ def adopted_link(run: RunDirectory) -> Path | None:
 
 
 def refuse_foreign_places(run: RunDirectory, config: Config) -> None:
-    """Raises ConfigError when checkpoints would go where another run keeps its own, unless `run.adopt`."""
+    """Raises ConfigError when checkpoints would go where another run keeps its checkpoints, unless `run.adopt`."""
     if config.run.adopt:
         return
     here, ours = os.path.realpath(run.path), mine(run)
@@ -81,7 +81,7 @@ def refuse_foreign_places(run: RunDirectory, config: Config) -> None:
 
 
 def is_known(config: Config) -> bool:
-    """Whether the checkpoints in `checkpoint.dir` are this run's, once `refuse_foreign_places` has let it pass."""
+    """Whether the checkpoints in `checkpoint.dir` are this run's, once `refuse_foreign_places` has accepted it."""
     place = config.checkpoint.dir
     return place is not None and (config.run.adopt or read_owner(Path(place)) is not None)
 
@@ -109,7 +109,7 @@ def _is_copied(run: RunDirectory) -> bool:
 
 
 def _recovered(run: RunDirectory, config: Config) -> str | None:
-    """The id under which places elsewhere know this very directory, which has lost its own."""
+    """The id of this directory, which has lost its own record, as marked at its other places."""
     if read_identity(run) is not None:
         return None
     here = os.path.realpath(run.path)
@@ -122,9 +122,9 @@ def _recovered(run: RunDirectory, config: Config) -> str | None:
 
 
 def _owner_of_remote(url: str) -> Owner | None:
-    """None where it cannot be known now. Raises NotOurs."""
+    """None where it cannot be read now. Raises NotOurs."""
     try:
         return Remote(url, tries=1, call_seconds=_LOOK_SECONDS).owner()
     except RemoteFailed as error:
-        log.info("its owner is not known yet: %s", error)
+        log.info("its owner cannot be read yet: %s", error)
         return None

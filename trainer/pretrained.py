@@ -1,8 +1,8 @@
 """Weights to begin with: `model.init_from` names a directory of Hugging Face's or a run's.
 
 Its shape becomes the run's model, and what it holds is compared with that model before a rank is started; each rank
-then reads the slices that it holds and nothing else. It is read at a start that finds no checkpoint; from then on the
-run's own checkpoints are what it goes on from.
+then reads only the slices that it holds. It is read at a start that finds no checkpoint; later starts resume from the
+run's checkpoints.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ _OURS_ALONE = ("model.init_from", "model.init_only", "model.loss_chunk")  # of a
 
 
 def adopt_shape(config: Config, overrides: Sequence[str]) -> Config:
-    """`config` with the model's shape taken from `model.init_from`, but for what `overrides` set key by key.
+    """`config` with the model's shape taken from `model.init_from`, except for keys that `overrides` set.
 
-    Raises ConfigError for a directory that is neither kind, that cannot be read, that holds a model that ours is not,
-    or whose tensors are not those of the resulting model.
+    Raises ConfigError for a directory that is neither kind, that cannot be read, that holds an unsupported model, or
+    whose tensors are not those of the resulting model.
     """
     folder = init_folder(config)
     try:
         given = {override.key for override in map(parse, overrides)}
         values = _shape(folder, config, own_target="model.target" in given)
         adopted = _with_values(config, {key: value for key, value in values.items() if key not in given})
-        if adopted.model.vocab_size is not None:  # else a tokenizer gives it, and the ranks compare
+        if adopted.model.vocab_size is not None:  # else the tokenizer sets it, and the ranks compare
             names = _names(adopted.model)
             with _open(folder, adopted.model, list(names)) as source:
                 _refuse_other_tensors(adopted.model, names, source.shapes)
@@ -60,7 +60,7 @@ def adopt_shape(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def imported(config: Config) -> Config:
-    """`config` with the whole shape of the model in `model.init_from`, whatever keys were set beside it."""
+    """`config` with the whole shape of the model in `model.init_from`, ignoring keys that were set beside it."""
     return _with_values(config, _shape(init_folder(config), config, own_target=True))
 
 
@@ -78,7 +78,8 @@ def load_pretrained(config: Config, shards: Sequence[Shard]) -> None:
     """Fill the parameters among `shards` from `model.init_from`.
 
     Raises ValueError naming tensors that are missing, too many, of another shape, or no floating-point numbers. With
-    `model.init_only` the parameters whose name fits none of its patterns stay as they are, and nothing is too many.
+    `model.init_only` the parameters whose name fits none of its patterns stay as they are, and additional tensors are
+                      no error.
     """
     folder = init_folder(config)
     names = _names(config.model)
@@ -149,11 +150,11 @@ def _open(folder: Path, model: ModelConfig, names: Sequence[str]) -> Iterator[_S
         shapes = {name: tensor.shape for (kind, name), tensor in stored.tensors.items() if kind in _KINDS}
         yield _Source(shapes, lambda shards: load(stored, shards))
         return
-    # A user's own model has its own names in these files.
+    # For a user's model these files have its parameter names.
     own = model.target != ModelConfig().target
     ours = {name if own else tensor_name(name): name for name in names}
     with open_weights(folder) as found:
-        # A head beside a tied embedding is the embedding once more, or too many.
+        # A head beside a tied embedding is a copy of the embedding, or one tensor too many.
         repeated = not own and model.tie_word_embeddings and not has_own_head(found)
         tensors = {ours.get(name, name): part for name, part in found.items() if not (repeated and name == HEAD)}
 
@@ -196,9 +197,9 @@ def _shape(folder: Path, config: Config, own_target: bool) -> dict[str, Any]:
 
 
 def _model_values(stored: Config, config: Config, own_target: bool) -> dict[str, Any]:
-    """What is fixed in the model of another run. Which code builds it is taken from a stored file with consent only.
+    """The fixed keys of another run's model. The code that builds it is taken from a stored file only with consent.
 
-    `own_target`: the user has said which. Raises ValueError where nobody has and it is not what `config` says.
+    `own_target`: the command line sets `model.target`. Raises ValueError where it does not and `config` differs.
     """
     keys = [key for key, kind in kinds().items() if key.startswith("model.") and kind == "fixed"]
     if stored.model.target != config.model.target:

@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 from stoker.conf.faults import read_faults
+from stoker.conf.schema import to_dict
+from stoker.conf.secrets import PREFIX, secrets_in
 from stoker.parallel.start import Refusals, Start
 from stoker.trainer.schedule import evaluation_every
 
 REFUSALS = Refusals()
+
+
+@REFUSALS.entry(
+    "credentials",
+    "passwords, tokens and keys in addresses, commands and other values",
+    "a run keeps and shows its config",
+)
+def _credentials(start: Start) -> str | None:
+    found = [f"{key}={shown}" for key, shown in secrets_in(to_dict(start.config))]
+    if not found:
+        return None
+    return (
+        f"{'; '.join(found)}: a credential would stand in config.yaml, checkpoints and logs. Put it where its library "
+        f"looks (~/.netrc, AWS_ACCESS_KEY_ID, ...), name a variable in an http(s) address (${PREFIX}NAME), or let the "
+        "shell of pipe: and launch.setup read one ($NAME)"
+    )
 
 
 @REFUSALS.entry("warmup", "a warmup, with wsd also the decay, longer than the schedule", "the peak is never reached")
@@ -42,7 +60,7 @@ def _evaluation(start: Start) -> str | None:
 
 @REFUSALS.entry(
     "best checkpoints",
-    "checkpoint.keep_best when not every checkpoint has a validation loss of its own step",
+    "checkpoint.keep_best when not every checkpoint has a validation loss of the same step",
     "there is nothing to compare",
 )
 def _best_checkpoints(start: Start) -> str | None:

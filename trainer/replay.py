@@ -1,4 +1,4 @@
-"""`stoker replay`: one step of a run once more, in one process, and where in it the first number stopped being finite.
+"""`stoker replay`: recomputes one step of a run in one process, and finds the first number in it that is not finite.
 
 The step is reached as the run reached it: from the newest checkpoint before it, over the same rows, with the same spans
 passed over. Nothing in the run directory is touched.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from stoker.checkpoint.names import step_of
 from stoker.conf.faults import read_faults
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
+from stoker.conf.scratch import Scratch
 from stoker.parallel.layout import layout_of
 from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from stoker.parallel.shards import PARAMETER
@@ -41,7 +41,7 @@ from stoker.trainer.schedule import learning_rate
 
 @dataclass
 class Replayed:
-    """What a step computed this time. `first_row` and `rows`: its global batch."""
+    """Results of the recomputed step. `first_row` and `rows`: its global batch."""
 
     step: int
     from_step: int  # of the checkpoint; 0: from the initial weights
@@ -50,8 +50,8 @@ class Replayed:
     loss: float
     grad_norm: float
     weights: list[str]  # parameters that were not finite before the step
-    output: str | None  # first module whose output was not finite, in the order of the passes
-    gradient: str | None  # first whose output's gradient was not, in the order of backward
+    output: str | None  # first module whose output was not finite, in the order of forward
+    gradient: str | None  # first module whose output gradient was not finite, in the order of backward
     parameters: list[str] = field(default_factory=list)  # whose gradients were not
 
 
@@ -67,16 +67,16 @@ def replay(run: RunDirectory, config: Config, step: int) -> Replayed:
     poison = NaNInjector(struck[0].read_text() or None) if struck else nullcontext()
     config = dataclasses.replace(config, faults=[], tracker=dataclasses.replace(config.tracker, name="none"))
     with (
-        tempfile.TemporaryDirectory(prefix="stoker-replay-") as folder,
+        Scratch("stoker-replay-") as folder,
         _assembled(run, config, step, folder) as trainer,
     ):
         return _replay(trainer, step, poison)
 
 
 @contextmanager
-def _assembled(run: RunDirectory, config: Config, step: int, folder: str) -> Iterator[Trainer]:
-    """A trainer in a scratch directory that stands where the newest checkpoint before `step` does."""
-    scratch = RunDirectory(Path(folder))
+def _assembled(run: RunDirectory, config: Config, step: int, folder: Path) -> Iterator[Trainer]:
+    """A trainer in a scratch directory, in the state of the newest checkpoint before `step`."""
+    scratch = RunDirectory(folder)
     scratch.attempt(1).mkdir(parents=True)
     scratch.checkpoints.mkdir()
     before = [path for path in newest(run.checkpoints) if (step_of(path) or 0) < step]
@@ -95,7 +95,7 @@ def _assembled(run: RunDirectory, config: Config, step: int, folder: str) -> Ite
             phase = Phases(scratch.attempt(1) / "rank-0.stamp")
             place = Place(0, 1, 0, 1, 0)
             trainer = assemble(config, mesh, place, scratch, 1, Requests(), phase, screen)
-            if before:  # spans that the run came to pass over after that checkpoint are in its newest
+            if before:  # spans passed over after that checkpoint are recorded in the newest one
                 state = read_state(newest(run.checkpoints)[0])
                 trainer.progress.passed_over = state["progress"].get("passed_over", [])
             try:
@@ -144,7 +144,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 class FirstNotFinite:
-    """While entered: watches the outputs of all modules and the gradients of these, on any model."""
+    """While entered: checks the outputs of all modules and their gradients, on any model."""
 
     def __init__(self) -> None:
         self.output: str | None = None
@@ -176,7 +176,7 @@ class FirstNotFinite:
 
 
 def lines_of(found: Replayed, recorded: dict[str, Any] | None) -> Iterator[str]:
-    """What a person wants to know of it. `recorded`: the line of metrics.jsonl, where the run still has it."""
+    """Lines for the user. `recorded`: the line of metrics.jsonl, where the run still has it."""
     start = f"the checkpoint of step {found.from_step}" if found.from_step else "the initial weights"
     last = found.first_row + found.rows - 1
     yield f"step {found.step}, from {start}: rows {found.first_row} to {last}, in one process"
@@ -184,7 +184,7 @@ def lines_of(found: Replayed, recorded: dict[str, Any] | None) -> Iterator[str]:
         before = "" if recorded is None else f" (in the run: {recorded.get(name)})"
         yield f"{name} {value:.6g}{before}"
     if recorded is not None and recorded.get("first_row", found.first_row) != found.first_row:
-        yield f"other rows than in the run, which began at row {recorded['first_row']}"
+        yield f"other rows than in the run, whose step began at row {recorded['first_row']}"
     if found.weights:
         yield f"not finite before the step: {_some(found.weights)}"
     if found.output:

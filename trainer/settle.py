@@ -1,14 +1,14 @@
 """From overrides to the config of a start, in one list of stages. All starts go through it, before a rank is spawned.
 
     compose    the overrides over the groups and defaults of conf/, with absolute paths
-    resume     a run that exists: its stored config with the overrides; otherwise it is checked that none is overwritten
-    adopt      the shape of a model that comes in by `model.init_from`, and a link in the place of `checkpoints`
+    resume     a run that exists: its stored config with the overrides; otherwise a check that no run is overwritten
+    adopt      the shape of a model imported by `model.init_from`, and a link in the place of `checkpoints`
     budget     `tokens` or `data.epochs` as steps, at the first start
-    fit        under a launcher that found another number of machines: the layout that fits these
+    fit        under a launcher that found another number of machines: the layout that fits them
     validate   limits, refusals of all rooms, places and imported weights
-    pin        defaults that must outlive this start are written out
+    pin        defaults that later starts must repeat are written out
 
-Each stage takes what the one before it made. It stands here and not in conf/, for a stage may ask any room.
+Each stage takes the result of the one before. The module is here and not in conf/ because a stage may use any room.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from stoker.parallel.deepspeed_engine.file import expand
 from stoker.trainer import validate as rooms
 from stoker.trainer.budget import settle_steps
 from stoker.trainer.places import adopted_link, is_known, refuse_foreign_places
-from stoker.trainer.stored_run import refuse_silent_beginning, resumed, stored_config, tell_of_copies
+from stoker.trainer.stored_run import refuse_replacing_run, report_copies, resumed, stored_config
 from stoker.trainer.trust import TRAINING
 
 log = logging.getLogger(__name__)
@@ -44,16 +44,16 @@ class Request:
 
     overrides: Sequence[str]
     where: Callable[[Config], tuple[int, int]]  # on how many ranks and GPUs a config will run
-    tell: Callable[[str], None] = log.info  # takes lines for the person who starts
-    refitted: Callable[[str], None] | None = None  # takes what `fit` changes; None: the layout stays as it is given
-    restarted: bool = False  # a launcher repeats the command of a person
+    tell: Callable[[str], None] = log.info  # takes lines for the user
+    refitted: Callable[[str], None] | None = None  # takes the changes of `fit`; None: the layout is not changed
+    restarted: bool = False  # a launcher repeats a user's command
     uses: Sequence[str] = TRAINING
-    check_import: bool = False  # compare a model that comes in by `model.init_from` with transformers'
+    check_import: bool = False  # compare a model imported by `model.init_from` with transformers'
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A config on its way through the stages."""
+    """A config between two stages."""
 
     config: Config
     stored: Config | None = None  # of the run that is resumed
@@ -95,7 +95,7 @@ def resume(request: Request, draft: Draft) -> Draft:
     stored = stored_config(run, config)
     if stored is None:
         if not config.run.fresh:
-            refuse_silent_beginning(run, config, request.overrides, request.restarted)
+            refuse_replacing_run(run, config, request.overrides, request.restarted)
         return draft
     config, changes = resumed(run, config, stored, request.overrides, request.tell, request.uses)
     return Draft(config, stored, changes)
@@ -104,12 +104,12 @@ def resume(request: Request, draft: Draft) -> Draft:
 def adopt(request: Request, draft: Draft) -> Draft:
     config = draft.config
     if draft.stored is None and config.model.init_from is not None:
-        from stoker.trainer.pretrained import adopt_shape  # most starts do not need what it imports
+        from stoker.trainer.pretrained import adopt_shape  # most starts do not need its imports
 
         config = adopt_shape(config, request.overrides)
     chosen = config.checkpoint.dir is not None or any(word.startswith("checkpoint.dir=") for word in request.overrides)
     place = None if chosen else adopted_link(draft.run)
-    if place is not None:  # a link that a person made is as good as the key
+    if place is not None:  # a link made by a user counts like the key
         config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, dir=str(place)))
     return dataclasses.replace(draft, config=config)
 
@@ -145,7 +145,7 @@ def validate(request: Request, draft: Draft) -> Draft:
         raise ConfigError(problem)
     if draft.stored is not None:
         refuse_foreign_places(run, config)  # those that were stored
-    tell_of_copies(run, request.tell)
+    report_copies(run, request.tell)
     return draft
 
 

@@ -1,8 +1,8 @@
-"""The step log: results of steps on their way from the device, and what ranks conclude from them.
+"""The step log: results of steps as they arrive from the device, and the decisions that ranks take on them.
 
 A result is read one step late, so that the host is always a step ahead of the device and never drains it. Only before
 something that needs the numbers (a save, the end) is everything settled at once. All ranks read the same results at
-the same steps, so they come to the same verdicts.
+the same steps, so they take the same decisions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stoker.trainer.spikes import ceilings
 
 @dataclass
 class Progress:
-    """How far a run has come. `step` numbers the global batches attempted, `updates` the optimizer steps taken."""
+    """The progress of a run. `step` numbers the global batches attempted, `updates` the optimizer steps taken."""
 
     step: int = 0
     updates: int = 0
@@ -47,8 +47,8 @@ class Decision:
     """What all ranks do next: go on, save, or end with an outcome."""
 
     outcome: Outcome | None = None
-    save: bool = False  # somebody asks for a checkpoint; every result has been read for it
-    bad_step: int | None = None  # go back to before it, and pass it over
+    save: bool = False  # a checkpoint was requested; every result has been read for it
+    bad_step: int | None = None  # return to a checkpoint before it, and pass it over
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class _Entry:
 
 
 class StepLog:
-    """Books steps into `progress` and, on global rank 0, tells the observers of them."""
+    """Records steps in `progress` and, on global rank 0, passes them to the observers."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class StepLog:
         self._last_entry = now
 
     def settle(self, *, everything: bool) -> Decision:
-        """Read the results that are due: all but the newest, or all; all too when a save is asked for.
+        """Read the results that are due: all but the newest, or all; all also when a save is requested.
 
         Raises, on all ranks at the same step, Superseded when another start of the run has begun, and ValueError when
         the first update has a gradient of exactly zero.
@@ -161,24 +161,24 @@ class StepLog:
         return agreed.votes
 
     def _warn_of(self, step: int, agreed: StepMetrics) -> None:
-        """Name, once, what lets a run go on without learning what it should."""
+        """Warn, once each, of conditions under which a run continues but does not train what it should."""
         if agreed.tokens == 0:
             self._warn(
-                f"step {step}: no token of the batch is a label to learn, so there is no update: are prompts longer "
-                f"than seq_len={self._seq_len}, or is no turn learned? `stoker data peek RUN --step {step}` shows it"
+                f"step {step}: no token of the batch is a label, so there is no update: are prompts longer "
+                f"than seq_len={self._seq_len}, or is no turn trained on? `stoker data peek RUN --step {step}` shows it"
             )
         elif agreed.grad_norm == 0.0:
             what = (
                 f"step {step}: the gradient norm is exactly 0: no trained parameter reaches the loss. Either a buffer "
-                "or weight on the way is zero (rebuild_buffers must compute every buffer), or the loss is a constant"
+                "or weight on the path is zero (rebuild_buffers must compute every buffer), or the loss is a constant"
             )
             if not self._progress.updates:
                 raise ValueError(what)
             self._warn(what)
         if agreed.unequal_buffers:
             self._warn(
-                f"step {step}: each rank computed the model's persistent buffers from its own sequences; those of the "
-                "first rank are kept, so another layout computes another run. Reduce them over the ranks in forward, "
+                f"step {step}: ranks computed different persistent buffers, each from its sequences; those of the "
+                "first rank are kept, so that the run depends on the layout. Reduce them over the ranks in forward, "
                 "or register them with persistent=False"
             )
 

@@ -1,4 +1,4 @@
-"""The run that a start finds: its stored config with the overrides given now, or the reason why nothing can follow."""
+"""The run that a start finds: its stored config with the present overrides, or the reason why it cannot resume."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 def stored_config(run: RunDirectory, config: Config) -> Config | None:
     """The config of the run that is to be resumed; None where there is nothing to resume.
 
-    A run directory that was lost, or that takes a place over, finds it in the newest checkpoint there or on the remote.
+    For a run directory that was lost, or that takes a place over, it is read from the newest checkpoint, local or
+    remote.
     """
     found_here = newest(_first_place(run, config))
     if found_here:
@@ -64,17 +65,17 @@ def resumed(
     refuse_foreign_code(
         merged, where_stored, id_stored, trust=config.run.trust, uses=uses, overrides=overrides, tell=tell
     )
-    merged.run.dir = config.run.dir  # where we found it
+    merged.run.dir = config.run.dir  # where it was found
     merged = resolve(merged, datetime.now())
     changes = [change for change in changes if lookup(merged, change.key) != lookup(stored, change.key)]
     check_changes(changes, config.run.change)
     if merged.checkpoint.remote is not None and config.checkpoint.remote is None:
-        tell(f"checkpoints are also kept in {merged.checkpoint.remote}, as {run.config} says")
+        tell(f"checkpoints are also kept in {merged.checkpoint.remote} (from {run.config})")
     return merged, changes
 
 
-def refuse_silent_beginning(run: RunDirectory, config: Config, overrides: Sequence[str], restarted: bool) -> None:
-    """Raises ConfigError where step 1 would follow steps that were trained, or another config's name."""
+def refuse_replacing_run(run: RunDirectory, config: Config, overrides: Sequence[str], restarted: bool) -> None:
+    """Raises ConfigError where step 1 would follow trained steps, or replace the config of another run."""
     if has_saved(run) or (has_history(run) and not restarted):
         raise ConfigError(nothing_to_resume(run, config.checkpoint.remote))
     if restarted or not run.config.exists():
@@ -92,23 +93,24 @@ def refuse_silent_beginning(run: RunDirectory, config: Config, overrides: Sequen
     ]
     if differing:
         raise ConfigError(
-            f"{run.path} has no checkpoint, and its config.yaml is of another run: give the command that began it, or "
-            "begin anew with run.fresh=true, which sets that config aside:\n" + "\n".join(differing)
+            f"{run.path} has no checkpoint, and its config.yaml is of another run: give the command that started it, "
+            "or "
+            "start over with run.fresh=true, which moves that config aside:\n" + "\n".join(differing)
         )
 
 
-def tell_of_copies(run: RunDirectory, tell: Callable[[str], None]) -> None:
+def report_copies(run: RunDirectory, tell: Callable[[str], None]) -> None:
     """Reports a run directory that was copied or moved since it was written."""
     identity = read_identity(run)
     if identity is None:
         return
     what = standing(run, identity)
     if what is Standing.COPY:
-        tell(f"{run.path} is a copy of {identity.directory}: it goes on as a run of its own, tracker run included")
+        tell(f"{run.path} is a copy of {identity.directory}: it continues as a new run, with a new tracker run")
     elif what is Standing.UNKNOWN:
         tell(
-            f"{run.path} stood in {identity.directory} before and goes on as the same run, tracker run included; if it "
-            f"is a copy, remove {run.identity} and say run.adopt=true: it then becomes a run of its own"
+            f"{run.path} was {identity.directory} before and continues as the same run, with the same tracker run; if "
+            f"it is a copy, remove {run.identity} and set run.adopt=true: it then becomes a new run"
         )
 
 
@@ -119,7 +121,7 @@ def _first_place(run: RunDirectory, config: Config) -> Path:
 
 
 def _origin(run: RunDirectory, config: Config) -> tuple[Path | str, str | None]:
-    """Where the stored config stands, and the id of the run that wrote it."""
+    """The file of the stored config, and the id of the run that wrote it."""
     identity = read_identity(run)
     if run.config.exists():
         return run.config, None if identity is None else identity.run

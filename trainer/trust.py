@@ -1,9 +1,9 @@
 """Code that a stored config names: import paths, shell, programs. It runs only for the user who started the run.
 
-A run directory or a checkpoint may come from somebody else. What its config would execute is refused by every command,
-by key and value, unless this user has started the run before (a record beside the user's caches, of the run's id and
-a digest of all these keys), says `run.trust=true` or `--trust`, or gives the key on the command line. Paths to Stoker's
-own models, sources and optimizers are not code of others; `data.args.map` has no such.
+A run directory or a checkpoint may come from another user. Code that its config would execute is refused by every
+command, by key and value, unless this user has started the run before (a record beside the user's caches, of the run's
+id and a digest of all these keys), sets `run.trust=true` or `--trust`, or gives the key on the command line. Stoker's
+models, sources and optimizers are not foreign code; `data.args.map` has none of Stoker's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from stoker.conf.overrides import parse
 from stoker.conf.reasons import reason
 from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.schema import Config
+from stoker.conf.secrets import names_a_secret
 from stoker.conf.user import cache_folder
 from stoker.conf.values import ConfigError
 from stoker.data.remote.shards import addresses, scheme
@@ -36,7 +37,10 @@ _LARGEST_SHOWN = 120  # characters of a value
 
 
 def code_of(config: Config, uses: Sequence[str] = ("",)) -> Code:
-    """What `config` would import or execute that is not Stoker's own, of the keys that begin with one of `uses`."""
+    """What `config` would import or execute that is not Stoker's, of the keys that begin with one of `uses`.
+
+    An address that names a secret of the environment is of the same kind: it would be sent to a stranger's host.
+    """
     found: Code = {}
     model, data, optim, launch = config.model, config.data, config.optim, config.launch
     found |= _target("model.target", model.target, "stoker.models.", {"model.args": model.args})
@@ -65,7 +69,7 @@ def refuse_foreign_code(
 ) -> None:
     """Raises ConfigError naming what `config`, stored in `where` by the run of the id `run`, would execute.
 
-    What is executed is told in one line. `overrides`: what the command line gives is the user's own.
+    What is executed is printed in one line. `overrides`: keys of the command line are trusted.
     """
     code = code_of(config, uses)
     if not code:
@@ -75,10 +79,10 @@ def refuse_foreign_code(
     if foreign and not trust and not (run is not None and _record(run, code_of(config)).exists()):
         listed = "".join(f"\n  {key}={shown(value)}" for key, value in foreign.items())
         raise ConfigError(
-            f"{where} names code to run, and this user has not started this run. If you trust it, say run.trust=true "
+            f"{where} names code to run, and this user has not started this run. If you trust it, set run.trust=true "
             f"(--trust), or give the keys on the command line:{listed}"
         )
-    tell("uses code of its own: " + ", ".join(f"{key}={shown(value)}" for key, value in code.items()))
+    tell("runs code of its config: " + ", ".join(f"{key}={shown(value)}" for key, value in code.items()))
 
 
 def trusted_config(
@@ -113,21 +117,21 @@ def _id_of(run: RunDirectory) -> str | None:
 
 
 def _target(key: str, target: Any, ours: str, arguments: Code) -> Code:
-    """An import path that is not Stoker's, with what is handed to it."""
+    """An import path that is not Stoker's, with its arguments."""
     if not target or (isinstance(target, str) and target.startswith(ours)):
         return {}
     return {key: target} | {name: value for name, value in arguments.items() if value}
 
 
 def _data(prefix: str, keys: Mapping[str, Any]) -> Code:
-    """The same of a source of data."""
+    """The same for a source of data."""
     args = keys.get("args") or {}
     found = _target(f"{prefix}.target", keys.get("target"), "stoker.data.", {f"{prefix}.args": args})
     found |= _target(f"{prefix}.splits", keys.get("splits"), "stoker.data.", {f"{prefix}.args": args})
     if isinstance(args, Mapping) and args.get("map") and f"{prefix}.args" not in found:
         found[f"{prefix}.args.map"] = args["map"]
     for key in ("path", "urls"):
-        if _has_pipe(keys.get(key)):
+        if _has_pipe(keys.get(key)) or names_a_secret(keys.get(key)):
             found[f"{prefix}.{key}"] = keys[key]
     return found
 

@@ -1,6 +1,6 @@
-"""The one judgement of a start: limits of single values, and the refusals of all rooms, before a rank is spawned.
+"""Validation of a start: limits of single values, and the refusals of all rooms, before a rank is spawned.
 
-`stoker.conf.limits` judges each value alone. Each room refuses combinations of values of its own, with the number of
+`stoker.conf.limits` checks each value separately. Each room refuses combinations of its values, with the number of
 ranks and GPUs (`refusals.py` in models, data, parallel and trainer). Every message names the values and the nearest
 that work. docs/refusals.md is printed from the same tables.
 """
@@ -44,14 +44,14 @@ def table_markdown() -> str:
         [
             "# What Stoker refuses to start",
             "",
-            "Printed by `python -m stoker.trainer.validate`. A start is judged as a whole before any rank is spawned;",
+            "Printed by `python -m stoker.trainer.validate`. All checks run before any rank is spawned;",
             "each message names the values it saw and the nearest that work.",
             "",
             "## Values that do not go together",
             "",
             *_table(("", "refused", "why"), together),
             "",
-            "## Values that are impossible alone",
+            "## Limits of single values",
             "",
             *_table(("key", "must be", "why"), single),
             "",

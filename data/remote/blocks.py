@@ -3,9 +3,9 @@
     <data.block_cache>/ab/<key>    a block and the CRC-32 of it
 
 The key is a hash of the shard's URL, size and version and of the block's number, so a block never changes once it is
-there. It is written beside its place and renamed into it; two processes that fetch the same block write the same bytes.
-When the cache has grown over its cap, the blocks used longest ago are removed. A block that is gone, cut short or
-flipped is fetched again.
+stored. It is written beside its place and renamed into it; two processes that fetch the same block write the same
+bytes. When the cache has grown over its cap, the blocks used longest ago are removed. A block that is missing, cut
+short or changed is fetched again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 BLOCK = 4 << 20  # bytes
 _CHECK = 4  # bytes of the CRC-32 at a block's end
-_LOOK_EVERY = 16  # blocks written by a process between two looks at the size of the cache
+_LOOK_EVERY = 16  # blocks written by a process between two checks of the cache's size
 
 Fetch = Callable[[Shard, int, int], bytes]
 
@@ -37,7 +37,7 @@ class BlockCache:
         self._written = 0
 
     def read(self, shard: Shard, begin: int, end: int, fetch: Fetch) -> bytes:
-        """Bytes `begin` to `end` of `shard`; what is not here comes from `fetch`, in runs of whole blocks."""
+        """Bytes `begin` to `end` of `shard`; blocks not in the cache come from `fetch`, in runs of whole blocks."""
         first, last = begin // self._block, (end - 1) // self._block
         found: dict[int, bytes] = {}
         for number in range(first, last + 1):
@@ -74,7 +74,7 @@ class BlockCache:
         body, check = data[:-_CHECK], data[-_CHECK:]
         if len(body) == size and zlib.crc32(body).to_bytes(_CHECK, "little") == check:
             return body
-        log.warning("the cached block %s is damaged and fetched again", path)
+        log.warning("the cached block %s is damaged: fetched again", path)
         return None
 
     def _keep(self, shard: Shard, number: int, data: bytes) -> None:

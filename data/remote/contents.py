@@ -1,7 +1,7 @@
-"""What is in shards, as one fingerprint of samples of their bytes: wherever they lie, and whatever they are called.
+"""The contents of shards as one fingerprint of samples of their bytes, independent of place and name.
 
 Of few shards many places are sampled, and small ones are read whole; of thousands of shards the first bytes of each are
-read. What was sampled is remembered for the version of each shard (an ETag, or a file's stamp), so that not every rank
+read. The result is kept for the version of each shard (an ETag, or a file's stamp), so that not every rank
 reads it at every start.
 """
 
@@ -26,7 +26,7 @@ _AT_ONCE = 32  # shards
 
 
 def content_of(shards: Sequence[Shard], store: Store, root: Path) -> str | None:
-    """The fingerprint of what is in `shards`, remembered below `root`; None for the output of commands.
+    """The fingerprint of the contents of `shards`, kept below `root`; None for the output of commands.
 
     Raises Damaged for a shard that cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Damage: what is wrong with stored data, told with its URL, byte and sample, and what is done about it."""
+"""Damage in stored data, reported with its URL, byte and sample, and the handling of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 class Damaged(ValueError):
-    """Stored data that cannot be read as what they claim to be. The message names URL, byte and sample."""
+    """Stored data that cannot be read in their format. The message names URL, byte and sample."""
 
     def __init__(self, reason: str, url: str, byte: int | None = None, sample: str | None = None) -> None:
         self.reason, self.url, self.byte, self.sample = reason, url, byte, sample
@@ -33,7 +33,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something that lies between documents, is none, and is left out: no damage, but counted."""
+    """A part of a shard between documents that is none, and is left out: not damage, but counted."""
 
     url: str
     byte: int
@@ -44,7 +44,7 @@ class Leftover:
         return printable(f"{self.url} at byte {self.byte}, {self.name}: {self.reason}")
 
 
-# Called with each loss and each leftover while a split is read; returning goes on without what is lost.
+# Called with each loss and each leftover while a split is read; if it returns, reading continues without that part.
 Report = Callable[[Loss | Leftover], None]
 
 
@@ -55,7 +55,7 @@ def refuse(found: Loss | Leftover) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and bytes that are no UTF-8 spelt out: names come from other people's files."""
+    """`text` with control characters and bytes that are not UTF-8 escaped: names come from untrusted files."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""Looking shards up: how large each is, and which version of it is there."""
+"""Looking shards up: the size of each, and its version."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stoker.data.remote.systems import open_system, told
 from stoker.data.remote.web import Web
 
 _AT_ONCE = 32  # requests
-# What fsspec's file systems call the version of a file, or else the time at which it was written.
+# Keys of fsspec's file systems for the version of a file, or else for its time stamp.
 _VERSIONS = (
     "ETag",
     "etag",
@@ -29,7 +29,7 @@ _VERSIONS = (
 
 
 def look_up(urls: Sequence[str], patience: Patience = PATIENCE) -> list[Shard]:
-    """The shards at `urls`, in their order. Raises ValueError, naming it, for the first that is not there."""
+    """The shards at `urls`, in their order. Raises ValueError, naming it, for the first that does not exist."""
     web = Web(patience)
     systems = {name: open_system(name, patience) for name in {*map(scheme, urls)} - {"file", "pipe", "http", "https"}}
 

@@ -1,4 +1,4 @@
-"""Patience with servers and networks."""
+"""Retries for servers and networks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Patience:
     stall_seconds: float = 60.0  # without a byte, after which a connection counts as broken
 
     def waits(self) -> Iterator[float]:
-        """Seconds to wait before each retry: exponential, with full jitter, so that ranks do not come back at once."""
+        """Seconds to wait before each retry: exponential, with full jitter, so that ranks do not retry together."""
         for attempt in range(self.retries):
             yield random.uniform(0.5, 1.0) * min(self.most_seconds, self.first_seconds * 2**attempt)
 
@@ -30,19 +30,19 @@ PATIENCE = Patience()
 
 
 class Transient(Exception):
-    """A failure that may be gone at the next attempt."""
+    """A failure that may not repeat at the next attempt."""
 
 
 class Refused(Exception):
-    """A failure that will not: what was asked for is not there, may not be read, or changed."""
+    """A permanent failure: the file does not exist, may not be read, or has changed."""
 
 
 def persist(
     patience: Patience, read: Callable[[int], Iterator[bytes]], retried: Callable[[], None], what: str
 ) -> bytes:
-    """All bytes that `read(n)` gives, the ones from byte n on, taken up again where it fails with Transient.
+    """All bytes of `read(n)`, which yields those from byte n on; resumed where it fails with Transient.
 
-    A byte received starts the count of attempts anew. Raises Transient when there is none left.
+    A byte received resets the count of attempts. Raises Transient when none is left.
     """
     pieces: list[bytes] = []
     held = 0

@@ -1,4 +1,4 @@
-"""Shards: which there are, how large they are, and whether they are still the ones they were."""
+"""Shards: their addresses, sizes and versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a data set. `size` in bytes is -1 where only reading to the end tells (`pipe:`)."""
+    """One file of a data set. `size` in bytes is -1 where only reading to the end gives it (`pipe:`)."""
 
     url: str
     size: int
@@ -29,7 +29,7 @@ class Shard:
 
 
 def scheme(url: str) -> str:
-    """`file`, `http`, `https`, `s3`, `pipe` or whatever else stands before the colon."""
+    """`file`, `http`, `https`, `s3`, `pipe` or any other scheme before the colon."""
     found, separator, _ = url.partition(":")
     return found if separator and (found == "pipe" or url.startswith(f"{found}://")) else "file"
 
@@ -66,5 +66,5 @@ def addresses(urls: Any) -> list[str]:
 
 
 def names_fingerprint(shards: Sequence[Shard]) -> str:
-    """Fingerprint of the shards' names and sizes, in order. Where they lie and when they were written is not in it."""
+    """Fingerprint of the shards' names and sizes, in order. It does not depend on their place and dates."""
     return digest("\n".join(f"{shard.name} {shard.size}" for shard in shards).encode())

@@ -1,4 +1,4 @@
-"""Bytes of shards by range: files, http(s), pipes, and whatever else fsspec knows (s3, gs, ...)."""
+"""Bytes of shards by range: files, http(s), pipes, and all other file systems of fsspec (s3, gs, ...)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from stoker.data.remote.shards import Shard, local_path, scheme
 from stoker.data.remote.systems import open_system, told
 from stoker.data.remote.web import Web
 
-_PIECE = 4 << 20  # bytes of one request where a request cannot be taken up again in its middle
-_LAST_WORDS = 4096  # bytes of what a command that failed has said, of which the last line is told
+_PIECE = 4 << 20  # bytes of one request where a request cannot be resumed in its middle
+_STDERR_BYTES = 4096  # of the end of a failed command's stderr, whose last line is reported
 
 
 @dataclass
 class Traffic:
-    """What was read so far: `bytes` that came from files and servers, the cache's left out, and attempts repeated."""
+    """Totals so far: `bytes` from files and servers, without those from the cache, and repeated attempts."""
 
     bytes: int = 0
     retries: int = 0
 
 
 class Store:
-    """Reads shards. It opens nothing before it is asked, so it can be made before a fork."""
+    """Reads shards. It opens nothing before the first read, so it can be made before a fork."""
 
     def __init__(self, patience: Patience = PATIENCE, cache: BlockCache | None = None) -> None:
         self.traffic = Traffic()
@@ -40,13 +40,13 @@ class Store:
         self._pid = 0
 
     def read(self, shard: Shard, begin: int, end: int) -> bytes:
-        """Bytes `begin` to `end`, cut at the shard's end. Raises Damaged when they cannot be had."""
+        """Bytes `begin` to `end`, cut at the shard's end. Raises Damaged when they cannot be read."""
         end = min(end, shard.size)
         if end <= begin:
             return b""
         if scheme(shard.url) == "file":
             return self._local(shard, begin, end)
-        if self._cache is None or not shard.version:  # what has no version may change unseen
+        if self._cache is None or not shard.version:  # changes of a shard without a version cannot be detected
             return self._remote(shard, begin, end)
         return self._cache.read(shard, begin, end, self._remote)
 
@@ -54,13 +54,13 @@ class Store:
     def stream(self, shard: Shard) -> Iterator[_Output]:
         """The output of a `pipe:` shard. Raises Damaged, when it is read to its end, if the command fails."""
         command = shard.url.removeprefix("pipe:")
-        # What it says goes to a file: a pipe that nobody empties would stop it once full.
+        # Its stderr goes to a file: a pipe that is not read would block it once full.
         with (
-            tempfile.TemporaryFile() as said,
-            subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, stderr=said) as process,
+            tempfile.TemporaryFile() as stderr,
+            subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, stderr=stderr) as process,
         ):
             try:
-                yield _Output(process, said, shard, self.traffic)
+                yield _Output(process, stderr, shard, self.traffic)
             finally:
                 process.kill()
 
@@ -122,7 +122,7 @@ class Store:
 
 
 class _Output:
-    """What a command writes, and whether it ended well."""
+    """The output of a command, checked for its exit status."""
 
     def __init__(self, process: subprocess.Popen[bytes], said: IO[bytes], shard: Shard, traffic: Traffic) -> None:
         self._process, self._said, self._shard, self._traffic = process, said, shard, traffic
@@ -134,7 +134,7 @@ class _Output:
         self._byte += len(found)
         self._traffic.bytes += len(found)
         if len(found) < size and self._process.wait() != 0:
-            self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - _LAST_WORDS))
+            self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - _STDERR_BYTES))
             said = self._said.read().decode(errors="replace").strip().splitlines()
             reason = f"the command ended with status {self._process.returncode}"
             raise Damaged(": ".join([reason, *said[-1:]]), self._shard.url, self._byte)

@@ -10,7 +10,7 @@ from stoker.data.remote.retries import Patience, Refused, Transient
 
 
 def open_system(name: str, patience: Patience) -> Any:
-    """The fsspec file system of a URL scheme. Raises ValueError when what it needs is not installed."""
+    """The fsspec file system of a URL scheme. Raises ValueError when a package that it needs is not installed."""
     import fsspec
 
     options: dict[str, Any] = {"skip_instance_cache": True}
@@ -25,12 +25,12 @@ def open_system(name: str, patience: Patience) -> Any:
 
 @contextmanager
 def told() -> Iterator[None]:
-    """What a file system raises inside, as Refused where it is for good and as Transient where it may pass."""
+    """Turns errors of a file system into Refused where they are permanent and Transient where they may pass."""
     try:
         yield
     except FileNotFoundError as error:
-        raise Refused("it is not there") from error
+        raise Refused("it does not exist") from error
     except PermissionError as error:
         raise Refused(f"it may not be read: {error}") from error
-    except Exception as error:  # every file system has errors of its own
+    except Exception as error:  # file systems raise different errors
         raise Transient(f"{type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""http(s): range requests that can be taken up again at any byte."""
+"""http(s): range requests that can be resumed at any byte."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from stoker.conf.secrets import conceal, reveal
 from stoker.data.remote.retries import Patience, Refused, Transient
 
 _PIECE = 256 << 10  # bytes taken from a connection at once
-_PASSING = {408, 425, 429, 500, 502, 503, 504}  # answers of servers that may be better soon
+_PASSING = {408, 425, 429, 500, 502, 503, 504}  # status codes of temporary failures
 
 
 class Web:
@@ -21,7 +22,7 @@ class Web:
         self._pid = 0
 
     def head(self, url: str) -> tuple[int, str]:
-        """Size in bytes and version of what is at `url`. Raises Transient or Refused."""
+        """Size in bytes and version of the file at `url`. Raises Transient or Refused."""
         response = self._ask(url, {"Range": "bytes=0-0", "Accept-Encoding": "identity"})
         with response:
             span = response.headers.get("Content-Range", "")
@@ -43,12 +44,12 @@ class Web:
             span = response.headers.get("Content-Range", "")
             wanted = f"bytes {begin}-{end - 1}/{size}"
             if span != wanted:
-                raise Refused(f"asked for {wanted}, the server gives {span or 'no range'}: it changed")
+                raise Refused(f"asked for {wanted}, the server returns {span or 'no range'}: it changed")
             if _version(response) != version:
                 raise Refused(f"its ETag is {_version(response) or 'gone'} and was {version}: it changed")
             left = end - begin
             try:
-                while piece := response.raw.read1(_PIECE):  # what there is: a broken connection loses nothing of it
+                while piece := response.raw.read1(_PIECE):  # what has arrived: a broken connection loses none of it
                     if len(piece) > left:
                         raise Refused(f"the server sends more than the {end - begin} bytes asked for")
                     left -= len(piece)
@@ -65,11 +66,13 @@ class Web:
             self._session, self._pid = requests.Session(), os.getpid()
         try:
             stall = self._patience.stall_seconds
-            response = self._session.get(url, headers=headers, stream=True, timeout=(stall, stall))
+            response = self._session.get(reveal(url), headers=headers, stream=True, timeout=(stall, stall))
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
-            raise Refused(str(error)) from error
+            raise Refused(conceal(str(error), url)) from None  # its cause would show what is concealed
         except requests.RequestException as error:
-            raise Transient(f"no answer: {_short(error)}") from error
+            raise Transient(f"no answer: {conceal(_short(error), url)}") from None
+        except ValueError as error:
+            raise Refused(str(error)) from error
         if response.status_code in _PASSING:
             response.close()
             raise Transient(f"the server answers {response.status_code} {response.reason}")

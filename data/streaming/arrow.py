@@ -1,8 +1,8 @@
-"""Where the record batches of an arrow stream lie, told from the heads of its messages.
+"""Positions of the record batches in an arrow stream, from the heads of its messages.
 
 An arrow file ends with a list of its batches; a stream (what `datasets` keeps in its cache) has none. But each of its
 messages begins with the size of its head, which holds the size of its body (Arrow columnar format, "Encapsulated
-message format"). So a stream is walked through by its heads alone, and a batch is read with what it needs before it:
+message format"). So a stream is scanned by its heads only, and a batch is read with its prerequisites:
 the schema and the dictionaries.
 """
 
@@ -18,7 +18,7 @@ from stoker.data.remote.store import Store
 _SCHEMA, _DICTIONARY, _BATCH = 1, 2, 3  # kinds of messages (Message.fbs, MessageHeader)
 _CONTINUES = b"\xff\xff\xff\xff"
 _PREFIX = 8  # bytes before a head: the mark above and its size
-_HEAD = 4 << 10  # bytes asked for at once: most heads are smaller
+_HEAD = 4 << 10  # bytes per request: most heads are smaller
 _BODY_SIZE = 3  # place of Message.bodyLength among the table's fields
 
 
@@ -31,7 +31,7 @@ class Message:
     end: int
 
 
-Batches = list[list[Message]]  # of each record batch, the messages that make a stream with it alone
+Batches = list[list[Message]]  # for each record batch, the messages that make a stream of only this batch
 
 
 def is_stream(shard: Shard, store: Store) -> bool:
@@ -42,8 +42,8 @@ def is_stream(shard: Shard, store: Store) -> bool:
 def messages(shard: Shard, store: Store) -> Iterator[Message]:
     """The messages of a stream in order.
 
-    Raises ValueError where there is none though the stream goes on, for a stream without its end mark, which is cut
-    short, and for bytes behind it, such as a second stream.
+    Raises ValueError where the stream continues without a message, for a stream without its end mark, which is cut
+    short, and for bytes after it, such as a second stream.
     """
     at = 0
     while at < shard.size:
@@ -69,7 +69,7 @@ def messages(shard: Shard, store: Store) -> Iterator[Message]:
 
 
 def batches(shard: Shard, store: Store) -> Batches:
-    """The record batches of a stream. Raises ValueError for what is none."""
+    """The record batches of a stream. Raises ValueError for anything else."""
     before: list[Message] = []
     found = []
     for message in messages(shard, store):

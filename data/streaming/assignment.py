@@ -1,20 +1,19 @@
-"""Assigning windows to streams: which stream reads what, as arithmetic on what the windows assigned before turned out
-to hold.
+"""Assigning windows to streams, as arithmetic on the counted sizes of the windows assigned before.
 
-Nobody knows how many tokens a window holds before it is read. So windows are assigned on demand: at every multiple of
+The number of tokens in a window is unknown before it is read. So windows are assigned on demand: at every multiple of
 `period` rows per stream, each stream that would run short before the next one takes the next windows of the sequence,
-in stream order, and some more to be read ahead. A window assigned ahead is counted, by those who read it, at the next
-assignment. The result is a function of the windows' sizes alone: who counts them, how fast, and on how many processes
-is not in it.
+in stream order, and some more to be read ahead. A window assigned ahead is counted by its reader at the next
+assignment. The result is a function of the windows' sizes only: it does not depend on which processes count them, how
+fast, or how many there are.
 
-When no window is left and a stream would run short, what all streams still hold is laid end to end in stream order and
-cut into as many equal spans as there are streams: the tail of the source. Its rows are assigned to the spans like
-cards, so a stream that reads every row reads on in its own span; in a mixture, where other sources end and rows move to
-other streams, whoever has a row finds it by its number. A finite run ends with less than one row per stream of padding,
+When no window is left and a stream would run short, the remaining data of all streams are laid end to end in stream
+order and cut into as many equal spans as there are streams: the tail of the source. Its rows are assigned to the spans
+round-robin, so a stream that reads every row stays in its span; in a mixture, where other sources end and rows move to
+other streams, the row's number gives its position. A finite run ends with less than one row per stream of padding,
 and no token is lost.
 
-An *amount* is what rows are made of: tokens for rows that are cut out of documents laid end to end, whole rows for
-packings that make their rows within a window. A row takes `need` amounts, and looks at `overlap` more: the label of its
+An *amount* is the unit of rows: tokens for rows that are cut out of documents laid end to end, whole rows for
+packings that make their rows within a window. A row takes `need` amounts, and reads `overlap` more: the label of its
 last token.
 """
 
@@ -39,7 +38,7 @@ class Segment(NamedTuple):
 
 
 class Skip(NamedTuple):
-    """Documents of a damaged split that no row holds: so many from number `first` on, or ALL that follow."""
+    """Documents of a damaged split that no row holds: `count` from number `first` on, or ALL that follow."""
 
     window: int
     split: int
@@ -59,18 +58,18 @@ class Tail(NamedTuple):
 
 @dataclass(frozen=True)
 class Count:
-    """What a window turned out to hold."""
+    """The counted contents of a window."""
 
     amount: int
     documents: int = 0
     tokens: int = 0
     skips: tuple[Skip, ...] = ()
-    leftovers: int = 0  # things between documents that are none
+    leftovers: int = 0  # parts between documents that are none
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What does not change while windows are assigned."""
+    """Constants of the assignment."""
 
     streams: int
     windows: int | None  # in all epochs together; None: without end
@@ -81,7 +80,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What the streams hold after a assignment. Never changed: the next assignment makes a new one."""
+    """The contents of the streams after an assignment. Immutable: the next assignment makes a new one."""
 
     queues: tuple[tuple[Segment, ...], ...]  # of each stream, in the order it reads them
     begins: (
@@ -100,7 +99,7 @@ class Assignment:
 
     @property
     def uncounted(self) -> list[tuple[int, int]]:
-        """(stream, window) of each window that nobody has counted yet."""
+        """(stream, window) of each window that has not been counted yet."""
         return [(stream, s.window) for stream, queue in enumerate(self.queues) for s in queue if s.end == UNCOUNTED]
 
 
@@ -117,8 +116,8 @@ def assign(
 ) -> Assignment:
     """The assignment after `done` rows of each stream (int64 `[streams]`).
 
-    After it every stream holds `wanted` more rows, unless the data end, and about `ahead`, of which windows some may be
-    uncounted. `count` says what the (stream, window) pairs hold; it is called with the same pairs on every rank.
+    After it every stream holds `wanted` more rows, unless the data end, and about `ahead` more, in windows that may be
+    uncounted. `count` returns the sizes of (stream, window) pairs; it is called with the same pairs on every rank.
     Raises ValueError when a whole epoch holds nothing.
     """
     assert before.tail is None, "nothing is assigned after the end"
@@ -133,7 +132,7 @@ def assign(
 
 
 class _Hand:
-    """A assign in the making."""
+    """An assignment in progress."""
 
     def __init__(self, before: Assignment, terms: Terms, done: np.ndarray) -> None:
         self._before, self._terms, self._done = before, terms, done
@@ -165,7 +164,7 @@ class _Hand:
         return np.maximum(wanted - self._held, 0)
 
     def take(self, short: np.ndarray) -> list[tuple[int, int]]:
-        """Deal, stream after stream and round after round, as many windows as the shortage takes on average."""
+        """Assign, stream after stream and round after round, as many windows as the shortage needs on average."""
         average = max(1, self._totals.amount // self._windows) if self._windows else max(1, int(short.max()))
         missing = -(-short // average)
         taken = []
@@ -247,21 +246,21 @@ def _cut(segments: Sequence[Segment], edges: np.ndarray, begin: int, end: int) -
     return found
 
 
-def to_json(assign: Assignment) -> dict[str, Any]:
-    """`assign` as JSON values, queues flattened to [window, begin, end, ...]."""
-    total = assign.counted
+def to_json(assignment: Assignment) -> dict[str, Any]:
+    """`assignment` as JSON values, queues flattened to [window, begin, end, ...]."""
+    total = assignment.counted
     return {
-        "queues": [[number for segment in queue for number in segment] for queue in assign.queues],
-        "begins": assign.begins.tolist(),
-        "next_window": assign.next_window,
-        "windows_counted": assign.windows_counted,
-        "empty_windows": assign.empty_windows,
+        "queues": [[number for segment in queue for number in segment] for queue in assignment.queues],
+        "begins": assignment.begins.tolist(),
+        "next_window": assignment.next_window,
+        "windows_counted": assignment.windows_counted,
+        "empty_windows": assignment.empty_windows,
         "amount": total.amount,
         "documents": total.documents,
         "tokens": total.tokens,
         "leftovers": total.leftovers,
         "skips": [list(skip) for skip in total.skips],
-        "tail": None if assign.tail is None else list(assign.tail),
+        "tail": None if assignment.tail is None else list(assignment.tail),
     }
 
 

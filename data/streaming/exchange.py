@@ -1,4 +1,4 @@
-"""What readers of streams tell each other, behind a protocol that a test can play on its own."""
+"""Communication between the readers of streams, behind a protocol that a test can implement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Exchange(Protocol):
         ...
 
     def gather(self, mine: np.ndarray) -> np.ndarray:
-        """int64 `[n]` of every reader, one after the other in data-parallel order; of other ranks it is ignored."""
+        """int64 `[n]` of every reader, one after the other in data-parallel order; those of other ranks are ignored."""
         ...
 
     def share(self, rows: np.ndarray) -> None:
@@ -49,7 +49,7 @@ class Alone:
 
 
 class Ranks:
-    """The ranks of a mesh, over gloo groups of their own: this is called from another thread than training's."""
+    """The ranks of a mesh, over separate gloo groups: this is called from another thread than training."""
 
     def __init__(self, mesh: Mesh) -> None:
         """A collective: it makes the groups."""

@@ -1,4 +1,4 @@
-"""Text files: a split is a run of neighbouring files of about the same total size, a document is a file."""
+"""Text files: a split is a run of consecutive files of about the same total size, a document is a file."""
 
 from __future__ import annotations
 

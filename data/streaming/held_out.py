@@ -1,8 +1,8 @@
-"""What is evaluated under data.mode=streaming: documents that training leaves out, or that it has, as counted tokens.
+"""Data to evaluate under data.mode=streaming: documents kept out of training, or in it, as counted tokens.
 
 Which documents are kept for validation is known only when they are read. So the windows of a source are read one after
-the other, until what they hold makes the rows that are asked for, and kept below `data.cache` for the next start. The
-order does not follow the run's seed: every run over the same data evaluates the same documents.
+the other, until their documents make enough rows, which are kept below `data.cache` for the next start. The
+order does not depend on the run's seed: every run over the same data evaluates the same documents.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _read(windows: ShuffleWindows, packing: Packing, rows: int, store: Store) ->
             break
     split = "validation" if windows.held_out else "train"
     log.info("%s: the %s documents of %d windows make %d tokens", windows.name, split, number + 1, len(ids))
-    if packing.name == "concatenated":  # no more than is wanted: of a mixture, each source gives its share
+    if packing.name == "concatenated":  # no more than needed: in a mixture, each source has its share
         return Tokens(ids[:wanted], starts[starts < wanted])
     few = bisect_left(range(len(starts)), wanted, key=amount)
     return Tokens(ids[: starts[few]] if few < len(starts) else ids, starts[:few])
@@ -77,12 +77,12 @@ def _store(path: Path, tokens: Tokens) -> None:
 
 
 def _stored(path: Path) -> Tokens | None:
-    """What is kept at `path`; None when nothing is, or nothing whole: a zip archive holds checksums."""
+    """The tokens kept at `path`; None without any, or for a damaged file: a zip archive holds checksums."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return Tokens(arrays["ids"], arrays["starts"])
     except FileNotFoundError:
         return None
-    except Exception as error:  # zipfile and NumPy have errors of their own
-        log.warning("%s is damaged and made again: %s", path, error)
+    except Exception as error:  # zipfile and NumPy raise different errors
+        log.warning("%s is damaged and is made again: %s", path, error)
         return None

@@ -1,6 +1,6 @@
-"""JSON lines, in blocks of bytes: a document belongs to the block that its line begins in.
+"""JSON lines, in blocks of bytes: a document belongs to the block in which its line begins.
 
-Compressed lines and JSON arrays cannot be cut: a block is a whole shard.
+Compressed lines and JSON arrays cannot be split: a block is a whole shard.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BEYOND_PART, _LEAST_BEYOND, _MOST_BEYOND = 16, 256, 64 << 10
 
 
 def can_be_cut(kind: Kind) -> bool:
-    """Whether a part of such a shard can be read by itself."""
+    """Whether a part of such a shard can be read separately."""
     return kind.format is JSON_LINES and kind.compression is None
 
 
@@ -115,7 +115,7 @@ def content_of(value: Any, column: str, where: tuple[str, int | None, str | None
     if isinstance(value, str):
         try:
             value.encode()
-        except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell and UTF-8 cannot
+        except UnicodeEncodeError as error:  # an unpaired surrogate, which JSON can express and UTF-8 cannot
             raise Damaged(f"not valid Unicode: {error}", *where) from error
         return value
     if isinstance(value, Sequence | np.ndarray) and not isinstance(value, bytes):
@@ -130,7 +130,7 @@ def _lines_that_begin(shard: Shard, begin: int, end: int, store: Store) -> Itera
     beyond = min(max((end - begin) // _BEYOND_PART, _LEAST_BEYOND), _MOST_BEYOND)
     data = store.read(shard, max(0, begin - 1), end + beyond)
     first = 0
-    if begin:  # the byte before says whether a line begins with the block
+    if begin:  # the byte before shows whether a line begins with the block
         line_end = data.find(b"\n", 0, end - begin)
         if line_end < 0:
             return

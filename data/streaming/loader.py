@@ -32,9 +32,9 @@ _LEAVE_SECONDS = 10.0  # waiting for the loader when the stream is closed
 class StreamingLoader:
     """This rank's rows of each global batch: of row n, if n mod dp is its data-parallel rank.
 
-    A thread makes the batches ahead: it assigns, reads, and shares rows with the ranks that do not read, over groups of
-    its own. It runs `prefetch` batches ahead of those handed out and no further, on every rank alike, so that when all
-    ranks leave after the same batch none waits for another.
+    A thread makes the batches ahead: it assigns, reads, and broadcasts rows to the ranks that do not read, over
+    separate groups. It runs exactly `prefetch` batches ahead of those returned, on every rank, so that when all ranks
+    leave after the same batch none waits for another.
 
     Reader processes are forked here: make the stream before the model and in the main thread.
     """
@@ -86,7 +86,7 @@ class StreamingLoader:
         self._rows = StreamRows(sources, shape, self._mixture, dp_rank, dp, self._readers, self._exchange, skip_limit)
         self._laid = np.empty((2, batch_rows // dp, shape.packing.seq_len + 1), np.int32)
         self._place = self._rows.start()
-        self._step = 0  # global batches handed out or passed over
+        self._step = 0  # global batches returned or skipped
         self._ready: deque[tuple[Batch, Place] | BaseException | None] = deque()  # None: the end
         self._wanted = 0  # batches that the loader may make
         self._leaving = False
@@ -106,9 +106,9 @@ class StreamingLoader:
     def pass_over(self, step: int) -> None:
         """Leave out the global batches before that of `step`, which count from 1, or all there are.
 
-        They are read, because only reading tells what the streams hold after them.
+        They are read, because only reading gives the state of the streams after them.
         """
-        assert step > self._step, "steps only go on"
+        assert step > self._step, "steps only increase"
         while self._step < step - 1 and not self.exhausted:
             self.next()
         self._step = step - 1
@@ -117,7 +117,7 @@ class StreamingLoader:
         """This rank's rows of the next global batch, `[batch_rows / dp, seq_len]`.
 
         Raises EndOfData after the last batch, Damaged for damaged data, ValueError for data that changed, and
-        RuntimeError when a reader process died or failed.
+        RuntimeError when a reader process was killed or failed.
         """
         found = self._peek()
         if found is None:
@@ -131,7 +131,7 @@ class StreamingLoader:
         return rows
 
     def sources_of_batch(self) -> list[str]:
-        """The name of the source of each row of the next global batch; it is read for that, and must be there."""
+        """The name of the source of each row of the next global batch; it is read for that, and must exist."""
         found = self._peek()
         assert found is not None
         rows = self.row + np.arange(self._batch_rows)
@@ -139,7 +139,7 @@ class StreamingLoader:
         return [self._sources[number].name if number >= 0 else "padding" for number in sources.tolist()]
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands after the rows handed out: JSON values, equal on every rank of every layout."""
+        """The state of the stream after the rows returned: JSON values, equal on every rank of every layout."""
         place = self._place
         sources = {
             source.name: {**to_json(assign), "rows": _short(done)}
@@ -154,7 +154,7 @@ class StreamingLoader:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on after the rows that `state` has seen. Raises ValueError, with what differs, for other rows."""
+        """Continue after the rows that `state` has read. Raises ValueError, with what differs, for other rows."""
         refuse_other_data(self.fingerprint, state, self._change)
         self._stop()
         self._rows.forget()
@@ -164,7 +164,7 @@ class StreamingLoader:
         for source, assign in zip(self._sources, assignments, strict=True):
             if assign.tail is not None and (source.total is None or source.total > assign.next_window):
                 raise ValueError(
-                    f"{source.name} has come to the end of its data, which were divided among the streams after "
+                    f"{source.name} has reached the end of its data, which were divided among the streams after "
                     f"{assign.next_window / source.per_epoch:g} epochs: no more can follow, so set data.epochs back"
                 )
         self._step = state["step"]
@@ -176,7 +176,7 @@ class StreamingLoader:
         )
 
     def metrics(self) -> dict[str, float]:
-        """What was assigned, read and skipped up to the rows handed out, over all ranks, for metrics.jsonl."""
+        """Counts of assigned, read and skipped data up to the rows returned, over all ranks, for metrics.jsonl."""
         values: dict[str, float] = {
             "data.bytes": self._rows.counters.bytes,
             "data.retries": self._rows.counters.retries,
@@ -193,7 +193,7 @@ class StreamingLoader:
         return values
 
     def close(self) -> None:
-        """End the loader, once all ranks have what they asked for, and the reader processes at once."""
+        """End the loader, once all ranks have their requested batches, and the reader processes at once."""
         self._stop()
         if self._readers is not None:
             self._readers.close()
@@ -211,7 +211,7 @@ class StreamingLoader:
         return found
 
     def _load(self, place: Place) -> None:
-        """What the loader does: a batch after the other, as many as are wanted."""
+        """The loader's thread: makes one batch after the other, as many as are requested."""
         made = 0
         try:
             while True:
@@ -228,7 +228,7 @@ class StreamingLoader:
                     self._exchange.compare(self._laid)
                 place, made = following, made + 1
                 self._put((unpack(planes(self._laid, self.document_mask), self._pin), place))
-        except BaseException as error:  # raised in the thread that asks for rows
+        except BaseException as error:  # raised in the thread that requests rows
             self._put(error)
 
     def _put(self, found: tuple[Batch, Place] | BaseException | None) -> None:
@@ -237,7 +237,7 @@ class StreamingLoader:
             self._changed.notify_all()
 
     def _stop(self) -> None:
-        """Have the loader leave when it has made what is wanted: no other rank may wait for it in vain."""
+        """Let the loader finish its requested batches before it leaves: other ranks may wait for them."""
         if self._loader is None:
             return
         with self._changed:

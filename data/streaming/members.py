@@ -1,4 +1,4 @@
-"""From a member of a sample to a document: decoded by webdataset, by its extension."""
+"""From a member of a sample to a document, decoded by webdataset according to its extension."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def refuse_member(member: str) -> None:
         known = ", ".join(sorted(_TEXTS | _JSON | _ARRAYS))
         raise ValueError(
             f"data.args.member={member}: .{kind} is neither text nor token ids, and decoding some such members runs "
-            f"code that they bring. Documents are .{known}, each also with .gz, and texts with extensions unknown to "
+            f"code in them. Documents are .{known}, each also with .gz, and texts with extensions unknown to "
             f"webdataset; for others name a function of your own, from a sample to a document, as data.args.map"
         )
 
 
 def document_of(member: str, data: bytes, json_key: str, where: tuple[str, int, str]) -> Content:
-    """What the member `member` of the sample at `where` holds: of JSON the string, or the value at `json_key`; of .npy
-    token ids. Raises Damaged."""
+    """The contents of the member `member` of the sample at `where`: of JSON the string, or the value at `json_key`; of
+    .npy token ids. Raises Damaged."""
     kind = _kind(member)
     try:
         value = _DECODER.decode1(member, data)
         if isinstance(value, bytes) and kind not in _JSON:
-            value = value.decode()  # of an extension that webdataset does not know
+            value = value.decode()  # of an extension unknown to webdataset
     except UnicodeDecodeError as error:
         byte = f"byte {error.object[error.start]:#04x} at offset {error.start}"
         raise Damaged(f"its .{member} is not UTF-8: {byte}", *where) from error
@@ -62,7 +62,7 @@ def _kind(member: str) -> str:
 
 
 def _unzipped(key: str, data: bytes) -> Continue | None:
-    """webdataset's own gzfilter, with a limit."""
+    """webdataset's gzfilter, with a limit."""
     if not key.endswith(".gz"):
         return None
     with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
@@ -73,7 +73,7 @@ def _unzipped(key: str, data: bytes) -> Continue | None:
 
 
 def _whole_array(key: str, data: bytes) -> None:
-    """webdataset leaves bytes behind an array unread, and makes room for one before it sees whether it is there."""
+    """Checks that webdataset lacks: it ignores bytes after an array, and allocates one before it checks its length."""
     if key.endswith(".npy"):
         npy.header(io.BytesIO(data), len(data))
 

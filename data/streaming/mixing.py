@@ -1,4 +1,4 @@
-"""Which streams' source each row comes from, as `data.mixture` has it; one source is a mixture of its own."""
+"""The source of each row of the streams, by `data.mixture`; a single source is a mixture of one."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from stoker.data.mixed import Weights, weights_from
 from stoker.data.mixture import Mixture, mix
 
 Limits = tuple[int | None, ...]  # rows of each source in all
-NOBODY = -1
+NO_SOURCE = -1
 
 
 class StreamMixture:
     """The source of each row of the global sequence.
 
-    Which weights hold from which row is known only once the run's state is: see `stoker.data.mixed.MixedPlan`. And how
-    many rows a source has is known only when its last windows are read; from then on it is told by the `limits` of
-    every call (None: not known yet). Rows before a source's last are not moved by its limit.
+    Which weights hold from which row follows from the run's state: see `stoker.data.mixed.MixedPlan`. The number of
+    rows of a source is known only when its last windows are read; from then on it is in the `limits` of every call
+    (None: not known yet). A source's limit does not move the rows before its last.
     """
 
     def __init__(self, wanted: Sequence[Weights], batch_rows: int) -> None:
@@ -40,10 +40,10 @@ class StreamMixture:
         return row > 0 and any(first == row for first, _ in self._known)
 
     def assign(self, rows: np.ndarray, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
-        """Of each of `rows` (int64): the number of its source, NOBODY after the end, and its row of that source."""
+        """For each of `rows` (int64): the number of its source, NO_SOURCE after the end, and its row of that source."""
         sources, numbers = self._of(limits).assign(rows)
         end = self.total_rows(limits)
-        return (sources if end is None else np.where(rows < end, sources, NOBODY)), numbers
+        return (sources if end is None else np.where(rows < end, sources, NO_SOURCE)), numbers
 
     def total_rows(self, limits: Limits) -> int | None:
         """How many rows there are when every source with a weight has ended; None: without end, or not known yet."""

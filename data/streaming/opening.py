@@ -61,7 +61,7 @@ def open_sources(config: Config, tokenizer: Tokenizer) -> tuple[list[ShuffleWind
         return [open_windows(data, seed, tokenizer, data.epochs)], None
     for spec in specs:
         if spec.weight is None and not data.weights:
-            raise ValueError(f"data.sources.{spec.name} needs a weight: with data.mode=streaming nobody knows its size")
+            raise ValueError(f"data.sources.{spec.name} needs a weight: with data.mode=streaming its size is not known")
     windows = [open_windows(spec.config, seed, tokenizer, spec.epochs) for spec in specs]
     wanted = wanted_weights(data, specs, [1] * len(specs))
     return windows, StreamMixture(wanted, config.batch.size)
@@ -82,7 +82,7 @@ def open_streams(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> StreamingL
 
 
 def open_all_streams(config: Config, tokenizer: Tokenizer) -> tuple[StreamingLoader, StreamMixture | None]:
-    """The rows of all ranks in one process, batch by batch, to look at; and how its sources are mixed.
+    """The rows of all ranks in one process, batch by batch, for display; and how its sources are mixed.
 
     Raises ValueError for data that cannot be used.
     """

@@ -1,7 +1,7 @@
-"""A window's documents as what rows are made of: tokens laid end to end, or the rows of a packing.
+"""A window's documents as amounts: tokens laid end to end, or the rows of a packing.
 
-Rows travel between the ranks of a model-parallel group as tokens and what each of them is, two int32 numbers for each
-place, from which every rank makes the planes of a row by itself.
+Rows are broadcast in a model-parallel group as tokens and their kinds, two int32 numbers for each place, from which
+every rank computes the planes of a row.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 from stoker.data.packing import Pieces, Table, best_fit, fill, padded
 from stoker.data.streaming.shuffle_windows import Window
 
-CONTINUES, BEGINS, NOTHING = range(3)  # what a token is: inside a piece of a document, its first, or no token at all
+CONTINUES, BEGINS, NOTHING = range(3)  # kinds of tokens: inside a piece of a document, its first, or padding
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How windows become rows of `seq_len` tokens. A row takes `need` amounts of a stream, and sees `overlap` more."""
+    """How windows become rows of `seq_len` tokens. A row takes `need` amounts of a stream, and reads `overlap` more."""
 
     name: str  # concatenated | best_fit | padded
     seq_len: int
@@ -53,7 +53,7 @@ class Packed:
         return len(self.window.ids) if self._table is None else len(self._table)
 
     def write(self, first: int, most: int, out: np.ndarray, written: int) -> tuple[int, int]:
-        """Go on with the row `out` (int32 `[2, seq_len + 1]`, `written` tokens so far) from amount `first` on, taking
+        """Continue the row `out` (int32 `[2, seq_len + 1]`, `written` tokens so far) from amount `first` on, taking
         `most` amounts at most; the amounts taken and the tokens written now."""
         if self._table is None:
             taken = min(most, out.shape[1] - written)
@@ -74,7 +74,7 @@ class Packed:
 
 
 def planes(laid: np.ndarray, document_mask: bool) -> np.ndarray:
-    """The rows `laid` (int32 `[2, rows, seq_len + 1]`: tokens and what they are) as int32 `[4, rows, seq_len]`."""
+    """The rows `laid` (int32 `[2, rows, seq_len + 1]`: tokens and their kinds) as int32 `[4, rows, seq_len]`."""
     tokens, kinds = laid
     rows, width = tokens.shape
     begun = kinds == BEGINS

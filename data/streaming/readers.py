@@ -1,8 +1,8 @@
 """Processes that read and tokenise windows for a rank.
 
 They are like the processes of `stoker.data.readers`: forked early, holding no state. What they read has
-no known size, so each window comes back in anonymous memory of its own (memfd), whose descriptor is passed over a
-socket: nothing is copied, and nothing has a name that could be left behind.
+no known size, so each window is returned in separate anonymous memory (memfd), whose descriptor is passed over a
+socket: nothing is copied, and no name is left behind.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stoker.data.streaming.assignment import Skip
 from stoker.data.streaming.shuffle_windows import Window
 
 _MOST = 1 << 20  # bytes of one message
-_ON_THE_WAY = 8  # windows that a reader is asked for and has not sent
+_MOST_REQUESTS = 8  # requests to a reader without a reply
 
 Key = tuple[int, int]  # source, window
 Read = Callable[[Key, Sequence[Skip] | None], Window]
@@ -40,7 +40,7 @@ class _Reader:
 
 
 class WindowReaders:
-    """`workers` forked processes that read windows in the order asked; with none, `take` reads here and now.
+    """`workers` forked processes that read windows in order of request; with none, `take` reads in this process.
 
     Make it in the main thread: a forked process is killed when the thread that made it ends.
     """
@@ -48,14 +48,14 @@ class WindowReaders:
     def __init__(self, read: Read, workers: int) -> None:
         self._read = read
         self._readers: list[_Reader] = []
-        self._known: dict[Key, Sequence[Skip] | None] = {}  # of all that was asked and not taken
+        self._known: dict[Key, Sequence[Skip] | None] = {}  # of all windows requested and not taken
         self._waiting: deque[Key] = deque()  # not yet sent to a reader
         self._ready: dict[Key, Window] = {}
         for _ in range(workers):
             self._readers.append(self._start())
 
     def ask(self, key: Key, known: Sequence[Skip] | None) -> None:
-        """Have a window read. `known`: see `ShuffleWindows.read`."""
+        """Request a window. `known`: see `ShuffleWindows.read`."""
         if key in self._known:
             return
         self._known[key] = known
@@ -64,7 +64,7 @@ class WindowReaders:
             self._send()
 
     def take(self, key: Key) -> Window:
-        """A window asked for. Raises what reading it raised: Damaged, ValueError, or RuntimeError for a dead reader."""
+        """A requested window. Raises the reader's error: Damaged, ValueError, or RuntimeError for a lost reader."""
         if not self._readers:
             return self._read(key, self._known.pop(key))
         while key not in self._ready:
@@ -75,17 +75,17 @@ class WindowReaders:
         return self._ready.pop(key)
 
     def discard(self) -> None:
-        """Forget what was asked for and not taken."""
+        """Drop windows that were requested and not taken."""
         self._waiting.clear()
         for reader in self._readers:
             while reader.asked:
-                with suppress(ValueError):  # nobody needs to know what was wrong with it
+                with suppress(ValueError):  # its errors do not matter
                     self._receive(reader)
         self._known.clear()
         self._ready.clear()
 
     def close(self) -> None:
-        """End the processes at once. They hold nothing that could be lost."""
+        """End the processes at once. They hold no state."""
         while self._readers:
             reader = self._readers.pop()
             forks.end(reader.pid)
@@ -98,10 +98,10 @@ class WindowReaders:
         return _Reader(pid, ours)
 
     def _send(self) -> None:
-        """Keep all readers busy. What is on the way is bounded: a full socket in each direction would be a deadlock."""
+        """Keep all readers busy. Requests are bounded: a full socket in each direction would be a deadlock."""
         while self._waiting:
             reader = min(self._readers, key=lambda reader: len(reader.asked))
-            if len(reader.asked) == _ON_THE_WAY:
+            if len(reader.asked) == _MOST_REQUESTS:
                 return
             key = self._waiting.popleft()
             known = self._known[key]
@@ -139,7 +139,7 @@ def _serve(end: socket.socket, read: Read) -> None:
         source, number, known = json.loads(request)
         try:
             window = read((source, number), None if known is None else [Skip(*skip) for skip in known])
-        except ValueError as error:  # of the data: the message says it all
+        except ValueError as error:  # of the data: the message suffices
             end.send(json.dumps(["input", str(error)[:8000]]).encode())
         except Exception:
             end.send(json.dumps(["defect", f"a data reader failed:\n{traceback.format_exc()[-8000:]}"]).encode())

@@ -27,12 +27,12 @@ class Window:
     skips: tuple[Skip, ...]
     bytes: int  # read from files and servers
     retries: int
-    leftovers: int = 0  # things that lie between the documents and are none
+    leftovers: int = 0  # parts between the documents that are none
 
 
 @dataclass(frozen=True)
 class ShuffleWindows:
-    """The windows of a source, numbered on through the epochs: each epoch has an order of splits of its own."""
+    """The windows of a source, numbered consecutively through the epochs: each epoch has a separate order of splits."""
 
     name: str
     splits: Splits
@@ -68,7 +68,7 @@ class ShuffleWindows:
         )
 
     def splits_of(self, window: int) -> list[int]:
-        """Which splits make up a window."""
+        """The splits of a window."""
         epoch, place = divmod(window, self.per_epoch)
         begin = place * self.splits_per_window
         places = np.arange(begin, min(begin + self.splits_per_window, len(self.splits)))
@@ -78,7 +78,7 @@ class ShuffleWindows:
         """Read and tokenise `window`.
 
         `known` are the skips that a state recorded for it: the same documents are left out again, and no others. Raises
-        Damaged for what is damaged and may not be skipped.
+        Damaged for damage that may not be skipped.
         """
         before = (store.traffic.bytes, store.traffic.retries)
         contents: list[Content] = []
@@ -133,7 +133,7 @@ class ShuffleWindows:
 
 
 def is_held_out(content: Content, share: float) -> bool:
-    """Whether a document is kept for validation, as a share of all is. Equal documents land on one side."""
+    """Whether a document is kept for validation, as a share of all is. Equal documents go to the same side."""
     if not share:
         return False
     return is_validation(

@@ -1,4 +1,4 @@
-"""From a config to the splits of a source: which shards there are, what they hold, and how they are read."""
+"""From a config to the splits of a source: its shards, their contents, and their reader."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from stoker.data.text import READS as TEXT_READS
 from stoker.data.text import files_of, known_args
 
 _WINDOWS_PER_STREAM = 16  # windows of each stream in an epoch, at least, as far as the smallest split allows
-_UNIT_BYTES = (4 << 10, 1 << 20)  # least and most that is chosen when data.split_bytes is not given
-_AT_ONCE = 32  # shards looked into at the same time
+_UNIT_BYTES = (4 << 10, 1 << 20)  # least and most when data.split_bytes is null
+_AT_ONCE = 32  # shards opened at the same time
 
 
 def open_text(config: DataConfig) -> Splits:
-    """`data=text`: the files below `data.path` or named by `data.urls`; what is in them as for indexed texts.
+    """`data=text`: the files below `data.path` or named by `data.urls`; with the formats of indexed texts.
 
     Raises ValueError when there are none, and when they are of several formats.
     """
@@ -80,14 +80,14 @@ def open_shards(
         )
     if _reader(kinds[0]) != "json":
         return open_tables(shards, kinds[0], limits, open_store(config), column, map, content)
-    whole_registry = [not can_be_cut(kind) for kind in kinds]
-    blocks = ByteBlocks(shards, bytes_of_split(config, shards), whole_registry)
+    whole = [not can_be_cut(kind) for kind in kinds]
+    blocks = ByteBlocks(shards, bytes_of_split(config, shards), whole)
     by_url = {shard.url: kind for shard, kind in zip(shards, kinds, strict=True)}
     return Lines(blocks, by_url, column, limits, map, content)
 
 
 def _reader(kind: Kind) -> str:
-    """What reads such a shard: those that mix with it in a source have the same."""
+    """The reader of such a shard: shards that mix in a source have the same."""
     if kind.format in JSON:
         return "json"
     compression = f" {kind.compression.name}" if kind.compression is not None and kind.format is not TEXT else ""
@@ -96,11 +96,11 @@ def _reader(kind: Kind) -> str:
 
 def streamed_only(config: DataConfig) -> NoReturn:
     """The `data.target` of sources that only data.mode=streaming reads. Raises ValueError."""
-    raise ValueError(f"data={config.name} is read as it is needed: say data.mode=streaming")
+    raise ValueError(f"data={config.name} can only be streamed: set data.mode=streaming")
 
 
 def bytes_of_split(config: DataConfig, shards: Sequence[Shard]) -> int:
-    """`data.split_bytes`, or what makes enough windows of these shards for all streams."""
+    """`data.split_bytes`, or a size that gives enough windows of these shards for all streams."""
     if config.split_bytes is not None:
         return config.split_bytes
     least, most = _UNIT_BYTES
@@ -118,12 +118,12 @@ def shards_of(config: DataConfig, pattern: str) -> tuple[list[Shard], list[str]]
 
 
 def patience_of(config: DataConfig) -> Patience:
-    """How long to try to read from servers."""
+    """The retries for reading from servers."""
     return Patience(retries=config.retries, stall_seconds=config.stall_seconds)
 
 
 def open_store(config: DataConfig) -> Store:
-    """What reads the shards of `config`."""
+    """The reader of the shards of `config`."""
     cache = None
     if config.block_cache is not None:
         cache = BlockCache(Path(config.block_cache).expanduser(), int(config.block_cache_gib * 2**30))

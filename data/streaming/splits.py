@@ -1,4 +1,4 @@
-"""Units: the smallest pieces of a source that are read at once, and what a reader of a format must offer."""
+"""Splits: the smallest pieces of a source that are read at once, and the protocol of a reader of a format."""
 
 from __future__ import annotations
 
@@ -23,31 +23,30 @@ class Splits(Protocol):
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        """What decides which documents there are and in which split each lies, as JSON values by name."""
+        """Everything that decides the documents and the split of each, as JSON values by name."""
         ...
 
     def __len__(self) -> int: ...
 
     def read(self, split: int, store: Store, report: Report) -> Iterator[tuple[int, Content]]:
-        """(number, document) of the documents of `split`, numbered from 0 in the order they lie.
+        """(number, document) of the documents of `split`, numbered from 0 in their order.
 
-        What damage makes unreadable is reported, by numbers of the same count, and left out. What lies between
-        documents and is none is reported as a Leftover.
+        Damaged documents are reported, with numbers of the same count, and left out. Parts between documents that
+        are none are reported as a Leftover.
         """
         ...
 
 
 class ByteBlocks:
-    """Blocks of `block` bytes of shards laid side by side: a shard of n bytes has ceil(n / block), at least one.
+    """Blocks of `block` bytes of consecutive shards: a shard of n bytes has ceil(n / block), at least one.
 
-    A shard that is `whole_registry`, and with `block` None every shard, is one block. Which blocks there are follows
-    from the sizes alone.
+    A shard that is `whole`, and with `block` None every shard, is one block. The blocks follow from the sizes alone.
     """
 
-    def __init__(self, shards: Sequence[Shard], block: int | None, whole_registry: Sequence[bool] = ()) -> None:
+    def __init__(self, shards: Sequence[Shard], block: int | None, whole: Sequence[bool] = ()) -> None:
         self.shards = shards
-        self.block = None if len(whole_registry) and all(whole_registry) else block  # bytes
-        self._uncut = tuple(whole_registry) or (self.block is None,) * len(shards)
+        self.block = None if len(whole) and all(whole) else block  # bytes
+        self._uncut = tuple(whole) or (self.block is None,) * len(shards)
         counts = [
             1 if whole or self.block is None else max(1, -(-shard.size // self.block))
             for shard, whole in zip(shards, self._uncut, strict=True)
@@ -71,7 +70,7 @@ class Losses:
     """Keeps the losses of a split, or, with `on_damage=error`, raises the first."""
 
     def __init__(self, skipping: bool, known: Sequence[tuple[int, int | None]] = ()) -> None:
-        """`known`: (first, count) of losses that a state recorded: these are no news, and stay lost."""
+        """`known`: (first, count) of losses that a state recorded: these are not reported again, and stay lost."""
         self._skipping, self._known = skipping, known
         self.new: list[Loss] = []
         self.leftovers = 0
@@ -86,7 +85,7 @@ class Losses:
             return
         if not self._skipping:
             raise loss.damage
-        log.warning("left out, as data.on_damage=skip says: %s", loss.damage)
+        log.warning("left out because of data.on_damage=skip: %s", loss.damage)
         self.new.append(loss)
 
     @property

@@ -1,7 +1,7 @@
 """Rows of streams: windows assigned, read and laid end to end, and rows cut out of them.
 
-`StreamRows` is what all ranks do in step: it turns a `Place` in the sequence of rows into the rows that follow and the
-place after them. A place is all the state there is. It never changes, so any number of them can be kept.
+`StreamRows` runs on all ranks in lockstep: it turns a `Place` in the sequence of rows into the rows that follow and the
+place after them. A place is the whole state. It is immutable, so any number of them can be kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stoker.data.streaming.assignment import (
     nothing_assigned,
 )
 from stoker.data.streaming.exchange import Exchange
-from stoker.data.streaming.mixing import NOBODY, Limits, StreamMixture
+from stoker.data.streaming.mixing import NO_SOURCE, Limits, StreamMixture
 from stoker.data.streaming.packed import NOTHING, Packed, Packing
 from stoker.data.streaming.readers import Key, WindowReaders
 from stoker.data.streaming.shuffle_windows import ShuffleWindows
@@ -45,7 +45,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides which row is which, besides the sources."""
+    """Settings that decide the rows, beside the sources."""
 
     streams: int
     period: int  # rows of each stream from assignment to assignment
@@ -54,7 +54,7 @@ class Shape:
 
 @dataclass
 class Counters:
-    """What reading took so far, over all ranks. It depends on where a run runs, so it is no part of a place."""
+    """Totals of reading so far, over all ranks. They depend on the machines, so they are no part of a place."""
 
     bytes: int = 0
     retries: int = 0
@@ -62,17 +62,17 @@ class Counters:
 
 @dataclass(frozen=True)
 class _Coming:
-    """What is known of the rows from row `first` of each stream on."""
+    """The plan of the rows from row `first` of each stream on."""
 
     first: int
     limits: Limits
     sources: np.ndarray  # int64 [rows, streams]
     numbers: np.ndarray  # int64 [rows, streams]: which row of its source each is
-    tails: dict[Key, tuple[int, Segment]]  # what this rank's streams need for those that are of a source's tail
+    tails: dict[Key, tuple[int, Segment]]  # of this rank's streams, for rows in a source's tail
 
 
 class StreamRows:
-    """The rows of the streams l with l mod dp = dp_rank, as tokens and what each of them is."""
+    """The rows of the streams l with l mod dp = dp_rank, as tokens and their kinds."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class StreamRows:
         )
 
     def forget(self) -> None:
-        """Drop what was read: the next place is another one."""
+        """Drop windows that were read: the next place is another one."""
         if self._readers is not None:
             self._readers.discard()
         self._held.clear()
@@ -124,7 +124,7 @@ class StreamRows:
     def read(self, place: Place, rows: int, out: np.ndarray) -> Place | None:
         """Write the `rows` rows of each stream that follow `place`, and return the place after them.
 
-        `out` is int32 `[2, rows * streams / dp, seq_len + 1]`: tokens, and what each is (CONTINUES, BEGINS or NOTHING).
+        `out` is int32 `[2, rows * streams / dp, seq_len + 1]`: tokens and their kinds (CONTINUES, BEGINS or NOTHING).
         None when there are no more rows. Raises Damaged, ValueError or RuntimeError for data that cannot be read.
         """
         out[0], out[1] = 0, NOTHING
@@ -141,7 +141,7 @@ class StreamRows:
             if self._exchange.reads:
                 self._hold(place, coming)
                 for slot, stream in enumerate(self._mine):
-                    if of[stream] != NOBODY:
+                    if of[stream] != NO_SOURCE:
                         self._write(place, int(of[stream]), int(numbers[stream]), stream, out[:, number * here + slot])
             done = tuple(taken + (of == source) for source, taken in enumerate(place.done))
             place = replace(place, rows=place.rows + 1, done=done)
@@ -152,7 +152,7 @@ class StreamRows:
         return end is not None and place.rows * self._shape.streams >= end
 
     def _coming(self, place: Place) -> _Coming:
-        """The rows after `place`, two periods of them when they are looked up anew, and less after some were read."""
+        """The rows after `place`, two periods of them after a new lookup, and fewer after some were read."""
         seen, shape = self._seen, self._shape
         if seen is not None and seen.limits == place.limits and 0 <= place.rows - seen.first < shape.period:
             return seen
@@ -202,10 +202,10 @@ class StreamRows:
             limits, place = place.limits, replace(place, assignments=tuple(assignments))
             if place.limits == limits:
                 return place
-            # A source will end: others take its place, and may need more windows now.
+            # A source will end: others replace it, and may need more windows now.
 
     def _refuse_many_skips(self, number: int, assigned: Assignment) -> None:
-        """The state holds them all, and so much damage is no accident any more. Raised on all ranks alike."""
+        """Limit the number of skips, all of which are in the state. Raises on all ranks."""
         skips = assigned.counted.skips
         if len(skips) > self._skip_limit:
             source, last = self._sources[number], skips[-1]
@@ -215,7 +215,7 @@ class StreamRows:
             )
 
     def _count(self, number: int, pairs: Sequence[tuple[int, int]]) -> Mapping[int, Count]:
-        """Read the windows of this rank's streams, and tell and hear what they hold."""
+        """Read the windows of this rank's streams, and exchange their counts with the other ranks."""
         mine = [(number, window) for stream, window in pairs if stream in self._mine]
         message: list[int] = []
         if self._readers is not None:
@@ -248,7 +248,7 @@ class StreamRows:
         return counts
 
     def _hold(self, place: Place, coming: _Coming) -> None:
-        """Have every window that this rank's streams still need asked for, and no other in memory."""
+        """Request every window that this rank's streams still need, and drop all others from memory."""
         needed: dict[Key, tuple[int, Segment]] = {}
         for number, (terms, assigned, done) in enumerate(zip(self._terms, place.assignments, place.done, strict=True)):
             if assigned.tail is not None:
@@ -285,7 +285,7 @@ class StreamRows:
         return self._held[key]
 
     def _write(self, place: Place, source: int, number: int, stream: int, out: np.ndarray) -> None:
-        """Row `number` of a source, the next that it gives `stream`: int32 `[2, seq_len + 1]`, empty where it ends."""
+        """Row `number` of a source, the next one for `stream`: int32 `[2, seq_len + 1]`, empty where it ends."""
         assigned, need, written = place.assignments[source], self._terms[source].need, 0
         if assigned.tail is None:
             queue, at = stream, int(place.done[source][stream]) * need
@@ -302,7 +302,7 @@ class StreamRows:
             at += taken
             if written == out.shape[1]:
                 return
-        assert assigned.tail is not None, "a stream ran dry before its next assignment"
+        assert assigned.tail is not None, "a stream was exhausted before its next assignment"
 
     def _check(self, number: int, assigned: Assignment, segment: Segment, window: Packed) -> None:
         held = window.amount

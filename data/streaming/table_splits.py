@@ -28,7 +28,7 @@ _AT_ONCE = 32  # footers read at the same time
 class Tables:
     """Splits over the pieces of tables (`stoker.data.table_files`).
 
-    A document is a row's `column`, or what the user's function `map` makes of the row.
+    A document is a row's `column`, or the result of the user's function `map` for the row.
     """
 
     kind: Kind
@@ -36,7 +36,7 @@ class Tables:
     firsts: np.ndarray  # int64 [shards + 1]: the number of the first split of each shard
     column: str
     map: str | None
-    streams: Mapping[str, Batches]  # by URL: where the batches of arrow streams lie
+    streams: Mapping[str, Batches]  # by URL: positions of the batches of arrow streams
     limits: Limits
     content: str | None
 
@@ -80,7 +80,7 @@ def open_tables(
 def documents_of_rows(
     rows: Iterator[Mapping[str, Any]], column: str, map: str | None, url: str, piece: int, report: Report
 ) -> Iterator[tuple[int, Content]]:
-    """The documents of `rows`: the value at `column`, or what the function named by `map` makes of each."""
+    """The documents of `rows`: the value at `column`, or the result of the function named by `map`."""
     function: Callable[[Mapping[str, Any]], Any] | None = None if map is None else import_target(map)
     for number, row in enumerate(rows):
         where = (url, None, f"row {number} of piece {piece}")

@@ -1,6 +1,6 @@
-"""`data=hf`: shards of parquet, arrow, JSON or separated values, and whatever `datasets` can stream.
+"""`data=hf`: shards of parquet, arrow, JSON or separated values, and data sets that `datasets` can stream.
 
-A name of the hub goes through `datasets`, whose `reshard()` cuts a dataset into the pieces that its format has.
+A name of the hub goes through `datasets`, whose `reshard()` splits a dataset into the pieces of its format.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from stoker.data.text import known_args
 class Streamed:
     """Splits over a `datasets.IterableDataset`, cut into as many pieces as its format has.
 
-    It cannot be asked for bytes, so what is read through it is not counted, and damage is known by piece only.
+    It gives no access to bytes, so bytes read through it are not counted, and damage is located by piece only.
     """
 
     dataset: Any
@@ -50,17 +50,17 @@ class Streamed:
         def rows() -> Iterator[Mapping[str, Any]]:
             try:
                 yield from self.dataset.shard(num_shards=len(self), index=split)
-            except Exception as error:  # readers of formats have errors of their own
+            except Exception as error:  # readers of formats raise different errors
                 raise Damaged(f"{type(error).__name__}: {error}", f"{self.name}, piece {split}") from error
 
         yield from documents_of_rows(rows(), self.column, self.map, self.name, split, report)
 
 
 def open_hf(config: DataConfig) -> Splits:
-    """`data=hf`: the shards of `data.urls` or below `data.path`, or with `data.args.dataset` whatever
+    """`data=hf`: the shards of `data.urls` or below `data.path`, or with `data.args.dataset` the data set that
     `datasets.load_dataset` streams by that name.
 
-    Raises ValueError when there are none, when they are of several formats, and for a column that is not there.
+    Raises ValueError when there are none, when they are of several formats, and for a column that does not exist.
     """
     defaults: dict[str, Any] = {"pattern": "*", "column": "text", "map": None, "format": "auto"}
     hub: dict[str, Any] = {"dataset": None, "subset": None, "split": "train", "revision": None}
@@ -86,7 +86,7 @@ def _streamed(config: DataConfig, args: Mapping[str, Any]) -> Splits:
 
 
 def _content_of_files(data_files: Mapping[str, Any], split: str, config: DataConfig) -> str | None:
-    """What is in the files of a dataset: samples of them here, and of the hub's their commit or ETag."""
+    """The contents of a dataset's files: samples of local ones, commit or ETag of the hub's."""
     chosen = [data_files[split]] if split in data_files else list(data_files.values())
     names = [str(name) for files in chosen for name in files]
     if not names:

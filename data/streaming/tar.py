@@ -1,6 +1,6 @@
 """Tar archives of samples: headers read by Python's tarfile, members grouped into samples by webdataset.
 
-Both stop without an error where an archive is cut short or garbled, and webdataset passes over what is no sample. Here
+Both stop without an error where an archive is cut short or garbled, and webdataset skips members of no sample. Here
 every byte of an archive is accounted for: each member belongs to a sample or is `Left`, an archive ends with its end
 marker, and nothing but zeros follows it.
 """
@@ -47,7 +47,7 @@ class Broken(Exception):
 
 
 class Compressed(ValueError):
-    """Not an archive, but a compressed file. `command` writes what is in it to its output."""
+    """Not an archive, but a compressed file. `command` writes its contents to its output."""
 
     def __init__(self, command: str) -> None:
         super().__init__(f"it is compressed: {command} unpacks it")
@@ -61,7 +61,7 @@ class Left:
     byte: int  # where its headers begin
     name: str
     reason: str
-    extension: str | None  # of the sample that its name puts it in; None: of no sample
+    extension: str | None  # of the sample that its name assigns it to; None: of no sample
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Sample:
-    """Where a sample lies: bytes `begin` to `end`, and a CRC-32 over the CRC-32 of each member with its headers."""
+    """Position of a sample: bytes `begin` to `end`, and a CRC-32 over the CRC-32 of each member with its headers."""
 
     key: str
     begin: int
@@ -97,10 +97,10 @@ class Found:
 
 @dataclass
 class Reader:
-    """Reads an archive through, from a byte at which a header stands.
+    """Reads an archive through, from a byte at which a header begins.
 
-    `end`: where to stop, for a part of an archive; None: at the archive's own end. `keep`: whether members come with
-    their contents. `left` is called with each member that is in no sample; directories are none that could be.
+    `end`: where to stop, for a part of an archive; None: at the archive's end. `keep`: whether members have their
+    contents. `left` is called with each member that is in no sample, except directories.
     """
 
     file: Bytes
@@ -111,7 +111,7 @@ class Reader:
 
     def __post_init__(self) -> None:
         self._source = _Source(self.file, self.byte)
-        # What TarInfo.fromtarfile reads from and writes to. A TarFile itself would read ahead, and stop at garbage.
+        # For TarInfo.fromtarfile to read from and write to. A TarFile would read ahead, and stop at garbage.
         self._archive = _Archive(self._source)
         self._globals: dict[str, str] = {}
 
@@ -164,8 +164,8 @@ class Reader:
         return info
 
     def _refuse_globals(self, at: int) -> None:
-        """Refuse a global header that changes what the members after it are: a part of the archive read by itself would
-        not know."""
+        """Refuse a global header that changes the members after it: a part of the archive that is read separately would
+        miss it."""
         known, now = self._globals, self._archive.pax_headers
         changed = {key for key, value in now.items() if known.get(key) != value}
         if wrong := {key for key in changed if key in _MEMBER_FIELDS or key.startswith("GNU.sparse.")}:
@@ -184,14 +184,14 @@ class Reader:
         return b"".join(pieces)
 
     def _refuse_more(self) -> None:
-        """An archive may be filled up with zeros. A second one behind it is what tarfile and webdataset never see."""
+        """Check the rest, which may be zeros only: tarfile and webdataset would ignore a second archive there."""
         source = self._source
         while piece := source.take(_PIECE):
             zeros = len(piece) - len(piece.lstrip(b"\0"))
             if zeros == len(piece):
                 continue
             where = source.at - len(piece) + zeros
-            what = "bytes behind the end marker, which readers of tar pass over"
+            what = "bytes after the end marker, which readers of tar ignore"
             raise Broken(where, f"{what}: join archives by tar --concatenate, not by cat", whole=True)
 
 
@@ -207,13 +207,13 @@ def samples(reader: Reader, url: str = "") -> Iterator[Found]:
             for member in reader.members():
                 last = member
                 yield {"fname": member.name, "data": member, "__url__": url}
-        except Broken as error:  # told after the sample that is being made
+        except Broken as error:  # raised after the present sample
             broken = error
 
     def refused(error: Exception) -> bool:
         assert last is not None
         seconds.append(last)
-        return True  # go on
+        return True  # continue
 
     for group in group_by_keys(files(), handler=refused):
         yield _found(group, seconds)
@@ -243,7 +243,7 @@ def _found(group: dict[str, Any], seconds: list[Member]) -> Found:
 def _why_left(info: tarfile.TarInfo) -> str | None:
     """Why a member is in no sample; None if it is in one."""
     if info.issym() or info.islnk():
-        return f"a {'symbolic' if info.issym() else 'hard'} link to {info.linkname}, where its content lies"
+        return f"a {'symbolic' if info.issym() else 'hard'} link to {info.linkname}, which has its content"
     if not info.isreg():
         return f"no regular file: its type is {info.type!r}"
     if _METADATA.match(info.name):
@@ -262,7 +262,7 @@ def _extension(name: str) -> str | None:
 
 
 class _Source:
-    """The bytes of an archive, one after the other: where the next one lies, and a CRC-32 of those since it was set."""
+    """The bytes of an archive in order, with the position of the next one, and a CRC-32 since its last reset."""
 
     def __init__(self, file: Bytes, at: int) -> None:
         self._file, self.at, self.check = file, at, 0
@@ -295,7 +295,7 @@ class _Source:
 
 @dataclass
 class _Archive:
-    """What TarInfo.fromtarfile takes for a TarFile."""
+    """A stand-in for TarFile, for TarInfo.fromtarfile."""
 
     fileobj: _Source
     offset: int = 0  # set by it: where the next header begins

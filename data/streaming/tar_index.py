@@ -1,4 +1,4 @@
-"""The index of a tar archive: where its samples lie, what is in none, and where the archive is damaged."""
+"""The index of a tar archive: positions of its samples, members in no sample, and the position of damage."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from stoker.conf.records import parse_json
 from stoker.data.streaming.tar import Broken, Bytes, Left, Reader, Sample, samples
 
 _FORMAT = 2
@@ -15,7 +16,7 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class Index:
-    """The samples of an archive, the members that are in none, and from which byte on it is damaged, if it is."""
+    """The samples of an archive, the members in no sample, and the byte from which on it is damaged, if any."""
 
     samples: tuple[Sample, ...]
     left: tuple[Left, ...] = ()
@@ -35,7 +36,7 @@ class Index:
         return cls(found, left, None if values["broken"] is None else (values["broken"][0], values["broken"][1]))
 
     def fits(self, size: int) -> bool:
-        """Whether the samples lie one after the other in an archive of `size` bytes."""
+        """Whether the samples are one after the other in an archive of `size` bytes."""
         ends = [0, *(byte for sample in self.samples for byte in (sample.begin, sample.end)), size]
         places = [0, *(left.byte for left in self.left), size]
         broken = size if self.broken is None else self.broken[0]
@@ -67,9 +68,9 @@ def dump(index: Index, size: int) -> bytes:
 
 
 def load(data: bytes, size: int) -> Index | None:
-    """The inverse of `dump`; None for what is no index of an archive of `size` bytes."""
+    """The inverse of `dump`; None for anything but an index of an archive of `size` bytes."""
     try:
-        values = json.loads(data)
+        values = parse_json(data)
         if values["format"] != _FORMAT or values["size"] != size:
             return None
         index = Index.from_json(values)

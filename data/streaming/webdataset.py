@@ -1,10 +1,10 @@
-"""`data=webdataset`: splits of tar shards, in blocks of bytes: a sample belongs to the block that it begins in.
+"""`data=webdataset`: splits of tar shards, in blocks of bytes: a sample belongs to the block in which it begins.
 
-What a sample is, and what is in it, webdataset decides (tar.py, members.py). Where it lies is ours to know.
+webdataset defines samples and their contents (tar.py, members.py); their positions are computed here.
 
-Where the samples of a shard begin is known from an index, which is built when the shard is first read (by reading all
-of it) and kept: beside the shard as NAME.index, if it was made there, else below `data.cache`. Which samples belong to
-which split follows from their places alone, so whether there was an index changes nothing but the bytes read.
+The positions of a shard's samples come from an index, which is built when the shard is first read (by reading all of
+it) and kept: beside the shard as NAME.index, if it was made there, else below `data.cache`. The split of a sample
+follows from its position alone, so an existing index changes only the number of bytes read.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _CHUNK = 4 << 20  # bytes of one request while a shard is read through
 
 @dataclass(frozen=True)
 class TarShards:
-    """Units over tar shards. A document is the member `member` of a sample, or what the function `map` makes of one."""
+    """Splits over tar shards. A document is the member `member` of a sample, or the result of the function `map`."""
 
     blocks: ByteBlocks
     member: str
@@ -84,7 +84,7 @@ class TarShards:
                     sample = found.sample
                     if sample != expected:
                         which = "its checksum differs from" if sample.key == expected.key else "it is not the one of"
-                        raise Broken(sample.begin, f"{which} {kept}: remove that if the shard is meant to be new")
+                        raise Broken(sample.begin, f"{which} {kept}: remove that if the shard was replaced on purpose")
                     yield from self._document(shard, found, number, report)
                     number += 1
             except (Broken, ValueError) as error:
@@ -98,7 +98,7 @@ class TarShards:
             report(Loss(Damaged(reason, shard.url, byte, _after(index)), number, None))
 
     def _read_through(self, shard: Shard, store: Store, report: Report) -> Iterator[tuple[int, Content]]:
-        """A shard that comes through a pipe."""
+        """A shard that is read through a pipe."""
         number, first, last = 0, None, None
         with store.stream(shard) as stream:
             reader = Reader(stream, left=lambda left: self._report_left(shard, left, report))
@@ -116,7 +116,7 @@ class TarShards:
                     number += 1
                 near = last.sample.key if last else None
                 raise Damaged(error.reason, shard.url, error.byte, near) from error
-            while stream.read(_CHUNK):  # to the end of the command, which may fail yet
+            while stream.read(_CHUNK):  # to the end of the command, which may still fail
                 pass
         if last is not None:
             yield from self._document(shard, last, number, report)
@@ -147,7 +147,7 @@ class TarShards:
             yield number, content
 
     def _index(self, shard: Shard, store: Store) -> tuple[Index, Path]:
-        """The index of a shard, and where it is kept."""
+        """The index of a shard, and its file."""
         version = shard.version
         if scheme(shard.url) == "file":
             beside = Path(f"{local_path(shard.url)}.index")
@@ -163,7 +163,7 @@ class TarShards:
             local = scheme(shard.url) == "file"
             unpacked = f"{error.command} {shlex.quote(local_path(shard.url))}" if local else f"... | {error.command}"
             raise ValueError(
-                f"{shard.url}: {error}. No part of it can be read by itself: unpack it, or have it read as a whole "
+                f"{shard.url}: {error}. Parts of it cannot be read separately: unpack it, or read it as a whole "
                 f"with data.urls=pipe:{unpacked}"
             ) from error
         if index.left:
@@ -236,7 +236,7 @@ def _loaded(path: Path, size: int, changed: int) -> Index | None:
 
 
 def _changed(path: str) -> int:
-    """When a file was written, as its file system has it; 0 for one that is gone, which reading it tells."""
+    """When a file was written, as its file system has it; 0 for a missing one, which reading will report."""
     try:
         return os.stat(path).st_mtime_ns
     except OSError:

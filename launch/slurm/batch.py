@@ -1,4 +1,4 @@
-"""`python -P -m stoker.launch.slurm.batch KEY=VALUE ...`: a Slurm job's own process, on its first node."""
+"""`python -P -m stoker.launch.slurm.batch KEY=VALUE ...`: a Slurm job's process on its first node."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from pathlib import Path
 
 from stoker.checkpoint import newest_step
 from stoker.conf.durable import open_own
-from stoker.conf.rundir import RunDirectory, run_directory
+from stoker.conf.records import parse_json, record_of
+from stoker.conf.rundir import RunDirectory, make_run_directory, run_directory
 from stoker.conf.schema import Config, to_dict
 from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
@@ -24,13 +25,14 @@ from stoker.launch.slurm.verdict import Move, Situation, Verdict, judge
 from stoker.launch.train import say
 from stoker.trainer.main import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import Ending, Outcome, read_beginning, read_ending
-from stoker.trainer.runtime.process import RESTARTS_VARIABLE
+from stoker.trainer.runtime.process import LAUNCH_VARIABLE, RESTARTS_VARIABLE
 from stoker.trainer.runtime.requests import DEADLINE_VARIABLE
 from stoker.trainer.runtime.shutdown_estimate import GRACE_VARIABLE
 from stoker.trainer.settle import settle_config
 from stoker.trainer.trust import TRAINING
 
-MEETING_VARIABLE = "STOKER_MEETING"  # host:port of the store at which the nodes meet
+MEETING_VARIABLE = "STOKER_MEETING"  # host:address:port of the gate at which the nodes meet
+KEY_VARIABLE = "STOKER_MEETING_KEY"  # what the gate wants to be shown: 64 hexadecimal digits
 LINK_VARIABLE = "STOKER_LINK"  # which job of how many of a chain this is: 2/5
 SUBMITTED = "submit"  # a note's move, beside those of `verdict.Move`
 RANKS_DEFAULT = 2  # on a node without GPUs
@@ -38,7 +40,7 @@ RANKS_DEFAULT = 2  # on a node without GPUs
 
 @dataclass(frozen=True)
 class Job:
-    """What Slurm says in the environment of a batch script."""
+    """Slurm's environment variables of a batch script."""
 
     number: str
     name: str
@@ -74,7 +76,7 @@ def job_from(environment: Mapping[str, str]) -> Job:
 
 
 def settings_of(job: Job, settings: Sequence[str]) -> list[str]:
-    """The settings of this job's run, with a run directory that every start finds; each array task has its own."""
+    """The settings of this job's run, with a run directory that every start finds; one for each array task."""
     chosen = [setting.replace("{task}", job.task or "0") for setting in settings]
     place = next((at for at, setting in enumerate(settings) if setting.startswith("run.dir=")), None)
     if place is None:
@@ -86,7 +88,7 @@ def settings_of(job: Job, settings: Sequence[str]) -> list[str]:
 
 
 def stalled_attempts(run: RunDirectory, job: str) -> int:
-    """How many of the newest attempts, in a row and of this job, have not come to a checkpoint newer than they had."""
+    """How many of the newest attempts, in a row and of this job, have not reached a checkpoint newer than they had."""
     step = newest_step(run.checkpoints)
     count = 0
     for number in reversed(run.attempt_numbers()):
@@ -115,6 +117,7 @@ class Batch:
             say(f"nothing to do for link {self.job.link} of {self.job.links}: {finished}")
             return 0
         environment = {**os.environ, **self._facts(), CONFIG_VARIABLE: json.dumps(to_dict(self.config))}
+        environment[LAUNCH_VARIABLE] = f"slurm-{self.job.number}"  # also when it comes back from the queue
         for round_ in range(1_000_000):
             environment[RESTARTS_VARIABLE] = str(round_)
             known = self.run.attempt_numbers()
@@ -132,16 +135,21 @@ class Batch:
         return verdict.status
 
     def _start_ranks(self, environment: dict[str, str]) -> None:
-        from torch.distributed import TCPStore
+        from stoker.launch.gate import Gate, address_of, new_key
+        from stoker.parallel.loopback import LOOPBACK, loopback_store
 
-        # A store of its own for every round: nothing that the ranks before have left in it can mislead these.
-        store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
-        environment[MEETING_VARIABLE] = f"{socket.gethostname()}:{store.port}"
-        if self._asked is None:  # else the allocation ends before ranks would have begun
+        # A new store for every round: keys of earlier ranks cannot mislead these.
+        store, key, host = loopback_store(), new_key(), socket.gethostname()
+        address = address_of(host) if self.job.nodes > 1 else LOOPBACK
+        gate = Gate(address, store.port, bytes.fromhex(key))
+        environment[MEETING_VARIABLE] = f"{host}:{address}:{gate.port}"
+        environment[KEY_VARIABLE] = key
+        if self._asked is None:  # else the allocation ends before ranks could start
             self._ranks = subprocess.Popen(self._srun(), env=environment)
             if self._asked is not None:
                 self._ranks.send_signal(signal.SIGUSR1)
             self._ranks.wait()
+        gate.close()
         del store
 
     def _srun(self) -> list[str]:
@@ -153,13 +161,13 @@ class Batch:
         return [*words, *self.config.launch.srun_args, sys.executable, "-P", "-m", "stoker.launch.slurm.node"]
 
     def _pass_on(self, number: int, _frame: object) -> None:
-        """The allocation ends soon. Slurm may have told the ranks too; twice does no harm."""
+        """The allocation ends soon. Slurm may have signalled the ranks too; a second signal has no effect."""
         self._asked = number
         if self._ranks is not None and self._ranks.poll() is None:
             self._ranks.send_signal(signal.SIGUSR1)
 
     def _facts(self) -> dict[str, str]:
-        """What the ranks should know of the time they have."""
+        """The time limits for the ranks' environment."""
         end, grace = self.job.end_time, float(self.config.launch.grace_seconds)
         with suppress(ValueError):  # no scontrol here, as in a container
             end = end or commands.time_of(commands.facts_of_job(self.job.number).get("EndTime", ""))
@@ -195,7 +203,7 @@ class Batch:
         numbers = self.run.attempt_numbers()
         if self.job.link == 1 or not numbers:
             return None
-        with suppress(ValueError):  # forgotten, or nobody to ask
+        with suppress(ValueError):  # forgotten by the controller, or no scontrol here
             moves = [note for note in read_notes(self.run) if note["move"] != SUBMITTED]
             if any(commands.facts_of_job(note["job"])["JobState"] == "CANCELLED" for note in moves[-1:]):
                 return "the job before was cancelled"
@@ -210,6 +218,14 @@ def notes_file(run: RunDirectory) -> Path:
     return run.slurm / "jobs.jsonl"
 
 
+@dataclass(frozen=True)
+class _Note:
+    time: float  # seconds since the epoch
+    job: str
+    move: str
+    why: str
+
+
 def write_note(run: RunDirectory, job: str, move: str, why: str) -> None:
     note = {"time": time.time(), "job": job, "move": move, "why": why}
     with open(open_own(notes_file(run), os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as file:
@@ -217,9 +233,14 @@ def write_note(run: RunDirectory, job: str, move: str, why: str) -> None:
 
 
 def read_notes(run: RunDirectory) -> list[dict]:
+    """The notes, oldest first. A line that is none, such as one torn by a kill, is left out."""
     if not notes_file(run).exists():
         return []
-    return [json.loads(line) for line in notes_file(run).read_text(encoding="utf-8").splitlines()]
+    found = []
+    for line in notes_file(run).read_bytes().splitlines():
+        with suppress(ValueError):
+            found.append(vars(record_of(parse_json(line), _Note)))
+    return found
 
 
 def main(settings: Sequence[str]) -> int:
@@ -242,8 +263,8 @@ def main(settings: Sequence[str]) -> int:
         config.launch.name = "slurm"
         config.launch.nproc = config.launch.nproc or job.gpus or RANKS_DEFAULT
         run = run_directory(config)
-        run.slurm.mkdir(parents=True, exist_ok=True)
-        run.attempts.mkdir(exist_ok=True)
+        make_run_directory(run, config.run.public)
+        run.slurm.mkdir(exist_ok=True)
         say(f"job {job.number}, start {job.restarts + 1}, {job.nodes} nodes, run directory {run.path}")
         for change in changes:
             say(f"changed since the last start: {change}")

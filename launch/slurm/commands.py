@@ -1,4 +1,4 @@
-"""Slurm's commands and what they answer. Every error is a ValueError of one line."""
+"""Slurm's commands and their output. Every error is a ValueError of one line."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _SECONDS = 60.0  # for a controller to answer
 def call(*words: str) -> str:
     """What a command prints. Raises ValueError when it is not installed, does not answer or refuses."""
     if shutil.which(words[0]) is None:
-        raise ValueError(f"{words[0]} is not found: this is no machine of a Slurm cluster, or PATH leaves it out")
+        raise ValueError(f"{words[0]} is not found: this is no machine of a Slurm cluster, or PATH lacks its folder")
     try:
         ended = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
         raise ValueError(f"{words[0]} has not answered within {_SECONDS:.0f} s: is slurmctld up?") from None
     if ended.returncode != 0:
         lines = (ended.stderr or ended.stdout).strip().splitlines()
-        said = re.sub(r"^\w+: (error: )?", "", lines[-1]) if lines else f"status {ended.returncode}"
+        answer = re.sub(r"^\w+: (error: )?", "", lines[-1]) if lines else f"status {ended.returncode}"
         raise ValueError(
-            f"{words[0]} refuses: {said}" + (f" (partitions: {partitions()})" if "artition" in said else "")
+            f"{words[0]} refuses: {answer}" + (f" (partitions: {partitions()})" if "artition" in answer else "")
         )
     return ended.stdout
 
 
 def partitions() -> str:
-    """The names of the cluster's partitions, or a word for that they cannot be had."""
+    """The names of the cluster's partitions, or `unknown`."""
     if shutil.which("sinfo") is None:
         return "unknown"
     ended = subprocess.run(["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, timeout=_SECONDS)
@@ -42,7 +42,7 @@ def submit(script: Path, *options: str) -> str:
 
 
 def facts_of_job(job: str) -> dict[str, str]:
-    """What the controller knows of a job: JobState, EndTime, ... Raises ValueError where it cannot be asked."""
+    """The controller's facts of a job: JobState, EndTime, ... Raises ValueError where it does not answer."""
     return _facts(call("scontrol", "show", "job", "-o", job).splitlines()[0])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import signal
@@ -10,39 +9,40 @@ import socket
 import sys
 
 from stoker.conf.schema import from_dict
+from stoker.parallel.loopback import is_loopback
 
 
 def main() -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is a rank to pass it on to
     from stoker.launch.local import Meeting, launch
-    from stoker.launch.slurm.batch import MEETING_VARIABLE
+    from stoker.launch.slurm.batch import KEY_VARIABLE, MEETING_VARIABLE
     from stoker.launch.train import say
     from stoker.trainer.main import CONFIG_VARIABLE
 
-    if MEETING_VARIABLE not in os.environ:
-        say("this is started by a job's own process: see launch/slurm/train.sbatch")
+    if MEETING_VARIABLE not in os.environ or KEY_VARIABLE not in os.environ:
+        say("only a job's process starts this: see launch/slurm/train.sbatch")
         return 2
     config = from_dict(json.loads(os.environ[CONFIG_VARIABLE]))
-    host, _, port = os.environ[MEETING_VARIABLE].rpartition(":")
+    host, _, gate = os.environ[MEETING_VARIABLE].partition(":")
+    address, _, port = gate.rpartition(":")
     node, nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_STEP_NUM_NODES"])
-    problem = unreachable(host) if node else None
+    problem = unreachable(host, address)
     if problem is not None:
         say(problem)
         return 1
-    return launch(config, config.launch.nproc, say, meeting=Meeting(host, int(port), node, nodes))
+    meeting = Meeting(address, int(port), node, nodes, bytes.fromhex(os.environ[KEY_VARIABLE]))
+    return launch(config, config.launch.nproc, say, meeting=meeting)
 
 
-def unreachable(host: str) -> str | None:
-    """Why this machine cannot reach the job's first node `host`, if that is plain from its name."""
+def unreachable(host: str, address: str) -> str | None:
+    """Why this machine cannot reach the job's first node `host` at `address`, if that is plain from the address."""
     here = socket.gethostname()
-    try:
-        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
-    except OSError as error:
-        return f"{here} does not know the address of {host}, the job's first node: {error.strerror}"
-    if host != here and all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses):
-        seen = ", ".join(sorted(addresses))
-        return f"on {here} the job's first node {host} is {seen}, which is {here} itself: mend /etc/hosts there"
-    return None
+    if host == here or not is_loopback(address):
+        return None
+    return (
+        f"the job's first node {host} knows no address of its own but {address}, which on {here} is {here} itself: "
+        f"correct /etc/hosts on {host}"
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from stoker.conf.durable import write_whole
 from stoker.conf.identity import identify
 from stoker.conf.overrides import parse
-from stoker.conf.rundir import RunDirectory, run_directory
+from stoker.conf.rundir import RunDirectory, make_run_directory, run_directory
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
@@ -33,7 +33,7 @@ def submit(overrides: Sequence[str], dry_run: bool) -> int:
     words = [word.replace("{task}", first) for word in overrides]
     config, changes = settle_config(words, _where, tell=say, uses=(*TRAINING, SLURM))
     if config.launch.name != "slurm":
-        raise ConfigError(f"launch={config.launch.name}: say launch=slurm, and launch.nodes, launch.time, ...")
+        raise ConfigError(f"launch={config.launch.name}: set launch=slurm, and launch.nodes, launch.time, ...")
     for change in changes:
         say(f"changed since the last start: {change}")
     run = run_directory(config)
@@ -50,15 +50,15 @@ def submit(overrides: Sequence[str], dry_run: bool) -> int:
         print(text, end="")
         return 0
     if config.run.fresh and not tasks and (aside := begin_anew(run)) is not None:
-        say(f"what an earlier run has left is in {aside}")
-    run.slurm.mkdir(parents=True, exist_ok=True)
-    run.attempts.mkdir(exist_ok=True)
+        say(f"files of the earlier run were moved to {aside}")
+    make_run_directory(run, config.run.public)
+    run.slurm.mkdir(exist_ok=True)
     write_whole(run.script, text.encode())
     owner = identify(run).run
     remember(owner, config)
     remember_script(owner, text)
     jobs = submit_script(run, config.launch.chain)
-    say(f"submitted {run.script} as job {', then '.join(jobs)}; what it says will be in {run.slurm}")
+    say(f"submitted {run.script} as job {', then '.join(jobs)}; its output will be in {run.slurm}")
     return 0
 
 
@@ -74,7 +74,7 @@ def submit_script(run: RunDirectory, chain: int) -> list[str]:
 
 
 def script(config: Config, run: RunDirectory, settings: Sequence[str]) -> str:
-    """The batch script of a run, for people and for sbatch."""
+    """The batch script of a run, for users and for sbatch."""
     launch = config.launch
     ranks = launch.nproc or launch.gpus or RANKS_DEFAULT
     log = run.slurm / ("%A_%a.log" if launch.array else "%j.log")

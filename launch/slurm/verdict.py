@@ -17,16 +17,16 @@ class Move(enum.Enum):
 
 @dataclass(frozen=True)
 class Situation:
-    """What is known when the ranks have ended."""
+    """The facts when the ranks have ended."""
 
     ending: Ending | None  # of their attempt; None: they could not write one
-    asked: bool  # the scheduler has told this process that the allocation ends
-    job_state: str | None  # as the controller sees the job; None: it cannot be asked
+    asked: bool  # the scheduler has signalled that the allocation ends
+    job_state: str | None  # from the controller; None: it does not answer
     stalled: int  # attempts of this job in a row without a new checkpoint
     limit: int  # how many of them may be followed by another
     may_requeue: bool
     links_left: int  # jobs of the chain that wait for this one
-    superseded: bool = False  # somebody else has started the run meanwhile
+    superseded: bool = False  # another start of the run has begun meanwhile
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Verdict:
 
 
 def judge(now: Situation) -> Verdict:
-    """What comes next, and why."""
+    """What follows, and why."""
     ending = now.ending
     if ending is not None and ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED):
         return Verdict(Move.END, ending.message, 0)
@@ -45,18 +45,18 @@ def judge(now: Situation) -> Verdict:
         return Verdict(Move.END, "another start of this run has begun meanwhile", 1)
     preempted = now.asked or (ending is not None and ending.outcome is Outcome.PREEMPTED)
     if ending is not None and not preempted and not ending.retry:
-        return Verdict(Move.END, f"a new attempt would fail alike: {ending.message}", 1)
+        return Verdict(Move.END, f"a new attempt would fail in the same way: {ending.message}", 1)
     if now.job_state is not None and now.job_state != "RUNNING":
         return Verdict(Move.END, f"the job is {now.job_state}: not coming back", 1)
     if now.stalled > now.limit:
-        why = f"{now.stalled} attempts in a row have not come to a new checkpoint (launch.max_restarts={now.limit})"
+        why = f"{now.stalled} attempts in a row have not reached a new checkpoint (launch.max_restarts={now.limit})"
         return Verdict(Move.END, why, 1)
     if not preempted:
-        return Verdict(Move.RESTART, ending.message if ending is not None else "ranks ended without a word", 1)
+        return Verdict(Move.RESTART, ending.message if ending is not None else "ranks left no exit record", 1)
     if now.links_left:
         return Verdict(Move.NEXT, f"{now.links_left} more of the chain", GOES_ON)
     if not now.may_requeue:
         return Verdict(Move.END, "launch.requeue=false", GOES_ON)
     if now.job_state is None:
-        return Verdict(Move.END, "scontrol cannot be asked, so the job cannot be requeued from here", GOES_ON)
-    return Verdict(Move.REQUEUE, ending.message if ending is not None else "asked before ranks had begun", GOES_ON)
+        return Verdict(Move.END, "scontrol does not answer, so the job cannot be requeued from here", GOES_ON)
+    return Verdict(Move.REQUEUE, ending.message if ending is not None else "requested before ranks had begun", GOES_ON)

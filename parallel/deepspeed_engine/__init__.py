@@ -1,20 +1,21 @@
-"""DeepSpeed's ZeRO as a store of weights (`parallel.engine=deepspeed`).
+"""DeepSpeed's ZeRO as a sharding strategy (`parallel.engine=deepspeed`).
 
 `settings`    DeepSpeed's own settings: those that follow from our config, those a user may pass on, those refused
-`unit`        our process groups as the `mpu` object that DeepSpeed asks for its groups
+`unit`        our process groups as the `mpu` object from which DeepSpeed takes its groups
 `partitions`  where its three ZeRO optimizers keep fp32 masters and reduced gradients
-`weights`     `stoker.parallel.sharding.ShardingStrategy` over them
-`swapping`    parameters on NVMe: the folder, the room and the locked memory that its swapper takes for granted
-`async_io`    the extension that the swapper reads and writes with: what building it needs, and that it takes long
+`strategy`    `stoker.parallel.sharding.ShardingStrategy` over them
+`swapping`    parameters on NVMe: the folder, the disk space and the locked memory that its swapper needs
+`async_io`    the extension that the swapper reads and writes with: requirements of its build, which takes minutes
 `refused`     what does not go together with any of this
 
 What DeepSpeed does: partition parameters, gather them, reduce gradients as backward makes them, keep fp32 masters
-where they are to live. What it does not get to do is whatever decides the numbers of a run: the engine sums losses,
-measures the norm, clips, scales the loss and steps the optimizer on DeepSpeed's fp32 partitions, exactly as it does on
-its own (`stoker.parallel.native`). So `deepspeed_engine.step()` is never called: its norm waits for the device, counts
-replicated parameters by attributes that do not survive, and its verdict on overflow is not the one of all ranks.
+on the configured device. Everything that decides the numbers of a run stays with the engine: it sums losses, measures
+the norm, clips, scales the loss and steps the optimizer on DeepSpeed's fp32 partitions, exactly as it does under
+`parallel.engine=fsdp` (`stoker.parallel.native`). So `deepspeed_engine.step()` is never called: its norm waits for the
+device, counts replicated parameters by attributes that do not survive, and its overflow flag is not reduced over all
+ranks.
 
-DeepSpeed's data-parallel group is our axis `dp_shard`; whatever else a gradient is to be summed over is summed after
+DeepSpeed's data-parallel group is our axis `dp_shard`; sums over other axes follow
 its reduction, on this rank's partition: `dp_replicate` here, the model-parallel groups in the engine. That is exact as
 long as the partitions coincide, so parameters that are partial over the same groups are partitioned together. ZeRO 0 is
 ZeRO 1 over `dp_shard` of one rank, and `parallel.dp_replicate` works at every stage.

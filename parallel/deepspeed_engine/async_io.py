@@ -1,4 +1,4 @@
-"""DeepSpeed's asynchronous IO: an extension over libaio that it compiles at first use, for minutes and without a word.
+"""DeepSpeed's asynchronous IO: an extension over libaio, compiled at first use. That takes minutes and prints nothing.
 
 python -m stoker.parallel.deepspeed_engine.async_io    # compiles it beforehand
 """
@@ -25,7 +25,7 @@ PROGRAM = "#include <libaio.h>\nint main() { return io_submit(0, 0, 0); }\n"
 
 
 def missing_for_async_io() -> str | None:
-    """What this machine lacks to compile the extension, with what to install; None if nothing."""
+    """The missing requirement of the build on this machine, with the package to install; None if nothing is missing."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler}): install g++"
@@ -50,23 +50,23 @@ def is_built() -> bool:
     return (folder() / READY).exists()
 
 
-def load_async_io(tell: bool) -> None:
-    """Load the extension, compiled first if that has not been done in this environment. `tell`: say so then."""
+def load_async_io(announce: bool) -> None:
+    """Load the extension; compile it first if this environment has none. `announce`: log a line before and after."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    place, tell = folder(), tell and not is_built()
+    place, announce = folder(), announce and not is_built()
     place.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(place)  # for DeepSpeed, which loads it again
-    if tell:
+    if announce:
         log.warning("building DeepSpeed's async IO, once for this environment: some minutes")
     began = time.monotonic()
     with open(place / "flock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel frees it for one that is killed
-        for left_behind in place.glob("**/lock"):  # torch's own is left by one that is killed, and waited for
+        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel frees it when a process is killed
+        for left_behind in place.glob("**/lock"):  # a killed build leaves torch's lock, on which torch would wait
             left_behind.unlink(missing_ok=True)
         AsyncIOBuilder().load(verbose=False)
         (place / READY).touch()
-    if tell:
+    if announce:
         log.warning("DeepSpeed's async IO was built in %.0f s", time.monotonic() - began)
 
 
@@ -76,7 +76,7 @@ def main() -> int:
         print(f"stoker: DeepSpeed's async IO cannot be built here, {missing}", file=sys.stderr)
         return 1
     logging.basicConfig(format="stoker: %(message)s")
-    load_async_io(tell=True)
+    load_async_io(announce=True)
     return 0
 
 

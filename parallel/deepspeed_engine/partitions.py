@@ -1,7 +1,7 @@
 """Where DeepSpeed's ZeRO optimizers keep what belongs to a rank: the only place that reads their attributes.
 
 Which class DeepSpeed takes is its decision: `DeepSpeedZeroOptimizer` for ZeRO 1 and 2, but `BF16_Optimizer` for ZeRO 1
-in bf16 with gradients summed in fp32, and `DeepSpeedZeroOptimizer_Stage3`. Every attribute that is touched stands in
+in bf16 with gradients summed in fp32, and `DeepSpeedZeroOptimizer_Stage3`. Every attribute that is touched is listed in
 TOUCHED, and a test compares them with the release that is installed.
 """
 
@@ -47,7 +47,7 @@ class Fragment:
 
 
 class Partitions(Protocol):
-    """What a rank holds of the parameters that are trained."""
+    """A rank's partitions of the trained parameters."""
 
     def fragments(self) -> Iterator[Fragment]:
         """One for each parameter of which this rank holds anything."""
@@ -58,14 +58,14 @@ class Partitions(Protocol):
         ...
 
     def renew(self) -> None:
-        """Drop the gradients, and bring the parameters that are computed with in line with the masters."""
+        """Drop the gradients, and update the compute copies from the masters."""
         ...
 
 
 class FlatPartitions:
     """ZeRO 1 and 2: the parameters of a group flattened, one after the other, and cut in equal parts.
 
-    `reduces`: whether DeepSpeed has reduced by the end of the last backward. In a pipeline it cannot tell.
+    `reduces`: whether DeepSpeed has reduced by the end of the last backward. In a pipeline it does not.
     """
 
     def __init__(self, optimizer: Any, reduces: bool) -> None:

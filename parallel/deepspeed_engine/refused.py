@@ -66,7 +66,7 @@ def _nvme(start: Start) -> str | None:
         )
     if wanted.nvme_path is None:
         return (
-            "parallel.offload=nvme: say parallel.nvme_path=, a directory on a local disk; parallel.offload=cpu has none"
+            "parallel.offload=nvme needs parallel.nvme_path=DIRECTORY on a local disk; parallel.offload=cpu needs none"
         )
     try:
         Path(wanted.nvme_path).mkdir(parents=True, exist_ok=True)
@@ -78,8 +78,8 @@ def _nvme(start: Start) -> str | None:
     for name in wanted.deepspeed.get("zero_optimization") or ():
         if name.removeprefix("stage3_") in ("prefetch_bucket_size", "max_reuse_distance"):
             return (
-                f"parallel.deepspeed.zero_optimization.{name} with parallel.offload=nvme: what DeepSpeed has read "
-                "ahead when an evaluation ends, or keeps, holds its buffers until there are none; leave it out"
+                f"parallel.deepspeed.zero_optimization.{name} with parallel.offload=nvme: DeepSpeed does not "
+                "free the buffers of what it has read ahead or keeps, and runs out of them; leave it out"
             )
     missing = missing_for_async_io()
     if missing is not None:
@@ -94,7 +94,8 @@ ENTRIES: tuple[tuple[str, str, str, Callable[[Start], str | None]], ...] = (
     (
         "DeepSpeed and pipelines",
         "parallel.engine=deepspeed with parallel.pp > 1 and parallel.zero > 1",
-        "its ZeRO 2 and 3 reduce and gather within one backward at a time, and ZeRO 3 waits for all ranks of the job",
+        "its ZeRO 2 and 3 reduce and gather within one backward at a time, and ZeRO 3 synchronises all ranks of the "
+        "job",
         _pipelines,
     ),
     (
@@ -112,14 +113,14 @@ ENTRIES: tuple[tuple[str, str, str, Callable[[Start], str | None]], ...] = (
     (
         "DeepSpeed ZeRO 3 and selective checkpointing",
         "parallel.engine=deepspeed with parallel.zero=3 and activation_checkpointing=selective",
-        "parameters are gathered anew when a block is computed anew, which is no operation that was kept",
+        "recomputing a block gathers its parameters again, and that operation is not among the saved ones",
         _selective,
     ),
     (
         "NVMe",
         "parallel.offload=nvme with another engine, without a parallel.nvme_path that can be written, or at ZeRO 3 "
         "where libaio is missing",
-        "it is DeepSpeed that has its parameters read and written from there, through libaio",
+        "only DeepSpeed swaps parameters to NVMe, through libaio",
         _nvme,
     ),
     (

@@ -1,7 +1,7 @@
 """DeepSpeed's settings: what follows from our config, and what `parallel.deepspeed` may add to it.
 
-`parallel.deepspeed` is a part of DeepSpeed's own JSON, in its own names. It imports nothing of DeepSpeed, so that a
-start can be judged before a rank exists.
+`parallel.deepspeed` is a part of DeepSpeed's JSON, with its names. This module imports nothing of DeepSpeed, so that
+the config can be checked before a rank exists.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ ZERO_PASSED_ON = (
 )
 OFFLOAD_PASSED_ON = ("buffer_count", "buffer_size", "fast_init", "pin_memory", "pipeline_read", "pipeline_write")
 
-# What decides the numbers of a run or who holds what, and where it is set. Names of `zero_optimization` after a dot.
+# Settings that decide the numbers of a run or its sharding, and where they are set. Names of `zero_optimization` after
+# a dot.
 SUMS = "nowhere: gradients are summed in fp32"
 OWNED = {
     "activation_checkpointing": "activation_checkpointing",
@@ -94,7 +95,7 @@ OWNED = {
 
 
 def refused_settings(wanted: dict[str, Any]) -> Iterator[str]:
-    """What to tell the user about each setting in `parallel.deepspeed` that is not passed on."""
+    """A message for each setting in `parallel.deepspeed` that is not passed on."""
     yield from _refused("", wanted, PASSED_ON)
     zero = wanted.get("zero_optimization")
     if not isinstance(zero, dict):
@@ -115,11 +116,11 @@ def _refused(prefix: str, wanted: dict[str, Any], known: tuple[str, ...]) -> Ite
         if name in known:
             continue
         if where is None:
-            yield f"{key}: no setting that is passed on to DeepSpeed; {', '.join(closest(name, list(known)))} are"
+            yield f"{key} is not passed on to DeepSpeed; these are: {', '.join(closest(name, list(known)))}"
         elif where.startswith("nowhere"):
             yield f"{key} cannot be set: {where.removeprefix('nowhere: ')}"
         else:
-            yield f"{key} is Stoker's to decide: set {where}"
+            yield f"{key} is set by Stoker: use {where}"
 
 
 @dataclass(frozen=True)
@@ -160,15 +161,17 @@ def settings(config: Config, plan: BatchPlan, trained: int, cuda: bool, swap: Sw
     if config.precision == "fp16":
         found["fp16"] = {"enabled": True, "loss_scale": 1.0}
     asked = config.parallel.deepspeed.get("zero_optimization") or {}
-    plain = {name.removeprefix("stage3_"): value for name, value in asked.items()}  # of two names it is to see one
+    plain = {
+        name.removeprefix("stage3_"): value for name, value in asked.items()
+    }  # DeepSpeed must see one of two names
     return _merged(found, {**config.parallel.deepspeed, "zero_optimization": plain})
 
 
 def _swapped(swap: Swap, cuda: bool) -> dict[str, Any]:
     """Parameters on NVMe, each read when it is used, so that a few buffers do.
 
-    What is read ahead or kept for its next use holds a buffer, and DeepSpeed ends where it finds none free: a forward
-    without a backward, as in an evaluation, leaves behind what it had read ahead.
+    A parameter that is read ahead or kept for its next use holds a buffer, and DeepSpeed aborts when no buffer is free:
+    a forward without a backward, as in an evaluation, keeps the buffers of what it has read ahead.
     """
     return {
         "offload_param": {

@@ -1,4 +1,4 @@
-"""The store of weights that DeepSpeed keeps."""
+"""The sharding strategy over DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from stoker.parallel.deepspeed_engine.partitions import (
 )
 from stoker.parallel.deepspeed_engine.settings import Swap, settings
 from stoker.parallel.deepspeed_engine.swapping import (
-    SwapFolder,
     keep_in_memory,
     require_lockable,
     require_room,
+    swap_folder,
     swapped_bytes,
 )
 from stoker.parallel.deepspeed_engine.unit import MeshUnit
@@ -66,15 +66,15 @@ class DeepSpeedStrategy:
         named = dict(model.named_parameters())
         optimizer = torch.optim.SGD(_partitioned_together(named, registry), lr=0.0)  # never stepped: it names groups
         memory = offloaded(config.parallel)
-        with memory, redirect_stdout(io.StringIO()):  # it prints its memory, whatever the level of its log
+        with memory, redirect_stdout(io.StringIO()):  # it prints its memory use at every log level
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, mpu=unit, dist_init_required=False, config=wanted
             )
         engine.set_gradient_accumulation_boundary(False)
         self._engine = engine
         self.module: nn.Module = model if pipelined else engine
-        # Told of the boundary it reduces at the end of backward, which is no use where it is not asked to.
-        self._told = not pipelined and not split and type(engine.optimizer).__name__ != "BF16_Optimizer"
+        # Where the accumulation boundary is set, DeepSpeed reduces at the end of backward.
+        self._sets_boundary = not pipelined and not split and type(engine.optimizer).__name__ != "BF16_Optimizer"
         self._partitions: Partitions
         if split:
             self._partitions = SplitPartitions(engine.optimizer, rank, ranks)
@@ -112,8 +112,8 @@ class DeepSpeedStrategy:
         if config.parallel.offload != "nvme":
             return None
         assert config.parallel.nvme_path is not None, "refused"
-        load_async_io(tell=mesh.rank == 0)
-        self._swap_folder = SwapFolder(Path(config.parallel.nvme_path))
+        load_async_io(announce=mesh.rank == 0)
+        self._swap_folder = swap_folder(Path(config.parallel.nvme_path))
         require_room(self._swap_folder.path, sum(swapped_bytes(model, ranks)), mesh)
         largest = max(-(-parameter.numel() // ranks) for parameter in model.parameters())
         return Swap(self._swap_folder.path, largest)
@@ -125,7 +125,7 @@ class DeepSpeedStrategy:
         return master
 
     def on_backward_start(self, *, is_last: bool) -> None:
-        if self._told:
+        if self._sets_boundary:
             self._engine.set_gradient_accumulation_boundary(is_last)
 
     def gradients(self) -> dict[str, Tensor]:
@@ -178,7 +178,7 @@ def _partitioned_together(named: dict[str, nn.Parameter], registry: Registry) ->
 
 
 def imported(device: torch.device) -> Any:
-    """The library, told what there is: it would look for itself, and build a kernel of its own for CPU collectives."""
+    """Import DeepSpeed with the accelerator set: by default it probes for one and builds a CPU collectives kernel."""
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     log = logging.getLogger("DeepSpeed")
@@ -192,7 +192,7 @@ def imported(device: torch.device) -> Any:
     warnings.filterwarnings("ignore", r"`torch.distributed.*_tensor` is deprecated", FutureWarning)
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Every ZeRO optimizer asks whether it is Muon, which as it is imported loads torch's compiler: two seconds.
+    # Every ZeRO optimizer checks whether it is Muon, whose import loads torch's compiler: two seconds.
     compile_now, compiler.compile = compiler.compile, lambda: lambda function: function
     try:
         import deepspeed.runtime.zero.muon.original_muon

@@ -1,4 +1,4 @@
-"""Parameters to compute with on NVMe: what DeepSpeed's own swapper (ZeRO 3) asks of a machine.
+"""Compute parameters on NVMe: what DeepSpeed's swapper (ZeRO 3) needs of a machine.
 
 It keeps a file for each parameter in a folder, and buffers that are locked in memory. Where the disk is full or memory
 may not be locked it aborts the process, so both are tried beforehand.
@@ -7,74 +7,30 @@ may not be locked it aborts the process, so both are tried beforehand.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import mmap
 import os
-import shutil
 import tempfile
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from stoker.conf.scratch import Scratch
 from stoker.parallel.mesh import Mesh
 
-PREFIX = "stoker-"
+PREFIX = "stoker-swap-"
 LEAST_BYTES = 1 << 20  # DeepSpeed leaves a part of a parameter that is smaller in memory
 SLACK_BYTES = 1 << 16  # what it rounds a part up by is less
 
 
-class SwapFolder:
-    """A folder of this process alone under `parallel.nvme_path`, removed with this object.
-
-    It is locked as long as the process lives. So those of processes that were killed are known, and are removed when
-    the next one makes its own. Raises ValueError when the disk cannot be written.
-    """
-
-    def __init__(self, parent: Path) -> None:
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            with _locked(parent):  # nobody sweeps between the making of a folder and its lock
-                for old in parent.glob(f"{PREFIX}*"):
-                    _remove_if_left(old)
-                self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-                lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise ValueError(f"parallel.nvme_path={parent}: {error.strerror}") from None
-        weakref.finalize(self, _remove, self.path, lock, os.getpid())
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def swap_folder(parent: Path) -> Scratch:
+    """A folder of this process alone under `parallel.nvme_path`. Raises ValueError when the disk cannot be written."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _remove_if_left(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return  # its process lives
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(folder: Path, lock: int, owner: int) -> None:
-    if os.getpid() == owner:  # and no reader process that it has forked
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        parent.mkdir(parents=True, exist_ok=True)
+        return Scratch(PREFIX, parent)
+    except OSError as error:
+        raise ValueError(f"parallel.nvme_path={parent}: {error.strerror}") from None
 
 
 def swapped_bytes(model: nn.Module, ranks: int) -> list[int]:
@@ -91,7 +47,7 @@ def require_room(folder: Path, needed: int, mesh: Mesh) -> None:
             os.posix_fallocate(file.fileno(), 0, max(1, needed))
         except OSError as error:
             reason = f"parallel.nvme_path={folder.parent}: no room for {needed:,} bytes: {error.strerror}"
-        reasons = [found for found in mesh.all_gather_text(reason) if found]  # all hold theirs at one time
+        reasons = [found for found in mesh.all_gather_text(reason) if found]  # all ranks reserve at the same time
     if reasons:
         raise ValueError(reasons[0])
 

@@ -1,4 +1,4 @@
-"""Our process groups as DeepSpeed asks for them."""
+"""Our process groups behind DeepSpeed's `mpu` interface."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from stoker.parallel.mesh import Mesh
 
 
 class ModelParallelUnit(Protocol):
-    """The methods that DeepSpeed calls on the object `mpu`; a missing one silently means a world of one rank.
+    """The methods that DeepSpeed calls on the object `mpu`.
+
+    Where one is missing, DeepSpeed assumes a world of one rank and reports nothing.
 
     There must be none called `initialize_sequence_parallel`: it switches all of this off.
     """
@@ -30,7 +32,7 @@ class ModelParallelUnit(Protocol):
 class MeshUnit:
     """`ModelParallelUnit` over a mesh: data parallel is the axis that ZeRO shards over, model parallel is tp.
 
-    A collective: groups are made where a rank is alone on an axis, as DeepSpeed takes None for all ranks.
+    A collective: an axis of size 1 gets a group too, because DeepSpeed takes None for all ranks.
     """
 
     def __init__(self, mesh: Mesh) -> None:

@@ -2,22 +2,23 @@
 
 `axis`     this rank's place on the tp axis, and its share of heads, channels and vocabulary
 `regions`  the ways into a region and out of it, forward and backward
-`layers`   what a model is built from so that it can be cut
-`cut`      the walk over a model that cuts it and says what lies where
+`layers`   layers that can be sharded, from which a model is built
+`parallelize`  shards every such layer of a model, and returns the registry
 
 A region lies between `CopyToTensorParallel` and `RowLinear`. Inside, every rank sees all tokens and has some of the
 channels; outside, every rank has all channels, of its share of the tokens under sequence parallelism, else of all of
 them.
 
-    region:    Enter -> ColumnLinear (several) -> anything that treats channels, or heads, one by one -> RowLinear
+    region:    CopyToTensorParallel -> ColumnLinear (several) -> elementwise over channels or heads -> RowLinear
     forward:   all-gather of tokens (else nothing)                          -> reduce-scatter (else all-reduce)
     backward:  reduce-scatter (else all-reduce)                             <- all-gather (else nothing)
 
-The gradient of a parameter is whole on a rank if the rank has seen all that the parameter did, otherwise a part, to be
-summed over the group that the registry names. Under sequence parallelism every parameter outside the regions has seen a
-share of the tokens only: norms, and the bias of a `RowLinear`, which is added after the sum. Inside, layers that are
-not cut have seen this rank's channels only and say so (`ReplicatedInTensorParallel`). Key and value heads that
-neighbours share have seen each neighbour's own queries.
+The gradient of a parameter is complete on a rank if the rank computed every use of the parameter; otherwise it is
+partial and summed over the group that the registry names. Under sequence parallelism every parameter outside the
+regions is used on a share of the tokens only: norms, and the bias of a `RowLinear`, which is added after the sum.
+Inside, layers that are not sharded are used on this rank's channels only, and are marked
+(`ReplicatedInTensorParallel`). Key and value heads that several ranks share are used with the queries of each of these
+ranks.
 
 The first region starts with an embedding whose vocabulary is shared, the last one ends in a loss whose vocabulary is.
 """

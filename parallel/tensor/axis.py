@@ -44,9 +44,9 @@ class TensorAxis:
         return Share(self.rank * count, (self.rank + 1) * count)
 
     def share(self, units: int) -> Share:
-        """Equally many of `units`; or, where there are fewer units than ranks, one that neighbours hold too.
+        """Equally many of `units`; or, where there are fewer units than ranks, one that adjacent ranks hold too.
 
-        Raises ValueError if neither divides the other. A collective if neighbours share: it makes their group.
+        Raises ValueError if neither divides the other. A collective if ranks share a unit: it makes their group.
         """
         neighbours, rest = divmod(self.size, units)
         if rest or neighbours <= 1:
@@ -68,7 +68,7 @@ class TensorAxis:
 
 
 def tensor_axis(mesh: Mesh, sequence: bool) -> TensorAxis | None:
-    """The tp axis of `mesh`, None where a rank is alone on it. `sequence`: share the tokens between regions."""
+    """The tp axis of `mesh`, None if its size is 1. `sequence`: share the tokens between regions."""
     group = mesh.group("tp")
     if group is None:
         return None

@@ -16,7 +16,7 @@ from stoker.parallel.tensor.regions import enter, leave
 
 
 class TensorLayer(nn.Module, ABC):
-    """A layer that knows its share. A parameter in no such layer is held whole by every rank."""
+    """A layer that can hold one rank's share. A parameter in no such layer is held whole by every rank."""
 
     @abstractmethod
     def cut(self, axis: TensorAxis) -> list[Entry]:
@@ -43,7 +43,7 @@ class CopyToTensorParallel(TensorLayer):
 class ColumnLinear(TensorLayer, nn.Linear):
     """A linear layer inside a region: a rank has some of the output features. `unit` of them are never divided.
 
-    With fewer units than ranks, as kv heads may be, neighbouring ranks hold the same one.
+    With fewer units than ranks, as kv heads may be, adjacent ranks hold the same one.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, unit: int = 1) -> None:
@@ -85,7 +85,7 @@ class RowLinear(TensorLayer, nn.Linear):
 
 
 class ReplicatedInTensorParallel(TensorLayer):
-    """A mix-in for layers inside a region whose parameters are not cut, though they see this rank's channels only.
+    """A mix-in for layers inside a region whose parameters are not sharded but are used on this rank's channels only.
 
     Their gradient is summed over the ranks.
     """
@@ -99,7 +99,7 @@ class ReplicatedInTensorParallel(TensorLayer):
 
 
 class HeadNorm(ReplicatedInTensorParallel, nn.RMSNorm):
-    """RMSNorm over the channels of a head, one weight for all heads, of which a rank sees its own."""
+    """RMSNorm over the channels of a head, one weight for all heads, of which a rank has a share."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Vocabulary:
     def own(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """For each of `tokens` (int64) its row on this rank, 0 if it is another rank's, and whether it is this one's.
 
-        Numbers that are no tokens belong to the first and the last rank, where they fail as rows.
+        Numbers outside the vocabulary are assigned to the first and the last rank, where the lookup fails.
         """
         mine = torch.ones_like(tokens, dtype=torch.bool)
         if self.axis.rank > 0:

@@ -28,7 +28,8 @@ def parallelize_tensors(model: nn.Module, mesh: Mesh, sequence: bool) -> Registr
     if not layers:
         raise ValueError(
             f"{type(model).__name__} cannot be cut over {axis.size} tensor-parallel ranks: it is built from none of "
-            f"the layers of parallel.tensor.layers (Enter, ColumnLinear, RowLinear, ...); parallel.tp=1 works"
+            f"the layers of stoker.parallel.tensor.layers (CopyToTensorParallel, ColumnLinear, RowLinear, ...); "
+            "parallel.tp=1 works"
         )
     found: dict[nn.Parameter, Entry] = {}
     for name, layer in layers.items():

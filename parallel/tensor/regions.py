@@ -53,7 +53,7 @@ def _reduce_scatter(x: Tensor, group_name: str, size: int) -> Tensor:
     collectives, x = torch.ops._c10d_functional, x.contiguous()
     if not x.is_cpu:
         return collectives.wait_tensor(collectives.reduce_scatter_tensor(x, "sum", size, group_name))
-    # gloo has none: its reduce_scatter is an all_reduce, of which it throws all but one part away
+    # gloo has none: its reduce_scatter is an all_reduce that discards all but one part
     splits = [x.shape[0] // size] * size
     parts = collectives.wait_tensor(collectives.all_to_all_single(x, splits, splits, group_name))
     return functools.reduce(torch.add, parts.chunk(size))
@@ -115,6 +115,6 @@ def enable_async_tensor_parallelism(group: dist.ProcessGroup) -> None:
 
     torch._inductor.config._micro_pipeline_tp = True
     with warnings.catch_warnings():
-        # Deprecated as needless in torch 2.13; but the inductor's pass still asks whether it was called
+        # Deprecated as needless in torch 2.13, but the inductor's pass still checks that it was called
         warnings.simplefilter("ignore", FutureWarning)
         enable_symm_mem_for_group(group.group_name)

@@ -189,7 +189,7 @@ def test_a_slow_rank_cannot_report_its_failed_save_as_the_next_one_of_that_step(
 def test_a_rank_whose_rank_0_is_gone_does_not_wait_for_ever(tmp_path):
     writers, ranks = start(tmp_path, 2, timeout_seconds=0.1), cut(TENSORS, Grid(rows=2))
     writers[1].save(1, ranks[1], {})
-    assert "rank 0 has neither committed nor given up" in (writers[1].wait()[0].error or "")
+    assert "rank 0 has neither committed nor abandoned" in (writers[1].wait()[0].error or "")
 
 
 def test_too_little_free_space_is_told_in_bytes_before_anything_is_written(tmp_path, monkeypatch):

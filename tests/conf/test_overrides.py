@@ -146,7 +146,7 @@ def test_own_keys_go_below_args_without_plus_signs():
         ("optim.betas=0.9,0.95", "optim.betas=0.9,0.95: expected a list of numbers such as [0.9,0.95]"),
         ("model.args=3", "model.args=3: expected a dictionary"),
         ("precision=null", "precision=null: expected text"),
-        ("run.name=${now:%H}", "write the value out"),
+        ("run.name=${now:%H}", "write the value"),
         ("optim=sdg", "unknown optim 'sdg': choose from sgd, adamw"),
         ("schedule=cosin", "unknown schedule 'cosin': choose from cosine, "),
         ("tracker=null", "unknown tracker 'null': choose from "),

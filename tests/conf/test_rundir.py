@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +12,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stoker.conf.compose import compose
-from stoker.conf.rundir import RunDirectory, next_attempt, read_config, resolve, to_yaml, write_config
+from stoker.conf.rundir import (
+    RunDirectory,
+    make_run_directory,
+    next_attempt,
+    read_config,
+    resolve,
+    to_yaml,
+    write_config,
+)
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 
@@ -218,3 +227,36 @@ def test_addresses_of_shards_are_made_absolute_where_they_are_paths(tmp_path, mo
     data = resolve(config, NOON).data
     assert data.urls == [f"{tmp_path}/shards/s-{{000..009}}.tar", "s3://bucket/x.tar", "pipe:cat x.tar"]
     assert data.sources == {"books": {"kind": "webdataset", "urls": f"{tmp_path}/b.tar"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "an alias"),
+        ("{a: " * 60 + "1" + "}" * 60, "nested more than 50 deep"),
+        ("[" * 20_000, "nested more than 50 deep"),
+        ("steps: 2026-99-99\n", "month must be in"),
+        ("a: " + "x" * (17 << 20), "holds more than 16,777,216 bytes"),
+        ("\xff", "cannot be read"),
+    ],
+    ids=["aliases", "deep", "very deep", "date", "large", "bytes"],
+)
+def test_a_config_that_a_run_cannot_have_written_is_one_line(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "config.yaml").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError, match=said) as error:
+        read_config(RunDirectory(tmp_path))
+    assert "config.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("public", "mode"), [(False, 0o700), (True, 0o750)])
+def test_a_run_directory_is_its_users_alone_unless_it_is_to_be_public(tmp_path: Path, public: bool, mode: int) -> None:
+    before = os.umask(0o027)
+    try:
+        run = RunDirectory(tmp_path / "runs" / "a")
+        make_run_directory(run, public)
+        assert run.path.stat().st_mode & 0o777 == mode and run.attempts.is_dir()
+        run.path.chmod(0o770)
+        make_run_directory(run, public)
+        assert run.path.stat().st_mode & 0o777 == 0o770, "one that exists is left as it is"
+    finally:
+        os.umask(before)

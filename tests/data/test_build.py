@@ -107,7 +107,7 @@ def test_a_process_that_is_killed_is_an_error_that_says_so(small_parts):
         if number == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(Killed, match="a process that was counting was killed, most often for want of memory"):
+    with pytest.raises(Killed, match="a process that was counting was killed, most often because memory ran out"):
         each(die, [1] * 8, "counting")
 
 
@@ -120,7 +120,7 @@ def test_what_was_done_when_a_process_was_killed_is_kept(config, small_parts, mo
         make(folder, number, *rest)
 
     monkeypatch.setattr(build, "_make_part", dies)
-    with pytest.raises(ValueError, match="what is done is kept"):
+    with pytest.raises(ValueError, match="finished parts are kept"):
         cache_of(config.data)
     assert list(Path(config.data.cache).glob("*.unfinished/parts/*"))
     monkeypatch.setattr(build, "_make_part", make)

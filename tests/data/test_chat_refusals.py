@@ -19,7 +19,7 @@ REFUSED = {
     "earlier turns rewritten": (
         TALK,
         "{{ messages | length }}" + CHATML,
-        r"for message 3 changes when more follow: mark what the assistant writes with \{% generation",
+        r"for message 3 changes when more follow: mark the assistant's text with \{% generation",
     ),
     "another end of the last reply": (
         TALK,
@@ -47,10 +47,10 @@ REFUSED = {
     "no tools in a list": (
         {"messages": [HELLO], "tools": []},
         "{{ tools }}",
-        "writes an empty list of tools in another way",
+        "renders an empty list of tools differently",
     ),
     "weights between": ([HELLO, HI | {"weight": 0.5}], CHATML, "message 2 has the weight 0.5: 0 and 1 are known"),
-    "users to learn": ([HELLO | {"train": True}, HI], CHATML, "message 1 is to be learned, and its role is 'user'"),
+    "users to learn": ([HELLO | {"train": True}, HI], CHATML, "message 1 is to be trained on, and its role is 'user'"),
     "what the template refuses": (TALK, "{{ raise_exception('no') }}", "the chat template refuses it: no"),
     "what it fails on": (TALK, "{{ 1 / 0 }}", "the chat template refuses it: ZeroDivisionError"),
     "what the sandbox forbids": (TALK, "{{ ''.__class__.__mro__ }}", "refuses it: access to attribute"),
@@ -59,7 +59,7 @@ REFUSED = {
     "parameters of transformers": (
         {"messages": TALK, "chat_template_kwargs": {"max_length": 3}},
         CHATML,
-        "'chat_template_kwargs' names max_length, which is no variable of a template",
+        "'chat_template_kwargs' names max_length, which cannot be a variable of a template",
     ),
     "no message": ([], CHATML, "a conversation has at least one message"),
     "no role": ([{"content": "x"}], CHATML, "messages are objects with a 'role'"),
@@ -81,15 +81,15 @@ def test_a_conversation_is_refused_by_file_line_and_reason(name, tmp_path):
     [
         ({"template": "{% if %}"}, "data.args.template: it is no Jinja template"),
         ({"template": "nowhere.jinja"}, "cannot read data.args.template=nowhere.jinja"),
-        ({"template": "{{ [1, 2] | random }}"}, "data.args.template: it writes something else each time"),
-        ({"template": "{{ lipsum() }}"}, "data.args.template: it writes something else each time"),
+        ({"template": "{{ [1, 2] | random }}"}, "data.args.template: it writes another text each time"),
+        ({"template": "{{ lipsum() }}"}, "data.args.template: it writes another text each time"),
         ({"template": "{{ 9 ** 9 }}"}, "data.args.template: it raises numbers to powers"),
         (
             {"template": "{% macro m() %}{% generation %}x{% endgeneration %}{% endmacro %}{{ m() }}"},
             "inside a macro, a call, a set or a filter block",
         ),
         ({"date": "yesterday"}, "data.args.date=yesterday: expected a day as 2026-01-31"),
-        ({"variables": {"tools": 1}}, "data.args.variables names tools, which is no variable of a template"),
+        ({"variables": {"tools": 1}}, "data.args.variables names tools, which cannot be a variable of a template"),
         ({"variables": "x"}, "data.args.variables=x: expected the template's variables by name"),
         ({"render_seconds": 0}, "data.args.render_seconds=0: must be above 0"),
     ],

@@ -194,8 +194,8 @@ def test_rows_of_steps_that_are_passed_over_are_read_by_nobody_and_shift_nothing
         ({"sources": {"a": {"kind": "text", "paht": "x"}}}, "data.sources.a has paht, and a source has kind, target"),
         ({"sources": {"a": {"kind": "text", "max_epochs": 0}}}, "a.max_epochs=0: must be a whole number above 0"),
         ({"sources": {"a": 3}}, "data.sources.a=3: a source is a dictionary"),
-        ({"path": "/books"}, "data.path=/books with data.sources: each of them has a path of its own"),
-        ({"sources": {}, "phases": []}, "data.temperature=2.0: one source has nothing to be weighed against"),
+        ({"path": "/books"}, "data.path=/books with data.sources: each of them has its path"),
+        ({"sources": {}, "phases": []}, "data.temperature=2.0: a single source has no weights"),
         ({"tokenizer": "bpe"}, "data.tokenizer=bpe is trained on one source"),
     ],
 )

@@ -350,7 +350,7 @@ def test_an_ingredient_that_an_earlier_version_did_not_record_is_for_the_user_to
     state = stream.state()
     del state["fingerprint"]["encoder"]
     with pytest.raises(
-        ValueError, match=r"did not record encoder \(now chat .*\): if it is what it was, run.change=true"
+        ValueError, match=r"did not record encoder \(now chat .*\): if that has not changed, set run.change=true"
     ):
         IndexedLoader(open_rows(config, "train"), 2).load_state(state)
     allowed = IndexedLoader(open_rows(config, "train"), 2, change=True)

@@ -35,7 +35,7 @@ def test_the_standard_library_makes_rows(tmp_path):
 
 def test_the_standard_library_reads_no_path(config):
     config.data.target = "stoker.data.stdlib:open_source"
-    with pytest.raises(ValueError, match=r"data=stdlib reads no data.path=.*: say data=text data.path="):
+    with pytest.raises(ValueError, match=r"data=stdlib reads no data.path=.*: use data=text data.path="):
         prepare(config)
 
 
@@ -176,7 +176,7 @@ def test_a_users_document_that_is_no_text_is_named(tmp_path, second, message):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (f"{__name__}:open_none", "open_none gives no documents"),
+        (f"{__name__}:open_none", "open_none returned no documents"),
         ("nowhere.at_all:open", "cannot import 'nowhere.at_all'"),
         (f"{__name__}:absent", "has no 'absent'"),
     ],

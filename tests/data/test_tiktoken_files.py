@@ -96,8 +96,8 @@ def test_a_file_kept_by_an_earlier_version_is_the_same_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda lines: [*lines, lines[3]], "a token or a rank stands in it twice"),
-        (lambda lines: [*lines, b"AAAA 3"], "a token or a rank stands in it twice"),
+        (lambda lines: [*lines, lines[3]], "a token or a rank occurs in it twice"),
+        (lambda lines: [*lines, b"AAAA 3"], "a token or a rank occurs in it twice"),
         (lambda lines: [*lines[:65], *lines[66:]], "it has no token for the byte 0x41"),
     ],
 )

@@ -177,7 +177,7 @@ def too_large(folder: Path) -> str:
     ids = np.full(200_000, 299, np.uint16)
     ids[100_001] = 301
     ids.tofile(folder / "a.u16")
-    return "a.u16, token 100001 is 301, but the vocabulary has 300: the tokens are another tokenizer's"
+    return "a.u16, token 100001 is 301, but the vocabulary has 300: the tokens are of another tokenizer"
 
 
 def no_files(folder: Path) -> str:

@@ -116,14 +116,14 @@ def test_what_no_sequence_holds_is_told(tmp_path, caplog):
 
 GOOD = (8, [2, 3], [0, 4], [0, 1, 2])
 BAD_INDEXES = {
-    "bytes from byte 10 on lie behind every sequence of d.idx": (index(*GOOD), bytes(16)),
+    "bytes from byte 10 on come after every sequence of d.idx": (index(*GOOD), bytes(16)),
     "d.bin has 11 bytes, no multiple of 2": (index(*GOOD), bytes(11)),
     "speaks of sequence 1 of 3 tokens from byte 4 on, and d.bin has 8 bytes": (index(*GOOD), bytes(8)),
     "end at byte 82, and it has 81: it is cut short": (index(*GOOD)[:-1], bytes(10)),
     "end at byte 82, and it has 83: 1 bytes follow": (index(*GOOD) + b"x", bytes(10)),
     "sequences of other modes than text": (index(*GOOD, more=b"\0\1"), bytes(10)),
     "version 2, dtype 8": (index(*GOOD, version=2), bytes(10)),
-    "it speaks of float64": (index(6, *GOOD[1:]), bytes(40)),
+    "its dtype is float64": (index(6, *GOOD[1:]), bytes(40)),
     "do not rise from 0 to its 2 sequences": (index(8, [2, 3], [0, 4], [0, 2, 1]), bytes(10)),
     "the firsts of its documents do not rise": (index(8, [2, 3], [0, 4], [1, 2]), bytes(10)),
     "sequence 1 of 3 tokens from byte 3 on": (index(8, [2, 3], [0, 3], [0, 1, 2]), bytes(10)),
@@ -145,7 +145,7 @@ def test_an_index_that_does_not_fit_its_ids_is_refused(tmp_path, words):
 def test_an_index_without_its_ids_is_no_empty_file(tmp_path):
     written(tmp_path, "a.npy", npy(np.arange(4)))
     written(tmp_path, "d.idx", index(*GOOD))
-    with pytest.raises(ValueError, match=r"d.idx has no ids: d.bin is not beside it"):
+    with pytest.raises(ValueError, match=r"d.idx has no ids: d.bin is missing beside it"):
         read(tmp_path)
 
 
@@ -196,7 +196,7 @@ IDS = np.tile(np.arange(1, 60), 10)
 def test_ids_of_four_bytes_are_never_taken_for_two(tmp_path):
     written(tmp_path, "train.bin", IDS.astype("<i4").tobytes())
     with pytest.raises(
-        ValueError, match=r"train.bin has no header .* state data.args.dtype=uint16 .* needs its train.idx"
+        ValueError, match=r"train.bin has no known header.* set data.args.dtype=uint16 .* needs its train.idx"
     ):
         read(tmp_path)
     with pytest.raises(ValueError, match=r"train.bin: read as uint16, every second id is 0, .* such as uint32"):
@@ -207,7 +207,7 @@ def test_ids_of_four_bytes_are_never_taken_for_two(tmp_path):
 def test_a_name_that_states_a_width_is_believed(tmp_path):
     written(tmp_path, "a.u32", IDS.astype("<u4").tobytes())
     assert read(tmp_path) == [IDS.tolist()]
-    with pytest.raises(ValueError, match=r"a.u32: data.args.dtype=uint16, and its name says uint32"):
+    with pytest.raises(ValueError, match=r"a.u32: data.args.dtype=uint16, but its name means uint32"):
         read(tmp_path, dtype="uint16")
 
 
@@ -215,7 +215,7 @@ BAD_FILES = {
     "a.bin has a header for 590 tokens, and 591 follow it": llm_c(IDS.astype("<u2"), more=b"xx"),
     "a.bin has 1179 bytes of ids, no multiple of 2": llm_c(IDS.astype("<u2"))[:-1],
     "a.bin has llm.c's header 20240520 of version 2": llm_c(IDS.astype("<u2"), version=2),
-    "a.bin is no NumPy array: by its header it ends at byte 4848, and it has 4847 bytes: it is cut": npy(IDS)[:-1],
+    "a.bin is no NumPy array: its header ends the array at byte 4848, and it has 4847 bytes: it is cut": npy(IDS)[:-1],
     "a.bin is no NumPy array: .* 3 bytes follow the array": npy(IDS) + b"xxx",
     "a.bin holds float64 of shape .590,., not a line": npy(IDS.astype(float)),
     "a.bin is no NumPy array: it holds Python objects": npy(np.array([{}], object)),
@@ -239,8 +239,8 @@ def test_a_file_that_contradicts_its_header_is_refused(tmp_path, words):
         ({"format": "numpy"}, "data.args.format=numpy: choose from auto, stoker, megatron, npy, llm.c, raw"),
         ({"dtype": "float32"}, "data.args.dtype=float32: choose from uint8"),
         ({"end_of_document": "eos"}, "data.args.end_of_document=eos: must be the id of a token"),
-        ({"format": "raw"}, "a.bin is no file of data.args.format=raw: it begins like one of format=llm.c"),
-        ({"format": "megatron"}, "a.bin has no index: .*a.idx is not there"),
+        ({"format": "raw"}, "a.bin is not a file of data.args.format=raw: it begins like one of format=llm.c"),
+        ({"format": "megatron"}, "a.bin has no index: .*a.idx does not exist"),
     ],
 )
 def test_what_is_stated_must_be_known_and_fit(tmp_path, args, words):
@@ -258,7 +258,7 @@ def test_ids_beyond_the_vocabulary_are_found_wherever_they_are(tmp_path, monkeyp
     found.refuse_vocabulary(901)
     with pytest.raises(ValueError, match=r"x.npy, token 100001 is 900, but the vocabulary has 900"):
         found.refuse_vocabulary(900)
-    with pytest.raises(ValueError, match=r"x.npy holds uint16, .* more than 65536 ids apart, .* has 128256"):
+    with pytest.raises(ValueError, match=r"x.npy holds uint16, .* more than 65536 ids, .* has 128256"):
         found.refuse_vocabulary(128_256)
 
 

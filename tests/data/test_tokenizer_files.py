@@ -105,7 +105,7 @@ def test_the_end_of_a_document_is_the_one_the_folder_names_or_the_one_asked_for(
         ("tokenizer.json", "[]", "data.tokenizer=.*it holds no JSON object"),
         ("a.tiktoken", "what is this\n", "data.tokenizer=.*a.tiktoken: this is no .tiktoken file"),
         ("a.model", "what is this\n", "data.tokenizer=.*a.model: transformers cannot read this folder"),
-        ("missing", None, "data.tokenizer=.*missing: it is not there; say byte, bpe or the path of a tokenizer"),
+        ("missing", None, "data.tokenizer=.*missing: does not exist; use byte, bpe or the path of a tokenizer"),
     ],
 )
 def test_what_is_no_tokenizer_is_one_clear_error(tmp_path, name, content, message):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
+import secrets
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from stoker.checkpoint import compare, newest
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.report.metrics import read
 from stoker.trainer.runtime.outcome import Outcome, read_ending
-from stoker.trainer.runtime.process import read_stamps
+from stoker.trainer.runtime.process import LAUNCH_VARIABLE, read_stamps
 from tests import world
 
 SMALL = [
@@ -90,6 +93,7 @@ def train_forked(home: Path, words: list[str]) -> tuple[int, str]:
     ranks = given[0] if given else 2
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    meeting[LAUNCH_VARIABLE] = secrets.token_hex(8)
     with tempfile.NamedTemporaryFile() as output:
         statuses = world.exit_statuses(_train, ranks, environment(home) | meeting, home, words, output.name)
         own = [status for status in statuses if status >= 0]  # the others were killed when a rank had ended
@@ -176,6 +180,23 @@ def processes_of(home: Path) -> list[int]:
             with suppress(OSError):
                 if mark in (entry / "environ").read_bytes().split(b"\0") and is_alive(int(entry.name)):
                     found.append(int(entry.name))
+    return found
+
+
+def listening_addresses(pids: Iterable[int]) -> set[str]:
+    """The IP addresses at which these processes listen for TCP connections, as the kernel lists them."""
+    held = set()
+    for pid in pids:
+        for entry in (Path("/proc") / str(pid) / "fd").iterdir():
+            with suppress(OSError):
+                held.add(os.readlink(entry))
+    found = set()
+    for table, words in (("tcp", 1), ("tcp6", 4)):
+        for line in (Path("/proc/net") / table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in held:
+                packed = struct.pack(f"={words}I", *struct.unpack(f">{words}I", bytes.fromhex(fields[1].split(":")[0])))
+                found.add(str(ipaddress.ip_address(packed)))
     return found
 
 

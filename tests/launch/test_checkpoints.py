@@ -127,7 +127,7 @@ def test_a_running_job_saves_when_it_is_asked(asked: tuple[RunDirectory, str, in
 def test_where_nobody_runs_nobody_hears(asked: tuple[RunDirectory, str, int], capsys: pytest.CaptureFixture) -> None:
     run, _, _ = asked
     assert main(["checkpoint", "save", str(run.path)]) == 1
-    assert "nobody is training" in capsys.readouterr().err and not run.save.exists()
+    assert "no rank is training" in capsys.readouterr().err and not run.save.exists()
 
 
 def test_two_checkpoints_are_compared(asked: tuple[RunDirectory, str, int], capsys: pytest.CaptureFixture) -> None:
@@ -149,7 +149,7 @@ def test_the_last_valid_checkpoint_is_never_removed(
     assert main(["checkpoint", "rm", str(run.path), old, new]) == 1
     assert "no valid checkpoint would be left" in capsys.readouterr().err and len(newest(run.checkpoints)) == 2
     (run.checkpoints / f"step-{int(new):08d}" / "rank-00001.safetensors").write_bytes(b"broken")
-    assert main(["checkpoint", "rm", str(run.path), old]) == 1, "the other is no checkpoint to go on from"
+    assert main(["checkpoint", "rm", str(run.path), old]) == 1, "the other is no checkpoint to resume from"
     assert main(["checkpoint", "rm", str(run.path), new]) == 0
     assert [path.name for path in newest(run.checkpoints)] == [f"step-{int(old):08d}"]
     assert verify(newest(run.checkpoints)[0]) == []

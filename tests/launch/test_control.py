@@ -39,7 +39,7 @@ def test_status_logs_and_stop_work_from_outside(home: Path) -> None:
         status, said = stoker(home, "requeue", str(run))
         assert status == 1 and "does not run as a Slurm job" in said
         status, said = stoker(home, "stop", str(run))
-        assert status == 0 and "asked: the run is at step" in said and "saved (the file STOP)" in said, said
+        assert status == 0 and "requested: the run is at step" in said and "saved (the file STOP)" in said, said
         process.communicate(timeout=30)
         followed, _ = following.communicate(timeout=30)
     assert process.returncode == 0

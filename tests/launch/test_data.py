@@ -118,7 +118,7 @@ def test_peek_shows_what_a_step_read_and_will_read(tmp_path, capsys):
         text = open_tokenizer(config.data).decode(row)
         assert text.replace("\n", "") in shown.replace("\n", "") or len(text.splitlines()) > 1
     assert main(["data", "peek", str(run), "--step", "5"]) == 0
-    assert "passed over by skip_steps=[[5, 6]]" in capsys.readouterr().err
+    assert "skipped by skip_steps=[[5, 6]]" in capsys.readouterr().err
     assert "step 99999 has no rows: the data end after" in failed(capsys, "peek", str(run), "--step", "99999")
 
 

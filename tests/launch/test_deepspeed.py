@@ -75,5 +75,5 @@ def test_a_setting_that_stoker_owns_is_refused_in_one_line(home: Path) -> None:
     words = overrides(home / "refused", home / "text", *RUN, "parallel.deepspeed.gradient_clipping=1.0")
     status, output = finish(home, command("train", *words))
     assert status != 0
-    assert "parallel.deepspeed.gradient_clipping is Stoker's to decide: set grad_clip_norm" in output
+    assert "parallel.deepspeed.gradient_clipping is set by Stoker: use grad_clip_norm" in output
     assert "Traceback" not in output

@@ -32,9 +32,9 @@ from tests.launch.runs import (
         ({"at": 0, "do": "kill"}, "at must be a whole number from 1 on"),
         ({"at": 7, "do": "kill", "rank": -1}, "rank must be a whole number from 0 on"),
         ({"at": 7, "do": "kill", "rank": True}, "rank must be a whole number"),
-        ({"at": 7, "do": "kill", "steps": 3}, "steps is nothing that do: kill knows; it takes at, rank"),
+        ({"at": 7, "do": "kill", "steps": 3}, "do: kill has no steps; it has at, rank"),
         ({"at": 7, "do": "slow", "seconds": float("inf")}, "seconds must be a number from 0 on"),
-        ({"at": 7, "do": "nan", "where": "loss"}, "where is nothing that do: nan knows; it takes at, rank, steps"),
+        ({"at": 7, "do": "nan", "where": "loss"}, "do: nan has no where; it has at, rank, steps"),
     ],
 )
 def test_what_is_no_fault_is_answered_in_one_line(entry: dict, said: str) -> None:

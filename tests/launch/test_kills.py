@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from stoker.conf.rundir import RunDirectory
+from stoker.parallel.loopback import LOOPBACK
 from stoker.trainer.runtime.outcome import Outcome, read_ending
 from tests.launch.runs import (
     assert_same_state,
@@ -19,6 +20,7 @@ from tests.launch.runs import (
     finish,
     kill,
     last_step,
+    listening_addresses,
     overrides,
     rank_pids,
     started,
@@ -96,12 +98,15 @@ def test_a_run_killed_at_random_moments_is_bitwise_the_undisturbed_one(
     assert not list(RunDirectory(run).checkpoints.glob("*.partial"))
 
 
-def test_a_killed_rank_is_named_in_one_line(home: Path) -> None:
+def test_a_killed_rank_is_named_in_one_line_and_until_then_no_port_is_open_to_other_machines(home: Path) -> None:
     run = home / "named"
     words = overrides(run, home / "text", "launch.max_restarts=0", "steps=100000", "schedule.total_steps=30")
-    with started(home, command("train", *words)) as process:
+    with started(home, ["env", "-u", "GLOO_SOCKET_IFNAME", *command("train", *words)]) as process:
         wait_until(lambda: last_step(run) >= 3, process)
-        kill(rank_pids(run)[1])
+        ranks = rank_pids(run)
+        assert listening_addresses([process.pid, *ranks.values()]) == {LOOPBACK}
+        assert b"GLOO_SOCKET_IFNAME=lo" in Path(f"/proc/{ranks[0]}/environ").read_bytes().split(b"\0")
+        kill(ranks[1])
         output, _ = process.communicate(timeout=20)
     assert process.returncode == 1
     assert "rank 1 was killed by SIGKILL" in output
@@ -129,5 +134,5 @@ def test_kill_of_a_foreign_torchrun_leaves_nobody_and_the_next_start_goes_on(hom
         wait_until_gone(home)
     assert finish(home, command("train", *words))[0] == 0
     ending = read_ending(RunDirectory(run), 1)
-    assert ending is not None and ending.outcome is Outcome.FAILED and "without a word" in ending.message
+    assert ending is not None and ending.outcome is Outcome.FAILED and "no exit record" in ending.message
     assert [step[0] for step in steps_of(run)] == list(range(1, STEPS + 1))

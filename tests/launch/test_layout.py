@@ -63,7 +63,7 @@ def test_every_group_of_every_axis_is_printed_once_and_in_order(layout, width):
     assert list(found) == list(AXES)
     for axis, (head, *lines) in found.items():
         if getattr(layout, axis) == 1:
-            assert head == f"{axis}: every rank by itself" and not lines
+            assert head == f"{axis}: no groups, size 1" and not lines
         else:
             assert groups_in(lines) == layout.groups(axis)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,7 +13,11 @@ from pathlib import Path
 import pytest
 
 from stoker.conf.rundir import RunDirectory
+from stoker.conf.schema import to_dict
+from stoker.launch.slurm.batch import KEY_VARIABLE, MEETING_VARIABLE
+from stoker.trainer.main import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import Outcome, read_ending
+from stoker.trainer.settle import settle_config
 from tests.launch.runs import (
     command,
     finish,
@@ -93,6 +98,56 @@ def test_a_link_cut_in_mid_step_is_a_hang_and_the_run_goes_on_once_it_is_repaire
     assert steps_of(run) == steps_of(reference)
 
 
+GATE = """
+import socket, sys, time
+from stoker.launch.gate import Gate, new_key
+from stoker.parallel.loopback import loopback_store
+store, key = loopback_store(), new_key()
+gate = Gate(sys.argv[1], store.port, bytes.fromhex(key))
+print("gate", store.port, gate.port, key, flush=True)
+time.sleep(600)
+"""
+
+
+def test_nodes_meet_at_a_gate_and_a_stranger_on_the_network_reaches_nothing(tmp_path: Path, hosts: None) -> None:
+    run, address = RunDirectory(tmp_path / "run"), HOSTS[FIRST]
+    write_text(tmp_path / "text")
+    words = overrides(run.path, tmp_path / "text", "steps=3", "launch.nproc=1", "tracker=none")
+    config, _ = settle_config(words, lambda _: (2, 0))
+    run.attempts.mkdir(parents=True)
+    gate = ["ip", "netns", "exec", FIRST, sys.executable, "-P", "-c", GATE, address]
+    with started(tmp_path, gate) as first:
+        assert first.stdout is not None
+        lines = map(str.split, first.stdout)  # torch may print one of its own
+        store_port, gate_port, key = next(words[1:] for words in lines if words[:1] == ["gate"])
+
+        def launcher(number: int, host: str) -> list[str]:
+            given = {
+                CONFIG_VARIABLE: json.dumps(to_dict(config)), MEETING_VARIABLE: f"{FIRST}:{address}:{gate_port}",
+                KEY_VARIABLE: key, "SLURM_NODEID": str(number), "SLURM_STEP_NUM_NODES": "2",
+            }  # fmt: skip
+            program = ["env", *(f"{name}={value}" for name, value in given.items()), sys.executable, "-P", "-m"]
+            script = f'hostname {host} && exec env GLOO_SOCKET_IFNAME={DEVICE} "$@"'
+            inside = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", script, "sh"]
+            return [*inside, *program, "stoker.launch.slurm.node"]
+
+        stranger = "import socket; s = socket.create_connection(({!r}, {}), 5); s.sendall(b'x' * 64); "
+        stranger += "s.shutdown(socket.SHUT_WR); assert len(s.recv(9999)) == 32 and s.recv(1) == b''"
+        tried = [
+            subprocess.run(
+                ["ip", "netns", "exec", SECOND, sys.executable, "-c", stranger.format(address, port)],
+                capture_output=True, text=True,
+            )
+            for port in (store_port, gate_port)
+        ]  # fmt: skip
+        assert "ConnectionRefusedError" in tried[0].stderr, "the store itself is on loopback"
+        assert tried[1].returncode == 0, f"a nonce and no more: {tried[1].stderr}"
+        with started(tmp_path, launcher(0, FIRST)) as node_0, started(tmp_path, launcher(1, SECOND)) as node_1:
+            told = node_0.communicate(timeout=120)[0] + node_1.communicate(timeout=60)[0]
+    assert (node_0.returncode, node_1.returncode) == (0, 0), told
+    assert last_step(run.path) == 3
+
+
 LATE = "import time; real = time.time; time.time = lambda: real() - 60"
 NAMED = f"mount --bind hosts /etc/hosts && echo 127.0.1.1 {SECOND} > /etc/hosts"
 
@@ -101,7 +156,7 @@ NAMED = f"mount --bind hosts /etc/hosts && echo 127.0.1.1 {SECOND} > /etc/hosts"
     ("before", "interface", "line", "status"),
     [
         ("mount -t tmpfs none run", DEVICE, f"is not shared: {SECOND} does not see what rank 0 writes there", 1),
-        (NAMED, "", f"{SECOND} takes its own name for 127.0.1.1, where other machines cannot reach its ranks", 1),
+        (NAMED, "", f"{SECOND} resolves its own name to 127.0.1.1, where other machines cannot reach its ranks", 1),
         ("export PYTHONPATH=late", DEVICE, f"the clock of {SECOND} is 60 s behind that of rank 0", 0),
     ],
     ids=["run directory", "name", "clock"],

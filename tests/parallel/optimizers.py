@@ -87,7 +87,7 @@ def rprop(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
 # Of test_refusals: overrides, ranks, GPUs, and words of the message.
 OF_OPTIMIZERS = {
     "optimizer": [
-        (["optim.target=tests.parallel.optimizers:Lamb"], 2, 0, "parallel.zero=1 divides what it sees"),
+        (["optim.target=tests.parallel.optimizers:Lamb"], 2, 0, "parallel.zero=1 divides the parameters"),
         (["optim.target=tests.parallel.optimizers:DeclaredLamb", "parallel.zero=2"], 2, 0, "parallel.zero=0 works"),
         (["optim.needs=norms"], 2, 0, "optim.needs is for optim.target"),
     ],

@@ -175,21 +175,21 @@ def test_every_setting_that_is_passed_on_is_known_to_deepspeed() -> None:
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
-        ({"train_batch_size": 8}, "parallel.deepspeed.train_batch_size is Stoker's to decide: set batch.size"),
-        ({"bf16": {"enabled": True}}, "parallel.deepspeed.bf16 is Stoker's to decide: set precision"),
-        ({"gradient_clipping": 1.0}, "parallel.deepspeed.gradient_clipping is Stoker's to decide: set grad_clip_norm"),
-        ({"optimizer": {}}, "parallel.deepspeed.optimizer is Stoker's to decide: set optim"),
+        ({"train_batch_size": 8}, "parallel.deepspeed.train_batch_size is set by Stoker: use batch.size"),
+        ({"bf16": {"enabled": True}}, "parallel.deepspeed.bf16 is set by Stoker: use precision"),
+        ({"gradient_clipping": 1.0}, "parallel.deepspeed.gradient_clipping is set by Stoker: use grad_clip_norm"),
+        ({"optimizer": {}}, "parallel.deepspeed.optimizer is set by Stoker: use optim"),
         (
             {"data_types": {"grad_accum_dtype": "bf16"}},
             "parallel.deepspeed.data_types cannot be set: gradients are summed in fp32",
         ),
         (
             {"zero_optimization": {"stage": 3}},
-            "parallel.deepspeed.zero_optimization.stage is Stoker's to decide: set parallel.zero",
+            "parallel.deepspeed.zero_optimization.stage is set by Stoker: use parallel.zero",
         ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
-            "parallel.deepspeed.zero_optimization.offload_optimizer.device is Stoker's to decide: set parallel.offload",
+            "parallel.deepspeed.zero_optimization.offload_optimizer.device is set by Stoker: use parallel.offload",
         ),
         ({"zero_optimization": {"overlap_com": True}}, "overlap_comm"),
         ({"zero_optimization": {"stage3_prefetch_bucket_size": 7, "overlap_comm": True}}, None),

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from stoker.conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
 from stoker.conf.values import ConfigError
 from stoker.parallel.deepspeed_engine.async_io import is_built, missing_for_async_io
-from stoker.parallel.deepspeed_engine.swapping import SwapFolder, require_lockable
+from stoker.parallel.deepspeed_engine.swapping import require_lockable, swap_folder
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.mmap_offload import LARGE_BYTES, MappedMemory
@@ -279,15 +279,15 @@ def test_what_the_async_io_needs_is_named_before_a_rank_starts(
 
 
 def test_folders_of_processes_that_were_killed_are_removed_and_others_are_not(tmp_path: Path) -> None:
-    mine = SwapFolder(tmp_path)
+    mine = swap_folder(tmp_path)
     child = os.fork()
     if child == 0:
-        theirs = SwapFolder(tmp_path)
+        theirs = swap_folder(tmp_path)
         (theirs.path / "some.swp").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert len(list(tmp_path.iterdir())) == 2
-    other = SwapFolder(tmp_path)
+    other = swap_folder(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([mine.path, other.path])
     del mine, other
     gc.collect()

@@ -67,7 +67,7 @@ def test_masked_batches_take_no_update_are_counted_and_do_not_complete_a_run(tmp
             words(tmp_path, "evaluated", none, "data.packing=padded", "eval.sequences=4", "data.validation=0.4"),
         ],
     )
-    why = "without a label to learn (prompts longer than seq_len=64, or no turn that is learned?)"
+    why = "without a label to train on (prompts longer than seq_len=64, or no turn that is trained on?)"
     assert first == ("failed", f"8 steps in a row, up to step 8, {why}")
     assert second[0] == "failed" and "4 steps in a row" in second[1], "known a step late"
     assert third[0] == "completed"
@@ -81,9 +81,9 @@ def test_masked_batches_take_no_update_are_counted_and_do_not_complete_a_run(tmp
     empty = [line for line in lines if line.get("empty")]
     assert 0 < len(empty) < 12 and all(line["loss"] is None and line["skipped"] for line in empty)
     assert lines[-1]["updates"] == 12 - len(empty)
-    assert shown.count("warning: step 1: no token of the batch is a label to learn") == 3
-    assert "step 1 skipped: no label to learn in the whole batch" in shown
-    assert f"({12 - len(empty)} updates, {len(empty)} skipped, {len(empty)} of them without a label to learn)" in shown
+    assert shown.count("warning: step 1: no token of the batch is a label") == 3
+    assert "step 1 skipped: no label in the whole batch" in shown
+    assert f"({12 - len(empty)} updates, {len(empty)} skipped, {len(empty)} of them without labels)" in shown
 
 
 def test_a_model_that_no_gradient_reaches_fails_and_a_part_of_one_is_named(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_compiled_blocks_compute_the_same() -> None:
 
 
 def test_a_model_with_nothing_to_train_is_refused() -> None:
-    with pytest.raises(AssertionError, match="none of its parameters is to be trained"):
+    with pytest.raises(AssertionError, match="none of its parameters is trained"):
         world.run(frozen, 1)
 
 

@@ -180,7 +180,7 @@ def test_a_moved_run_directory_is_the_same_run(trained: RunDirectory, tmp_path: 
     shutil.rmtree(tmp_path / "after")
     settled([f"run.dir={tmp_path / 'restored'}", "steps=5", *ONE], tell=told.append)
     [line] = told
-    assert "goes on as the same run" in line and "run.json" in line and "run.adopt=true" in line
+    assert "continues as the same run" in line and "run.json" in line and "run.adopt=true" in line
     (tmp_path / "restored" / "run.json").unlink()  # the advice for a copy
     settled([f"run.dir={tmp_path / 'restored'}", "steps=5", "run.adopt=true", *ONE], tell=told.append)
 

@@ -100,7 +100,7 @@ def test_weights_of_another_model_are_refused_by_name(more: list[str], message: 
         ("hidden_act", "gelu", "hidden_act=gelu"),
         ("attention_dropout", 0.1, "attention_dropout=0.1: the decoder has attention_dropout=0.0"),
         ("quantization_config", {"bits": 4}, "quantization_config"),
-        ("auto_map", {"AutoConfig": "theirs.Config"}, "auto_map.*code of its own, which is not run"),
+        ("auto_map", {"AutoConfig": "theirs.Config"}, "auto_map.*code from its folder, which is not run"),
         ("configuration_files", ["config.4.0.0.json"], "configuration_files.*another file"),
         ("transformers_weights", "other.safetensors", "transformers_weights=other.safetensors"),
         ("per_layer_config", {"0": {"hidden_size": 8}}, "per_layer_config.*layers of different shapes"),

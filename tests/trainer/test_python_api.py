@@ -117,4 +117,4 @@ def with_a_group_of_its_own(words: list[str]) -> tuple[str, bool]:
 
 def test_a_process_group_of_the_users_own_is_left_alone(tmp_path: Path) -> None:
     [(said, there)] = world.run(with_a_group_of_its_own, 1, [f"run.dir={tmp_path / 'run'}"])
-    assert "has a process group already" in said and there
+    assert "already has a process group" in said and there

@@ -136,7 +136,7 @@ def test_submit_refuses_stored_shell(stranger: Stranger, capsys: pytest.CaptureF
     assert "launch.setup=touch x" in told and 'launch.sbatch_args=["--wrap=y"]' in told
     assert main(["submit", "--dry-run", "--trust", f"run.dir={stranger.run.path}"]) == 0
     output = capsys.readouterr()
-    assert "touch x" in output.out and "uses code of its own: launch.setup=touch x" in output.err
+    assert "touch x" in output.out and "runs code of its config: launch.setup=touch x" in output.err
 
 
 def test_a_jobs_own_process_refuses_stored_arguments_of_srun(
@@ -154,7 +154,7 @@ def test_trust_said_in_one_of_three_ways_lets_it_pass_and_is_told(
     stranger.store(optim__target="evil_stranger:build")
     words = [f"run.dir={stranger.run.path}", "steps=5", *ONE]
     told: list[str] = []
-    line = ["uses code of its own: optim.target=evil_stranger:build"]
+    line = ["runs code of its config: optim.target=evil_stranger:build"]
     assert settled([*words, "run.trust=true"], tell=told.append).optim.target == "evil_stranger:build"
     assert told == line and settled([*words, "run.trust=true"]).run.trust is not False
     told.clear()
@@ -197,7 +197,7 @@ def test_who_starts_a_run_can_go_on_with_it_and_no_one_else(
     generate = ["generate", str(run), "--prompt", "a", "--tokens", "1"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     assert main(generate) == 0
-    assert "uses code of its own: model.target=tests.trainer.tamed:build" in capsys.readouterr().err
+    assert "runs code of its config: model.target=tests.trainer.tamed:build" in capsys.readouterr().err
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another user"))
     assert main(generate) == 2
     assert "model.target=tests.trainer.tamed:build" in capsys.readouterr().err
@@ -241,6 +241,13 @@ def test_our_own_targets_are_no_code_of_others_but_only_in_their_place() -> None
         change = lambda config, s=section, k=key: setattr(getattr(config, s), k, "stoker.launch.cli:main")  # noqa: E731
         assert code(change) == [f"{section}.{key}"]
     assert code(lambda config: setattr(config.data, "args", {"map": "stoker.launch.cli:main"})) == ["data.args.map"]
+
+
+def test_an_address_that_would_send_a_secret_of_the_environment_is_trusted_like_code() -> None:
+    address, config = "https://theirs/a.tar?$STOKER_SECRET_SAS", Config()
+    config.data.urls = ["https://theirs/b.tar", address]
+    config.data.sources = {"web": {"path": address}}
+    assert list(code_of(config)) == ["data.urls", "data.sources.web.path"]
 
 
 def test_a_script_that_this_user_has_not_submitted_is_not_requeued(

@@ -231,11 +231,21 @@ TOGETHER = {
     ],
     "NVMe": [
         (["parallel.offload=nvme"], 2, 0, "with parallel.engine=fsdp: parallel.engine=deepspeed works, or"),
-        ([*DEEPSPEED, "parallel.offload=nvme"], 2, 0, "say parallel.nvme_path=, a directory on a local disk"),
+        ([*DEEPSPEED, "parallel.offload=nvme"], 2, 0, "needs parallel.nvme_path=DIRECTORY on a local disk"),
     ],
     "DeepSpeed settings": [
         (["parallel.deepspeed={a: 1}"], 2, 0, "these settings are for parallel.engine=deepspeed"),
         ([*DEEPSPEED, "parallel.deepspeed={train_batch_size: 8}"], 2, 0, "batch.size"),
+    ],
+    "credentials": [
+        (
+            ["data=jsonl", "'data.path=https://me:hunter2@host/a.jsonl'"],
+            1,
+            0,
+            "data.path=https://me:***@host/a.jsonl",
+        ),
+        (["'launch.setup=export WANDB_API_KEY=0123abc'"], 1, 0, "launch.setup=export WANDB_API_KEY=***"),
+        (["model.args={token: abc}"], 1, 0, "model.args.token=***"),
     ],
     **OF_STREAMS,
     **OF_ROPE,

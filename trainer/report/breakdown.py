@@ -1,4 +1,4 @@
-"""Where the time of one traced step goes: its phases, and the communication that no computation hides.
+"""Where the time of one traced step goes: its phases, and the communication that is not hidden by computation.
 
 A trace of a step holds ranges that the loop and the engine mark on the thread that computes: `stoker.data`,
 `stoker.forward`, `stoker.backward` and `stoker.update`, once for each micro-batch where there are several.
@@ -16,7 +16,7 @@ A trace of a step holds ranges that the loop and the engine mark on the thread t
 Exposed communication is taken off the phase into which it falls. So the phases and it add up to the step, from the
 first range to the end of the last, except for what lies between ranges (waiting for a snapshot's copy).
 
-Not seen: what a hidden collective costs the computation beside it, in cores or memory bandwidth; on CPUs, the
+Not seen: the cost of a hidden collective to the computation beside it, in cores or memory bandwidth; on CPUs, the
 microseconds between two operations in which an unawaited collective happens to end, which count as waiting; other
 backends than NCCL and gloo. Tracing makes each operation some microseconds longer.
 """
@@ -39,7 +39,7 @@ Interval = tuple[int, int]  # start and end in nanoseconds
 
 
 class Event(NamedTuple):
-    """What the breakdown needs of an event of a trace."""
+    """The fields of a trace event that the breakdown needs."""
 
     name: str
     start: int  # nanoseconds

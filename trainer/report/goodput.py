@@ -1,8 +1,8 @@
-"""Goodput: what every second of a run, over all its attempts, was good for.
+"""Goodput: how every second of a run, over all its attempts, was spent.
 
-Rank 0 of each attempt keeps a small file (`Booking`). Whatever stands there after the checkpoint that the next attempt
-resumed from was lost; between attempts the run was down. `goodput` needs nothing but the files, also those of a run
-that is under way or was killed.
+Rank 0 of each attempt keeps a small file (`Booking`). Time booked after the checkpoint from which the next attempt
+resumed counts as lost; between attempts the run was down. `goodput` needs only these files, also for a run that is in
+progress or was killed.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import json
 import logging
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stoker.conf.durable import is_full, write_whole
 from stoker.conf.reasons import reason
+from stoker.conf.records import read_json, record_of
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.runtime.outcome import read_ending
 from stoker.trainer.runtime.process import Phase, Phases, read_stamps
@@ -71,7 +73,7 @@ class _Record:
 
     began: float  # seconds since the epoch: when rank 0's process did
     time: float  # until when all is booked
-    resumed_from: int | None  # step; 0: it began anew; None: it did not get so far
+    resumed_from: int | None  # step; 0: from initial weights; None: it did not get so far
     seconds: dict[str, float]
     marks: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # what was booked when a step was saved
 
@@ -82,6 +84,17 @@ class _Record:
             if marked <= step:
                 before = seconds
         return sum(self.seconds.get(name, 0.0) - before.get(name, 0.0) for name in _OF_STEPS)
+
+
+@dataclass
+class _StoredRecord:
+    """`_Record` as JSON has it."""
+
+    began: float
+    time: float
+    resumed_from: int | None
+    seconds: dict[str, Any]
+    marks: list[Any] = field(default_factory=list)
 
 
 class Booking:
@@ -125,7 +138,7 @@ class Booking:
         except OSError as error:
             if not is_full(error):
                 raise
-            log.info("seconds are written later: %s", reason(error))
+            log.info("seconds will be written later: %s", reason(error))
 
     def _update(self) -> None:
         spent = self._phase.totals()
@@ -136,13 +149,13 @@ class Booking:
         for name, gone in self._lost.items():
             seconds[name] -= gone
             seconds["lost"] += gone
-        # What came before the first phase (imports, the rendezvous) is of the start.
+        # Time before the first phase (imports, the rendezvous) counts as startup.
         seconds["startup"] += max(0.0, self._record.time - self._record.began - sum(seconds.values()))
         self._record.seconds = seconds
 
 
 def process_start(now: float) -> float:
-    """When this process began, in seconds since the epoch; `now` where the system does not tell."""
+    """When this process began, in seconds since the epoch; `now` where the system does not provide it."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:
@@ -151,7 +164,7 @@ def process_start(now: float) -> float:
 
 
 def goodput(run: RunDirectory, now: float | None = None) -> Goodput:
-    """All seconds of a run by book. `now`: of a run that is under way; without, the last thing known is its end."""
+    """All seconds of a run by book. `now`: for a run in progress; without it, the last record is the end."""
     numbers = run.attempt_numbers()
     records = {number: _read(run, number) for number in numbers}
     found = dict.fromkeys(BOOKS, 0.0)
@@ -180,21 +193,50 @@ def goodput(run: RunDirectory, now: float | None = None) -> Goodput:
     return Goodput(found, len(numbers))
 
 
+def _has_ended(run: RunDirectory, number: int) -> bool:
+    """Whether an attempt has an outcome, sound or damaged."""
+    try:
+        return read_ending(run, number) is not None
+    except ValueError:
+        return True
+
+
+def _stamped(run: RunDirectory, number: int) -> list[float]:
+    """When the ranks of an attempt last stamped their progress; none where a stamp is damaged."""
+    with suppress(ValueError):
+        return [stamp.time for stamp in read_stamps(run.attempt(number)).values()]
+    return []
+
+
+def _record_of(values: Any) -> _Record:
+    """Raises ValueError for what is no record."""
+    record = record_of(values, _StoredRecord)
+    try:
+        marks = [(int(step), _seconds(seconds)) for step, seconds in record.marks]
+    except TypeError as error:
+        raise ValueError("its marks are no pairs of a step and seconds") from error
+    return _Record(record.began, record.time, record.resumed_from, _seconds(record.seconds), marks)
+
+
+def _seconds(values: Any) -> dict[str, float]:
+    if not isinstance(values, dict) or any(type(value) not in (int, float) for value in values.values()):
+        raise ValueError("seconds are numbers by book")
+    return {name: float(values.get(name, 0.0)) for name in BOOKS if name in values}
+
+
 def _end_of(run: RunDirectory, number: int, record: _Record, now: float | None) -> tuple[float, bool]:
-    """Until when the attempt did anything, and whether it goes on. Who hangs does nothing, whenever that is seen."""
-    if now is not None and read_ending(run, number) is None:
+    """Until when the attempt made progress, and whether it continues. A hang counts from its beginning."""
+    if now is not None and not _has_ended(run, number):
         return max(now, record.time), True
-    return max([record.time, *(stamp.time for stamp in read_stamps(run.attempt(number)).values())]), False
+    return max([record.time, *_stamped(run, number)]), False
 
 
 def _read(run: RunDirectory, number: int) -> _Record:
-    """The record of an attempt; of one that did not get so far, a start that takes until the last stamp."""
+    """The record of an attempt; a start until the last stamp for one that did not get so far or has no sound record."""
     try:
-        values: dict[str, Any] = json.loads(run.seconds(number).read_text())
-        values["marks"] = [(step, seconds) for step, seconds in values["marks"]]
-        return _Record(**values)
-    except FileNotFoundError:
+        return _record_of(read_json(run.seconds(number)))
+    except (FileNotFoundError, ValueError):
         folder = run.attempt(number)
         began = min([folder.stat().st_mtime, *(entry.stat().st_mtime for entry in folder.iterdir())])
-        stamps = [stamp.time for stamp in read_stamps(run.attempt(number)).values()]
+        stamps = _stamped(run, number)
         return _Record(began, max([began, *stamps]), None, {"startup": max([began, *stamps]) - began})

@@ -1,4 +1,4 @@
-"""The live view: a few lines at the bottom of a terminal, redrawn by a thread of their own.
+"""The live view: a few lines at the bottom of a terminal, redrawn by a separate thread.
 
 A step only leaves its record behind; the thread formats the newest one at most `FRAMES_PER_SECOND` times a second. The
 cursor is never hidden, so that a killed process leaves a terminal as it was.
@@ -28,7 +28,7 @@ BAR = 36  # columns
 
 
 class LiveProgress(Observer):
-    """Draws on `screen`, which should be a terminal that understands ANSI sequences."""
+    """Draws on `screen`, which should be a terminal that supports ANSI sequences."""
 
     name = "progress"
 
@@ -67,7 +67,8 @@ class LiveProgress(Observer):
         self._pace.add(record)
         self._step, self._record = record.step, record
         if record.val_loss is not None:
-            self._evaluation = f"{number(record.val_loss)} at step {record.step}"
+            beside = f", train {number(train)}" if (train := record.extra.get("train_loss")) is not None else ""
+            self._evaluation = f"{number(record.val_loss)}{beside} at step {record.step}"
         if record.skipped:
             self._skipped += 1
             self.message(f"step {record.step} skipped: {skip_reason(record)}")

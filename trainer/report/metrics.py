@@ -11,18 +11,27 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from stoker.conf.durable import is_full, naming, open_own, sync_directory, with_room
 from stoker.conf.reasons import reason
+from stoker.conf.records import is_sane, parse_json
 from stoker.conf.schema import Config
 from stoker.trainer.report.observer import Observer, StepRecord
 
 _RECENT_BYTES = 4 << 20  # some ten thousand steps
 _BACKWARD_BYTES = 64 << 10  # read at a time from the end
 _MOST_WAITING_BYTES = 256 << 20  # of lines that a full disk has not taken
+_LONGEST_LINE = 1 << 20  # bytes
+_NUMBER = (int, float, type(None))  # null: it was not finite
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("updates", "tokens"), (int,)),
+    **dict.fromkeys(("loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "data_seconds"), _NUMBER),
+    **dict.fromkeys(("skipped", "empty"), (bool, int)),
+    "val_loss": _NUMBER,
+}
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
@@ -30,8 +39,8 @@ class MetricsFile(Observer):
     """Appends to `path`.
 
     Lines that a full disk does not take wait in memory, in order, and follow when there is room: what is lost with the
-    process are lines of steps that no checkpoint has. `failure` says why lines wait. Raises OSError, naming the file,
-    for other errors, and when too much waits. A background thread may `flush`.
+    process are lines of steps that no checkpoint has. `failure` is the reason why lines wait. Raises OSError, naming
+    the file, for other errors, and when too much waits. A background thread may `flush`.
     """
 
     name = "metrics.jsonl"
@@ -122,13 +131,22 @@ def as_dict(record: StepRecord) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The steps in the file, in order. A line torn by a kill is left out; no file means no steps."""
-    return [step for _, step in _lines(path)]
+    """The steps in the file, in order: `steps` as a list, for what needs them all at once."""
+    return list(steps(path))
+
+
+def steps(path: Path) -> Iterator[dict[str, Any]]:
+    """The steps in the file, in order, one at a time. No file means no steps.
+
+    A line torn by a kill is left out, and so is one that no run writes: no object of a step, values of other types,
+    numbers that are not finite.
+    """
+    yield from _lines(path)
 
 
 def read_recent(path: Path) -> list[dict[str, Any]]:
     """As `read`, but no more than the last of them: as quick after a million steps as after ten thousand."""
-    return [step for _, step in _lines(path, _RECENT_BYTES)]
+    return list(_lines(path, _RECENT_BYTES))
 
 
 def last_step(path: Path) -> int:
@@ -159,10 +177,12 @@ def cut_back(path: Path, step: int) -> None:
 def _last_line(file: IO[bytes], most: int | None) -> tuple[int, int]:
     """Where the last whole line of a step ends, of one up to `most` if given, and its step; (0, 0) without one."""
     begin = file.seek(0, os.SEEK_END)
-    tail, stop = b"", 0  # what is not looked at yet: `stop` bytes of the file from `begin` on
+    tail, stop = b"", 0  # not searched yet: `stop` bytes of the file from `begin` on
     while begin or stop:
         start = tail.rfind(b"\n", 0, max(0, stop - 1)) + 1
         if start == 0 and begin:  # the line begins before what has been read
+            if stop > _LONGEST_LINE:  # no line of ours: it is passed over, and not held
+                tail, stop = b"", 0
             size = min(max(_BACKWARD_BYTES, stop), begin)
             begin -= size
             file.seek(begin)
@@ -178,27 +198,31 @@ def _last_line(file: IO[bytes], most: int | None) -> tuple[int, int]:
 
 def _step_in(line: bytes) -> int | None:
     """The step of a whole line; None for a torn one or something else."""
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return None
-    step = values.get("step") if isinstance(values, dict) else None
-    return step if line.endswith(b"\n") and type(step) is int else None
+    values = _values_in(line)
+    return None if values is None else values["step"]
 
 
-def _lines(path: Path, most_bytes: int | None = None) -> list[tuple[bytes, dict[str, Any]]]:
+def _lines(path: Path, most_bytes: int | None = None) -> Iterator[dict[str, Any]]:
     if not path.exists():
-        return []
+        return
     with open(path, "rb") as file:
         if most_bytes is not None:
-            file.seek(-min(most_bytes, path.stat().st_size), os.SEEK_END)
-        lines = file.read().splitlines(keepends=True)
-    found = []
-    for line in lines:
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith(b"\n") and isinstance(values, dict) and isinstance(values.get("step"), int):
-            found.append((line, values))
-    return found
+            file.seek(-min(most_bytes, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        while line := file.readline(_LONGEST_LINE):
+            values = _values_in(line)
+            if values is not None:
+                yield values
+
+
+def _values_in(line: bytes) -> dict[str, Any] | None:
+    """What a whole line of a step holds; None for a torn one or something else."""
+    try:
+        values = parse_json(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    if not isinstance(values, dict) or type(values.get("step")) is not int or not is_sane(values):
+        return None
+    for key, kinds in _KINDS.items():
+        if key in values and type(values[key]) not in kinds:
+            return None
+    return values

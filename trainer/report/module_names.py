@@ -1,4 +1,4 @@
-"""What a module is called, wherever in a model a hook meets it."""
+"""Names of modules, for hooks that get a module anywhere in a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WHOLE = "the whole model"
 
 
 class ModuleNames:
-    """While entered, learns the names of the modules of any model that is called: the outermost comes first."""
+    """While entered, collects the names of the modules of any model that is called, outermost first."""
 
     def __init__(self) -> None:
         self.calls = 0  # of whole models

@@ -22,14 +22,14 @@ class StepRecord:
     tokens_per_second: float
     step_seconds: float  # wall time since the step before
     data_seconds: float  # of which waiting for rows
-    skipped: bool = False  # no update: the loss or the norm was not finite, or nothing was to be learned
+    skipped: bool = False  # no update: the loss or the norm was not finite, or the batch had no label
     empty: bool = False  # skipped as no token of the batch was a label; its loss is nan
     val_loss: float | None = None  # nats per valid token, at the steps that evaluate
     extra: Mapping[str, float] = field(default_factory=dict)  # more numbers for metrics.jsonl and trackers
 
 
 class CheckpointReport(Protocol):
-    """What observers read of a save that ended."""
+    """The fields of a finished save that observers read."""
 
     @property
     def step(self) -> int: ...
@@ -46,7 +46,7 @@ class CheckpointReport(Protocol):
 
 
 class Observer:
-    """Sees a run go by. Every event is optional."""
+    """Receives the events of a run. Every event is optional."""
 
     name = "observer"
 
@@ -63,10 +63,10 @@ class Observer:
         """A save has ended, well or not."""
 
     def rolled_back(self, step: int) -> None:
-        """The run has gone back to `step`: what came after it will be told anew."""
+        """The run has gone back to `step`: the events after it will come again."""
 
     def message(self, text: str) -> None:
-        """One line for the person who watches."""
+        """One line for the screen."""
 
     def finish(self, outcome: str, step: int) -> None:
         """The run ends here, at `step`; no event follows. Returns within seconds."""

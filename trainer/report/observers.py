@@ -1,13 +1,13 @@
-"""What a person and other tools see of a run: observers of the loop, on global rank 0 only.
+"""Observers of the loop, on global rank 0 only: metrics file, terminal, tracker.
 
     loop -> Observers -> MetricsFile   metrics.jsonl, one line per step; part of the run, its errors end the run,
                          but for a full disk, for which lines wait
                       -> progress      lines or a live view on the terminal
                       -> Tracker       a process that follows metrics.jsonl into wandb or tensorboard
 
-Only the metrics file matters to the run. Whatever else fails (a closed terminal, a tracker without a network) is
-named once and switched off, and training goes on. An observer returns in microseconds: slow work belongs to another
-thread or process.
+Only errors of the metrics file end the run. Any other observer that fails (a closed terminal, a tracker without a
+network) is reported once and switched off, and training goes on. An observer returns in microseconds: slow work belongs
+to another thread or process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Observers(Observer):
 
     def start(self, config: Config, resumed_from_step: int | None, total_steps: int, facts: Mapping[str, str]) -> None:
         self.metrics.start(config, resumed_from_step, total_steps, facts)
-        self._tell(lambda other: other.start(config, resumed_from_step, total_steps, facts))
+        self._notify(lambda other: other.start(config, resumed_from_step, total_steps, facts))
 
     def step(self, record: StepRecord) -> None:
         waited = self.metrics.failure is not None
@@ -52,33 +52,33 @@ class Observers(Observer):
             self.message(f"{failure}: lines of metrics wait in memory until there is room")
         elif failure is None and waited:
             self.message(f"{self.metrics.path}: there is room again, and every line is written")
-        self._tell(lambda other: other.step(record))
+        self._notify(lambda other: other.step(record))
 
     def saving(self, step: int) -> None:
-        self._tell(lambda other: other.saving(step))
+        self._notify(lambda other: other.saving(step))
 
     def checkpoint(self, report: CheckpointReport) -> None:
-        self._tell(lambda other: other.checkpoint(report))
+        self._notify(lambda other: other.checkpoint(report))
 
     def rolled_back(self, step: int) -> None:
         self.metrics.rolled_back(step)
-        self._tell(lambda other: other.rolled_back(step))
+        self._notify(lambda other: other.rolled_back(step))
 
     def message(self, text: str) -> None:
-        self._tell(lambda other: other.message(text))
+        self._notify(lambda other: other.message(text))
 
     def finish(self, outcome: str, step: int) -> None:
-        self._tell(lambda other: other.finish(outcome, step))  # first: a full disk must not cost the terminal
+        self._notify(lambda other: other.finish(outcome, step))  # first: a full disk must not cost the terminal
         self.metrics.finish(outcome, step)
 
     def abandon(self) -> None:
-        """The run has failed: end what was started. Errors are only logged, as what broke the run matters more."""
+        """The run has failed: end what was started. Errors are only logged: the failure of the run matters more."""
         try:
             self.finish(Outcome.FAILED, 0)
         except Exception as error:
             logger.warning("observers could not be ended", exc_info=error)
 
-    def _tell(self, event: Callable[[Observer], None]) -> None:
+    def _notify(self, event: Callable[[Observer], None]) -> None:
         for other in tuple(self._others):
             if other not in self._others:
                 continue  # switched off by the message about one before it
@@ -91,7 +91,7 @@ class Observers(Observer):
 
 
 def open_observers(config: Config, run_dir: Path, screen: TextIO) -> Observers:
-    """The observers that `config` asks for. `screen` is where a person looks: a terminal, a pipe or a file."""
+    """The observers of `config`. `screen` is the user's output: a terminal, a pipe or a file."""
     run = RunDirectory(run_dir)
     views = [open_progress(config.log, screen)] if config.log.progress != "none" else []
     observers = Observers(MetricsFile(run.metrics), views)
@@ -101,7 +101,7 @@ def open_observers(config: Config, run_dir: Path, screen: TextIO) -> Observers:
 
 
 def open_progress(log: LogConfig, screen: TextIO) -> Observer:
-    """The view that `log.progress` asks for: `auto` is live on a terminal and plain elsewhere."""
+    """The view of `log.progress`: `auto` is live on a terminal and plain elsewhere."""
     terminal = screen.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     if log.progress == "live" or (log.progress == "auto" and terminal):
         from stoker.trainer.report.live import LiveProgress

@@ -20,11 +20,11 @@ from stoker.trainer.report.breakdown import events_of, phase_seconds
 
 log = logging.getLogger(__name__)
 
-MEMORY_EVENTS = 100_000  # newest allocations and frees in a memory snapshot; several kB each, says torch
+MEMORY_EVENTS = 100_000  # newest allocations and frees in a memory snapshot; several kB each, by torch's docs
 
 
 class Profiler:
-    """Profiles the steps that `config` asks for; the others cost a comparison."""
+    """Profiles the steps that `config` names; the others cost a comparison."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Profiler:
         memory_snapshot: Path,
         say: Callable[[str], None] = log.info,
     ) -> None:
-        """`trace` and `memory_snapshot` are the files to write (the second on GPUs only); `say` hears of them."""
+        """`trace` and `memory_snapshot` are the files to write (the second on GPUs only); `say` prints a line."""
         self._first, self._last = config.steps or (0, 0)
         self._every = config.phases_every
         self._on_gpu = device.type == "cuda"
@@ -46,7 +46,7 @@ class Profiler:
         """The work of `step` is done inside. What is yielded then holds the metrics that profiling adds to the step."""
         metrics: dict[str, float] = {}
         if self._first <= step <= self._last:
-            with self._traced(step), record_function(f"ProfilerStep#{step}"):  # a name that tools for traces know
+            with self._traced(step), record_function(f"ProfilerStep#{step}"):  # the name that trace viewers expect
                 yield metrics
         elif self._every and step % self._every == 0:
             self._wait_for_device()  # what came before is not of this step
@@ -58,7 +58,7 @@ class Profiler:
             yield metrics
 
     def close(self) -> None:
-        """Write the trace, if one is being recorded. That it cannot be written is said and ends nothing."""
+        """Write the trace, if one is being recorded. A failure is reported and does not end the run."""
         if self._recording is None:
             return
         recorded, self._recording = self._recording, None
@@ -87,7 +87,7 @@ class Profiler:
         try:
             yield
         except Exception:
-            self.close()  # the way to an out-of-memory error is what a memory snapshot shows
+            self.close()  # the snapshot shows the allocations before an out-of-memory error
             raise
         if step == self._last:
             self.close()

@@ -1,4 +1,4 @@
-"""Progress on the screen: plain lines for logs and pipes; `stoker.trainer.report.live` is its sister for terminals."""
+"""Progress on the screen: plain lines for logs and pipes; `stoker.trainer.report.live` is the view for terminals."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Pace:
 
 
 class PlainProgress(Observer):
-    """A line every `every` steps, and one for whatever else happens."""
+    """A line every `every` steps, and one for every other event."""
 
     name = "progress"
 
@@ -95,8 +95,8 @@ class PlainProgress(Observer):
 
 def skip_reason(record: StepRecord) -> str:
     if record.empty:
-        return "no label to learn in the whole batch; parameters left as they were"
-    return f"loss {number(record.loss)}, gradient norm {number(record.grad_norm)}; parameters left as they were"
+        return "no label in the whole batch; parameters unchanged"
+    return f"loss {number(record.loss)}, gradient norm {number(record.grad_norm)}; parameters unchanged"
 
 
 def describe_save(report: CheckpointReport) -> str:

@@ -4,18 +4,68 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.trainer.report.goodput import goodput
-from stoker.trainer.report.metrics import read
+from stoker.trainer.report.metrics import steps
 from stoker.trainer.report.progress import duration
 
-LOG_STEPS_FROM = 1000  # runs this long are drawn over log steps: the start would be a cliff
+LOG_STEPS_FROM = 1000  # from this length on, steps are drawn on a log axis
 
-Steps = list[dict[str, Any]]
+MOST_POINTS = 20_000  # of a curve that are kept: several for each column of the picture
+
+T = TypeVar("T")
+
+
+class Sample(Generic[T]):
+    """Of a series of any length every item, every second, every fourth, ...: at most `MOST_POINTS` of them."""
+
+    def __init__(self) -> None:
+        self.items: list[T] = []
+        self._seen, self._stride = 0, 1
+
+    def add(self, item: T) -> None:
+        if self._seen % self._stride == 0:
+            self.items.append(item)
+        self._seen += 1
+        if len(self.items) > MOST_POINTS:
+            self.items, self._stride = self.items[::2], 2 * self._stride
+
+
+class History:
+    """What the table and the picture need of the steps of a run, in memory that does not grow with them."""
+
+    def __init__(self, steps: Iterable[dict[str, Any]]) -> None:
+        self.last: dict[str, Any] | None = None
+        self.finite: dict[str, tuple[int, float]] = {}  # the last of each loss: step, value
+        self.count = self.skipped = self.empty = 0
+        self.seconds = 0.0
+        self.losses, self.val_losses = Sample[tuple[int, float]](), Sample[tuple[int, float]]()
+        self.speeds, self.skips = Sample[float](), Sample[int]()
+        for step in steps:
+            self._add(step)
+
+    def _add(self, step: dict[str, Any]) -> None:
+        self.last = step
+        self.count += 1
+        number, skipped = step["step"], step.get("skipped", False)
+        self.skipped += skipped
+        self.empty += step.get("empty", False)
+        self.seconds += step.get("step_seconds") or 0.0
+        for key, sample in (("loss", self.losses), ("val_loss", self.val_losses), ("train_loss", None)):
+            value = step.get(key)
+            if value is not None:
+                self.finite[key] = (number, value)
+                if sample is not None:
+                    sample.add((number, value))
+        if step.get("tokens_per_second") is not None:
+            self.speeds.add(step["tokens_per_second"])
+        if skipped:
+            self.skips.add(number)
 
 
 def summarize(run_dir: Path, config: Config, outcome: str) -> str:
@@ -24,36 +74,34 @@ def summarize(run_dir: Path, config: Config, outcome: str) -> str:
     A picture that cannot be drawn is a line in the table, never an error.
     """
     run = RunDirectory(run_dir)
-    steps = read(run.metrics)
-    rows = table(steps, run, config)
-    if len(steps) > 1:
+    history = History(steps(run.metrics))
+    rows = table(history, run, config)
+    if history.count > 1:
         try:
-            rows.append(("picture", str(draw(steps, run.loss_plot, config.run.name or run.path.name))))
+            rows.append(("picture", str(draw(history, run.loss_plot, config.run.name or run.path.name))))
         except Exception as error:
             rows.append(("picture", f"not drawn: {type(error).__name__}: {str(error).partition(chr(10))[0]}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join([outcome, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
-def table(steps: Steps, run: RunDirectory, config: Config) -> list[tuple[str, str]]:
-    """What there is to say about `steps`, as (name, value)."""
+def table(history: History, run: RunDirectory, config: Config) -> list[tuple[str, str]]:
+    """Rows about the steps, as (name, value)."""
     rows = []
-    if steps:
-        last = steps[-1]
-        skipped = sum(step["skipped"] for step in steps)
-        empty = sum(step.get("empty", False) for step in steps)
-        updates = f"{last['updates']:,} updates" + (f", {skipped:,} skipped" if skipped else "")
-        updates += f", {empty:,} of them without a label to learn" if empty else ""
+    last = history.last
+    if last is not None:
+        updates = f"{last.get('updates', 0):,} updates" + (f", {history.skipped:,} skipped" if history.skipped else "")
+        updates += f", {history.empty:,} of them without labels" if history.empty else ""
         rows.append(("steps", f"{last['step']:,} of {config.steps:,} ({updates})"))
-        rows.append(("tokens", f"{last['tokens']:,}"))
+        rows.append(("tokens", f"{last.get('tokens', 0):,}"))
         for name, key in (("loss", "loss"), ("val loss", "val_loss"), ("train loss", "train_loss")):
-            finite = [step for step in steps if step.get(key) is not None]
-            if finite:
-                when = "" if finite[-1] is last else f" at step {finite[-1]['step']:,}"
-                rows.append((name, f"{finite[-1][key]:.4f} nats per token{when}"))
-        speed = statistics.median(step["tokens_per_second"] for step in steps)
-        training = duration(sum(step["step_seconds"] for step in steps))
-        rows.append(("speed", f"{speed:,.0f} tokens/s (median), {training} in steps"))
+            if key in history.finite:
+                step, value = history.finite[key]
+                when = "" if step == last["step"] else f" at step {step:,}"
+                rows.append((name, f"{value:.4f} nats per token{when}"))
+        if history.speeds.items:
+            speed, training = statistics.median(history.speeds.items), duration(history.seconds)
+            rows.append(("speed", f"{speed:,.0f} tokens/s (median), {training} in steps"))
     spent = goodput(run, time.time())
     if spent.total:
         rows.append(
@@ -71,15 +119,13 @@ def table(steps: Steps, run: RunDirectory, config: Config) -> list[tuple[str, st
     return rows
 
 
-def draw(steps: Steps, path: Path, title: str) -> Path:
+def draw(history: History, path: Path, title: str) -> Path:
     """Draw loss and validation loss over steps as a PNG. Returns `path`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot: no window system, no global state
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
-    trained = [(step["step"], step["loss"]) for step in steps if step["loss"] is not None]
-    validated = [(step["step"], step["val_loss"]) for step in steps if step.get("val_loss") is not None]
-    skipped = [step["step"] for step in steps if step["skipped"]]
+    trained, validated, skipped = history.losses.items, history.val_losses.items, history.skips.items
     figure = Figure(figsize=(8, 4.5), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -103,7 +149,7 @@ def draw(steps: Steps, path: Path, title: str) -> Path:
         axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())
-    if steps[-1]["step"] >= LOG_STEPS_FROM:
+    if history.last is not None and history.last["step"] >= LOG_STEPS_FROM:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:,.0f}")
     else:

@@ -1,8 +1,8 @@
-"""The process behind `stoker.trainer.report.trackers`: reads metrics.jsonl as it grows and gives every step to a
+"""The process behind `stoker.trainer.report.trackers`: reads metrics.jsonl as it grows and passes every step to a
 tracker once.
 
-Run as a script, and on the standard library alone, so that it starts in a moment and holds neither torch nor the
-training process's memory. It outlives signals meant for the ranks, and ends by itself when they have ended.
+Run as a script that imports only the standard library, so that it starts quickly and holds neither torch nor the
+training process's memory. It ignores signals for the ranks, and ends when they have ended.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Wandb:
         self._run.log(values, step=step)
 
     def flush(self) -> None:
-        pass  # sends by itself
+        pass  # sends on its own schedule
 
     def close(self, outcome: str | None) -> None:
         self._run.summary["outcome"] = outcome or "killed"
@@ -74,7 +74,7 @@ class TensorBoard:
 
         self._event, self._session, self._summary = event_pb2.Event, event_pb2.SessionLog, summary_pb2.Summary
         self._writer = EventFileWriter(os.path.join(job["run_dir"], "tensorboard"))
-        # Readers forget the steps from here on that older event files hold
+        # Readers drop the steps from here on that older event files hold
         restart = self._session(status=self._session.START)
         self._writer.add_event(self._event(wall_time=time.time(), step=first_step, session_log=restart))
 
@@ -111,7 +111,7 @@ class Memory:
             stored = {}
         copied = stored.get("run", run) != run  # none: written before runs had an id
         if copied and stored.get("tracker") == tracker:
-            say(f"a new {tracker} run: this run directory is a copy of that of {tracker} run {stored.get('run_id')}")
+            say(f"a new {tracker} run: this run directory is a copy of the one of {tracker} run {stored.get('run_id')}")
         if stored.get("tracker") != tracker or copied:
             stored = {"tracker": tracker, "run_id": secrets.token_hex(4), "last_step": 0}
         stored["run"] = run
@@ -138,7 +138,7 @@ class Memory:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-            time.sleep(POLL_SECONDS)  # nobody waits for this process: there may be room later
+            time.sleep(POLL_SECONDS)  # no process waits for this one: there may be room later
 
 
 def open_new(path: Path, flags: int) -> io.FileIO:
@@ -147,7 +147,7 @@ def open_new(path: Path, flags: int) -> io.FileIO:
 
 
 class RanksEnded:
-    """Waits in a thread for the outcome on stdin, or for the death of the process that would send it."""
+    """Waits in a thread for the outcome on stdin, or for the end of the process that would send it."""
 
     def __init__(self, trainer_pid: int) -> None:
         self.outcome: str | None = None
@@ -155,20 +155,20 @@ class RanksEnded:
         threading.Thread(target=self._watch, args=(trainer_pid,), daemon=True).start()
 
     def _watch(self, trainer_pid: int) -> None:
-        # Forked data workers may hold the other end of stdin open: look at the parent as well
+        # Forked data workers may hold the other end of stdin open: check the parent too
         while os.getppid() == trainer_pid:
             if select.select([0], [], [], POLL_SECONDS)[0]:
                 line = os.read(0, CHUNK_BYTES)
                 self.outcome = json.loads(line)["outcome"] if line else None
                 break
-        signal.alarm(LINGER_SECONDS)  # ends this process whatever it hangs in by then
+        signal.alarm(LINGER_SECONDS)  # ends this process even if it hangs
         self.event.set()
 
 
 def follow(file: io.FileIO, memory: Memory, sink: Sink, ended: threading.Event) -> None:
     """Give the steps of `file` after `memory.last_step` to `sink`, until the ranks have ended and all is given.
 
-    A file that was cut back is another attempt's: its tracker goes on.
+    A file that became shorter belongs to another attempt, whose tracker continues.
     """
     rest = b""
     while True:
@@ -189,15 +189,15 @@ def follow(file: io.FileIO, memory: Memory, sink: Sink, ended: threading.Event) 
 
 
 def numbers(values: Values) -> dict[str, float]:
-    """What of a line can be drawn."""
+    """The numbers of a line."""
     return {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
 
 
 class Voice:
-    """Lines for rank 0, on what was standard output; whatever a tracker prints goes to the log instead."""
+    """Lines for rank 0, on the original standard output; the tracker's prints go to the log instead."""
 
     def __init__(self) -> None:
-        self._pipe = os.dup(1)  # open until the process ends: its end of file tells rank 0 that there is no more
+        self._pipe = os.dup(1)  # open until the process ends: its end of file means to rank 0 that no line follows
         os.dup2(2, 1)
 
     def say(self, text: str, kind: str = "say") -> None:

@@ -1,12 +1,12 @@
-"""Trackers (Weights & Biases, TensorBoard) live in a process of their own that follows metrics.jsonl.
+"""Trackers (Weights & Biases, TensorBoard) run in a separate process that follows metrics.jsonl.
 
-The loop therefore never waits for a tracker, whatever its library does: imports, threads, signal handlers, a network
-that hangs, a crash. What a tracker has not seen yet is in the file, so it catches up after a slow start, after a
+The loop therefore never waits for a tracker's library: its imports, threads, signal handlers, a network that hangs, a
+crash. Steps that a tracker has not received yet are in the file, so it catches up after a slow start, after a
 failure, even when it is switched on in mid-run. `RUN/tracker.json` holds the tracker's run id and the last step given
 to it; a restart from an older checkpoint repeats steps, and those up to `last_step` are not given again.
 
     rank 0 -- one line of JSON: the job --------> stdin   tracker_process.py
-           -- one line of JSON: the outcome ----> stdin   (or end of file: rank 0 died)
+           -- one line of JSON: the outcome ----> stdin   (or end of file: rank 0 has ended)
            <- lines of JSON: say or failed ------ stdout
 """
 
@@ -36,11 +36,11 @@ FINISH_SECONDS = 5.0  # a rank ends within ten seconds of SIGTERM
 
 
 class TrackerError(Exception):
-    """The tracker's process has given up; the text says why."""
+    """The tracker's process has failed; the text is the reason."""
 
 
 class Tracker(Observer):
-    """Starts the process, passes on what it says, and raises TrackerError when it has failed."""
+    """Starts the process, prints its lines, and raises TrackerError when it has failed."""
 
     def __init__(self, config: TrackerConfig, run: RunDirectory, say: Callable[[str], None]) -> None:
         self.name = f"tracker {config.name}"
@@ -48,7 +48,7 @@ class Tracker(Observer):
         self._run = run
         self._say = say
         self._process: subprocess.Popen[bytes] | None = None
-        self._heard = b""
+        self._unread = b""
         self._job: dict[str, Any] = {}
 
     def start(self, config: Config, resumed_from_step: int | None, total_steps: int, facts: Mapping[str, str]) -> None:
@@ -80,14 +80,14 @@ class Tracker(Observer):
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C ends the ranks; the tracker still has to hear of it
+                start_new_session=True,  # Ctrl-C ends the ranks; the tracker still has to record it
             )
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
         self._write(self._job)
 
     def rolled_back(self, step: int) -> None:
-        """Its process follows the file, which is another now: begin anew, as after a restart."""
+        """The file was truncated: start a new process, as after a restart."""
         if self._process is None:
             return
         self.finish("rolled back", step)
@@ -105,29 +105,29 @@ class Tracker(Observer):
         try:
             self._process.wait(FINISH_SECONDS)
         except subprocess.TimeoutExpired:
-            self._say(f"{self.name} is still busy and goes on by itself for up to a minute")
+            self._say(f"{self.name} is still busy and continues in the background for up to a minute")
             return
         self._listen()
         self._check_exit()
 
     def _write(self, message: dict[str, Any]) -> None:
         assert self._process is not None and self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended, and `_listen` says why
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and `_listen` reports why
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
 
     def _listen(self) -> None:
         assert self._process is not None and self._process.stdout is not None
         try:
-            heard = os.read(self._process.stdout.fileno(), 65536)
+            received = os.read(self._process.stdout.fileno(), 65536)
         except BlockingIOError:
-            return  # nothing said: the usual case
-        *lines, self._heard = (self._heard + heard).split(b"\n")
+            return  # no line: the usual case
+        *lines, self._unread = (self._unread + received).split(b"\n")
         for line in map(json.loads, lines):
             if "failed" in line:
                 raise TrackerError(f"{line['failed'].rstrip('.')} (more in {self._run.path / LOG})")
             self._say(line["say"])
-        if not heard:
+        if not received:
             self._check_exit()
 
     def _check_exit(self) -> None:
@@ -144,7 +144,7 @@ def wandb_mode(config: TrackerConfig, environ: Mapping[str, str]) -> tuple[str, 
         return "disabled", "WANDB_DISABLED"
     if given := environ.get("WANDB_MODE"):
         if given not in _WANDB_MODES:
-            raise TrackerError(f"WANDB_MODE={given} is not known; W&B knows {', '.join(_WANDB_MODES)}")
+            raise TrackerError(f"WANDB_MODE={given} is not a mode of W&B, which has {', '.join(_WANDB_MODES)}")
         return _WANDB_MODES[given], f"WANDB_MODE={given}"
     if environ.get("WANDB_API_KEY"):
         return "online", "WANDB_API_KEY is set"

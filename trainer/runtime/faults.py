@@ -1,4 +1,4 @@
-"""Faults struck on purpose, to see a run survive them: `stoker.conf.faults` says which there are and what each does."""
+"""Injects failures to test that a run survives them: `stoker.conf.faults` defines the kinds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOO_MUCH = 1 << 50  # float32 numbers that no device has memory for
 
 
 class Faults:
-    """Those of one rank. That a fault has struck is kept in the run directory: a restart meets it no more."""
+    """The faults of one rank. A record in the run directory keeps a restart from repeating them."""
 
     def __init__(
         self, faults: Sequence[Fault], rank: int, run: RunDirectory, checkpoints: Checkpoints, device: torch.device
@@ -38,7 +38,7 @@ class Faults:
         self._run, self._checkpoints, self._device = run, checkpoints, device
 
     def inject(self, step: int) -> None:
-        """What is due at `step` happens; of some, nobody returns."""
+        """Inject the faults due at `step`; some do not return."""
         for fault in [fault for fault in self._open if fault.at == step or self._waits_for_a_save(fault, step)]:
             self._open.remove(fault)
             if not self._first_time(fault):
@@ -55,7 +55,7 @@ class Faults:
 
     @contextmanager
     def in_passes(self) -> Iterator[None]:
-        """Forward and backward of the step are done inside."""
+        """A context for forward and backward of the step."""
         if not any(fault.do == "nan" for fault in self._lasting):
             yield
             return
@@ -104,8 +104,8 @@ def _compute_for_nothing(seconds: float) -> None:
 
 
 class NaNInjector:
-    """While entered, makes the first floating-point output of `module` nan, or of any if none is given: `module` then
-    says which it was. Works on every engine and layout: hooks are global."""
+    """While entered, makes the first floating-point output of `module` nan, or of any if it is None; `module` is then
+    set to its name. Works on every engine and layout: hooks are global."""
 
     def __init__(self, module: str | None = None) -> None:
         self.module = module
@@ -131,7 +131,7 @@ class NaNInjector:
 
 
 def cut_connections() -> None:
-    """Shut down every TCP connection of this process, as a network card that dies would."""
+    """Shut down every TCP connection of this process, as a failing network card would."""
     for entry in Path("/proc/self/fd").iterdir():
         with suppress(OSError):  # no socket, or not a connected one
             connection = socket.socket(fileno=os.dup(int(entry.name)))

@@ -1,4 +1,4 @@
-"""What can be found out about ranks that make no progress, and how it is told."""
+"""Collects the state of ranks that make no progress, and formats the report."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from stoker.trainer.runtime.process import Phase, Stamp
 from stoker.trainer.runtime.stack_dump import MAIN_ANSWERS, SIGNAL, THREAD_ANSWERS
 
 ANSWER_SECONDS = 2.0
-LEAST_SECONDS = 0.5  # who computes is known by the processor time that it takes meanwhile
+LEAST_SECONDS = 0.5  # a computing rank is recognised by the processor time that it uses meanwhile
 _ORDER = tuple(Phase)
 WAITING = "waits for other ranks"
-_DEAF = ("", "Z", "T", "t")  # letters of /proc for who will not answer: gone or stopped
+_CANNOT_ANSWER = ("", "Z", "T", "t")  # letters of /proc for a process that cannot answer: gone or stopped
 SHOWN = 32  # ranks in the table, those that are behind first
-# What waits for other ranks: MODULE, or MODULE:FUNCTION. Nothing of it is imported here: most stands in torch, and the
+# Code that waits for other ranks: MODULE, or MODULE:FUNCTION. Nothing of it is imported here: most is torch's, and the
 # watchdog beside a rank is a light process. tests/trainer/runtime/test_watchdog.py looks up every name.
 COLLECTIVES = (  # their functions enter C at once
     "torch.distributed.distributed_c10d",
@@ -36,7 +36,7 @@ BACKWARD = "torch.autograd.graph:_engine_run_backward"  # here the main thread w
 
 @dataclass(frozen=True)
 class Finding:
-    """What is known of one rank."""
+    """The findings about one rank."""
 
     rank: int
     host: str
@@ -53,7 +53,7 @@ def place_of(at: Stamp | Finding) -> tuple[int, int]:
 
 
 def behind(findings: Sequence[Finding]) -> list[Finding]:
-    """Those that the others wait for: the furthest behind, without those of them that wait themselves."""
+    """The ranks that the others wait for: the furthest behind, without those among them that wait themselves."""
     last = min(place_of(finding) for finding in findings)
     there = [finding for finding in findings if place_of(finding) == last]
     active = [finding for finding in there if finding.state != WAITING]
@@ -63,7 +63,7 @@ def behind(findings: Sequence[Finding]) -> list[Finding]:
 def examine(
     run: RunDirectory, attempt: int, stamps: Mapping[int, Stamp], seconds: Mapping[int, float]
 ) -> list[Finding]:
-    """Ask the ranks of this machine (see `stack_dump`) and the kernel. Takes up to ANSWER_SECONDS."""
+    """Query the ranks of this machine (see `stack_dump`) and the kernel. Takes up to ANSWER_SECONDS."""
     before = {rank: _processor_seconds(stamp.pid) for rank, stamp in stamps.items()}
     for stamp in stamps.values():
         with suppress(ProcessLookupError):
@@ -73,7 +73,7 @@ def examine(
     while (waited := time.monotonic() - asked) < ANSWER_SECONDS:
         stacks = {rank: _text(run.stacks(attempt, rank)) for rank in stamps}
         silent = [rank for rank, text in stacks.items() if THREAD_ANSWERS not in text or MAIN_ANSWERS not in text]
-        if waited > LEAST_SECONDS and all(_kernel_state(stamps[rank].pid) in _DEAF for rank in silent):
+        if waited > LEAST_SECONDS and all(_kernel_state(stamps[rank].pid) in _CANNOT_ANSWER for rank in silent):
             break
         time.sleep(0.05)
     found = []
@@ -86,8 +86,8 @@ def examine(
 
 
 def state_of(kernel: str, stacks: str, phase: Phase, busy: bool) -> str:
-    """What a rank is doing, from the letter of its main thread's state in /proc (empty: no such process), its answers,
-    and whether it used a processor meanwhile."""
+    """The state of a rank, from the letter of its main thread in /proc (empty: no such process), its answers, and
+    whether it used a processor meanwhile."""
     if not kernel or kernel == "Z":
         return "its process is gone"
     if kernel in "Tt":
@@ -154,7 +154,7 @@ def innermost(stacks: str) -> str:
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """One line per rank, who is behind first; a long one is cut."""
+    """One line per rank, the furthest behind first; a long table is cut."""
     first = behind(findings)
     ordered = [*first, *(finding for finding in findings if finding not in first)]
     head = ("rank", "host", "step", "phase", "seconds", "state", "innermost Python frame")
@@ -166,7 +166,7 @@ def table(findings: Sequence[Finding]) -> str:
 
 
 def explain(findings: Sequence[Finding]) -> str:
-    """One line: who holds the run up, where."""
+    """One line: the ranks that hold the run up, and where."""
     first = behind(findings)
     one = first[0]
     where = f"{one.phase} of step {one.step}" if one.step else one.phase
@@ -177,14 +177,14 @@ def explain(findings: Sequence[Finding]) -> str:
     who += (f" and {len(first) - 8} more" if len(first) > 8 else "") + f" on {one.host}"
     frame = f" ({one.frame})" if one.frame else ""
     if all(finding.state == WAITING for finding in first) and len(findings) > len(first):
-        lost = "a message was lost, or ranks do not agree on what comes next"
+        lost = "a message was lost, or ranks run different collectives"
         return f"{who} wait{'' if several else 's'} in {where}{frame} for ranks that have left it: {lost}"
     held = f"hold{'' if several else 's'} the run up, for {one.seconds:.0f} s in {where}"
     return f"{who} {held}: {one.state}{frame}"
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a signal has stopped a process. A debugger that looks into it does not count."""
+    """Whether a signal has stopped a process. A stop by a debugger does not count."""
     return _kernel_state(pid) == "T"
 
 

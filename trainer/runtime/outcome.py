@@ -8,23 +8,26 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from stoker.conf.durable import ROOM_SECONDS, naming, open_own, with_room, write_durably
+from stoker.conf.records import read_record
 from stoker.conf.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
 
-GOES_ON = 75  # exit status for a run that was preempted: the same command goes on (EX_TEMPFAIL of sysexits.h)
+GOES_ON = 75  # exit status for a run that was preempted: the same command resumes it (EX_TEMPFAIL of sysexits.h)
 
 
 class Outcome(enum.StrEnum):
     COMPLETED = "completed"  # all steps done and saved
-    STOPPED = "stopped"  # a person asked (Ctrl-C, STOP file): saved
-    PREEMPTED = "preempted"  # the machine is needed back (SIGTERM, SIGUSR1, a deadline): saved, and wants to go on
+    STOPPED = "stopped"  # by a user (Ctrl-C, STOP file): saved
+    PREEMPTED = "preempted"  # the machine is reclaimed (SIGTERM, SIGUSR1, a deadline): saved, to be resumed
     FAILED = "failed"  # an error, or a process that was killed
-    HUNG = "hung"  # no progress for too long, and ended by the watchdog (trainer.watchdog)
+    HUNG = "hung"  # no progress for too long, and ended by the watchdog (`stoker.trainer.runtime.watchdog`)
     NONFINITE = "nonfinite"  # too many steps in a row without a finite loss and gradient norm
 
 
@@ -34,13 +37,14 @@ class Superseded(Exception):
 
 @dataclass(frozen=True)
 class Beginning:
-    """`start.json`: what an attempt was begun with."""
+    """`start.json`: the start conditions of an attempt."""
 
     time: float  # seconds since the epoch
     from_step: int  # of the checkpoint it could resume from; 0: none
     ranks: int
     host: str  # of global rank 0
     job: str | None = None  # the scheduler's number for it
+    launch: str | None = None  # which launch started it (`process.launch_id`)
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,23 @@ class Ending:
     step: int | None = None  # the last step done, where known
     rank: int | None = None  # of the process that failed, where known
     retry: bool = False  # would a new attempt have a chance?
-    signal: int | None = None  # the signal that asked for the stop
+    signal: int | None = None  # the signal that requested the stop
     time: float = 0.0  # seconds since the epoch
     save: dict[str, float] | None = None  # metrics of the last save: no step's line comes after it
+
+
+@dataclass(frozen=True)
+class _StoredEnding:
+    """`Ending` as JSON has it."""
+
+    outcome: str
+    message: str
+    step: int | None = None
+    rank: int | None = None
+    retry: bool = False
+    signal: int | None = None
+    time: float = 0.0
+    save: dict[str, Any] | None = None
 
 
 def write_ending(
@@ -64,10 +82,10 @@ def write_ending(
     room_seconds: float = ROOM_SECONDS,
     waiting: Callable[[str], None] = log.warning,
 ) -> bool:
-    """Write the attempt's outcome unless it has one: the first rank that knows is right. True if this one was kept.
+    """Write the attempt's outcome unless it has one: the first writer wins. True if this one was kept.
 
-    On a full disk it waits for room, after a line to `waiting`. Raises OSError, naming the file, if there is none for
-    so long.
+    On a full disk it waits for room, after a line to `waiting`. Raises OSError, naming the file, if there is still none
+    after that.
     """
     path = run.outcome(attempt)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -91,11 +109,12 @@ def read_ending(run: RunDirectory, attempt: int) -> Ending | None:
     """The outcome of an attempt, or None while there is none."""
     path: Path = run.outcome(attempt)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Ending(**{**values, "outcome": Outcome(values["outcome"])})
+        stored = read_record(path, _StoredEnding, "an outcome")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    try:
+        return Ending(**{**vars(stored), "outcome": Outcome(stored.outcome)})
+    except ValueError as error:
         raise ValueError(f"{path} is not an outcome: {error}") from error
 
 
@@ -104,18 +123,27 @@ def write_beginning(run: RunDirectory, attempt: int, beginning: Beginning) -> No
 
 
 def read_beginning(run: RunDirectory, attempt: int) -> Beginning | None:
-    """What an attempt was begun with, or None where it did not get so far."""
+    """The start record of an attempt, or None where it did not get so far."""
     try:
-        return Beginning(**json.loads(run.beginning(attempt).read_text(encoding="utf-8")))
+        return read_record(run.beginning(attempt), Beginning, "a start record")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{run.beginning(attempt)} is not what an attempt begins with: {error}") from error
+
+
+def is_first_of_launch(run: RunDirectory, attempt: int, launch: str) -> bool:
+    """Whether no attempt of this launch has begun before `attempt`: one that died while it imported has not."""
+    for number in reversed(run.attempt_numbers()):
+        if number < attempt:
+            with suppress(ValueError):  # damaged: the one before it decides
+                beginning = read_beginning(run, number)
+                if beginning is not None:
+                    return beginning.launch != launch
+    return True
 
 
 def close_dead_attempts(run: RunDirectory, current: int) -> None:
     """Fill in the outcome of earlier attempts whose processes could not write one."""
     for attempt in run.attempt_numbers():
-        if attempt < current:
-            message = "ended without a word: killed, or its machine was lost"
+        if attempt < current and not run.outcome(attempt).exists():
+            message = "left no exit record: the process was killed or the node was lost"
             write_ending(run, attempt, Ending(Outcome.FAILED, message, retry=True))

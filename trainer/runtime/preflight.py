@@ -1,7 +1,7 @@
-"""Machines meet before they train: what would later be a hang or a lost checkpoint is one line now.
+"""Checks between machines before training: a later hang or lost checkpoint becomes one line now.
 
-The first rank of each machine looks whether it sees the run directory that rank 0 sees, and how its own name resolves;
-rank 0 judges, and tells all. With the word comes its time, against which the others compare their clocks.
+The first rank of each machine checks whether it sees rank 0's run directory and how its host name resolves. Rank 0
+evaluates the findings and publishes the result with its time, against which the others compare their clocks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stoker.conf.values import ConfigError
 from stoker.trainer.runtime.process import Place
 
 SHARED_SECONDS = 15.0  # for a network file system to show what another machine has written
-SKEW_SECONDS = 5.0  # by which clocks may differ without a word
+SKEW_SECONDS = 5.0  # by which clocks may differ without a warning
 _POLL_SECONDS = 0.02
 
 
@@ -32,14 +32,14 @@ class Machine:
 
     host: str
     sees_run: bool
-    loopback: str | None  # the address of its own name, where that is one that only it can reach
+    loopback: str | None  # the address of its host name, if no other machine can reach it
 
 
 def ask_for_attempt(store: dist.Store) -> int:
     """The number of the attempt that this rank is of, as rank 0 answers it (`tell_attempt`).
 
-    `store` may hold what earlier attempts have said, and machines do not count restarts alike after one has lost sight
-    of the others. So a rank asks under a name that nobody has had before, and only an answer to that counts.
+    `store` may hold keys of earlier attempts, and machines may count restarts differently after one has lost its
+    connection. So a rank asks under a fresh random name, and only an answer to that name counts.
     """
     name = secrets.token_hex(8)
     store.set(f"stoker/asked/{store.add('stoker/asked', 1)}", name)
@@ -49,9 +49,9 @@ def ask_for_attempt(store: dist.Store) -> int:
 
 
 def tell_attempt(store: dist.Store, number: int, world: int, seconds: float) -> None:
-    """Rank 0: answer whoever asks, until all have heard. Who asked and died is answered too, and never hears.
+    """Rank 0: answer every request until all ranks have confirmed. Requests of ranks that have ended are answered too.
 
-    Raises ConfigError when after so many `seconds` some have not.
+    Raises ConfigError when ranks are missing after `seconds`.
     """
     deadline = time.monotonic() + seconds
     before = asked = store.add("stoker/told", 0)
@@ -59,7 +59,7 @@ def tell_attempt(store: dist.Store, number: int, world: int, seconds: float) -> 
     while (heard := store.add(f"stoker/heard/{number}", 0)) < world - 1:
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"only {heard + 1} of {world} ranks have come within {seconds:.0f} s: see why others did not"
+                f"only {heard + 1} of {world} ranks have connected within {seconds:.0f} s: see the logs of the others"
             )
         new = range(asked + 1, store.add("stoker/asked", 0) + 1)
         asked += len(new)
@@ -75,9 +75,9 @@ def tell_attempt(store: dist.Store, number: int, world: int, seconds: float) -> 
 def meet(
     store: dist.Store, run: RunDirectory, attempt: int, place: Place, machine: Machine | None = None
 ) -> str | None:
-    """Have all machines meet; what this one should be told of its clock, if anything.
+    """Run the checks on all machines; returns a warning about this machine's clock, if any.
 
-    A collective of all ranks over `store`. Raises ConfigError, on all of them alike, when they cannot train together.
+    A collective of all ranks over `store`. Raises ConfigError, on all ranks, when the machines cannot train together.
     `machine` stands for this one in tests.
     """
     if place.world <= place.local_world:
@@ -100,8 +100,8 @@ def meet(
             for index in range(1, store.add("stoker/machines", 0) + 1)
         ]
         mark.unlink(missing_ok=True)
-        store.set("stoker/word", json.dumps([time.time(), problem_of(machines, run)]))
-    then, problem = json.loads(store.get("stoker/word"))
+        store.set("stoker/verdict", json.dumps([time.time(), problem_of(machines, run)]))
+    then, problem = json.loads(store.get("stoker/verdict"))
     ahead = time.time() - then
     if problem is not None:
         raise ConfigError(problem)
@@ -115,7 +115,7 @@ def meet(
 
 
 def problem_of(machines: Sequence[Machine], run: RunDirectory) -> str | None:
-    """Why these cannot train together, in one line."""
+    """Why these machines cannot train together, in one line."""
     blind = sorted(machine.host for machine in machines if not machine.sees_run)
     if blind:
         return (
@@ -126,8 +126,9 @@ def problem_of(machines: Sequence[Machine], run: RunDirectory) -> str | None:
         for machine in machines:
             if machine.loopback is not None:
                 return (
-                    f"{machine.host} takes its own name for {machine.loopback}, where other machines cannot reach its "
-                    "ranks: mend its /etc/hosts, or set GLOO_SOCKET_IFNAME to its network interface"
+                    f"{machine.host} resolves its own name to {machine.loopback}, where other machines cannot reach "
+                    "its "
+                    "ranks: correct its /etc/hosts, or set GLOO_SOCKET_IFNAME to its network interface"
                 )
     return None
 
@@ -138,13 +139,13 @@ def _appears(run: RunDirectory, attempt: int, name: str) -> bool:
         if time.monotonic() > deadline:
             return False
         if run.attempt(attempt).is_dir():
-            os.listdir(run.attempt(attempt))  # has a network file system look anew
+            os.listdir(run.attempt(attempt))  # makes a network file system refresh its cache
         time.sleep(_POLL_SECONDS)
     return True
 
 
 def _loopback() -> str | None:
-    """The address at which gloo would listen, where that is one that no other machine reaches."""
+    """The address at which gloo would listen, if no other machine can reach it."""
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return None
     try:

@@ -1,6 +1,6 @@
-"""A rank as a process: what it dies of, what it says and where. What it is asked: `stoker.trainer.runtime.requests`.
+"""A rank as a process: death with its launcher, malloc, stamps, log. Its requests: `stoker.trainer.runtime.requests`.
 
-All of it works under any launcher that sets the usual torchrun variables, because it lives in the run directory:
+All of it works under any launcher that sets the usual torchrun variables, because it uses only the run directory:
 logs, progress stamps, request files and the outcome.
 """
 
@@ -10,18 +10,22 @@ import ctypes
 import enum
 import logging
 import os
+import secrets
 import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from stoker.conf.durable import is_full, naming, open_own
 from stoker.conf.parent_death import die_with
+from stoker.conf.records import is_sane
 
+LAUNCHER_VARIABLE = "STOKER_LAUNCHER"  # the process id of our launcher on this machine
+LAUNCH_VARIABLE = "STOKER_LAUNCH"  # which launch this is, the same for all its restarts
 RESTARTS_VARIABLE = "STOKER_RESTARTS"  # how often a Slurm job has started its ranks again
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _STAMP_BYTES = 128  # of a stamp: each is written over the one before
@@ -29,7 +33,7 @@ _STAMP_BYTES = 128  # of a stamp: each is written over the one before
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among the ranks, as torchrun's variables say; alone where they are not set."""
+    """This process's numbers among the ranks, from torchrun's variables; a single rank where they are not set."""
 
     rank: int
     world: int
@@ -49,17 +53,34 @@ def place_from_environment() -> Place:
 
 
 def die_with_launcher() -> None:
-    """Have the kernel kill this rank when its launcher dies, so that kill -9 of a launcher leaves nobody behind.
+    """Make the kernel kill this rank when its launcher ends, so that kill -9 of a launcher leaves no rank behind.
 
-    Only under an elastic launcher: a rank started by hand may outlive its shell.
+    Only under an elastic launcher: a rank started by hand may outlive its shell. To be called before torch is imported,
+    which takes seconds.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if LAUNCHER_VARIABLE in os.environ:
+        die_with(int(os.environ[LAUNCHER_VARIABLE]))
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
         die_with(os.getppid())
 
 
+def launch_id() -> str:
+    """Which launch this rank is of: the same after restarts, another when a person or a scheduler starts anew."""
+    given = os.environ.get(LAUNCH_VARIABLE)
+    if given is not None:
+        return given
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return secrets.token_hex(8)  # started by hand, and restarted by none
+    parent = os.getppid()  # torchrun, which lives as long as its launch
+    with suppress(OSError):
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{socket.gethostname()}-{parent}-{began}"
+    return f"{socket.gethostname()}-{parent}"
+
+
 def keep_freed_memory() -> None:
-    """Have malloc keep what a step frees for the next step, instead of returning it to the system and faulting it in
-    again: 3 to 5% of a step on CPUs. Every step needs the same memory, so the peak stays what it was."""
+    """Make malloc keep freed memory for the next step, instead of returning it to the system and faulting it in again:
+    3 to 5% of a step on CPUs. Every step needs the same memory, so the peak does not change."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
@@ -69,7 +90,7 @@ def keep_freed_memory() -> None:
 def give_freed_memory_back() -> None:
     """The opposite, where memory is what there is too little of: large blocks go back to the system as they are freed.
 
-    Left to itself malloc keeps them, and blocks of many sizes leave holes: 3 bytes for each parameter, under NVMe.
+    By default malloc keeps them, and blocks of many sizes leave holes: 3 bytes for each parameter, under NVMe.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -117,7 +138,7 @@ class Phases:
             with naming(self._path):
                 os.pwrite(self._file, stamp.ljust(_STAMP_BYTES).encode(), 0)
         except OSError as error:
-            if not is_full(error):  # where even what is written over needs room, the next phase stamps again
+            if not is_full(error):  # where even overwriting needs room, the next phase stamps again
                 raise
 
     def close(self) -> None:
@@ -152,7 +173,7 @@ def _add(totals: dict[Phase, float], seconds: dict[Phase, float]) -> None:
 
 @dataclass(frozen=True)
 class Stamp:
-    """Where a rank was when it last said so."""
+    """The last stamped position of a rank."""
 
     step: int
     phase: Phase
@@ -165,25 +186,31 @@ class Stamp:
 def read_stamps(attempt: Path) -> dict[int, Stamp]:
     """The newest stamp of each rank of an attempt whose directory this is, in the order of ranks.
 
-    Raises ValueError for a phase that this version of Stoker does not have.
+    Raises ValueError, naming the file, for what is no stamp and for a phase that this version of Stoker does not have.
     """
     found = {}
     for path in attempt.glob("rank-*.stamp"):
-        words = path.read_text().split()
+        with open(path, "rb") as file:
+            words = file.read(_STAMP_BYTES).split()
         if len(words) == 6:  # else it is being written for the first time
-            rank, phase = int(path.stem.removeprefix("rank-")), _phase(words[1], path)
-            found[rank] = Stamp(int(words[0]), phase, float(words[2]), int(words[3]), words[4], int(words[5]))
+            try:
+                found[int(path.stem.removeprefix("rank-"))] = _stamp(*(word.decode() for word in words))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
     return dict(sorted(found.items()))
 
 
-def _phase(name: str, path: Path) -> Phase:
-    if name not in tuple(Phase):
-        raise ValueError(f"{path}: this version of Stoker has no phase {name!r}, but {', '.join(Phase)}")
-    return Phase(name)
+def _stamp(step: str, phase: str, moment: str, pid: str, host: str, first_step: str) -> Stamp:
+    if phase not in tuple(Phase):
+        raise ValueError(f"this version of Stoker has no phase {phase!r}, but {', '.join(Phase)}")
+    stamp = Stamp(int(step), Phase(phase), float(moment), int(pid), host, int(first_step))
+    if not is_sane(list(vars(stamp).values())) or stamp.pid < 1:  # others stand for groups of processes
+        raise ValueError("it is no stamp of a rank")
+    return stamp
 
 
 class Console:
-    """Where this rank writes: everything into its log, and what a person should see on the real terminal.
+    """Where this rank writes: everything into its log, and lines for the user on the real terminal.
 
     Before an attempt is known both are the terminal. Afterwards file descriptors 1 and 2 are the log, so that what C++
     libraries print lands there too.

@@ -1,8 +1,8 @@
-"""What a run is asked from outside: by signals, files in the run directory and a deadline.
+"""Requests to a run from outside: signals, files in the run directory and a deadline.
 
-They only set flags. While steps are taken the flags are votes, which all ranks hear of with the step's own message, so
-that all save and end at the same step. Before the first step there is nothing to save: then a rank leaves at once, even
-from inside a call that does not come back, because a thread of its own waits for the word.
+They only set flags. During training the flags are reduced over all ranks with the step's message, so that all save
+and end at the same step. Before the first step there is nothing to save: then a rank leaves at once, even from inside
+a call that does not return, because a separate thread waits for the request.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from stoker.parallel.update import ControlFlag
 from stoker.trainer.runtime.outcome import Outcome
 from stoker.trainer.runtime.signal_listener import SignalListener
 
-DEADLINE_VARIABLE = "STOKER_DEADLINE"  # seconds since the epoch; whoever starts ranks knows when they will be ended
+DEADLINE_VARIABLE = "STOKER_DEADLINE"  # seconds since the epoch, set by the launcher
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-LEAVE_SECONDS = 1.0  # that an end takes where there is nothing to save: looks are _LOOK_SECONDS apart
-_LOOK_SECONDS = 0.2  # between looks at files and the clock before the first step
+LEAVE_SECONDS = 1.0  # time of an end where there is nothing to save: checks are _LOOK_SECONDS apart
+_LOOK_SECONDS = 0.2  # between checks of files and the clock before the first step
 
 
 def ending_of(votes: frozenset[ControlFlag]) -> Outcome | None:
-    """How a run with these votes ends. A person's stop is one, whoever else wants the machine."""
+    """The outcome of a run with these votes. A user's stop takes precedence over a preemption."""
     if ControlFlag.STOP in votes:
         return Outcome.STOPPED
     return Outcome.PREEMPTED if ControlFlag.PREEMPT in votes else None
 
 
 def deadline_of(config_deadline: str | None) -> float | None:
-    """When the run must have ended, in seconds since the epoch: the config's word or the launcher's, the earlier."""
+    """When the run must have ended, in seconds since the epoch: the config's or the launcher's, the earlier."""
     given = os.environ.get(DEADLINE_VARIABLE)
     known = [datetime.fromisoformat(config_deadline).timestamp()] if config_deadline else []
     return min([*known, *([float(given)] if given else [])], default=None)
 
 
 class Requests:
-    """What this rank was asked from outside, to be agreed with the others."""
+    """Requests to this rank from outside, to be reduced over all ranks."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -54,26 +54,25 @@ class Requests:
         self._news = threading.Event()  # for the thread that waits to leave
 
     def watch(self, run: RunDirectory, attempt: int, forget: bool, deadline: float | None = None) -> None:
-        """Have this rank of `attempt` look for the files of `run` and at the clock (one rank is enough, and has one
-        clock).
+        """Make this rank of `attempt` check the files of `run` and the clock (one rank is enough, and has one clock).
 
-        `forget` the stop and save files that are there already: they are from an earlier launch. When a launcher
+        `forget`: remove the stop and save files that exist already: they are from an earlier launch. When a launcher
         starts its ranks again, they were made meanwhile and count.
         """
-        run.requeue.unlink(missing_ok=True)  # this start is the answer
+        run.requeue.unlink(missing_ok=True)  # this start fulfils it
         if forget:
             run.stop.unlink(missing_ok=True)
             run.save.unlink(missing_ok=True)
         self._run, self._next_attempt, self._deadline = run, attempt + 1, deadline
 
     def listen(self, leave: Callable[[Outcome, str], None], listener: SignalListener) -> None:
-        """From here on signals ask for a save and an orderly end.
+        """From here on signals request a save and an orderly end.
 
-        Until `training`, a thread calls `leave` with what was asked and by what.
+        Until `training`, a thread calls `leave` with the outcome and the source of the request.
         """
         for number in _SIGNALS:
             signal.signal(number, self._ask)
-            listener.on(number, partial(self._hear, number))
+            listener.on(number, partial(self._on_signal, number))
         self._leaving = threading.Thread(target=self._wait_to_leave, args=(leave,), daemon=True)
         self._leaving.start()
 
@@ -100,7 +99,7 @@ class Requests:
         return frozenset(flag for flag, yes in cast.items() if yes)
 
     def why(self) -> str:
-        """What this rank was asked by, for people; empty if by nothing."""
+        """The source of the request, for messages; empty if there is none."""
         if self.signal is not None:
             return signal.Signals(self.signal).name
         if self._run is not None and self._run.stop.exists():
@@ -112,7 +111,7 @@ class Requests:
         return ""
 
     def saving(self) -> None:
-        """A save begins: it answers whoever has asked for one until now."""
+        """A save begins: it fulfils all requests for one until now."""
         if self._run is not None:
             self._run.save.unlink(missing_ok=True)
 
@@ -122,7 +121,7 @@ class Requests:
     def _ask(self, number: int, _frame: object) -> None:
         self.signal = number
 
-    def _hear(self, number: int) -> None:
+    def _on_signal(self, number: int) -> None:
         if self.signal is None:
             self.signal = number  # the handler itself may be waiting for the main thread
         self._news.set()

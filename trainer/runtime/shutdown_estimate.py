@@ -14,20 +14,20 @@ from stoker.trainer.report.progress import brief
 
 GRACE_VARIABLE = "STOKER_GRACE"  # seconds between the scheduler's signal and its SIGKILL, where it is known
 CHECKPOINT_SECONDS = "checkpoint_seconds"  # of metrics.jsonl
-STEPS = 2  # the step in hand, and the one whose message tells the others
-_RECENT = 50  # steps and lines of metrics that are looked at
+STEPS = 2  # the current step, and the one whose message carries the request to all ranks
+_RECENT = 50  # steps and lines of metrics that are used
 _MARGIN = 1.5  # a deadline is met even if a save takes this much longer than those before
 
 
 class ShutdownEstimate(Observer):
-    """Seconds that an end takes: the slowest recent save and two median steps."""
+    """Seconds that an orderly end takes: the slowest recent save and two median steps."""
 
     name = "grace"
 
     def __init__(self, deadline: float | None, say: Callable[[str], None]) -> None:
         given = os.environ.get(GRACE_VARIABLE)
         self._given = float(given) if given else None
-        self._told_of = 0.0  # the need that was last shown, in seconds
+        self._shown_seconds = 0.0  # the need that was last shown, in seconds
         self._shown = self._given is not None or deadline is not None
         self._say = say
         self._steps: deque[float] = deque(maxlen=_RECENT)
@@ -49,7 +49,7 @@ class ShutdownEstimate(Observer):
         return _MARGIN * self.needed + 1.0
 
     def start(self, config: Config, resumed_from_step: int | None, total_steps: int, facts: Mapping[str, str]) -> None:
-        self._tell()
+        self._show()
 
     def step(self, record: StepRecord) -> None:
         self._steps.append(record.step_seconds)
@@ -57,17 +57,17 @@ class ShutdownEstimate(Observer):
     def checkpoint(self, report: CheckpointReport) -> None:
         if report.error is None:
             self._saves.append(report.seconds)
-            self._tell()
+            self._show()
 
     @property
     def _step_seconds(self) -> float:
         return statistics.median(self._steps) if self._steps else 0.0
 
-    def _tell(self) -> None:
-        """Once, and again when the need has doubled."""
-        if not self._shown or not self._saves or self.needed < 2 * self._told_of:
+    def _show(self) -> None:
+        """Print the estimate once, and again when it has doubled."""
+        if not self._shown or not self._saves or self.needed < 2 * self._shown_seconds:
             return
-        self._told_of = self.needed
+        self._shown_seconds = self.needed
         line = (
             f"to end takes about {brief(self.needed)} "
             f"(a save {brief(max(self._saves))}, {STEPS} steps of {brief(self._step_seconds)})"
@@ -78,6 +78,6 @@ class ShutdownEstimate(Observer):
             self._say(f"{line}; the scheduler gives {self._given:.0f} s")
         else:
             self._say(
-                f"{line}, but the scheduler gives {self._given:.0f} s only: steps since the last checkpoint would be "
-                "lost; save faster, or have it give more (launch.grace_seconds, the partition's GraceTime, KillWait)"
+                f"{line}, but the scheduler gives only {self._given:.0f} s: steps since the last checkpoint would be "
+                "lost; save faster, or request more (launch.grace_seconds, the partition's GraceTime, KillWait)"
             )

@@ -1,9 +1,9 @@
-"""What a rank tells of itself when it makes no progress any more: three answers to one signal, each needing less.
+"""Diagnostics of a rank that makes no progress: three answers to one signal, each needing less of the rank.
 
 The watchdog (`stoker.trainer.runtime.watchdog`) sends SIGNAL. faulthandler answers from the signal handler itself,
-whatever Python is doing: the stacks of all threads. A thread answers if the interpreter's lock can be had, and dumps
-torch's flight recorder: the last collectives, as JSON. The main thread answers if it comes back from the C call it may
-be in. Which of the three are missing tells where a rank hangs. Nothing of this costs anything until the signal comes.
+in any state of Python: the stacks of all threads. A thread answers if the interpreter's lock can be had, and dumps
+torch's flight recorder: the last collectives, as JSON. The main thread answers if it returns from the C call it may be
+in. The missing answers show where a rank hangs. Nothing of this costs anything until the signal arrives.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StackDump:
     def _answer_in_thread(self) -> None:
         try:
             self._flight.write_bytes(flight_recorder())
-        finally:  # a full disk is no interpreter that hangs
+        finally:  # a full disk must not look like a hanging interpreter
             os.write(self._file, THREAD_ANSWERS.encode())
 
 
@@ -45,7 +45,7 @@ def flight_recorder() -> bytes:
     """The last collectives of this process, as torch's flight recorder has them: JSON."""
     import torch._C._distributed_c10d as c10d
 
-    # NCCL keeps its own; gloo and others share one. Which of the two a build of torch has is seen by asking.
+    # NCCL keeps its own; gloo and others share one. A build of torch may have either function.
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
         dump = getattr(c10d, name, None)
         if dump is not None:

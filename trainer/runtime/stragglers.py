@@ -1,4 +1,4 @@
-"""Ranks that are slower than the others: what a rank measures of itself, and who is named for it."""
+"""Per-rank work time, and detection of slow ranks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 FACTOR = 1.3  # times the median
 STEPS = 20  # in a row
-LEAST_SECONDS = 1e-3  # below this a step says nothing about a rank
+LEAST_SECONDS = 1e-3  # a shorter step is too noisy
 
 _SCHEDULE = Path("/proc/thread-self/schedstat")
 
 
 class WorkClock:
-    """Seconds that the calling thread computed or was ready to, without those it waited for anybody.
+    """Seconds that the calling thread computed or was ready to, without waiting for other ranks.
 
-    Ranks meet in every step, so that by the wall clock all are as slow as the slowest. What tells them apart is the
-    time on a processor and in line for one, which Linux counts per thread. Passes through the model run in the thread
-    that asks for them; on GPUs this is the host's side only, and a slow GPU under a fast host is not seen.
+    Ranks synchronise in every step, so that by the wall clock all are as slow as the slowest. What differs is the
+    time on a processor and waiting for one, which Linux counts per thread. Forward and backward run in the calling
+    thread; on GPUs this is the host's side only, and a slow GPU under a fast host is not seen.
     """
 
     def __init__(self) -> None:
@@ -40,16 +40,16 @@ class WorkClock:
 
 
 class Stragglers:
-    """Names a rank once, when it was slow for STEPS steps in a row."""
+    """Reports a rank once, when it was slow for STEPS steps in a row."""
 
     def __init__(self) -> None:
         self._slow: dict[int, int] = {}  # steps in a row, by rank
         self._named: set[int] = set()
 
     def book(self, seconds: Sequence[float]) -> list[tuple[int, float]]:
-        """`seconds` of work of each rank in a step; the ranks to be named now, and how many times slower they are.
+        """`seconds` of work of each rank in a step; returns the ranks to report, and how many times slower they are.
 
-        Of two the faster one is the median: a rank alone can be slow only beside another.
+        Of two ranks the faster one is the median; a single rank is never slow.
         """
         median = statistics.median_low(seconds)
         found = []

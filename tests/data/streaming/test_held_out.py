@@ -92,7 +92,7 @@ def test_sources_of_a_mixture_are_evaluated_by_their_weights(config, tmp_path):
 
 
 def test_rows_to_train_on_have_no_numbers(config):
-    with pytest.raises(ValueError, match="have no numbers that could be looked up"):
+    with pytest.raises(ValueError, match="cannot be looked up by number"):
         open_rows(config, "train")
 
 

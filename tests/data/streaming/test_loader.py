@@ -243,7 +243,7 @@ def test_a_source_that_has_ended_does_not_go_on_with_more_epochs(config, opener)
     config.data.epochs = 2
     with (
         World(opener) as world,
-        pytest.raises(ValueError, match=r"texts has come to the end .* after 1 epochs: no more"),
+        pytest.raises(ValueError, match=r"texts has reached the end .* after 1 epochs: no more"),
     ):
         world.load(state)
 

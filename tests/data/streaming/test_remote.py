@@ -96,7 +96,7 @@ def test_progress_gives_new_patience(server):
 def test_a_file_that_grew_or_shrank_is_not_read_on(server, tmp_path):
     shard, store = shard_of(server), Store(QUICK)
     (tmp_path / "served" / "a.bin").write_bytes(DATA + b"more")
-    with pytest.raises(Damaged, match="asked for bytes 0-9/300000, the server gives bytes 0-9/300004: it changed"):
+    with pytest.raises(Damaged, match="asked for bytes 0-9/300000, the server returns bytes 0-9/300004: it changed"):
         store.read(shard, 0, 10)
     local = look_up([str(tmp_path / "served" / "a.bin")])[0]
     (tmp_path / "served" / "a.bin").write_bytes(DATA)
@@ -226,10 +226,10 @@ def test_s3_is_read_by_range_and_what_is_missing_is_named(s3):
     store = Store(QUICK)
     assert store.read(shard, 1000, 200_000) == DATA[1000:200_000]
     assert store.traffic.bytes == 199_000
-    with pytest.raises(ValueError, match=r"cannot read s3://texts/b.bin: it is not there"):
+    with pytest.raises(ValueError, match=r"cannot read s3://texts/b.bin: it does not exist"):
         look_up(["s3://texts/b.bin"], QUICK)
     system.rm("texts/a.bin")
-    with pytest.raises(Damaged, match=r"s3://texts/a.bin at byte 5: it is not there"):
+    with pytest.raises(Damaged, match=r"s3://texts/a.bin at byte 5: it does not exist"):
         Store(QUICK).read(shard, 5, 10)
 
 

@@ -231,7 +231,7 @@ def test_bytes_behind_the_end_are_refused_unless_they_are_zeros(tmp_path):
     data = archive(files(*DOCUMENTS))
     assert read(config_of(tmp_path, data + bytes(100_000))) == (TEXTS, [])
     at = len(data)
-    assert f"s.tar at byte {at}, sample after 0002: bytes behind the end" in refused(config_of(tmp_path, data + data))
+    assert f"s.tar at byte {at}, sample after 0002: bytes after the end" in refused(config_of(tmp_path, data + data))
 
 
 def test_a_global_header_that_names_all_members_is_refused_and_a_comment_is_not(tmp_path):
@@ -302,7 +302,7 @@ BAD_MEMBERS = {
     "less.npy": (npy(np.arange(4))[:-1], "it is cut short"),
     "objects.npy": (npy(np.array([{}], object)), "Python objects, which are never unpickled"),
     "table.npy": (npy(np.zeros((2, 2), int)), "neither text nor token ids"),
-    "huge.npy": (npy(np.arange(4)).replace(b"(4,), }", b"(4" + b"0" * 12 + b",), }"), "by its header it ends at"),
+    "huge.npy": (npy(np.arange(4)).replace(b"(4,), }", b"(4" + b"0" * 12 + b",), }"), "its header ends the array at"),
 }
 
 

@@ -68,7 +68,7 @@ def test_checkpoints_evaluations_and_skips_have_lines_of_their_own():
     view.checkpoint(Report(3, error="rank 1: No space left on device"))
     assert screen.getvalue().splitlines() == [
         "evaluation at step 2: val loss 2.4102",
-        "step 3 skipped: loss nan, gradient norm inf; parameters left as they were",
+        "step 3 skipped: loss nan, gradient norm inf; parameters unchanged",
         "checkpoint saved step 2 (40 MB in 0.4 s, held up 3 ms, 310 MB/s per rank)",
         "checkpoint of step 3 failed: rank 1: No space left on device",
     ]

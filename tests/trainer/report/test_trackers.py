@@ -163,7 +163,9 @@ def test_a_tracker_that_hangs_does_not_hold_up_the_end(tmp_path, fake, monkeypat
     attempt.tracker._process.kill()
     attempt.tracker._process.wait()
     assert seconds < 3
-    assert attempt.screen.messages[-1] == "tracker wandb is still busy and goes on by itself for up to a minute"
+    assert (
+        attempt.screen.messages[-1] == "tracker wandb is still busy and continues in the background for up to a minute"
+    )
 
 
 def test_kill_9_of_rank_0_loses_no_step_and_repeats_none(tmp_path, fake, monkeypatch):

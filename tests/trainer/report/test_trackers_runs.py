@@ -75,7 +75,7 @@ def test_a_copied_run_directory_is_another_run_of_the_tracker(tmp_path, fake):
     train(original, "wandb", 4, 6)
     first, second, third = (settings["id"] for settings in fake.notes("init"))
     assert first == third != second
-    assert any(f"a copy of that of wandb run {first}" in message for message in messages)
+    assert any(f"a copy of the one of wandb run {first}" in message for message in messages)
     assert fake.notes("step") == [1, 2, 3, 1, 2, 3, 4, 5, 4, 5, 6], "its curve is whole"
     assert json.loads((copy.path / "tracker.json").read_text())["run_id"] == second
 

@@ -7,7 +7,16 @@ import pytest
 from stoker.checkpoint import DamagedCheckpoint
 from stoker.conf.rundir import RunDirectory, next_attempt
 from stoker.trainer.failure import Attempt, fail
-from stoker.trainer.runtime.outcome import Ending, Outcome, close_dead_attempts, read_ending, write_ending
+from stoker.trainer.runtime.outcome import (
+    Beginning,
+    Ending,
+    Outcome,
+    close_dead_attempts,
+    is_first_of_launch,
+    read_ending,
+    write_beginning,
+    write_ending,
+)
 from stoker.trainer.runtime.process import Console, Place
 
 
@@ -29,6 +38,18 @@ def test_a_new_attempt_books_the_dead_ones_and_no_others(tmp_path: Path) -> None
     close_dead_attempts(run, current)
     endings = [read_ending(run, attempt) for attempt in (dead, done, current)]
     assert [ending and ending.outcome for ending in endings] == [Outcome.FAILED, Outcome.STOPPED, None]
+
+
+def test_the_first_of_a_launch_is_the_first_that_began_and_not_one_that_died_while_it_imported(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    earlier, died, begun, damaged, latest = (next_attempt(run) for _ in range(5))
+    assert is_first_of_launch(run, earlier, "a")
+    write_beginning(run, earlier, Beginning(1.0, 0, 1, "host", launch="a"))
+    assert not is_first_of_launch(run, died, "a") and is_first_of_launch(run, died, "b")
+    assert is_first_of_launch(run, begun, "b"), "the one before has not begun"
+    write_beginning(run, begun, Beginning(2.0, 0, 1, "host", launch="b"))
+    run.beginning(damaged).write_text("{")
+    assert not is_first_of_launch(run, latest, "b") and is_first_of_launch(run, latest, "c")
 
 
 def test_a_broken_outcome_is_named(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_ranks_agree_on_the_attempt_whatever_earlier_ones_have_left_in_the_store
     assert reduce_step(store, 2, 4) == [2, 2, 2]
     assert reduce_step(store, 3, 2) == [3]
     assert reduce_step(store, 4, 1) == []
-    with pytest.raises(ConfigError, match="only 1 of 2 ranks have come"):
+    with pytest.raises(ConfigError, match="only 1 of 2 ranks have connected"):
         tell_attempt(store, 5, 2, 0.1)
 
 
@@ -82,7 +82,7 @@ def test_a_name_that_resolves_to_loopback_matters_only_between_machines(tmp_path
     run = RunDirectory(tmp_path / "two")
     found = meet_all([run, run], [Machine("n2", True, None), alone])
     assert all(isinstance(word, ConfigError) for word in found)
-    assert "n1 takes its own name for 127.0.1.1" in str(found[2])
+    assert "n1 resolves its own name to 127.0.1.1" in str(found[2])
 
 
 @pytest.mark.parametrize(("ahead", "words"), [(42.0, "42 s behind"), (-42.0, "42 s ahead of"), (2.0, None)])

@@ -125,7 +125,7 @@ def test_the_earlier_of_two_deadlines_counts(monkeypatch: pytest.MonkeyPatch) ->
     assert deadline_of("2026-12-24T18:00") == config - 60
 
 
-@pytest.mark.parametrize(("given", "verdict"), [("120", "the scheduler gives 120 s"), ("3", "gives 3 s only")])
+@pytest.mark.parametrize(("given", "verdict"), [("120", "the scheduler gives 120 s"), ("3", "gives only 3 s")])
 def test_the_grace_needed_is_compared_with_the_one_given(
     monkeypatch: pytest.MonkeyPatch, given: str, verdict: str
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,7 +173,7 @@ def test_who_waits_in_a_collective_that_the_others_have_left_is_told_from_who_ho
     ranks = [finding(0, 7, "update"), finding(1, 8, "data", "in Python, asleep"), finding(2, 8, "update")]
     assert explain(ranks) == (
         "rank 0 on n1 waits in update of step 7 (a/b.py:1 f) for ranks that have left it: "
-        "a message was lost, or ranks do not agree on what comes next"
+        "a message was lost, or ranks run different collectives"
     )
 
 
@@ -195,3 +197,31 @@ def test_the_more_there_is_to_read_the_more_seldom_it_is_read(tmp_path: Path, mo
         watchdog.look()
         clock[0] += 0.25
     assert looks == pytest.approx([100.0, 100.0 + 0.1 * REST, 100.0 + 0.2 * REST, 100.0 + 0.3 * REST], abs=1.0)
+
+
+def test_ranks_that_were_frozen_together_with_the_watchdog_do_not_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, ended = [100.0], []
+    monkeypatch.setattr("stoker.trainer.runtime.watchdog.read_stamps", lambda _: {0: stamp(2, "data")})
+    monkeypatch.setattr("stoker.trainer.runtime.watchdog.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    watchdog = Watchdog(RunDirectory(tmp_path), 1, range(1), 15.0, lambda _: None)
+    monkeypatch.setattr(watchdog, "_end", ended.append)
+
+    def look_until(moment: float) -> None:
+        while clock[0] < moment:
+            watchdog.look()
+            clock[0] += 0.25
+
+    look_until(110.0)
+    clock[0] += 3600.0  # all are suspended
+    look_until(3600.0 + 124.0)
+    assert not ended, "14 s since they run again"
+    look_until(3600.0 + 127.0)
+    assert ended and 15.0 < ended[0][0] < 17.0, "who does not go on then hangs after the usual time"
+
+
+def test_a_watchdog_does_not_outlive_its_rank(tmp_path: Path) -> None:
+    program = [sys.executable, "-P", "-m", "stoker.trainer.runtime.watchdog"]
+    dead = subprocess.run([*program, "1", str(tmp_path), "1", "0", "1", ""], timeout=60)
+    assert dead.returncode == 1, "its rank, which was not process 1, had died before it began"
