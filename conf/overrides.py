@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stoker.conf.peer_names import answer_to
 from stoker.conf.schema import GROUPS, leaves
 from stoker.conf.values import ConfigError, expected, fits, options
 
@@ -22,6 +23,7 @@ GROUPS_FOLDER = Path(__file__).resolve().parent
 _TYPES = {key: hint for key, _, hint in leaves()}
 _OPEN = {key for key, hint in _TYPES.items() if dict[str, Any] in options(hint)}  # below these any key goes
 SECTIONS = {key.rpartition(".")[0] for key in _TYPES} - {""}
+DEEPSPEED = "parallel.deepspeed"  # settings, or the file of them that `stoker.parallel` reads
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,14 @@ def parse(override: str) -> Override:
     """`override` checked and quoted. Raises ConfigError when the key is unknown or the value does not fit it."""
     typed_key, separator, text = override.partition("=")
     key = typed_key.lstrip("+")
+    if override.startswith("-"):
+        raise ConfigError(f"{override}: {dashed(override)}")
     if key.startswith("~"):
         raise ConfigError(f"{override}: keys cannot be removed; set the key to null, or to its default")
     if not separator:
-        raise ConfigError(f"{override!r} is not an override: expected KEY=VALUE")
+        problem = f"{override!r} is not an override: expected KEY=VALUE"
+        known = answer_to(override, _accepted)
+        raise ConfigError(f"{problem}; {known}" if known else problem)
     if "${" in text:
         raise ConfigError(
             f"{override}: an interpolation would be resolved again by every rank and every restart; write the value"
@@ -50,7 +56,7 @@ def parse(override: str) -> Override:
     if key in GROUPS:
         return _choice(key, text)
     below = next((name for name in _OPEN if key.startswith(f"{name}.")), None)
-    _check_key(key, below, added=typed_key != key)
+    _check_key(key, text, below, added=typed_key != key)
     hint = Any if below else _TYPES[key]
     quoted = f"{key}={quoted_value(text, hint)}"
     value = _value(quoted)
@@ -112,7 +118,28 @@ def unknown_choice(group: str, text: str, own: Sequence[str] = ()) -> str:
     return f"unknown {group} {text!r}: choose from {known}, or write conf/{group}/{text}.yaml"
 
 
-def _check_key(key: str, below: str | None, added: bool) -> None:
+def dashed(option: str) -> str:
+    """What to write for an option such as `--steps=5`, `--learning_rate` or `-m`: no command takes it."""
+    return answer_to(option, _accepted) or "settings of a run are KEY=VALUE, such as steps=1000"
+
+
+def names_a_file(override: str) -> bool:
+    """Whether this is `parallel.deepspeed=FILE`, rather than settings."""
+    key, _, text = override.lstrip("+").partition("=")
+    return key == DEEPSPEED and text.strip() not in ("", "null") and not text.lstrip().startswith("{")
+
+
+def _accepted(override: str) -> bool:
+    if names_a_file(override):
+        return True
+    try:
+        parse(override)
+    except ConfigError:
+        return False
+    return True
+
+
+def _check_key(key: str, text: str, below: str | None, added: bool) -> None:
     if key in _TYPES or below:
         return
     if key in SECTIONS:
@@ -120,7 +147,9 @@ def _check_key(key: str, below: str | None, added: bool) -> None:
         raise ConfigError(f"{key!r} is a section: set its keys one by one, such as {example}=...")
     found = _similar(key)
     message = f"unknown key {key!r}"
-    if found:
+    if known := answer_to(f"{key}={text}", _accepted):
+        message += f": {known}"
+    elif found:
         message += f": did you mean {' or '.join(map(repr, found))}?"
     else:
         message += ": `stoker config` prints every key"

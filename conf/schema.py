@@ -147,8 +147,10 @@ class DataConfig:
     bpe_vocab: int = fixed(8192)  # vocabulary of tokenizer=bpe
     end_of_document: str | None = fixed()  # token that closes a document; default: the tokenizer's end token
     tiktoken_pattern: str | None = fixed()  # regex that cuts texts for a .tiktoken file; default: by its token count
-    epochs: int | None = maths()  # passes over the data after which it ends; default: no end
+    epochs: int | None = maths()  # passes over the data, which make `steps` if nothing else does; default: no end
     validation: float = fixed(0.02)  # share of the documents kept for validation
+    validation_path: str | None = free()  # file or folder of the validation documents; default: data.validation of all
+    validation_by: str | None = fixed()  # documents | position (the last tokens); default: position for one document
     packing: str = fixed("concatenated")  # concatenated | best_fit | padded: how documents become rows
     document_mask: bool | None = fixed()  # keep attention inside documents; default: for chats and best_fit
     workers: int = free(1)  # reader processes per rank; 0 reads in the rank itself
@@ -196,8 +198,9 @@ class CheckpointConfig:
 
 @dataclass
 class EvalConfig:
-    every: int = free(0)  # steps between evaluations; 0: only at the end if sequences > 0
-    sequences: int = free(0)  # validation sequences per evaluation; 0: none
+    every: int | None = free()  # steps between evaluations; default: a tenth of `steps`, at least 50; 0: at the end
+    sequences: int | None = free()  # validation sequences, and as many training sequences; default: at most 64; 0: none
+    seed: int | None = free(0)  # of the sample, spread over all validation documents; null: the first of each source
 
 
 @dataclass
@@ -257,6 +260,7 @@ class ProfileConfig:
 class Config:
     run: RunConfig = free(RunConfig)
     steps: int = free(200)  # optimizer steps of the whole run
+    tokens: float | None = free()  # tokens of the whole run, such as 1e9, which make its steps at the first start
     skip_steps: list[list[int]] = maths([])  # first and last step of spans whose rows are left out: [[100,120]]
     seq_len: int = fixed(512)  # tokens per row
     batch: BatchConfig = free(BatchConfig)

@@ -103,7 +103,10 @@ class _Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(word, known, 1, 0.3)
             message = f"there is no command {word!r}" + (f": did you mean {close[0]!r}?" if close else "")
         elif message.startswith("unrecognized"):
-            message += "; settings of a run are KEY=VALUE, such as steps=1000"
+            from stoker.conf.overrides import dashed
+
+            options = [word for word in message.partition(": ")[2].split() if word.startswith("-")]
+            message += f"; {dashed(options[0] if options else '')}"
         self.exit(2, f"stoker: {message} (see {self.prog} --help)\n")
 
 
@@ -209,14 +212,19 @@ def _train(options: argparse.Namespace) -> int:
 def _config(options: argparse.Namespace) -> int:
     from stoker.conf.compose import compose
     from stoker.conf.rundir import to_yaml
-    from stoker.launch.train import gpus, ranks_for
+    from stoker.launch.train import gpus, ranks_for, say
+    from stoker.parallel.deepspeed_engine.file import expand
+    from stoker.trainer.budget import settle_steps
     from stoker.trainer.validate import validate
 
-    config = compose(options.overrides)
+    overrides = expand(options.overrides, say)
+    config = compose(overrides)
     if config.model.init_from is not None:
         from stoker.trainer.pretrained import adopt_shape
 
-        config = adopt_shape(config, options.overrides)
+        config = adopt_shape(config, overrides)
+    if config.tokens is not None:
+        config = settle_steps(config, overrides, first=True, tell=say)
     world = ranks_for(config)
     if not options.layout:
         validate(config, world, gpus(config))

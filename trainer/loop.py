@@ -16,7 +16,7 @@ from stoker.parallel.batch import Batch
 from stoker.parallel.engine import Engine
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.update import ControlFlag, StepFlags
-from stoker.trainer.evaluation import Evaluation
+from stoker.trainer.evaluation import Evaluated, Evaluation
 from stoker.trainer.facts import Facts
 from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.observers import Observers
@@ -27,7 +27,7 @@ from stoker.trainer.runtime.process import Phase, Phases
 from stoker.trainer.runtime.requests import Requests, ending_of
 from stoker.trainer.runtime.shutdown_estimate import CHECKPOINT_SECONDS
 from stoker.trainer.runtime.stragglers import Stragglers, WorkClock
-from stoker.trainer.schedule import learning_rate
+from stoker.trainer.schedule import evaluation_every, learning_rate
 from stoker.trainer.step_log import Progress, StepLog
 
 log = logging.getLogger(__name__)
@@ -91,9 +91,10 @@ class Trainer:
                 result = self.engine.update(lr, flags)  # stays on the device
             self.phase(step, Phase.DATA)  # whether this was the last step may be known only when the next rows are
             last = self._is_last(step)
-            val_loss = self._evaluate(step, last)
-            extra = {"first_row": first_row, **profiled, **self.rows.metrics(), **self.saved}
-            step_log.enter(step, lr, result, val_loss, extra)
+            found = self._evaluate(step, last)
+            losses = {} if found is None else found.extra
+            extra = {"first_row": first_row, **profiled, **self.rows.metrics(), **self.saved, **losses}
+            step_log.enter(step, lr, result, None if found is None else found.val_loss, extra)
             saving = self._saves_at(step)
             if self.booking is not None:
                 self.booking.step()
@@ -254,14 +255,14 @@ class Trainer:
         """Whether no step follows `step`: equal on all ranks."""
         return step >= self.config.steps or self.rows.exhausted
 
-    def _evaluate(self, step: int, last: bool) -> float | None:
-        every = self.config.eval.every
-        if not self.evaluation.rows or not (last or (every > 0 and step % every == 0)):
+    def _evaluate(self, step: int, last: bool) -> Evaluated | None:
+        every = evaluation_every(self.config)
+        if not self.evaluation.parts or not (last or (every > 0 and step % every == 0)):
             return None
         self.phase(step, Phase.EVALUATE)
         if last:  # the run ends with it
-            return self.evaluation.loss(self.engine)
-        return self.evaluation.loss(self.engine, self._gives_up)
+            return self.evaluation.losses(self.engine)
+        return self.evaluation.losses(self.engine, self._gives_up)
 
     def _gives_up(self) -> bool:
         """Whether any rank has a request to end; equal on all ranks. A collective."""

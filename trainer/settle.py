@@ -4,6 +4,7 @@
     resume     a run that exists: its stored config with the overrides; otherwise a check that no run is overwritten
     targets    import paths of models, data and optimizers lead to something that can be called
     adopt      the shape of a model imported by `model.init_from`, and a link in the place of `checkpoints`
+    budget     `tokens` or `data.epochs` as steps, at the first start
     fit        under a launcher that found another number of machines: the layout that fits them
     validate   limits, refusals of all rooms, places and imported weights
     pin        defaults that later starts must repeat are written out
@@ -29,7 +30,9 @@ from stoker.conf.schema import Config, ModelConfig, lookup
 from stoker.conf.targets import import_target
 from stoker.conf.values import ConfigError
 from stoker.parallel import layout
+from stoker.parallel.deepspeed_engine.file import expand
 from stoker.trainer import validate as rooms
+from stoker.trainer.budget import settle_steps
 from stoker.trainer.places import adopted_link, is_known, refuse_foreign_places
 from stoker.trainer.stored_run import refuse_replacing_run, report_copies, resumed, stored_config
 from stoker.trainer.trust import DATA, MODEL, OPTIM, TRAINING, code_of
@@ -73,8 +76,9 @@ def settle_config(
     Raises ConfigError for everything that can be known to be wrong before a rank is spawned.
     """
     request = Request(overrides, where, **options)
+    request = dataclasses.replace(request, overrides=expand(request.overrides, request.tell))
     draft = compose(request)
-    for stage in (resume, targets, adopt, fit, validate, pin):
+    for stage in (resume, targets, adopt, budget, fit, validate, pin):
         draft = stage(request, draft)
     return draft.config, draft.changes
 
@@ -127,6 +131,11 @@ def adopt(request: Request, draft: Draft) -> Draft:
     place = None if chosen else adopted_link(draft.run)
     if place is not None:  # a link made by a user counts like the key
         config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, dir=str(place)))
+    return dataclasses.replace(draft, config=config)
+
+
+def budget(request: Request, draft: Draft) -> Draft:
+    config = settle_steps(draft.config, request.overrides, first=draft.stored is None, tell=request.tell)
     return dataclasses.replace(draft, config=config)
 
 

@@ -64,7 +64,8 @@ class LiveProgress(Observer):
         self._pace.add(record)
         self._step, self._record = record.step, record
         if record.val_loss is not None:
-            self._evaluation = f"{number(record.val_loss)} at step {record.step}"
+            beside = f", train {number(train)}" if (train := record.extra.get("train_loss")) is not None else ""
+            self._evaluation = f"{number(record.val_loss)}{beside} at step {record.step}"
         if record.skipped:
             self._skipped += 1
             self.message(f"step {record.step} skipped: {skip_reason(record)}")

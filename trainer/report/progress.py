@@ -84,7 +84,8 @@ class PlainProgress(Observer):
         if record.skipped:
             self.message(f"step {record.step} skipped: {skip_reason(record)}")
         if record.val_loss is not None:
-            self.message(f"evaluation at step {record.step}: val loss {record.val_loss:.4f}")
+            beside = f", train loss {train:.4f}" if (train := record.extra.get("train_loss")) is not None else ""
+            self.message(f"evaluation at step {record.step}: val loss {record.val_loss:.4f}{beside}")
         first, last = not self._seen_a_step, record.step == self._total_steps
         self._seen_a_step = True
         if first or last or record.step % self._every == 0:

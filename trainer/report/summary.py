@@ -47,7 +47,7 @@ class History:
 
     def __init__(self, steps: Iterable[dict[str, Any]]) -> None:
         self.last: dict[str, Any] | None = None
-        self.finite: dict[str, tuple[int, float]] = {}  # the last loss and val_loss: step, value
+        self.finite: dict[str, tuple[int, float]] = {}  # the last of each loss: step, value
         self.count = self.skipped = self.empty = 0
         self.seconds = 0.0
         self.losses, self.val_losses = Sample[tuple[int, float]](), Sample[tuple[int, float]]()
@@ -68,11 +68,12 @@ class History:
         self.skipped += skipped
         self.empty += step.get("empty", False)
         self.seconds += step.get("step_seconds") or 0.0
-        for key, sample in (("loss", self.losses), ("val_loss", self.val_losses)):
+        for key, sample in (("loss", self.losses), ("val_loss", self.val_losses), ("train_loss", None)):
             value = step.get(key)
             if value is not None:
                 self.finite[key] = (number, value)
-                sample.add((number, value))
+                if sample is not None:
+                    sample.add((number, value))
         if step.get("tokens_per_second") is not None:
             self.speeds.add(step["tokens_per_second"])
         if skipped:
@@ -106,7 +107,7 @@ def table(history: History, run: RunDirectory, config: Config) -> list[tuple[str
         updates += f", {history.empty:,} of them without labels" if history.empty else ""
         rows.append(("steps", f"{last['step']:,} of {config.steps:,} ({updates})"))
         rows.append(("tokens", f"{last.get('tokens', 0):,}"))
-        for name, key in (("loss", "loss"), ("val loss", "val_loss")):
+        for name, key in (("loss", "loss"), ("val loss", "val_loss"), ("train loss", "train_loss")):
             if key in history.finite:
                 step, value = history.finite[key]
                 when = "" if step == last["step"] else f" at step {step:,}"
