@@ -338,7 +338,7 @@ def test_a_run_does_not_go_on_under_an_edited_template(tmp_path):
     IndexedLoader(open_rows(chat(tmp_path, SHORT), "train"), 2).load_state(state)
     with pytest.raises(
         ValueError,
-        match=r"has read 2 rows of: encoder was chat \w+ transformers [\d.]+ and is chat \w+ transformers [\d.]+$",
+        match=r"has read 2 rows of other data: encoder was chat \w+ transformers [\d.]+ and is chat \w+ transformers [\d.]+$",
     ):
         IndexedLoader(open_rows(chat(tmp_path, LONG), "train"), 2).load_state(state)
 
