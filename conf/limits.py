@@ -165,6 +165,7 @@ LIMITS = (
     _above_zero("nonfinite.spike", "half of all steps are above their median"),
     _at_least("nonfinite.window", 20, "fewer steps give no reliable median"),
     _at_least("checkpoint.every", 0, "it counts steps"),
+    _above_zero("checkpoint.minutes", "a save takes its time"),
     _at_least("checkpoint.keep", 1, "a run without a checkpoint cannot resume"),
     _at_least("checkpoint.keep_every", 0, "it counts steps"),
     _at_least("checkpoint.keep_best", 0, "it counts checkpoints"),

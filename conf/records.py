@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import typing
@@ -49,7 +48,7 @@ def record_of(values: Any, kind: type[T]) -> T:
     type, and for numbers that are not finite."""
     if not isinstance(values, dict):
         raise ValueError(f"it holds {type(values).__name__}, not an object")
-    hints = _hints(kind)
+    hints = typing.get_type_hints(kind)
     for key, value in values.items():
         if key not in hints:
             raise ValueError(f"it has no key {str(key)[:80]!r}")
@@ -59,11 +58,6 @@ def record_of(values: Any, kind: type[T]) -> T:
         return kind(**values)
     except TypeError as error:
         raise ValueError(str(error).rpartition("() ")[2]) from error
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
 
 
 def is_sane(value: Any) -> bool:

@@ -143,8 +143,7 @@ class DataConfig:
     weights: dict[str, Any] = maths({})  # share of the tokens by source; default: those in data.sources
     temperature: float = maths(1.0)  # weights to the power 1/temperature: above 1 small sources get more
     phases: list[dict[str, Any]] = maths([])  # weights from a step on: [{from_step: 1000, weights: {a: 1, b: 3}}]
-    # byte | bpe (trained on this data at first use) | path; null: that of the data
-    tokenizer: str | None = fixed("byte")
+    tokenizer: str | None = fixed("byte")  # byte | bpe (trained on this data at first use) | path; null: the data's own
     bpe_vocab: int = fixed(8192)  # vocabulary of tokenizer=bpe
     end_of_document: str | None = fixed()  # token that closes a document; default: the tokenizer's end token
     tiktoken_pattern: str | None = fixed()  # regex that cuts texts for a .tiktoken file; default: by its token count
@@ -185,7 +184,8 @@ class ScheduleConfig:
 
 @dataclass
 class CheckpointConfig:
-    every: int = free(200)  # steps between checkpoints; 0: only at the end
+    every: int = free(200)  # steps between checkpoints; 0: by `minutes` and at the end only
+    minutes: float | None = free(15.0)  # since the last save began, after which another does; null: by steps only
     keep: int = free(3)  # newest valid checkpoints kept
     keep_every: int = free(0)  # steps: checkpoints of their multiples are kept for good; 0: none
     keep_best: int = free(0)  # checkpoints of the lowest validation loss kept as well
@@ -193,7 +193,7 @@ class CheckpointConfig:
     staging_limit: int | None = free()  # bytes of host memory per rank for a snapshot; default: all of it
     dir: str | None = free()  # a faster place for this run only, shared by all ranks; default: the run directory
     remote: str | None = free()  # fsspec URL of a second tier for this run only: s3://bucket/run, file:///mnt/run
-    on_error: str = free("warn")  # of a save or metrics line not written: warn: reported, and the run goes on | fail
+    on_error: str = free("warn")  # of a save or metrics line not written: warn: reported, and the run continues | fail
 
 
 @dataclass
@@ -207,8 +207,7 @@ class EvalConfig:
 class NonfiniteConfig:
     action: str = maths("skip")  # of a bad step: skip (leave its update out) | rollback (and train without it) | stop
     limit: int = free(10)  # the run ends after this many bad (skip) or unlabelled steps in a row, or one more rollback
-    # bad too: above median + this many deviations (1.4826 MAD); default: only nan and inf
-    spike: float | None = maths()
+    spike: float | None = maths()  # bad: so many deviations (1.4826 MAD) above the median; null: nan and inf only
     window: int = maths(100)  # sound steps over which these are taken
 
 
@@ -233,7 +232,9 @@ class LaunchConfig:
     time: str | None = free()  # slurm: time limit of the job, D-HH:MM:SS; default: the partition's
     partition: str | None = free()  # slurm; default: the cluster's
     gpus: int | None = free()  # slurm: GPUs of each machine, each for a rank; default: none
-    cpus: int | None = free()  # slurm: processors for each machine's ranks together; default: one for each
+    cpus: int | None = (
+        free()
+    )  # slurm: processors for each machine's ranks together; default: threads + data.workers + 2 each
     grace_seconds: int = free(120)  # slurm: from its signal to the time limit, for the last save
     requeue: bool = free(True)  # slurm: come back to the queue after a preemption and at the time limit
     chain: int = free(1)  # slurm: jobs in a row, each waiting for the one before; for sites without requeue

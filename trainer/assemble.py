@@ -49,12 +49,13 @@ def assemble(
     screen: TextIO,
     closing: ExitStack | None = None,
     owner: Owner | None = None,
+    log_file: TextIO | None = None,
 ) -> Trainer:
     """The trainer of this rank, resumed from the newest valid checkpoint of `run` if there is one.
 
-    `config` is settled (`stoker.trainer.settle`), and the places of checkpoints are `owner`'s. Resources that must be
-    closed when this fails are pushed on `closing`. Raises ValueError for data or a checkpoint that do not fit the
-    config, and for a run whose checkpoints are missing.
+    `config` is settled (`stoker.trainer.settle`), and the places of checkpoints are `owner`'s. `screen` and `log_file`
+    show, on rank 0, how the run goes. Resources that must be closed when this fails are pushed on `closing`. Raises
+    ValueError for data or a checkpoint that do not fit the config, and for a run whose checkpoints are missing.
     """
     closing = closing or ExitStack()
     plan = batch_plan(config, mesh.layout)
@@ -66,7 +67,7 @@ def assemble(
     phase(0, Phase.BUILD)
     complete = facts.complete(config)
     engine, initialise = build_engine(complete, mesh, plan)
-    observers = open_observers(config, run.path, screen) if mesh.rank == 0 else None
+    observers = open_observers(config, run.path, screen, log_file) if mesh.rank == 0 else None
     if observers is not None:
         closing.callback(observers.abandon)
     remote = Remote(config.checkpoint.remote) if config.checkpoint.remote else None

@@ -47,7 +47,7 @@ class Evaluation:
             self.parts = []
         if parts and not self.parts and required:
             raise ValueError(
-                "no token of the validation sequences is a label to learn, so there is no validation loss: more "
+                "no token of the validation sequences is a label, so there is no validation loss: more "
                 "eval.sequences may have some, and eval.sequences=0 evaluates nothing"
             )
 

@@ -69,8 +69,7 @@ class Trainer:
         outcome = Outcome.COMPLETED
         last = self._is_last(self.progress.step)
         if last and self.observers is not None:
-            step, ends = self.progress.step, "the data end" if self.rows.exhausted else "steps=... goes on"
-            self.observers.message(f"nothing to do: step {step} of {self.config.steps} is done; {ends}")
+            self.observers.message(self._nothing_to_do())
         for step in self.steps(self.config.steps):
             with self.profiler.step(step) as profiled:
                 self.phase(step, Phase.DATA)
@@ -118,6 +117,14 @@ class Trainer:
         self.save()
         asked = outcome in (Outcome.STOPPED, Outcome.PREEMPTED)
         return Outcome.COMPLETED if asked and last else outcome
+
+    def _nothing_to_do(self) -> str:
+        done, wanted = self.progress.step, self.config.steps
+        what = (
+            f"steps={wanted} is below the {done} that are done" if wanted < done else f"step {done} of {wanted} is done"
+        )
+        goes_on = "the data end" if self.rows.exhausted else f"a number above {done} for steps goes on"
+        return f"nothing to do: {what}; {goes_on}"
 
     def save(self) -> None:
         """Start saving the state after the last step done; metrics up to it are on disk before it can be committed."""
@@ -210,7 +217,7 @@ class Trainer:
             self.booking.rolled_back(self._step)
         if self.observers is not None:
             self.observers.rolled_back(self._step)
-            self.observers.message(f"step {bad_step} is bad: back to step {self._step}, to go on without its rows")
+            self.observers.message(f"step {bad_step} is bad: back to step {self._step}, to continue without its rows")
         return True
 
     def _look_at_gradients(self, step: int, batch: Batch) -> None:

@@ -34,7 +34,7 @@ def numbers_of(tokens) -> set[int]:
 
 
 @pytest.mark.parametrize("packing", ["concatenated", "best_fit", "padded"])
-def test_what_is_evaluated_is_what_training_leaves_out_whatever_the_seed(config, packing):
+def test_evaluated_documents_are_those_left_out_of_training_for_every_seed(config, packing):
     config.data.packing, config.eval.sequences = packing, 12
     (rows,) = evaluated(config)
     held = numbers_of(rows.tokens.flatten().tolist())
@@ -97,7 +97,7 @@ def test_rows_to_train_on_have_no_numbers(config):
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_a_tokenizer_trained_before_is_used_as_it_lies(config, tmp_path, folder):
+def test_an_existing_trained_tokenizer_is_used_unchanged(config, tmp_path, folder):
     """A tokenizer.json, or the folder that `stoker data tokenizer` writes."""
     from stoker.data.cache import write_tokenizer
     from tests.data.streaming.simulated import World
