@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from stoker.conf.files import EXPERIMENT
 from stoker.conf.schema import GROUPS, kinds
 from stoker.launch.cli import main
 
@@ -46,7 +47,7 @@ def spans_of(text: str) -> list[str]:
 
 def unknown_settings(text: str) -> set[str]:
     keys, found = kinds(), set(SETTING.findall(code_of(text))) | set(KEY.findall(text))
-    found -= {*keys, *GROUPS, *OTHERS, *METRICS}
+    found -= {*keys, *GROUPS, EXPERIMENT, *OTHERS, *METRICS}
     return {
         key
         for key in found

@@ -187,7 +187,7 @@ TOGETHER = {
     ],
     "evaluation": [
         (
-            ["eval.every=10"],
+            ["eval.every=10", "eval.sequences=0"],
             1,
             0,
             "eval.every=10 with eval.sequences=0 evaluates nothing: set eval.sequences, such as 32",
@@ -380,7 +380,7 @@ def test_every_choice_of_every_group_may_start():
 def test_every_number_is_limited():
     values = {key: lookup(Config(), key) for key in kinds()}
     numbers = {key for key, value in values.items() if type(value) in (int, float)}
-    assert numbers - {limit.key for limit in LIMITS} == {"run.seed"}
+    assert numbers - {limit.key for limit in LIMITS} == {"run.seed", "eval.seed"}
 
 
 def test_the_printed_table_is_the_table():
