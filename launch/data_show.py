@@ -14,11 +14,12 @@ from stoker.data.mixed import MixedPlan
 from stoker.data.opening import open_source
 from stoker.data.sources import specs_of
 from stoker.launch.data_make import composed
+from stoker.trainer.budget import settle_steps
 
 
 def plan(options: argparse.Namespace) -> int:
     """A table of what a run of this config reads of each source."""
-    config = composed(options.overrides)
+    config = settle_steps(composed(options.overrides), options.overrides, first=True)
     rows = open_rows(config, "train")
     plans = rows.plans if isinstance(rows, MixedPlan) else (rows,)
     wanted = config.steps * config.batch.size

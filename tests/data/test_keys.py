@@ -29,8 +29,8 @@ SHORT = (
 )
 LONG = SHORT.replace("A:", "### The assistant says: ").replace("Q:", "### The user asks: ")
 
-SOURCE = keys.SourceKey("content", "tokenizer", "encoder", 0.1)
-WINDOWS = keys.WindowsKey({"format": "jsonl", "content": "a"}, 10, 2, 0, "byte", 0.1)
+SOURCE = keys.SourceKey("content", "tokenizer", "encoder", 0.1, "position")
+WINDOWS = keys.WindowsKey({"format": "jsonl", "content": "a"}, 10, 2, 0, "byte", 0.1, "position")
 EXAMPLES = (
     keys.MemoKey(1, (("a", "1"), ("b", None))),
     keys.TokensKey(1, "content", "tokenizer", 0.1, "encoder"),
@@ -39,7 +39,7 @@ EXAMPLES = (
     keys.IndexedFingerprint(1, "byte", "train", 0.1, "padded", True, 32, 0, (("a", SOURCE), ("b", SOURCE)), True),
     keys.SplitsKey("jsonl", "shards", "content", (("column", "text"),)),
     WINDOWS,
-    keys.HeldOutKey(1, WINDOWS, 8, 32, "padded", False),
+    keys.HeldOutKey(1, WINDOWS, 8, 32, "padded", False, "train"),
     keys.StreamedFingerprint(1, 8, 16, "padded", True, 32, (("a", WINDOWS), ("b", WINDOWS))),
     keys.BlockKey("url", 10, "version", 4, 0),
     keys.IndexKey("url", 10, "version"),

@@ -31,6 +31,7 @@ SMALL = [
     "model.intermediate_size=64",
     "seq_len=32", "batch.size=8", "batch.micro_size=2", "steps=30", "launch.nproc=2", "parallel.zero=2",
     "precision=fp32", "optim.lr=1e-2", "checkpoint.every=5", "data=text", "launch.threads=1", "log.every=1",
+    "eval.sequences=0",
 ]  # fmt: skip
 COMPARED = ("step", "updates", "loss", "grad_norm", "lr", "tokens")  # the columns that "bitwise" compares
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.launch.runs import (
     overrides,
     started,
     steps_of,
+    train_forked,
     train_here,
     wait_until,
     write_text,
@@ -102,10 +104,24 @@ def test_a_run_directory_that_cannot_be_written_is_named(home: Path, call: Call)
     assert str(home / "file") in refused(call, "train", *overrides(home / "file" / "run", home / "text"))
 
 
-def test_a_model_that_cannot_be_imported_is_named(home: Path) -> None:
-    words = overrides(home / "no-model", home / "text", "model.target=no_such_module:build")
-    assert "no_such_module" in refused(process(home), "train", *words)
-    assert RunDirectory(home / "no-model").attempt_numbers() == [1], "there is no point in another attempt"
+@pytest.mark.parametrize(
+    ("key", "path", "message"),
+    [
+        ("model.target", "no_such_module:build", "cannot import 'no_such_module'"),
+        ("model.target", "stoker.models.decoder:biuld", "module 'stoker.models.decoder' has no 'biuld'"),
+        ("optim.target", "defective:build", "NameError: name 'undefined' is not defined ({home}/defective.py:1)"),
+        ("data.target", "half:build", "SyntaxError: "),
+        ("optim.target", "sys:path", "expected a function or a class"),
+    ],
+)
+def test_code_that_cannot_be_imported_is_named_before_a_rank_is_spawned(
+    home: Path, call: Call, key: str, path: str, message: str
+) -> None:
+    (home / "defective.py").write_text("undefined\n")
+    (home / "half.py").write_text("def build(:\n")
+    status, output = call("train", *overrides(home / "no-code", home / "text"), f"{key}={path}")
+    assert status == 2 and message.format(home=home) in output and key in output, output
+    assert len(output.strip().splitlines()) == 1 and RunDirectory(home / "no-code").attempt_numbers() == []
 
 
 def test_a_launcher_without_the_number_of_ranks_on_a_machine_is_refused(home: Path) -> None:
@@ -120,6 +136,14 @@ def trained(home: Path) -> Path:
     run = home / "trained"
     train_here(home, overrides(run, home / "text", "steps=3"))
     return run
+
+
+def test_fewer_steps_than_are_done_are_told(home: Path, trained: Path) -> None:
+    run = home / "fewer"
+    shutil.copytree(trained, run)
+    status, output = train_forked(home, [f"run.dir={run}", "steps=2"])
+    assert status == 0 and last_step(run) == 3, output
+    assert "nothing to do: steps=2 is below the 3 that are done; a number above 3 for steps goes on" in output
 
 
 def test_a_wrong_prompt_run_or_step_is_named(home: Path, call: Call, trained: Path) -> None:

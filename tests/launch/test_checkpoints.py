@@ -61,6 +61,16 @@ def test_a_save_that_fails_ends_the_run_with_on_error_fail(home: Path) -> None:
     assert newest(run.checkpoints)[0].name == f"step-{ending.step:08d}", "what was computed until then is not lost"
 
 
+def test_checkpoints_are_saved_by_time_as_well_by_all_ranks_after_the_same_step(home: Path) -> None:
+    run = RunDirectory(home / "timed")
+    words = overrides(run.path, home / "text", "steps=25", "checkpoint.every=0", "checkpoint.keep=50")
+    train_here(home, [*words, "checkpoint.minutes=0.0005"])  # 30 ms, which is some steps
+    found = newest(run.checkpoints)
+    assert len(found) >= 3 and found[0].name == "step-00000025"
+    for checkpoint in found:
+        assert verify(checkpoint) == [] and len(list(checkpoint.glob("rank-*.safetensors"))) == 2
+
+
 def test_a_remote_that_cannot_be_written_ends_the_run_with_on_error_fail(home: Path) -> None:
     run = RunDirectory(home / "remote-failed")
     words = ["steps=3", "checkpoint.remote=file:///proc/nobody-writes-here", "checkpoint.on_error=fail"]
@@ -137,7 +147,14 @@ def test_two_checkpoints_are_compared(asked: tuple[RunDirectory, str, int], caps
     new, old = (str(int(path.name.removeprefix("step-"))) for path in newest(run.checkpoints))
     assert main(["checkpoint", "diff", str(run.path), old, new, "--tensors", "3"]) == 1
     said = capsys.readouterr().out
-    assert "progress.step" in said and "optim.exp_avg" in said and "not shown" in said and "0 tensors are equal" in said
+    assert "progress.step" in said and "not shown; --all shows them" in said and "0 tensors are equal" in said
+    shown = [line.split("/")[0] for line in said.splitlines() if "/" in line and "e-" in line]
+    assert shown == ["param"] * 3, said
+    assert main(["checkpoint", "diff", str(run.path), old, new, "--kind", "optim.exp_avg", "--all"]) == 1
+    said = capsys.readouterr().out
+    assert "optim.exp_avg/embedding.weight" in said and "param/" not in said and "not shown" not in said, said
+    assert main(["checkpoint", "diff", str(run.path), old, new, "--kind", "exp_avg"]) == 2
+    assert "--kind exp_avg: the kinds of tensors there are optim.exp_avg, " in capsys.readouterr().err
     assert main(["checkpoint", "diff", str(run.path), new, new]) == 0
     assert " 0 differ" in capsys.readouterr().out
 
@@ -148,14 +165,14 @@ def test_the_last_valid_checkpoint_is_never_removed(
     run = RunDirectory(tmp_path / "copy")
     shutil.copytree(asked[0].path, run.path)
     new, old = (str(int(path.name.removeprefix("step-"))) for path in newest(run.checkpoints))
-    assert main(["checkpoint", "rm", str(run.path), old, new]) == 1
+    assert main(["checkpoint", "rm", str(run.path), old, new]) == 2
     assert "no valid checkpoint would be left" in capsys.readouterr().err and len(newest(run.checkpoints)) == 2
     (run.checkpoints / f"step-{int(new):08d}" / "rank-00001.safetensors").write_bytes(b"broken")
-    assert main(["checkpoint", "rm", str(run.path), old]) == 1, "the other is no checkpoint to resume from"
+    assert main(["checkpoint", "rm", str(run.path), old]) == 2, "the other is no checkpoint to resume from"
     assert main(["checkpoint", "rm", str(run.path), new]) == 0
     assert [path.name for path in newest(run.checkpoints)] == [f"step-{int(old):08d}"]
     assert verify(newest(run.checkpoints)[0]) == []
-    assert main(["checkpoint", "rm", str(run.path), "77"]) == 1
+    assert main(["checkpoint", "rm", str(run.path), "77"]) == 2
     assert "no checkpoint of step 77" in capsys.readouterr().err
 
 

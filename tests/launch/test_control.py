@@ -37,7 +37,7 @@ def test_status_logs_and_stop_work_from_outside(home: Path) -> None:
         status, said = stoker(home, "logs", str(run), "--lines", "1")
         assert status == 0 and all(line[:4] in ("[0] ", "[1] ") for line in said.splitlines()), said
         status, said = stoker(home, "requeue", str(run))
-        assert status == 1 and "does not run as a Slurm job" in said
+        assert status == 2 and "does not run as a Slurm job" in said
         status, said = stoker(home, "stop", str(run))
         assert status == 0 and "requested: the run is at step" in said and "saved (the file STOP)" in said, said
         process.communicate(timeout=30)
@@ -52,7 +52,7 @@ def test_status_logs_and_stop_work_from_outside(home: Path) -> None:
     assert stoker(home, "stop", str(run))[0] == 1, "no rank is running"
     assert "was not submitted" in stoker(home, "requeue", str(run))[1]
     status, said = stoker(home, "logs", str(run), "--attempt", "7")
-    assert status == 1 and "no attempt 7" in said
+    assert status == 2 and "no attempt 7" in said
 
 
 @pytest.mark.timeout(600)

@@ -54,7 +54,7 @@ def test_the_plain_script_restarts_a_killed_rank_in_its_allocation_is_requeued_o
 
 def test_the_tasks_of_an_array_are_separate_runs(home: Home) -> None:
     run = home.path / "sweep"
-    array = ["steps=2", "launch=slurm", "launch.nproc=1", "launch.array=0-1", "run.seed={task}"]
+    array = ["steps=2", "launch=slurm", "launch.nproc=1", "launch.cpus=1", "launch.array=0-1", "run.seed={task}"]
     status, output = home.call(*command("submit", *overrides(run, home.path / "text", *array)))
     assert status == 0, output
     job = output.split(" as job ")[1].split(";")[0]
@@ -91,7 +91,7 @@ def test_jobs_that_wait_in_the_queue_are_shown_and_cancelled_all_of_them(home: H
     status, said = home.call(*command("status", str(run)))
     assert status == 1 and f"has not begun; job {jobs[-1]} waits in the queue" in said, said
     status, said = home.call(*command("requeue", str(run)))
-    assert status == 1 and f"job {jobs[0]} waits in the queue already" in said, said
+    assert status == 2 and f"job {jobs[0]} waits in the queue already" in said, said
     status, said = home.call(*command("stop", str(run)))
     assert status == 0 and all(f"cancelled job {job}" in said for job in jobs), said
     assert [cluster.state(job) for job in jobs] == ["CANCELLED", "CANCELLED"]

@@ -60,6 +60,7 @@ BEYOND = [
     "nonfinite.spike=0",
     "nonfinite.window=19",
     "checkpoint.every=-1",
+    "checkpoint.minutes=0",
     "checkpoint.keep=0",
     "checkpoint.keep_every=-1",
     "checkpoint.keep_best=-1",

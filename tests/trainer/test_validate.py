@@ -239,12 +239,12 @@ TOGETHER = {
     ],
     "credentials": [
         (
-            ["data=jsonl", "'data.path=https://me:hunter2@host/a.jsonl'"],
+            ["model.args={from: 'https://me:hunter2@host/a'}"],
             1,
             0,
-            "data.path=https://me:***@host/a.jsonl",
+            "model.args.from=https://me:***@host/a: a credential",
         ),
-        (["'launch.setup=export WANDB_API_KEY=0123abc'"], 1, 0, "launch.setup=export WANDB_API_KEY=***"),
+        (["launch.setup='export WANDB_API_KEY=0123abc'"], 1, 0, "launch.setup=export WANDB_API_KEY=***"),
         (["model.args={token: abc}"], 1, 0, "model.args.token=***"),
     ],
     **OF_STREAMS,

@@ -30,7 +30,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("updates", "tokens"), (int,)),
     **dict.fromkeys(("loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "data_seconds"), _NUMBER),
     **dict.fromkeys(("skipped", "empty"), (bool, int)),
-    "val_loss": _NUMBER,
+    **dict.fromkeys(("val_loss", "train_loss"), _NUMBER),
 }
 _encode = json.JSONEncoder(allow_nan=False).encode
 

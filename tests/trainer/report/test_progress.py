@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import fcntl
 import io
+import itertools
 import math
 import os
 import pty
 import struct
 import termios
+import threading
 import time
 from contextlib import suppress
 
@@ -124,6 +126,9 @@ class Terminal:
         self.screen = os.fdopen(slave, "w", encoding="utf-8")
         self._shown = b""
 
+    def close(self) -> None:
+        os.close(self._master)
+
     def shown(self) -> str:
         with suppress(BlockingIOError):  # until there is no more for now
             while chunk := os.read(self._master, 65536):
@@ -185,6 +190,39 @@ def test_the_live_view_fits_the_terminal_it_draws_on(monkeypatch):
     view.step(record(1))
     view.finish("completed", 1)
     assert max(len(line) for line in plain_text(terminal.shown()).splitlines()) <= 40
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_colours_are_left_out_where_that_is_asked_for(monkeypatch, no_color):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    terminal = Terminal(100)
+    view = LiveProgress(terminal.screen)
+    view.start(a_config(), None, 2, {})
+    view.step(record(1))
+    view.finish("completed", 1)
+    assert ("\x1b[32m━" in terminal.shown()) is not no_color and "step 1/2" in plain_text(terminal.shown())
+
+
+def test_a_terminal_that_is_closed_is_an_error_of_the_next_event_and_the_thread_ends(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    terminal = Terminal(100)
+    view = LiveProgress(terminal.screen)
+    view.start(a_config(), None, 10**6, {})
+    terminal.close()
+    with pytest.raises(OSError):
+        _steps(view, seconds=30)
+    assert not [thread for thread in threading.enumerate() if thread.name == "live view"]
+
+
+def _steps(view, seconds):
+    deadline = time.monotonic() + seconds
+    for step in itertools.count(1):
+        view.step(record(step))
+        time.sleep(0.02)
+        assert time.monotonic() < deadline
 
 
 def test_the_live_view_is_redrawn_by_a_thread_and_not_by_steps(monkeypatch):

@@ -66,6 +66,28 @@ def test_files_from_an_earlier_launch_ask_for_nothing_and_those_of_this_one_do(r
     assert not run.requeue.exists(), "a start is the answer to it"
 
 
+def test_a_save_is_a_vote_so_many_minutes_after_the_last_one_or_the_first_step(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("stoker.trainer.runtime.requests.time.monotonic", lambda: clock[0])
+    requests, other_rank = Requests(), Requests()
+    requests.watch(run, 1, forget=True, save_minutes=15.0)
+    found = []
+    for clock[0], event in (
+        (9000.0, None),  # a start may take hours
+        (9000.0, requests.training), (9899.0, None), (9900.0, None), (9901.0, None),
+        (9901.0, requests.saving), (10800.0, None), (10801.0, None),
+    ):  # fmt: skip
+        if event is not None:
+            event()
+        found.append(ControlFlag.SAVE in requests.votes())
+    assert found == [False, False, False, True, True, False, False, True]
+    other_rank.training()
+    clock[0] = 1e9
+    assert other_rank.votes() == frozenset(), "one clock counts, that of the rank that watches"
+
+
 def test_another_start_of_the_run_is_a_vote_from_its_first_moment(run: RunDirectory) -> None:
     requests = Requests()
     requests.watch(run, next_attempt(run), forget=True)
