@@ -232,9 +232,7 @@ class LaunchConfig:
     time: str | None = free()  # slurm: time limit of the job, D-HH:MM:SS; default: the partition's
     partition: str | None = free()  # slurm; default: the cluster's
     gpus: int | None = free()  # slurm: GPUs of each machine, each for a rank; default: none
-    cpus: int | None = (
-        free()
-    )  # slurm: processors for each machine's ranks together; default: threads + data.workers + 2 each
+    cpus: int | None = free()  # slurm: processors of a machine's ranks; default: threads + data.workers + 2 for each
     grace_seconds: int = free(120)  # slurm: from its signal to the time limit, for the last save
     requeue: bool = free(True)  # slurm: come back to the queue after a preemption and at the time limit
     chain: int = free(1)  # slurm: jobs in a row, each waiting for the one before; for sites without requeue
