@@ -143,7 +143,7 @@ class DataConfig:
     weights: dict[str, Any] = maths({})  # share of the tokens by source; default: those in data.sources
     temperature: float = maths(1.0)  # weights to the power 1/temperature: above 1 small sources get more
     phases: list[dict[str, Any]] = maths([])  # weights from a step on: [{from_step: 1000, weights: {a: 1, b: 3}}]
-    tokenizer: str | None = fixed("byte")  # byte | bpe (trained on this data at first use) | path; null: the data's own
+    tokenizer: str | None = fixed("byte")  # byte | bpe (trained on the data at first use) | path; null: the data's
     bpe_vocab: int = fixed(8192)  # vocabulary of tokenizer=bpe
     end_of_document: str | None = fixed()  # token that closes a document; default: the tokenizer's end token
     tiktoken_pattern: str | None = fixed()  # regex that cuts texts for a .tiktoken file; default: by its token count
@@ -207,7 +207,7 @@ class EvalConfig:
 class NonfiniteConfig:
     action: str = maths("skip")  # of a bad step: skip (leave its update out) | rollback (and train without it) | stop
     limit: int = free(10)  # the run ends after this many bad (skip) or unlabelled steps in a row, or one more rollback
-    spike: float | None = maths()  # bad: so many deviations (1.4826 MAD) above the median; null: nan and inf only
+    spike: float | None = maths()  # bad too: above median + this many deviations (1.4826 MAD); default: nan and inf
     window: int = maths(100)  # sound steps over which these are taken
 
 

@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LONGEST = 200  # lines
 FREE = ("data.args.", "model.args.", "optim.args.", "parallel.deepspeed.")  # keys below these are the user's
-OTHERS = {"key", "last_call_timeout", "streaming"}  # `key=value`, an option of torchrun, an argument of datasets
+OTHERS = {"key", "experiment", "last_call_timeout", "streaming"}  # not keys: placeholders, options of other programs
 METRICS = {"data.bytes"}
+EXAMPLES = {"conf/model/mine.yaml"}  # of files that users make
 SECTIONS = sorted({key.partition(".")[0] for key in kinds() if "." in key})
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -66,7 +67,7 @@ def missing_files(page: Path, text: str) -> set[str]:
             headings = re.findall(r"^#+ (.*)$", (page.parent / target if target else page).read_text(), re.MULTILINE)
             if anchor not in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}:
                 found.add(link)
-    found |= {file for file in FILE.findall(text) if not (ROOT / file).exists()}
+    found |= {file for file in {*FILE.findall(text)} - EXAMPLES if not (ROOT / file).exists()}
     return found | {program for program in PROGRAM.findall(text) if not _exists(program)}
 
 

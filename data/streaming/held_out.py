@@ -84,5 +84,5 @@ def _stored(path: Path) -> Tokens | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # zipfile and NumPy raise different errors
-        log.warning("%s is damaged and is made again: %s", path, error)
+        log.warning("%s is damaged and made again: %s", path, error)
         return None
