@@ -34,7 +34,7 @@ def _shown() -> Iterator[Callable[[int, int], None]]:
             before = last - begun - 1  # steps to train first
             if first and before:
                 start = f"the checkpoint of step {done}" if done else "the initial weights"
-                say(f"{before} steps are trained first, {done + 1} to {last - 1}, from {start}")
+                say(f"training first, from {start}: steps {done + 1} to {last - 1}")
             trained = done - begun
             if not first and not console.is_terminal and trained * _LINES // before > (trained - 1) * _LINES // before:
                 say(f"step {done} of {last - 1} is trained")

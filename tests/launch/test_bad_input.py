@@ -151,8 +151,10 @@ def test_a_wrong_prompt_run_or_step_is_named(home: Path, call: Call, trained: Pa
     assert "temperature" in refused(call, "generate", str(trained), "--prompt", "a", "--temperature", "0")
     assert "step 99" in refused(call, "generate", str(trained), "--prompt", "a", "--step", "99")
     assert "not a run directory" in refused(call, "generate", str(home / "nowhere"), "--prompt", "a")
-    assert "no checkpoints" in refused(call, "generate", str(home / "no-model"), "--prompt", "a")
-    assert "no checkpoints" in refused(call, "checkpoint", "ls", str(home / "no-model"))
+    early = home / "early"
+    shutil.copytree(trained, early, ignore=shutil.ignore_patterns("step-*"))
+    assert "no checkpoints" in refused(call, "generate", str(early), "--prompt", "a")
+    assert "no checkpoints" in refused(call, "checkpoint", "ls", str(early))
 
 
 def test_the_model_generates_and_the_same_seed_repeats_the_text(home: Path, call: Call, trained: Path) -> None:
