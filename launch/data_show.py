@@ -17,8 +17,13 @@ from stoker.launch.data_make import composed
 
 
 def plan(options: argparse.Namespace) -> int:
-    """A table of what a run of this config reads of each source."""
+    """A table of what a run of this config reads of each source. Raises ValueError for data.mode=streaming."""
     config = composed(options.overrides)
+    if config.data.mode == "streaming":
+        raise ValueError(
+            "data plan counts documents and rows, which data.mode=streaming does not know before it has read them: "
+            "stoker data verify with the same keys reads all data and counts the documents"
+        )
     rows = open_rows(config, "train")
     plans = rows.plans if isinstance(rows, MixedPlan) else (rows,)
     wanted = config.steps * config.batch.size
