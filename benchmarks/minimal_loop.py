@@ -1,4 +1,4 @@
-"""The peer of benchmarks/loop_overhead.py: a training loop as one would write it by hand, on torch alone.
+"""The peer of benchmarks/loop_overhead.py: a training loop as one would write it by hand, with torch only.
 
 Same model, rows of the same shape, bf16, accumulation, gradient clipping and fused AdamW; DistributedDataParallel for
 ZeRO 0, `fully_shard` for 1 to 3. No checkpoints, no metrics, no exact data: random windows of a token file.

@@ -1,4 +1,4 @@
-"""The other side of a comparison: training loops as one would write them by hand, on torch alone.
+"""The other side of a comparison: training loops as one would write them by hand, with torch only.
 
 `fully_shard` with the flags of a ZeRO stage (`replicate` for stage 0), bf16 compute over fp32 parameters, gradient
 clipping, fused AdamW; where tp > 1 `parallelize_module` on DTensors with sequence parallelism and `loss_parallel`, as

@@ -29,7 +29,7 @@ _NAMED = 8  # tensors that a message names
 
 @dataclass(frozen=True)
 class Summary:
-    """A committed checkpoint in a list. What cannot be read is None, and `problem` says why."""
+    """A committed checkpoint in a list. Unreadable values are None, and `problem` is the reason."""
 
     path: Path
     step: int

@@ -24,7 +24,7 @@ def write_blocks(
 ) -> list[int]:
     """Writes the new file `path`, durably: `windows` one after the other, each but the last of whole blocks.
 
-    A window is used up before the next one is asked for. Returns the CRC32 of each block of `block_bytes`. `proceed` is
+    A window is written before the next one is requested. Returns the CRC32 of each block of `block_bytes`. `proceed` is
     called before each write and may raise to stop. Raises FileExistsError rather than overwrite.
     """
     checksums: list[int] = []

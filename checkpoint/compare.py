@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from stoker.checkpoint.reader import TensorReader
 from stoker.checkpoint.stored import read_state
 from stoker.parallel.dtypes import DTYPES
+from stoker.parallel.shards import PARAMETER
 
 MISSING = "-"  # the text of a value that one side does not have
 
@@ -21,7 +22,8 @@ MISSING = "-"  # the text of a value that one side does not have
 class TensorChange:
     """A tensor that is not the same, bit for bit, in both."""
 
-    label: str  # kind/name
+    kind: str  # as in `stoker.parallel.shards`
+    name: str
     relative: float | None  # |second - first| / |first|, L2 norms in float64; None where they cannot be subtracted
     what: str  # for people: "changed", "only in the first", "F32 (4, 2) -> F32 (4, 3)"
 
@@ -35,8 +37,11 @@ class ValueChange:
 
 @dataclass(frozen=True)
 class Difference:
-    tensors: list[TensorChange]  # the most changed first; those that cannot be subtracted before all
+    tensors: list[
+        TensorChange
+    ]  # parameters, then other kinds; of each those that cannot be subtracted, then the most changed
     equal_tensors: int
+    kinds: list[str]  # of all tensors of both, those that were left out too
     config: list[ValueChange]
     state: list[ValueChange]  # without the config
 
@@ -45,40 +50,51 @@ class Difference:
         return not (self.tensors or self.config or self.state)
 
 
-def compare(first: Path, second: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Difference:
-    """Reads all of both, holding two tensors in memory. Raises DamagedCheckpoint at the first damage.
+def compare(
+    first: Path,
+    second: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    kinds: Collection[str] = (),
+) -> Difference:
+    """Reads all of both, or the tensors of some `kinds`, holding two tensors in memory.
 
-    `progress` is called with the number of tensors compared so far, and in all.
+    `progress` is called with the tensors compared so far, and in all. Raises DamagedCheckpoint at the
+    first damage.
     """
     old, new = read_state(first), read_state(second)
     config = list(_changes(old.pop("config", {}), new.pop("config", {}), ""))
     state = list(_changes(old, new, ""))
     changes, equal = [], 0
     with TensorReader(first) as a, TensorReader(second) as b:
-        keys = list(dict.fromkeys([*a.stored.tensors, *b.stored.tensors]))
+        every = list(dict.fromkeys([*a.stored.tensors, *b.stored.tensors]))
+        keys = [(kind, name) for kind, name in every if not kinds or kind in kinds]
         for number, (kind, name) in enumerate(keys, 1):
             change = _tensor_change(a, b, kind, name)
             equal += change is None
             changes += [change] if change else []
             progress(number, len(keys))
-    changes.sort(key=lambda change: (change.relative is not None, -(change.relative or 0.0), change.label))
-    return Difference(changes, equal, config, state)
+    changes.sort(key=_place)
+    return Difference(changes, equal, sorted({kind for kind, _ in every}), config, state)
+
+
+def _place(change: TensorChange) -> tuple[bool, str, bool, float, str]:
+    measured = change.relative is not None
+    return change.kind != PARAMETER, change.kind, measured, -(change.relative or 0.0), change.name
 
 
 def _tensor_change(a: TensorReader, b: TensorReader, kind: str, name: str) -> TensorChange | None:
-    label = f"{kind}/{name}"
     old, new = (reader.stored.tensors.get((kind, name)) for reader in (a, b))
     if old is None or new is None:
-        return TensorChange(label, None, "only in the second" if old is None else "only in the first")
+        return TensorChange(kind, name, None, "only in the second" if old is None else "only in the first")
     if (old.dtype, old.shape) != (new.dtype, new.shape):
-        return TensorChange(label, None, f"{old.dtype} {old.shape} -> {new.dtype} {new.shape}")
+        return TensorChange(kind, name, None, f"{old.dtype} {old.shape} -> {new.dtype} {new.shape}")
     first, second = a.read(name, kind), b.read(name, kind)
     if torch.equal(_raw(first), _raw(second)):
         return None
     if not DTYPES[old.dtype].is_floating_point:
-        return TensorChange(label, None, f"{int((first != second).sum()):,} of {first.numel():,} elements changed")
+        return TensorChange(kind, name, None, f"{int((first != second).sum()):,} of {first.numel():,} elements changed")
     norm, change = first.double().norm().item(), (second.double() - first.double()).norm().item()
-    return TensorChange(label, change / norm if norm else float("inf"), "changed")
+    return TensorChange(kind, name, change / norm if norm else float("inf"), "changed")
 
 
 def _raw(tensor: Tensor) -> Tensor:

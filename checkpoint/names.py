@@ -87,7 +87,7 @@ def rank_of_index(name: str) -> int | None:
 
 
 def committed(directory: Path) -> list[Path]:
-    """The directories of `directory` that are named as committed checkpoints, newest first, whatever they hold."""
+    """The directories of `directory` that are named as committed checkpoints, newest first, with any contents."""
     try:
         entries = list(directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):

@@ -142,7 +142,7 @@ class TensorReader:
             reader.close()
 
     def read(self, name: str, kind: str = PARAMETER) -> Tensor:
-        """A tensor in memory of its own. Raises DamagedCheckpoint, and KeyError for an unknown one."""
+        """A tensor in new memory. Raises DamagedCheckpoint, and KeyError for an unknown one."""
         tensor = self.stored.tensors[kind, name]
         value = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
         for held in tensor.pieces:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 
 from stoker.conf.faults import spelled
-from stoker.conf.overrides import GROUPS_FOLDER, parse
+from stoker.conf.overrides import GROUPS_FOLDER, Override, parse, quoted
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 
@@ -17,7 +18,10 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     Works from any directory and inside a program that uses Hydra itself, whose state is left as it was. Raises
     ConfigError, of one line, for the first override that is wrong.
     """
-    checked = [parse(override).hydra for override in overrides]
+    parsed = [parse(override) for override in overrides]
+    checked = [override.hydra for override in parsed]
+    if folders := _folders(parsed):
+        checked.append(f"hydra.searchpath=[{','.join(quoted(f'file://{folder}') for folder in folders)}]")
 
     import hydra
     from hydra.core.config_store import ConfigStore
@@ -39,3 +43,15 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(" ".join(str(error).split())) from error
     finally:
         GlobalHydra.instance().hydra = outer
+
+
+def _folders(overrides: Sequence[Override]) -> list[Path]:
+    """The folders of groups that choices of the user's own come from. Raises ConfigError where one hides another's."""
+    own = [(Path(override.value), override.folder) for override in overrides if override.folder is not None]
+    folders = list(dict.fromkeys(folder for _, folder in own))
+    for file, chosen in own:
+        for folder in folders[: folders.index(chosen)]:
+            hiding = folder / file.relative_to(chosen)
+            if hiding.exists():
+                raise ConfigError(f"{file} has the name of {hiding}: rename one of the two")
+    return folders

@@ -68,6 +68,7 @@ ZERO_BUBBLE = (
 
 LIMITS = (
     _at_least("steps", 1, "a run takes steps"),
+    _above_zero("tokens", "a run reads something"),
     Limit(
         "skip_steps",
         "pairs of a first and a last step, rising, such as [[100,120],[300,300]]",
@@ -119,6 +120,7 @@ LIMITS = (
         "most documents must be left to train on",
         lambda value: 0 <= value <= 0.5,
     ),
+    _choice("data.validation_by", "documents", "position"),
     _choice("data.mode", "indexed", "streaming"),
     _at_least("data.streams", 1, "rows come from them"),
     _at_least("data.shuffle_window", 1, "it counts splits"),
@@ -163,6 +165,7 @@ LIMITS = (
     _above_zero("nonfinite.spike", "half of all steps are above their median"),
     _at_least("nonfinite.window", 20, "fewer steps give no reliable median"),
     _at_least("checkpoint.every", 0, "it counts steps"),
+    _above_zero("checkpoint.minutes", "a save takes its time"),
     _at_least("checkpoint.keep", 1, "a run without a checkpoint cannot resume"),
     _at_least("checkpoint.keep_every", 0, "it counts steps"),
     _at_least("checkpoint.keep_best", 0, "it counts checkpoints"),

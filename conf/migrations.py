@@ -51,6 +51,10 @@ _ROPE_SCALING = {  # old key -> new key and the old default
     "original_context": ("original_max_position_embeddings", 8192),
 }
 _REMOVED = {("checkpoint", "writer"): ("thread", "process")}  # key: its values, all of which computed the same
+_ADDED = {  # keys that are new, with the value by which the versions before them computed
+    ("data", "validation_by"): "documents",
+    ("eval", "seed"): None,
+}
 _MODES = {"index": "indexed", "lanes": "streaming"}
 _STATE_KEYS = _KEYS["data"]
 
@@ -67,6 +71,10 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
         held = moved.get(section)
         if isinstance(held, dict) and isinstance(held.get(key), str):
             moved[section] = held | {key: _TARGETS.get(held[key], held[key])}
+    for (section, key), value in _ADDED.items():
+        held = moved.get(section)
+        if isinstance(held, dict) and key not in held:
+            moved[section] = held | {key: value}
     for (section, key), equal in _REMOVED.items():
         held = moved.get(section)
         if isinstance(held, dict) and held.get(key) in equal:

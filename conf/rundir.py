@@ -160,6 +160,7 @@ def resolve(config: Config, now: datetime) -> Config:
     data = dataclasses.replace(
         config.data,
         path=_absolute(config.data.path),
+        validation_path=_absolute(config.data.validation_path),
         urls=_absolute_each(config.data.urls),
         tokenizer=tokenizer,
         args=_absolute_template(config.data.args),
@@ -195,7 +196,7 @@ def _absolute_source(source: Any) -> Any:
     """A source of a mixture."""
     if not isinstance(source, dict):
         return source
-    found = source | {key: _absolute_each(source[key]) for key in ("path", "urls") if key in source}
+    found = source | {key: _absolute_each(source[key]) for key in ("path", "validation_path", "urls") if key in source}
     return found | {"args": _absolute_template(source["args"])} if isinstance(source.get("args"), dict) else found
 
 

@@ -143,13 +143,14 @@ class DataConfig:
     weights: dict[str, Any] = maths({})  # share of the tokens by source; default: those in data.sources
     temperature: float = maths(1.0)  # weights to the power 1/temperature: above 1 small sources get more
     phases: list[dict[str, Any]] = maths([])  # weights from a step on: [{from_step: 1000, weights: {a: 1, b: 3}}]
-    # byte | bpe (trained on this data at first use) | path; null: that of the data
-    tokenizer: str | None = fixed("byte")
+    tokenizer: str | None = fixed("byte")  # byte | bpe (trained on the data at first use) | path; null: the data's
     bpe_vocab: int = fixed(8192)  # vocabulary of tokenizer=bpe
     end_of_document: str | None = fixed()  # token that closes a document; default: the tokenizer's end token
     tiktoken_pattern: str | None = fixed()  # regex that cuts texts for a .tiktoken file; default: by its token count
-    epochs: int | None = maths()  # passes over the data after which it ends; default: no end
+    epochs: int | None = maths()  # passes over the data, which make `steps` if nothing else does; default: no end
     validation: float = fixed(0.02)  # share of the documents kept for validation
+    validation_path: str | None = free()  # file or folder of the validation documents; default: data.validation of all
+    validation_by: str | None = fixed()  # documents | position (the last tokens); default: position for one document
     packing: str = fixed("concatenated")  # concatenated | best_fit | padded: how documents become rows
     document_mask: bool | None = fixed()  # keep attention inside documents; default: for chats and best_fit
     workers: int = free(1)  # reader processes per rank; 0 reads in the rank itself
@@ -183,7 +184,8 @@ class ScheduleConfig:
 
 @dataclass
 class CheckpointConfig:
-    every: int = free(200)  # steps between checkpoints; 0: only at the end
+    every: int = free(200)  # steps between checkpoints; 0: by `minutes` and at the end only
+    minutes: float | None = free(15.0)  # since the last save began, after which another does; null: by steps only
     keep: int = free(3)  # newest valid checkpoints kept
     keep_every: int = free(0)  # steps: checkpoints of their multiples are kept for good; 0: none
     keep_best: int = free(0)  # checkpoints of the lowest validation loss kept as well
@@ -191,21 +193,21 @@ class CheckpointConfig:
     staging_limit: int | None = free()  # bytes of host memory per rank for a snapshot; default: all of it
     dir: str | None = free()  # a faster place for this run only, shared by all ranks; default: the run directory
     remote: str | None = free()  # fsspec URL of a second tier for this run only: s3://bucket/run, file:///mnt/run
-    on_error: str = free("warn")  # of a save or metrics line not written: warn: reported, and the run goes on | fail
+    on_error: str = free("warn")  # of a save or metrics line not written: warn: reported, and the run continues | fail
 
 
 @dataclass
 class EvalConfig:
-    every: int = free(0)  # steps between evaluations; 0: only at the end if sequences > 0
-    sequences: int = free(0)  # validation sequences per evaluation; 0: none
+    every: int | None = free()  # steps between evaluations; default: a tenth of `steps`, at least 50; 0: at the end
+    sequences: int | None = free()  # validation sequences, and as many training sequences; default: at most 64; 0: none
+    seed: int | None = free(0)  # of the sample, spread over all validation documents; null: the first of each source
 
 
 @dataclass
 class NonfiniteConfig:
     action: str = maths("skip")  # of a bad step: skip (leave its update out) | rollback (and train without it) | stop
     limit: int = free(10)  # the run ends after this many bad (skip) or unlabelled steps in a row, or one more rollback
-    # bad too: above median + this many deviations (1.4826 MAD); default: only nan and inf
-    spike: float | None = maths()
+    spike: float | None = maths()  # bad too: above median + this many deviations (1.4826 MAD); default: nan and inf
     window: int = maths(100)  # sound steps over which these are taken
 
 
@@ -230,7 +232,7 @@ class LaunchConfig:
     time: str | None = free()  # slurm: time limit of the job, D-HH:MM:SS; default: the partition's
     partition: str | None = free()  # slurm; default: the cluster's
     gpus: int | None = free()  # slurm: GPUs of each machine, each for a rank; default: none
-    cpus: int | None = free()  # slurm: processors for each machine's ranks together; default: one for each
+    cpus: int | None = free()  # slurm: processors of each machine; default, for each rank: threads + data.workers + 2
     grace_seconds: int = free(120)  # slurm: from its signal to the time limit, for the last save
     requeue: bool = free(True)  # slurm: come back to the queue after a preemption and at the time limit
     chain: int = free(1)  # slurm: jobs in a row, each waiting for the one before; for sites without requeue
@@ -256,6 +258,7 @@ class ProfileConfig:
 class Config:
     run: RunConfig = free(RunConfig)
     steps: int = free(200)  # optimizer steps of the whole run
+    tokens: float | None = free()  # tokens of the whole run, such as 1e9, which make its steps at the first start
     skip_steps: list[list[int]] = maths([])  # first and last step of spans whose rows are left out: [[100,120]]
     seq_len: int = fixed(512)  # tokens per row
     batch: BatchConfig = free(BatchConfig)

@@ -1,4 +1,4 @@
-"""Folders for one process alone, which do not outlive it for long.
+"""Private temporary folders of a process, removed with it or by a later process.
 
 A folder is locked as long as its process lives. So those of processes that were killed are known, and the next process
 that makes a folder for the same purpose removes them.

@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,20 @@ def import_target(target: str) -> Any:
         _find_modules_of_the_working_directory()
         _refuse_module_of_a_run(target, module_name)
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(f"cannot import {module_name!r} named by {target!r}: {error}") from error
-    except AttributeError:
-        raise ValueError(f"module {module_name!r} has no {attribute!r}, named by {target!r}") from None
+    except Exception as error:  # the module is a user's program
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if isinstance(error, SyntaxError) else f" ({last.filename}:{last.lineno})"
+        raise ValueError(
+            f"cannot import {module_name!r} named by {target!r}: {type(error).__name__}: {error}{where}"
+        ) from error
+    if not hasattr(module, attribute):
+        raise ValueError(f"module {module_name!r} has no {attribute!r}, named by {target!r}")
     if not module_name.startswith("stoker."):
         _log_import(target, getattr(sys.modules[module_name], "__file__", None))
-    return found
+    return getattr(module, attribute)
 
 
 @functools.cache  # a data source may be resolved at every document
@@ -63,7 +70,7 @@ def _refuse_module_of_a_run(target: str, module_name: str) -> None:
             return
         origin = [spec.origin] if spec.has_location and spec.origin else []
         for place in [*origin, *(spec.submodule_search_locations or ())]:
-            run = _run_around(Path(place))
+            run = run_around(Path(place))
             if run is not None:
                 raise ValueError(
                     f"{target!r} would be imported from {place}, inside the run directory {run}: modules are never "
@@ -71,8 +78,8 @@ def _refuse_module_of_a_run(target: str, module_name: str) -> None:
                 )
 
 
-def _run_around(place: Path) -> Path | None:
-    """The run directory that `place` lies in."""
+def run_around(place: Path) -> Path | None:
+    """The run directory that contains `place`."""
     for folder in place.resolve().parents:
         if (folder / "config.yaml").is_file() and (folder / "attempts").is_dir():
             return folder

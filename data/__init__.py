@@ -26,17 +26,20 @@ What a launcher does once per machine (`prepare`) makes the ranks' `open_rows` c
 
 from stoker.data.chat import chat_prompt
 from stoker.data.loader import EndOfData, IndexedLoader, RowSource
-from stoker.data.opening import keep_tokenizer, open_rows, open_stream, open_tokenizer, prepare, vocabulary
+from stoker.data.opening import keep_tokenizer, open_rows, open_stream, open_tokenizer, vocabulary
 from stoker.data.rows import RowPlan, read_rows
+from stoker.data.samples import Sample, open_samples, prepare
 
 __all__ = [
     "EndOfData",
     "IndexedLoader",
     "RowPlan",
     "RowSource",
+    "Sample",
     "chat_prompt",
     "keep_tokenizer",
     "open_rows",
+    "open_samples",
     "open_stream",
     "open_tokenizer",
     "prepare",

@@ -39,6 +39,7 @@ from stoker.data.documents import Source
 from stoker.data.keys import TokensKey, is_validation
 from stoker.data.manifest import Manifest, Memo, read_manifest
 from stoker.data.pool import Killed
+from stoker.data.splitting import joined
 from stoker.data.tokenizer import JsonTokenizer, Tokenizer
 from stoker.data.tokenizer_files import load_kept, named_tokenizer
 from stoker.data.tokens import Tokens
@@ -74,21 +75,29 @@ class TokenCache:
         """How many documents had no text; None where the version that made the folder did not count them."""
         return self.meta.get("left_out")
 
+    @property
+    def documents(self) -> int:
+        """How many documents there are, of both splits."""
+        return sum(self.meta["splits"][split]["documents"] for split in SPLITS)
+
     def tokens(self, split: str) -> Tokens:
-        """The tokens of `train` or `validation`."""
+        """The tokens of `train`, of `validation`, or of `all` documents, those of validation last."""
+        if split == "all":
+            return joined([self.tokens(one) for one in SPLITS])
         found = {kind: _map(self.folder / name, dtype, count) for kind, name, dtype, count in _arrays(self.meta, split)}
         return Tokens(found["tokens"], found["starts"], found.get("learned"))
 
 
-def open_cache(config: DataConfig, source: Source) -> TokenCache:
+def open_cache(config: DataConfig, source: Source, given: Tokenizer | None = None) -> TokenCache:
     """The tokens of `source`, made first if they are not there or are damaged.
 
+    The tokenizer is `given`, or else the one that the config names.
     Any number of processes may call this at once: one of them builds. Raises ValueError for texts that cannot be read
     and for a cache directory that cannot be used.
     """
     root = cache_root(config)
     memo = Memo(root / "versions", source.documents)
-    tokenizer = named_tokenizer(config)
+    tokenizer = given or named_tokenizer(config)
     content = memo.recall()
     if content is not None:
         ready = _open(root, _key(config, source, tokenizer, content))
@@ -254,7 +263,7 @@ def _trained(kept: Path, config: DataConfig, manifest: Manifest) -> Tokenizer:
             text
             for number in range(len(manifest.parts))
             for _, text, digest in manifest.texts(number)
-            if not is_validation(digest, config.validation)
+            if manifest.documents == 1 or not is_validation(digest, config.validation)
         )
         return JsonTokenizer.train(training, config.bpe_vocab)
 

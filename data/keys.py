@@ -9,7 +9,7 @@ with other sequences. So everything that changes sequences is a field of one of 
     IndexedFingerprint   the sequences of an indexed run                    opening.py
     SplitsKey            the position of each document in a streamed source     streaming/
     WindowsKey           the windows of a streamed source
-    HeldOutKey           the validation documents of one                    streaming/held_out.py
+    HeldOutKey           documents of one to evaluate                       streaming/held_out.py
     StreamedFingerprint  the sequences of a streamed run                    streaming/loader.py
     BlockKey, IndexKey   a downloaded block; the positions of a tar's samples
 
@@ -78,6 +78,11 @@ class SourceKey(_Ingredients):
     tokenizer: str | None
     encoder: str | None
     validation: float
+    validation_by: str | None = None  # position: the last tokens are kept, rather than documents
+
+    def values(self) -> dict[str, Any]:
+        found = super().values()
+        return found if self.validation_by is not None else {k: v for k, v in found.items() if k != "validation_by"}
 
 
 @dataclass(frozen=True)
@@ -107,15 +112,22 @@ class IndexedFingerprint(_Ingredients):
     def values(self) -> dict[str, Any]:
         common = {field.name: getattr(self, field.name) for field in fields(self)[:-2]}
         encoders = {name: source.encoder for name, source in self.sources if source.encoder is not None}
+        kept_by = {name: source.validation_by for name, source in self.sources if source.validation_by is not None}
         own = {name: source.validation for name, source in self.sources if source.validation != self.validation}
         if not self.mixed:
             ((_, source),) = self.sources
-            return {**common, "content": source.content, "encoder": source.encoder}
+            return {
+                **common,
+                "content": source.content,
+                "encoder": source.encoder,
+                "validation_by": source.validation_by,
+            }
         return {
             **common,
             "sources": {name: source.content for name, source in self.sources},
             "encoders": encoders or None,
             "validations": own or None,
+            "validation_by": kept_by or None,
             "order": [name for name, _ in self.sources] if len(self.sources) > 1 else None,
         }
 
@@ -142,6 +154,7 @@ class WindowsKey(_Ingredients):
     seed: int
     tokenizer: str
     validation: float
+    validation_by: str | None = None  # position: the end of the one document is kept
 
     def values(self) -> dict[str, Any]:
         return {**self.source, **{field.name: getattr(self, field.name) for field in fields(self)[1:]}}
@@ -155,6 +168,7 @@ class HeldOutKey(_Ingredients):
     seq_len: int
     packing: str
     skipping: bool  # whether damaged documents were left out
+    split: str  # validation | train
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from stoker.data.keys import IndexedFingerprint, SourceKey
 from stoker.data.loader import IndexedLoader, RowSource
 from stoker.data.mixed import MixedPlan, Weights
 from stoker.data.mixture import WEIGHT_UNITS
-from stoker.data.sources import Spec, specs_of, wanted_weights
+from stoker.data.sources import Spec, held_out_share, specs_of, validation_spec, wanted_weights
+from stoker.data.splitting import POSITION, by_position, part_by_position
 from stoker.data.tables import open_table
 from stoker.data.token_files import TokenFiles
 from stoker.data.tokenizer import Tokenizer
@@ -39,55 +42,56 @@ class Opened:
     folder: Path | None  # of the cache that holds the tokens; None: they stay at their place
     encoder: str | None = None  # fingerprint of the encoder, beside the tokenizer
     left_out: int | None = 0  # documents without text; None: not counted
+    by_position: bool = False  # are the last tokens kept for validation, rather than documents?
 
     @property
     def key(self) -> SourceKey:
         tokenizer = self.tokenizer.fingerprint if self.tokenizer else None
-        return SourceKey(self.content, tokenizer, self.encoder, self.spec.config.validation)
-
-
-def prepare(config: Config) -> None:
-    """Tokenise the data of `config` if that has not been done, and check that they make rows.
-
-    Called once per machine before its ranks call `open_rows`. Raises ValueError for data that cannot be used.
-    """
-    if config.data.mode != "streaming":  # streaming tokenises texts as they are read
-        open_rows(config, "train")
-    if config.eval.sequences:
-        open_rows(config, "validation")
+        kept_by = POSITION if self.by_position else None
+        return SourceKey(self.content, tokenizer, self.encoder, self.spec.config.validation, kept_by)
 
 
 def open_rows(config: Config, split: str) -> IndexPlan | MixedPlan:
     """The rows of `train`, shuffled in each epoch of a source, or of `validation`, once and in a fixed order.
 
-    Raises ValueError when the documents cannot be read or make no row, and when `eval.sequences` is larger than
-    the number of validation rows.
+    Raises ValueError when the documents cannot be read or make no row.
+    """
+    if config.data.mode == "streaming":
+        raise ValueError("rows of data.mode=streaming cannot be looked up by number: those of data.mode=indexed can")
+    specs, plans = specs_of(config.data), open_plans(config, split, shuffled=split == "train")
+    rows = [plan.rows_per_epoch for plan in plans]
+    for plan, count in zip(plans, rows, strict=True):
+        if not count and (split == "train" or not sum(rows)):
+            raise ValueError(no_sequence(config, plan, split))
+    if not config.data.sources:
+        return plans[0]
+    if split == "train":
+        wanted = wanted_weights(config.data, specs, rows)
+    else:
+        wanted = [Weights(1, tuple(count * WEIGHT_UNITS // sum(rows) for count in rows))]
+    return MixedPlan(plans, wanted, config.batch.size, plans[0].fingerprint)
+
+
+def open_plans(
+    config: Config, split: str, streamed: Sequence[int] | None = None, *, shuffled: bool = False
+) -> list[IndexPlan]:
+    """The rows of each source in the order of its documents, once; with `shuffled`, shuffled in each of its epochs.
+
+    For data.mode=streaming, `streamed` gives the rows to read of each source; they are made of documents from all over
+    it. Raises ValueError when the documents cannot be read.
     """
     assert split in SPLITS
-    if config.data.mode == "streaming" and split == "train":
-        raise ValueError("rows of data.mode=streaming cannot be looked up by number: those of data.mode=indexed can")
     specs = specs_of(config.data)
     if config.data.mode == "streaming":
-        opened = _held_out(config, specs)
+        assert streamed is not None
+        opened = _read_ahead(config, specs, split, streamed)
     else:
         opened = [open_source(config, spec, split) for spec in specs]
     mask = config.data.document_mask
     if mask is None:
         mask = config.data.packing == "best_fit" or any(source.is_chat for source in opened)
     fingerprint = _fingerprint(config, opened, split, mask).values()
-    plans = [_plan(config, source, split, mask, fingerprint) for source in opened]
-    if not config.data.sources:
-        plan: IndexPlan | MixedPlan = plans[0]
-    elif split == "train":
-        wanted = wanted_weights(config.data, specs, [plan.rows_per_epoch for plan in plans])
-        plan = MixedPlan(plans, wanted, config.batch.size, fingerprint)
-    else:
-        rows = [found.rows_per_epoch for found in plans]
-        whole = tuple(count * WEIGHT_UNITS // max(1, sum(rows)) for count in rows)
-        plan = MixedPlan(plans, [Weights(1, whole)], config.batch.size, fingerprint)
-    if split == "validation":
-        _check_validation(config, plan, plans)
-    return plan
+    return [_plan(config, source, split, mask, fingerprint, shuffled) for source in opened]
 
 
 def open_stream(config: Config, mesh: Mesh) -> RowSource:
@@ -170,57 +174,73 @@ def keep_tokenizer(config: DataConfig, folder: Path) -> None:
 
 def open_source(config: Config, spec: Spec, split: str) -> Opened:
     """The tokens of one source, made first from texts. Raises ValueError for data that cannot be read or used."""
+    apart = validation_spec(spec)
+    if split == "train" or apart is None:
+        return _open_source(config, spec, split)
+    # Read with the tokenizer of the training documents: bpe would be trained on these.
+    return _open_source(config, apart, split, open_tokenizer(spec.config) if spec.config.tokenizer == "bpe" else None)
+
+
+def _open_source(config: Config, spec: Spec, split: str, given: Tokenizer | None = None) -> Opened:
+    apart = spec.config.validation_path is not None or spec.config.validation == 1  # all documents are of this split
     found = import_target(spec.config.target)(spec.config)
     if isinstance(found, TokenFiles):
         if found.cache is not None and spec.config.tokenizer is None:
             tokenizer: Tokenizer | None = found.cache.tokenizer
         else:
             tokenizer = None if spec.config.tokenizer is None else open_tokenizer(spec.config)
-        tokens = found.tokens(split, spec.config.validation)
+        cut = by_position(spec.config, found.documents, found.is_chat)
+        if cut:
+            tokens = part_by_position(found.tokens("all", 0.0), split, spec.config.validation)
+        elif apart:
+            tokens = found.tokens("all", 0.0)
+        else:
+            tokens = found.tokens(split, spec.config.validation)
         limits = [config.model.vocab_size, tokenizer.vocab_size if tokenizer else None]
         if known := [limit for limit in limits if limit is not None]:
             found.refuse_vocabulary(min(known))
-        chat = tokens.learned is not None
         left_out = 0 if found.cache is None else found.cache.left_out
-        return Opened(spec, found.content, tokenizer, tokens, chat, None, encoder=found.reading, left_out=left_out)
+        return Opened(
+            spec, found.content, tokenizer, tokens, found.is_chat, None, found.reading, left_out, by_position=cut
+        )
     source = documents_of(found, spec.config.target)
-    cache, chat = open_cache(spec.config, source), source.encoder is not None
-    tokens = cache.tokens(split)
-    return Opened(
-        spec, cache.content, cache.tokenizer, tokens, chat, cache.folder, encoder=cache.encoder, left_out=cache.left_out
-    )
+    chat = source.encoder is not None
+    texts = spec.config
+    if texts.validation_by == POSITION:  # of all documents together
+        texts = dataclasses.replace(texts, validation=0.0)
+    cache = open_cache(texts, source, given)
+    cut = by_position(spec.config, cache.documents, chat)
+    tokens = part_by_position(cache.tokens("all"), split, spec.config.validation) if cut else cache.tokens(split)
+    return Opened(spec, cache.content, cache.tokenizer, tokens, chat, cache.folder, cache.encoder, cache.left_out, cut)
 
 
-def _held_out(config: Config, specs: list[Spec]) -> list[Opened]:
-    """Each source's share of `eval.sequences` rows under data.mode=streaming, by its weight at step 1."""
-    from stoker.data.streaming.opening import open_held_out
+def _read_ahead(config: Config, specs: list[Spec], split: str, rows: Sequence[int]) -> list[Opened]:
+    """Documents of each source under data.mode=streaming, read now: enough for so many rows of it."""
+    from stoker.data.streaming.opening import open_sampled
 
     tokenizer = open_tokenizer(config.data)
-    weights = wanted_weights(config.data, specs, [1] * len(specs))[0].weights if config.data.sources else (1,)
     opened = []
-    for spec, weight in zip(specs, weights, strict=True):
-        rows = -(-config.eval.sequences * weight // sum(weights))
-        content, tokens = open_held_out(config, spec, tokenizer, rows)
+    for spec, count in zip(specs, rows, strict=True):
+        content, tokens = open_sampled(config, spec, tokenizer, count, split)
         opened.append(Opened(spec, content, tokenizer, tokens, False, None))
     return opened
 
 
-def _plan(config: Config, source: Opened, split: str, mask: bool, fingerprint: dict[str, Any]) -> IndexPlan:
-    training, root, packing = split == "train", cache_root(config.data), config.data.packing
-    plan = IndexPlan(
+def _plan(
+    config: Config, source: Opened, split: str, mask: bool, fingerprint: dict[str, Any], shuffled: bool
+) -> IndexPlan:
+    root, packing = cache_root(config.data), config.data.packing
+    return IndexPlan(
         name=source.spec.name,
         tokens=source.tokens,
         seq_len=config.seq_len,
-        seed=config.run.seed if training else None,
-        epochs=source.spec.epochs if training else 1,
+        seed=config.run.seed if shuffled else None,
+        epochs=source.spec.epochs if shuffled else 1,
         document_mask=mask,
         fingerprint=fingerprint,
         table=open_table(root, source.key, split, source.tokens, packing, config.seq_len),
         left_out=source.left_out,
     )
-    if not plan.rows_per_epoch and (training or not config.data.sources):
-        raise ValueError(_no_row(config, plan, split))
-    return plan
 
 
 def _fingerprint(config: Config, opened: list[Opened], split: str, mask: bool) -> IndexedFingerprint:
@@ -231,7 +251,7 @@ def _fingerprint(config: Config, opened: list[Opened], split: str, mask: bool) -
         format=FORMAT,
         tokenizer=tokenizers.pop() if tokenizers else None,
         split=split,
-        validation=config.data.validation,
+        validation=held_out_share(config.data),
         packing=config.data.packing,
         document_mask=mask,
         seq_len=config.seq_len,
@@ -241,20 +261,11 @@ def _fingerprint(config: Config, opened: list[Opened], split: str, mask: bool) -
     )
 
 
-def _check_validation(config: Config, plan: IndexPlan | MixedPlan, plans: list[IndexPlan]) -> None:
-    available = sum(found.rows_per_epoch for found in plans)
-    if not available:
-        raise ValueError(_no_row(config, plans[0], "validation"))
-    if config.eval.sequences > available:
-        documents = sum(len(found.tokens.starts) for found in plans)
-        raise ValueError(
-            f"eval.sequences={config.eval.sequences}, but the {documents} validation documents make "
-            f"{available} rows of {plan.seq_len} tokens: lower eval.sequences or raise data.validation"
-        )
-
-
-def _no_row(config: Config, plan: IndexPlan, split: str) -> str:
+def no_sequence(config: Config, plan: IndexPlan, split: str) -> str:
+    """The message that a source is too small, with what works."""
     held = f"{len(plan.tokens.starts)} {split} documents of {len(plan.tokens.ids)} tokens"
     needed = f"one row of seq_len={plan.seq_len} takes {plan.seq_len + 1}"
-    cure = "give more text" if split == "train" else f"raise data.validation={config.data.validation}"
+    cure = "give more text"
+    if split == "validation" and held_out_share(config.data):
+        cure = f"raise data.validation={config.data.validation}, keep the last tokens (data.validation_by=position)"
     return f"{plan.name}: the data hold {held}, and {needed}: {cure} or lower seq_len"

@@ -15,7 +15,8 @@ from stoker.conf.schema import DataConfig
 from stoker.data.mixed import Weights
 from stoker.data.mixture import whole_weights
 
-_KEYS = ("target", "splits", "path", "urls", "validation", "args")  # of DataConfig, that every source may set
+# Of DataConfig, that every source may set.
+_KEYS = ("target", "splits", "path", "urls", "validation", "validation_path", "validation_by", "args")
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,11 @@ def specs_of(config: DataConfig) -> list[Spec]:
             if getattr(config, key) != default:
                 problem = f"data.{key}={getattr(config, key)}: a single source has no weights"
                 raise ValueError(f"{problem}; name several in data.sources={{NAME: {{kind: text, path: ...}}, ...}}")
-        return [Spec(config.name, config, None, config.epochs)]
-    if config.path is not None:
-        raise ValueError(f"data.path={config.path} with data.sources: each of them has its path")
+        return [Spec(config.name, _training(config), None, config.epochs)]
+    for key in ("path", "validation_path"):
+        if getattr(config, key) is not None:
+            problem = f"data.{key}={getattr(config, key)} with data.sources: each of them has its path"
+            raise ValueError(f"{problem}, data.sources.NAME.{key}")
     found = [_spec(config, name, keys) for name, keys in config.sources.items()]
     weighted = [spec.name for spec in found if spec.weight is not None]
     if not config.weights and weighted and len(weighted) < len(found):
@@ -48,6 +51,27 @@ def specs_of(config: DataConfig) -> list[Spec]:
             "data.tokenizer=bpe is trained on one source: train one with `stoker data tokenizer` and name its file"
         )
     return found
+
+
+def validation_spec(spec: Spec) -> Spec | None:
+    """The source of the validation documents of `spec`, where they lie apart; all its documents are for validation."""
+    config = spec.config
+    if config.validation_path is None:
+        return None
+    args = {key: None if key == "dataset" else value for key, value in config.args.items()}  # of data=hf: path decides
+    apart = dataclasses.replace(
+        config, path=config.validation_path, urls=None, validation=1.0, validation_path=None, args=args
+    )
+    return dataclasses.replace(spec, config=apart, epochs=1)
+
+
+def held_out_share(config: DataConfig) -> float:
+    """Share of the documents of a source that it does not train on."""
+    return 0.0 if config.validation_path is not None else config.validation
+
+
+def _training(config: DataConfig) -> DataConfig:
+    return dataclasses.replace(config, validation=held_out_share(config))
 
 
 def wanted_weights(config: DataConfig, specs: Sequence[Spec], rows: Sequence[int]) -> list[Weights]:
@@ -97,13 +121,19 @@ def _spec(config: DataConfig, name: str, given: Any) -> Spec:
     if unknown:
         known = ", ".join(("kind", *_KEYS, "weight", "max_epochs"))
         raise ValueError(f"{where} has {', '.join(unknown)}, and a source has {known}")
-    own: dict[str, Any] = {"args": {}, "path": None, "urls": None, "splits": None, **_group(kind, where), **keys}
+    own: dict[str, Any] = {
+        "args": {},
+        **dict.fromkeys(("path", "urls", "splits", "validation_path")),
+        **_group(kind, where),
+        **keys,
+    }
     if "target" not in own:
         raise ValueError(f"{where} needs a kind, such as kind: text, or a target")
     own["args"] = {**_group(kind, where).get("args", {}), **keys.get("args", {})}
-    if own["path"] is not None and "://" not in own["path"]:
-        own["path"] = str(Path(own["path"]).expanduser())
-    alone = dataclasses.replace(config, name=name, sources={}, weights={}, phases=[], **own)
+    for key in ("path", "validation_path"):
+        if own[key] is not None and "://" not in own[key]:
+            own[key] = str(Path(own[key]).expanduser())
+    alone = _training(dataclasses.replace(config, name=name, sources={}, weights={}, phases=[], **own))
     return Spec(name, alone, None if weight is None else float(weight), epochs or config.epochs)
 
 

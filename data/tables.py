@@ -79,7 +79,7 @@ def _read(folder: Path) -> Table | None:
                 raise ValueError(f"{name} has {path.stat().st_size} bytes, not {count} x {np.dtype(dtype).itemsize}")
             arrays[name] = np.memmap(path, dtype, "r").view(np.ndarray) if count else np.empty(0, dtype)
     except (OSError, ValueError, KeyError) as error:
-        log.warning("the row table %s is damaged and is made again: %s", folder, error)
+        log.warning("the row table %s is damaged and made again: %s", folder, error)
         return None
     return Table(**arrays)
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stoker.conf.hub_names import download_advice
 from stoker.conf.schema import DataConfig
 from stoker.data.decompress import Limits, TooLarge, decompressed, limits_of, whole
 from stoker.data.documents import Collection, Document, file_document, file_paths, stamp
@@ -76,7 +77,7 @@ def files_of(
         raise ValueError(f"{what} needs data.path=FOLDER (or one file)")
     root = Path(config.path)
     if not root.exists():
-        raise ValueError(f"data.path={root} does not exist")
+        raise ValueError(f"data.path={root} does not exist{download_advice(root, 'dataset')}")
     if not root.is_dir():
         return [(root.name, root)]
     refuse_foreign_folder(root)

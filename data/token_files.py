@@ -50,12 +50,28 @@ class TokenFiles:
     largest: tuple[int, str] | None = None  # of foreign files: the largest id, and its position
     narrowest: tuple[str, str] | None = None  # of foreign files: the narrowest dtype, and a file that has it
 
+    @property
+    def documents(self) -> int:
+        """How many documents there are, of both splits."""
+        return self.cache.documents if self.cache is not None else len(self._foreign.starts)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether some tokens are not worth learning."""
+        return self.cache is not None and self.cache.tokens("train").learned is not None
+
+    @property
+    def _foreign(self) -> Tokens:
+        assert self.whole is not None
+        return self.whole
+
     def tokens(self, split: str, validation: float) -> Tokens:
-        """The documents of `train` or `validation`; of foreign files the last are kept for validation."""
+        """The documents of `train`, of `validation` or `all`; of foreign files the last are kept for validation."""
         if self.cache is not None:
             return self.cache.tokens(split)
-        assert self.whole is not None
-        starts, ids = self.whole.starts, self.whole.ids
+        if split == "all":
+            return self._foreign
+        starts, ids = self._foreign.starts, self._foreign.ids
         kept = len(starts) - int(len(starts) * validation)
         cut = int(starts[kept]) if kept < len(starts) else len(ids)
         if split == "train":

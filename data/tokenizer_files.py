@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from stoker.conf.hub_names import download_advice
 from stoker.conf.records import parse_json
 from stoker.conf.schema import DataConfig
 from stoker.data.hub_tokenizer import USUAL_ENDS, HubTokenizer
@@ -27,7 +28,8 @@ def load_tokenizer(path: Path, end_of_document: str | None = None, tiktoken_patt
             return HubTokenizer.of_files({"tokenizer.model": path.read_bytes()}, end_of_document)
         return _from_json(path.read_text(encoding="utf-8"), end_of_document)
     except FileNotFoundError:
-        raise ValueError(f"data.tokenizer={path}: does not exist; use byte, bpe or the path of a tokenizer") from None
+        problem = f"data.tokenizer={path}: does not exist; use byte, bpe or the path of a tokenizer"
+        raise ValueError(f"{problem}{download_advice(path, 'model')}") from None
     except OSError as error:
         raise ValueError(f"cannot read data.tokenizer={path}: {error.strerror or error}") from error
     except ValueError as error:

@@ -20,9 +20,10 @@ class Add(Protocol):
 
 SUBMIT_EXAMPLES = """\
 examples:
-  stoker submit launch=slurm run.dir=runs/a launch.nodes=4 launch.gpus=8 launch.time=24:00:00 launch.partition=a100
-  stoker submit launch=slurm run.dir=runs/a launch.chain=5 ...             five jobs in a row, where none can requeue
-  stoker submit launch=slurm run.dir=runs/sweep launch.array=0-3 run.seed={task}       four runs: runs/sweep/0 to 3
+  stoker submit launch=slurm run.dir=runs/a launch.nodes=4 launch.gpus=8 \\
+      launch.time=24:00:00 launch.partition=a100
+  stoker submit launch=slurm run.dir=runs/a launch.chain=5   five jobs in a row
+  stoker submit launch=slurm run.dir=runs/b launch.array=0-3 run.seed={task}
 """
 
 
@@ -32,13 +33,30 @@ def add_trust(command: argparse.ArgumentParser) -> None:
     command.add_argument("--trust", action="store_true", help=text)
 
 
-def add_runs(add: Add, overrides: str) -> None:
+def add_settings(command: argparse.ArgumentParser) -> None:
+    """For commands that compose a config."""
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="what differs from the defaults: model=small steps=1000 parallel.zero=3",
+    )
+    command.add_argument(
+        "--config", metavar="FILE", action="append", default=[], help="YAML file of settings; KEY=VALUE wins over it"
+    )
+    command.add_argument(
+        "--config-dir", metavar="DIR", action="append", default=[],
+        help="folder of groups of your own (default: conf), for model=NAME, experiment=NAME, ...",
+    )  # fmt: skip
+
+
+def add_runs(add: Add) -> None:
     submit = add("submit", _submit, "Submit a run as a Slurm job.", SUBMIT_EXAMPLES)
-    submit.add_argument("overrides", nargs="*", help=overrides)
+    add_settings(submit)
     submit.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
     add_trust(submit)
 
-    status = add("status", _status, "How a run is doing: attempts, step, last checkpoint, speed, time left.")
+    status = add("status", _status, "Show how a run is doing: attempts, step, speed, time left.")
     status.add_argument("run", help="run directory")
 
     logs = add("logs", _logs, "Show what ranks wrote.")
@@ -52,13 +70,13 @@ def add_runs(add: Add, overrides: str) -> None:
     stop.add_argument("run", help="run directory")
     stop.add_argument("--wait", type=float, default=600.0, help="seconds to wait at most (default 600)")
 
-    requeue = add("requeue", _requeue, "Make a Slurm run save and go back to the queue, or submit it again.")
+    requeue = add("requeue", _requeue, "Make a Slurm run save and go back to the queue.")
     requeue.add_argument("run", help="run directory")
     add_trust(requeue)
 
 
 def add_checkpoints(checkpoint: argparse.ArgumentParser) -> None:
-    checkpoint_commands = checkpoint.add_subparsers(required=True, metavar="COMMAND")
+    checkpoint_commands = checkpoint.add_subparsers(metavar="COMMAND")
 
     def of_checkpoints(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         command = checkpoint_commands.add_parser(name, help=text, description=text)
@@ -72,15 +90,22 @@ def add_checkpoints(checkpoint: argparse.ArgumentParser) -> None:
     diff = of_checkpoints("diff", _checkpoint_diff, "What differs between two checkpoints: config, state, tensors.")
     diff.add_argument("first", type=int, help="step of the one")
     diff.add_argument("second", type=int, help="step of the other")
-    diff.add_argument("--tensors", type=int, default=20, help="show so many, the most changed first (default 20)")
+    diff.add_argument(
+        "--kind", action="append", default=[], help="only tensors of this kind: param, optim.exp_avg, ..."
+    )
+    most = diff.add_mutually_exclusive_group()
+    most.add_argument(
+        "--tensors", type=int, default=20, help="show so many, parameters and the most changed first (20)"
+    )
+    most.add_argument("--all", action="store_true", help="show all tensors that differ")
     remove = of_checkpoints("rm", _checkpoint_rm, "Remove checkpoints, but never the last valid one.")
     remove.add_argument("step", type=int, nargs="+", help="steps of those to remove")
     save = of_checkpoints("save", _checkpoint_save, "Request a checkpoint of a running job now, and wait for it.")
     save.add_argument("--wait", type=float, default=600.0, help="seconds to wait at most (default 600)")
 
 
-def add_data(data: argparse.ArgumentParser, overrides: str) -> None:
-    data_commands = data.add_subparsers(required=True, metavar="COMMAND")
+def add_data(data: argparse.ArgumentParser) -> None:
+    data_commands = data.add_subparsers(metavar="COMMAND")
     made: dict[str, argparse.ArgumentParser] = {}
     for name, run, text in (
         ("prepare", _data_made, "Tokenise data on all cores, into the cache or a folder; resumes after a kill."),
@@ -95,7 +120,7 @@ def add_data(data: argparse.ArgumentParser, overrides: str) -> None:
     for name in ("pack", "tokenizer"):
         made[name].add_argument("--out", required=True, help="folder to write to")
     for name in ("prepare", "pack", "plan", "tokenizer"):
-        made[name].add_argument("overrides", nargs="*", help=overrides)
+        add_settings(made[name])
     made["prepare"].add_argument("--out", help="put the token files here (default: the cache)")
     made["pack"].add_argument("--megabytes", type=float, default=256, help="size of a shard (default 256)")
     made["tokenizer"].add_argument("--vocab", type=int, default=8192, help="how many tokens (default 8192)")
@@ -154,7 +179,8 @@ def _checkpoint_verify(options: argparse.Namespace) -> int:
 def _checkpoint_diff(options: argparse.Namespace) -> int:
     from stoker.launch.inspect import compare_checkpoints
 
-    return compare_checkpoints(options.run, options.first, options.second, options.tensors)
+    most = None if options.all else options.tensors
+    return compare_checkpoints(options.run, options.first, options.second, options.kind, most)
 
 
 def _checkpoint_rm(options: argparse.Namespace) -> int:
@@ -171,13 +197,17 @@ def _checkpoint_save(options: argparse.Namespace) -> int:
 
 def _data_made(options: argparse.Namespace) -> int:
     from stoker.launch import data_make as make
+    from stoker.launch.train import refusing
 
-    return {"prepare": make.prepare, "pack": make.pack, "tokenizer": make.tokenizer}[options.what](options)
+    with refusing():
+        return {"prepare": make.prepare, "pack": make.pack, "tokenizer": make.tokenizer}[options.what](options)
 
 
 def _data_shown(options: argparse.Namespace) -> int:
     from stoker.launch import data_show as show
     from stoker.launch.data_peek import peek
     from stoker.launch.data_verify import verify
+    from stoker.launch.train import refusing
 
-    return {"plan": show.plan, "peek": peek, "verify": verify}[options.what](options)
+    with refusing():
+        return {"plan": show.plan, "peek": peek, "verify": verify}[options.what](options)

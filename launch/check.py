@@ -18,6 +18,7 @@ from stoker.conf.overrides import parse
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.conf.scratch import Scratch
+from stoker.conf.values import ConfigError
 from stoker.data import prepare
 from stoker.launch.differences import (
     LIMITS,
@@ -78,7 +79,7 @@ def check(overrides: Sequence[str], against: str | None, steps: int) -> int:
     `against` is the other layout; default: one process.
     """
     if steps < 1:
-        raise ValueError(f"--steps={steps}: at least one step has to be compared")
+        raise ConfigError(f"--steps={steps}: at least one step has to be compared")
     reference = ONE_PROCESS if against is None else shlex.split(against)
     spoken = {parse(override).key for override in (*overrides, *reference)}
     precision = [] if "precision" in spoken else ["precision=fp32"]

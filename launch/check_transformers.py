@@ -80,7 +80,7 @@ def _compared(config: Config, run: RunDirectory) -> tuple[list[Difference], str]
     folder = init_folder(config)
     needed, available = _BYTES * sum(gradient.numel() for gradient in gradients.values()), available_bytes()
     if available is not None and needed > available:
-        raise ValueError(
+        raise ConfigError(
             f"--against transformers: its weights and gradients take {needed / 2**30:.1f} GiB of memory, and "
             f"{available / 2**30:.1f} are free"
         )

@@ -4,58 +4,74 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
+import pydoc
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import stoker
 from stoker.launch import arguments
 
-DESCRIPTION = "Distributed training of language models: where a run runs does not change what it computes."
+DESCRIPTION = "Distributed training of language models, with one result on every layout."
 
 TRAIN_EXAMPLES = """\
 examples:
-  stoker train                                          a tiny model on Python's standard library
-  stoker train run.dir=runs/a steps=1000 eval.sequences=64   a run with a name and a validation loss at its end
+  stoker train                             a tiny model on Python's own library
+  stoker train run.dir=runs/a steps=1000 eval.sequences=64
   stoker train run.dir=runs/a launch.nproc=1            resume it, on one rank
   stoker train data=text data.path=books model=small    your own text
-
-`stoker config` prints every key with its default; conf/schema.py documents each.
+`stoker config` prints every key; conf/schema.py has a comment for each.
 """
 
 CONFIG_EXAMPLES = """\
 examples:
   stoker config model=small optim.lr=3e-4
-  stoker config --layout launch.nproc=4096 batch.size=4096 parallel.zero=3 parallel.dp_replicate=8
+  stoker config --layout launch.nproc=4096 batch.size=4096 parallel.zero=3
 """
 
 CHECK_EXAMPLES = """\
 examples:
-  stoker check launch.nproc=4 parallel.tp=2 parallel.zero=3        against one process
+  stoker check launch.nproc=4 parallel.tp=2 parallel.zero=3  against one process
   stoker check model.target=mine:build launch.nproc=2 parallel.pp=2
-  stoker check parallel.zero=3 --against "parallel.zero=0"         one layout against another
-  stoker check model.init_from=DIR launch.nproc=2 parallel.tp=2 --against transformers
+  stoker check parallel.zero=3 --against "parallel.zero=0"   two layouts
+  stoker check model.init_from=DIR launch.nproc=2 --against transformers
 
-It computes in fp32, where a difference is meaningful, unless you set precision=... . The status is 0 if both are
-the same run.
+In fp32, where a difference is meaningful, unless precision=... is given.
+The status is 0 if both are the same run.
+"""
+
+COMPLETION = """\
+to have it in every shell:
+  bash  echo 'eval "$(stoker completion bash)"' >> ~/.bashrc
+  zsh   echo 'eval "$(stoker completion zsh)"' >> ~/.zshrc    (after compinit)
+  fish  stoker completion fish > ~/.config/fish/completions/stoker.fish
 """
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status. An error in the arguments is one line on stderr, status 2."""
+    """Run one command; the exit status, one of docs/launch.md. An error in the arguments is one line on stderr."""
+    from stoker.conf.files import expand
     from stoker.conf.printable import printable
     from stoker.conf.reasons import reason, with_cause
     from stoker.conf.values import ConfigError
 
-    parser = _parser()
-    options, more = parser.parse_known_args(words)
+    words = list(sys.argv[1:] if words is None else words)
+    if words[:1] in ([], ["help"]):
+        words = [*words[1:], "--help"]
+    top = parser()
+    options, more = top.parse_known_args(words)
     if more and (not hasattr(options, "overrides") or any(word.startswith("-") for word in more)):
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
-    if more:
-        options.overrides += more  # settings on both sides of an option
-    if hasattr(options, "overrides") and getattr(options, "trust", False):
-        options.overrides.append("run.trust=true")
+        top.error(f"unrecognized arguments: {' '.join(more)}")
     try:
+        if hasattr(options, "overrides"):
+            files = [f"--config={file}" for file in options.config]
+            folders = [f"--config-dir={folder}" for folder in options.config_dir]
+            trusted = ["run.trust=true"] if getattr(options, "trust", False) else []
+            settings = [*options.overrides, *more]  # they may stand on both sides of an option
+            options.overrides = expand([*files, *folders, *settings, *trusted])
         return options.command(options)
     except ConfigError as error:
         print(printable(f"stoker: {error}"), file=sys.stderr)
@@ -67,11 +83,18 @@ def main(words: Sequence[str] | None = None) -> int:
         print(printable(f"stoker: {with_cause(error)}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
 
 
 class _Parser(argparse.ArgumentParser):
-    """Answers an unknown command with the closest known one."""
+    """Answers an unknown command with the closest known one; shows a help that is longer than the screen in pages."""
+
+    def print_help(self, file: Any = None) -> None:
+        text = self.format_help()
+        if file is None and sys.stdout.isatty() and text.count("\n") >= shutil.get_terminal_size().lines:
+            pydoc.pager(text)
+        else:
+            super().print_help(file)
 
     def error(self, message: str):  # type: ignore[no-untyped-def]
         if "invalid choice" in message:
@@ -80,13 +103,27 @@ class _Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(word, known, 1, 0.3)
             message = f"there is no command {word!r}" + (f": did you mean {close[0]!r}?" if close else "")
         elif message.startswith("unrecognized"):
-            message += "; settings of a run are KEY=VALUE, such as steps=1000"
+            from stoker.conf.overrides import dashed
+
+            options = [word for word in message.partition(": ")[2].split() if word.startswith("-")]
+            message += f"; {dashed(options[0] if options else '')}"
         self.exit(2, f"stoker: {message} (see {self.prog} --help)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="stoker", description=DESCRIPTION)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+class _OneLineEach(argparse.HelpFormatter):
+    """A line for each command: argparse leaves the indentation of commands out when it measures their names."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=16)
+        self._action_max_length = 14
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = _Parser(prog="stoker", description=DESCRIPTION, formatter_class=_OneLineEach, add_help=False)
+    top.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    top.add_argument("--version", action="version", version=f"stoker {stoker.__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str, more: str = "") -> argparse.ArgumentParser:
         layout = argparse.RawDescriptionHelpFormatter  # keeps the lines of `more`
@@ -94,22 +131,21 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=run)
         return command
 
-    overrides = "what differs from the defaults, as key=value: model=small steps=1000 parallel.zero=3 ..."
     train = add("train", _train, "Train on this machine, or resume the run in run.dir.", TRAIN_EXAMPLES)
-    train.add_argument("overrides", nargs="*", help=overrides)
+    arguments.add_settings(train)
     arguments.add_trust(train)
 
     config = add("config", _config, "Print the composed, validated config and exit.", CONFIG_EXAMPLES)
-    config.add_argument("overrides", nargs="*", help=overrides)
+    arguments.add_settings(config)
     config.add_argument("--layout", action="store_true", help="print the place of every rank instead")
 
-    check = add("check", _check, "Prove that a layout computes what one process computes.", CHECK_EXAMPLES)
-    check.add_argument("overrides", nargs="*", help=overrides)
+    check = add("check", _check, "Compare a layout with one process, or with transformers.", CHECK_EXAMPLES)
+    arguments.add_settings(check)
     check.add_argument("--against", metavar='"OVERRIDES"', help="this layout, or transformers; default: one process")
     check.add_argument("--steps", type=int, default=5, help="how many steps (default 5; one against transformers)")
     arguments.add_trust(check)
 
-    replay = add("replay", _replay, "Compute one step of a run again, and name where a number is not finite.")
+    replay = add("replay", _replay, "Compute a step again; find what is not finite.")
     replay.add_argument("run", help="run directory")
     replay.add_argument("--step", type=int, required=True, help="which step")
     arguments.add_trust(replay)
@@ -132,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--step", type=int, help="of this step's checkpoint instead of the newest")
     arguments.add_trust(generate)
 
-    export = add("export", _export, "Write a run's newest checkpoint as a model that other libraries load.")
+    export = add("export", _export, "Write a checkpoint as a model for other libraries.")
     export.add_argument("run", help="run directory")
     export.add_argument("out", help="directory to make; must not exist, or be empty")
     export.add_argument("--format", choices=("hf",), default="hf", help="hf: safetensors + config.json (default)")
@@ -145,12 +181,26 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--shard-size", default="5GB", help="largest size of one file (default 5GB)")
     arguments.add_trust(export)
 
-    arguments.add_runs(add, overrides)
-    arguments.add_checkpoints(
-        add("checkpoint", lambda _: 2, "List, verify, compare, remove checkpoints, or request one.")
+    arguments.add_runs(add)
+    with_commands = (
+        (arguments.add_checkpoints, "checkpoint", "List, verify, compare, remove checkpoints, or request one."),
+        (arguments.add_data, "data", "Prepare data, and show what a run reads."),
     )
-    arguments.add_data(add("data", lambda _: 2, "Prepare data, and show what a run reads."), overrides)
-    return parser
+    for add_commands, name, text in with_commands:
+        command = add(name, lambda _: 0, text)
+        command.set_defaults(command=functools.partial(_help, command))
+        add_commands(command)
+    completion = add("completion", _completion, "Print a script for the completion of a shell.", COMPLETION)
+    what = completion.add_mutually_exclusive_group(required=True)
+    what.add_argument("shell", nargs="?", choices=("bash", "zsh", "fish"), help="whose script to print")
+    what.add_argument("--line", help="print what can follow this line, as these scripts ask for it")
+    return top
+
+
+def _help(command: argparse.ArgumentParser, _: argparse.Namespace) -> int:
+    """Of a command that has commands, given without one."""
+    command.print_help()
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -162,14 +212,19 @@ def _train(options: argparse.Namespace) -> int:
 def _config(options: argparse.Namespace) -> int:
     from stoker.conf.compose import compose
     from stoker.conf.rundir import to_yaml
-    from stoker.launch.train import gpus, ranks_for
+    from stoker.launch.train import gpus, ranks_for, say
+    from stoker.parallel.deepspeed_engine.file import expand
+    from stoker.trainer.budget import settle_steps
     from stoker.trainer.validate import validate
 
-    config = compose(options.overrides)
+    overrides = expand(options.overrides, say)
+    config = compose(overrides)
     if config.model.init_from is not None:
         from stoker.trainer.pretrained import adopt_shape
 
-        config = adopt_shape(config, options.overrides)
+        config = adopt_shape(config, overrides)
+    if config.tokens is not None:
+        config = settle_steps(config, overrides, first=True, tell=say)
     world = ranks_for(config)
     if not options.layout:
         validate(config, world, gpus(config))
@@ -200,6 +255,17 @@ def _replay(options: argparse.Namespace) -> int:
     from stoker.launch.replay import replay_step
 
     return replay_step(options.run, options.step, options.trust)
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from stoker.launch.completion import candidates, script
+
+    if options.line is None:
+        print(script(options.shell), end="")
+    else:
+        for candidate in candidates(parser(), options.line):
+            print(candidate)
+    return 0
 
 
 def _generate(options: argparse.Namespace) -> int:

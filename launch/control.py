@@ -12,6 +12,7 @@ from stoker.conf.durable import touch_own
 from stoker.conf.printable import printable
 from stoker.conf.records import read_json
 from stoker.conf.rundir import RunDirectory
+from stoker.conf.values import ConfigError
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.trainer.runtime.outcome import read_ending
 from stoker.trainer.runtime.process import Stamp, read_stamps
@@ -21,12 +22,12 @@ _POLL_SECONDS = 0.1
 
 
 def remove_checkpoints(path: str, steps: list[int]) -> int:
-    """Remove the checkpoints of `steps`. Raises ValueError, with none removed, if no valid one would be left."""
+    """Remove the checkpoints of `steps`. Raises ConfigError, with none removed, if no valid one would be left."""
     run = run_at(path)
     chosen = {step: checkpoints_of(run, step)[0] for step in steps}
     left = [summary for summary in checkpoints_of(run) if summary.step not in chosen and summary.problem is None]
     if not left and any(summary.problem is None for summary in chosen.values()):
-        raise ValueError(f"{run.path}: no valid checkpoint would be left; nothing was removed")
+        raise ConfigError(f"{run.path}: no valid checkpoint would be left; nothing was removed")
     for step, summary in chosen.items():
         remove(summary.path)
         print(f"removed step {step}")

@@ -14,6 +14,7 @@ from stoker.conf.compose import compose
 from stoker.conf.rundir import resolve
 from stoker.conf.schema import Config
 from stoker.conf.targets import import_target
+from stoker.conf.values import ConfigError
 from stoker.data.cache import write_tokenizer
 from stoker.data.documents import documents_of
 from stoker.data.keys import is_validation
@@ -31,7 +32,7 @@ def prepare(options: argparse.Namespace) -> int:
     config = composed(options.overrides)
     out = Path(options.out).expanduser() if options.out else None
     if out is not None and out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out {out} holds something already: name a folder that is new or empty")
+        raise ConfigError(f"--out {out} holds something already: name a folder that is new or empty")
     specs = specs_of(config.data)
     for spec in specs:
         opened = open_source(config, spec, "train")
@@ -58,15 +59,15 @@ def pack(options: argparse.Namespace) -> int:
 
     out = Path(options.out).expanduser()
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} holds something already: name a folder that is new or empty")
+        raise ConfigError(f"{out} holds something already: name a folder that is new or empty")
     if options.megabytes <= 0:
-        raise ValueError(f"--megabytes {options.megabytes}: a shard holds something")
+        raise ConfigError(f"--megabytes {options.megabytes}: a shard holds something")
     texts = enumerate(_training_texts(composed(options.overrides)))
     out.mkdir(parents=True, exist_ok=True)
     shards = documents = 0
     entry = next(texts, None)
     if entry is None:
-        raise ValueError("the data hold no training documents")
+        raise ConfigError("the data hold no training documents")
     while entry is not None:
         path = out / f"shard-{shards:06}.tar"
         with open(path.with_suffix(".unfinished"), "wb") as file, TarWriter(file, encoder=False, mtime=0) as archive:
@@ -86,9 +87,9 @@ def tokenizer(options: argparse.Namespace) -> int:
     """Train a byte-level BPE on the training documents of every source and write it to a folder."""
     out = Path(options.out).expanduser()
     if out.exists():
-        raise ValueError(f"{out} exists already: name a folder that is new")
+        raise ConfigError(f"{out} exists already: name a folder that is new")
     if options.vocab < 257:
-        raise ValueError(f"--vocab {options.vocab}: 256 bytes and the end of a document come first")
+        raise ConfigError(f"--vocab {options.vocab}: 256 bytes and the end of a document come first")
     config = composed(options.overrides)
     texts = (text for _, text in _training_texts(config))
     trained = JsonTokenizer.train(texts, options.vocab)
@@ -110,7 +111,7 @@ def _training_texts(config: Config) -> Iterator[tuple[str, str]]:
     for spec in specs_of(dataclasses.replace(config.data, tokenizer="byte")):
         found = import_target(spec.config.target)(spec.config)
         if isinstance(found, TokenFiles):
-            raise ValueError(f"{spec.name}: these are tokens, not texts")
+            raise ConfigError(f"{spec.name}: these are tokens, not texts")
         source = documents_of(found, spec.config.target)
         suffix = "txt" if source.encoder is None else "json"
         for part in parts_of(source.documents):

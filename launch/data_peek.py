@@ -13,6 +13,7 @@ from stoker.checkpoint.names import committed
 from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
+from stoker.conf.values import ConfigError
 from stoker.data import open_rows, open_tokenizer
 from stoker.data.indexed import IndexPlan
 from stoker.data.loader import refuse_other_data
@@ -32,7 +33,7 @@ def peek(options: argparse.Namespace) -> int:
     run = run_at(options.run)
     config = trusted_config(run, options.trust, (DATA,), say)
     if options.step < 1:
-        raise ValueError(f"--step {options.step}: steps count from 1")
+        raise ConfigError(f"--step {options.step}: steps count from 1")
     tokenizer: Tokenizer | None = None
     try:
         tokenizer = open_tokenizer(config.data, run.tokenizer)
@@ -46,6 +47,10 @@ def peek(options: argparse.Namespace) -> int:
         first, found = _of_streams(config, tokenizer, states, options.step, options.rows)
     else:
         first, found = _of_rows(run, config, states, options.step, options.rows)
+    if options.step > config.steps:
+        say(
+            f"step {options.step} is past the end: the run has steps={config.steps}; with more it would take these rows"
+        )
     chosen = min(options.rows, config.batch.size)
     print(f"step {options.step}: rows {first:,} to {first + config.batch.size - 1:,} of the run; showing {chosen}")
     for place, where, ids in found:
@@ -54,6 +59,10 @@ def peek(options: argparse.Namespace) -> int:
         print(printable(f"\n[row {place} of the step, {where}]"))
         print(printable(shown))
     return 0
+
+
+def _past_the_data(step: int, rows: int, config: Config) -> str:
+    return f"step {step} has no rows: the data end after {rows} rows, with step {rows // config.batch.size}"
 
 
 def _states(run: RunDirectory) -> list[Mapping[str, Any]]:
@@ -75,7 +84,7 @@ def _of_rows(
     first = _first_row(run, rows, config, states, step)
     last = first + config.batch.size
     if first < 0 or (rows.total_rows is not None and last > rows.total_rows):
-        raise ValueError(f"step {step} has no rows: the data end after {rows.total_rows} rows")
+        raise ConfigError(_past_the_data(step, rows.total_rows or 0, config))
 
     def pieces() -> Iterator[Piece]:
         for place, row in enumerate(range(first, min(last, first + most))):
@@ -102,7 +111,7 @@ def _of_streams(
         stream.pass_over(step)
         first = stream.row
         if stream.exhausted:
-            raise ValueError(f"step {step} has no rows: the data end after {first} rows")
+            raise ConfigError(_past_the_data(step, first, config))
         names = stream.sources_of_batch()
         tokens = stream.next().tokens[:most].numpy()
     finally:

@@ -14,6 +14,7 @@ from stoker.data.mixed import MixedPlan
 from stoker.data.opening import open_source
 from stoker.data.sources import specs_of
 from stoker.launch.data_make import composed
+from stoker.trainer.budget import settle_steps
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -24,6 +25,7 @@ def plan(options: argparse.Namespace) -> int:
             "data plan counts documents and rows, which data.mode=streaming does not know before it has read them: "
             "stoker data verify with the same keys reads all data and counts the documents"
         )
+    config = settle_steps(config, options.overrides, first=True)
     rows = open_rows(config, "train")
     plans = rows.plans if isinstance(rows, MixedPlan) else (rows,)
     wanted = config.steps * config.batch.size

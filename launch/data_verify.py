@@ -11,6 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from stoker.conf.printable import printable
 from stoker.conf.schema import Config, DataConfig
+from stoker.conf.values import ConfigError
 from stoker.data import open_tokenizer
 from stoker.data.cache import META, cache_root, open_folder
 from stoker.data.cache import verify as verify_tokens
@@ -36,7 +37,7 @@ def verify(options: argparse.Namespace) -> int:
     roots = [Path(path).expanduser() for path in options.paths] or [cache_root(Config().data)]
     folders = [folder for root in roots for folder in _folders(root)]
     if not folders:
-        raise ValueError(f"{', '.join(map(str, roots))}: no token files there")
+        raise ConfigError(f"{', '.join(map(str, roots))}: no token files there")
     problems = 0
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())

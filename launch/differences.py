@@ -112,6 +112,6 @@ def show(one: str, other: str, precision: str, differences: list[Difference]) ->
     console.print(f"A  {one}\nB  {other}\n")
     console.print(table)
     if all(line.sound for line in differences):
-        console.print(f"\n[green]the same run[/green], as far as {precision} can tell")
+        console.print(f"\n[green]the same run[/green], within the rounding of {precision}")
     else:
         console.print("\n[red]not the same run")

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from stoker.checkpoint import DamagedCheckpoint, open_checkpoint, read_tensors
 from stoker.conf.schema import ModelConfig
+from stoker.conf.values import ConfigError
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.launch.model_files import export_dtype, model_files
 from stoker.launch.tensor_files import Planned, TensorWriter, index_json, plan_files
@@ -47,7 +48,7 @@ def export(options: argparse.Namespace) -> int:
     file_bytes = _bytes(options.shard_size)
     out = Path(options.out).expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty directory: name another")
+        raise ConfigError(f"{out} exists and is not an empty directory: name another")
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
     unfinished.mkdir(parents=True)
@@ -95,5 +96,5 @@ def _write_weights(folder: Path, checkpoint: Path, dtype: str, file_bytes: int, 
 def _bytes(size: str) -> int:
     match = _SIZE.fullmatch(size)
     if match is None:
-        raise ValueError(f"--shard-size={size}: expected a size such as 500MB or 5GB")
+        raise ConfigError(f"--shard-size={size}: expected a size such as 500MB or 5GB")
     return int(match[1]) * _UNITS[match[2].upper()]

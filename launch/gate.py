@@ -1,4 +1,4 @@
-"""The store at which ranks meet, closed to strangers.
+"""The store at which ranks meet, closed to unauthenticated connections.
 
 torch's store has no authentication: who reaches its port can read, set and wait. So it listens on loopback only. Where
 ranks run on several machines, a `Gate` on the first one listens on the interface of the rendezvous, and forwards a
@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable
 
 from stoker.parallel.loopback import LOOPBACK, is_loopback, listen
 
-PROOF_SECONDS = 10.0  # for the other side to prove that it knows the key
+PROOF_SECONDS = 10.0  # for the other side to prove that it has the key
 _NONCE, _PROOF = 32, 32  # bytes
 _CHUNK = 1 << 16
 
@@ -122,10 +122,10 @@ class Tunnel(_Forwarder):
 
 
 async def prove(connection: Connection, key: bytes, me: bytes, other: bytes) -> None:
-    """Show that this side knows `key` and see that the other does. Raises PermissionError where it does not.
+    """Prove that this side has `key` and verify that the other has. Raises PermissionError where it has not.
 
     A side shows its proof only over the other's fresh nonce and its own role, so that no proof can be sent back.
-    The tunnel proves itself first: a stranger gets nothing but a nonce.
+    The tunnel proves itself first: an unauthenticated peer gets only a nonce.
     """
     reader, writer = connection
     own = secrets.token_bytes(_NONCE)
@@ -137,7 +137,7 @@ async def prove(connection: Connection, key: bytes, me: bytes, other: bytes) -> 
 
     async def check() -> None:
         if not hmac.compare_digest(await reader.readexactly(_PROOF), proof(other, own, theirs)):
-            raise PermissionError("the other side does not know the key of this launch")
+            raise PermissionError("the other side does not have the key of this launch")
 
     async def show() -> None:
         writer.write(proof(me, theirs, own))

@@ -15,6 +15,7 @@ from stoker.checkpoint import CheckpointMismatch, DamagedCheckpoint, Summary, re
 from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
+from stoker.conf.values import ConfigError
 from stoker.data import chat_prompt, open_tokenizer
 from stoker.data.opening import NoTokenizer
 from stoker.data.tokenizer import Tokenizer
@@ -42,10 +43,10 @@ def generate_text(options: argparse.Namespace) -> int:
     tokenizer = None if options.ids is not None else _tokenizer(config, run)
     stop: frozenset[int] = frozenset()
     if options.system is not None and not options.chat:
-        raise ValueError("--system is a message of a chat: add --chat")
+        raise ConfigError("--system is a message of a chat: add --chat")
     if tokenizer is None:
         if options.chat:
-            raise ValueError("--chat needs a text: give --prompt instead of --ids")
+            raise ConfigError("--chat needs a text: give --prompt instead of --ids")
         prompt = _ids(options.ids, config)
     elif options.chat:
         prompt, stop = chat_prompt(config.data, tokenizer, options.prompt, options.system)
@@ -79,7 +80,7 @@ def _tokenizer(config: Config, run: RunDirectory) -> Tokenizer:
     try:
         return open_tokenizer(config.data, run.tokenizer)
     except NoTokenizer:
-        raise ValueError(f"{run.path} was trained on tokens without a tokenizer: --ids 1,5,3 continues ids") from None
+        raise ConfigError(f"{run.path} was trained on tokens without a tokenizer: --ids 1,5,3 continues ids") from None
 
 
 def _ids(text: str, config: Config) -> list[int]:
@@ -89,7 +90,7 @@ def _ids(text: str, config: Config) -> list[int]:
     assert most is not None
     wrong = [word for word in words if not word.isdecimal() or int(word) >= most]
     if wrong:
-        raise ValueError(f"--ids: {wrong[0]!r} is no token id: 0 to {most - 1} are, separated by commas")
+        raise ConfigError(f"--ids: {wrong[0]!r} is no token id: 0 to {most - 1} are, separated by commas")
     return [int(word) for word in words]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -22,6 +23,7 @@ from rich.text import Text
 from stoker.checkpoint import Difference, Summary, compare, describe, verify
 from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory
+from stoker.conf.values import ConfigError
 from stoker.trainer.report.progress import size
 
 
@@ -34,24 +36,26 @@ def console_for_tables() -> Console:
 
 
 def run_at(path: str) -> RunDirectory:
-    """The run directory at `path`. Raises ValueError for any other directory."""
+    """The run directory at `path`. Raises ConfigError for any other directory."""
+    if not path:
+        raise ConfigError("the run directory is empty text (is a variable of the shell not set?)")
     run = RunDirectory(Path(path).expanduser().absolute())
     if not run.attempts.is_dir():
-        raise ValueError(f"{run.path} is not a run directory: it has no {run.attempts.name}")
+        raise ConfigError(f"{run.path} is not a run directory: it has no {run.attempts.name}")
     return run
 
 
 def checkpoints_of(run: RunDirectory, step: int | None = None) -> list[Summary]:
-    """The run's checkpoints, oldest first, or the one of `step`. Raises ValueError when there is none."""
+    """The run's checkpoints, oldest first, or the one of `step`. Raises ConfigError when there is none."""
     found = describe(run.checkpoints)
     if not found:
-        raise ValueError(f"{run.path} has no checkpoints yet")
+        raise ConfigError(f"{run.path} has no checkpoints yet")
     if step is None:
         return found
     chosen = [summary for summary in found if summary.step == step]
     if not chosen:
         steps = ", ".join(str(summary.step) for summary in found)
-        raise ValueError(f"{run.path} has no checkpoint of step {step}; there are {steps}")
+        raise ConfigError(f"{run.path} has no checkpoint of step {step}; there are {steps}")
     return chosen
 
 
@@ -96,20 +100,22 @@ def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
     progress.update(task, completed=done, total=total)
 
 
-def compare_checkpoints(path: str, first: int, second: int, most: int) -> int:
-    """Print what differs between two steps, at most so many tensors; status 1 if anything does."""
+def compare_checkpoints(path: str, first: int, second: int, kinds: Sequence[str], most: int | None) -> int:
+    """Print what differs between two steps, at most so many tensors, of some kinds; status 1 if anything does."""
     run = run_at(path)
     old, new = (checkpoints_of(run, step)[0].path for step in (first, second))
-    console = Console()
+    console = console_for_tables()
     columns = (TextColumn("comparing tensors"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        found = compare(old, new, functools.partial(_advance, progress, progress.add_task("")))
+        found = compare(old, new, functools.partial(_advance, progress, progress.add_task("")), kinds)
+    if unknown := [kind for kind in kinds if kind not in found.kinds]:
+        raise ConfigError(f"--kind {unknown[0]}: the kinds of tensors there are {', '.join(found.kinds)}")
     for table in _difference(found, first, second, most):
         console.print(table)
     return int(not found.empty)
 
 
-def _difference(found: Difference, first: int, second: int, most: int) -> list[Table | str]:
+def _difference(found: Difference, first: int, second: int, most: int | None) -> list[Table | str]:
     parts: list[Table | str] = []
     for title, changes in (("config", found.config), ("state", found.state)):
         if changes:
@@ -123,10 +129,11 @@ def _difference(found: Difference, first: int, second: int, most: int) -> list[T
         for tensor in found.tensors[:most]:
             what = "" if tensor.relative is not None else tensor.what
             relative = "" if tensor.relative is None else f"{tensor.relative:.3e}"
-            table.add_row(Text(printable(tensor.label)), relative, Text(printable(what)))
+            table.add_row(Text(printable(f"{tensor.kind}/{tensor.name}")), relative, Text(printable(what)))
         parts.append(table)
-    more = len(found.tensors) - most
+    more = 0 if most is None else len(found.tensors) - most
     parts.append(
-        f"{found.equal_tensors} tensors are equal, {len(found.tensors)} differ" + (f" ({more} not shown)" * (more > 0))
+        f"{found.equal_tensors} tensors are equal, {len(found.tensors)} differ"
+        + (f" ({more} not shown; --all shows them)" * (more > 0))
     )
     return parts

@@ -43,6 +43,7 @@ GRACE_SECONDS = 600.0  # for a final save after a signal
 PEERS_SECONDS = 2.0  # for another machine to report how its ranks ended
 LAUNCHER_ROOM_SECONDS = 1800.0  # for room on a full disk before ranks are started again
 _PROBE_BYTES = 64 << 10  # that must find room before ranks are started again
+_WELL = (Outcome.COMPLETED, Outcome.STOPPED)
 EXIT_SECONDS = 5.0  # for processes to end after the outcome is written
 
 
@@ -98,7 +99,9 @@ def launch(
         try:
             agent.run()
         except SignalException as interrupt:
-            return 128 + int(interrupt.sigval)
+            ended, number = agent.ending(), int(interrupt.sigval)
+            by_person = number == signal.SIGINT and ended is not None and ended.outcome in _WELL
+            return 0 if by_person else 128 + number
         except KeyboardInterrupt:
             say("killed")
             return 128 + signal.SIGINT
@@ -107,7 +110,7 @@ def launch(
     ending = agent.ending()
     if ending is not None and ending.outcome is Outcome.PREEMPTED:
         return GOES_ON
-    return 0 if ending is not None and ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED) else 1
+    return 0 if ending is not None and ending.outcome in _WELL else 1
 
 
 @contextmanager

@@ -6,11 +6,13 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory
+from stoker.conf.values import ConfigError
 from stoker.launch.control import living
 from stoker.launch.inspect import run_at
 from stoker.trainer.runtime.outcome import read_ending
@@ -26,17 +28,18 @@ def show(path: str, ranks: list[int] | None, attempt: int | None, lines: int, fo
     run = run_at(path)
     numbers = run.attempt_numbers()
     if not numbers:
-        raise ValueError(f"{run.path} has not been started yet")
+        raise ConfigError(f"{run.path} has not been started yet")
     number = attempt if attempt is not None else numbers[-1]
     if number not in numbers:
-        raise ValueError(f"{run.path} has no attempt {number}; there are {numbers[0]} to {numbers[-1]}")
+        raise ConfigError(f"{run.path} has no attempt {number}; there are {numbers[0]} to {numbers[-1]}")
     logs = _logs(run, number, ranks)
     if not logs and not follow:
         which = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
-        raise ValueError(f"attempt {number} of {run.path} has no log{which}")
+        raise ConfigError(f"attempt {number} of {run.path} has no log{which}")
     places = {rank: _tail(log, rank, lines, len(logs) > 1) for rank, log in logs.items()}
     if follow:
-        _follow(run, number, ranks, places, to_the_next=attempt is None)
+        with suppress(KeyboardInterrupt):  # the way to end it
+            _follow(run, number, ranks, places, to_the_next=attempt is None)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass
 
@@ -18,11 +17,9 @@ from stoker.launch.inspect import console_for_tables, run_at
 from stoker.launch.slurm.batch import read_notes
 from stoker.trainer.report.goodput import goodput
 from stoker.trainer.report.metrics import read_recent
-from stoker.trainer.report.progress import duration
+from stoker.trainer.report.progress import Pace, duration
 from stoker.trainer.runtime.outcome import read_beginning, read_ending
 from stoker.trainer.runtime.process import Stamp, read_stamps
-
-_RECENT = 50  # steps over which speed is measured
 
 
 @dataclass(frozen=True)
@@ -61,18 +58,17 @@ def facts(run: RunDirectory, attempts: list[Attempt], alive: Stamp | None) -> li
     rows = [("state", _state(run, attempts, alive))]
     steps = read_recent(run.metrics)
     if steps:
-        last, recent = steps[-1], steps[-_RECENT:]
+        last = steps[-1]
         total = read_config(run).steps
         rows.append(("step", f"{last['step']:,} of {total:,}"))
         if last.get("loss") is not None:
             rows.append(("loss", f"{last['loss']:.4f} nats per token"))
-        times = [step["step_seconds"] for step in recent if step.get("step_seconds") is not None]
-        speeds = [step["tokens_per_second"] for step in recent if step.get("tokens_per_second") is not None]
-        if times and speeds:
-            seconds = statistics.median(times)
-            rows.append(("speed", f"{statistics.median(speeds):,.0f} tokens/s, {seconds:.3g} s a step"))
+        began = (attempts[-1].from_step or 0) if attempts else 0
+        pace = Pace.of([step for step in steps if step["step"] > began] or steps)  # as the live view of these ranks
+        if pace.step_seconds:
+            rows.append(("speed", f"{pace.tokens_per_second:,.0f} tokens/s, {pace.step_seconds:.3g} s a step"))
             if alive is not None and last["step"] < total:
-                rows.append(("time left", duration((total - last["step"]) * seconds)))
+                rows.append(("time left", pace.left(last["step"], total)))
     rows.append(("checkpoint", _checkpoint(run)))
     spent = goodput(run, time.time() if alive is not None else None)
     if spent.total:

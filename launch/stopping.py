@@ -57,15 +57,15 @@ def requeue(path: str, trust: bool) -> int:
         beginning = read_beginning(run, run.attempt_numbers()[-1])
         job = beginning.job if beginning is not None else None
         if job is None:
-            raise ValueError(f"{run.path} does not run as a Slurm job: stop it, then start it where it should run")
+            raise ConfigError(f"{run.path} does not run as a Slurm job: stop it, then start it where it should run")
         touch_own(run.requeue)
         print(f"requested: the run saves, and job {job} goes back to the queue")
         return 0
     job = _job_of(run)
     if job is not None and commands.facts_of_job(job).get("JobState") == "PENDING":
-        raise ValueError(f"job {job} waits in the queue already")
+        raise ConfigError(f"job {job} waits in the queue already")
     if not run.script.exists():
-        raise ValueError(
+        raise ConfigError(
             f"{run.path} was not submitted by `stoker submit`: resume it by `stoker train run.dir={run.path}`"
         )
     _refuse_foreign_script(run, trust)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from stoker.conf.printable import printable
+from stoker.conf.reasons import with_cause
 from stoker.conf.schema import Config
+from stoker.conf.values import ConfigError
 
 
 def ranks_for(config: Config) -> int:
@@ -35,7 +38,8 @@ def train(overrides: Sequence[str]) -> int:
     gc.enable()
     where = lambda config: (ranks_for(config), gpus(config))  # noqa: E731
     config, changes = settle_config(overrides, where, tell=say, check_import=True)
-    prepare(config)
+    with refusing():
+        prepare(config)
     make_run_directory(run_directory(config), config.run.public)
     say(f"run directory {config.run.dir}")
     for change in changes:
@@ -43,6 +47,17 @@ def train(overrides: Sequence[str]) -> int:
     from stoker.launch.local import launch
 
     return launch(config, ranks_for(config), say)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What is wrong with data is a refusal while no rank has been spawned. Raises ConfigError for ValueError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(with_cause(error)) from error
 
 
 def say(line: str) -> None:

@@ -1,6 +1,6 @@
 """torch optimizers on local shards.
 
-The optimizer sees plain tensors, one per parameter, whatever the ZeRO stage: on DTensors its host time is several
+The optimizer sees plain tensors, one per parameter, at every ZeRO stage: on DTensors its host time is several
 times higher. The scale that clips and normalises is handed to the fused kernels, which skip the update on the device
 when `found_inf` is set.
 """
@@ -121,5 +121,5 @@ def _builder(config: OptimConfig) -> Callable[[list[dict[str, Any]]], torch.opti
     if config.name == "adamw":
         beta1, beta2 = config.betas
         return lambda groups: torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
-    assert config.name == "sgd", config.name  # `stoker.conf.limits` knows no other
+    assert config.name == "sgd", config.name  # `stoker.conf.limits` allows no other
     return lambda groups: torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from stoker.conf.schema import Config, OptimConfig, lookup
 from stoker.conf.targets import import_target
+from stoker.conf.values import ConfigError
 from stoker.parallel.layout import Layout
 from stoker.parallel.start import Start
 
@@ -41,7 +42,7 @@ def declared_needs(config: OptimConfig) -> str | None:
     `optim.needs` counts first, then the attribute `needs` of what `optim.target` names and of the optimizer that it
     builds. Elementwise classes of torch and DeepSpeed are known; a class that inherits from them is not.
 
-    Raises ValueError for a target that cannot be imported or called, and for a declaration that is none of NEEDS.
+    Raises ConfigError for a target that cannot be imported or called, and for a declaration that is none of NEEDS.
     """
     if config.target is None:
         return ELEMENTWISE
@@ -55,14 +56,14 @@ def declared_needs(config: OptimConfig) -> str | None:
         if found is None and _is_known_elementwise(built if isinstance(built, type) else type(built)):
             return ELEMENTWISE
     if found is not None and found not in NEEDS:
-        raise ValueError(f"optim.target={config.target}: needs={found!r} is none of {', '.join(NEEDS)}")
+        raise ConfigError(f"optim.target={config.target}: needs={found!r} is none of {', '.join(NEEDS)}")
     return found
 
 
 def undeclared(config: Config, layout: Layout) -> str | None:
     """Why the optimizer of `config` cannot be used where `layout` divides parameters, with what would work, or None.
 
-    Raises ValueError as `declared_needs`.
+    Raises ConfigError as `declared_needs`.
     """
     if config.optim.target is None or not _divided(layout, None):
         return None
@@ -104,7 +105,7 @@ def _build_one(build: Any, config: OptimConfig) -> Any:
     try:
         return build([group], lr=config.lr, **config.args)
     except Exception as error:
-        raise ValueError(f"optim.target={config.target} cannot be built: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"optim.target={config.target} cannot be built: {type(error).__name__}: {error}") from error
 
 
 def _is_known_elementwise(kind: type) -> bool:

@@ -59,7 +59,7 @@ def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.
 def materialise(module: nn.Module, device: torch.device) -> None:
     """Give memory to parameters and buffers that are still on the meta device, and move other buffers to `device`.
 
-    Parameters are uninitialised. Buffers hold the value by which `is_untouched` knows them.
+    Parameters are uninitialised. Buffers hold the value by which `is_untouched` recognises them.
     """
     replace_parameters(
         module,

@@ -1,4 +1,4 @@
-"""Runs that an earlier version made, with its keys and import paths, go on as they would have there.
+"""Runs that an earlier version made, with its keys and import paths, continue as they would have there.
 
 `golden/indexed` and `golden/streaming` were trained for 6 steps before keys, rooms and targets got their present names;
 `golden/expected.json` holds what that version computed from there.

@@ -47,7 +47,7 @@ def bare_imports(source: str) -> list[str]:
 
 
 def upward_imports(room: str, source: str) -> list[str]:
-    """Imports of a room that stands above `room`."""
+    """Imports of a room above `room`."""
     above = FLOORS[FLOORS.index(room) + 1 :]
     found = imports(ast.parse(source))
     return [f"line {line}: {module} {name or ''}" for line, module, name in found if room_of(module, name) in above]
@@ -125,7 +125,7 @@ def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of modules that import each other on whatever way: strongly connected components of more than one."""
+    """Groups of modules that import each other on any path: strongly connected components of more than one."""
     reach = {module: _reachable(graph, module) for module in graph}
     groups = {frozenset(other for other in reach[module] if module in reach[other]) for module in graph}
     return sorted(sorted(group) for group in groups if len(group) > 1)
@@ -150,7 +150,7 @@ def undeclared_states(source: str) -> list[str]:
     """Control flags and phases as text: their values where no other word is meant.
 
     Some values are words with other uses ("data"). They count in a call of `phase` or `spent`, compared with something
-    whose name speaks of phases or votes, and two or more of them together.
+    whose name contains phases or votes, and two or more of them together.
     """
     found = []
     for node in ast.walk(ast.parse(source)):

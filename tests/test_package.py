@@ -94,7 +94,7 @@ def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None
     assert imported() - needed == set()
 
 
-def test_deepspeed_is_imported_where_it_is_asked_for_only(tmp_path: Path) -> None:
+def test_deepspeed_is_imported_only_for_its_engine(tmp_path: Path) -> None:
     write_text(tmp_path / "text")
     words = overrides(
         tmp_path / "run", tmp_path / "text", "steps=1", "batch.micro_size=8", f"data.cache={tmp_path / 'cache'}",

@@ -68,7 +68,7 @@ def build_frozen(config: ModelConfig, part: Part) -> nn.Module:
 
 
 def build_with_frozen_start(config: ModelConfig, part: Part) -> nn.Module:
-    """The toy with only its last layer and its head trained: the first stage of a pipeline has nothing to learn."""
+    """The toy with only its last layer and its head trained: the first stage of a pipeline trains nothing."""
     model = Toy(config, part)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith((f"layers.{config.num_hidden_layers - 1}", "head")))
@@ -97,5 +97,5 @@ def build_all_frozen(config: ModelConfig, part: Part) -> nn.Module:
 
 
 def adamw_without_kernels(groups: list[dict[str, object]], lr: float, **settings: object) -> torch.optim.Optimizer:
-    """A user's own optimizer: it knows neither a gradient scale nor `found_inf`."""
+    """A user's optimizer: it supports neither a gradient scale nor `found_inf`."""
     return torch.optim.AdamW(groups, lr=lr, foreach=False, **settings)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
     results = world.run(function, 4, argument)      # function(mesh-less) runs on 4 ranks; results in rank order
 
-They talk over gloo, and with `device="cuda"` over NCCL, each with a GPU of its own; `world.device()` returns, on a
+They use gloo, and with `device="cuda"` NCCL, each with a separate GPU; `world.device()` returns, on a
 rank, its device.
 
 `function` is module-level and runs after the default process group exists. A failing rank's traceback becomes the
@@ -10,7 +10,7 @@ assertion's message; ranks that outlive the timeout are killed and named.
 
 Ranks are kept for the next call: process groups are destroyed between calls, and random numbers, environment, thread
 counts and signal handlers are as they were. After a failure or a timeout the ranks of that call are replaced. `fresh`
-runs a call on processes of its own, which end with it: for what changes a process for good (DeepSpeed's module
+runs a call on separate processes, which end with it: for calls that change a process permanently (DeepSpeed's module
 globals, limits, a whole run with its threads) and for measurements of a process's memory.
 """
 

@@ -10,12 +10,12 @@ from stoker.checkpoint import Checkpoints, Owner, Remote, resume
 from stoker.conf.faults import read_faults
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
-from stoker.data import RowSource, open_rows, open_stream, prepare, read_rows
-from stoker.parallel.batch import IGNORE_INDEX
+from stoker.data import RowSource, Sample, open_samples, open_stream, prepare, read_rows
+from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.layout import batch_plan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.mmap_offload import offloaded
-from stoker.trainer.evaluation import Evaluation
+from stoker.trainer.evaluation import Evaluation, Part
 from stoker.trainer.facts import Facts, vocabulary_of
 from stoker.trainer.history import SavedOnce, has_saved, nothing_to_resume
 from stoker.trainer.loop import Trainer
@@ -32,6 +32,11 @@ from stoker.trainer.runtime.shutdown_estimate import ShutdownEstimate
 
 log = logging.getLogger(__name__)
 
+NO_VALIDATION = (
+    "no validation loss: the data keep too few documents for it. data.validation_path=PATH names others, "
+    "data.validation_by=position keeps the last tokens in another run, eval.sequences=0 goes without"
+)
+
 
 def assemble(
     config: Config,
@@ -44,12 +49,13 @@ def assemble(
     screen: TextIO,
     closing: ExitStack | None = None,
     owner: Owner | None = None,
+    log_file: TextIO | None = None,
 ) -> Trainer:
     """The trainer of this rank, resumed from the newest valid checkpoint of `run` if there is one.
 
-    `config` is settled (`stoker.trainer.settle`), and the places of checkpoints are `owner`'s. Resources that must be
-    closed when this fails are pushed on `closing`. Raises ValueError for data or a checkpoint that do not fit the
-    config, and for a run whose checkpoints are missing.
+    `config` is settled (`stoker.trainer.settle`), and the places of checkpoints are `owner`'s. `screen` and `log_file`
+    show, on rank 0, how the run goes. Resources that must be closed when this fails are pushed on `closing`. Raises
+    ValueError for data or a checkpoint that do not fit the config, and for a run whose checkpoints are missing.
     """
     closing = closing or ExitStack()
     plan = batch_plan(config, mesh.layout)
@@ -61,7 +67,7 @@ def assemble(
     phase(0, Phase.BUILD)
     complete = facts.complete(config)
     engine, initialise = build_engine(complete, mesh, plan)
-    observers = open_observers(config, run.path, screen) if mesh.rank == 0 else None
+    observers = open_observers(config, run.path, screen, log_file) if mesh.rank == 0 else None
     if observers is not None:
         closing.callback(observers.abandon)
     remote = Remote(config.checkpoint.remote) if config.checkpoint.remote else None
@@ -130,6 +136,8 @@ def assemble(
         resumed = trainer.progress.step if state is not None else None
         where = {"layout": str(mesh.layout), "device": str(mesh.device), "attempt": str(attempt)}
         observers.start(complete, resumed, config.steps, where)
+        if not evaluation.parts and config.eval.sequences is None:
+            observers.message(NO_VALIDATION)
         trainer.booking = Booking(run.seconds(attempt), phase, trainer.progress.step)
     return trainer
 
@@ -139,14 +147,19 @@ def _open_data(config: Config, mesh: Mesh, place: Place, closing: ExitStack) -> 
     if place.local_rank == 0:
         prepare(config)
     mesh.all_gather_text("the data are prepared")
-    dp_rank, dp = mesh.dp_rank, mesh.layout.dp
     stream = open_stream(config, mesh)
     closing.callback(stream.close)
-    if not config.eval.sequences:
-        return stream, Evaluation(mesh, None, 1)
-    # Every rank makes equally many passes: a rank with fewer rows reads its first row again and does not count it.
-    numbers = list(range(dp_rank, config.eval.sequences, dp))
-    padding = -(-config.eval.sequences // dp) - len(numbers)
-    rows = read_rows(open_rows(config, "validation"), numbers + [0] * padding, mesh.device.type == "cuda")
-    rows.labels[len(numbers) :] = IGNORE_INDEX
-    return stream, Evaluation(mesh, rows, batch_plan(config, mesh.layout).micro_rows)
+    parts = [Part(sample.source, sample.split, _rows_of(sample, mesh)) for sample in open_samples(config)]
+    required = config.eval.sequences is not None
+    return stream, Evaluation(mesh, parts, batch_plan(config, mesh.layout).micro_rows, required)
+
+
+def _rows_of(sample: Sample, mesh: Mesh) -> Batch:
+    """This rank's rows of `sample`. Every rank has as many: one that is short of rows reads one again and counts
+    nothing of it."""
+    dp_rank, dp = mesh.dp_rank, mesh.layout.dp
+    mine = sample.numbers[dp_rank::dp].tolist()
+    padding = -(-len(sample.numbers) // dp) - len(mine)
+    rows = read_rows(sample.plan, mine + sample.numbers[:1].tolist() * padding, mesh.device.type == "cuda")
+    rows.labels[len(mine) :] = IGNORE_INDEX
+    return rows

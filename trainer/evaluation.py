@@ -1,40 +1,75 @@
-"""Evaluation: the loss on validation rows, in the layout of training."""
+"""Evaluation: the losses on fixed samples of validation and training sequences, in the layout of training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
 
 from stoker.parallel.batch import Batch
 from stoker.parallel.engine import Engine
 from stoker.parallel.mesh import Mesh
 
+NAMES = {"validation": "val_loss", "train": "train_loss"}  # of the losses by split, in metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's rows of a sample, `[n, seq_len]`, n equal on all ranks."""
+
+    source: str
+    split: str  # validation | train
+    rows: Batch
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Losses in nats per valid token."""
+
+    val_loss: float
+    extra: dict[str, float] = field(default_factory=dict)  # of training sequences, and of each source of several
+
 
 class Evaluation:
-    """The first `count` validation rows, divided over data-parallel ranks. Every rank makes equally many passes."""
+    """The losses of samples whose rows are divided over data-parallel ranks, which all make equally many passes."""
 
-    def __init__(self, mesh: Mesh, rows: Batch | None, per_pass: int) -> None:
-        """`rows`: this rank's validation rows `[n, seq_len]`, n equal on all ranks; None for no evaluation.
+    def __init__(self, mesh: Mesh, parts: Sequence[Part], per_pass: int, required: bool = True) -> None:
+        """`parts`: none for no evaluation; parts without a label on any rank are left out.
 
-        A collective. Raises ValueError on all ranks if no row of any rank has a label, because there is no loss then.
+        A collective. If no validation row of any rank has a label, there is no loss: `required` raises ValueError then
+        on all ranks, else there is no evaluation.
         """
-        if rows is not None and not any(mesh.any([bool(rows.valid_tokens() > 0)])):
+        self._mesh, self._per_pass = mesh, per_pass
+        labelled = mesh.any([bool(part.rows.valid_tokens() > 0) for part in parts]) if parts else []
+        self.parts = [part for part, held in zip(parts, labelled, strict=True) if held]
+        if not any(part.split == "validation" for part in self.parts):
+            self.parts = []
+        if parts and not self.parts and required:
             raise ValueError(
-                "no token of the validation sequences is a label to learn, so there is no validation loss: more "
+                "no token of the validation sequences is a label, so there is no validation loss: more "
                 "eval.sequences may have some, and eval.sequences=0 evaluates nothing"
             )
-        self._mesh, self._per_pass = mesh, per_pass
-        self.rows = rows
 
-    def loss(self, engine: Engine, given_up: Callable[[], bool] = lambda: False) -> float | None:
-        """Mean loss in nats per valid token over the rows of all ranks. Waits for the device.
+    def losses(self, engine: Engine, given_up: Callable[[], bool] = lambda: False) -> Evaluated | None:
+        """Mean losses over the rows of all ranks. Waits for the device.
 
-        `given_up` is called before each pass and must return the same on all ranks. Once it is true there is no loss.
+        `given_up` is called before each pass and must return the same on all ranks: once it is true, there are none.
         """
-        assert self.rows is not None
-        passes = []
-        for start in range(0, len(self.rows), self._per_pass):
-            if given_up():
-                return None
-            passes.append(engine.evaluate(self.rows[start : start + self._per_pass]))
-        loss_sum, tokens = self._mesh.all_reduce(sum(passes[1:], start=passes[0])).tolist()
-        return loss_sum / tokens
+        sums = []
+        for part in self.parts:
+            passes = []
+            for start in range(0, len(part.rows), self._per_pass):
+                if given_up():
+                    return None
+                passes.append(engine.evaluate(part.rows[start : start + self._per_pass]))
+            sums.append(sum(passes[1:], start=passes[0]))
+        found = self._mesh.all_reduce(torch.stack(sums)).tolist()
+        values: dict[str, float] = {}
+        for split, name in NAMES.items():
+            own = [(part.source, *each) for part, each in zip(self.parts, found, strict=True) if part.split == split]
+            if own:
+                values[name] = sum(loss for _, loss, _ in own) / sum(tokens for _, _, tokens in own)
+            if len({part.source for part in self.parts}) > 1:
+                values |= {f"{name}.{source}": loss / tokens for source, loss, tokens in own}
+        return Evaluated(values.pop(NAMES["validation"]), values)

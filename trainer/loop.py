@@ -16,7 +16,7 @@ from stoker.parallel.batch import Batch
 from stoker.parallel.engine import Engine
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.update import ControlFlag, StepFlags
-from stoker.trainer.evaluation import Evaluation
+from stoker.trainer.evaluation import Evaluated, Evaluation
 from stoker.trainer.facts import Facts
 from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.observers import Observers
@@ -27,7 +27,7 @@ from stoker.trainer.runtime.process import Phase, Phases
 from stoker.trainer.runtime.requests import Requests, ending_of
 from stoker.trainer.runtime.shutdown_estimate import CHECKPOINT_SECONDS
 from stoker.trainer.runtime.stragglers import Stragglers, WorkClock
-from stoker.trainer.schedule import learning_rate
+from stoker.trainer.schedule import evaluation_every, learning_rate
 from stoker.trainer.step_log import Progress, StepLog
 
 log = logging.getLogger(__name__)
@@ -69,8 +69,7 @@ class Trainer:
         outcome = Outcome.COMPLETED
         last = self._is_last(self.progress.step)
         if last and self.observers is not None:
-            step, ends = self.progress.step, "the data end" if self.rows.exhausted else "steps=... goes on"
-            self.observers.message(f"nothing to do: step {step} of {self.config.steps} is done; {ends}")
+            self.observers.message(self._nothing_to_do())
         for step in self.steps(self.config.steps):
             with self.profiler.step(step) as profiled:
                 self.phase(step, Phase.DATA)
@@ -92,9 +91,10 @@ class Trainer:
                 result = self.engine.update(lr, flags)  # stays on the device
             self.phase(step, Phase.DATA)  # whether this was the last step may be known only when the next rows are
             last = self._is_last(step)
-            val_loss = self._evaluate(step, last)
-            extra = {"first_row": first_row, **profiled, **self.rows.metrics(), **self.saved}
-            step_log.enter(step, lr, result, val_loss, extra)
+            found = self._evaluate(step, last)
+            losses = {} if found is None else found.extra
+            extra = {"first_row": first_row, **profiled, **self.rows.metrics(), **self.saved, **losses}
+            step_log.enter(step, lr, result, None if found is None else found.val_loss, extra)
             saving = self._saves_at(step)
             if self.booking is not None:
                 self.booking.step()
@@ -117,6 +117,14 @@ class Trainer:
         self.save()
         asked = outcome in (Outcome.STOPPED, Outcome.PREEMPTED)
         return Outcome.COMPLETED if asked and last else outcome
+
+    def _nothing_to_do(self) -> str:
+        done, wanted = self.progress.step, self.config.steps
+        what = (
+            f"steps={wanted} is below the {done} that are done" if wanted < done else f"step {done} of {wanted} is done"
+        )
+        goes_on = "the data end" if self.rows.exhausted else f"a number above {done} for steps goes on"
+        return f"nothing to do: {what}; {goes_on}"
 
     def save(self) -> None:
         """Start saving the state after the last step done; metrics up to it are on disk before it can be committed."""
@@ -209,7 +217,7 @@ class Trainer:
             self.booking.rolled_back(self._step)
         if self.observers is not None:
             self.observers.rolled_back(self._step)
-            self.observers.message(f"step {bad_step} is bad: back to step {self._step}, to go on without its rows")
+            self.observers.message(f"step {bad_step} is bad: back to step {self._step}, to continue without its rows")
         return True
 
     def _look_at_gradients(self, step: int, batch: Batch) -> None:
@@ -247,14 +255,14 @@ class Trainer:
         """Whether no step follows `step`: equal on all ranks."""
         return step >= self.config.steps or self.rows.exhausted
 
-    def _evaluate(self, step: int, last: bool) -> float | None:
-        every = self.config.eval.every
-        if not self.evaluation.rows or not (last or (every > 0 and step % every == 0)):
+    def _evaluate(self, step: int, last: bool) -> Evaluated | None:
+        every = evaluation_every(self.config)
+        if not self.evaluation.parts or not (last or (every > 0 and step % every == 0)):
             return None
         self.phase(step, Phase.EVALUATE)
         if last:  # the run ends with it
-            return self.evaluation.loss(self.engine)
-        return self.evaluation.loss(self.engine, self._gives_up)
+            return self.evaluation.losses(self.engine)
+        return self.evaluation.losses(self.engine, self._gives_up)
 
     def _gives_up(self) -> bool:
         """Whether any rank has a request to end; equal on all ranks. A collective."""

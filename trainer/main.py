@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from stoker.checkpoint import Owner, fence, newest_step
 from stoker.conf.durable import ROOM_SECONDS
+from stoker.conf.files import expand
 from stoker.conf.identity import read_identity
 from stoker.conf.rundir import RunDirectory, make_run_directory, next_attempt, run_directory, write_config
 from stoker.conf.schema import Config, from_dict
@@ -116,7 +117,7 @@ def _start_watchdog(config: Config, attempt: Attempt, console: Console) -> None:
 
 def run(overrides: Sequence[str]) -> Ending:
     """Train from Python, as `python -m stoker.trainer` does: in this process, which is the only rank unless the
-    environment says otherwise (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+    environment has other values (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
     Returns how the run ended. Errors are raised, signals are left to the caller, and nothing is redirected. However it
     ends, process group, environment, threads and files are as they were: it can be called again.
@@ -164,6 +165,7 @@ def _config(overrides: Sequence[str], place: Place) -> Config:
     given = os.environ.get(CONFIG_VARIABLE)
     if given is not None:
         return from_dict(json.loads(given))
+    overrides = expand(overrides)
     if place.world > 1 and not any(o.startswith(("run.dir=", "run.name=")) for o in overrides):
         raise ConfigError("set run.dir=... or run.name=...: every rank must find the same run directory")
     if place.world > 1 and "LOCAL_RANK" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
@@ -239,7 +241,7 @@ def _train(
             console.errors.write(f"stoker: files of the earlier run were moved to {aside}\n")
         owner = claim_places(run, config)
         fence(run.checkpoints, number)
-        requests.watch(run, number, first, deadline_of(config.launch.deadline))
+        requests.watch(run, number, first, deadline_of(config.launch.deadline), config.checkpoint.minutes)
         job = os.environ.get("SLURM_JOB_ID")
         step, host = newest_step(run.checkpoints), socket.gethostname()
         write_beginning(run, number, Beginning(time.time(), step, place.world, host, job, launch))
@@ -256,7 +258,9 @@ def _train(
     mesh = start_mesh(layout, device, store, rank, config.parallel.timeout_seconds)
 
     with console.echoing_warnings() if rank == 0 else nullcontext():
-        trainer = assemble(config, mesh, place, run, attempt.number, requests, phase, console.screen, on_failure, owner)
+        trainer = assemble(
+            config, mesh, place, run, attempt.number, requests, phase, console.screen, on_failure, owner, console.log
+        )
     if place.local_rank == 0 and (identity := read_identity(run)) is not None:
         remember(identity.run, config)
     if rank == 0:
@@ -312,7 +316,7 @@ def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:
         if reasons:
             message = f"{reasons[0]} (checkpoint.on_error=fail; saved at step {step})"
             return Ending(Outcome.FAILED, message, step, save=trainer.saved)
-    why = next((reason for reason in trainer.mesh.all_gather_text(requests.why()) if reason), "asked to")
+    why = next((reason for reason in trainer.mesh.all_gather_text(requests.why()) if reason), "requested")
     progress = trainer.progress
     if outcome == Outcome.COMPLETED and progress.step and not progress.updates:
         outcome = Outcome.FAILED

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from stoker.checkpoint import Summary, describe, load, open_checkpoint
+from stoker.conf.hub_names import download_advice
 from stoker.conf.migrations import migrate
 from stoker.conf.overrides import parse
 from stoker.conf.rundir import RunDirectory, read_config
@@ -200,7 +201,7 @@ def _shape(folder: Path, config: Config, own_target: bool) -> dict[str, Any]:
         _newest(folder)
         return _model_values(read_config(RunDirectory(folder)), config, own_target)
     if not folder.is_dir():
-        raise ValueError("there is no such directory")
+        raise ValueError(f"there is no such directory{download_advice(folder, 'model')}")
     if not (folder / theirs.CONFIG).is_file():
         raise ValueError(f"no {theirs.CONFIG} and no checkpoints: neither a Hugging Face model nor a run")
     values = theirs.read_json(folder / theirs.CONFIG)

@@ -6,6 +6,7 @@ from stoker.conf.faults import read_faults
 from stoker.conf.schema import to_dict
 from stoker.conf.secrets import PREFIX, secrets_in
 from stoker.parallel.start import Refusals, Start
+from stoker.trainer.schedule import evaluation_every
 
 REFUSALS = Refusals()
 
@@ -41,15 +42,19 @@ def _warmup(start: Start) -> str | None:
 
 
 @REFUSALS.entry(
-    "evaluation", "eval.every without eval.sequences, or eval.sequences with data.validation=0", "it evaluates nothing"
+    "evaluation", "eval.every with eval.sequences=0, or eval.sequences with data.validation=0", "it evaluates nothing"
 )
 def _evaluation(start: Start) -> str | None:
-    every, rows = start.config.eval.every, start.config.eval.sequences
+    every, rows = start.config.eval.every or 0, start.config.eval.sequences
     if every > 0 and rows == 0:
         size = start.config.batch.size
         return f"eval.every={every} with eval.sequences=0 evaluates nothing: set eval.sequences, such as {size}"
-    if rows > 0 and start.config.data.validation == 0:
-        return f"eval.sequences={rows} with data.validation=0: no document is kept for validation; 0.02 keeps some"
+    data = start.config.data
+    if rows and data.validation == 0 and data.validation_path is None and not data.sources:
+        return (
+            f"eval.sequences={rows} with data.validation=0: no document is kept for validation; data.validation=0.02 "
+            "keeps some, data.validation_path=PATH names others"
+        )
     return None
 
 
@@ -59,7 +64,7 @@ def _evaluation(start: Start) -> str | None:
     "there is nothing to compare",
 )
 def _best_checkpoints(start: Start) -> str | None:
-    wanted, every = start.config.checkpoint, start.config.eval.every
+    wanted, every = start.config.checkpoint, evaluation_every(start.config)
     if wanted.keep_best < 1 or wanted.every < 1:
         return None
     if every > 0 and wanted.every % every == 0:

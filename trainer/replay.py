@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from stoker.conf.faults import read_faults
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.conf.scratch import Scratch
+from stoker.conf.values import ConfigError
 from stoker.parallel.layout import layout_of
 from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from stoker.parallel.shards import PARAMETER
@@ -55,10 +56,13 @@ class Replayed:
     parameters: list[str] = field(default_factory=list)  # whose gradients were not
 
 
-def replay(run: RunDirectory, config: Config, step: int) -> Replayed:
-    """Compute `step` again. `config`: the run's, for one process. Raises ValueError where the run has no such step."""
+def replay(
+    run: RunDirectory, config: Config, step: int, progress: Callable[[int, int], None] = lambda step, last: None
+) -> Replayed:
+    """Compute `step` again. `config`: the run's, for one process. `progress` is called with the last step that is done,
+    first with that of the checkpoint, and with `step`. Raises ConfigError where the run has no such step."""
     if not 1 <= step <= config.steps:
-        raise ValueError(f"step {step}: the run has steps 1 to {config.steps}")
+        raise ConfigError(f"step {step}: the run has steps 1 to {config.steps}")
     struck = [
         run.struck(fault.name)
         for fault in read_faults(config.faults)
@@ -70,7 +74,7 @@ def replay(run: RunDirectory, config: Config, step: int) -> Replayed:
         Scratch("stoker-replay-") as folder,
         _assembled(run, config, step, folder) as trainer,
     ):
-        return _replay(trainer, step, poison)
+        return _replay(trainer, step, poison, progress)
 
 
 @contextmanager
@@ -107,9 +111,11 @@ def _assembled(run: RunDirectory, config: Config, step: int, folder: Path) -> It
         stop_mesh()
 
 
-def _replay(trainer: Trainer, step: int, poison: AbstractContextManager[Any]) -> Replayed:
-    config, progress = trainer.config, trainer.progress
-    from_step, step_log = progress.step, trainer.step_log()
+def _replay(
+    trainer: Trainer, step: int, poison: AbstractContextManager[Any], progress: Callable[[int, int], None]
+) -> Replayed:
+    config, from_step, step_log = trainer.config, trainer.progress.step, trainer.step_log()
+    progress(from_step, step)
     for number in trainer.steps(step):
         rows = trainer.rows.next()
         first_row = trainer.rows.row - config.batch.size
@@ -129,7 +135,8 @@ def _replay(trainer: Trainer, step: int, poison: AbstractContextManager[Any]) ->
             )  # fmt: skip
         step_log.enter(number, lr, result, None, {})
         step_log.settle(everything=True)
-    raise ValueError(f"step {step} was passed over: the run never took it")
+        progress(number, step)
+    raise ConfigError(f"step {step} was passed over: the run never took it")
 
 
 def _not_finite(trainer: Trainer, gradients: bool) -> list[str]:

@@ -1,10 +1,12 @@
-"""Learning rate schedules: pure functions of the step."""
+"""Learning rate schedules, and how often a run evaluates: pure functions of the step and the config."""
 
 from __future__ import annotations
 
 import math
 
-from stoker.conf.schema import OptimConfig, ScheduleConfig
+from stoker.conf.schema import Config, OptimConfig, ScheduleConfig
+
+_LEAST_EVERY = 50  # steps between evaluations where the config does not say: fewer would cost a share of the training
 
 
 def learning_rate(schedule: ScheduleConfig, optim: OptimConfig, step: int) -> float:
@@ -28,3 +30,8 @@ def learning_rate(schedule: ScheduleConfig, optim: OptimConfig, step: int) -> fl
         raise ValueError(f"unknown schedule {schedule.name!r}: constant, cosine or wsd")
     done = min(1.0, max(0.0, (step - start) / max(1, total - start)))
     return optim.lr * (schedule.final + (1 - schedule.final) * shape(done))
+
+
+def evaluation_every(config: Config) -> int:
+    """Steps between evaluations; 0 for one at the end only."""
+    return max(config.steps // 10, _LEAST_EVERY) if config.eval.every is None else config.eval.every

@@ -2,7 +2,9 @@
 
     compose    the overrides over the groups and defaults of conf/, with absolute paths
     resume     a run that exists: its stored config with the overrides; otherwise a check that no run is overwritten
+    targets    import paths of models, data and optimizers lead to something that can be called
     adopt      the shape of a model imported by `model.init_from`, and a link in the place of `checkpoints`
+    budget     `tokens` or `data.epochs` as steps, at the first start
     fit        under a launcher that found another number of machines: the layout that fits them
     validate   limits, refusals of all rooms, places and imported weights
     pin        defaults that later starts must repeat are written out
@@ -24,13 +26,16 @@ from stoker.conf import resume as conf_resume
 from stoker.conf.compose import compose as compose_groups
 from stoker.conf.resume import Change
 from stoker.conf.rundir import RunDirectory, first_tier, refuse_links, resolve, run_directory
-from stoker.conf.schema import Config, lookup
+from stoker.conf.schema import Config, ModelConfig, lookup
+from stoker.conf.targets import import_target
 from stoker.conf.values import ConfigError
 from stoker.parallel import layout
+from stoker.parallel.deepspeed_engine.file import expand
 from stoker.trainer import validate as rooms
+from stoker.trainer.budget import settle_steps
 from stoker.trainer.places import adopted_link, is_known, refuse_foreign_places
 from stoker.trainer.stored_run import refuse_replacing_run, report_copies, resumed, stored_config
-from stoker.trainer.trust import TRAINING
+from stoker.trainer.trust import DATA, MODEL, OPTIM, TRAINING, code_of
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +76,9 @@ def settle_config(
     Raises ConfigError for everything that can be known to be wrong before a rank is spawned.
     """
     request = Request(overrides, where, **options)
+    request = dataclasses.replace(request, overrides=expand(request.overrides, request.tell))
     draft = compose(request)
-    for stage in (resume, adopt, fit, validate, pin):
+    for stage in (resume, targets, adopt, budget, fit, validate, pin):
         draft = stage(request, draft)
     return draft.config, draft.changes
 
@@ -97,6 +103,24 @@ def resume(request: Request, draft: Draft) -> Draft:
     return Draft(config, stored, changes)
 
 
+def targets(request: Request, draft: Draft) -> Draft:
+    """After `resume`, which refuses the code of strangers."""
+    config = draft.config
+    code = code_of(config, (MODEL, DATA, OPTIM))
+    named = {key: path for key, path in code.items() if key.rpartition(".")[2] in ("target", "splits", "map")}
+    own = ("model.target", config.model.target), ("optim.target", config.optim.target)  # Stoker's own may be misspelt
+    for key, path in dict(own, **named).items():
+        if not isinstance(path, str) or path == ModelConfig().target:  # that of most runs
+            continue
+        try:
+            found = import_target(path)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from error
+        if not callable(found):
+            raise ConfigError(f"{key}={path} is {found!r}: expected a function or a class")
+    return draft
+
+
 def adopt(request: Request, draft: Draft) -> Draft:
     config = draft.config
     if draft.stored is None and config.model.init_from is not None:
@@ -107,6 +131,11 @@ def adopt(request: Request, draft: Draft) -> Draft:
     place = None if chosen else adopted_link(draft.run)
     if place is not None:  # a link made by a user counts like the key
         config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, dir=str(place)))
+    return dataclasses.replace(draft, config=config)
+
+
+def budget(request: Request, draft: Draft) -> Draft:
+    config = settle_steps(draft.config, request.overrides, first=draft.stored is None, tell=request.tell)
     return dataclasses.replace(draft, config=config)
 
 

@@ -31,7 +31,7 @@ class Progress:
     updates: int = 0
     tokens: int = 0  # valid tokens of the steps so far
     skipped_in_a_row: int = 0
-    empty: int = 0  # steps whose whole batch had no label to learn
+    empty: int = 0  # steps whose whole batch had no label
     empty_in_a_row: int = 0
     loss: float | None = None  # of the last step
     val_loss: float | None = None  # of the last evaluation
@@ -44,7 +44,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do next: go on, save, or end with an outcome."""
+    """What all ranks do next: continue, save, or end with an outcome."""
 
     outcome: Outcome | None = None
     save: bool = False  # a checkpoint was requested; every result has been read for it
@@ -134,7 +134,7 @@ class StepLog:
                 self._bad_step = entry.step
         if self._bad.spike is not None and not agreed.skipped:
             progress.seen = [*progress.seen, [entry.step, agreed.loss, agreed.grad_norm]][-self._bad.window - 1 :]
-        progress.loss = agreed.loss if math.isfinite(agreed.loss) else None  # JSON knows no infinity
+        progress.loss = agreed.loss if math.isfinite(agreed.loss) else None  # JSON has no infinity
         if entry.val_loss is not None:
             progress.val_loss, progress.val_step = entry.val_loss, entry.step
         if self._observers is not None:
@@ -183,7 +183,7 @@ class StepLog:
             )
 
     def _warn(self, text: str) -> None:
-        kind = text.partition(": ")[2][:20]  # whatever the step
+        kind = text.partition(": ")[2][:20]  # independent of the step
         if self._observers is not None and kind not in self._named:
             self._named.add(kind)
             self._observers.message(f"warning: {text}")

@@ -13,6 +13,7 @@ from stoker.conf.resume import Change, check_changes, merge, pin
 from stoker.conf.rundir import RunDirectory, first_tier, read_config, resolve
 from stoker.conf.schema import Config, from_dict, kinds, lookup
 from stoker.conf.values import ConfigError
+from stoker.trainer.budget import settle_steps
 from stoker.trainer.history import has_history, has_saved, nothing_to_resume
 from stoker.trainer.trust import refuse_foreign_code
 
@@ -84,7 +85,7 @@ def refuse_replacing_run(run: RunDirectory, config: Config, overrides: Sequence[
         from stoker.trainer.pretrained import adopt_shape
 
         now = adopt_shape(now, overrides)
-    now = pin(now)
+    now = pin(settle_steps(now, overrides, first=True))
     differing = [
         f"  {key}: {lookup(stored, key)} -> {lookup(now, key)}"
         for key, kind in kinds().items()

@@ -44,7 +44,7 @@ class Web:
             span = response.headers.get("Content-Range", "")
             wanted = f"bytes {begin}-{end - 1}/{size}"
             if span != wanted:
-                raise Refused(f"asked for {wanted}, the server returns {span or 'no range'}: it changed")
+                raise Refused(f"requested {wanted}, the server returns {span or 'no range'}: it changed")
             if _version(response) != version:
                 raise Refused(f"its ETag is {_version(response) or 'gone'} and was {version}: it changed")
             left = end - begin

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from stoker.conf.schema import Config, DataConfig
 from stoker.conf.targets import import_target
 from stoker.data.cache import cache_root
-from stoker.data.sources import Spec, specs_of, wanted_weights
+from stoker.data.sources import Spec, specs_of, validation_spec, wanted_weights
+from stoker.data.splitting import by_position
 from stoker.data.streaming.exchange import Ranks
-from stoker.data.streaming.held_out import held_out
+from stoker.data.streaming.files import Files
+from stoker.data.streaming.held_out import sampled
 from stoker.data.streaming.loader import StreamingLoader
 from stoker.data.streaming.mixing import StreamMixture
 from stoker.data.streaming.packed import Packing
@@ -21,9 +24,14 @@ from stoker.data.tokenizer import Tokenizer
 from stoker.data.tokens import Tokens
 from stoker.parallel.mesh import Mesh
 
+_SPREAD = 8  # rows that are read for one that is evaluated, where documents are many
+
 
 def open_windows(data: DataConfig, seed: int, tokenizer: Tokenizer, epochs: int | None) -> ShuffleWindows:
-    """The windows of the training documents of one source. Raises ValueError for data that cannot be used."""
+    """The windows of the training documents of one source, as `specs_of` gives it.
+
+    Raises ValueError for data that cannot be used.
+    """
     if data.splits is None:
         raise ValueError(f"data.mode=streaming cannot read {data.name}: it has no splits")
     splits: Splits = import_target(data.splits)(data)
@@ -36,6 +44,7 @@ def open_windows(data: DataConfig, seed: int, tokenizer: Tokenizer, epochs: int 
         seed=seed,
         tokenizer=tokenizer,
         validation=data.validation,
+        by_position=by_position(data, 1 if isinstance(splits, Files) and len(splits.shards) == 1 else 0, False),
         skipping=data.on_damage == "skip",
         epochs=epochs,
     )
@@ -98,11 +107,16 @@ def _stream(
     )
 
 
-def open_held_out(config: Config, spec: Spec, tokenizer: Tokenizer, rows: int) -> tuple[str, Tokens]:
-    """Fingerprint and tokens of the documents of a source that `rows` rows of evaluation are made of.
+def open_sampled(config: Config, spec: Spec, tokenizer: Tokenizer, rows: int, split: str) -> tuple[str, Tokens]:
+    """Fingerprint and tokens of documents of a source for `rows` rows of evaluation, of `train` or `validation`.
 
-    Raises ValueError for data that cannot be used.
+    Documents that are few, as those kept for validation are, come from many windows. Of others so many are read that
+    `rows` can be taken from here and there. Raises ValueError for data that cannot be used.
     """
-    windows = open_windows(spec.config, config.run.seed, tokenizer, spec.epochs)
+    apart = validation_spec(spec) if split == "validation" else None
+    windows = open_windows((apart or spec).config, config.run.seed, tokenizer, spec.epochs)
     packing = Packing(config.data.packing, config.seq_len)
-    return held_out(cache_root(config.data), windows, packing, rows, open_store(spec.config))
+    if split == "train" or apart is not None:
+        rows *= _SPREAD
+    kept = replace(windows, seed=0, epochs=1, held_out=split == "validation")
+    return sampled(cache_root(config.data), kept, packing, rows, open_store(spec.config))

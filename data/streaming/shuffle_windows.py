@@ -12,6 +12,7 @@ from stoker.data.keys import WindowsKey, is_validation, text_digest
 from stoker.data.remote import Damaged, Loss
 from stoker.data.remote.store import Store
 from stoker.data.shuffle import permute
+from stoker.data.splitting import POSITION
 from stoker.data.streaming.assignment import ALL, Skip
 from stoker.data.streaming.splits import Content, Losses, Splits, whole
 from stoker.data.tokenizer import Tokenizer
@@ -42,6 +43,7 @@ class ShuffleWindows:
     skipping: bool  # data.on_damage=skip
     epochs: int | None
     held_out: bool = False  # the documents kept for validation, and no others
+    by_position: bool = False  # of the one document, its end is kept for validation
 
     @property
     def per_epoch(self) -> int:
@@ -62,6 +64,7 @@ class ShuffleWindows:
             seed=self.seed,
             tokenizer=self.tokenizer.fingerprint,
             validation=self.validation,
+            validation_by=POSITION if self.by_position else None,
         )
 
     def splits_of(self, window: int) -> list[int]:
@@ -98,6 +101,9 @@ class ShuffleWindows:
                 if wrong := self._wrong_ids(content):
                     where = f"{self.name}, split {split}"
                     losses(Loss(Damaged(wrong, where, None, f"document {number}"), number, 1))
+                elif self.by_position:
+                    cut = len(content) - int(len(content) * self.validation)
+                    contents.append(content[cut:] if self.held_out else content[:cut])
                 elif is_held_out(content, self.validation) == self.held_out:
                     contents.append(content)
             leftovers += losses.leftovers

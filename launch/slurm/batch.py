@@ -16,6 +16,7 @@ from pathlib import Path
 
 from stoker.checkpoint import newest_step
 from stoker.conf.durable import open_own
+from stoker.conf.files import expand
 from stoker.conf.records import parse_json, record_of
 from stoker.conf.rundir import RunDirectory, make_run_directory, run_directory
 from stoker.conf.schema import Config, to_dict
@@ -253,7 +254,7 @@ def main(settings: Sequence[str]) -> int:
 
         again = job.restarts > 0 or job.link > 1
         config, changes = settle_config(
-            settings_of(job, settings),
+            settings_of(job, expand(settings)),
             where,
             refitted=say,
             tell=say,

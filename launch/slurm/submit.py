@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,16 +17,19 @@ from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
 from stoker.launch.slurm.batch import LINK_VARIABLE, RANKS_DEFAULT, SUBMITTED, write_note
 from stoker.launch.train import say
+from stoker.parallel.deepspeed_engine.file import expand
 from stoker.trainer.history import begin_anew
 from stoker.trainer.settle import settle_config
 from stoker.trainer.trust import SLURM, TRAINING, remember, remember_script
 
 TEMPLATE = Path(__file__).with_name("train.sbatch")
+_PLAIN = re.compile(r"[\w@%+=:,./-]+")
 _BODY = "# --- what follows is the same for every job ---\n"
 
 
 def submit(overrides: Sequence[str], dry_run: bool) -> int:
     """Write the script and submit it, or print it. Raises ConfigError for a start that is refused."""
+    overrides = expand(overrides, say)
     tasks = next((parse(word).value for word in overrides if word.startswith("launch.array=")), None)
     first = str(tasks).partition("-")[0].partition(",")[0] if tasks else "0"
     words = [word.replace("{task}", first) for word in overrides]
@@ -75,7 +79,9 @@ def script(config: Config, run: RunDirectory, settings: Sequence[str]) -> str:
     """The batch script of a run, for users and for sbatch."""
     launch = config.launch
     ranks = launch.nproc or launch.gpus or RANKS_DEFAULT
-    log = run.slurm / ("%A_%a.log" if launch.array else "%j.log")
+    name = " ".join(str(config.run.name).split())
+    folder = str(run.slurm).replace("%", "%%")  # sbatch fills in what follows a single %
+    log = f"{folder}/{'%A_%a.log' if launch.array else '%j.log'}"
     asked = {
         "job-name": config.run.name,
         "chdir": Path.cwd(),
@@ -83,22 +89,22 @@ def script(config: Config, run: RunDirectory, settings: Sequence[str]) -> str:
         "open-mode": "append",
         "nodes": launch.nodes,
         "ntasks-per-node": 1,
-        "cpus-per-task": launch.cpus or ranks * (launch.threads or 1),
+        "cpus-per-task": launch.cpus or ranks * cores_of_rank(config),
         "gpus-per-node": launch.gpus,
         "time": launch.time,
         "partition": launch.partition,
         "array": launch.array,
         "signal": f"B:USR1@{launch.grace_seconds}",
     }
-    lines = [f"#SBATCH --{name}={value}" for name, value in asked.items() if value is not None]
+    lines = [option(f"--{name}={value}") for name, value in asked.items() if value is not None]
     lines.append("#SBATCH --requeue" if launch.requeue and launch.chain == 1 else "#SBATCH --no-requeue")
-    lines += [f"#SBATCH {option}" for option in launch.sbatch_args]
+    lines += [option(text) for text in launch.sbatch_args]
     words = " \\\n    ".join(shlex.quote(setting) for setting in settings)
     body = TEMPLATE.read_text(encoding="utf-8").partition(_BODY)[2].replace("120 s", f"{launch.grace_seconds} s")
     return "\n".join(
         [
             "#!/bin/bash",
-            f"# The run {config.run.name}: {launch.nodes} nodes with {ranks} ranks each. Written by `stoker submit`.",
+            f"# The run {name}: {launch.nodes} nodes with {ranks} ranks each. Written by `stoker submit`.",
             *lines,
             "",
             *([launch.setup] if launch.setup else []),
@@ -108,6 +114,25 @@ def script(config: Config, run: RunDirectory, settings: Sequence[str]) -> str:
             body,
         ]
     )
+
+
+def option(text: str) -> str:
+    """A line of a script with an option of sbatch, its value in quotes where sbatch would cut or change it.
+
+    Raises ConfigError for a line break, after which Slurm would read a line of another kind.
+    """
+    if len(text.splitlines()) > 1:
+        raise ConfigError(f"{text!r}: an option of sbatch is one line")
+    name, equals, value = text.partition("=")
+    if not equals or _PLAIN.fullmatch(value):
+        return f"#SBATCH {text}"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')  # sbatch knows backslashes in any quotes
+    return f'#SBATCH {name}="{escaped}"'
+
+
+def cores_of_rank(config: Config) -> int:
+    """What a rank keeps busy: its threads, its reader processes, the loader, and the writer of checkpoints."""
+    return (config.launch.threads or 1) + config.data.workers + 2
 
 
 def _where(config: Config) -> tuple[int, int]:

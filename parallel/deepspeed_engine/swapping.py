@@ -25,7 +25,7 @@ SLACK_BYTES = 1 << 16  # what it rounds a part up by is less
 
 
 def swap_folder(parent: Path) -> Scratch:
-    """A folder of this process alone under `parallel.nvme_path`. Raises ValueError when the disk cannot be written."""
+    """A private folder under `parallel.nvme_path`. Raises ValueError when the disk cannot be written."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         return Scratch(PREFIX, parent)

@@ -5,7 +5,7 @@
 `layers`   layers that can be sharded, from which a model is built
 `parallelize`  shards every such layer of a model, and returns the registry
 
-A region lies between `CopyToTensorParallel` and `RowLinear`. Inside, every rank sees all tokens and has some of the
+A region lies between `CopyToTensorParallel` and `RowLinear`. Inside, every rank has all tokens and some of the
 channels; outside, every rank has all channels, of its share of the tokens under sequence parallelism, else of all of
 them.
 

@@ -1,8 +1,8 @@
-"""Ranks that die or fail at the N-th system call of a kind, by strace's injection.
+"""Ranks that are killed or fail at the N-th system call of a kind, by strace's injection.
 
 Two ranks, each a process, save step 2 beside the checkpoint of step 1, of which only the newer is to be kept. strace
 follows one of them and strikes once. It counts the calls of each thread for itself, so that every call of every thread
-is struck by some N. What ranks tell us goes over sockets with sendto, which is never struck.
+is struck by some N. Ranks report over sockets with sendto, which is never struck.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Blow:
     """What happened to a save in which one rank was struck."""
 
     struck: bool  # False: the rank made fewer such calls
-    errors: list[str | None]  # of each rank; "dead" for one that could not say
+    errors: list[str | None]  # of each rank; "dead" for one that could not report
 
 
 def why_not() -> str | None:
@@ -68,7 +68,7 @@ def strike(directory: Path, rank: int, call: str, number: int, effect: str) -> B
         assert tracer.stderr is not None and "attached" in tracer.stderr.readline()
         for ours, _ in pairs:
             ours.sendall(b"go")
-        errors = [_told(ours) for ours, _ in pairs]
+        errors = [_reported(ours) for ours, _ in pairs]
         for process in processes:
             process.join(20)
         tracer.wait(20)  # it ends with those that it traces, and then all of its log is there
@@ -83,7 +83,7 @@ def strike(directory: Path, rank: int, call: str, number: int, effect: str) -> B
             ours.close()
 
 
-def _told(channel: socket.socket) -> str | None:
+def _reported(channel: socket.socket) -> str | None:
     heard = b""
     while data := channel.recv(1 << 16):
         heard += data

@@ -27,7 +27,7 @@ def test_killed_at_any_call_of_a_save_the_checkpoint_before_or_the_new_one_is_le
             new_run(directory)
             blow = strike(directory, rank, call, number, "signal=SIGKILL")
             steps.add(check_what_is_left(directory, blow))
-            fence(directory, 2)  # and the run goes on
+            fence(directory, 2)  # and the run continues
             save(start(directory, 2, attempt=2, keep=1), 3, cut(NEW, GRID))
             assert [entry.name for entry in directory.iterdir() if "partial" in entry.name] == []
             shutil.rmtree(directory)

@@ -1,4 +1,4 @@
-"""Nothing that is not as it was written is ever loaded, whoever changed it."""
+"""Data that differ from what was written are never loaded, however they were changed."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_flip_makes_all_ranks_fall_back_and_sets_the_checkpoint_aside(run, num
     assert path.name in caplog.text and "step-00000002" in caplog.text
 
 
-def test_where_no_checkpoint_is_sound_all_ranks_are_told_and_none_goes_on(run):
+def test_where_no_checkpoint_is_sound_all_ranks_raise_and_none_continues(run):
     for step in (1, 2):
         path = run / f"step-{step:08d}" / "rank-00001.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -115,7 +115,7 @@ def test_a_file_that_is_not_what_was_written_is_damage(run, number, how):
     elif how == "linked":
         elsewhere = run / "elsewhere"
         elsewhere.write_bytes(content)
-        path.symlink_to(elsewhere)  # even the right bytes: a checkpoint is read from its own directory alone
+        path.symlink_to(elsewhere)  # even the right bytes: a checkpoint is read only from its own directory
     elif how == "directory":
         path.mkdir()
     elif how == "pipe":
@@ -175,7 +175,7 @@ def test_set_aside_twice_both_are_kept(run):
     assert sorted(entry.name for entry in (run / "damaged").iterdir()) == ["step-00000002", "step-00000002.1"]
 
 
-def test_verify_names_every_bad_block_and_tells_how_far_it_is(run):
+def test_verify_names_every_bad_block_and_reports_progress(run):
     path = run / "step-00000002" / "rank-00000.safetensors"
     content = bytearray(path.read_bytes())
     for block in (1, 3):
@@ -188,7 +188,7 @@ def test_verify_names_every_bad_block_and_tells_how_far_it_is(run):
     assert seen[-1] == (total, total) and len(seen) > 5
 
 
-# A stranger's checkpoint: consistent in its digests, but not made by us.
+# An untrusted checkpoint: consistent in its digests, but not written by Stoker.
 
 
 def forge(checkpoint: Path, name: str, change) -> None:
@@ -288,8 +288,8 @@ def test_a_manifest_cannot_lead_out_of_its_directory(run, name):
         read_everything(run / "step-00000002")
 
 
-def test_a_header_that_tells_another_story_than_the_index_is_found_by_verify(run):
-    """Other programs read the header, we read the index: both must say the same."""
+def test_a_header_that_differs_from_the_index_is_found_by_verify(run):
+    """Other programs read the header, Stoker reads the index: both must hold the same."""
 
     def rename(index):
         for piece in index["pieces"]:
@@ -331,7 +331,7 @@ sys.addaudithook(_watch)
 
 
 def answers_of(checkpoint: Path) -> None:
-    """Whatever can be done with a checkpoint works or is refused, and nothing runs that is not ours."""
+    """Every operation on a checkpoint works or is refused, and no foreign code runs."""
     _watching.on = True
     try:
         for act in (read_everything, read_state, lambda path: compare(path, path)):
@@ -375,7 +375,7 @@ def test_a_checkpoint_with_any_bytes_changed_is_as_written_or_refused(number, pl
     value=json_values,
 )
 def test_a_checkpoint_forged_with_any_values_never_runs_code_nor_fails_without_a_message(name, key, inside, value):
-    """Its digests are right: what is said in it reaches every reader."""
+    """Its digests are right: its contents reach every reader."""
 
     def change(values):
         if inside is None or "pieces" not in values:

@@ -34,7 +34,7 @@ def errors(writers) -> list[str]:
 
 
 def in_child(function, *arguments) -> str:
-    """What `function` returns in a process of its own."""
+    """The result of `function` in a separate process."""
     ours, theirs = _context.Pipe(duplex=False)
     process = _context.Process(target=_send, args=(theirs, function, arguments), daemon=True)
     process.start()
@@ -128,7 +128,7 @@ def test_an_error_during_the_commit_fails_the_save_on_all(tmp_path, monkeypatch,
     save(writers, 2, ranks)
 
 
-def test_a_rank_that_begins_after_rank_0_gave_up_hears_why(tmp_path):
+def test_a_rank_that_begins_after_rank_0_abandoned_the_save_reports_its_reason(tmp_path):
     writers, ranks = start(tmp_path, 2, timeout_seconds=0.1), cut(TENSORS, Grid(rows=2))
     writers[0].save(1, ranks[0], {})
     assert "no report in time from 1 of 2 ranks: 1" in (writers[0].wait()[0].error or "")
@@ -192,7 +192,7 @@ def test_a_rank_whose_rank_0_is_gone_does_not_wait_for_ever(tmp_path):
     assert "rank 0 has neither committed nor abandoned" in (writers[1].wait()[0].error or "")
 
 
-def test_too_little_free_space_is_told_in_bytes_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_free_space_is_reported_in_bytes_before_anything_is_written(tmp_path, monkeypatch):
     saved(tmp_path, TENSORS, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10_000, 9_000, 1_000))
     writers = start(tmp_path, 2)
@@ -323,7 +323,7 @@ def test_a_fence_removes_what_is_unfinished_and_nothing_else(tmp_path):
 def test_a_process_that_fails_during_a_save_ends_at_once(tmp_path):
     """The writer of rank 0 waits for a rank 1 that never comes; the process must not wait for the writer.
 
-    What is measured is the wait alone: on a busy machine the start and the end of an interpreter take seconds.
+    Only the wait is measured: on a busy machine the start and the end of an interpreter take seconds.
     """
     script = (
         "import atexit, sys, pathlib, time; from stoker.checkpoint import Checkpoints\n"

@@ -28,7 +28,7 @@ def test_a_checkpoint_of_every_version_is_read(version: Path) -> None:
 
 
 def test_this_version_has_a_golden_checkpoint_and_still_writes_it_byte_for_byte(tmp_path: Path) -> None:
-    """A change of what is written is a new format version, with a golden checkpoint of its own."""
+    """A change of the written bytes is a new format version, with its golden checkpoint."""
     write(tmp_path)
     golden = HOME / f"format-{FORMAT}" / f"step-{STEP:08d}"
     names = sorted(path.name for path in golden.iterdir())

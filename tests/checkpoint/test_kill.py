@@ -45,14 +45,14 @@ def test_a_killed_save_leaves_the_checkpoint_before_or_the_new_one(tmp_path):
         process.start()
         theirs.close()
         assert ours.poll(60)
-        assert ours.recv() >= committed  # it went on from there
+        assert ours.recv() >= committed  # it continued from there
         for _ in range(chance.randrange(3)):
             assert ours.poll(60)
             committed = ours.recv()
         time.sleep(chance.uniform(0, 0.02))
         process.kill()
         process.join()
-        with suppress(EOFError):  # until it has said all it had to say
+        with suppress(EOFError):  # until it has sent everything
             while True:
                 committed = ours.recv()
         unfinished += len(list(tmp_path.glob("*.partial")))

@@ -90,7 +90,7 @@ def test_tiling_is_proven_exactly(data, shape):
 
 
 @given(data=st.data(), shape=st.lists(st.integers(1, 5), max_size=2).map(tuple))
-def test_the_numbers_of_all_ranks_say_what_the_list_of_all_pieces_says(data, shape):
+def test_the_cover_of_all_ranks_agrees_with_the_list_of_all_pieces(data, shape):
     """Tensors of one shape, so that a gap in one could make up for an overlap in another."""
     indexes = []
     for rank in range(data.draw(st.integers(1, 3))):
@@ -144,7 +144,7 @@ def test_only_the_blocks_that_are_needed_are_read(tmp_path):
     assert holds(first_half, tensors)
 
 
-def test_a_rank_that_goes_on_where_it_was_reads_one_index(tmp_path, monkeypatch):
+def test_a_rank_on_an_unchanged_layout_reads_one_index(tmp_path, monkeypatch):
     """And one of another layout reads on until it has all it needs: not what all ranks wrote."""
     tensors = {("param", name): random_tensor((24, 5), torch.float32, n) for n, name in enumerate("abc")}
     saved(tmp_path, tensors, 1, grid=Grid(rows=12))
@@ -157,7 +157,7 @@ def test_a_rank_that_goes_on_where_it_was_reads_one_index(tmp_path, monkeypatch)
         assert set(read) == expected and holds([shards], tensors)
 
 
-def test_two_shards_may_want_the_same_elements(tmp_path):
+def test_two_shards_may_need_the_same_elements(tmp_path):
     tensors = {("param", "w"): random_tensor((40, 16), torch.float32, 1)}
     saved(tmp_path, tensors, 1)
     (shards,) = blank(cut(tensors, Grid()))
@@ -167,7 +167,7 @@ def test_two_shards_may_want_the_same_elements(tmp_path):
     assert holds([shards], tensors)
 
 
-def test_selected_tensors_are_read_alone(tmp_path):
+def test_only_selected_tensors_are_read(tmp_path):
     tensors = {("param", name): random_tensor((5, 3), torch.float32, 1) for name in ("a", "b")}
     saved(tmp_path, tensors, 1)
     assert [name for name, _ in read_tensors(newest(tmp_path)[0], select=lambda name: name == "b")] == ["b"]

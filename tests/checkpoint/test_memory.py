@@ -87,7 +87,7 @@ def test_loading_needs_the_shards_and_a_block(tmp_path, monkeypatch):
 
 
 def bytes_from_the_disk(directory: Path, other: Path) -> int:
-    """What the disk was asked for by this process while it read all of the newest checkpoint.
+    """Bytes that this process read from the disk while it read all of the newest checkpoint.
 
     It reads one in `other` before, so that no code has to come from the disk while it is counted.
     """

@@ -1,4 +1,4 @@
-"""The second tier: what is committed here arrives there, whole or not at all, and a new machine goes on from it."""
+"""The second tier: committed checkpoints arrive there, whole or not at all, and a new machine resumes from them."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def run_with(url: str, directory: Path, *steps: int, attempt: int = 1, **options
     return errors
 
 
-def test_a_new_machine_goes_on_from_an_object_store_alone(tmp_path, bucket):
+def test_a_new_machine_resumes_from_an_object_store_only(tmp_path, bucket):
     assert run_with(bucket, tmp_path / "here", 1, 2, keep=1) == [None, None]
     assert quick(bucket).steps() == [2]
     ranks = blank(cut(NEW, Grid(rows=3)))
@@ -99,7 +99,7 @@ def test_a_new_machine_goes_on_from_an_object_store_alone(tmp_path, bucket):
 
 
 def test_the_first_manifest_of_a_step_stays_on_an_object_store(tmp_path, bucket):
-    """Two lives of a run, each with a disk of its own, save the same step."""
+    """Two starts of a run, each on another disk, save the same step."""
     assert run_with(bucket, tmp_path / "first", 2) == [None]
     saved(tmp_path / "second", OLD, 2)
     other, remote = tmp_path / "second" / "step-00000002", quick(bucket)
@@ -148,7 +148,7 @@ def test_without_its_manifest_nothing_there_is_a_checkpoint(tmp_path, folder):
     assert resume_all(tmp_path / "new", ranks, quick(folder)) == [{"step": 1}]
 
 
-def test_an_upload_that_was_cut_off_goes_on_where_it_was(tmp_path, folder, monkeypatch):
+def test_an_interrupted_upload_continues_where_it_was(tmp_path, folder, monkeypatch):
     """The next attempt, of another number of ranks, uploads what is missing and nothing twice."""
     saved(tmp_path / "here", NEW, 2)
     checkpoint_path, remote = tmp_path / "here" / "step-00000002", quick(folder)
@@ -227,7 +227,7 @@ def silent_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("store", ["broken_store", "silent_store"])
-def test_a_remote_that_fails_is_told_in_one_line_and_the_local_checkpoint_stands(tmp_path, store, request):
+def test_a_remote_that_fails_is_reported_in_one_line_and_the_local_checkpoint_stays(tmp_path, store, request):
     pytest.importorskip("s3fs")
     url = request.getfixturevalue(store)
     remote = Remote(url, tries=2, pause_seconds=0.01, call_seconds=1.0)
@@ -238,7 +238,7 @@ def test_a_remote_that_fails_is_told_in_one_line_and_the_local_checkpoint_stands
     assert url in (report.error or "") and "tried 2 times" in (report.error or "") and "\n" not in (report.error or "")
     assert verify(tmp_path / "here" / "step-00000001") == []
     ranks = blank(cut(OLD, Grid()))
-    assert resume_all(tmp_path / "here", ranks, remote) == [{"step": 1}]  # what is here is enough to go on
+    assert resume_all(tmp_path / "here", ranks, remote) == [{"step": 1}]  # the local checkpoint is enough to resume
     (error,) = resume_all(tmp_path / "empty", ranks, remote)  # but nothing is no beginning
     assert isinstance(error, OSError) and url in str(error)
 

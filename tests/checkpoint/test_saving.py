@@ -135,7 +135,7 @@ def test_the_newest_valid_ones_are_kept(tmp_path):
     assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
 
 
-def test_every_rule_of_retention_keeps_what_it_says():
+def test_every_rule_of_retention_keeps_its_checkpoints():
     losses = {step: None if step == 60 else abs(step - 25) / 10 for step in range(10, 110, 10)} | {35: float("nan")}
     assert Retention(2).kept(losses) == {100, 90}
     assert Retention(1, keep_every=40).kept(losses) == {100, 40, 80}
@@ -236,7 +236,7 @@ def test_tensors_that_are_not_whole_are_never_committed(tmp_path, ranks, message
     assert newest(tmp_path) == [] and not list(tmp_path.glob("*.partial"))
 
 
-def test_a_list_of_checkpoints_tells_what_is_in_them(tmp_path):
+def test_a_list_of_checkpoints_shows_their_contents(tmp_path):
     writers = start(tmp_path, 2)
     save(writers, 1, cut(small_model(), Grid(rows=2)), {"layout": "dp_shard 2", "loss": 2.5})
     save(writers, 2, cut(small_model(), Grid(rows=2)), {"loss": "nonsense"})

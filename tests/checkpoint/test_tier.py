@@ -1,4 +1,4 @@
-"""`checkpoint.dir`: checkpoints in a faster place, found where everybody looks for them."""
+"""`checkpoint.dir`: checkpoints in a faster place, found in the run directory."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_run_has_its_checkpoints_in_one_place(checkpoints: Path, tmp_path: Pat
     assert newest(checkpoints)
 
 
-def test_a_run_does_not_change_its_place_by_a_word(checkpoints: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_change_its_place_by_an_override(checkpoints: Path, tmp_path: Path) -> None:
     make_tier(checkpoints, tmp_path / "nvme")
     for other in (None, tmp_path / "other"):
         assert f"keeps its checkpoints in {tmp_path / 'nvme'}" in refused(checkpoints, other)

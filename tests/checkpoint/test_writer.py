@@ -117,7 +117,7 @@ def test_no_save_waits_for_a_removal(tmp_path, monkeypatch):
 
 
 def test_a_snapshot_of_many_small_tensors_is_that_of_one_moment(tmp_path):
-    """Steps go on beside the writing: what is stored is all of one step."""
+    """Steps continue during the writing: everything stored is of one step."""
     (writer,) = start(tmp_path, 1)
     shards = [Shard(str(n), "param", (9,), whole((9,)), torch.zeros(9)) for n in range(300)]
     for step in range(1, 6):

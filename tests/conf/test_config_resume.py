@@ -20,7 +20,7 @@ def test_without_overrides_the_run_is_the_stored_one():
     assert {key for key in kinds() if lookup(config, key) != lookup(STORED, key)} == {"run.change"}
 
 
-def test_a_key_override_sets_that_key_alone():
+def test_a_key_override_sets_only_that_key():
     config, changes = merge(STORED, ["optim.lr=0.25"])
     assert changes == [Change("optim.lr", 0.5, 0.25, "maths")]
     assert config.optim.eps == 1e-6 and config.steps == 50
@@ -34,7 +34,7 @@ def test_a_group_override_replaces_the_whole_node():
     )
 
 
-def test_a_key_below_args_leaves_its_neighbours():
+def test_a_key_below_args_leaves_the_other_keys():
     config, changes = merge(STORED, ["model.args.b=3", "model.args.c.d=4"])
     assert config.model.args == {"a": 1, "b": 3, "c": {"d": 4}}
     assert keys(changes) == {"model.args": "fixed"}
@@ -69,7 +69,7 @@ def test_pin_keeps_a_length_that_was_given():
     assert STORED.schedule.total_steps == 50
 
 
-def test_what_speaks_of_one_start_is_taken_from_this_start():
+def test_keys_of_one_start_are_taken_from_this_start():
     assert merge(STORED, [])[0].run.change is False
     config, changes = merge(STORED, ["run.change=true", "run.fresh=true"])
     assert config.run.change and config.run.fresh and changes == []

@@ -33,7 +33,6 @@ ODD = [
     "back\\slash",
     "ends in \\",
     "\\'",
-    "",
     "=",
     "été",
     "@x",
@@ -54,7 +53,7 @@ def is_plain_text(value: str) -> bool:
 @example("[1,2]")
 @example("{a:1}")
 def test_a_text_key_takes_any_text_as_it_is(text):
-    if is_plain_text(text) and text.strip().lower() != "null":
+    if text and is_plain_text(text) and text.strip().lower() != "null":
         assert parse(f"run.name={text}").value == text
 
 
@@ -136,6 +135,12 @@ def test_own_keys_go_below_args_without_plus_signs():
         ("steps", "'steps' is not an override: expected KEY=VALUE"),
         ("parallel={tp:2}", "'parallel' is a section: set its keys one by one, such as parallel.tp=..."),
         ("model.rope_parameters=3", "'model.rope_parameters' is a section"),
+        ("data.path=", "data.path= is empty: give a value, or leave data.path out"),
+        ("run.dir=''", "run.dir= is empty"),
+        ("data.urls=", "data.urls= is empty"),
+        ("data.urls=[a,'']", "data.urls= is empty"),
+        ("data.sources.a.path=", "data.sources.a.path= is empty"),
+        ("data.sources={a:{kind:text,path:''}}", "data.sources.a.path= is empty"),
         ("steps=many", "steps=many: expected a whole number"),
         ("steps=1e3", "steps=1e3: expected a whole number"),
         ("steps=true", "steps=true: expected a whole number"),

@@ -37,7 +37,7 @@ def test_the_line_has_the_text_of_the_error_that_caused_the_others():
     ],
     ids=str,
 )
-def test_nothing_is_said_twice(error, line):
+def test_no_message_is_repeated(error, line):
     assert reason(error) == line
 
 

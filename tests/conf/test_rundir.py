@@ -127,7 +127,7 @@ def test_letters_of_every_script_stay_readable():
     assert "dir: /müller/火夫\n" in to_yaml(config)
 
 
-def test_the_keys_stand_in_the_order_of_the_schema():
+def test_the_keys_are_in_the_order_of_the_schema():
     text = to_yaml(Config())
     assert list(yaml.safe_load(text)) == [field.name for field in dataclasses.fields(Config)]
     assert text == to_yaml(Config())

@@ -60,7 +60,7 @@ def test_lookup_follows_dots():
     assert lookup(Config(), "model.rope_parameters.rope_theta") == 10000.0
 
 
-def test_what_speaks_of_one_start_does_not_last():
+def test_keys_of_one_start_are_not_stored():
     config = Config()
     config.run.fresh = config.run.change = True
     config.run.name = "kept"

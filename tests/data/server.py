@@ -89,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = data[begin:end]
         if fault in ("short", "stall"):
             body = body[:number]
-        with self.server.lock:  # before the client can know of an answer, and look
+        with self.server.lock:  # before the client gets the answer
             self.server.sent[self.path] += len(body)
             self.server.requests.append((self.path, begin, begin + len(body)))
         self.send_header("Content-Length", str(end - begin))

@@ -41,7 +41,7 @@ def test_parts_made_side_by_side_are_the_same_tokens(config, tmp_path, monkeypat
     assert arrays(config) == expected
 
 
-def test_a_build_that_was_killed_goes_on_where_it_stood(config, tmp_path, small_parts, monkeypatch):
+def test_a_killed_build_resumes_where_it_was(config, tmp_path, small_parts, monkeypatch):
     made, make = tmp_path / "made", build._make_part
     made.mkdir()
     builder = 0
@@ -102,7 +102,7 @@ def test_a_bad_document_in_a_process_is_the_same_one_line_error(config, small_pa
         cache_of(config.data)
 
 
-def test_a_process_that_is_killed_is_an_error_that_says_so(small_parts):
+def test_a_killed_process_is_reported_as_killed(small_parts):
     def die(number: int) -> None:
         if number == 3:
             os.kill(os.getpid(), signal.SIGKILL)

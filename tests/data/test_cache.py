@@ -44,7 +44,7 @@ def test_every_document_is_there_once_in_order_and_no_text_on_both_sides(config)
     assert 2 <= len(validation) <= 16
 
 
-def test_copies_of_a_text_are_on_the_same_side_whatever_their_names(config):
+def test_copies_of_a_text_are_on_the_same_side_under_any_name(config):
     folder = Path(config.data.path)
     for number, path in enumerate(sorted(folder.iterdir())):
         shutil.copy2(path, folder / f"copy-{40 - number}.md")
@@ -128,7 +128,7 @@ def empty_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [remove_meta, spoil_meta, strange_meta, cut_tokens, grow_starts, remove_starts, empty_folder]
 )
-def test_a_damaged_cache_is_made_again_and_said(config, damage, builds, caplog):
+def test_a_damaged_cache_is_made_again_with_a_warning(config, damage, builds, caplog):
     before = texts_of(config, "train")
     damage(cache_of(config.data).folder)
     assert texts_of(config, "train") == before

@@ -24,7 +24,7 @@ def test_without_marks_a_reply_is_what_the_text_grows_by_after_its_opening():
     assert learned_text(TALK, CHATML) == "hi<|im_end|>\nno<|im_end|>\n"
 
 
-def test_with_marks_it_is_what_stands_between_them():
+def test_with_marks_the_text_between_them_is_trained_on():
     assert learned_text(TALK, MARKED) == "hi;no;"
 
 
@@ -168,7 +168,7 @@ def test_the_date_is_the_one_of_the_config_and_never_the_clocks():
 @pytest.mark.parametrize(
     ("given", "written"), [("ensure_ascii=False", "é"), ("ensure_ascii=True", "\\u00e9"), ("", "é")]
 )
-def test_json_is_written_as_the_template_asks(given, written):
+def test_json_is_written_with_the_templates_arguments(given, written):
     ids, _ = encoded(ByteTokenizer(), [HELLO], template="{{ ['é'] | tojson(" + given + ") }}")
     assert ByteTokenizer().decode(ids) == f'["{written}"]'
 
@@ -190,7 +190,7 @@ def test_contents_in_parts_are_written_by_chatml_and_by_templates_that_can():
 
 @pytest.mark.parametrize("tokenizer", ["byte", "json", "tiktoken", "hub"])
 @pytest.mark.parametrize("source", [CHATML, MARKED])
-def test_every_kind_of_tokenizer_learns_the_same_text(tokenizer, source, tmp_path):
+def test_every_kind_of_tokenizer_trains_on_the_same_text(tokenizer, source, tmp_path):
     made: dict[str, Any] = {
         "byte": lambda: ByteTokenizer(),
         "json": lambda: load_tokenizer(tokenizer_json(tmp_path)),

@@ -48,7 +48,7 @@ def theirs(hub: Any, line: dict[str, Any], source: str) -> tuple[list[int], list
 
 
 def compare(folder: Path, style: str, marked: bool, count: int, seed: int) -> Counter[str]:
-    """How many of `count` conversations are equal, and refused by whom. Fails at the first silent difference."""
+    """How many of `count` conversations are equal, and refused by whom. Fails at the first unreported difference."""
     tokenizer = load_tokenizer(hub_folder(folder, template(style, marked)))
     assert isinstance(tokenizer, HubTokenizer)
     hub = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -75,7 +75,7 @@ def agree(name: str, data: bytes, owner: Callable[[bytes], list[str]]) -> bool:
     """Compare with what the owner reads; whether it was read."""
     try:
         theirs: list[str] | None = [text for text in owner(data) if text]
-    except Exception:  # each library has errors of its own
+    except Exception:  # libraries raise different errors
         theirs = None
     either = ours(name, data)
     for found in either:

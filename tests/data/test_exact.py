@@ -116,10 +116,10 @@ def test_an_epoch_of_real_text_tiles_the_tokens_of_every_document(tmp_path, pack
         out = np.empty((4, count, plan.seq_len), np.int32)
         plan.read(numbers, out)
         labels = out[LABELS][out[LABELS] != IGNORE_INDEX]
-        assert np.array_equal(labels, plan.tokens.ids[places])  # the planes hold what the pieces say
+        assert np.array_equal(labels, plan.tokens.ids[places])  # the planes match the pieces
 
 
-def test_what_a_mixture_reads_of_each_source_is_what_the_source_alone_reads(tmp_path):
+def test_a_mixture_reads_each_source_in_the_order_of_the_single_source(tmp_path):
     plan = open_rows(mixture(tmp_path), "train")
     assert isinstance(plan, MixedPlan)
     rows = np.arange(20 * BATCH)
@@ -149,7 +149,7 @@ def test_the_shares_of_a_mixture_are_its_weights_in_every_phase(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_weights_changed_in_mid_run_hold_from_there_on_and_leave_the_past_alone(tmp_path, workers):
+def test_weights_changed_in_mid_run_hold_from_there_on_and_do_not_change_earlier_rows(tmp_path, workers):
     config = changed(mixture(tmp_path), phases=[])
     before, state = run(config, [(2, workers, 3)])
     other = changed(config, weights={"few": 0, "lines": 1, "ids": 1})
@@ -173,7 +173,7 @@ def test_a_phase_begins_at_its_step_on_every_resume(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_rows_of_steps_that_are_passed_over_are_read_by_nobody_and_shift_nothing(tmp_path, workers):
+def test_rows_of_skipped_steps_are_not_read_and_shift_nothing(tmp_path, workers):
     config = mixture(tmp_path)
     expected, _ = run(config, [(1, 0, 9)])
     found, state = run(config, [(2, workers, 4)], steps=[1, 4, 5, 9])
@@ -204,7 +204,7 @@ def test_a_mixture_that_makes_no_sense_is_one_clear_error(tmp_path, change, mess
         open_rows(changed(mixture(tmp_path), **{"temperature": 2.0} | change), "train")
 
 
-def test_sources_of_different_packings_and_row_lengths_have_tables_of_their_own(tmp_path):
+def test_sources_of_different_packings_and_row_lengths_have_separate_tables(tmp_path):
     config = KINDS["best_fit"](tmp_path)
     first = open_rows(config, "train").rows_per_epoch
     config.seq_len = 64

@@ -34,14 +34,16 @@ Read = Callable[..., list[str]]
 
 
 def indexed(path: Path, **data: object) -> list[str]:
-    config = DataConfig(target="stoker.data.text:open_source", name="text", path=str(path), **data)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    config = DataConfig(target="stoker.data.text:open_source", name="text", path=str(path), **data)
     return [text for part in parts_of(open_source(config)) for _, text, _ in part.texts()]
 
 
 def streamed(path: Path, **data: object) -> list[str]:
     target = "stoker.data.streaming.sources:open_text"
     cache = str((path if path.is_dir() else path.parent).parent / "cache")
-    config = DataConfig(splits=target, name="text", path=str(path), split_bytes=512, cache=cache, **data)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    config = DataConfig(splits=target, name="text", path=str(path), split_bytes=512, cache=cache, **data)
     found, store = import_target(target)(config), open_store(config)
     return [
         str(content) for split in range(len(found)) for _, content in found.read(split, store, refuse) if len(content)
@@ -102,7 +104,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_objects_and_rows_are_documents_whatever_the_file_is_called(tmp_path, read, name):
+def test_objects_and_rows_are_documents_under_any_file_name(tmp_path, read, name):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / name).write_bytes(NAMES[name])
     assert read(tmp_path / "d") == TEXTS

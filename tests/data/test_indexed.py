@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stoker.data import open_rows, read_rows
+from stoker.data import open_rows, open_samples, read_rows
 from stoker.data.indexed import IndexPlan
 from stoker.data.tokens import Tokens
 from stoker.parallel.batch import IGNORE_INDEX
@@ -115,12 +115,12 @@ def test_validation_rows_keep_the_order_of_the_tokens_and_end(config):
 def test_too_many_evaluation_rows_are_refused_with_how_many_there_are(config):
     available = open_rows(config, "validation").rows_per_epoch
     config.eval.sequences = available
-    open_rows(config, "validation")
+    assert [len(sample.numbers) for sample in open_samples(config)] == [available, available]
     config.eval.sequences = available + 1
     with pytest.raises(
-        ValueError, match=f"eval.sequences={available + 1}, but the .* make {available} rows of 16 tokens"
+        ValueError, match=f"eval.sequences={available + 1}, but the .* make {available} sequences of 16 tokens"
     ):
-        open_rows(config, "validation")
+        open_samples(config)
 
 
 def test_data_shorter_than_a_row_are_refused(config):
@@ -133,5 +133,5 @@ def test_data_shorter_than_a_row_are_refused(config):
 
 def test_a_split_of_nothing_is_refused(config):
     config.data.validation = 0.0
-    with pytest.raises(ValueError, match=r"0 validation documents of 0 tokens.*raise data.validation=0.0"):
+    with pytest.raises(ValueError, match=r"0 validation documents of 0 tokens.*give more text or lower seq_len"):
         open_rows(config, "validation")

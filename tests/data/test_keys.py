@@ -29,8 +29,8 @@ SHORT = (
 )
 LONG = SHORT.replace("A:", "### The assistant says: ").replace("Q:", "### The user asks: ")
 
-SOURCE = keys.SourceKey("content", "tokenizer", "encoder", 0.1)
-WINDOWS = keys.WindowsKey({"format": "jsonl", "content": "a"}, 10, 2, 0, "byte", 0.1)
+SOURCE = keys.SourceKey("content", "tokenizer", "encoder", 0.1, "position")
+WINDOWS = keys.WindowsKey({"format": "jsonl", "content": "a"}, 10, 2, 0, "byte", 0.1, "position")
 EXAMPLES = (
     keys.MemoKey(1, (("a", "1"), ("b", None))),
     keys.TokensKey(1, "content", "tokenizer", 0.1, "encoder"),
@@ -39,7 +39,7 @@ EXAMPLES = (
     keys.IndexedFingerprint(1, "byte", "train", 0.1, "padded", True, 32, 0, (("a", SOURCE), ("b", SOURCE)), True),
     keys.SplitsKey("jsonl", "shards", "content", (("column", "text"),)),
     WINDOWS,
-    keys.HeldOutKey(1, WINDOWS, 8, 32, "padded", False),
+    keys.HeldOutKey(1, WINDOWS, 8, 32, "padded", False, "train"),
     keys.StreamedFingerprint(1, 8, 16, "padded", True, 32, (("a", WINDOWS), ("b", WINDOWS))),
     keys.BlockKey("url", 10, "version", 4, 0),
     keys.IndexKey("url", 10, "version"),
@@ -89,7 +89,7 @@ def test_every_class_of_keys_has_an_example():
 
 
 def test_no_other_module_of_data_makes_keys():
-    """Tokenizers and templates have fingerprints of their own, which are ingredients; shuffling draws from a hash."""
+    """Tokenizers and templates have separate fingerprints, which are ingredients; shuffling draws from a hash."""
     allowed = {"keys.py", "shuffle.py", "chat.py", "chat_template.py", "tokenizer.py", "tokenizer_files.py"}
     allowed |= {"hub_tokenizer.py", "tiktoken_files.py"}
     root = Path(keys.__file__).parent
@@ -278,7 +278,7 @@ def body_of(values: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(("mode", "what"), [(mode, what) for mode in CHANGES for what in CHANGES[mode]])
-def test_whatever_changes_sequences_changes_the_fingerprint(tmp_path, mode, what):
+def test_every_key_that_changes_sequences_changes_the_fingerprint(tmp_path, mode, what):
     config = MAKE[mode](tmp_path)
     before = fingerprint(config)
     assert fingerprint(config) == before
@@ -331,14 +331,14 @@ def test_rows_under_a_template_are_not_cut_by_the_table_of_another(tmp_path):
     assert rows(SHORT) == short
 
 
-def test_a_run_does_not_go_on_under_an_edited_template(tmp_path):
+def test_a_run_does_not_resume_with_an_edited_template(tmp_path):
     stream = IndexedLoader(open_rows(chat(tmp_path, SHORT), "train"), 2)
     stream.next()
     state = json.loads(json.dumps(stream.state()))
     IndexedLoader(open_rows(chat(tmp_path, SHORT), "train"), 2).load_state(state)
     with pytest.raises(
         ValueError,
-        match=r"has read 2 rows of: encoder was chat \w+ transformers [\d.]+ and is chat \w+ transformers [\d.]+$",
+        match=r"2 rows of other data: encoder was chat \w+ transformers [\d.]+ and is chat \w+ transformers [\d.]+$",
     ):
         IndexedLoader(open_rows(chat(tmp_path, LONG), "train"), 2).load_state(state)
 
@@ -370,7 +370,7 @@ def test_an_ingredient_that_the_data_do_not_have_was_none_in_earlier_versions_to
         stream.load_state(state)
 
 
-def test_a_mixture_whose_source_has_ended_does_not_go_on_with_more_epochs(tmp_path):
+def test_a_mixture_whose_source_has_ended_does_not_continue_with_more_epochs(tmp_path):
     write_texts(tmp_path / "few", 3)
     write_texts(tmp_path / "many", 60, seed=1)
     few = {"kind": "text", "path": str(tmp_path / "few"), "weight": 1, "validation": 0.0}

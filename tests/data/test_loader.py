@@ -159,7 +159,7 @@ def test_all_that_changes_the_rows_changes_the_fingerprint(config: Config, secti
     assert open_rows(config, "train").fingerprint != before
 
 
-def test_more_epochs_go_on_where_the_state_was(config: Config):
+def test_more_epochs_continue_at_the_state(config: Config):
     config.data.epochs = 1
     stream = IndexedLoader(open_rows(config, "train"), 24)
     while stream.batches_left:
@@ -188,7 +188,7 @@ def test_all_ranks_end_at_the_same_batch(total, per_rank, dp, first):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_the_last_partial_batch_is_left_out_and_said(workers, caplog):
+def test_the_last_partial_batch_is_left_out_and_logged(workers, caplog):
     caplog.set_level("INFO")
     with closing(IndexedLoader(NumberPlan(total_rows=22), 8, workers=workers)) as stream:
         assert "22" not in caplog.text and "6 rows that fill no global batch of 8" in caplog.text
@@ -222,5 +222,5 @@ def test_a_state_of_an_older_format_is_refused_clearly(config: Config):
     stream = IndexedLoader(open_rows(config, "train"), 24)
     old = stream.state()["fingerprint"]
     del old["format"]
-    with pytest.raises(ValueError, match=r"has read 48 rows of: format was None and is 2$"):
+    with pytest.raises(ValueError, match=r"has read 48 rows of other data: format was None and is 2$"):
         stream.load_state({"row": 48, "fingerprint": old, "sources": {}})

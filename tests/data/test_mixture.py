@@ -73,13 +73,13 @@ def test_nothing_drifts_at_the_quadrillionth_row():
 @example(536_870_912, 536_870_911, 1_073_741_822)  # and of what is left of it after the first division
 @given(st.integers(1, 1 << 29), st.integers(1, 1 << 29), st.integers(0, 10**17))
 def test_counts_are_exact_whole_numbers(left, right, row):
-    large, small = max(left, right + 1), min(left, right)  # the heavier stands left
+    large, small = max(left, right + 1), min(left, right)  # the heavier is on the left
     taken = (row * large + (large + small) // 2) // (large + small)
     assert endless(large, small).counts(row) == (taken, row - taken)
 
 
 @given(weights, st.integers(0, 3000), st.data())
-def test_a_change_of_weights_leaves_earlier_rows_and_each_sources_order_alone(wanted, at, data):
+def test_a_change_of_weights_keeps_earlier_rows_and_each_sources_order(wanted, at, data):
     new = data.draw(st.lists(st.integers(0, 50), min_size=len(wanted), max_size=len(wanted)).filter(any))
     before, after = endless(*wanted), mix([(0, wanted), (at + 1, new)], [None] * len(wanted))
     rows = np.arange(at + 1)
@@ -92,7 +92,7 @@ def test_a_change_of_weights_leaves_earlier_rows_and_each_sources_order_alone(wa
     assert all(abs(count - 300 * weight / sum(new)) <= 3 for count, weight in zip(got, new, strict=True))
 
 
-def test_a_source_that_has_given_all_its_rows_leaves_and_the_others_go_on():
+def test_a_source_without_further_rows_leaves_and_the_others_continue():
     mixture = mix([(0, (1, 1, 2))], [5, None, None])
     sources, numbers = mixture.assign(np.arange(400))
     assert numbers[sources == 0].tolist() == [0, 1, 2, 3, 4]

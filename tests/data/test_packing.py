@@ -84,7 +84,7 @@ def test_no_document_that_fits_a_row_is_cut(lengths, seq_len, packing):
 
 
 @given(lengths_of_documents, st.integers(2, 16))
-def test_best_fit_needs_no_more_rows_than_padding_and_padding_gives_each_document_its_own(lengths, seq_len):
+def test_best_fit_needs_no_more_rows_than_padded_and_padded_has_a_row_for_each_document(lengths, seq_len):
     _, begins = laid_out(lengths)
     assert len(best_fit(begins, np.array(lengths), seq_len)) <= len(padded(begins, np.array(lengths), seq_len))
     assert set(np.diff(padded(begins, np.array(lengths), seq_len).firsts)) == {1}
@@ -108,7 +108,7 @@ def test_planes_are_what_a_walk_over_the_pieces_gives(lengths, seq_len, mask):
             assert out[:, row, place].tolist() == [here[0], label, position, here[1]]
 
 
-def test_padding_has_no_label_and_a_document_of_its_own():
+def test_padding_has_no_label_and_a_separate_document_number():
     out = rows_of(padded(np.array([0, 3]), np.array([3, 2]), 4), np.array([1, 2, END, 3, END]), 4)
     assert out[TOKENS].tolist() == [[1, 2, END, 0], [3, END, 0, 0]]
     assert out[LABELS].tolist() == [

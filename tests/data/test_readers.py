@@ -1,4 +1,4 @@
-"""Reader processes live and die with their rank, and only with it."""
+"""Reader processes end with their rank, and only with it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ RANK = """
 
 @contextmanager
 def started_rank(seconds_per_batch: float = 0.0) -> Iterator[subprocess.Popen]:
-    """A rank in a process group of its own, with the handlers of a trainer, that reads a batch when asked."""
+    """A rank in a separate process group, with the handlers of a trainer, that reads a batch on request."""
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(RANK), str(seconds_per_batch)],
         cwd=ROOT,
@@ -144,7 +144,7 @@ def test_a_killed_reader_is_one_clear_error_within_seconds():
         assert not alive(other)
 
 
-def test_a_token_file_cut_under_a_reader_is_an_error_that_says_so(config):
+def test_a_token_file_cut_during_reading_is_reported(config):
     program = """
         import json, os, sys
         from stoker.conf.schema import Config, from_dict
@@ -167,7 +167,7 @@ def test_a_reader_killed_while_it_reads_is_an_error_too():
             loader.next()
 
 
-def test_what_fails_in_a_reader_is_told_in_the_rank():
+def test_an_error_in_a_reader_is_raised_in_the_rank():
     with closing(IndexedLoader(NumberPlan(fails_at=9), 4, workers=2)) as loader:
         assert [loader.next().tokens[0, 0].item() for _ in range(2)] == [0, 4]
         with pytest.raises(RuntimeError, match=r"(?s)a data reader failed .*ValueError: row 9 is unreadable"):

@@ -17,7 +17,7 @@ def test_an_epoch_holds_every_row_exactly_once(size, seed, epoch):
 
 
 @given(sizes, seeds, epochs, st.data())
-def test_a_row_alone_is_the_row_among_others(size, seed, epoch, data):
+def test_a_row_read_separately_equals_the_row_in_a_batch(size, seed, epoch, data):
     index = data.draw(st.integers(0, size - 1))
     assert permute(np.array([index]), size, seed, epoch)[0] == permute(np.arange(size), size, seed, epoch)[index]
 
@@ -43,7 +43,7 @@ def test_every_place_is_equally_likely():
     assert ((counts - 400) ** 2 / 400).sum() < 150
 
 
-def test_neighbours_are_torn_apart():
+def test_consecutive_elements_are_separated():
     order = permute(np.arange(10_000), 10_000, 0, 0)
     assert abs(np.corrcoef(np.arange(10_000), order)[0, 1]) < 0.05
     assert (abs(np.diff(order)) < 10).mean() < 0.01

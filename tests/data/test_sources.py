@@ -61,7 +61,7 @@ def test_one_file_is_one_document(config):
     assert [document.name for document in open_source(config.data)] == ["text-001.txt"]
 
 
-def test_stamps_tell_a_version_once_a_second_write_would_show(tmp_path, monkeypatch):
+def test_stamps_give_a_version_only_once_a_second_write_would_change_them(tmp_path, monkeypatch):
     path = tmp_path / "text.txt"
     path.write_text("one")
     assert file_document("text.txt", path).version is None
@@ -155,7 +155,7 @@ def open_none(config: DataConfig) -> list[Document]:
     return []
 
 
-def test_a_users_own_source_is_named_by_import_path(tmp_path):
+def test_a_users_source_is_named_by_import_path(tmp_path):
     config = DataConfig(target=f"{__name__}:open_two", cache=str(tmp_path), validation=0.0, args={"second": "more"})
     tokens = cache_of(config).tokens("train")
     assert ByteTokenizer().decode(tokens.ids) == "first textmore"

@@ -41,7 +41,7 @@ def pattern_of(name: str) -> str:
 
 
 @pytest.mark.parametrize("count", PUBLISHED)
-def test_a_published_file_is_cut_and_ended_its_own_way(count, tmp_path):
+def test_a_published_file_has_its_split_pattern_and_end(count, tmp_path):
     known, name, end, number, vocabulary = PUBLISHED[count]
     path = tiktoken_file(tmp_path / "a.tiktoken", count, *TOKENS)
     ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in path.read_bytes().splitlines()}

@@ -101,7 +101,7 @@ def test_the_last_documents_are_kept_for_validation(tmp_path):
     assert validation.tokens.starts.tolist() == [0, 5]
 
 
-def test_what_prepare_made_is_a_source_of_its_own_with_its_tokenizer_and_splits(config, tmp_path):
+def test_prepared_data_are_a_source_with_their_tokenizer_and_splits(config, tmp_path):
     config.data.tokenizer, config.data.bpe_vocab = "bpe", 300
     folder = cache_of(config.data).folder
     folder.rename(tmp_path / "elsewhere")
@@ -160,7 +160,7 @@ def index_cut_short(folder: Path) -> str:
 def index_of_more(folder: Path) -> str:
     megatron(folder / "a", DOCUMENTS)
     np.arange(4, dtype=np.uint16).tofile(folder / "a.bin")
-    return r"a.idx speaks of sequence 1 of 2 tokens from byte 6 on, and a.bin has 8 bytes"
+    return r"a.idx lists sequence 1 of 2 tokens from byte 6 on, and a.bin has 8 bytes"
 
 
 def two_dimensions(folder: Path) -> str:
@@ -201,7 +201,7 @@ def test_tokens_without_a_tokenizer_need_a_vocabulary(tmp_path):
     config = config_of(tmp_path, write_npy(tmp_path / "ids"))
     assert vocabulary(config) == 300
     config.model.vocab_size = None
-    with pytest.raises(ValueError, match=r"say data.tokenizer=PATH, or at least model.vocab_size=N"):
+    with pytest.raises(ValueError, match=r"set data.tokenizer=PATH, or at least model.vocab_size=N"):
         vocabulary(config)
 
 

@@ -90,7 +90,7 @@ SWAPPED = (b"\1\2\3\4", index(1, [2, 2], [2, 0], [0, 1, 2]))
 @settings(max_examples=150)
 @given(indexed())
 @example(SWAPPED)
-def test_indexed_datasets_give_the_documents_that_their_format_says(files):
+def test_indexed_datasets_have_the_documents_of_their_format(files):
     with tempfile.TemporaryDirectory() as folder:
         written(Path(folder), "d.bin", files[0])
         written(Path(folder), "d.idx", files[1])
@@ -98,16 +98,16 @@ def test_indexed_datasets_give_the_documents_that_their_format_says(files):
     assert documents(Tokens(*found)) == by_format(*files)
 
 
-def test_pointers_decide_where_a_sequence_lies(tmp_path):
+def test_pointers_decide_the_position_of_a_sequence(tmp_path):
     sizes = [20 + n for n in range(6)]
-    begins = np.cumsum([0, *sizes[:0:-1]])[::-1] * 2  # the last sequence lies first
+    begins = np.cumsum([0, *sizes[:0:-1]])[::-1] * 2  # the last sequence comes first
     ids = np.concatenate([np.full(20 + n, n + 1, "<u2") for n in range(5, -1, -1)])
     written(tmp_path, "d.bin", ids.tobytes())
     written(tmp_path, "d.idx", index(8, sizes, begins.tolist(), range(7)))
     assert read(tmp_path) == [[n + 1] * (20 + n) for n in range(6)]
 
 
-def test_what_no_sequence_holds_is_told(tmp_path, caplog):
+def test_tokens_in_no_sequence_are_logged(tmp_path, caplog):
     written(tmp_path, "d.bin", np.arange(10, dtype="<u2").tobytes())
     written(tmp_path, "d.idx", index(8, [2, 4], [0, 12], [0, 1, 2]))
     assert read(tmp_path) == [[0, 1], [6, 7, 8, 9]]
@@ -118,7 +118,7 @@ GOOD = (8, [2, 3], [0, 4], [0, 1, 2])
 BAD_INDEXES = {
     "bytes from byte 10 on come after every sequence of d.idx": (index(*GOOD), bytes(16)),
     "d.bin has 11 bytes, no multiple of 2": (index(*GOOD), bytes(11)),
-    "speaks of sequence 1 of 3 tokens from byte 4 on, and d.bin has 8 bytes": (index(*GOOD), bytes(8)),
+    "lists sequence 1 of 3 tokens from byte 4 on, and d.bin has 8 bytes": (index(*GOOD), bytes(8)),
     "end at byte 82, and it has 81: it is cut short": (index(*GOOD)[:-1], bytes(10)),
     "end at byte 82, and it has 83: 1 bytes follow": (index(*GOOD) + b"x", bytes(10)),
     "sequences of other modes than text": (index(*GOOD, more=b"\0\1"), bytes(10)),
@@ -204,7 +204,7 @@ def test_ids_of_four_bytes_are_never_taken_for_two(tmp_path):
     assert read(tmp_path, dtype="uint32") == [IDS.tolist()]
 
 
-def test_a_name_that_states_a_width_is_believed(tmp_path):
+def test_a_name_that_states_a_width_sets_it(tmp_path):
     written(tmp_path, "a.u32", IDS.astype("<u4").tobytes())
     assert read(tmp_path) == [IDS.tolist()]
     with pytest.raises(ValueError, match=r"a.u32: data.args.dtype=uint16, but its name means uint32"):

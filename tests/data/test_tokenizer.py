@@ -52,7 +52,7 @@ def test_the_byte_vocabulary_divides_over_ranks():
     assert ByteTokenizer.vocab_size % 64 == 0 and ByteTokenizer.vocab_size > ByteTokenizer.end_of_document == 256
 
 
-def test_bpe_learns_merges_and_is_the_same_for_the_same_texts():
+def test_bpe_has_merges_and_is_the_same_for_the_same_texts():
     bpe = JsonTokenizer.train(TEXTS, 300)
     assert bpe.json == TOKENIZERS["bpe"].json and bpe.fingerprint == TOKENIZERS["bpe"].fingerprint
     assert len(bpe.encode(TEXTS[0])) < len(TEXTS[0].encode()) / 2

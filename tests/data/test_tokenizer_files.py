@@ -26,7 +26,7 @@ def tokenizer_json(folder: Path) -> Path:
 
 
 def with_another_end(folder: Path) -> Path:
-    """A folder as transformers keeps it; its text ends with a token of its own, and encoding would add another."""
+    """A folder as transformers keeps it; its text ends with an end token, and encoding would add another."""
     values = json.loads(trained().json)
     values["added_tokens"][0]["content"] = "<|im_end|>"
     vocab = values["model"]["vocab"]
@@ -88,7 +88,7 @@ def test_the_characters_of_tokens_are_places_in_the_text(path):
         assert "\ufffd" in decoded or decoded == text[:end]
 
 
-def test_the_end_of_a_document_is_the_one_the_folder_names_or_the_one_asked_for(tmp_path):
+def test_the_end_of_a_document_is_the_folders_or_the_configured_one(tmp_path):
     folder = with_another_end(tmp_path)
     expected = trained().end_of_document
     assert load_tokenizer(folder).end_of_document == expected

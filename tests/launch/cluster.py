@@ -61,7 +61,7 @@ def missing() -> str | None:
 
 @contextmanager
 def running(folder: Path) -> Iterator[None]:
-    """While this lasts, Slurm's commands of this process and its children speak to a cluster of their own."""
+    """While this lasts, Slurm's commands of this process and its children use a private cluster."""
     ports = _free_ports(4)
     host = socket.gethostname().partition(".")[0]
     names = dict(zip(("port", "first", "second", "third"), ports, strict=True))

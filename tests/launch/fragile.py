@@ -1,4 +1,4 @@
-"""The ordinary model, but what its last block says is infinite as soon as it is large, on every layout alike."""
+"""The ordinary model, but the output of its last block is infinite as soon as it is large, on every layout."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Home:
 
     def submit(self, run: Path, *more: str) -> list[str]:
         """`stoker submit` on two nodes of two ranks; the numbers of the jobs."""
-        slow = [*FOUR, SLOW, "launch=slurm", "launch.nodes=2", "launch.nproc=2"]
+        slow = [*FOUR, SLOW, "launch=slurm", "launch.nodes=2", "launch.nproc=2", "launch.cpus=2"]
         status, output = self.call(*command("submit", *overrides(run, self.path / "text", *slow, *more)))
         assert status == 0, output
         return output.split(" as job ")[1].split(";")[0].split(", then ")

@@ -31,8 +31,9 @@ SMALL = [
     "model.intermediate_size=64",
     "seq_len=32", "batch.size=8", "batch.micro_size=2", "steps=30", "launch.nproc=2", "parallel.zero=2",
     "precision=fp32", "optim.lr=1e-2", "checkpoint.every=5", "data=text", "launch.threads=1", "log.every=1",
+    "eval.sequences=0",
 ]  # fmt: skip
-COMPARED = ("step", "updates", "loss", "grad_norm", "lr", "tokens")  # what "bitwise" speaks of
+COMPARED = ("step", "updates", "loss", "grad_norm", "lr", "tokens")  # the columns that "bitwise" compares
 
 
 def write_text(folder: Path, documents: int = 40) -> Path:
@@ -60,7 +61,7 @@ def command(*words: str) -> list[str]:
 
 @contextmanager
 def started(home: Path, words: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A process of its own session. When the block ends, it and everything that runs under `home` are ended."""
+    """A process in a separate session. When the block ends, it and everything that runs under `home` are ended."""
     process = subprocess.Popen(
         words, env=environment(home), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True, cwd=options.pop("cwd", home), **options,
@@ -101,7 +102,7 @@ def train_forked(home: Path, words: list[str]) -> tuple[int, str]:
 
 
 def _train(environment: dict[str, str], home: Path, words: list[str], output: str) -> None:
-    from stoker.conf.schema import to_dict  # not above: whoever starts processes only needs none of it
+    from stoker.conf.schema import to_dict  # not at the top: tests that only start processes do not need it
     from stoker.conf.values import ConfigError
     from stoker.trainer.main import CONFIG_VARIABLE, main
     from stoker.trainer.settle import settle_config

@@ -1,6 +1,6 @@
 """The ordinary model, but each forward pass takes a while: time in which a test can do something to a run.
 
-A start with STOKER_TEST_SLOW=0 in its environment goes on at full speed.
+A start with STOKER_TEST_SLOW=0 in its environment continues at full speed.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.launch.runs import (
     overrides,
     started,
     steps_of,
+    train_forked,
     train_here,
     wait_until,
     write_text,
@@ -48,7 +50,7 @@ def process(home: Path) -> Call:
 
 
 def refused(call: Call, *words: str) -> str:
-    """What `stoker <words>` says when it refuses: one line, with the reasons below it where there are several."""
+    """The message of `stoker <arguments>` when it refuses: one line, with several reasons below it."""
     status, output = call(*words)
     assert status != 0, output
     lines = output.strip().splitlines()
@@ -102,13 +104,27 @@ def test_a_run_directory_that_cannot_be_written_is_named(home: Path, call: Call)
     assert str(home / "file") in refused(call, "train", *overrides(home / "file" / "run", home / "text"))
 
 
-def test_a_model_that_cannot_be_imported_is_named(home: Path) -> None:
-    words = overrides(home / "no-model", home / "text", "model.target=no_such_module:build")
-    assert "no_such_module" in refused(process(home), "train", *words)
-    assert RunDirectory(home / "no-model").attempt_numbers() == [1], "there is no point in another attempt"
+@pytest.mark.parametrize(
+    ("key", "path", "message"),
+    [
+        ("model.target", "no_such_module:build", "cannot import 'no_such_module'"),
+        ("model.target", "stoker.models.decoder:biuld", "module 'stoker.models.decoder' has no 'biuld'"),
+        ("optim.target", "defective:build", "NameError: name 'undefined' is not defined ({home}/defective.py:1)"),
+        ("data.target", "half:build", "SyntaxError: "),
+        ("optim.target", "sys:path", "expected a function or a class"),
+    ],
+)
+def test_code_that_cannot_be_imported_is_named_before_a_rank_is_spawned(
+    home: Path, call: Call, key: str, path: str, message: str
+) -> None:
+    (home / "defective.py").write_text("undefined\n")
+    (home / "half.py").write_text("def build(:\n")
+    status, output = call("train", *overrides(home / "no-code", home / "text"), f"{key}={path}")
+    assert status == 2 and message.format(home=home) in output and key in output, output
+    assert len(output.strip().splitlines()) == 1 and RunDirectory(home / "no-code").attempt_numbers() == []
 
 
-def test_a_launcher_that_does_not_say_how_many_ranks_a_machine_has_is_told(home: Path) -> None:
+def test_a_launcher_without_the_number_of_ranks_on_a_machine_is_refused(home: Path) -> None:
     place = ("RANK=0", "WORLD_SIZE=2", "LOCAL_RANK=0")
     words = ["env", *place, command()[0], "-P", "-m", "stoker.trainer", *overrides(home / "alone", home / "text")]
     status, output = finish(home, words)
@@ -122,6 +138,14 @@ def trained(home: Path) -> Path:
     return run
 
 
+def test_fewer_steps_than_are_done_are_told(home: Path, trained: Path) -> None:
+    run = home / "fewer"
+    shutil.copytree(trained, run)
+    status, output = train_forked(home, [f"run.dir={run}", "steps=2"])
+    assert status == 0 and last_step(run) == 3, output
+    assert "nothing to do: steps=2 is below the 3 that are done; a number above 3 for steps goes on" in output
+
+
 def test_a_wrong_prompt_run_or_step_is_named(home: Path, call: Call, trained: Path) -> None:
     assert "prompt" in refused(call, "generate", str(trained), "--prompt", "")
     assert "temperature" in refused(call, "generate", str(trained), "--prompt", "a", "--temperature", "0")
@@ -131,7 +155,7 @@ def test_a_wrong_prompt_run_or_step_is_named(home: Path, call: Call, trained: Pa
     assert "no checkpoints" in refused(call, "checkpoint", "ls", str(home / "no-model"))
 
 
-def test_the_model_speaks_and_the_same_seed_says_the_same(home: Path, call: Call, trained: Path) -> None:
+def test_the_model_generates_and_the_same_seed_repeats_the_text(home: Path, call: Call, trained: Path) -> None:
     words = ["generate", str(trained), "--prompt", "document", "--tokens", "20", "--seed", "3"]
     (status, first), (_, second) = process(home)(*words), call(*words)
     assert status == 0 and first == second and first.startswith("document") and len(first) > len("document\n")
@@ -167,9 +191,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(home: Pat
     assert steps_of(run)[:10] == before and len(steps_of(run)) == 11
 
 
-def test_where_no_checkpoint_is_sound_the_run_ends_and_begins_again_only_when_asked_to(
-    home: Path, trained: Path
-) -> None:
+def test_where_no_checkpoint_is_sound_the_run_ends_and_starts_over_only_on_request(home: Path, trained: Path) -> None:
     run = home / "all damaged"
     subprocess.run(["cp", "-r", trained, run], check=True)
     [checkpoint] = RunDirectory(run).checkpoints.glob("step-*")
@@ -241,7 +263,7 @@ def test_a_trained_tokenizer_outlives_the_texts(home: Path, call: Call) -> None:
     assert status == 0 and output.startswith("document"), output
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_speaks(home: Path, call: Call) -> None:
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_generates(home: Path, call: Call) -> None:
     run = home / "speaks"
     train_here(home, overrides(run, home / "text", "steps=10"))
     file = RunDirectory(run).checkpoints / "step-00000010" / "rank-00000.safetensors"

@@ -35,7 +35,8 @@ def replay(run: str, step: int) -> tuple[int, str]:
     dist.destroy_process_group()  # a user's process has none
     os.chdir(Path(run).parent)
     os.environ |= environment(Path(run).parent)  # the run's start recorded there that its code is this user's
-    with contextlib.redirect_stdout(io.StringIO()) as shown:
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
         status = main(["replay", run, "--step", str(step)])
     return status, shown.getvalue()
 
@@ -72,6 +73,8 @@ def test_rollbacks_have_a_budget_and_a_step_can_be_replayed(home: Path) -> None:
     assert ending is not None and ending.outcome is Outcome.NONFINITE and "1 rollbacks" in ending.message
     status, output = replayed(run, 8)
     assert status == 0 and "from the checkpoint of step 5: rows 56 to 63" in output
+    assert "2 steps are trained first, 6 to 7, from the checkpoint of step 5\n" in output
+    assert "stoker: step 6 of 7 is trained\nstoker: step 7 of 7 is trained\n" in output
     loss = next(step["loss"] for step in read(RunDirectory(run).metrics) if step["step"] == 8)
     assert float(output.partition("loss ")[2].split()[0]) == pytest.approx(loss, rel=1e-5)
     assert f"(in the run: {loss})" in output and "every number is finite" in output
@@ -89,7 +92,7 @@ def test_a_replayed_bad_step_names_the_first_module(home: Path, layout: str, poi
     status, output = train_forked(home, overrides(run, home / "text", *words))
     assert status == 0, output
     assert [step["skipped"] for step in read(RunDirectory(run).metrics)] == [True, False, True, True]
-    for step, module in ((1, poisoned), (3, "layers.1")):  # on purpose; and by itself, after one update
+    for step, module in ((1, poisoned), (3, "layers.1")):  # injected; and of its own accord after one update
         status, output = replayed(run, step)
         assert status == 1, output
         assert f"first output that is not finite: {module} (micro-batch 1)" in output, output

@@ -1,4 +1,4 @@
-"""`stoker check` says whether a layout computes the same, and cannot be fooled by one that does not."""
+"""`stoker check` reports whether a layout computes the same, and finds one that does not."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check(home: Path, *words: str) -> tuple[int, str]:
     ],
     ids=" ".join,
 )
-def test_a_layout_that_computes_the_same_is_told_so(home: Path, layout: list[str]) -> None:
+def test_a_layout_that_computes_the_same_is_reported_as_the_same(home: Path, layout: list[str]) -> None:
     status, output = check(home, *layout)
     assert status == 0 and "the same run" in output and "differs" not in output.replace("differs by", ""), output
     for what in ("loss", "gradient norm", "gradient "):

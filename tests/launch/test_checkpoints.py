@@ -27,7 +27,7 @@ from tests.launch.runs import (
 
 
 def run_with_an_obstacle(home: Path, name: str, *more: str) -> tuple[int, str, RunDirectory]:
-    """A run in which something else stands where the checkpoint of step 5 should."""
+    """A run in which something else has the name of the checkpoint of step 5."""
     run = RunDirectory(home / name)
     run.checkpoints.mkdir(parents=True)
     (run.checkpoints / "step-00000005").touch()
@@ -36,7 +36,7 @@ def run_with_an_obstacle(home: Path, name: str, *more: str) -> tuple[int, str, R
     return status, output, run
 
 
-def test_a_save_that_fails_is_told_and_the_run_goes_on(home: Path) -> None:
+def test_a_save_that_fails_is_reported_and_the_run_continues(home: Path) -> None:
     status, output, run = run_with_an_obstacle(home, "warned")
     assert status == 0, output
     assert output.count("checkpoint of step 5 failed") == 1 and "exists already" in output
@@ -51,7 +51,7 @@ def test_a_save_that_fails_is_told_and_the_run_goes_on(home: Path) -> None:
     assert [path.name for path in newest(run.checkpoints)] == ["step-00000014", "step-00000010"]
 
 
-def test_a_save_that_fails_ends_the_run_if_that_is_asked_for(home: Path) -> None:
+def test_a_save_that_fails_ends_the_run_with_on_error_fail(home: Path) -> None:
     status, _, run = run_with_an_obstacle(home, "failed", "checkpoint.on_error=fail", "steps=40")
     assert status == 1
     ending = read_ending(run, 1)
@@ -61,7 +61,17 @@ def test_a_save_that_fails_ends_the_run_if_that_is_asked_for(home: Path) -> None
     assert newest(run.checkpoints)[0].name == f"step-{ending.step:08d}", "what was computed until then is not lost"
 
 
-def test_a_remote_that_cannot_be_written_ends_the_run_if_that_is_asked_for(home: Path) -> None:
+def test_checkpoints_are_saved_by_time_as_well_by_all_ranks_after_the_same_step(home: Path) -> None:
+    run = RunDirectory(home / "timed")
+    words = overrides(run.path, home / "text", "steps=25", "checkpoint.every=0", "checkpoint.keep=50")
+    train_here(home, [*words, "checkpoint.minutes=0.0005"])  # 30 ms, which is some steps
+    found = newest(run.checkpoints)
+    assert len(found) >= 3 and found[0].name == "step-00000025"
+    for checkpoint in found:
+        assert verify(checkpoint) == [] and len(list(checkpoint.glob("rank-*.safetensors"))) == 2
+
+
+def test_a_remote_that_cannot_be_written_ends_the_run_with_on_error_fail(home: Path) -> None:
     run = RunDirectory(home / "remote-failed")
     words = ["steps=3", "checkpoint.remote=file:///proc/nobody-writes-here", "checkpoint.on_error=fail"]
     status, output = train_forked(home, overrides(run.path, home / "text", *words))
@@ -72,7 +82,7 @@ def test_a_remote_that_cannot_be_written_ends_the_run_if_that_is_asked_for(home:
     assert [path.name for path in newest(run.checkpoints)] == ["step-00000003"], "what was computed is not lost"
 
 
-def test_a_run_keeps_checkpoints_in_a_faster_place_and_goes_on_from_the_remote_when_that_is_lost(home: Path) -> None:
+def test_a_run_keeps_checkpoints_in_a_faster_place_and_resumes_from_the_remote_when_that_is_lost(home: Path) -> None:
     run, fast, remote = RunDirectory(home / "tiered"), home / "nvme", f"checkpoint.remote=file://{home}/tiered-remote"
     words = overrides(run.path, home / "text", f"checkpoint.dir={fast}", remote, "steps=3", "schedule.total_steps=9")
     status, output = train_forked(home, words)
@@ -92,7 +102,7 @@ def test_a_run_keeps_checkpoints_in_a_faster_place_and_goes_on_from_the_remote_w
 
 @pytest.fixture(scope="module")
 def asked(home: Path) -> tuple[RunDirectory, str, int]:
-    """A run that was asked for a checkpoint while it ran; what `save` said, and the step the run had reached."""
+    """A run with a request for a checkpoint while it ran; the output of `save`, and the step the run had reached."""
     run = RunDirectory(home / "asked")
     words = overrides(run.path, home / "text", "steps=100000", "checkpoint.every=0", "data.epochs=null")
     with started(home, command("train", *words)) as process:
@@ -116,7 +126,7 @@ def finish_beside(home: Path, words: list[str]) -> tuple[int, str]:
     return ended.returncode, ended.stdout + ended.stderr
 
 
-def test_a_running_job_saves_when_it_is_asked(asked: tuple[RunDirectory, str, int]) -> None:
+def test_a_running_job_saves_on_request(asked: tuple[RunDirectory, str, int]) -> None:
     run, said, before = asked
     found = [path.name for path in reversed(newest(run.checkpoints))]
     assert len(found) == 2 and found[0] in said
@@ -124,7 +134,9 @@ def test_a_running_job_saves_when_it_is_asked(asked: tuple[RunDirectory, str, in
     assert not run.save.exists()
 
 
-def test_where_nobody_runs_nobody_hears(asked: tuple[RunDirectory, str, int], capsys: pytest.CaptureFixture) -> None:
+def test_a_request_to_save_fails_where_no_rank_runs(
+    asked: tuple[RunDirectory, str, int], capsys: pytest.CaptureFixture
+) -> None:
     run, _, _ = asked
     assert main(["checkpoint", "save", str(run.path)]) == 1
     assert "no rank is training" in capsys.readouterr().err and not run.save.exists()
@@ -135,7 +147,14 @@ def test_two_checkpoints_are_compared(asked: tuple[RunDirectory, str, int], caps
     new, old = (str(int(path.name.removeprefix("step-"))) for path in newest(run.checkpoints))
     assert main(["checkpoint", "diff", str(run.path), old, new, "--tensors", "3"]) == 1
     said = capsys.readouterr().out
-    assert "progress.step" in said and "optim.exp_avg" in said and "not shown" in said and "0 tensors are equal" in said
+    assert "progress.step" in said and "not shown; --all shows them" in said and "0 tensors are equal" in said
+    shown = [line.split("/")[0] for line in said.splitlines() if "/" in line and "e-" in line]
+    assert shown == ["param"] * 3, said
+    assert main(["checkpoint", "diff", str(run.path), old, new, "--kind", "optim.exp_avg", "--all"]) == 1
+    said = capsys.readouterr().out
+    assert "optim.exp_avg/embedding.weight" in said and "param/" not in said and "not shown" not in said, said
+    assert main(["checkpoint", "diff", str(run.path), old, new, "--kind", "exp_avg"]) == 2
+    assert "--kind exp_avg: the kinds of tensors there are optim.exp_avg, " in capsys.readouterr().err
     assert main(["checkpoint", "diff", str(run.path), new, new]) == 0
     assert " 0 differ" in capsys.readouterr().out
 
@@ -146,18 +165,18 @@ def test_the_last_valid_checkpoint_is_never_removed(
     run = RunDirectory(tmp_path / "copy")
     shutil.copytree(asked[0].path, run.path)
     new, old = (str(int(path.name.removeprefix("step-"))) for path in newest(run.checkpoints))
-    assert main(["checkpoint", "rm", str(run.path), old, new]) == 1
+    assert main(["checkpoint", "rm", str(run.path), old, new]) == 2
     assert "no valid checkpoint would be left" in capsys.readouterr().err and len(newest(run.checkpoints)) == 2
     (run.checkpoints / f"step-{int(new):08d}" / "rank-00001.safetensors").write_bytes(b"broken")
-    assert main(["checkpoint", "rm", str(run.path), old]) == 1, "the other is no checkpoint to resume from"
+    assert main(["checkpoint", "rm", str(run.path), old]) == 2, "the other is no checkpoint to resume from"
     assert main(["checkpoint", "rm", str(run.path), new]) == 0
     assert [path.name for path in newest(run.checkpoints)] == [f"step-{int(old):08d}"]
     assert verify(newest(run.checkpoints)[0]) == []
-    assert main(["checkpoint", "rm", str(run.path), "77"]) == 1
+    assert main(["checkpoint", "rm", str(run.path), "77"]) == 2
     assert "no checkpoint of step 77" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_from_the_remote_alone_as_if_nothing_had_happened(home: Path) -> None:
+def test_a_run_resumes_from_the_remote_only_without_a_difference(home: Path) -> None:
     remote = f"checkpoint.remote=file://{home}/remote"
     words = ("checkpoint.every=5", "eval.sequences=8", "eval.every=5", "checkpoint.keep=1", "checkpoint.keep_best=1")
     whole = home / "whole"

@@ -37,7 +37,7 @@ def test_status_logs_and_stop_work_from_outside(home: Path) -> None:
         status, said = stoker(home, "logs", str(run), "--lines", "1")
         assert status == 0 and all(line[:4] in ("[0] ", "[1] ") for line in said.splitlines()), said
         status, said = stoker(home, "requeue", str(run))
-        assert status == 1 and "does not run as a Slurm job" in said
+        assert status == 2 and "does not run as a Slurm job" in said
         status, said = stoker(home, "stop", str(run))
         assert status == 0 and "requested: the run is at step" in said and "saved (the file STOP)" in said, said
         process.communicate(timeout=30)
@@ -49,15 +49,15 @@ def test_status_logs_and_stop_work_from_outside(home: Path) -> None:
     assert ending is not None and ending.outcome is Outcome.STOPPED and ending.step == last_step(run)
     status, said = stoker(home, "status", str(run))
     assert status == 0 and f"stopped at step {ending.step}" in said
-    assert stoker(home, "stop", str(run))[0] == 1, "nobody is there"
+    assert stoker(home, "stop", str(run))[0] == 1, "no rank is running"
     assert "was not submitted" in stoker(home, "requeue", str(run))[1]
     status, said = stoker(home, "logs", str(run), "--attempt", "7")
-    assert status == 1 and "no attempt 7" in said
+    assert status == 2 and "no attempt 7" in said
 
 
 @pytest.mark.timeout(600)
-def test_the_deadline_ends_a_run_that_then_goes_on_without_it(home: Path) -> None:
-    """On a busy machine the start alone may take longer than the first deadline: then it ends in time, too."""
+def test_the_deadline_ends_a_run_that_then_resumes_without_it(home: Path) -> None:
+    """On a busy machine only the start may take longer than the first deadline: then it ends in time, too."""
     for seconds in (14, 60, 150):
         run = home / f"deadline-{seconds}"
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))

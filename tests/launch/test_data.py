@@ -119,6 +119,10 @@ def test_peek_shows_what_a_step_read_and_will_read(tmp_path, capsys):
         assert text.replace("\n", "") in shown.replace("\n", "") or len(text.splitlines()) > 1
     assert main(["data", "peek", str(run), "--step", "5"]) == 0
     assert "skipped by skip_steps=[[5, 6]]" in capsys.readouterr().err
+    assert main(["data", "peek", str(run), "--step", "31"]) == 0
+    assert (
+        "step 31 is past the end: the run has steps=30; with more it would take these rows" in capsys.readouterr().err
+    )
     assert "step 99999 has no rows: the data end after" in failed(capsys, "peek", str(run), "--step", "99999")
 
 

@@ -36,7 +36,7 @@ def test_what_no_longer_divides_becomes_the_next_smaller_that_does(
 
 
 @pytest.mark.long
-def test_under_elastic_torchrun_machines_join_and_are_lost_and_the_run_goes_on(home: Path) -> None:
+def test_under_elastic_torchrun_machines_join_and_are_lost_and_the_run_continues(home: Path) -> None:
     """A machine has two ranks, which are one model (tp=2): one machine, two, one."""
     run, reference = home / "elastic", home / "reference"
     more = ["parallel.tp=2", "parallel.zero=1", "batch.micro_size=8", "schedule.total_steps=30", "checkpoint.every=4"]

@@ -56,7 +56,7 @@ def count(model, _):
 
 
 def write_tokenizer(folder: Path, **more: Any) -> None:
-    """Bytes, and special tokens behind them, with a chat template. Classes of some families add one of their own."""
+    """Bytes, and special tokens after them, with a chat template. Classes of some families add another one."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -197,7 +197,7 @@ def test_a_model_on_tokens_without_a_tokenizer_keeps_the_one_it_came_with(tmp_pa
     assert contents(tmp_path / "out") == contents(theirs)
 
 
-def test_a_model_of_the_user_s_own_goes_out_with_its_config_and_comes_in_again(
+def test_a_users_model_is_exported_with_its_config_and_imported_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "own_model.py").write_text(OWN)

@@ -1,4 +1,4 @@
-"""Faults on purpose: each breaks what it says, once, and the run is the one that nothing happened to."""
+"""Injected faults: each takes effect once, and the run equals one without a fault."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_faults_strike_once_over_all_restarts_and_leave_no_trace_in_what_is_comp
     ]  # fmt: skip
 
 
-def test_a_nan_on_one_rank_is_left_out_by_all_and_training_goes_on(tmp_path: Path) -> None:
+def test_a_nan_on_one_rank_is_skipped_by_all_and_training_continues(tmp_path: Path) -> None:
     write_text(tmp_path / "text")
     run = tmp_path / "poisoned"
     words = ["steps=6", "parallel.zero=3", "faults=[{at: 3, rank: 1, do: nan, steps: 2}]"]

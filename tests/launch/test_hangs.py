@@ -38,7 +38,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_rank_that_hangs_is_named_and_the_run_goes_on_bitwise(home: Path) -> None:
+def test_a_rank_that_hangs_is_named_and_the_run_continues_bitwise(home: Path) -> None:
     run = home / "hangs"
     status, output = finish(home, command("train", *overrides(run, home / "text", *HANG, FAULT)))
     assert status == 0, output
@@ -57,7 +57,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on_bitwise(home: Path) -> N
     assert steps_of(run) == steps_of(home / "undisturbed")
 
 
-def test_a_rank_stopped_by_a_signal_is_told_from_one_that_hangs_by_itself(home: Path) -> None:
+def test_a_rank_stopped_by_a_signal_is_distinguished_from_a_hanging_one(home: Path) -> None:
     run = home / "stopped"
     words = [
         "steps=400",

@@ -1,4 +1,4 @@
-"""kill -9 of anything at any moment: what is left is a run that goes on as if nothing had happened."""
+"""kill -9 of any process at any moment: the run resumes without a difference."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_killed_rank_is_named_in_one_line_and_until_then_no_port_is_open_to_ot
     assert ending is not None and (ending.outcome, ending.rank) == (Outcome.FAILED, 1)
 
 
-def test_kill_of_a_foreign_torchrun_leaves_nobody_and_the_next_start_goes_on(home: Path) -> None:
+def test_kill_of_torchrun_leaves_no_rank_and_the_next_start_resumes(home: Path) -> None:
     run = home / "torchrun"
     words = overrides(run, home / "text", f"steps={STEPS}", "checkpoint.every=2")
     torchrun = [

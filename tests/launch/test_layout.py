@@ -68,7 +68,7 @@ def test_every_group_of_every_axis_is_printed_once_and_in_order(layout, width):
             assert groups_in(lines) == layout.groups(axis)
 
 
-def test_a_line_says_where_its_groups_stand():
+def test_a_line_shows_the_place_of_its_groups():
     layout = Layout(dp_replicate=2, dp_shard=3, tp=4, pp=12, zero=3)
     found = sections(list(lines_of(layout, PLAN, 120)))
     assert found["tp"][0] == "tp: 72 groups of 4, stride 1; along a line, dp_shard from 0 to 2"
@@ -81,7 +81,7 @@ def test_a_line_says_where_its_groups_stand():
     assert found["pp"][1].split()[-4:] == ["0,24,...,264", "1,25,...,265", "2,26,...,266", "3,27,...,267"]
 
 
-def test_groups_that_do_not_fit_on_a_line_go_on_below():
+def test_groups_that_do_not_fit_on_a_line_continue_below():
     narrow = sections(list(lines_of(Layout(dp_replicate=2, dp_shard=4, tp=2), PLAN, 34)))
     assert narrow["tp"][1:] == [
         "  dp_replicate 0  0-1    2-3",
@@ -122,7 +122,7 @@ def printed(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     return run
 
 
-def test_any_number_of_ranks_can_be_asked_for_on_any_machine(printed):
+def test_any_number_of_ranks_can_be_shown_on_any_machine(printed):
     words = ["launch.nproc=16384", "batch.size=32768", "parallel.zero=3", "parallel.dp_replicate=16"]
     status, lines = printed(*words)
     assert status == 0, lines
@@ -138,7 +138,7 @@ def test_gpus_that_this_machine_lacks_are_no_reason_to_refuse(printed):
     assert status == 0 and lines[0] == "64 ranks: dp_shard 64, ZeRO 1, fsdp", lines
 
 
-def test_tensor_and_pipeline_parallel_ranks_stand_where_they_should(printed):
+def test_tensor_and_pipeline_parallel_ranks_are_where_they_should_be(printed):
     words = ["launch.nproc=16", "parallel.tp=2", "parallel.pp=2", "parallel.zero=0", "batch.micro_size=1"]
     status, lines = printed(*words)
     assert status == 0, lines

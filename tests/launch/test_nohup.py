@@ -1,4 +1,4 @@
-"""`nohup stoker train` goes on when the terminal closes; without nohup the run ends in order."""
+"""`nohup stoker train` continues when the terminal closes; without nohup the run ends in order."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def hangup() -> Iterator[None]:
     signal.signal(signal.SIGHUP, before)
 
 
-def test_the_launcher_takes_over_what_nobody_ignores(hangup: None) -> None:
+def test_the_launcher_handles_signals_that_are_not_ignored(hangup: None) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     assert handled_signals() == ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGHUP"]
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -85,7 +85,7 @@ def test_no_content_of_a_file_ends_a_command_in_a_traceback_or_is_sent_to_the_te
     path = FILES[file](run)
     for name, content in CONTENTS.items():
         path.write_bytes(content)
-        for command in (["status", str(run.path)], ["logs", str(run.path)], ["checkpoint", "ls", str(run.path)]):
+        for command in (["status", str(run.path)], *([["logs", str(run.path)]] if file == "log" else [])):
             began = time.monotonic()
             status = main(command)
             shown = capsys.readouterr()
@@ -95,6 +95,13 @@ def test_no_content_of_a_file_ends_a_command_in_a_traceback_or_is_sent_to_the_te
         list(steps(run.metrics))
         last_step(run.metrics)
         summarize(run.path, compose([]), "completed")  # as at the end of a run
+
+
+@pytest.mark.parametrize("name", ["deep JSON", "numbers too large", "no numbers", "not finite"])
+def test_a_line_that_no_run_writes_is_no_step(run: RunDirectory, name: str) -> None:
+    with run.metrics.open("ab") as file:
+        file.write(CONTENTS[name])
+    assert list(steps(run.metrics)) == [STEP] and last_step(run.metrics) == 1
 
 
 def test_an_outcome_is_shown_as_it_is_written_with_its_sequences_as_text(

@@ -27,7 +27,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
         yield found
 
 
-def test_the_plain_script_mends_a_killed_rank_in_its_allocation_is_requeued_when_asked_and_trains_to_the_end(
+def test_the_plain_script_restarts_a_killed_rank_in_its_allocation_is_requeued_on_request_and_trains_to_the_end(
     home: Home,
 ) -> None:
     run, log = home.path / "plain", home.path / "plain.log"
@@ -52,9 +52,9 @@ def test_the_plain_script_mends_a_killed_rank_in_its_allocation_is_requeued_when
     assert steps_of(run) == home.undisturbed(60)
 
 
-def test_the_tasks_of_an_array_are_runs_of_their_own(home: Home) -> None:
+def test_the_tasks_of_an_array_are_separate_runs(home: Home) -> None:
     run = home.path / "sweep"
-    array = ["steps=2", "launch=slurm", "launch.nproc=1", "launch.array=0-1", "run.seed={task}"]
+    array = ["steps=2", "launch=slurm", "launch.nproc=1", "launch.cpus=1", "launch.array=0-1", "run.seed={task}"]
     status, output = home.call(*command("submit", *overrides(run, home.path / "text", *array)))
     assert status == 0, output
     job = output.split(" as job ")[1].split(";")[0]
@@ -64,7 +64,7 @@ def test_the_tasks_of_an_array_are_runs_of_their_own(home: Home) -> None:
     assert steps_of(run / "0") != steps_of(run / "1"), "they have different seeds"
 
 
-def test_a_chain_goes_on_where_a_job_ends_and_ends_where_one_is_cancelled(home: Home) -> None:
+def test_a_chain_continues_where_a_job_ends_and_ends_where_one_is_cancelled(home: Home) -> None:
     run = home.path / "chain"
     bare = home.path / "bin"  # the first job's own process finds srun, but no scontrol, as in a container
     bare.mkdir()
@@ -76,7 +76,7 @@ def test_a_chain_goes_on_where_a_job_ends_and_ends_where_one_is_cancelled(home: 
     assert ending_of(run, 1).outcome is Outcome.PREEMPTED
     saved = last_step(run)
     come_to(run, saved + 3)
-    assert cluster.state(jobs[0]) == "FAILED", "its status says that the run goes on"
+    assert cluster.state(jobs[0]) == "FAILED", "its status means that the run continues"
     commands.cancel(jobs[1])
     assert ending_of(run, 2).outcome is Outcome.PREEMPTED
     cluster.wait(lambda: cluster.state(jobs[2]) == "COMPLETED", 60, "the chain goes on", lambda: log_of(run))
@@ -91,7 +91,7 @@ def test_jobs_that_wait_in_the_queue_are_shown_and_cancelled_all_of_them(home: H
     status, said = home.call(*command("status", str(run)))
     assert status == 1 and f"has not begun; job {jobs[-1]} waits in the queue" in said, said
     status, said = home.call(*command("requeue", str(run)))
-    assert status == 1 and f"job {jobs[0]} waits in the queue already" in said, said
+    assert status == 2 and f"job {jobs[0]} waits in the queue already" in said, said
     status, said = home.call(*command("stop", str(run)))
     assert status == 0 and all(f"cancelled job {job}" in said for job in jobs), said
     assert [cluster.state(job) for job in jobs] == ["CANCELLED", "CANCELLED"]

@@ -45,7 +45,7 @@ def test_a_run_survives_time_limit_preemption_a_lost_node_and_a_cancel_bitwise(h
     subprocess.run(["scontrol", "update", f"jobid={job}", "timelimit=10"], check=True)
     cluster.start_now(job)
 
-    # A job of a higher partition wants all nodes: saved, requeued, and resumed once that job is done.
+    # A job of a higher partition takes all nodes: saved, requeued, and resumed once that job is done.
     come_to(run, first + 3)
     urgent = ["sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "--wrap", "true", "-o", "/dev/null"]
     subprocess.run(urgent, check=True, capture_output=True)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import socket
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from stoker.conf.rundir import RunDirectory, next_attempt
+from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
 from stoker.launch.slurm import commands
 from stoker.launch.slurm.batch import Job, job_from, settings_of, stalled_attempts
 from stoker.launch.slurm.node import unreachable
+from stoker.launch.slurm.submit import option
 from stoker.launch.slurm.verdict import Move, Situation, judge
 from stoker.trainer.runtime.outcome import Beginning, Ending, Outcome, write_beginning
 
@@ -65,7 +69,7 @@ def test_only_attempts_of_this_job_in_a_row_without_progress_count(
     run = RunDirectory(tmp_path)
     for job, from_step in (("7", 0), ("7", 10), ("8", 10), ("8", 10)):
         write_beginning(run, next_attempt(run), Beginning(0.0, from_step, 4, "host", job))
-    next_attempt(run)  # and one that died before it could say anything
+    next_attempt(run)  # and one that ended before it could write anything
     checkpoint(run, 10, monkeypatch)
     assert stalled_attempts(run, "8") == 3
     checkpoint(run, 20, monkeypatch)
@@ -79,7 +83,7 @@ def job(**changed: str) -> Job:
     return job_from({"SLURM_JOB_ID": "12", "SLURM_JOB_NAME": "pretrain", "SLURM_JOB_NUM_NODES": "4", **changed})
 
 
-def test_every_start_of_a_job_finds_the_same_run_directory_and_array_tasks_their_own() -> None:
+def test_every_start_of_a_job_finds_the_same_run_directory_and_array_tasks_have_separate_ones() -> None:
     assert settings_of(job(), ["steps=3"]) == ["steps=3", "run.dir=runs/pretrain-12"]
     assert settings_of(job(), ["run.name=a"]) == ["run.name=a"]
     assert settings_of(job(), ["run.dir=/a"]) == ["run.dir=/a"]
@@ -101,7 +105,7 @@ def script_named(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(stat.S_IRWXU)
 
 
-def test_without_slurm_submit_says_so_in_one_line(
+def test_without_slurm_submit_reports_that_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -110,7 +114,7 @@ def test_without_slurm_submit_says_so_in_one_line(
     assert len(said.splitlines()) == 1 and "sbatch is not found" in said
 
 
-def test_the_script_is_what_was_asked_for_and_a_chain_waits_link_by_link(
+def test_the_script_has_the_requested_options_and_a_chain_waits_link_by_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script_named(tmp_path, "sbatch", f'echo "$@" >> {tmp_path}/calls; wc -l < {tmp_path}/calls')
@@ -126,6 +130,7 @@ def test_the_script_is_what_was_asked_for_and_a_chain_waits_link_by_link(
     text = RunDirectory(tmp_path / "run").script.read_text()
     assert text == shown
     lines = text.splitlines()
+    assert "#SBATCH --cpus-per-task=8" in lines, "of two ranks: a thread, a reader, the loader and the writer each"
     for line in ("--nodes=2", "--time=24:00:00", "--signal=B:USR1@120", "--account=lab", "--no-requeue"):
         assert f"#SBATCH {line}" in lines
     assert "'data.args.pattern=*.t xt'" in text
@@ -133,6 +138,32 @@ def test_the_script_is_what_was_asked_for_and_a_chain_waits_link_by_link(
     first, second, third = (tmp_path / "calls").read_text().splitlines()
     assert "dependency" not in first and "STOKER_LINK=1/3" in first
     assert "--dependency=afterany:1" in second and "--dependency=afterany:2" in third and "STOKER_LINK=3/3" in third
+
+
+def test_options_of_sbatch_are_quoted_as_it_reads_them(tmp_path: Path) -> None:
+    values = {
+        "job-name": "a b", "account": 'say "x"', "partition": "it's", "qos": "back\\slash", "wckey": "# no comment",
+        "reservation": "$HOME", "comment": "plain-1.2:3@4%j",
+    }  # fmt: skip
+    lines = [option(f"--{name}={value}") for name, value in values.items()]
+    assert lines[0] == '#SBATCH --job-name="a b"' and lines[-1] == "#SBATCH --comment=plain-1.2:3@4%j"
+    assert option("--exclusive") == "#SBATCH --exclusive" and option("-A lab") == "#SBATCH -A lab"
+    with pytest.raises(ConfigError, match="is one line"):
+        option("--comment=a\nrm -rf x")
+    if shutil.which("sbatch") is None:
+        pytest.skip("sbatch is not installed")
+    cluster = "ClusterName=c\nSlurmctldHost=localhost\nSlurmctldPort=1\nAuthType=auth/none\nCredType=cred/none\n"
+    (tmp_path / "slurm.conf").write_text(cluster)  # it does not answer: sbatch shows before what it has read
+    (tmp_path / "script").write_text("\n".join(["#!/bin/bash", *lines, ""]))
+    environment = {**os.environ, "SLURM_CONF": str(tmp_path / "slurm.conf")}
+    words = ["sbatch", "-v", str(tmp_path / "script")]
+    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        shown = list(iter(process.stderr.readline, "sbatch: end of defined options\n"))
+        process.kill()
+    found = dict(line.removeprefix("sbatch: ").split(":", 1) for line in shown if ":" in line[8:])
+    found = {name.strip(): value.strip() for name, value in found.items()}
+    assert {name: found.get(name) for name in values} == values
 
 
 def test_a_first_node_that_its_peers_take_for_themselves_is_named() -> None:

@@ -1,4 +1,4 @@
-"""Two hosts, each a network namespace of its own, under torchrun: a link that fails, and what they must share."""
+"""Two hosts, each a separate network namespace, under torchrun: a link that fails, and shared resources."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.long
 HOSTS = {f"stk{os.getpid()}a": "10.77.0.1", f"stk{os.getpid()}b": "10.77.0.2"}
 FIRST, SECOND = HOSTS
 DEVICE = "stoker0"
-PORT = 29555  # in namespaces of their own no port is taken
+PORT = 29555  # in separate namespaces no port is taken
 
 
 def ip(*words: str) -> None:
@@ -64,12 +64,12 @@ def hosts() -> Iterator[None]:
 
 
 def node(host: str, words: list[str], restarts: int, before: str = "true", interface: str = DEVICE) -> list[str]:
-    """torchrun of one host, in its network, under its name and with mounts of its own, after the shell's `before`."""
+    """torchrun of one host, in its network, under its name and with separate mounts, after the shell's `before`."""
     torchrun = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
         "--node-rank", str(list(HOSTS).index(host)), "--rdzv-backend", "c10d",
         "--rdzv-endpoint", f"{HOSTS[FIRST]}:{PORT}",
-        "--rdzv-conf", f"is_host={int(host == FIRST)}",  # it would look the host's name up, which no one knows
+        "--rdzv-conf", f"is_host={int(host == FIRST)}",  # it would look up the host's name, which does not resolve
         "--rdzv-id", "stoker", "--local-addr", HOSTS[host], "--max-restarts", str(restarts),
         "-m", "stoker.trainer", *words,
     ]  # fmt: skip
@@ -77,7 +77,9 @@ def node(host: str, words: list[str], restarts: int, before: str = "true", inter
     return ["ip", "netns", "exec", host, "unshare", "--uts", "--mount", "sh", "-c", script, "sh", *torchrun]
 
 
-def test_a_link_cut_in_mid_step_is_a_hang_and_the_run_goes_on_once_it_is_repaired(tmp_path: Path, hosts: None) -> None:
+def test_a_link_cut_in_mid_step_is_a_hang_and_the_run_continues_once_it_is_repaired(
+    tmp_path: Path, hosts: None
+) -> None:
     write_text(tmp_path / "text")
     more = ["steps=60", "checkpoint.every=5", "launch.hang_seconds=2", "tracker=none"]
     reference, run = tmp_path / "undisturbed", tmp_path / "cut"

@@ -13,7 +13,7 @@ from tests.models.tiny import decoder, rows, shape
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 14, [0] * 20], dtype=torch.int32)
 
 
-def test_documents_in_a_row_are_computed_as_if_each_stood_alone() -> None:
+def test_documents_in_a_row_are_computed_like_separate_rows() -> None:
     config = shape()
     model = decoder(config)
     tokens, _, _ = rows(config)
@@ -31,7 +31,8 @@ def test_no_gradient_crosses_rows_documents_or_time(masked: bool, dtype: torch.d
     model = decoder(config).to(dtype)
     tokens, positions, _ = rows(config)
     seen: list[Tensor] = []
-    model.embedding.register_forward_hook(lambda *call: seen.append(call[2]) or call[2].retain_grad())  # type: ignore[func-returns-value]
+    # type: ignore[func-returns-value]
+    model.embedding.register_forward_hook(lambda *call: seen.append(call[2]) or call[2].retain_grad())
     logits = model(tokens, positions, DOCUMENTS if masked else None).view(2, 20, -1)
     logits[0, 10].sum().backward()
     assert seen[0].grad is not None

@@ -1,4 +1,4 @@
-"""Generation: the same tokens as without a cache, and honest sampling."""
+"""Generation: the same tokens as without a cache, and correct sampling."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_tokens_fed_in_pieces_give_the_logits_of_one_pass_in_every_row(dtype: to
     torch.testing.assert_close(logits, whole[:, -1], rtol=tolerance, atol=tolerance)
 
 
-def test_a_full_context_goes_on_from_its_last_half() -> None:
+def test_a_full_context_continues_from_its_last_half() -> None:
     model = decoder(shape(), seed=2)
     prompt = [5, 17, 40, 2]
     tokens = list(generate(model, prompt, limit=14, greedy=True, context=8))
@@ -103,7 +103,7 @@ class Fixed(nn.Module):
         ({"greedy": True}, {1}),
     ],
 )
-def test_sampling_draws_from_the_tokens_that_were_asked_for(options: dict[str, Any], possible: set[int]) -> None:
+def test_sampling_draws_from_the_tokens_of_top_k_and_top_p(options: dict[str, Any], possible: set[int]) -> None:
     model = Fixed([0.1, 0.41, 0.19, 0.3])
     assert set(generate(model, [0], limit=300, context=1000, **options)) == possible
 

@@ -13,7 +13,7 @@ from stoker.models.rope import frequencies, rotary_tables, rotate
 
 
 @given(first=st.integers(0, 500), shift=st.integers(0, 500), apart=st.integers(0, 100))
-def test_scores_depend_on_the_distance_alone(first: int, shift: int, apart: int) -> None:
+def test_scores_depend_only_on_the_distance(first: int, shift: int, apart: int) -> None:
     generator = torch.Generator().manual_seed(first)
     q, k = (torch.randn(1, 1, 1, 16, generator=generator) for _ in range(2))
     radians = frequencies(16, RopeParameters())

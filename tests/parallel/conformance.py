@@ -1,4 +1,4 @@
-"""What every engine is asked on a rank, to be compared with one process in plain torch."""
+"""Results of every engine on a rank, to be compared with one process in plain torch."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def evaluated(zero: int, engine_name: str = "fsdp") -> tuple[float, float]:
 
 
 def moved_through_shards(zero: int, engine_name: str = "fsdp") -> bool:
-    """Shards are live: what is written into them is what the next step computes with."""
+    """Shards are live: the next step computes with values written into them."""
     config = small_config(parallel=ParallelConfig(zero=zero, engine=engine_name))
     engine, mesh = build(config)
     rows = global_rows(config, 1)[mesh.dp_rank :: mesh.layout.dp]

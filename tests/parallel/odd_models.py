@@ -136,7 +136,7 @@ class OfLayers(Toy):
 
 
 class Wide(Toy):
-    """Between its layers activations are as wide as `model.args.widths` says: no key of ours knows."""
+    """Between its layers activations have the widths of `model.args.widths`, which no key of the schema holds."""
 
     def __init__(self, config: ModelConfig, part: Part) -> None:
         super().__init__(config, part)

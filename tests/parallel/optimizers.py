@@ -1,4 +1,4 @@
-"""Optimizers of a user's own: some work on any part of a parameter, others need more and say so, or do not."""
+"""Users' optimizers: some work on any part of a parameter, others need more and declare it, or do not."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Case:
         )
         config = small_config(model=model, batch=BatchConfig(size=ROWS, micro_size=self.micro))
         config.data.document_mask = True
-        # At lr 3e-3 rounding alone grows to 2e-5 within twenty steps; at 1e-3 it stays at 1e-7. A gradient that is only
+        # At lr 3e-3 rounding grows to 2e-5 within twenty steps; at 1e-3 it stays at 1e-7. A gradient that is only
         # rounding, 1e-9, would move its weight by lr at eps 1e-8, in a direction that the order of a sum decides.
         config.optim = OptimConfig(name="adamw", lr=1e-3, eps=1e-6)
         config.parallel = ParallelConfig(

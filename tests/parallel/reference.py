@@ -123,7 +123,7 @@ def initial_value(config: Config, name: str, shape: tuple[int, ...]) -> Tensor:
     std = 0.05 if of_toys else config.model.initializer_range
     if name.endswith(("attention.o.weight", "mlp.down.weight")):
         std /= math.sqrt(2 * config.model.num_hidden_layers)
-    rows = max(1, 2**18 // math.prod(shape[1:]))  # of a block: each has a generator of its own
+    rows = max(1, 2**18 // math.prod(shape[1:]))  # of a block: each has a separate generator
     blocks = []
     for number, start in enumerate(range(0, shape[0], rows)):
         key = hashlib.blake2b(f"{config.run.seed}/{name}/{number}".encode(), digest_size=16).digest()

@@ -2,8 +2,8 @@
 
 The network is as strict as NCCL: a rank's operations on one communicator run in the order in which they were started,
 a transfer takes place when it is at the head on both sides, and nothing is buffered. torch uses a communicator of the
-two ranks for what is only sent or only received, and the group's for batches of both. Nobody waits in vain: when all
-ranks wait, all are told.
+two ranks for what is only sent or only received, and the group's for batches of both. No rank waits in vain: when all
+ranks wait, all are released.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Network:
 
 
 class SimulatedStage:
-    """What a schedule asks of a stage. It checks that everything it computes on has arrived."""
+    """The stage interface of a schedule. It checks that all inputs have arrived."""
 
     has_backward = True
     submod: Any = None
@@ -182,7 +182,7 @@ class SimulatedStage:
 
 @dataclass
 class Sent:
-    """What `Outbox` asks of torch's `Work`."""
+    """The part of torch's `Work` that `Outbox` uses."""
 
     network: Network
     rank: int
@@ -241,5 +241,5 @@ def simulate(schedule: str, ranks: int, stages_per_rank: int, micro_batches: int
             thread.join()
     if failures:
         raise failures[0]
-    assert network.left_over() == 0, "something that was sent or received met nobody"
+    assert network.left_over() == 0, "a send or receive had no partner"
     return sorted((stage for of_rank in held for stage in of_rank), key=lambda stage: stage.stage_index)

@@ -146,7 +146,7 @@ def averaging() -> tuple[list[bool], list[Shard], list[Shard]]:
     return differed, before, copies(engine)
 
 
-def test_ranks_with_values_of_their_own_take_those_of_the_first_and_it_is_known() -> None:
+def test_ranks_with_different_values_take_those_of_the_first_and_report_it() -> None:
     ranks = world.run(averaging, 2)
     for differed, before, after in ranks:
         assert differed == [True, True]

@@ -79,7 +79,7 @@ def test_what_is_frozen_stays_and_the_rest_trains_as_in_one_process(ranks: int, 
 
 
 @pytest.mark.parametrize(("ranks", "zero"), [(1, 0), (2, 1), (2, 3)])
-def test_a_users_own_optimizer_computes_the_same_and_leaves_out_what_is_not_finite(ranks: int, zero: int) -> None:
+def test_a_users_optimizer_computes_the_same_and_skips_steps_that_are_not_finite(ranks: int, zero: int) -> None:
     config = small_config(parallel=ParallelConfig(zero=zero))
     theirs = {"betas": config.optim.betas, "eps": config.optim.eps}
     config.optim = OptimConfig(target="tests.toy:adamw_without_kernels", lr=config.optim.lr, args=theirs)

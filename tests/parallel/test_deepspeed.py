@@ -39,7 +39,7 @@ def config_of(layout: Layout, case: Case, **changes: Any) -> Config:
 
 
 def train_each(configs: list[Config]) -> list[Measured]:
-    """On a rank: every config, each with a layout of its own."""
+    """On a rank: every config, each with another layout."""
     return [train([config])[0] for config in configs]
 
 
@@ -143,7 +143,7 @@ def test_in_bf16_the_first_gradients_are_bitwise_those_of_the_other_engine() -> 
 
 
 def conforms() -> dict[str, Any]:
-    """On a rank: the conformance suite's own questions, asked of this engine at every stage."""
+    """On a rank: the conformance suite, run on this engine at every stage."""
     found: dict[str, Any] = {"votes": conformance.agreed_votes(ENGINE)}
     for zero in range(4):
         found[f"live {zero}"] = conformance.moved_through_shards(zero, ENGINE)
@@ -204,7 +204,7 @@ def frozen_stage() -> Config:
 
 
 def test_a_stage_that_trains_nothing_goes_through_a_pipeline() -> None:
-    """On two data-parallel ranks, in both precisions that DeepSpeed has an optimizer of its own for."""
+    """On two data-parallel ranks, in both precisions for which DeepSpeed has a separate optimizer."""
     wanted = one_process(frozen_stage(), STEPS)
     for precision in ("fp32", "bf16"):
         config = frozen_stage()

@@ -98,7 +98,7 @@ def test_the_swapper_of_parameters_is_where_it_was() -> None:
     assert set(zero["offload_param"]) <= set(DeepSpeedZeroOffloadParamConfig.model_fields)
 
 
-def asked_of_the_unit() -> list[str]:
+def called_on_the_unit() -> list[str]:
     """On a rank: the methods that DeepSpeed called on `mpu` while it trained at every stage."""
     calls: set[str] = set()
     plain = MeshUnit.__getattribute__
@@ -114,20 +114,20 @@ def asked_of_the_unit() -> list[str]:
     return sorted(calls)
 
 
-def test_deepspeed_asks_the_unit_for_nothing_that_it_has_not() -> None:
-    """`hasattr` asks too, and takes a missing method for a world of one rank."""
+def test_deepspeed_calls_only_methods_that_the_unit_has() -> None:
+    """DeepSpeed also uses `hasattr`, and takes a missing method for a world of one rank."""
     offered = {name for name in vars(ModelParallelUnit) if name.startswith("get_")}
     optional = {
         "initialize_sequence_parallel",  # must be missing: it would switch the groups off
-        "get_sequence_parallel_world_size",  # what follows is of its own sequence parallelism, which is not used
+        "get_sequence_parallel_world_size",  # the rest belongs to DeepSpeed's sequence parallelism, which is not used
         "get_sequence_parallel_rank",
         "get_sequence_parallel_group",
         "get_sequence_data_parallel_group",
         "get_sequence_data_parallel_world_size",
         "get_sequence_data_parallel_rank",
     }
-    asked = set(world.run(asked_of_the_unit, 1, fresh=True)[0])
-    assert asked - optional <= offered, "DeepSpeed asks for more than ModelParallelUnit offers"
+    asked = set(world.run(called_on_the_unit, 1, fresh=True)[0])
+    assert asked - optional <= offered, "DeepSpeed needs more than ModelParallelUnit offers"
     assert "initialize_sequence_parallel" not in dir(MeshUnit)
 
 

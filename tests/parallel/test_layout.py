@@ -34,7 +34,7 @@ LARGEST = example(Layout(dp_replicate=8, dp_shard=64, tp=8, pp=4))
 
 
 def grid(layout: Layout) -> np.ndarray:
-    """The ranks as AXES says they stand, by numpy alone: `[pp, dp_replicate, dp_shard, tp]`."""
+    """The ranks in the order of AXES, by numpy only: `[pp, dp_replicate, dp_shard, tp]`."""
     return np.arange(layout.world).reshape(layout.pp, layout.dp_replicate, layout.dp_shard, layout.tp)
 
 
@@ -51,7 +51,7 @@ def test_a_coordinate_is_the_inverse_of_a_rank(layout):
 @UP_TO_MOST_RANKS
 @LARGEST
 @given(layouts())
-def test_tensor_parallel_ranks_are_neighbours_and_stages_are_far_apart(layout):
+def test_tensor_parallel_ranks_are_adjacent_and_stages_are_far_apart(layout):
     tp, pp = np.array(layout.groups("tp")), np.array(layout.groups("pp"))
     assert (np.diff(tp) == 1).all() and (tp[:, 0] % layout.tp == 0).all()
     assert (np.diff(pp) == layout.world // layout.pp).all()
@@ -110,14 +110,14 @@ def asked(**parallel: object) -> Config:
 
 
 @given(SIZE, SIZE, SIZE, SIZE, st.integers(1, 3))
-def test_the_layout_asked_for_has_as_many_ranks_as_there_are(replicas, shards, tp, pp, zero):
+def test_the_configured_layout_has_as_many_ranks_as_there_are(replicas, shards, tp, pp, zero):
     world = replicas * shards * tp * pp
     layout = layout_of(asked(tp=tp, pp=pp, zero=zero, dp_replicate=replicas), world)
     assert layout == Layout(replicas, shards, tp, pp, zero, "fsdp") and layout.world == world
 
 
 @given(SIZE, SIZE)
-def test_zero_0_replicates_and_the_others_shard_over_all_unless_told(dp, tp):
+def test_zero_0_replicates_and_the_others_shard_over_all_by_default(dp, tp):
     assert layout_of(asked(tp=tp, zero=0), dp * tp) == Layout(dp, 1, tp, 1, 0)
     assert layout_of(asked(tp=tp, zero=0, dp_replicate=dp), dp * tp) == Layout(dp, 1, tp, 1, 0)
     assert layout_of(asked(tp=tp, zero=3), dp * tp) == Layout(1, dp, tp, 1, 3)

@@ -34,7 +34,7 @@ def test_without_vector_instructions_the_bits_are_the_same() -> None:
     assert ran.stdout.strip() == RECORDED, ran.stderr
 
 
-def test_each_key_has_numbers_of_its_own_and_fewer_are_the_first_of_more() -> None:
+def test_each_key_has_different_numbers_and_fewer_are_the_first_of_more() -> None:
     assert torch.equal(normal(9, 3), normal(10, 3)[:9])
     assert not torch.equal(normal(9, 3), normal(9, 4))
     assert normal(0, 3).shape == (0,)
@@ -56,7 +56,7 @@ def test_they_are_normal() -> None:
         assert abs(int((drawn.abs() > far).sum()) - expected) < 4 * math.sqrt(expected), far
 
 
-def test_neighbours_and_halves_are_independent() -> None:
+def test_adjacent_numbers_and_halves_are_independent() -> None:
     drawn = normal(1 << 20, 11).double()
     for lag in (1, 2, 128):
         assert abs(float((drawn[lag:] * drawn[:-lag]).mean())) < 4 / math.sqrt(len(drawn)), lag

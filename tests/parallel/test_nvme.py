@@ -1,4 +1,4 @@
-"""`parallel.offload=nvme`: the same numbers, from files that nobody else sees and that nothing leaves behind."""
+"""`parallel.offload=nvme`: the same numbers, from private files that are never left behind."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def look(configs: list[Config], steps: int = STEPS) -> list[Found]:
 
 
 def look_at(config: Config, steps: int) -> Found:
-    """On a rank: evaluate and train; what lies on the disk meanwhile."""
+    """On a rank: evaluate and train; the files on the disk meanwhile."""
     assert config.parallel.nvme_path is not None
     folder = Path(config.parallel.nvme_path)
     before = mapped_bytes(folder)

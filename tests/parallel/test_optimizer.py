@@ -166,7 +166,7 @@ def test_declarations_that_are_none_are_refused() -> None:
         validate(config, 2, 0)
 
 
-def test_the_engine_refuses_what_the_launcher_was_not_asked_about() -> None:
+def test_the_engine_refuses_what_the_launcher_did_not_check() -> None:
     with pytest.raises(AssertionError, match="does not declare what it needs"):
         world.run(train, 2, config_with("Lamb", Layout(1, 2, zero=1)))
 

@@ -131,7 +131,7 @@ def test_four_stages_compute_what_one_process_computes() -> None:
     assert_parity(configs, 4)
 
 
-def test_a_users_own_model_passes_through_a_pipeline() -> None:
+def test_a_users_model_runs_in_a_pipeline() -> None:
     model = ModelConfig(target="tests.toy:build", vocab_size=VOCABULARY, hidden_size=18, num_hidden_layers=4)
     configs = [pipeline_config(schedule) for schedule in SCHEDULES]
     for config in configs:
@@ -249,7 +249,7 @@ def in_another_dtype(config: Config, evaluate: bool) -> None:
 
 @pytest.mark.parametrize("evaluate", [False, True])
 def test_activations_of_another_dtype_than_announced_are_an_error_and_no_hang(evaluate: bool) -> None:
-    message = r"pipeline stage \d gave activations \(\(12, 32\), torch.float64\), but .*torch.float32"
+    message = r"pipeline stage \d returned activations \(\(12, 32\), torch.float64\), but .*torch.float32"
     with pytest.raises(AssertionError, match=message):
         world.run(in_another_dtype, 2, pipeline_config(), evaluate)
 

@@ -102,7 +102,7 @@ def test_1f1b_holds_the_activations_of_as_many_micro_batches_as_stages_follow_an
 
 
 class Kept(torch.autograd.Function):
-    """A user's own function that keeps something for backward without telling autograd."""
+    """A user's function that keeps a tensor for backward without autograd."""
 
     alive: ClassVar[weakref.WeakSet] = weakref.WeakSet()
 
@@ -134,7 +134,7 @@ def test_no_graph_outlives_its_backward() -> None:
 
 
 def tensors_alive(configs: list[Config]) -> list[int]:
-    """On a rank: the most tensors of the size of an activation that lived before a backward, for each config."""
+    """On a rank: the largest number of live tensors of the size of an activation before a backward, for each config."""
     most = []
     for config in configs:
         shape = (config.batch.micro_size * config.seq_len, config.model.hidden_size)  # type: ignore[operator]
@@ -156,7 +156,7 @@ def tensors_alive(configs: list[Config]) -> list[int]:
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
-def test_what_lives_between_stages_does_not_grow_with_the_number_of_micro_batches(schedule: str) -> None:
+def test_memory_between_stages_does_not_grow_with_the_number_of_micro_batches(schedule: str) -> None:
     configs = [pipeline_config(schedule, rows=count, pp=4, layers=8) for count in (12, 24)]
     for few, many in world.run(tensors_alive, 4, configs, fresh=True):  # it freezes the collector
         assert many <= few + 3

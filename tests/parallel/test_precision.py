@@ -96,7 +96,7 @@ def test_the_loss_scale_halves_on_overflow_down_to_its_floor_and_grows_after_eno
     skipped, updated = torch.ones(()), torch.zeros(())
     scale.adjust(skipped, skipped)
     assert scale.value == FIRST * BACKOFF
-    scale.adjust(updated, skipped)  # a spike: it says nothing about the scale
+    scale.adjust(updated, skipped)  # a spike: it does not change the scale
     assert scale.value == FIRST * BACKOFF
     for _ in range(GROWS_AFTER - 1):
         scale.adjust(updated, updated)
@@ -126,7 +126,7 @@ def overflowing(layout: Layout) -> tuple[list[StepMetrics], dict[str, float], bo
     engine = cut(config, mesh, batch_plan(config, layout))
     engine.load_state({"step": 0.0, "loss_scale": TOO_LARGE})
     rows = global_rows(config, 1)[mesh.dp_rank :: layout.dp]
-    if mesh.dp_rank != 0:  # nothing to learn: only the other half of the ranks overflows
+    if mesh.dp_rank != 0:  # no labels: only the other half of the ranks overflows
         rows.labels.fill_(-100)
     initial = [shard.data.clone() for shard in engine.shards()]
     results, untouched = [], True

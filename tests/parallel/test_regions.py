@@ -13,7 +13,7 @@ from tests.parallel.test_buffers import build, config_of
 from tests.parallel.test_conformance import assert_same, train
 
 WRONG = {
-    "never left": "a tensor-parallel region is entered (Enter) and never left",
+    "never left": "a tensor-parallel region is entered (CopyToTensorParallel) and never left",
     "never entered": "used inside a tensor-parallel region",
     "norm inside": "layers.1.inside.weight is used inside a tensor-parallel region",
     "entered twice": "and never left, or entered twice",
@@ -52,7 +52,7 @@ def test_with_shared_tokens_they_are_refused_too() -> None:
 
 
 @pytest.mark.parametrize("layout", [Layout(pp=2), Layout(1, 1, 2, 2)], ids=str)
-def test_a_model_of_another_width_than_the_config_says_goes_through_a_pipeline(layout: Layout) -> None:
+def test_a_model_of_another_width_than_the_configs_runs_in_a_pipeline(layout: Layout) -> None:
     config, alone = config_of(layout, "Wide", "fp32"), config_of(Layout(), "Wide", "fp32")
     for each in (config, alone):
         each.model.args, each.model.num_hidden_layers = {"widths": [18, 10, 26, 18]}, 3
@@ -82,7 +82,7 @@ def test_parameters_that_no_loss_reaches_are_known_on_every_layout() -> None:
         assert found == [dead] * len(layouts) + [[]]
 
 
-def test_the_first_gradient_is_not_zero_where_a_model_learns() -> None:
+def test_the_first_gradient_is_not_zero_where_a_model_trains() -> None:
     zeroed = config_of(Layout(), "Zeroed", "fp32")
     ((found,),) = world.run(without_gradient, 1, [zeroed])
     assert "head.weight" in found and normwise is not None

@@ -97,7 +97,7 @@ def test_more_stages_than_layers_and_none_are_refused_with_what_works(stages: in
 
 
 @given(st.integers(1, 8), st.integers(1, 4))
-def test_every_stage_is_on_one_rank_and_neighbours_are_on_neighbouring_ranks(ranks: int, turns: int) -> None:
+def test_every_stage_is_on_one_rank_and_adjacent_stages_are_on_adjacent_ranks(ranks: int, turns: int) -> None:
     owner = {stage: rank for rank in range(ranks) for stage in stages_of(rank, ranks, turns)}
     assert [owner[stage] for stage in range(ranks * turns)] == list(range(ranks)) * turns
 
@@ -147,7 +147,7 @@ class TheirModel(nn.Module):
         return dict(self.layers.named_children())
 
 
-def test_costs_of_a_users_own_model() -> None:
+def test_costs_of_a_users_model() -> None:
     build = on_meta(TheirModel)
     found = costs_of(build(whole_model(3)), build)  # type: ignore[arg-type]
     assert found.layers == (7 * 6, 7 * 7, 7 * 8)

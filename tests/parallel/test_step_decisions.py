@@ -205,7 +205,7 @@ def test_a_parameter_that_no_loss_reaches_has_a_gradient_of_zero(layout: Layout,
 
 @pytest.mark.parametrize("decay_all", [False, True])
 @pytest.mark.parametrize("layout", [Layout(), *OWN[1:5], *DEEPSPEED], ids=str)
-def test_weight_decay_is_for_matrices_and_for_everything_where_that_is_asked(layout: Layout, decay_all: bool) -> None:
+def test_weight_decay_is_for_matrices_and_with_decay_all_for_everything(layout: Layout, decay_all: bool) -> None:
     config = small_config(batch=BatchConfig(size=8, micro_size=2))
     config.optim = OptimConfig(name="adamw", lr=1e-2, weight_decay=2.0, decay_all=decay_all)
     config.parallel = ParallelConfig(zero=layout.zero, engine=layout.engine)

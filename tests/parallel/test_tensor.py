@@ -1,4 +1,4 @@
-"""Models cut over tp compute what they compute uncut, from the same weights, and the registry knows what lies where."""
+"""Models sharded over tp compute the same as whole ones, and the registry has the position of every piece."""
 
 from __future__ import annotations
 
@@ -143,7 +143,8 @@ def ran_cut(cases: list[Case], sequence: bool, recompute: str = "none", backend:
                 kept = [torch.ops.aten.mm.default, torch.ops._c10d_functional.all_to_all_single.default]
                 options = {"context_fn": partial(create_selective_checkpoint_contexts, kept)}
                 options = options if recompute == "selective" else {}
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)  # type: ignore[arg-type]
+                # type: ignore[arg-type]
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
             if backend is not None:
                 block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
         x, mine = case.input(), slice(None)
@@ -299,13 +300,14 @@ def shares_of(layout: Layout, units: int) -> tuple[list[Share], list[list[list[i
     for rank in range(layout.world):
         groups: list[list[list[int]]] = []
         mesh: Any = SimpleNamespace(layout=layout, add_groups=lambda _, lists, made=groups: made.append(lists))
-        axis = TensorAxis(mesh, layout.tp, layout.coordinate(rank).tp, group=None, group_name="", sequence=True)  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        axis = TensorAxis(mesh, layout.tp, layout.coordinate(rank).tp, group=None, group_name="", sequence=True)
         shares.append(axis.share(units))
         made += groups
     return shares, made
 
 
-def test_neighbours_share_what_there_is_too_little_of() -> None:
+def test_adjacent_ranks_share_units_that_are_fewer_than_ranks() -> None:
     layout = Layout(dp_shard=2, tp=4)
     shares, groups = shares_of(layout, 2)
     assert groups == [[[0, 1], [2, 3], [4, 5], [6, 7]]] * 8, "all ranks make all groups"
@@ -344,7 +346,7 @@ def test_what_cannot_be_shared_is_refused_by_name() -> None:
 
 
 def failures_of_wrong_input() -> tuple[str, bool, bool]:
-    """What is said of 3 tokens, and whether tokens after and before the vocabulary fail on this rank."""
+    """The error for 3 tokens, and whether tokens after and before the vocabulary fail on this rank."""
     model = decoder(shape(vocab_size=97))
     parallelize_tensors(model, tensor_mesh(), True)
     with pytest.raises(ValueError) as error:

@@ -4,6 +4,7 @@ from tests.trainer.refused_streaming import BEYOND_OF_STREAMS
 
 BEYOND = [
     "steps=0",
+    "tokens=0",
     "skip_steps=[[3,1]]",
     "seq_len=1",
     "batch.size=0",
@@ -37,6 +38,7 @@ BEYOND = [
     "data.bpe_vocab=256",
     "data.epochs=0",
     "data.validation=0.51",
+    "data.validation_by=hash",
     *BEYOND_OF_STREAMS,
     "data.workers=-1",
     "data.prefetch=0",
@@ -60,6 +62,7 @@ BEYOND = [
     "nonfinite.spike=0",
     "nonfinite.window=19",
     "checkpoint.every=-1",
+    "checkpoint.minutes=0",
     "checkpoint.keep=0",
     "checkpoint.keep_every=-1",
     "checkpoint.keep_best=-1",

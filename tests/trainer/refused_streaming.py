@@ -4,7 +4,7 @@ from __future__ import annotations
 
 STREAMS = ["data.mode=streaming", "data.splits=mine:units"]
 
-# entry -> (overrides, world, gpus, what the message says), each at the edge of what is refused
+# entry -> (overrides, world, gpus, a part of the message), each at the edge of what is refused
 OF_STREAMS: dict[str, list[tuple[list[str], int, int, str]]] = {
     "streams over ranks": [
         ([*STREAMS, "data.streams=8", "batch.size=24"], 3, 0, "over 3 data-parallel ranks: launch.nproc=2 or 4 works"),

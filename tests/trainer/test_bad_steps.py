@@ -102,7 +102,7 @@ def test_overflows_of_fp16_do_not_count_as_bad_steps(tmp_path: Path) -> None:
     assert progress.skipped_in_a_row == 0 and progress.updates == 0
 
 
-def test_only_sound_steps_say_what_is_usual(tmp_path: Path) -> None:
+def test_only_sound_steps_count_for_the_ceiling(tmp_path: Path) -> None:
     progress, _ = verdicts(tmp_path, "skip", {3}, 6, spike=6.0)
     assert [entry[0] for entry in progress.seen] == [1, 2, 4, 5]
     progress, _ = verdicts(tmp_path, "skip", {3}, 6)

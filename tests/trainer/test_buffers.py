@@ -23,7 +23,7 @@ def trained(words: list[list[str]]) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
-def test_a_run_with_persistent_buffers_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_run_with_persistent_buffers_resumes_where_it_was(tmp_path: Path) -> None:
     """What each forward computes depends on how many came before it."""
 
     def words(name: str, steps: int) -> list[str]:

@@ -27,7 +27,7 @@ def test_changing_a_document_changes_no_logit_of_another(tmp_path: Path, kind: s
     rows = read_rows(open_rows(config, "train"), range(20))
     model = decoder(shape(vocab_size=320))
     shared = [row for row in range(20) if rows.documents[row].max() > 0]
-    assert len(shared) > 2, "too few rows hold two documents: the test would say nothing"
+    assert len(shared) > 2, "too few rows hold two documents: the test would prove nothing"
     for row in shared[:3]:
         one = rows[row : row + 1]
         before = model(one.tokens, one.positions, one.documents).detach()

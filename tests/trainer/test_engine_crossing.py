@@ -1,7 +1,7 @@
 """A checkpoint of either engine continues on the other: the losses are those of one process that never stopped.
 
 All ordered pairs, and a run whose number of ranks and engine change at every start. The layouts of a world size share
-their ranks: one start of processes saves all of theirs, one goes on from all others'.
+their ranks: one start of processes saves all of theirs, one resumes from all others'.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def pairs_of(heirs: Sequence[str]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("size", sorted(set(RANKS.values())))
-def test_every_party_goes_on_from_one_of_each_engine(saved: Path, tmp_path: Path, size: int) -> None:
+def test_every_layout_resumes_from_one_of_each_engine(saved: Path, tmp_path: Path, size: int) -> None:
     pairs = pairs_of([name for name in PARTIES if RANKS[name] == size])
     work = []
     for number, (giver, heir) in enumerate(pairs):
@@ -107,7 +107,7 @@ def test_every_party_goes_on_from_one_of_each_engine(saved: Path, tmp_path: Path
             assert normwise(parameters[name], value) < 1e-4, f"{giver} -> {heir}: {name}"
 
 
-def test_a_run_goes_on_over_any_number_of_ranks(tmp_path: Path) -> None:
+def test_a_run_resumes_on_any_number_of_ranks(tmp_path: Path) -> None:
     """4 -> 2 -> 3 -> 1 ranks, DeepSpeed's ZeRO 3, 2 and 1 and our own in between."""
     rows = 12
     starts = [

@@ -81,7 +81,7 @@ def run_on(home: Path, name: str, refusals: int, *more: str) -> tuple[RunDirecto
     return RunDirectory(home / name), ended, screen.read_text()
 
 
-def test_a_run_goes_on_while_its_disk_is_full_and_loses_no_step(home: Path) -> None:
+def test_a_run_continues_while_its_disk_is_full_and_loses_no_step(home: Path) -> None:
     train_here(home, words_of(home / "whole", home / "text", "steps=12"))
     run, ended, screen = run_on(home, "filled", refusals=6)
     assert ended[0] == "completed" and steps_of(run.path) == steps_of(home / "whole")
@@ -132,7 +132,7 @@ def _full_for(times: int, real: Any) -> Any:
     return open_own
 
 
-def test_a_rank_that_fails_for_want_of_room_is_started_again_and_says_which_file(
+def test_a_rank_that_fails_on_a_full_disk_is_restarted_and_names_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also before the first step, and where not even the outcome can be written."""

@@ -1,4 +1,4 @@
-"""A run that has a curve and no checkpoint never begins anew by itself, and keeps its curve when it does."""
+"""A run with metrics and no checkpoint never starts over automatically, and keeps its metrics when it does."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ def test_a_new_beginning_keeps_curve_and_config(home: Path, purged: RunDirectory
     assert stored.optim.lr == 1e-3 and not stored.run.fresh
     train_here(home, [f"run.dir={purged.path}", "steps=3", *ONE])
     assert [step[0] for step in steps_of(purged.path)] == [1, 2, 3]
-    assert not purged.earlier(2).exists(), "what was asked of one start is not done by the next"
+    assert not purged.earlier(2).exists(), "a key of one start is not applied by the next"
 
 
 def test_a_launcher_that_starts_a_run_again_that_never_saved_begins_at_step_1(
     home: Path, trained: RunDirectory, tmp_path: Path
 ) -> None:
-    """A kill before the first checkpoint costs the steps until then, and nobody is there to ask."""
+    """A kill before the first checkpoint costs the steps until then, and needs no request."""
     run = RunDirectory(tmp_path / "run")
     run.path.mkdir()
     shutil.copy(trained.metrics, run.metrics)
@@ -117,7 +117,7 @@ def test_another_config_is_not_put_in_the_place_of_one_that_never_trained(
     assert settled([f"run.dir={run.path}", "run.fresh=true"]).model.hidden_size == 256
 
 
-def test_damaged_checkpoints_do_not_stand_in_the_way_of_a_new_beginning(trained: RunDirectory, tmp_path: Path) -> None:
+def test_damaged_checkpoints_do_not_prevent_starting_over(trained: RunDirectory, tmp_path: Path) -> None:
     run = twin(trained, tmp_path / "run")
     for checkpoint in newest(run.checkpoints):
         (checkpoint / "MANIFEST.json").write_text("{}")
@@ -140,7 +140,7 @@ def test_the_first_checkpoint_is_noted_and_one_that_failed_is_not(tmp_path: Path
     assert json.loads(run.identity.read_text())["run"] == "0" * 32
 
 
-def test_attempts_go_on_counting_so_that_orphans_stay_shut_out(home: Path, purged: RunDirectory) -> None:
+def test_attempt_numbers_continue_so_that_orphans_stay_fenced(home: Path, purged: RunDirectory) -> None:
     fence(purged.checkpoints, 1)
     train_here(home, words_of(purged.path, home / "text", "run.fresh=true", "steps=1"))
     assert purged.attempt_numbers() == [1, 2]

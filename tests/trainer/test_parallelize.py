@@ -46,7 +46,7 @@ def decoder_config(tied: bool):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("zero", [0, 3])
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_decoder_computes_the_same_whatever_it_recomputes(mode: str, zero: int, tied: bool) -> None:
+def test_the_decoder_computes_the_same_with_any_activation_checkpointing(mode: str, zero: int, tied: bool) -> None:
     expected = one_process(decoder_config(tied), 5)
     results = world.run(losses, 2, mode, False, zero, tied)
     for steps, _ in results:

@@ -1,4 +1,4 @@
-"""Places where checkpoints go are one run's, copies are runs of their own, and links lead nowhere."""
+"""A place of checkpoints belongs to one run, copies are new runs, and links are not followed."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_run_whose_place_was_taken_over_saves_there_no_more(tmp_path: Path) ->
     assert [path.name for path in newest(tmp_path)] == ["step-00000001"]
 
 
-def test_unmarked_places_of_older_versions_are_told_by_their_newest_checkpoint(
+def test_unmarked_places_of_older_versions_are_identified_by_their_newest_checkpoint(
     home: Path, tmp_path: Path, elsewhere: tuple[RunDirectory, Path, str]
 ) -> None:
     _, place, remote = elsewhere
@@ -140,7 +140,7 @@ def test_unmarked_places_of_older_versions_are_told_by_their_newest_checkpoint(
         settled(words_of(tmp_path / "third", home / "text", f"checkpoint.remote=file://{tmp_path}/remote"))
 
 
-def test_a_copied_run_directory_is_a_run_of_its_own(home: Path, trained: RunDirectory, tmp_path: Path) -> None:
+def test_a_copied_run_directory_is_a_new_run(home: Path, trained: RunDirectory, tmp_path: Path) -> None:
     copy = RunDirectory(tmp_path / "copy")
     shutil.copytree(trained.path, copy.path)
     told: list[str] = []
@@ -246,7 +246,7 @@ def test_a_file_that_becomes_a_link_later_is_not_written_either(trained: RunDire
 
 
 @pytest.mark.parametrize("more", ["", "checkpoint.dir=ckpt"])
-def test_a_relative_link_counts_from_where_it_lies(
+def test_a_relative_link_counts_from_its_directory(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -122,7 +122,7 @@ def test_an_architecture_that_ours_is_not_is_refused_before_any_rank(
         asked(tmp_path)
 
 
-def test_an_older_config_json_says_the_same(tmp_path: Path) -> None:
+def test_an_older_config_json_means_the_same(tmp_path: Path) -> None:
     write_family(tmp_path, "llama with scaled rotary")
     new = asked(tmp_path)
     path = tmp_path / "config.json"

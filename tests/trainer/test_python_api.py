@@ -28,7 +28,7 @@ def test_a_run_from_python_is_the_same_run(tmp_path: Path) -> None:
     assert [step[0] for step in steps_of(tmp_path / "run")] == [1, 2, 3]
 
 
-def test_best_fit_rows_are_attended_within_documents_unless_told_otherwise(tmp_path: Path) -> None:
+def test_best_fit_rows_are_attended_within_documents_by_default(tmp_path: Path) -> None:
     write_text(tmp_path / "text")
     losses = []
     for name, more in (("default", []), ("asked", ["data.document_mask=true"])):
@@ -103,7 +103,7 @@ def test_after_a_run_that_failed_the_process_is_as_before_and_the_next_run_train
     assert "eval.sequences=100000" in raised and outcome == "completed" and differing == {}
 
 
-def with_a_group_of_its_own(words: list[str]) -> tuple[str, bool]:
+def with_a_separate_group(words: list[str]) -> tuple[str, bool]:
     import torch.distributed as dist
 
     import stoker
@@ -115,6 +115,6 @@ def with_a_group_of_its_own(words: list[str]) -> tuple[str, bool]:
     return "", False
 
 
-def test_a_process_group_of_the_users_own_is_left_alone(tmp_path: Path) -> None:
-    [(said, there)] = world.run(with_a_group_of_its_own, 1, [f"run.dir={tmp_path / 'run'}"])
+def test_a_process_group_of_the_user_is_not_touched(tmp_path: Path) -> None:
+    [(said, there)] = world.run(with_a_separate_group, 1, [f"run.dir={tmp_path / 'run'}"])
     assert "already has a process group" in said and there

@@ -41,7 +41,7 @@ def config_of(number: int, optimizer: str) -> Config:
 
 
 def half(config: Config, directory: Path) -> tuple[list[tuple[float, float]], list[Shard]]:
-    """On a rank: go on from what is in `directory`, train for HALF steps, and save."""
+    """On a rank: resume from `directory`, train for HALF steps, and save."""
     layout = layout_of(config, dist.get_world_size())
     mesh = mesh_over_default_group(layout, torch.device("cpu"), 60.0)
     engine = cut(config, mesh, batch_plan(config, layout))
@@ -70,7 +70,7 @@ def expected(optimizer: str) -> Trace:
 @pytest.mark.parametrize(
     ("number", "optimizer"), [*((n, "adamw") for n in range(len(LAYOUTS))), (4, "sgd"), (8, "sgd")]
 )
-def test_a_run_goes_on_from_any_layout_on_any_other(tmp_path: Path, number: int, optimizer: str) -> None:
+def test_a_run_resumes_from_any_layout_on_any_other(tmp_path: Path, number: int, optimizer: str) -> None:
     """Each layout hands over to three others, so that all of them give and take."""
     trace = expected(optimizer)
     world.run(half, LAYOUTS[number][0].world, config_of(number, optimizer), tmp_path / "first")

@@ -1,4 +1,4 @@
-"""`nonfinite.spike` in whole runs: a loss or a norm that is not believed is left out, and only that."""
+"""`nonfinite.spike` in whole runs: a loss or a norm above its ceiling is skipped, and nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ WORDS = [
 
 
 @pytest.mark.parametrize(("spike", "left_out"), [("nonfinite.spike=20", [LOSS, NORM]), ("nonfinite.spike=null", [])])
-def test_a_step_whose_loss_or_norm_is_not_believed_is_left_out(tmp_path: Path, spike: str, left_out: list[int]) -> None:
+def test_a_step_whose_loss_or_norm_exceeds_its_ceiling_is_skipped(
+    tmp_path: Path, spike: str, left_out: list[int]
+) -> None:
     write_text(tmp_path / "text")
     train_here(tmp_path, overrides(tmp_path / "run", tmp_path / "text", *WORDS, spike))
     steps = read(tmp_path / "run" / "metrics.jsonl")

@@ -60,7 +60,7 @@ def enter(step_log: StepLog, step: int, *votes: ControlFlag) -> None:
     step_log.enter(step, 1e-3, result, None, {})
 
 
-def test_a_request_to_save_is_heard_a_step_late_and_then_every_result_is_read(tmp_path: Path) -> None:
+def test_a_request_to_save_takes_effect_a_step_late_and_then_every_result_is_read(tmp_path: Path) -> None:
     step_log, progress = late_ledger(tmp_path, "warn")
     enter(step_log, 1, ControlFlag.SAVE)
     assert not step_log.settle(everything=False).save and progress.step == 0

@@ -44,13 +44,13 @@ def trained(home: Path) -> RunDirectory:
 
 @dataclasses.dataclass
 class Stranger:
-    """A run directory as it came from somebody else; `mark` is there once its code has run."""
+    """A run directory from another user; `mark` exists once its code has run."""
 
     run: RunDirectory
     mark: Path
 
     def store(self, **changes: Any) -> None:
-        """`model__target="..."`: what its config.yaml says."""
+        """`model__target="..."`: a value in its config.yaml."""
         values = to_dict(read_config(self.run))
         for key, value in changes.items():
             *path, name = key.split("__")
@@ -148,7 +148,7 @@ def test_a_jobs_own_process_refuses_stored_arguments_of_srun(
     assert 'launch.srun_args=["--prolog=x"]' in capsys.readouterr().err
 
 
-def test_trust_said_in_one_of_three_ways_lets_it_pass_and_is_told(
+def test_trust_given_in_one_of_three_ways_allows_it_with_a_line(
     stranger: Stranger, capsys: pytest.CaptureFixture
 ) -> None:
     stranger.store(optim__target="evil_stranger:build")
@@ -187,7 +187,7 @@ def test_the_record_is_of_this_run_and_of_these_values(stranger: Stranger, tmp_p
     assert record.stat().st_mode & 0o777 == 0o600
 
 
-def test_who_starts_a_run_can_go_on_with_it_and_no_one_else(
+def test_only_the_user_who_started_a_run_can_resume_it(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """The record is beside the user's caches, wherever the config puts its own."""
@@ -204,7 +204,7 @@ def test_who_starts_a_run_can_go_on_with_it_and_no_one_else(
     assert main([*generate, "--trust"]) == 0
 
 
-def test_weights_of_a_strangers_run_bring_no_code(stranger: Stranger, home: Path, tmp_path: Path) -> None:
+def test_weights_of_an_untrusted_run_run_no_code(stranger: Stranger, home: Path, tmp_path: Path) -> None:
     stranger.store(model__target="evil_stranger:build")
     words = [word for word in words_of(tmp_path / "new", home / "text") if not word.startswith("model.")]
     words.append(f"model.init_from={stranger.run.path}")
@@ -215,9 +215,7 @@ def test_weights_of_a_strangers_run_bring_no_code(stranger: Stranger, home: Path
     assert not stranger.mark.exists()
 
 
-def test_a_config_that_comes_from_a_remote_is_a_strangers_too(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_config_from_a_remote_is_untrusted_too(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remote, run = f"checkpoint.remote=file://{tmp_path}/remote", tmp_path / "run"
     train_here(home, words_of(run, home / "text", remote, "model.target=tests.trainer.tamed:build"))
     shutil.rmtree(run)
@@ -228,7 +226,7 @@ def test_a_config_that_comes_from_a_remote_is_a_strangers_too(
     assert settled(words).model.target == "tests.trainer.tamed:build"
 
 
-def test_our_own_targets_are_no_code_of_others_but_only_in_their_place() -> None:
+def test_stokers_targets_are_trusted_only_for_their_keys() -> None:
     def code(change: Callable[[Config], None]) -> list[str]:
         config = Config()
         change(config)
@@ -273,7 +271,7 @@ def test_a_script_that_this_user_has_not_submitted_is_not_requeued(
 def test_modules_are_never_taken_from_inside_a_run_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
-    """Not even those that the user names: a stranger could have put one where the user's own is looked for."""
+    """Not even those that the user names: another user could have put one where the user's is searched."""
     run = tmp_path / "runs" / "theirs"
     (run / "attempts").mkdir(parents=True)
     (run / "config.yaml").touch()

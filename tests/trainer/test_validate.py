@@ -48,7 +48,7 @@ def refusals_of(config: Config, world: int, gpus: int) -> str:
 
 DEEPSPEED = ["parallel.engine=deepspeed"]
 
-# entry -> (overrides, world, gpus, what the message says), each at the edge of what is refused
+# entry -> (overrides, world, gpus, a part of the message), each at the edge of what is refused
 TOGETHER = {
     "axes": [
         (["parallel.tp=2"], 3, 0, "3 ranks do not divide into tp 2 x pp 1: launch.nproc=2 or 4 does"),
@@ -187,7 +187,7 @@ TOGETHER = {
     ],
     "evaluation": [
         (
-            ["eval.every=10"],
+            ["eval.every=10", "eval.sequences=0"],
             1,
             0,
             "eval.every=10 with eval.sequences=0 evaluates nothing: set eval.sequences, such as 32",
@@ -239,12 +239,12 @@ TOGETHER = {
     ],
     "credentials": [
         (
-            ["data=jsonl", "'data.path=https://me:hunter2@host/a.jsonl'"],
+            ["model.args={from: 'https://me:hunter2@host/a'}"],
             1,
             0,
-            "data.path=https://me:***@host/a.jsonl",
+            "model.args.from=https://me:***@host/a: a credential",
         ),
-        (["'launch.setup=export WANDB_API_KEY=0123abc'"], 1, 0, "launch.setup=export WANDB_API_KEY=***"),
+        (["launch.setup='export WANDB_API_KEY=0123abc'"], 1, 0, "launch.setup=export WANDB_API_KEY=***"),
         (["model.args={token: abc}"], 1, 0, "model.args.token=***"),
     ],
     **OF_STREAMS,
@@ -330,7 +330,7 @@ def test_the_closest_choice_comes_first():
     assert "schedule.name=cosin: choose from cosine, " in refused("schedule.name=cosin")
 
 
-def test_all_refusals_are_said_at_once_one_line_each():
+def test_all_refusals_are_reported_at_once_one_line_each():
     said = refused("steps=0", "batch.size=10", "optim.lr=-1", "model.num_key_value_heads=3", "parallel.tp=2", world=8)
     assert [line.split()[0].partition("=")[0] for line in said.splitlines()] == [
         "steps",
@@ -354,7 +354,7 @@ SMALL = st.integers(-1, 9)
     SMALL,
     st.sampled_from(["1f1b", "interleaved"]),
 )
-def test_whatever_is_asked_it_is_refused_in_words_or_it_has_a_layout_and_a_plan(
+def test_every_config_is_refused_with_a_message_or_has_a_layout_and_a_plan(
     parallel, replicas, micro, rows, world, gpus, schedule
 ):
     config = Config()
@@ -380,7 +380,7 @@ def test_every_choice_of_every_group_may_start():
 def test_every_number_is_limited():
     values = {key: lookup(Config(), key) for key in kinds()}
     numbers = {key for key, value in values.items() if type(value) in (int, float)}
-    assert numbers - {limit.key for limit in LIMITS} == {"run.seed"}
+    assert numbers - {limit.key for limit in LIMITS} == {"run.seed", "eval.seed"}
 
 
 def test_the_printed_table_is_the_table():

@@ -11,7 +11,7 @@ from stoker.checkpoint import newest, read_tensors
 from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.schema import Config
 from stoker.conf.targets import import_target
-from stoker.data import open_rows, read_rows
+from stoker.data import open_samples, read_rows
 from stoker.parallel.model import whole_model
 from stoker.trainer.facts import with_vocabulary
 from stoker.trainer.report.metrics import read
@@ -51,7 +51,9 @@ def loss_of(checkpoint: Path, config: Config) -> float:
     tensors = dict(read_tensors(checkpoint))
     for name, parameter in model.named_parameters():
         parameter.data.copy_(tensors[name])
-    rows = read_rows(open_rows(config, "validation"), range(ROWS))
+    sample = open_samples(config)[0]
+    assert sample.split == "validation" and len(sample.numbers) == ROWS
+    rows = read_rows(sample.plan, sample.numbers)
     with torch.no_grad():
         total = model(rows.tokens, rows.positions, rows.documents if config.data.document_mask else None, rows.labels)
     return total.item() / int(rows.valid_tokens())

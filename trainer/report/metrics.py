@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object per step, written by global rank 0, and how it is read back.
 
 Every line is handed to the operating system at once, so that a killed process loses at most the line it was writing.
-Floats are written by `repr`, so that equal text means bitwise equal numbers. JSON knows neither nan nor infinity: such
+Floats are written by `repr`, so that equal text means bitwise equal numbers. JSON has neither nan nor infinity: such
 a number is written as null, and the line lists its key under "nonfinite".
 """
 
@@ -30,7 +30,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("updates", "tokens"), (int,)),
     **dict.fromkeys(("loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "data_seconds"), _NUMBER),
     **dict.fromkeys(("skipped", "empty"), (bool, int)),
-    "val_loss": _NUMBER,
+    **dict.fromkeys(("val_loss", "train_loss"), _NUMBER),
 }
 _encode = json.JSONEncoder(allow_nan=False).encode
 

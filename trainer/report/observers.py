@@ -90,10 +90,15 @@ class Observers(Observer):
                 self.message(f"{other.name} switched off, training goes on: {reason(error)}")
 
 
-def open_observers(config: Config, run_dir: Path, screen: TextIO) -> Observers:
-    """The observers of `config`. `screen` is the user's output: a terminal, a pipe or a file."""
+def open_observers(config: Config, run_dir: Path, screen: TextIO, log_file: TextIO | None = None) -> Observers:
+    """The observers that `config` asks for. `screen` is where a person looks: a terminal, a pipe or a file.
+
+    `log_file` gets plain lines whatever the screen shows: they are what `stoker logs` has of training.
+    """
     run = RunDirectory(run_dir)
     views = [open_progress(config.log, screen)] if config.log.progress != "none" else []
+    if log_file is not None:
+        views.append(PlainProgress(log_file, config.log.every, "lines of training in the log"))
     observers = Observers(MetricsFile(run.metrics), views)
     if config.tracker.name != "none":
         observers.add(Tracker(config.tracker, run, say=observers.message))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Mapping
-from typing import TextIO
+from collections.abc import Iterable, Mapping
+from typing import Any, TextIO
 
 from stoker.conf.schema import Config
 from stoker.trainer.report.observer import CheckpointReport, Observer, StepRecord
@@ -21,12 +21,26 @@ class Pace:
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)  # tokens, seconds, data seconds
         self._warm = False
 
+    @classmethod
+    def of(cls, steps: Iterable[Mapping[str, Any]]) -> Pace:
+        """The pace of a process whose steps these are, as metrics.jsonl has them."""
+        pace = cls()
+        for step in steps:
+            pace._add(*(step.get(key) or 0.0 for key in ("tokens_per_second", "step_seconds", "data_seconds")))
+        return pace
+
     def add(self, record: StepRecord) -> None:
+        self._add(record.tokens_per_second, record.step_seconds, record.data_seconds)
+
+    def _add(self, tokens_per_second: float, seconds: float, data_seconds: float) -> None:
         if not self._warm and self._recent:
             self._recent.clear()
             self._warm = True
-        tokens = record.tokens_per_second * record.step_seconds
-        self._recent.append((tokens, record.step_seconds, record.data_seconds))
+        self._recent.append((tokens_per_second * seconds, seconds, data_seconds))
+
+    def left(self, step: int, total: int) -> str:
+        """How long it will take from after `step` to the end of step `total`, evaluations and saves included."""
+        return duration(max(0, total - step) * self.step_seconds) if self._recent else "-"
 
     @property
     def step_seconds(self) -> float:
@@ -50,9 +64,8 @@ class Pace:
 class PlainProgress(Observer):
     """A line every `every` steps, and one for every other event."""
 
-    name = "progress"
-
-    def __init__(self, screen: TextIO, every: int) -> None:
+    def __init__(self, screen: TextIO, every: int, name: str = "progress") -> None:
+        self.name = name
         self._screen = screen
         self._every = max(1, every)
         self._total_steps = 0
@@ -71,7 +84,8 @@ class PlainProgress(Observer):
         if record.skipped:
             self.message(f"step {record.step} skipped: {skip_reason(record)}")
         if record.val_loss is not None:
-            self.message(f"evaluation at step {record.step}: val loss {record.val_loss:.4f}")
+            beside = f", train loss {train:.4f}" if (train := record.extra.get("train_loss")) is not None else ""
+            self.message(f"evaluation at step {record.step}: val loss {record.val_loss:.4f}{beside}")
         first, last = not self._seen_a_step, record.step == self._total_steps
         self._seen_a_step = True
         if first or last or record.step % self._every == 0:
@@ -84,11 +98,10 @@ class PlainProgress(Observer):
         print(text, file=self._screen, flush=True)
 
     def _line(self, record: StepRecord) -> str:
-        left = (self._total_steps - record.step) * self._pace.step_seconds
         return (
             f"step {record.step}/{self._total_steps}  loss {number(record.loss)}  norm {number(record.grad_norm, 2)}"
             f"  lr {rate(record.lr)}  {self._pace.tokens_per_second:,.0f} tok/s  data {self._pace.data_share:.0%}"
-            f"  mem {size(memory_bytes())}  eta {duration(left)}"
+            f"  mem {size(memory_bytes())}  eta {self._pace.left(record.step, self._total_steps)}"
         )
 
 

@@ -137,7 +137,7 @@ def _of_main(stacks: str) -> list[Frame]:
 
 
 def _waits(stacks: str) -> bool:
-    """Whether the main thread is in a collective, or a backward pass is, which GPUs do in threads of their own."""
+    """Whether the main thread is in a collective, or a backward pass is, which on GPUs runs in other threads."""
     main = _of_main(stacks)
     if not main:
         return False

@@ -219,6 +219,7 @@ class Console:
     def __init__(self) -> None:
         self.screen: TextIO = sys.stdout
         self.errors: TextIO = sys.stderr
+        self.log: TextIO | None = None  # once it is not the terminal
 
     def redirect(self, log_file: Path) -> None:
         self.screen = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
@@ -229,6 +230,7 @@ class Console:
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.close(file)
+        self.log = sys.stdout
         logging.basicConfig(
             level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
         )

@@ -49,21 +49,32 @@ class Requests:
         self._run: RunDirectory | None = None
         self._next_attempt = 0
         self._deadline: float | None = None
+        self._save_minutes: float | None = None
+        self._saved_at: float | None = None  # monotonic time at which the last save, or training, began
         self._leaving: threading.Thread | None = None
         self._training = False
         self._news = threading.Event()  # for the thread that waits to leave
 
-    def watch(self, run: RunDirectory, attempt: int, forget: bool, deadline: float | None = None) -> None:
+    def watch(
+        self,
+        run: RunDirectory,
+        attempt: int,
+        forget: bool,
+        deadline: float | None = None,
+        save_minutes: float | None = None,
+    ) -> None:
         """Make this rank of `attempt` check the files of `run` and the clock (one rank is enough, and has one clock).
 
         `forget`: remove the stop and save files that exist already: they are from an earlier launch. When a launcher
-        starts its ranks again, they were made meanwhile and count.
+        starts its ranks again, they were made meanwhile and count. A save is requested where none has begun for
+        `save_minutes` of training.
         """
         run.requeue.unlink(missing_ok=True)  # this start fulfils it
         if forget:
             run.stop.unlink(missing_ok=True)
             run.save.unlink(missing_ok=True)
         self._run, self._next_attempt, self._deadline = run, attempt + 1, deadline
+        self._save_minutes = save_minutes
 
     def listen(self, leave: Callable[[Outcome, str], None], listener: SignalListener) -> None:
         """From here on signals request a save and an orderly end.
@@ -79,6 +90,7 @@ class Requests:
     def training(self) -> None:
         """The first step begins: from here on there is something to save."""
         self._training = True
+        self._saved_at = time.monotonic()
         self._news.set()
         if self._leaving is not None:
             self._leaving.join()
@@ -88,7 +100,7 @@ class Requests:
         stop = self.signal == signal.SIGINT or (run is not None and run.stop.exists())
         preempt = self.signal not in (None, signal.SIGINT) or self._deadline_is_near()
         preempt = preempt or (run is not None and run.requeue.exists())
-        save = run is not None and run.save.exists()
+        save = (run is not None and run.save.exists()) or self._save_is_due()
         superseded = run is not None and run.attempt(self._next_attempt).exists()
         cast = {
             ControlFlag.STOP: stop,
@@ -112,8 +124,14 @@ class Requests:
 
     def saving(self) -> None:
         """A save begins: it fulfils all requests for one until now."""
+        self._saved_at = time.monotonic()
         if self._run is not None:
             self._run.save.unlink(missing_ok=True)
+
+    def _save_is_due(self) -> bool:
+        if self._save_minutes is None or self._saved_at is None:
+            return False
+        return time.monotonic() - self._saved_at >= self._save_minutes * 60
 
     def _deadline_is_near(self) -> bool:
         return self._deadline is not None and time.time() + self.grace() >= self._deadline

@@ -53,7 +53,7 @@ def files(*named: tuple[str, str]) -> list[Entry]:
 
 
 def read(config) -> tuple[list, list[Leftover]]:
-    """Every document of `data=webdataset`, and what lies between them and is none. Raises what is refused."""
+    """Every document of `data=webdataset`, and the members that are none. Raises the error of a refusal."""
     splits = open_webdataset(config)
     leftovers: list[Leftover] = []
 

@@ -20,7 +20,7 @@ BYTES = ByteTokenizer()
 
 
 def documents(count: int, seed: int = 0) -> list[str]:
-    """Texts of very unequal length, each of them telling its number."""
+    """Texts of very unequal length, each with its number in it."""
     chance = random.Random(seed)
     return [f"[{n}]" + "x" * chance.choice([0, 3, 20, 20, 20, 90, 400]) + f"({n})" for n in range(count)]
 

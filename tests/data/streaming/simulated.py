@@ -1,4 +1,4 @@
-"""Ranks in one process: each stream has its thread, and what ranks tell each other goes through a hub."""
+"""Ranks in one process: each stream has its thread, and ranks communicate through a hub."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ sizes_of_windows = st.lists(st.one_of(st.just(0), st.integers(0, 150)), min_size
 
 @settings(deadline=None)
 @given(sizes_of_windows, st.sampled_from([1, 2, 3, 8]), st.sampled_from([0, 1]))
-def test_the_rows_of_all_lanes_tile_every_window_whatever_their_sizes(sizes, streams, overlap):
+def test_the_rows_of_all_streams_tile_windows_of_any_size(sizes, streams, overlap):
     found = run_to_the_end(sizes, streams, overlap)
     taken = [amount for rows in found for row in rows for amount in row[:NEED]]
     held = [(window, place) for window, size in enumerate(sizes) for place in range(size)]

@@ -217,7 +217,7 @@ def test_a_unit_that_breaks_off_is_an_error_or_loses_all_documents_from_there_on
 
 
 def test_a_unit_known_to_be_lost_is_not_waited_for_again():
-    """Whoever goes on from a state may not have to ask a dead server once more, with all the patience that takes."""
+    """Resuming from a state must not repeat requests to an unreachable server, with all their retries."""
     splits = Breaking(after=0)
     windows = ShuffleWindows("broken", splits, 3, 0, ByteTokenizer(), 0.0, True, None)
     window = windows.read(0, Store())
@@ -257,7 +257,7 @@ def test_a_document_of_fifty_megabytes_is_read_whole_and_once(config, tmp_path):
     assert found == [(0, 6), (0, len(long)), (len(splits) - 1, 5)]
 
 
-def test_files_of_text_are_units_of_neighbours(config, tmp_path):
+def test_text_files_are_splits_of_consecutive_files(config, tmp_path):
     folder = tmp_path / "files"
     folder.mkdir()
     for n, text in enumerate(TEXTS):

@@ -45,7 +45,7 @@ def test_every_layout_worker_count_and_prefetch_reads_the_same_batches(config, o
 
 @pytest.mark.parametrize("packing", ["concatenated", "best_fit", "padded"])
 def test_any_split_into_resumes_reads_the_same_batches(config, packing):
-    config.data.epochs = 2  # so that some split lies at an epoch's edge
+    config.data.epochs = 2  # so that some split is at an epoch's edge
     opener = partial(open_stream, config, packing=packing)
     expected = digests(batches(opener, None))
     assert digests(batches(opener, None, [{"dp": 12, "batches": 0}, {"dp": 3}])) == expected
@@ -189,7 +189,7 @@ def test_data_that_changed_under_a_resumed_run_are_noticed(opener, tmp_path):
     for path in (tmp_path / "texts").glob("*.jsonl"):  # as many bytes, fewer documents
         path.write_bytes(path.read_bytes().replace(b"xx", b"\\n"))
     with World(opener) as world:
-        with pytest.raises(ValueError, match=r"has read 72 rows of: texts.content was \w+ and is \w+$"):
+        with pytest.raises(ValueError, match=r"has read 72 rows of other data: texts.content was \w+ and is \w+$"):
             world.load(state)
         del state["fingerprint"]["texts.content"]  # which earlier versions did not record
         world.load(state)
@@ -214,7 +214,7 @@ def test_documents_kept_for_validation_are_in_no_row(config, opener):
     assert 180 < len(numbers) < 240
 
 
-def test_metrics_say_what_was_read_and_dealt(config, opener):
+def test_metrics_count_what_was_read_and_assigned(config, opener):
     with World(opener, dp=2) as world:
         world.batches()
         values = world.streams[1].metrics()
@@ -236,7 +236,7 @@ def test_every_lane_takes_new_windows_only_when_it_needs_them(opener):
                 assert max(len(queue) for queue in assign.queues) <= 4
 
 
-def test_a_source_that_has_ended_does_not_go_on_with_more_epochs(config, opener):
+def test_a_source_that_has_ended_does_not_continue_with_more_epochs(config, opener):
     with World(opener) as world:
         world.batches()
         state = world.state()

@@ -1,4 +1,4 @@
-"""Several sources in streams: rows in the proportions of the weights, whatever reads them."""
+"""Several sources in streams: rows in the proportions of the weights, on every layout."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_batch_is_within_three_rows_of_the_weights_on_every_layout(mixed):
     assert digests(batches(opener, 40, splits)) == digests(found)
 
 
-def test_other_weights_hold_from_the_row_at_which_the_run_goes_on(mixed):
+def test_other_weights_hold_from_the_row_at_which_the_run_resumes(mixed):
     opener = partial(open_stream, mixed)
     with World(opener, dp=2) as world:
         before = world.batches(7)
@@ -72,7 +72,7 @@ def test_other_weights_hold_from_the_row_at_which_the_run_goes_on(mixed):
         assert world.state() == later
         assert digests(world.batches(5)) == rest
     letters = Counter()
-    for rows in before + after:  # the order of a source is its own: b goes on where it was
+    for rows in before + after:  # each source has its own order: b continues where it was
         for row in rows.tokens.tolist():
             letters[tuple(row)] += 1
     mixed.data.weights = {}
@@ -88,7 +88,7 @@ def test_phases_begin_at_their_step(mixed):
 
 
 @pytest.mark.parametrize("packing", ["concatenated", "best_fit"])
-def test_a_source_that_ends_gives_every_token_once_and_the_others_go_on_in_their_proportions(mixed, packing):
+def test_a_source_that_ends_yields_every_token_once_and_the_others_keep_their_proportions(mixed, packing):
     ended(mixed)
     opener = partial(open_stream, mixed, packing=packing)
     found = batches(opener, 60)

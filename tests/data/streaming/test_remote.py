@@ -38,7 +38,7 @@ def shard_of(server: RangeServer) -> Shard:
     return found
 
 
-def test_any_range_is_read_as_it_lies_in_the_file(server):
+def test_any_range_is_read_as_it_is_in_the_file(server):
     shard, store = shard_of(server), Store(QUICK)
     assert shard.size == len(DATA) and shard.version
     chance = random.Random(1)
@@ -60,7 +60,7 @@ def test_a_connection_that_breaks_or_stalls_is_taken_up_at_the_broken_byte(serve
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_server_that_is_busy_is_asked_again(server, status):
+def test_a_request_to_a_busy_server_is_retried(server, status):
     shard, store = shard_of(server), Store(QUICK)
     server.faults = [("a.bin", f"status {status}")] * 2
     assert store.read(shard, 0, 10) == DATA[:10]
@@ -96,7 +96,7 @@ def test_progress_gives_new_patience(server):
 def test_a_file_that_grew_or_shrank_is_not_read_on(server, tmp_path):
     shard, store = shard_of(server), Store(QUICK)
     (tmp_path / "served" / "a.bin").write_bytes(DATA + b"more")
-    with pytest.raises(Damaged, match="asked for bytes 0-9/300000, the server returns bytes 0-9/300004: it changed"):
+    with pytest.raises(Damaged, match="requested bytes 0-9/300000, the server returns bytes 0-9/300004: it changed"):
         store.read(shard, 0, 10)
     local = look_up([str(tmp_path / "served" / "a.bin")])[0]
     (tmp_path / "served" / "a.bin").write_bytes(DATA)
@@ -125,7 +125,7 @@ def test_an_empty_shard_has_no_bytes(server, tmp_path):
     assert shard.size == 0 and Store().read(shard, 0, 10) == b""
 
 
-def test_cached_blocks_are_not_asked_for_again(server, tmp_path):
+def test_cached_blocks_are_not_requested_again(server, tmp_path):
     shard = shard_of(server)
     store = Store(QUICK, BlockCache(tmp_path / "blocks", 1 << 20, block=10_000))
     assert store.read(shard, 15_000, 44_000) == DATA[15_000:44_000]
@@ -182,7 +182,7 @@ def test_brace_patterns_are_ranges_and_lists():
 
 
 @pytest.mark.parametrize("status", [0, 3])
-def test_a_command_that_says_much_is_read_to_its_end(status):
+def test_a_command_with_much_stderr_is_read_to_its_end(status):
     """More on stderr than a pipe holds, before the first byte of output."""
     command = f"head -c 300000 /dev/zero | tr '\\\\0' x >&2; echo >&2; echo last words >&2; echo found; exit {status}"
     with Store().stream(Shard(f"pipe:{command}", -1)) as output:

@@ -80,7 +80,7 @@ def even(row: dict) -> str | None:
     return None if row["id"] % 2 else f"{row['id']} {row['text']}"
 
 
-def test_a_server_is_asked_for_one_piece_and_not_for_the_shard(config, tmp_path):
+def test_one_piece_is_requested_and_not_the_shard(config, tmp_path):
     with serving(tmp_path / "tables") as server:
         name = next((tmp_path / "tables").iterdir()).suffix
         opened = partial(open_stream, config)

@@ -221,7 +221,7 @@ def test_extensions_are_lowered_as_webdataset_does(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, "sparse"])
-def test_a_document_that_lies_elsewhere_is_refused_and_a_member_that_is_not_wanted_only_counted(tmp_path, kind):
+def test_a_linked_document_is_refused_and_an_unused_member_is_only_counted(tmp_path, kind):
     data = archive([*files(*DOCUMENTS), Entry("0003.txt", b"x", kind)])
     assert f"{tmp_path}/s.tar at byte 3072, sample 0003.txt: 0003.txt is " in refused(config_of(tmp_path, data))
     documents, leftovers = read(config_of(tmp_path, archive([*files(*DOCUMENTS), Entry("0002.jpg", b"x", kind)])))

@@ -1,4 +1,4 @@
-"""Tar shards: read by blocks, and never a shorter epoch without a word."""
+"""Tar shards: read by blocks, and never a shorter epoch without a report."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_a_damaged_archive_is_an_error_that_names_it_or_a_skip_that_is_recorded(
 
 
 def skipped(config: Config) -> list[str]:
-    """The documents of all windows; what is missing must be what the skips say."""
+    """The documents of all windows; missing ones must be those of the skips."""
     windows = open_sources(config, ByteTokenizer())[0][0]
     texts, lost = [], 0
     for number in range(windows.per_epoch):
@@ -242,7 +242,7 @@ def test_an_empty_archive_holds_nothing_and_an_empty_file_is_damaged(config):
         read_all(config)
 
 
-def test_an_index_of_another_archive_is_not_believed():
+def test_an_index_of_another_archive_is_not_used():
     data = shard(range(3))
     index = build_index(io.BytesIO(data))
     assert load(dump(index, len(data)), len(data)) == index

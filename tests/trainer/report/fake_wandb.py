@@ -1,4 +1,4 @@
-"""A module `wandb` that notes what it is asked, and attempts of a run with a tracker."""
+"""A module `wandb` that records its calls, and attempts of a run with a tracker."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def init(**settings):
 
 
 class Fake:
-    """A module `wandb` that notes what it is asked, for the tracker's process to import."""
+    """A module `wandb` that records its calls, for the tracker's process to import."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         directory.mkdir()

@@ -1,4 +1,4 @@
-"""Every second of a run is booked once, from the files of the run directory alone."""
+"""Every second of a run is booked once, only from the files of the run directory."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_an_attempt_that_saved_nothing_is_lost_whole(tmp_path: Path) -> None:
     assert (found.seconds["lost"], found.seconds["training"]) == pytest.approx((100, 20))
 
 
-def test_a_start_that_died_early_takes_nothing_from_those_before_it(tmp_path: Path) -> None:
+def test_a_start_that_ended_early_takes_nothing_from_those_before_it(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     attempt(run, 1, 1000.0, {"training": 100.0}, 0, [(10, {"training": 90.0})], ended=1100.0)
     run.attempt(2).mkdir(parents=True)
@@ -88,14 +88,14 @@ def test_the_time_of_a_hang_is_no_training(tmp_path: Path) -> None:
     assert found.total == pytest.approx(440.0)
 
 
-def test_a_run_under_way_is_booked_until_now_and_a_dead_one_until_its_last_word(tmp_path: Path) -> None:
+def test_a_running_run_is_booked_until_now_and_an_ended_one_until_its_last_record(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     attempt(run, 1, 1000.0, {"startup": 10.0, "training": 100.0})
     assert goodput(run, now=1111.0).total == pytest.approx(111.0)
     assert goodput(run).total == pytest.approx(110.0)
 
 
-def test_a_start_that_died_early_is_a_start(tmp_path: Path) -> None:
+def test_a_start_that_ended_early_is_startup(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.attempt(1).mkdir(parents=True)
     began = run.attempt(1).stat().st_mtime

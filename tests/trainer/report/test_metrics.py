@@ -83,7 +83,7 @@ def test_numbers_that_are_not_finite_are_null_and_named_in_valid_json(tmp_path):
     assert line["nonfinite"] == ["loss", "grad_norm"]
 
 
-def test_resuming_cuts_the_file_back_so_that_no_step_stands_twice(tmp_path):
+def test_resuming_truncates_the_file_so_that_no_step_occurs_twice(tmp_path):
     first = opened(tmp_path / "m")
     for step in range(1, 8):
         first.step(record(step))
@@ -234,7 +234,7 @@ def test_flush_returns_after_the_disk_has_the_steps(tmp_path, monkeypatch):
     assert synced == [(tmp_path / "m").stat().st_ino]
 
 
-def test_after_kill_9_in_mid_run_every_step_stands_once(tmp_path):
+def test_after_kill_9_in_mid_run_every_step_occurs_once(tmp_path):
     program = f"""
 from pathlib import Path
 from tests.trainer.report.observed import a_config, record

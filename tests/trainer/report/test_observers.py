@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import errno
+import io
 import subprocess
 import sys
 
 import pytest
 
+from stoker.conf.rundir import RunDirectory
 from stoker.trainer.report.metrics import MetricsFile, read
 from stoker.trainer.report.observer import Observer
-from stoker.trainer.report.observers import Observers
+from stoker.trainer.report.observers import Observers, open_observers
 from tests.trainer.report.observed import Report, a_config, record
 
 
@@ -61,7 +63,7 @@ def test_every_event_reaches_every_observer(tmp_path):
     assert recorder.seen == ["start", 1, "saving 1", "saved 1", "hello", "completed"]
 
 
-def test_an_observer_that_fails_is_switched_off_with_one_message_and_the_others_go_on(tmp_path):
+def test_an_observer_that_fails_is_switched_off_with_one_message_and_the_others_continue(tmp_path):
     recorder, failing = Recorder(), Failing()
     observers = Observers(MetricsFile(tmp_path / "m"), [failing, recorder])
     observers.start(a_config(), None, 4, {})
@@ -101,6 +103,29 @@ def test_errors_of_the_metrics_file_surface_and_the_terminal_is_still_put_in_ord
     with pytest.raises(OSError, match=f"{tmp_path}/m"):
         observers.finish("failed", 0)
     assert recorder.seen[-1] == "failed"
+
+
+def test_the_log_has_lines_of_training_whatever_the_screen_shows(tmp_path):
+    config, screen, log = a_config(), io.StringIO(), io.StringIO()
+    config.log.progress, config.log.every = "none", 2
+    observers = open_observers(config, tmp_path, screen, log)
+    observers.start(config, 3, 200, {"layout": "1 rank"})
+    for step in range(4, 8):
+        observers.step(record(step))
+    observers.message("hello")
+    lines = log.getvalue().splitlines()
+    assert lines[:2] == ["layout     1 rank", "resumed from step 3"] and lines[-1] == "hello"
+    assert [line.split()[1] for line in lines[2:-1]] == ["4/200", "6/200"]
+    log.close()  # or its disk is full
+    observers.step(record(8))
+    observers.finish("completed", 8)
+    assert screen.getvalue() == "" and [step["step"] for step in read(RunDirectory(tmp_path).metrics)] == [
+        4,
+        5,
+        6,
+        7,
+        8,
+    ]
 
 
 def test_plain_observers_import_nothing_heavy(tmp_path):

@@ -64,7 +64,7 @@ def waits_in_update(late: int) -> tuple[float, dict[str, float]]:
     return seconds, found
 
 
-def test_the_rank_that_waits_sees_it_as_communication_and_the_late_one_as_its_own_time():
+def test_waiting_counts_as_communication_and_on_the_late_rank_as_computation():
     (seconds, waiting), (_, late) = world.run(waits_in_update, 2, 1)
     assert sorted(waiting) == sorted(PHASES)
     assert waiting["phase_communication_exposed_seconds"] > 0.4
@@ -154,7 +154,7 @@ def test_a_step_that_fails_leaves_its_trace_and_its_error(tmp_path):
     assert steps_in(tmp_path / "a" / "t.json.gz") == [1, 2]
 
 
-def test_a_disk_that_takes_no_trace_is_named_and_the_run_goes_on(tmp_path):
+def test_a_disk_without_space_for_a_trace_is_named_and_the_run_continues(tmp_path):
     (tmp_path / "a").touch()
     said: list[str] = []
     profiling = Profiler(ProfileConfig([1, 1], 1), CPU, tmp_path / "a" / "t.json.gz", tmp_path / "a" / "m", said.append)
@@ -167,7 +167,7 @@ def test_a_disk_that_takes_no_trace_is_named_and_the_run_goes_on(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_on_a_gpu_memory_is_recorded_over_the_traced_steps_and_phases_wait_for_the_device(tmp_path, monkeypatch):
-    """The calls that torch's guide to memory snapshots asks for, in their order; no GPU is needed to see them."""
+    """The calls of torch's guide to memory snapshots, in their order; no GPU is needed to record them."""
     calls: list[str] = []
 
     def record(enabled: str | None = "all", **settings: Any) -> None:

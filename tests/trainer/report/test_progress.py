@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import fcntl
 import io
+import itertools
 import math
 import os
 import pty
 import struct
 import termios
+import threading
 import time
 from contextlib import suppress
 
@@ -35,7 +37,7 @@ def plain(every: int = 20, total_steps: int = 200, resumed_from_step: int | None
     return view, screen
 
 
-def test_a_plain_line_says_how_the_run_goes():
+def test_a_plain_line_shows_the_progress_of_the_run():
     view, screen = plain()
     for step in range(1, 21):
         view.step(record(step, loss=2.34561))
@@ -51,13 +53,13 @@ def test_plain_lines_come_every_so_many_steps_and_at_the_first_and_the_last():
     assert [line.split()[1] for line in screen.getvalue().splitlines()] == ["4/25", "10/25", "20/25", "25/25"]
 
 
-def test_a_start_tells_the_facts_and_where_it_resumes():
+def test_a_start_shows_the_facts_and_where_it_resumes():
     screen = io.StringIO()
     PlainProgress(screen, 10).start(a_config(), 40, 200, {"layout": "dp_shard 2, ZeRO 1"})
     assert screen.getvalue() == "layout     dp_shard 2, ZeRO 1\nresumed from step 40\n"
 
 
-def test_checkpoints_evaluations_and_skips_have_lines_of_their_own():
+def test_checkpoints_evaluations_and_skips_have_separate_lines():
     view, screen = plain()
     view.step(record(1))
     screen.truncate(0)
@@ -74,7 +76,7 @@ def test_checkpoints_evaluations_and_skips_have_lines_of_their_own():
     ]
 
 
-def test_speed_speaks_of_recent_steps_and_not_of_the_first():
+def test_speed_is_of_recent_steps_and_not_of_the_first():
     pace = Pace()
     pace.add(record(1, step_seconds=60.0, tokens_per_second=1.0))
     assert pace.step_seconds == 60.0  # nothing better is known yet
@@ -123,6 +125,9 @@ class Terminal:
         os.set_blocking(self._master, False)
         self.screen = os.fdopen(slave, "w", encoding="utf-8")
         self._shown = b""
+
+    def close(self) -> None:
+        os.close(self._master)
 
     def shown(self) -> str:
         with suppress(BlockingIOError):  # until there is no more for now
@@ -185,6 +190,39 @@ def test_the_live_view_fits_the_terminal_it_draws_on(monkeypatch):
     view.step(record(1))
     view.finish("completed", 1)
     assert max(len(line) for line in plain_text(terminal.shown()).splitlines()) <= 40
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_colours_are_left_out_where_that_is_asked_for(monkeypatch, no_color):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    terminal = Terminal(100)
+    view = LiveProgress(terminal.screen)
+    view.start(a_config(), None, 2, {})
+    view.step(record(1))
+    view.finish("completed", 1)
+    assert ("\x1b[32m━" in terminal.shown()) is not no_color and "step 1/2" in plain_text(terminal.shown())
+
+
+def test_a_terminal_that_is_closed_is_an_error_of_the_next_event_and_the_thread_ends(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    terminal = Terminal(100)
+    view = LiveProgress(terminal.screen)
+    view.start(a_config(), None, 10**6, {})
+    terminal.close()
+    with pytest.raises(OSError):
+        _steps(view, seconds=30)
+    assert not [thread for thread in threading.enumerate() if thread.name == "live view"]
+
+
+def _steps(view, seconds):
+    deadline = time.monotonic() + seconds
+    for step in itertools.count(1):
+        view.step(record(step))
+        time.sleep(0.02)
+        assert time.monotonic() < deadline
 
 
 def test_the_live_view_is_redrawn_by_a_thread_and_not_by_steps(monkeypatch):

@@ -5,10 +5,12 @@ import math
 import struct
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from stoker.trainer.report import summary
-from stoker.trainer.report.metrics import MetricsFile
-from stoker.trainer.report.summary import smooth, summarize
+from stoker.trainer.report.metrics import MetricsFile, read
+from stoker.trainer.report.summary import History, Marks, marks_of, picture, smooth, summarize
+from stoker.trainer.runtime.outcome import Beginning, write_beginning
 from tests.trainer.report.observed import a_config, a_run, record
 
 
@@ -26,7 +28,7 @@ def png_size(path) -> tuple[int, int]:
     return struct.unpack(">II", data[16:24])
 
 
-def test_the_summary_says_how_the_run_went(tmp_path):
+def test_the_summary_shows_the_results_of_the_run(tmp_path):
     run = a_run(tmp_path / "demo")
     speeds = [1000.0, 9000.0, 3000.0]
     records = [
@@ -68,6 +70,32 @@ def test_every_run_can_be_drawn(tmp_path, records):
     write_steps(run, records)
     assert f"picture      {run.loss_plot}" in summarize(run.path, a_config(), "completed")
     assert png_size(run.loss_plot) == (1152, 648)
+
+
+def test_the_picture_marks_attempts_and_rollbacks_and_shows_the_learning_rate_and_tokens(tmp_path):
+    run, config = a_run(tmp_path / "demo"), a_config()
+    config.skip_steps = [[20, 22]]
+    for number, from_step in ((1, 0), (2, 0), (3, 10), (4, 25)):
+        run.attempt(number).mkdir(parents=True)
+        write_beginning(run, number, Beginning(0.0, from_step, 1, "here"))
+    left_out = (20, 21, 22, 30, 33)
+    write_steps(run, [record(step, lr=step / 1000) for step in range(1, 41) if step not in left_out])
+    steps = read(run.metrics)
+    history = History(steps)
+    marks = marks_of(history, run, config)
+    assert marks == Marks(resumed=[10, 25], rolled_back=[30, 33])
+    figure = picture(history, "demo", marks)
+    FigureCanvasAgg(figure).draw()
+    axes, rate = figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "rolled back", "resumed"]
+    dotted = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
+    assert dotted == [10.5, 25.5]
+    [line] = [line for line in axes.lines if line.get_label() == "rolled back"]
+    assert list(line.get_xdata()) == [30, 33]
+    assert list(rate.lines[0].get_ydata()) == [step["lr"] for step in steps]
+    [top] = axes.child_axes
+    ticks = {tick.get_position()[0]: tick.get_text() for tick in top.get_xticklabels()}
+    assert ticks[20.0] == "20k" and ticks[40.0] == "40k"  # a thousand tokens a step
 
 
 def test_a_run_without_a_step_has_a_summary_and_no_picture(tmp_path):

@@ -85,7 +85,7 @@ def test_tensorboard_shows_every_step_once_after_a_restart(tmp_path):
     assert shown() == list(range(1, 25))
 
 
-def test_wandb_is_asked_to_go_on_with_the_same_run_without_touching_the_console(tmp_path, fake):
+def test_wandb_resumes_the_same_run_without_touching_the_console(tmp_path, fake):
     run = a_run(tmp_path / "run")
     train(run, "wandb", 1, 3)
     train(run, "wandb", 3, 5)
@@ -146,7 +146,7 @@ def test_a_tracker_whose_process_is_killed_is_switched_off(tmp_path, fake):
     assert "switched off, training goes on: its process ended with -9" in attempt.screen.messages[1]
 
 
-def test_a_failure_at_the_very_end_is_told_too(tmp_path, fake, monkeypatch):
+def test_a_failure_at_the_very_end_is_reported_too(tmp_path, fake, monkeypatch):
     monkeypatch.setenv("FAKE_RAISES_AT", "3")
     messages = train(a_run(tmp_path / "run"), "wandb", 1, 3)
     assert len(messages) == 2 and "the service is gone" in messages[1]
@@ -170,7 +170,7 @@ def test_a_tracker_that_hangs_does_not_hold_up_the_end(tmp_path, fake, monkeypat
 
 def test_kill_9_of_rank_0_loses_no_step_and_repeats_none(tmp_path, fake, monkeypatch):
     run = a_run(tmp_path / "run")
-    monkeypatch.setenv("FAKE_LOG_SECONDS", "0.02")  # the dead attempt's tracker is still at it when the next one starts
+    monkeypatch.setenv("FAKE_LOG_SECONDS", "0.02")  # the ended attempt's tracker still runs when the next one starts
     program = f"""
 import os, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which run of a tracker a run directory goes on with, and whether it may at all: variables, copies, full disks."""
+"""The tracker run of a run directory, and whether it has one at all: variables, copies, full disks."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_run_of_an_older_version_keeps_its_run_of_the_tracker(tmp_path, fake):
     assert first == second
 
 
-def test_a_tracker_waits_for_room_and_leaves_links_alone(tmp_path, monkeypatch):
+def test_a_tracker_waits_for_room_and_does_not_follow_links(tmp_path, monkeypatch):
     (tmp_path / "theirs").write_text("precious")
     (tmp_path / "tracker.json.new").symlink_to(tmp_path / "theirs")
     with pytest.raises(OSError, match="symbolic"):

@@ -1,4 +1,4 @@
-"""Real processes that are stuck, each in its way, are told apart, and killed."""
+"""Real processes that are stuck, each in its way, are distinguished, and killed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stoker.trainer.runtime.outcome import Outcome, read_ending
 from stoker.trainer.runtime.process import Phase, read_stamps
 from stoker.trainer.runtime.watchdog import Watchdog
 
-STUCK = {  # kind of tests/trainer/runtime/stuck.py: what the table says
+STUCK = {  # kind of tests/trainer/runtime/stuck.py: its state in the table
     "stopped": "stopped by a signal (SIGSTOP)",
     "in C": "in a C call, asleep",
     "in C with the interpreter": "in a C call that keeps the interpreter, asleep",
@@ -53,7 +53,7 @@ def examined(folder: Path, *kinds: str) -> tuple[RunDirectory, str, str]:
     return run, "\n".join(said), ended
 
 
-def test_what_holds_a_rank_is_told_from_the_kernel_and_its_answers(tmp_path: Path) -> None:
+def test_the_state_of_a_rank_follows_from_the_kernel_and_its_answers(tmp_path: Path) -> None:
     run, said, ended = examined(tmp_path, *STUCK)
     lines = said.splitlines()
     for rank, state in enumerate(STUCK.values()):

@@ -20,7 +20,7 @@ from stoker.trainer.runtime.outcome import (
 from stoker.trainer.runtime.process import Console, Place
 
 
-def test_the_first_outcome_of_an_attempt_stands(tmp_path: Path) -> None:
+def test_the_first_outcome_of_an_attempt_is_kept(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     number = next_attempt(run)
     assert read_ending(run, number) is None
@@ -31,7 +31,7 @@ def test_the_first_outcome_of_an_attempt_stands(tmp_path: Path) -> None:
     assert [path.name for path in run.attempt(number).iterdir()] == ["outcome.json"]
 
 
-def test_a_new_attempt_books_the_dead_ones_and_no_others(tmp_path: Path) -> None:
+def test_a_new_attempt_records_the_outcome_of_ended_ones_only(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     dead, done, current = next_attempt(run), next_attempt(run), next_attempt(run)
     write_ending(run, done, Ending(Outcome.STOPPED, "stopped at step 3, saved", 3))
@@ -78,10 +78,10 @@ def raised(error: Exception) -> Exception:
     ],
     ids=str,
 )
-def test_what_a_new_attempt_cannot_mend_is_not_tried_again(
+def test_a_failure_that_would_repeat_is_not_retried(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception, training: bool, retry: bool
 ) -> None:
-    """And where a rollback finds no sound checkpoint nobody begins at step 0 again without being asked."""
+    """And where a rollback finds no sound checkpoint no run starts over at step 0 without a request."""
     run = RunDirectory(tmp_path)
     place = Place(rank=1, world=2, local_rank=1, local_world=2, restart=0)
     attempt = Attempt(run, next_attempt(run), place, met=True, training=training, step=7)

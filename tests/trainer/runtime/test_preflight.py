@@ -15,7 +15,7 @@ from stoker.trainer.runtime.process import Place
 
 
 def meet_all(runs: list[RunDirectory], machines: list[Machine | None]) -> list[str | ConfigError | None]:
-    """What ranks on two machines of two learn, each as a thread."""
+    """Results of ranks on two machines of two, each as a thread."""
     runs[0].attempt(1).mkdir(parents=True)
     store = dist.HashStore()
     found: list[str | ConfigError | None] = [None] * 4
@@ -47,11 +47,11 @@ def reduce_step(store: dist.Store, number: int, world: int) -> list[int]:
     return heard
 
 
-def test_ranks_agree_on_the_attempt_whatever_earlier_ones_have_left_in_the_store() -> None:
+def test_ranks_agree_on_the_attempt_in_spite_of_earlier_keys_in_the_store() -> None:
     store = dist.HashStore()
     assert reduce_step(store, 1, 4) == [1, 1, 1]
     store.set(f"stoker/asked/{store.add('stoker/asked', 1)}", "killed")  # before it was answered
-    store.add("stoker/asked", 1)  # or before it could say its name
+    store.add("stoker/asked", 1)  # or before it could write its name
     assert reduce_step(store, 2, 4) == [2, 2, 2]
     assert reduce_step(store, 3, 2) == [3]
     assert reduce_step(store, 4, 1) == []
@@ -59,7 +59,7 @@ def test_ranks_agree_on_the_attempt_whatever_earlier_ones_have_left_in_the_store
         tell_attempt(store, 5, 2, 0.1)
 
 
-def test_machines_that_share_the_run_directory_go_on(tmp_path: Path) -> None:
+def test_machines_that_share_the_run_directory_continue(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert meet_all([run, run], [None, None]) == [None] * 4
     assert list(run.attempt(1).iterdir()) == [], "the mark is gone"
@@ -86,10 +86,10 @@ def test_a_name_that_resolves_to_loopback_matters_only_between_machines(tmp_path
 
 
 @pytest.mark.parametrize(("ahead", "words"), [(42.0, "42 s behind"), (-42.0, "42 s ahead of"), (2.0, None)])
-def test_a_clock_that_is_wrong_is_told_once_for_each_machine(
+def test_a_wrong_clock_is_reported_once_for_each_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: float, words: str | None
 ) -> None:
-    """Rank 0's clock is `ahead`: it alone asks for the time in order to tell it."""
+    """Rank 0's clock is `ahead`: only rank 0 reads the time to publish it."""
     real: Callable[[], float] = meeting.time.time
     asked: list[int] = []
 

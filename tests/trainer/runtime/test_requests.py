@@ -59,11 +59,33 @@ def test_files_from_an_earlier_launch_ask_for_nothing_and_those_of_this_one_do(r
     assert requests.votes() == {ControlFlag.STOP, ControlFlag.SAVE}
     again = Requests()
     again.watch(run, 1, forget=False)
-    assert again.votes() == {ControlFlag.STOP, ControlFlag.SAVE}, "asked while the ranks were restarting"
+    assert again.votes() == {ControlFlag.STOP, ControlFlag.SAVE}, "requested while the ranks were restarting"
     run.requeue.touch()
     assert ControlFlag.PREEMPT in again.votes()
     Requests().watch(run, 1, forget=False)
     assert not run.requeue.exists(), "a start is the answer to it"
+
+
+def test_a_save_is_a_vote_so_many_minutes_after_the_last_one_or_the_first_step(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("stoker.trainer.runtime.requests.time.monotonic", lambda: clock[0])
+    requests, other_rank = Requests(), Requests()
+    requests.watch(run, 1, forget=True, save_minutes=15.0)
+    found = []
+    for clock[0], event in (
+        (9000.0, None),  # a start may take hours
+        (9000.0, requests.training), (9899.0, None), (9900.0, None), (9901.0, None),
+        (9901.0, requests.saving), (10800.0, None), (10801.0, None),
+    ):  # fmt: skip
+        if event is not None:
+            event()
+        found.append(ControlFlag.SAVE in requests.votes())
+    assert found == [False, False, False, True, True, False, False, True]
+    other_rank.training()
+    clock[0] = 1e9
+    assert other_rank.votes() == frozenset(), "one clock counts, that of the rank that watches"
 
 
 def test_another_start_of_the_run_is_a_vote_from_its_first_moment(run: RunDirectory) -> None:
@@ -88,7 +110,7 @@ def test_a_signal_while_training_is_a_vote(
     assert not left
 
 
-def test_a_signal_during_start_up_is_heard_while_the_main_thread_hangs(
+def test_a_signal_during_start_up_is_handled_while_the_main_thread_hangs(
     listening: tuple[Requests, Left, threading.Event],
 ) -> None:
     _, left, _ = listening
@@ -144,4 +166,4 @@ def test_the_grace_needed_is_compared_with_the_one_given(
     resumed = ShutdownEstimate(None, said.append)
     resumed.recall([{"step_seconds": 0.5, "checkpoint_seconds": 4.0}])
     resumed.start(Config(), 3, 10, {})
-    assert len(said) == 2 and verdict in said[1], "a resumed run knows at its start"
+    assert len(said) == 2 and verdict in said[1], "a resumed run has an estimate at its start"

@@ -11,7 +11,7 @@ from stoker.trainer.runtime.signal_listener import SignalListener
 from tests.trainer.runtime.deaf import deaf_for
 
 
-def test_who_asked_for_it_hears_of_a_signal_before_its_handler_can_run() -> None:
+def test_a_callback_is_called_for_a_signal_before_its_handler_can_run() -> None:
     order: list[str] = []
     before = signal.signal(signal.SIGUSR1, lambda *_: order.append("handler"))
     listener = SignalListener()

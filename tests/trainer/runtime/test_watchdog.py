@@ -135,7 +135,7 @@ def test_who_waits_for_a_slow_save_of_another_rank_does_not_hang() -> None:
                               '/y/torch/autograd/graph.py", line 7 in _engine_run_backward'), "update", False, WAITING),
     ],
 )  # fmt: skip
-def test_answers_tell_where_a_rank_is(kernel: str, stacks: str, phase: str, busy: bool, state: str) -> None:
+def test_answers_show_where_a_rank_is(kernel: str, stacks: str, phase: str, busy: bool, state: str) -> None:
     assert state_of(kernel, stacks, Phase(phase), busy) == state
 
 
@@ -169,7 +169,7 @@ def test_who_is_behind_is_named_and_those_that_wait_are_not() -> None:
     assert table(ranks).splitlines()[1].startswith("1 ")
 
 
-def test_who_waits_in_a_collective_that_the_others_have_left_is_told_from_who_holds_them_up() -> None:
+def test_a_rank_that_waits_in_a_collective_the_others_have_left_is_not_blamed() -> None:
     ranks = [finding(0, 7, "update"), finding(1, 8, "data", "in Python, asleep"), finding(2, 8, "update")]
     assert explain(ranks) == (
         "rank 0 on n1 waits in update of step 7 (a/b.py:1 f) for ranks that have left it: "

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import requests
 
 from stoker.conf.secrets import conceal, mask, reveal, secrets_in
+from stoker.data.remote.retries import Patience, Refused, Transient
+from stoker.data.remote.web import Web
 
 
 @pytest.mark.parametrize(
@@ -60,3 +63,22 @@ def test_an_address_is_revealed_only_when_it_is_asked_for(monkeypatch: pytest.Mo
     monkeypatch.setenv("STOKER_SECRET_SAS", "sig=abc")
     assert reveal(address) == "https://h/a?sig=abc"
     assert conceal("no answer from https://h/a?sig=abc", address) == "no answer from https://h/a?$STOKER_SECRET_SAS"
+
+
+def test_what_a_library_says_of_a_revealed_address_is_concealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def get(session: requests.Session, url: str, **_: object) -> None:
+        asked.append(url)
+        raise requests.ConnectionError(f"no route to {url}")
+
+    monkeypatch.setattr(requests.Session, "get", get)
+    monkeypatch.setenv("STOKER_SECRET_SAS", "sig=abc")
+    with pytest.raises(Transient) as error:
+        Web(Patience()).head("https://h/a?$STOKER_SECRET_SAS")
+    assert asked == ["https://h/a?sig=abc"]
+    assert str(error.value).endswith("no route to https://h/a?$STOKER_SECRET_SAS")
+    assert error.value.__cause__ is None and error.value.__suppress_context__
+    monkeypatch.delenv("STOKER_SECRET_SAS")
+    with pytest.raises(Refused, match=r"\$STOKER_SECRET_SAS, and this process's environment has no such variable"):
+        Web(Patience()).head("https://h/a?$STOKER_SECRET_SAS")
