@@ -18,8 +18,14 @@ from stoker.trainer.budget import settle_steps
 
 
 def plan(options: argparse.Namespace) -> int:
-    """A table of what a run of this config reads of each source."""
-    config = settle_steps(composed(options.overrides), options.overrides, first=True)
+    """A table of what a run of this config reads of each source. Raises ValueError for data.mode=streaming."""
+    config = composed(options.overrides)
+    if config.data.mode == "streaming":
+        raise ValueError(
+            "data plan counts documents and rows, which data.mode=streaming does not know before it has read them: "
+            "stoker data verify with the same keys reads all data and counts the documents"
+        )
+    config = settle_steps(config, options.overrides, first=True)
     rows = open_rows(config, "train")
     plans = rows.plans if isinstance(rows, MixedPlan) else (rows,)
     wanted = config.steps * config.batch.size

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -18,11 +20,11 @@ from stoker.conf.schema import ModelConfig
 from stoker.conf.values import ConfigError
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.launch.model_files import export_dtype, model_files
-from stoker.launch.tensor_files import TensorWriter, index_json, plan_files
+from stoker.launch.tensor_files import Planned, TensorWriter, index_json, plan_files
 from stoker.launch.train import say
 from stoker.models.hugging_face import tensor_name
-from stoker.parallel.dtypes import DTYPE_NAMES, PRECISIONS
-from stoker.parallel.shards import PARAMETER
+from stoker.parallel.dtypes import DTYPES, PRECISIONS
+from stoker.parallel.shards import BUFFER, PARAMETER
 from stoker.trainer.facts import with_vocabulary
 from stoker.trainer.trust import DATA, MODEL, trusted_config
 
@@ -66,11 +68,16 @@ def export(options: argparse.Namespace) -> int:
 
 
 def _write_weights(folder: Path, checkpoint: Path, dtype: str, file_bytes: int, named: Callable[[str], str]) -> None:
-    """The parameters as `named`, one in memory at a time. Raises DamagedCheckpoint."""
+    """The parameters in `dtype` and the persistent buffers in their own, as `named`, one in memory at a time.
+
+    Raises DamagedCheckpoint.
+    """
     stored = open_checkpoint(checkpoint).tensors.values()
-    shapes = {named(tensor.name): tensor.shape for tensor in stored if tensor.kind == PARAMETER}
     theirs = PRECISIONS[dtype]
-    files = plan_files(shapes, DTYPE_NAMES[theirs], theirs.itemsize, file_bytes)
+    parameters = {tensor.name: Planned(tensor.shape, theirs) for tensor in stored if tensor.kind == PARAMETER}
+    buffers = {tensor.name: Planned(tensor.shape, DTYPES[tensor.dtype]) for tensor in stored if tensor.kind == BUFFER}
+    tensors = parameters | buffers
+    files = plan_files({named(name): tensor for name, tensor in tensors.items()}, file_bytes)
     console = Console(stderr=True)
     columns = (TextColumn("exporting"), BarColumn(), DownloadColumn())
     with (
@@ -78,10 +85,11 @@ def _write_weights(folder: Path, checkpoint: Path, dtype: str, file_bytes: int, 
         TensorWriter(folder, files) as writer,
     ):
         task = progress.add_task("weights", total=sum(file.data_bytes for file in files))
-        for name, value in read_tensors(checkpoint):
-            progress.advance(task, writer.write(named(name), value.to(theirs)))
+        for name, value in itertools.chain(read_tensors(checkpoint), read_tensors(checkpoint, BUFFER)):
+            progress.advance(task, writer.write(named(name), value.to(tensors[name].dtype)))
     if len(files) > 1:
-        index = json.dumps(index_json(files), indent=2) + "\n"
+        count = sum(math.prod(tensor.shape) for tensor in parameters.values())
+        index = json.dumps(index_json(files, count), indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
 
 

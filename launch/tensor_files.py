@@ -17,56 +17,76 @@ import torch
 from torch import Tensor
 
 from stoker.checkpoint.format import safetensors_entries, safetensors_frame
+from stoker.parallel.dtypes import DTYPE_NAMES
 
-Shape = tuple[int, ...]
+# The order of tensors in a file: first by dtype, as the library has it, then by name.
+_ORDER = (
+    torch.int64,
+    torch.float64,
+    torch.float32,
+    torch.int32,
+    torch.bfloat16,
+    torch.float16,
+    torch.uint8,
+    torch.bool,
+)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def data_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """One file: its tensors one after the other, sorted by name, all of one dtype of `element` bytes."""
+    """One file, and its tensors by name."""
 
     name: str
-    shapes: Mapping[str, Shape]
-    dtype: str  # by the format's names: F32, BF16, F16
-    element: int
+    tensors: Mapping[str, Planned]
 
     @property
     def data_bytes(self) -> int:
         """Of tensors."""
-        return self.element * sum(math.prod(shape) for shape in self.shapes.values())
+        return sum(tensor.data_bytes for tensor in self.tensors.values())
 
     def layout(self) -> tuple[bytes, dict[str, int]]:
         """The first bytes of the file, and where each tensor begins in it."""
+        ordered = sorted(self.tensors.items(), key=lambda item: (_ORDER.index(item[1].dtype), item[0]))
         entries = safetensors_entries(
-            (name, self.dtype, shape, self.element * math.prod(shape)) for name, shape in self.shapes.items()
+            (name, DTYPE_NAMES[tensor.dtype], tensor.shape, tensor.data_bytes) for name, tensor in ordered
         )
         header = {"__metadata__": {"format": "pt"}, **entries}
         frame = safetensors_frame(json.dumps(header, separators=(",", ":")).encode())
         return frame, {name: len(frame) + entry["data_offsets"][0] for name, entry in entries.items()}
 
 
-def plan_files(shapes: Mapping[str, Shape], dtype: str, element: int, file_bytes: int) -> list[TensorFile]:
+def plan_files(tensors: Mapping[str, Planned], file_bytes: int) -> list[TensorFile]:
     """Files of at most `file_bytes` of tensors, or of one tensor, named as transformers names them."""
-    groups: list[dict[str, Shape]] = [{}]
+    groups: list[dict[str, Planned]] = [{}]
     held = 0
-    for name, shape in sorted(shapes.items()):
-        size = element * math.prod(shape)
-        if groups[-1] and held + size > file_bytes:
+    for name, tensor in sorted(tensors.items()):
+        if groups[-1] and held + tensor.data_bytes > file_bytes:
             groups.append({})
             held = 0
-        groups[-1][name] = shape
-        held += size
+        groups[-1][name] = tensor
+        held += tensor.data_bytes
     if len(groups) == 1:
-        return [TensorFile("model.safetensors", groups[0], dtype, element)]
+        return [TensorFile("model.safetensors", groups[0])]
     names = (f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1))
-    return [TensorFile(name, group, dtype, element) for name, group in zip(names, groups, strict=True)]
+    return [TensorFile(name, group) for name, group in zip(names, groups, strict=True)]
 
 
-def index_json(files: list[TensorFile]) -> dict[str, Any]:
-    """The contents of model.safetensors.index.json for several files."""
-    where = {name: file.name for file in files for name in file.shapes}
-    total = sum(file.data_bytes for file in files)
-    counts = {"total_parameters": total // files[0].element, "total_size": total}
+def index_json(files: list[TensorFile], parameters: int) -> dict[str, Any]:
+    """The contents of model.safetensors.index.json for several files. `parameters` counts numbers, without buffers."""
+    where = {name: file.name for file in files for name in file.tensors}
+    counts = {"total_parameters": parameters, "total_size": sum(file.data_bytes for file in files)}
     return {"metadata": counts, "weight_map": dict(sorted(where.items()))}
 
 

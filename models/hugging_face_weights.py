@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from stoker.models.hugging_face_config import in_one_line, read_json
-from stoker.parallel.dtypes import DTYPES
 from stoker.parallel.shards import Chunk
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_FLOATS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
 _NAMED = 5  # files or tensors that a message names
 _COMPARED_ROWS = 4096  # of two matrices at a time
 
@@ -46,7 +44,7 @@ def open_weights(folder: Path) -> Iterator[dict[str, StoredTensor]]:
     """The tensors of `folder` by the names in its files, readable until the context ends.
 
     Raises ValueError, naming file and tensor, for a folder without such files, for a file that is missing or damaged,
-    for an index that does not fit its files, and for tensors that are not floating-point numbers.
+    and for an index that does not fit its files.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -65,9 +63,6 @@ def open_weights(folder: Path) -> Iterator[dict[str, StoredTensor]]:
                 found[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype(), part)
         if index is not None:
             _compare_with_index(index, found)
-        for name, tensor in found.items():
-            if tensor.dtype not in _FLOATS:
-                raise ValueError(f"{tensor.file}: {name} is {tensor.dtype}: quantised weights are not read")
         # Old files hold tables of the rotary embedding, which transformers does not read either.
         yield {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
 

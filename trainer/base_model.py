@@ -17,6 +17,7 @@ from pathlib import Path
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config, DataConfig
 from stoker.data import open_tokenizer
+from stoker.data.hub_tokenizer import HubTokenizer
 from stoker.data.opening import NoTokenizer
 from stoker.data.tokenizer_files import load_tokenizer
 from stoker.models.hugging_face import DTYPES, FAMILIES
@@ -54,43 +55,63 @@ class BaseFacts:
     same_tokenizer: bool  # the run's token ids are those of the base model
 
 
+@dataclass(frozen=True)
+class _Base:
+    """A model to keep files of: a folder of Hugging Face's, or what a run kept of one."""
+
+    folder: Path
+    tokenizer: Path  # the folder of its tokenizer's files, which may have none
+    ids: Path  # a folder from which its tokenizer is loaded
+    facts: BaseFacts
+
+
 def keep_base(config: Config, run: RunDirectory) -> None:
     """Copy what `model.init_from` and the tokenizer's folder hold into `RUN/base_model`, if it is not there.
 
-    Whole or not at all. Nothing is kept where the run started with neither, or where both were removed.
+    The tokenizer is that of `data.tokenizer` where this is a folder, which `RUN/tokenizer` was made from too; else the
+    base model's, if its ids are those of the run. Whole or not at all. Nothing is kept where the run started with
+    neither, or where both were removed.
     """
     target = run.base_model
     if target.is_dir():
         return
-    base = init_folder(config) if config.model.init_from is not None else None
-    if base is not None and is_run(base) and RunDirectory(base).base_model.is_dir():
-        found = RunDirectory(base).base_model
-        _copied(target, lambda folder: shutil.copytree(found, folder, dirs_exist_ok=True))
-        return
-    if base is not None and (is_run(base) or not (base / CONFIG).is_file()):
-        base = None
-    if base is not None and read_json(base / CONFIG).get("model_type") not in FAMILIES:
-        base = None
-    same = base is not None and _same_tokenizer(config.data, base)
-    source = base if same else _tokenizer_folder(config.data)
+    base = _base_of(config)
+    same = base is not None and base.facts.same_tokenizer and _same_tokenizer(config.data, base.ids)
+    source = _tokenizer_folder(config.data) or (base.tokenizer if base is not None and same else None)
     files = _tokenizer_files(source) if source is not None else []
     if base is None and not files:
         return
 
     def fill(folder: Path) -> None:
-        if base is not None:
-            for name in (CONFIG, GENERATION):
-                if (base / name).is_file():
-                    shutil.copyfile(base / name, folder / name)
+        for name in (CONFIG, GENERATION):
+            if base is not None and (base.folder / name).is_file():
+                shutil.copyfile(base.folder / name, folder / name)
         for file in files:
             assert source is not None
             place = folder / TOKENIZER / file.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place)
-        facts = BaseFacts(_dtype(base) if base is not None else None, same)
+        facts = BaseFacts(base.facts.dtype if base is not None else None, same)
         (folder / _FACTS).write_text(json.dumps(asdict(facts)))
 
     _copied(target, fill)
+
+
+def _base_of(config: Config) -> _Base | None:
+    """None without `model.init_from`, and for a model that is of no family or of a run that kept nothing."""
+    if config.model.init_from is None:
+        return None
+    folder = init_folder(config)
+    if is_run(folder):
+        run = RunDirectory(folder)
+        facts = base_facts(run)
+        if facts is None:
+            return None
+        files = run.base_model / TOKENIZER
+        return _Base(run.base_model, files, run.tokenizer if run.tokenizer.is_dir() else files, facts)
+    if not (folder / CONFIG).is_file() or read_json(folder / CONFIG).get("model_type") not in FAMILIES:
+        return None
+    return _Base(folder, folder, folder, BaseFacts(_dtype(folder), True))
 
 
 def base_facts(run: RunDirectory) -> BaseFacts | None:
@@ -136,7 +157,11 @@ def _same_tokenizer(data: DataConfig, base: Path) -> bool:
     if not _tokenizer_files(base):
         return False
     try:
-        return load_tokenizer(base, data.end_of_document).fingerprint == ours.fingerprint
+        if load_tokenizer(base, data.end_of_document).fingerprint == ours.fingerprint:
+            return True
+        # One that a run kept ends documents as it did there, and may do so in another way here.
+        kept = (base / "tokenizer_config.json").is_file()
+        return kept and HubTokenizer(base, data.end_of_document).fingerprint == ours.fingerprint
     except ValueError:  # the base model's tokenizer cannot be read: it is not the run's
         return False
 

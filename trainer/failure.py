@@ -74,9 +74,12 @@ def _write_failure(attempt: Attempt, ending: Ending, console: Console) -> bool:
 
 
 def in_one_line(error: BaseException) -> str:
-    """The root cause, with its place when it is a defect of a program rather than something its user can fix."""
+    """The root cause, with its place when it is a defect of a program rather than something its user can fix.
+
+    An error that was written for the user stays one whatever error of a library caused it.
+    """
     text, root = reason(error), root_cause(error)
-    if isinstance(root, ValueError | OSError | DamagedCheckpoint):
+    if any(isinstance(one, ValueError | OSError | DamagedCheckpoint) for one in (error, root)):
         return text
     place = ""
     if root.__traceback__ is not None:

@@ -8,12 +8,12 @@ run's checkpoints.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -27,8 +27,9 @@ from stoker.conf.values import ConfigError
 from stoker.models import hugging_face_config as theirs
 from stoker.models.hugging_face import OWN_MODEL, tensor_name
 from stoker.models.hugging_face_weights import HEAD, has_own_head, open_weights
+from stoker.parallel.dtypes import DTYPE_NAMES, DTYPES
 from stoker.parallel.model import whole_model
-from stoker.parallel.registry import whole_registry
+from stoker.parallel.registry import Entry, whole_registry
 from stoker.parallel.shards import BUFFER, PARAMETER, Shard
 from stoker.trainer.parallelize import build_on_meta
 
@@ -51,9 +52,9 @@ def adopt_shape(config: Config, overrides: Sequence[str]) -> Config:
         values = _shape(folder, config, own_target="model.target" in given)
         adopted = _with_values(config, {key: value for key, value in values.items() if key not in given})
         if adopted.model.vocab_size is not None:  # else the tokenizer sets it, and the ranks compare
-            names = _names(adopted.model)
-            with _open(folder, adopted.model, list(names)) as source:
-                _refuse_other_tensors(adopted.model, names, source.shapes)
+            entries = _entries(adopted.model)
+            with _open(folder, adopted.model, list(entries)) as source:
+                _refuse_other_tensors(adopted.model, entries, source.tensors)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.init_from={folder}: {error}") from error
     return adopted
@@ -75,23 +76,23 @@ def is_run(folder: Path) -> bool:
 
 
 def load_pretrained(config: Config, shards: Sequence[Shard]) -> None:
-    """Fill the parameters among `shards` from `model.init_from`.
+    """Fill the parameters and persistent buffers among `shards` from `model.init_from`.
 
-    Raises ValueError naming tensors that are missing, too many, of another shape, or no floating-point numbers. With
-    `model.init_only` the parameters whose name fits none of its patterns stay as they are, and additional tensors are
-                      no error.
+    Raises ValueError naming tensors that are missing, too many, of another shape, or of a dtype that would lose their
+    values. With `model.init_only` the tensors whose name fits none of its patterns stay as they are, and additional
+    tensors are no error.
     """
     folder = init_folder(config)
-    names = _names(config.model)
-    wanted = _wanted(config.model, list(names))
+    entries = _entries(config.model)
+    wanted = _wanted(config.model, list(entries))
     mine = [shard for shard in shards if shard.kind in _KINDS and shard.name in wanted]
     try:
-        with _open(folder, config.model, list(names)) as source:
-            _refuse_other_tensors(config.model, names, source.shapes)
+        with _open(folder, config.model, list(entries)) as source:
+            _refuse_other_tensors(config.model, entries, source.tensors)
             source.fill(mine)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.init_from={folder}: {error}") from error
-    log.info("initial weights: %d of %d tensors from %s", len(wanted), len(names), folder)
+    log.info("initial weights: %d of %d tensors from %s", len(wanted), len(entries), folder)
 
 
 def _with_values(config: Config, found: dict[str, Any]) -> Config:
@@ -105,10 +106,10 @@ def _with_values(config: Config, found: dict[str, Any]) -> Config:
     return from_dict(values)
 
 
-def _names(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of what the whole model saves, parameters and persistent buffers, by name."""
+def _entries(model: ModelConfig) -> dict[str, Entry]:
+    """What the whole model saves, parameters and persistent buffers, by name."""
     whole = build_on_meta(model, whole_model(model.num_hidden_layers))
-    return {entry.name: entry.shape for entry in whole_registry(whole).entries.values() if entry.saved}
+    return {entry.name: entry for entry in whole_registry(whole).entries.values() if entry.saved}
 
 
 def _wanted(model: ModelConfig, names: Sequence[str]) -> set[str]:
@@ -119,27 +120,47 @@ def _wanted(model: ModelConfig, names: Sequence[str]) -> set[str]:
     return wanted
 
 
-def _refuse_other_tensors(
-    model: ModelConfig, names: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]
-) -> None:
-    wanted = _wanted(model, list(names))
-    problems = [f"{name} is missing" for name in sorted(wanted - set(stored))]
+def _refuse_other_tensors(model: ModelConfig, entries: dict[str, Entry], stored: Mapping[str, _Tensor]) -> None:
+    wanted = _wanted(model, list(entries))
+    problems = [_dtype_problem(entries[name], stored[name].dtype) for name in sorted(wanted & set(stored))]
+    problems = [problem for problem in problems if problem]
+    problems += [f"{name} is missing" for name in sorted(wanted - set(stored))]
     problems += [] if model.init_only else [f"{name} is not in this model" for name in sorted(set(stored) - wanted)]
     problems += [
-        f"{name} has shape {stored[name]}, the model's has {names[name]}"
+        f"{name} has shape {stored[name].shape}, the model's has {entries[name].shape}"
         for name in sorted(wanted & set(stored))
-        if stored[name] != names[name]
+        if stored[name].shape != entries[name].shape
     ]
     if problems:
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise ValueError(f"{'; '.join(problems[:_NAMED])}{more}")
 
 
+def _dtype_problem(entry: Entry, stored: str) -> str:
+    """Floating-point numbers are converted to the model's; integers and flags (of buffers) are taken as they are."""
+    dtype = DTYPES.get(stored)
+    if dtype == entry.dtype or (entry.dtype.is_floating_point and dtype is not None and dtype.is_floating_point):
+        return ""
+    if entry.buffer:
+        return f"{entry.name} is {stored}, the model's buffer is {DTYPE_NAMES.get(entry.dtype, entry.dtype)}"
+    return f"{entry.name} is {stored}: quantised weights are not read"
+
+
+class _Tensor(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str:
+        """A key of DTYPES, or another of the safetensors format's names."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Source:
     """Tensors by our names, and how to fill shards from them."""
 
-    shapes: dict[str, tuple[int, ...]]
+    tensors: Mapping[str, _Tensor]
     fill: Callable[[Sequence[Shard]], object]
 
 
@@ -147,8 +168,8 @@ class _Source:
 def _open(folder: Path, model: ModelConfig, names: Sequence[str]) -> Iterator[_Source]:
     if is_run(folder):
         stored = open_checkpoint(_newest(folder).path)
-        shapes = {name: tensor.shape for (kind, name), tensor in stored.tensors.items() if kind in _KINDS}
-        yield _Source(shapes, lambda shards: load(stored, shards))
+        held = {name: tensor for (kind, name), tensor in stored.tensors.items() if kind in _KINDS}
+        yield _Source(held, lambda shards: load(stored, shards))
         return
     # For a user's model these files have its parameter names.
     own = model.target != ModelConfig().target
@@ -164,7 +185,7 @@ def _open(folder: Path, model: ModelConfig, names: Sequence[str]) -> Iterator[_S
                     if shard.data.numel():
                         shard.data.detach().copy_(tensors[shard.name].read(shard.chunk))
 
-        yield _Source({name: tensor.shape for name, tensor in tensors.items()}, fill)
+        yield _Source(tensors, fill)
 
 
 def _newest(folder: Path) -> Summary:

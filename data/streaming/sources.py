@@ -96,6 +96,11 @@ def _reader(kind: Kind) -> str:
 
 def streamed_only(config: DataConfig) -> NoReturn:
     """The `data.target` of sources that only data.mode=streaming reads. Raises ValueError."""
+    if config.mode == "streaming":
+        raise ValueError(
+            f"data={config.name} is tokenised as training reads it, so there is nothing to make of it in advance: "
+            "stoker train reads it as it is, and stoker data verify counts its documents"
+        )
     raise ValueError(f"data={config.name} can only be streamed: set data.mode=streaming")
 
 

@@ -154,7 +154,7 @@ class Reader:
         except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             for magic, command in _COMPRESSED.items():
                 if at == 0 and source.first.startswith(magic):
-                    raise Compressed(command) from error
+                    raise Compressed(command) from None
             if source.short:
                 what = f"it ends inside a header of {source.at - at} bytes"
                 raise Broken(at, f"{what}: the archive was cut short") from error

@@ -202,6 +202,17 @@ def test_what_is_left_out_is_counted_in_both_modes(tmp_path, capsys):
     assert "text: 32 documents in 1 splits, whole, every split read; 8 left out" in capsys.readouterr().out
 
 
+def test_what_needs_all_documents_at_once_is_refused_for_streams_with_what_reads_them(tmp_path, capsys):
+    streamed = "data.mode=streaming"
+    assert "stoker data verify with the same keys" in failed(capsys, "plan", *texts(tmp_path, "batch.size=8", streamed))
+    shards = ["data=webdataset", f"data.urls={tmp_path}/a.tar"]
+    assert "stoker data verify with the same keys" in failed(capsys, "plan", *shards)
+    for command in ("prepare", "pack", "tokenizer"):
+        out = [] if command == "prepare" else ["--out", str(tmp_path / f"{command}-out")]
+        assert "stoker train reads it as it is, and stoker data verify" in failed(capsys, command, *shards, *out)
+    assert "set data.mode=streaming" in failed(capsys, "plan", *shards, "data.mode=indexed")
+
+
 def test_verify_of_a_streamed_source_names_what_is_damaged(tmp_path, capsys):
     write_lines(tmp_path / "lines" / "a.jsonl", [{"text": "a text"}, {"body": "none"}, {"text": "another"}])
     words = ["data=text", f"data.path={tmp_path / 'lines'}", "seq_len=32", "batch.size=8", "data.mode=streaming"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from stoker.launch.cli import main
 from tests import world
@@ -28,12 +28,30 @@ SHAPE = (
 )
 BEGIN, END, TURN, PAD = 257, 258, 259, 256
 OWN = """
+import time
+import torch
 from stoker.models.decoder import build as decoder
 
 def build(config, part):
     model = decoder(config, part)
     assert config.args == {"note": "mine"}
+    model.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+    model.register_buffer("seen", torch.zeros(3))
+    rebuild = model.rebuild_buffers
+
+    def rebuild_all():
+        rebuild()
+        model.calls.fill_(time.time_ns() % 2**40)  # other values in each run that does not read them
+        model.seen.fill_(0)
+
+    model.rebuild_buffers = rebuild_all
+    model.register_forward_pre_hook(count)
     return model
+
+def count(model, _):
+    if model.calls < 2**40:
+        model.calls += 2**40
+        model.seen += model.calls / 3
 """
 
 
@@ -189,6 +207,9 @@ def test_a_users_model_is_exported_with_its_config_and_imported_again(
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert "layers.0.attention.q.weight" in tensors  # by the model's own names
+    assert tensors["calls"].dtype == torch.int64 and tensors["seen"].dtype == torch.float32
+    assert tensors["calls"] > 2**40 and (tensors["seen"] > 2**38).all()  # as the step left them
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == save(tensors, {"format": "pt"})
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert values["model_type"] == "stoker" and values["model"]["args"] == {"note": "mine"}
     again = run_from(tmp_path, f"model.init_from={tmp_path / 'out'}", *own[::2], "optim.lr=1e-30", run="again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,16 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from stoker.conf.compose import compose
-from stoker.conf.schema import Config
+from stoker.conf.schema import Config, to_dict
 from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
 from stoker.models.hugging_face import tensor_name
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
+from stoker.parallel.model import whole_model
 from stoker.parallel.shards import PARAMETER, Shard
 from stoker.trainer.facts import with_vocabulary
-from stoker.trainer.parallelize import cut
+from stoker.trainer.parallelize import build_on_meta, cut
 from stoker.trainer.pretrained import adopt_shape, load_pretrained
 from tests import world
 from tests.launch.runs import overrides, write_text
@@ -194,7 +196,7 @@ def test_tensors_too_many_or_quantised_or_held_twice_are_named(tmp_path: Path) -
         asked(tmp_path)
     norm = {"model.norm.weight": torch.ones(32, dtype=torch.int8)}
     save_file(reference | norm, file)
-    with pytest.raises(ConfigError, match=r"model\.norm\.weight is I8: quantised"):
+    with pytest.raises(ConfigError, match=r"norm\.weight is I8: quantised"):
         asked(tmp_path)
     file.rename(tmp_path / "a.safetensors")
     save_file(norm, tmp_path / "b.safetensors")
@@ -202,6 +204,29 @@ def test_tensors_too_many_or_quantised_or_held_twice_are_named(tmp_path: Path) -
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match=r"a\.safetensors both hold model\.norm\.weight"):
         asked(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "problem"),
+    [
+        ("layers.0.calls", torch.float32, r"layers\.0\.calls is F32, the model's buffer is I64"),
+        ("layers.0.calls", torch.int32, r"layers\.0\.calls is I32, the model's buffer is I64"),
+        ("layers.0.seen", torch.int64, r"layers\.0\.seen is I64, the model's buffer is F32"),
+        ("layers.0.norm.weight", torch.int64, r"layers\.0\.norm\.weight is I64: quantised"),
+        ("layers.0.seen", torch.float16, None),
+    ],
+)
+def test_a_buffer_is_not_taken_from_a_tensor_that_would_change_its_values(
+    name: str, dtype: torch.dtype, problem: str | None, tmp_path: Path
+) -> None:
+    more = ["model.target=tests.parallel.odd_models:Remembering", "model.vocab_size=320", "model.hidden_size=16"]
+    model = build_on_meta(compose(more).model, whole_model(compose(more).model.num_hidden_layers))
+    tensors = {key: torch.zeros_like(value, device="cpu") for key, value in model.state_dict().items()}
+    save_file(tensors | {name: tensors[name].to(dtype)}, tmp_path / "model.safetensors")
+    values = {"model_type": "stoker", "model": to_dict(compose(more))["model"]}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with nullcontext() if problem is None else pytest.raises(ConfigError, match=problem):
+        asked(tmp_path, *more)
 
 
 def test_an_adapter_beside_the_model_is_not_left_out_unseen(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from stoker.data.streaming.opening import open_sources
 from stoker.data.streaming.tar import Broken, Reader, samples
 from stoker.data.tokenizer import ByteTokenizer
 from stoker.launch.cli import main
+from stoker.trainer.failure import in_one_line
 from tests.data.streaming.archives import END, Entry, archive, files, read
 
 DOCUMENTS = [(f"{n:04}.txt", f"document {n}") for n in range(3)]
@@ -251,7 +252,7 @@ def test_a_compressed_shard_is_named_and_the_advice_works(tmp_path, name):
     with pytest.raises(ValueError, match="it is compressed") as error:
         read(config)
     assert not isinstance(error.value, Damaged)  # data.on_damage=skip must not pass over it
-    advice = re.search(r"data\.urls=pipe:.*$", str(error.value))
+    advice = re.search(r"data\.urls=pipe:.*$", in_one_line(error.value))  # as a user reads it
     assert advice is not None and advice.group().startswith(f"data.urls=pipe:{name} -dc ")
     if name == "gzip":  # what is on every machine
         config.urls = compose(shlex.split(shlex.quote(advice.group()))).data.urls
