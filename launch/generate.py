@@ -35,7 +35,7 @@ from stoker.trainer.trust import DATA, MODEL, trusted_config
 def generate_text(options: argparse.Namespace) -> int:
     """Print the prompt and its continuation; for a chat, only the reply.
 
-    Raises ValueError for a run or values that cannot be used.
+    Raises ConfigError for values that cannot be used, and ValueError for damage.
     """
     run = run_at(options.run)
     checkpoints = checkpoints_of(run, options.step)
@@ -49,9 +49,14 @@ def generate_text(options: argparse.Namespace) -> int:
             raise ConfigError("--chat needs a text: give --prompt instead of --ids")
         prompt = _ids(options.ids, config)
     elif options.chat:
-        prompt, stop = chat_prompt(config.data, tokenizer, options.prompt, options.system)
+        try:
+            prompt, stop = chat_prompt(config.data, tokenizer, options.prompt, options.system)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     else:
         prompt, stop = tokenizer.encode_template(options.prompt)[0], frozenset({tokenizer.end_of_document})
+    if not prompt:
+        raise ConfigError("the prompt is empty: a model continues at least one token")
     tokens = generate(
         _newest_model(config, checkpoints),
         prompt,
@@ -84,7 +89,7 @@ def _tokenizer(config: Config, run: RunDirectory) -> Tokenizer:
 
 
 def _ids(text: str, config: Config) -> list[int]:
-    """Token ids such as `1,5,3`. Raises ValueError for ids that the model does not have."""
+    """Token ids such as `1,5,3`. Raises ConfigError for ids that the model does not have."""
     words = text.replace(",", " ").split()
     most = config.model.vocab_size
     assert most is not None

@@ -114,11 +114,11 @@ def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path: Path, capsys: 
     theirs = tmp_path / "theirs"
     write_family(theirs, "llama")
     run = unchanged_run(tmp_path, theirs)
-    assert main(["export", str(run), str(theirs)]) == 1
+    assert main(["export", str(run), str(theirs)]) == 2
     assert "is not an empty directory" in capsys.readouterr().err
-    assert main(["export", str(run), str(tmp_path / "out"), "--shard-size", "many"]) == 1
+    assert main(["export", str(run), str(tmp_path / "out"), "--shard-size", "many"]) == 2
     assert "--shard-size=many" in capsys.readouterr().err
-    assert main(["export", str(run), str(tmp_path / "out"), "--step", "7"]) == 1
+    assert main(["export", str(run), str(tmp_path / "out"), "--step", "7"]) == 2
     assert "no checkpoint of step 7" in capsys.readouterr().err
     data = next((run / "checkpoints" / "step-00000001").glob("*.safetensors"))
     damaged = bytearray(data.read_bytes())

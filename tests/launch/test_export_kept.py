@@ -183,9 +183,9 @@ def test_a_run_on_tokens_without_a_tokenizer_goes_out_and_samples_ids(
     expected = model.generate(torch.tensor([[5, 7, 11]]), max_new_tokens=6, do_sample=False)[0].tolist()
     assert found == expected and len(found) == 9
     for ids, reason in (("5,100", "'100' is no token id: 0 to 99 are"), ("a", "'a' is no token id"), ("", "empty")):
-        assert main(["generate", str(run), "--ids", ids]) == 1
+        assert main(["generate", str(run), "--ids", ids]) == 2
         assert reason in capsys.readouterr().err
-    assert main(["generate", str(run), "--prompt", "x"]) == 1
+    assert main(["generate", str(run), "--prompt", "x"]) == 2
     assert "--ids" in capsys.readouterr().err
 
 

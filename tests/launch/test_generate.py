@@ -61,9 +61,9 @@ def test_messages_may_be_given_whole_and_a_system_message_needs_a_chat(run, caps
     given = capsys.readouterr().out
     assert main([*words, "--chat", "--prompt", "the furnace", "--system", "be brief"]) == 0
     assert capsys.readouterr().out == given
-    assert main([*words, "--prompt", "x", "--system", "be brief"]) == 1
+    assert main([*words, "--prompt", "x", "--system", "be brief"]) == 2
     assert "--system is a message of a chat: add --chat" in capsys.readouterr().err
-    assert main([*words, "--chat", "--prompt", '[{"role": "tool", "content": [1]}]']) == 1
+    assert main([*words, "--chat", "--prompt", '[{"role": "tool", "content": [1]}]']) == 2
     assert "the chat template refuses the prompt: " in capsys.readouterr().err
 
 
