@@ -196,7 +196,7 @@ def test_a_run_directory_that_was_lost_gets_its_id_back_from_the_remote(
     train_here(home, [f"run.dir={run.path}", remote, "steps=5", *ONE])
     assert id_of(run) == before and [step[0] for step in steps_of(run.path)] == [5]
     settled([f"run.dir={run.path}", "steps=6", *ONE], tell=told.append)
-    assert told == [f"checkpoints are also kept in file://{tmp_path}/remote, as {run.config} says"]
+    assert told == [f"checkpoints are also kept in file://{tmp_path}/remote (from {run.config})"]
     told.clear()
     settled([f"run.dir={run.path}", "steps=6", remote, *ONE], tell=told.append)
     assert told == [], "the user has just given it"
