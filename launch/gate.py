@@ -15,12 +15,17 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import secrets
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 
+from stoker.conf.reasons import reason
 from stoker.parallel.loopback import LOOPBACK, is_loopback, listen
+
+log = logging.getLogger(__name__)
 
 PROOF_SECONDS = 10.0  # for the other side to prove that it has the key
 _NONCE, _PROOF = 32, 32  # bytes
@@ -48,11 +53,12 @@ def _routed() -> str | None:
         return str(probe.getsockname()[0])
 
 
-class _Forwarder:
+class _Forwarder(ABC):
     """A listening socket, and a thread that forwards what connects to it once `open` has found where to."""
 
     def __init__(self, address: str) -> None:
         self._listening = listen(address)
+        self._refused = False  # has one been, and been logged? Who sends many would else fill the log
         self.port: int = self._listening.getsockname()[1]
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="stoker-gate", daemon=True)
@@ -63,9 +69,9 @@ class _Forwarder:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
+    @abstractmethod
     async def open(self, near: Connection) -> Connection:
         """The other end for a connection that has come in. Raises OSError or EOFError to refuse it."""
-        raise NotImplementedError
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -84,8 +90,14 @@ class _Forwarder:
         try:
             far = await asyncio.wait_for(self.open((reader, writer)), PROOF_SECONDS)
             await asyncio.gather(_copy(reader, far[1]), _copy(far[0], writer))
-        except (OSError, EOFError, TimeoutError):
-            pass  # refused, or one end has gone: both are closed
+        except (OSError, EOFError, TimeoutError) as error:
+            if far is None and not self._refused:  # else one end has gone, which is how ranks leave
+                self._refused = True
+                who, *_ = writer.get_extra_info("peername") or ("an address that is gone",)
+                side = type(self).__name__.lower()
+                log.warning(
+                    "%s: a connection from %s was refused (%s); later ones are not logged", side, who, reason(error)
+                )
         finally:
             writer.close()
             if far is not None:

@@ -6,6 +6,7 @@ import hmac
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
@@ -38,11 +39,9 @@ def answer(port: int, *messages: bytes) -> bytes:
             stranger.sendall(message)
         stranger.shutdown(socket.SHUT_WR)
         received = b""
-        try:
+        with suppress(ConnectionResetError):  # of a connection closed before all of `messages` was read
             while data := stranger.recv(4096):
                 received += data
-        except ConnectionResetError:
-            pass
         return received
 
 
@@ -72,7 +71,9 @@ def test_who_knows_the_key_reaches_the_store_through_a_tunnel(store: TCPStore, g
     tunnel.close()
 
 
-def test_who_does_not_know_the_key_reads_and_sets_nothing(store: TCPStore, gate: Gate) -> None:
+def test_who_does_not_know_the_key_reads_and_sets_nothing(
+    store: TCPStore, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
     store.set("secret", "x")
     before = store.num_keys()
     tunnel = Tunnel(LOOPBACK, gate.port, os.urandom(32))
@@ -86,6 +87,9 @@ def test_who_does_not_know_the_key_reads_and_sets_nothing(store: TCPStore, gate:
         mirror.sendall(nonce + hmac.digest(b"", b"tunnel" + nonce + nonce, "sha256"))
         assert mirror.recv(1) == b""
     assert store.num_keys() == before
+    refusals = sorted(record.message for record in caplog.records if "was refused" in record.message)
+    sides = [refusal.partition(" was refused")[0] for refusal in refusals]
+    assert sides == [f"gate: a connection from {LOOPBACK}", f"tunnel: a connection from {LOOPBACK}"], "once each"
 
 
 def test_a_stranger_in_the_place_of_the_gate_is_refused() -> None:
