@@ -123,7 +123,7 @@ class Trainer:
         what = (
             f"steps={wanted} is below the {done} that are done" if wanted < done else f"step {done} of {wanted} is done"
         )
-        goes_on = "the data end" if self.rows.exhausted else f"a number above {done} for steps goes on"
+        goes_on = "the data end" if self.rows.exhausted else f"set steps above {done} to continue"
         return f"nothing to do: {what}; {goes_on}"
 
     def save(self) -> None:

@@ -143,7 +143,7 @@ def test_fewer_steps_than_are_done_are_told(home: Path, trained: Path) -> None:
     shutil.copytree(trained, run)
     status, output = train_forked(home, [f"run.dir={run}", "steps=2"])
     assert status == 0 and last_step(run) == 3, output
-    assert "nothing to do: steps=2 is below the 3 that are done; a number above 3 for steps goes on" in output
+    assert "nothing to do: steps=2 is below the 3 that are done; set steps above 3 to continue" in output
 
 
 def test_a_wrong_prompt_run_or_step_is_named(home: Path, call: Call, trained: Path) -> None:
