@@ -61,6 +61,10 @@ QUIET = [
     "checkpoint.remote=null",
 ]
 
+# Of both runs, unless they are given: with these a difference is more than rounding. AdamW divides by the root of the
+# second moment plus eps: at 1e-8 a gradient that is nothing but rounding moves its parameter by a whole learning rate.
+EXACT = {"precision": "fp32", "optim.eps": "1e-6"}
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -82,10 +86,10 @@ def check(overrides: Sequence[str], against: str | None, steps: int) -> int:
         raise ConfigError(f"--steps={steps}: at least one step has to be compared")
     reference = ONE_PROCESS if against is None else shlex.split(against)
     spoken = {parse(override).key for override in (*overrides, *reference)}
-    precision = [] if "precision" in spoken else ["precision=fp32"]
+    exact = [f"{key}={value}" for key, value in EXACT.items() if key not in spoken]
     scratch = Scratch("stoker-check-")
     folder = scratch.path
-    asked = together(overrides, precision)
+    asked = together(overrides, exact)
     configs = [
         settle(together(asked, reference), folder / "reference", steps),
         settle(asked, folder / "asked", steps),

@@ -39,7 +39,8 @@ examples:
   stoker check parallel.zero=3 --against "parallel.zero=0"   two layouts
   stoker check model.init_from=DIR launch.nproc=2 --against transformers
 
-In fp32, where a difference is meaningful, unless precision=... is given.
+In fp32 and with optim.eps=1e-6, so that a difference is more than rounding,
+unless precision=... or optim.eps=... is given.
 The status is 0 if both are the same run.
 """
 

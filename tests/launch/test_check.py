@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from stoker.conf.schema import Config
 from stoker.launch import check_transformers
 from stoker.launch.cli import main
 from tests.launch.runs import SMALL, command, finish
@@ -53,6 +54,26 @@ def test_a_layout_that_computes_the_same_is_reported_as_the_same(home: Path, lay
     assert status == 0 and "the same run" in output and "differs" not in output.replace("differs by", ""), output
     for what in ("loss", "gradient norm", "gradient "):
         assert what in output
+
+
+@pytest.mark.parametrize(
+    ("given", "precision", "eps"), [([], "fp32", 1e-6), (["precision=bf16", "optim.eps=1e-9"], "bf16", 1e-9)]
+)
+def test_rounding_is_not_amplified_unless_that_is_asked_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], precision: str, eps: float
+) -> None:
+    started: list[Config] = []
+
+    def launch(config: Config, *_: Any) -> int:
+        started.append(config)
+        return 1
+
+    monkeypatch.setattr("stoker.launch.check.launch", launch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.chdir(home)
+    kept = [word for word in SMALL if not word.startswith(("steps=", "precision"))]
+    assert main(["check", *kept, f"data.path={home / 'text'}", *given]) == 1
+    assert [(config.precision, config.optim.eps) for config in started] == [(precision, eps)]
 
 
 def test_a_layout_that_computes_something_else_is_found_out_and_the_tensor_named(home: Path) -> None:
