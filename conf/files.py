@@ -4,6 +4,7 @@
     experiment=NAME                the same, from experiment/NAME.yaml below a folder of groups
     model=NAME (any group)         model/NAME.yaml below a folder of groups, where NAME is none of Stoker's choices
     --config-dir DIR               a folder of groups, before `conf` in the working directory
+    parallel.deepspeed=FILE.json   settings of DeepSpeed (`stoker.conf.deepspeed_file`)
 
 A value means what the same text means on the command line (`lr: 3e-4` is a number, `time: 24:00:00` is text); in quotes
 it is text. The words of a command line win over those of files. What `expand` returns names no file that a later start
@@ -12,11 +13,12 @@ would have to find again but those of groups, by absolute paths.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
+from stoker.conf.deepspeed_file import translate
 from stoker.conf.overrides import SECTIONS, choices, parse, quoted, quoted_value, unknown_choice
 from stoker.conf.reasons import reason
 from stoker.conf.schema import GROUPS
@@ -26,10 +28,11 @@ from stoker.conf.values import ConfigError
 EXPERIMENT = "experiment"
 
 
-def expand(words: Sequence[str]) -> list[str]:
+def expand(words: Sequence[str], tell: Callable[[str], None] = lambda _: None) -> list[str]:
     """`words` without files: first what files give, then the rest, which wins. What has no files comes back as it was.
 
-    Raises ConfigError, naming file and line, for a file that cannot be read or says what no config can say.
+    `tell` takes a line for each setting of DeepSpeed's that is translated. Raises ConfigError, naming file and line,
+    for a file that cannot be read or says what no config can say.
     """
     files, folders, experiments, rest = _sorted_out(words)
     found = [word for file in files for word in settings_in(_readable(Path(file).expanduser()))]
@@ -37,7 +40,7 @@ def expand(words: Sequence[str]) -> list[str]:
         found += settings_in(_of_group(EXPERIMENT, name, folders))
     given = {_key(word) for word in rest}
     kept = {_key(word): word for word in found if _key(word) not in given}  # of two files the later wins
-    return [_located(word, folders) for word in [*kept.values(), *rest]]
+    return translate([_located(word, folders) for word in [*kept.values(), *rest]], tell)
 
 
 def settings_in(path: Path, group: str | None = None) -> list[str]:

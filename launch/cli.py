@@ -58,6 +58,7 @@ def main(words: Sequence[str] | None = None) -> int:
     from stoker.conf.printable import printable
     from stoker.conf.reasons import reason, with_cause
     from stoker.conf.values import ConfigError
+    from stoker.launch.train import say
 
     words = list(sys.argv[1:] if words is None else words)
     if words[:1] in ([], ["help"]):
@@ -72,7 +73,7 @@ def main(words: Sequence[str] | None = None) -> int:
             folders = [f"--config-dir={folder}" for folder in options.config_dir]
             trusted = ["run.trust=true"] if getattr(options, "trust", False) else []
             settings = [*options.overrides, *more]  # they may stand on both sides of an option
-            options.overrides = expand([*files, *folders, *settings, *trusted])
+            options.overrides = expand([*files, *folders, *settings, *trusted], say)
         return options.command(options)
     except ConfigError as error:
         print(printable(f"stoker: {error}"), file=sys.stderr)
@@ -214,11 +215,10 @@ def _config(options: argparse.Namespace) -> int:
     from stoker.conf.compose import compose
     from stoker.conf.rundir import to_yaml
     from stoker.launch.train import gpus, ranks_for, say
-    from stoker.parallel.deepspeed_engine.file import expand
     from stoker.trainer.budget import settle_steps
     from stoker.trainer.validate import validate
 
-    overrides = expand(options.overrides, say)
+    overrides = options.overrides
     config = compose(overrides)
     if config.model.init_from is not None:
         from stoker.trainer.pretrained import adopt_shape

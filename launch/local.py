@@ -68,7 +68,6 @@ def launch(
     on and the ranks save before they end; a second SIGINT kills. SIGHUP acts like SIGTERM; where it is ignored, as
     under nohup, it stays ignored, here and in the ranks.
     """
-    logging.disable(logging.ERROR)  # the agent logs a lot; the lines for the user are printed here
     run = run_directory(config)
     threads = threads_per_rank(config.launch.threads, ranks)
     given = {
@@ -82,7 +81,7 @@ def launch(
         given[LAUNCH_VARIABLE] = secrets.token_hex(8)
     if meeting is None or meeting.nodes == 1:
         keep_on_loopback(given)
-    with _environment(given), Scratch("stoker-launch-") as folder:
+    with _environment(given), _quiet_agent(), Scratch("stoker-launch-") as folder:
         spec = WorkerSpec(
             role="rank",
             local_world_size=ranks,
@@ -123,6 +122,20 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextmanager
+def _quiet_agent() -> Iterator[None]:
+    """Nothing of torch's elastic agent below a critical error: the lines for the user are printed here."""
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
+    before = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in before:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in before.items():
+            logger.setLevel(level)
 
 
 def handled_signals() -> list[str]:

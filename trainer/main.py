@@ -165,14 +165,14 @@ def _config(overrides: Sequence[str], place: Place) -> Config:
     given = os.environ.get(CONFIG_VARIABLE)
     if given is not None:
         return from_dict(json.loads(given))
-    overrides = expand(overrides)
+    say = (lambda line: print(f"stoker: {line}", file=sys.stderr)) if place.rank == 0 else (lambda _: None)
+    overrides = expand(overrides, say)
     if place.world > 1 and not any(o.startswith(("run.dir=", "run.name=")) for o in overrides):
         raise ConfigError("set run.dir=... or run.name=...: every rank must find the same run directory")
     if place.world > 1 and "LOCAL_RANK" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
         raise ConfigError(
             "LOCAL_RANK is set and LOCAL_WORLD_SIZE is not: set it to the number of ranks on this machine"
         )
-    say = (lambda line: print(f"stoker: {line}", file=sys.stderr)) if place.rank == 0 else (lambda _: None)
     config, _ = settle_config(
         overrides,
         lambda _: (place.world, torch.cuda.device_count()),

@@ -30,7 +30,6 @@ from stoker.conf.schema import Config, ModelConfig, lookup
 from stoker.conf.targets import import_target
 from stoker.conf.values import ConfigError
 from stoker.parallel import layout
-from stoker.parallel.deepspeed_engine.file import expand
 from stoker.trainer import validate as rooms
 from stoker.trainer.budget import settle_steps
 from stoker.trainer.places import adopted_link, is_known, refuse_foreign_places
@@ -76,7 +75,6 @@ def settle_config(
     Raises ConfigError for everything that can be known to be wrong before a rank is spawned.
     """
     request = Request(overrides, where, **options)
-    request = dataclasses.replace(request, overrides=expand(request.overrides, request.tell))
     draft = compose(request)
     for stage in (resume, targets, adopt, budget, fit, validate, pin):
         draft = stage(request, draft)

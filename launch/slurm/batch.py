@@ -254,7 +254,7 @@ def main(settings: Sequence[str]) -> int:
 
         again = job.restarts > 0 or job.link > 1
         config, changes = settle_config(
-            settings_of(job, expand(settings)),
+            settings_of(job, expand(settings, say)),
             where,
             refitted=say,
             tell=say,

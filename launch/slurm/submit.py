@@ -17,7 +17,6 @@ from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
 from stoker.launch.slurm.batch import LINK_VARIABLE, RANKS_DEFAULT, SUBMITTED, write_note
 from stoker.launch.train import say
-from stoker.parallel.deepspeed_engine.file import expand
 from stoker.trainer.history import begin_anew
 from stoker.trainer.settle import settle_config
 from stoker.trainer.trust import SLURM, TRAINING, remember, remember_script
@@ -29,7 +28,6 @@ _BODY = "# --- what follows is the same for every job ---\n"
 
 def submit(overrides: Sequence[str], dry_run: bool) -> int:
     """Write the script and submit it, or print it. Raises ConfigError for a start that is refused."""
-    overrides = expand(overrides, say)
     tasks = next((parse(word).value for word in overrides if word.startswith("launch.array=")), None)
     first = str(tasks).partition("-")[0].partition(",")[0] if tasks else "0"
     words = [word.replace("{task}", first) for word in overrides]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -130,3 +132,15 @@ def test_the_table_is_what_happens(
         assert found == expected, (what, place, capsys.readouterr())
         said = table()[what]
         assert str(expected) == said or (said == "128 + the signal" and expected > 128)
+
+
+def test_a_launch_leaves_environment_and_logging_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def state() -> tuple[object, ...]:
+        agent = logging.getLogger("torch.distributed.elastic.agent.server.api")
+        return dict(os.environ), logging.root.manager.disable, agent.level
+
+    run = RunDirectory(tmp_path / "run")
+    run.attempts.mkdir(parents=True)
+    before = state()
+    assert trained(Outcome.COMPLETED)(monkeypatch, run) == 0
+    assert state() == before

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from stoker.conf.compose import compose
+from stoker.conf.files import expand
 from stoker.conf.schema import lookup
 from stoker.conf.values import ConfigError
-from stoker.parallel.deepspeed_engine.file import expand
 from stoker.trainer.settle import settle_config
 
 WHOLE = {
@@ -69,7 +69,7 @@ def test_the_words_of_a_command_line_win_and_every_start_reads_the_file(tmp_path
     assert (compose(words).batch.size, compose(words).optim.lr) == (128, 1e-3)
     assert expand(words, pytest.fail) == words, "what is expanded once stays as it is"
     run = f"run.dir={tmp_path / 'run'}"
-    config, _ = settle_config([written(tmp_path, WHOLE), run, "launch.nproc=2", "steps=1000"], lambda _: (2, 0))
+    config, _ = settle_config([*words, run, "launch.nproc=2", "steps=1000"], lambda _: (2, 0))
     assert config.parallel.zero == 3 and config.schedule.total_steps == 1000
 
 
@@ -134,9 +134,12 @@ def test_a_setting_that_another_key_decides_is_refused_as_one_of_a_command_line_
             {"tensor_parallel": {"autotp_size": 2}},
             "parallel.deepspeed.tensor_parallel is set by Stoker: use parallel.tp",
         ),
-        ({"zero_optimization": {"stages": 2}}, "parallel.deepspeed.zero_optimization.stages"),
+        (
+            {"zero_optimization": {"stages": 2}},
+            "parallel.deepspeed.zero_optimization.stages is not passed on to DeepSpeed",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
-            settle_config([written(tmp_path, values), run, "launch.nproc=2"], lambda _: (2, 0))
+            settle_config([*expanded(tmp_path, values)[0], run, "launch.nproc=2"], lambda _: (2, 0))
     with pytest.raises(ConfigError, match=r"it cannot be read: .*gone.json: No such file"):
         expand(["parallel.deepspeed=gone.json"], pytest.fail)

@@ -60,7 +60,7 @@ _KEYS = {
 _OPTIMIZERS = {"adamw": "adamw", "adam": "adamw", "sgd": "sgd"}  # DeepSpeed's Adam decays as AdamW does
 
 
-def expand(words: Sequence[str], tell: Callable[[str], None]) -> list[str]:
+def translate(words: Sequence[str], tell: Callable[[str], None]) -> list[str]:
     """`words` with what a file of DeepSpeed's settings says in the place of its name; the other words win.
 
     `tell` takes a line for each setting that is translated. Raises ConfigError for a file that cannot be read, and for
