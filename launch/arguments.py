@@ -27,6 +27,14 @@ examples:
 """
 
 
+REPORT_EXAMPLES = """\
+examples:
+  stoker report runs/a -o a.html
+  stoker report runs/a runs/b runs/c       overlaid, with a table of differences
+  stoker report runs/a --md
+"""
+
+
 def add_trust(command: argparse.ArgumentParser) -> None:
     """For commands that may run code which a stored config names."""
     text = "run code that the stored config names, though this user has not started the run"
@@ -58,6 +66,17 @@ def add_runs(add: Add) -> None:
 
     status = add("status", _status, "Show how a run is doing: attempts, step, speed, time left.")
     status.add_argument("run", help="run directory")
+
+    report = add("report", _report, "Write a page about a run, or about several beside each other.", REPORT_EXAMPLES)
+    report.add_argument("run", nargs="+", help="run directory; several are drawn into the same charts")
+    report.add_argument("-o", "--out", metavar="FILE", help="file to write (default: report.html)")
+    form = report.add_mutually_exclusive_group()
+    form.add_argument("--md", action="store_true", help="Markdown without charts, to the standard output or FILE")
+    form.add_argument("--json", action="store_true", help="JSON, with the points of all curves, likewise")
+
+    compare = add("compare", _compare, "What differs between two runs: keys, and the first step and metric.")
+    compare.add_argument("run", help="run directory")
+    compare.add_argument("other", help="run directory of the other")
 
     logs = add("logs", _logs, "Show what ranks wrote.")
     logs.add_argument("run", help="run directory")
@@ -144,6 +163,18 @@ def _status(options: argparse.Namespace) -> int:
     from stoker.launch.status import status
 
     return status(options.run)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from stoker.launch.report import report
+
+    return report(options.run, options.out, "md" if options.md else "json" if options.json else "html")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from stoker.launch.compare import compare_runs
+
+    return compare_runs(options.run, options.other)
 
 
 def _logs(options: argparse.Namespace) -> int:
