@@ -194,7 +194,7 @@ def quoted_value(text: str, hint: Any = Any) -> str:
     if _reads_as_it_looks(text, hint):
         return text
     if text.startswith("[") and text.endswith("]") and str not in options(hint):
-        items = "[" + ",".join(quoted_value(item.strip(), Any) for item in _items(text[1:-1])) + "]"
+        items = "[" + ",".join(quoted_value(item.strip(), Any) for item in items_of(text[1:-1])) + "]"
         if _reads_as_it_looks(items, hint):
             return items
     return quoted(text)
@@ -224,8 +224,8 @@ def _reads_as_it_looks(text: str, hint: Any) -> bool:
     return not is_function_call and (value is None or str not in options(hint))
 
 
-def _items(text: str) -> list[str]:
-    """`text` split at the commas outside brackets and quotes."""
+def items_of(text: str) -> list[str]:
+    """`text` split at the commas outside brackets and quotes: the values of a sweep, the items of a list."""
     items, depth, quote_mark, start = [], 0, "", 0
     for at, letter in enumerate(text):
         if quote_mark:

@@ -35,6 +35,18 @@ examples:
 """
 
 
+SWEEP_EXAMPLES = """\
+examples:
+  stoker sweep model=tiny optim.lr=1e-3,3e-4 model.num_hidden_layers=4,8
+  stoker sweep run.dir=sweeps/lr optim.lr=1e-3,3e-4,1e-4 optim.weight_decay=0,0.1 --random 4
+  stoker sweep run.dir=sweeps/ask steps=100 --ask "python propose.py"
+  stoker sweep launch=slurm launch.gpus=8 launch.time=4:00:00 optim.lr=1e-3,3e-4
+
+The same command goes on with a sweep that was interrupted. The runs are in
+run.dir/0, run.dir/1, ...; the table at the end has the best first.
+"""
+
+
 def add_trust(command: argparse.ArgumentParser) -> None:
     """For commands that may run code which a stored config names."""
     text = "run code that the stored config names, though this user has not started the run"
@@ -59,6 +71,15 @@ def add_settings(command: argparse.ArgumentParser) -> None:
 
 
 def add_runs(add: Add) -> None:
+    sweep = add("sweep", _sweep, "Train a run for each combination of several values.", SWEEP_EXAMPLES)
+    add_settings(sweep)
+    sweep.set_defaults(multirun=True)
+    some = sweep.add_mutually_exclusive_group()
+    some.add_argument("--random", metavar="N", type=int, help="only N of the combinations, picked at random")
+    some.add_argument("--ask", metavar="CMD", help="a program that proposes the settings of each run (docs/sweeps.md)")
+    sweep.add_argument("--seed", type=int, default=0, help="of --random (default 0)")
+    add_trust(sweep)
+
     submit = add("submit", _submit, "Submit a run as a Slurm job.", SUBMIT_EXAMPLES)
     add_settings(submit)
     submit.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
@@ -151,6 +172,12 @@ def add_data(data: argparse.ArgumentParser) -> None:
     made["verify"].add_argument(
         "paths", nargs="*", help="token files or a cache (default: the default cache), or KEY=VALUE of sources"
     )
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from stoker.launch.sweep import sweep
+
+    return sweep(options.overrides, options.random, options.seed, options.ask)
 
 
 def _submit(options: argparse.Namespace) -> int:

@@ -73,7 +73,8 @@ def main(words: Sequence[str] | None = None) -> int:
             folders = [f"--config-dir={folder}" for folder in options.config_dir]
             trusted = ["run.trust=true"] if getattr(options, "trust", False) else []
             settings = [*options.overrides, *more]  # they may stand on both sides of an option
-            options.overrides = expand([*files, *folders, *settings, *trusted], say)
+            given = [*files, *folders, *settings, *trusted]
+            options.overrides = given if getattr(options, "multirun", False) else expand(given, say)
         return options.command(options)
     except ConfigError as error:
         print(printable(f"stoker: {error}"), file=sys.stderr)
@@ -135,6 +136,7 @@ def parser() -> argparse.ArgumentParser:
 
     train = add("train", _train, "Train on this machine, or resume the run in run.dir.", TRAIN_EXAMPLES)
     arguments.add_settings(train)
+    train.add_argument("-m", "--multirun", action="store_true", help="a run for each combination: `stoker sweep`")
     arguments.add_trust(train)
 
     config = add("config", _config, "Print the composed, validated config and exit.", CONFIG_EXAMPLES)
@@ -206,6 +208,10 @@ def _help(command: argparse.ArgumentParser, _: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.multirun:
+        from stoker.launch.sweep import sweep
+
+        return sweep(options.overrides)
     from stoker.launch.train import train
 
     return train(options.overrides)

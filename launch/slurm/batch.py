@@ -88,6 +88,11 @@ def settings_of(job: Job, settings: Sequence[str]) -> list[str]:
     return chosen
 
 
+def own_file(job: Job, setting: str) -> str:
+    """`--config=.../{task}.yaml` with this job's task: a file of settings for each."""
+    return setting.replace("{task}", job.task or "0") if setting.startswith("--config=") else setting
+
+
 def stalled_attempts(run: RunDirectory, job: str) -> int:
     """How many of the newest attempts, in a row and of this job, have not reached a checkpoint newer than they had."""
     step = newest_step(run.checkpoints)
@@ -254,7 +259,7 @@ def main(settings: Sequence[str]) -> int:
 
         again = job.restarts > 0 or job.link > 1
         config, changes = settle_config(
-            settings_of(job, expand(settings, say)),
+            settings_of(job, expand([own_file(job, setting) for setting in settings], say)),
             where,
             refitted=say,
             tell=say,
