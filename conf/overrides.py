@@ -53,6 +53,8 @@ def parse(override: str) -> Override:
         raise ConfigError(
             f"{override}: an interpolation would be resolved again by every rank and every restart; write the value"
         )
+    if key == "tracker" and text.startswith("["):
+        return parse(f"tracker.names={text}")
     if key in GROUPS:
         return _choice(key, text)
     below = next((name for name in _OPEN if key.startswith(f"{name}.")), None)

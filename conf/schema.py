@@ -213,10 +213,22 @@ class NonfiniteConfig:
 
 @dataclass
 class TrackerConfig:
-    name: str = free("none")  # none | wandb | tensorboard
-    project: str = free("stoker")  # wandb: project of the run
+    names: list[str] = free([])  # of wandb | tensorboard | mlflow | csv, any number; tracker=[wandb,csv] sets it
+    project: str = free("stoker")  # wandb: project of the run; mlflow: its experiment
     entity: str | None = free()  # wandb: user or team; default: the key's own
     mode: str | None = free()  # wandb: online | offline | disabled; default: WANDB_MODE, else online with a key
+
+
+@dataclass
+class PrometheusConfig:
+    port: int | None = free()  # TCP port at which rank 0's machine serves metrics; 0: a free one; default: none
+    host: str = free("127.0.0.1")  # address to listen at; whoever can reach it reads the metrics
+
+
+@dataclass
+class AlertsConfig:
+    command: str | None = free()  # shell command run on the events of `on`; they are in STOKER_EVENT, STOKER_RUN, ...
+    on: list[str] = free(["hang", "rollback", "failure", "end"])  # events that run it
 
 
 @dataclass
@@ -277,6 +289,9 @@ class Config:
     checkpoint: CheckpointConfig = free(CheckpointConfig)
     eval: EvalConfig = free(EvalConfig)
     tracker: TrackerConfig = free(TrackerConfig)
+    prometheus: PrometheusConfig = free(PrometheusConfig)
+    alerts: AlertsConfig = free(AlertsConfig)
+    observers: list[Any] = free([])  # classes of yours, pkg.mod:Class or {target: pkg.mod:Class, ARGUMENT: VALUE}
     launch: LaunchConfig = free(LaunchConfig)
     log: LogConfig = free(LogConfig)
     profile: ProfileConfig = free(ProfileConfig)
