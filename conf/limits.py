@@ -55,6 +55,10 @@ def _is_time(value: str) -> bool:
     return True
 
 
+def _is_mount(value: str) -> bool:
+    return value.startswith("/") and value.strip("/") != ""
+
+
 _SLURM_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d\d?(:\d\d){0,2}")
 _SLURM_ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 ZERO_BUBBLE = (
@@ -188,7 +192,10 @@ LIMITS = (
         "there are no other events",
         lambda events: {"hang", "rollback", "failure", "end"}.issuperset(events),
     ),
-    _choice("launch.name", "local", "slurm"),
+    _choice("launch.name", "local", "slurm", "kubernetes", "skypilot"),
+    _choice("launch.container", "pyxis", "apptainer"),
+    _choice("launch.manifest", "jobset", "trainjob"),
+    Limit("launch.mount", "an absolute path other than /", "a volume is mounted there", _is_mount),
     _at_least("launch.nproc", 1, "it counts ranks"),
     _at_least("launch.max_restarts", 0, "it counts restarts"),
     _above_zero("launch.hang_seconds", "a step takes its time"),

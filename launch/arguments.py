@@ -24,6 +24,8 @@ examples:
       launch.time=24:00:00 launch.partition=a100
   stoker submit launch=slurm run.dir=runs/a launch.chain=5   five jobs in a row
   stoker submit launch=slurm run.dir=runs/b launch.array=0-3 run.seed={task}
+  stoker submit launch=kubernetes launch.image=me/stoker launch.volume=runs \
+      launch.nodes=4 launch.gpus=8 run.dir=a --dry-run
 """
 
 
@@ -71,6 +73,9 @@ def add_settings(command: argparse.ArgumentParser) -> None:
 
 
 def add_runs(add: Add) -> None:
+    init = add("init", _init, "Make a folder with settings, a model, data and a batch script to start from.")
+    init.add_argument("folder", help="folder to make, or to add the files to")
+
     sweep = add("sweep", _sweep, "Train a run for each combination of several values.", SWEEP_EXAMPLES)
     add_settings(sweep)
     sweep.set_defaults(multirun=True)
@@ -80,9 +85,9 @@ def add_runs(add: Add) -> None:
     sweep.add_argument("--seed", type=int, default=0, help="of --random (default 0)")
     add_trust(sweep)
 
-    submit = add("submit", _submit, "Submit a run as a Slurm job.", SUBMIT_EXAMPLES)
+    submit = add("submit", _submit, "Submit a run to Slurm or Kubernetes, or print its manifest.", SUBMIT_EXAMPLES)
     add_settings(submit)
-    submit.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
+    submit.add_argument("--dry-run", action="store_true", help="print the script or manifest and submit nothing")
     add_trust(submit)
 
     status = add("status", _status, "Show how a run is doing: attempts, step, speed, time left.")
@@ -174,6 +179,12 @@ def add_data(data: argparse.ArgumentParser) -> None:
     )
 
 
+def _init(options: argparse.Namespace) -> int:
+    from stoker.launch.init import init
+
+    return init(options.folder)
+
+
 def _sweep(options: argparse.Namespace) -> int:
     from stoker.launch.sweep import sweep
 
@@ -181,6 +192,12 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
+    from stoker.conf.compose import compose
+
+    if compose([word.replace("{task}", "0") for word in options.overrides]).launch.name in ("kubernetes", "skypilot"):
+        from stoker.launch.kubernetes.manifests import submit as submit_pods
+
+        return submit_pods(options.overrides, options.dry_run)
     from stoker.launch.slurm.submit import submit
 
     return submit(options.overrides, options.dry_run)

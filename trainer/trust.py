@@ -54,8 +54,8 @@ def code_of(config: Config, uses: Sequence[str] = ("",)) -> Code:
     found |= _target("optim.target", optim.target, "stoker.parallel.", {"optim.args": optim.args})
     if config.parallel.deepspeed:
         found["parallel.deepspeed"] = config.parallel.deepspeed  # it may name modules to import
-    for key, value in (("setup", launch.setup), ("sbatch_args", launch.sbatch_args), ("srun_args", launch.srun_args)):
-        if value:
+    for key in ("setup", "sbatch_args", "srun_args", "image"):
+        if value := getattr(launch, key):
             found[f"launch.{key}"] = value
     if any(target_and_arguments(entry)[0] != EARLY_STOPPING for entry in config.observers):
         found["observers"] = config.observers

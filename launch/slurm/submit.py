@@ -74,7 +74,7 @@ def settled(overrides: Sequence[str]) -> Start:
     words = expand([word.replace("{task}", first) for word in overrides], say)
     config, changes = settle_config(words, _where, tell=say, uses=(*TRAINING, SLURM))
     if config.launch.name != "slurm":
-        raise ConfigError(f"launch={config.launch.name}: set launch=slurm, and launch.nodes, launch.time, ...")
+        raise ConfigError(f"launch={config.launch.name}: set launch=slurm or kubernetes, and launch.nodes, ...")
     for change in changes:
         say(f"changed since the last start: {change}")
     run = run_directory(config)

@@ -149,7 +149,7 @@ class Csv:
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         fresh = self._path.with_name("metrics.csv.new")
         handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
-        self._file = open(handle, "w", newline="")
+        self._file = os.fdopen(handle, "w", newline="")
         self._writer = csv.DictWriter(self._file, self._columns, lineterminator="\n")
         self._writer.writeheader()
         self._writer.writerows(rows)
