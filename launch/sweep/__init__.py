@@ -100,6 +100,7 @@ def _run_asked(trials: Trials, fixed: Sequence[str], command: str) -> int:
         known = trials.all()
         if len(tried) < len(known):
             trial = known[len(tried)]
+            _checked_proposal(fixed, trial.point, code)  # the list may be another user's
         else:
             point = asked(command, [done.as_result() for done in tried])
             if point is None:
@@ -108,7 +109,6 @@ def _run_asked(trials: Trials, fixed: Sequence[str], command: str) -> int:
                 raise ConfigError(f"--ask {command!r} proposed {' '.join(point)} a second time")
             _checked_proposal(fixed, point, code)
             trial = trials.of([point])[0]
-        _checked_proposal(fixed, trial.point, code)  # the list may be another user's
         tried.append(trial)
         ended = _run(trial, fixed, str(len(tried)))
         if ended is not None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from stoker.conf.rundir import RunDirectory, make_run_directory, next_attempt, run_directory, write_config
+from stoker.conf.overrides import parse
+from stoker.conf.rundir import RunDirectory, make_run_directory, next_attempt, write_config
+from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.launch import sweep as sweeps
 from stoker.launch.cli import main
@@ -32,13 +34,10 @@ class Trainers:
         self.ends: dict[str, tuple[Outcome, int]] = {}  # by name of the directory; else completed
 
     def __call__(self, words: Sequence[str]) -> int:
-        from datetime import datetime
-
-        from stoker.conf.compose import compose
-        from stoker.conf.rundir import resolve
-
-        config = resolve(compose(words), datetime.now())
-        run = run_directory(config)
+        given = {override.key: override.value for override in map(parse, words)}
+        config, run = Config(), RunDirectory(Path(given["run.dir"]))
+        config.run.name, config.optim.lr = given["run.name"], given["optim.lr"]
+        config.model.num_hidden_layers = given.get("model.num_hidden_layers", 0)
         self.started.append(run.path.name)
         self.points.append((config.optim.lr, config.model.num_hidden_layers))
         make_run_directory(run, public=False)
