@@ -24,7 +24,7 @@ examples:
       launch.time=24:00:00 launch.partition=a100
   stoker submit launch=slurm run.dir=runs/a launch.chain=5   five jobs in a row
   stoker submit launch=slurm run.dir=runs/b launch.array=0-3 run.seed={task}
-  stoker submit launch=kubernetes launch.image=me/stoker launch.volume=runs \
+  stoker submit launch=kubernetes launch.image=me/stoker launch.volume=runs \\
       launch.nodes=4 launch.gpus=8 run.dir=a --dry-run
 """
 
@@ -39,13 +39,11 @@ examples:
 
 SWEEP_EXAMPLES = """\
 examples:
-  stoker sweep model=tiny optim.lr=1e-3,3e-4 model.num_hidden_layers=4,8
-  stoker sweep run.dir=sweeps/lr optim.lr=1e-3,3e-4,1e-4 optim.weight_decay=0,0.1 --random 4
+  stoker sweep run.dir=sweeps/lr optim.lr=1e-3,3e-4 model.num_hidden_layers=4,8
+  stoker sweep run.dir=sweeps/some optim.lr=1e-3,3e-4 batch.size=8,16 --random 3
   stoker sweep run.dir=sweeps/ask steps=100 --ask "python propose.py"
-  stoker sweep launch=slurm launch.gpus=8 launch.time=4:00:00 optim.lr=1e-3,3e-4
 
-The same command goes on with a sweep that was interrupted. The runs are in
-run.dir/0, run.dir/1, ...; the table at the end has the best first.
+The same command goes on with a sweep that was interrupted (docs/sweeps.md).
 """
 
 
@@ -73,7 +71,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
 
 
 def add_runs(add: Add) -> None:
-    init = add("init", _init, "Make a folder with settings, a model, data and a batch script to start from.")
+    init = add("init", _init, "Make a folder to start a project from.")
     init.add_argument("folder", help="folder to make, or to add the files to")
 
     sweep = add("sweep", _sweep, "Train a run for each combination of several values.", SWEEP_EXAMPLES)
@@ -100,7 +98,7 @@ def add_runs(add: Add) -> None:
     form.add_argument("--md", action="store_true", help="Markdown without charts, to the standard output or FILE")
     form.add_argument("--json", action="store_true", help="JSON, with the points of all curves, likewise")
 
-    compare = add("compare", _compare, "What differs between two runs: keys, and the first step and metric.")
+    compare = add("compare", _compare, "Show what differs between two runs, and from which step.")
     compare.add_argument("run", help="run directory")
     compare.add_argument("other", help="run directory of the other")
 

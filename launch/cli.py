@@ -120,12 +120,17 @@ class _OneLineEach(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=16)
         self._action_max_length = 14
 
+    def _format_action(self, action: argparse.Action) -> str:
+        text = super()._format_action(action)
+        return text.partition("\n")[2] if isinstance(action, argparse._SubParsersAction) else text  # less its own line
+
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = _Parser(prog="stoker", description=DESCRIPTION, formatter_class=_OneLineEach, add_help=False)
     top.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-    top.add_argument("--version", action="version", version=f"stoker {stoker.__version__}")
+    version = f"stoker {stoker.__version__}"
+    top.add_argument("--version", action="version", version=version, help=argparse.SUPPRESS)  # the help is one screen
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str, more: str = "") -> argparse.ArgumentParser:

@@ -90,7 +90,7 @@ def _trainjob(config: Config, name: str, overrides: Sequence[str]) -> list[dict[
         "labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
     }
     ranks = config.launch.nproc or config.launch.gpus or RANKS_DEFAULT
-    policy = {"numNodes": config.launch.nodes, "torch": {"numProcPerNode": ranks}}
+    policy: dict[str, Any] = {"numNodes": config.launch.nodes, "torch": {}}
     runtime = {
         "apiVersion": f"{group}/v1alpha1",
         "kind": "TrainingRuntime",
@@ -100,6 +100,7 @@ def _trainjob(config: Config, name: str, overrides: Sequence[str]) -> list[dict[
     trainer = {
         "image": config.launch.image,
         "numNodes": config.launch.nodes,
+        "numProcPerNode": ranks,
         "command": _command(overrides),
         "resourcesPerNode": _resources(config),
     }

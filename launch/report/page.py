@@ -15,7 +15,13 @@ from stoker.trainer.report.goodput import BOOKS, Account
 
 MOST_ATTEMPTS = 100  # in the timeline
 MOST_BANDS = 2  # runs in one chart; bands of more cover each other
-_PHASES = ("data", "forward", "backward", "update", "communication_exposed")  # of `profile.phases_every`
+_PHASES = {  # of `profile.phases_every`: metric, label
+    "phase_data_seconds": "waiting for rows",
+    "phase_forward_seconds": "forward",
+    "phase_backward_seconds": "backward",
+    "phase_update_seconds": "update",
+    "phase_communication_exposed_seconds": "communication not hidden",
+}
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--card:#f6f7f9;--text:#1b2129;--dim:#5a6472;--edge:#d9dde3;
@@ -28,14 +34,14 @@ STYLE = """
 main{max-width:1360px;margin:0 auto;padding:16px}h1{font-size:22px;margin:4px 0;overflow-wrap:anywhere}
 h2{font-size:16px;margin:26px 0 8px}p{margin:4px 0}.dim,.note{color:var(--dim)}.note{font-size:13px}
 .path{overflow-wrap:anywhere;font-size:13px}.grid-of{display:grid;gap:12px}
-.facts{grid-template-columns:repeat(auto-fill,minmax(112px,1fr));margin:14px 0}
+.facts{grid-template-columns:repeat(auto-fill,minmax(126px,1fr));margin:14px 0}
 .charts{grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))}
 .card{background:var(--card);border:1px solid var(--edge);border-radius:8px;padding:8px 10px;min-width:0}
 .card b{display:block;font-size:18px;font-weight:600;overflow-wrap:anywhere}.card h3{font-size:14px;margin:0 0 2px}
 .key{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:13px;color:var(--dim)}.key span{overflow-wrap:anywhere}
 .key i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px;background:var(--c)}
 svg{width:100%;height:auto;display:block}svg text{font:12px system-ui,sans-serif;fill:var(--dim)}
-.grid{stroke:var(--edge);stroke-width:1;fill:none}.mark{stroke:var(--dim);stroke-width:1;stroke-dasharray:2 3}
+.grid{stroke:var(--edge);stroke-width:1;fill:none}.mark{stroke:var(--dim);opacity:.6;stroke-dasharray:2 3}
 .line{stroke:var(--c);stroke-width:1.8;fill:none;stroke-linejoin:round}.band{fill:var(--c);opacity:.22}
 .area{fill:var(--c);opacity:.75}circle{fill:var(--c)}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px;width:100%}
@@ -70,10 +76,13 @@ def page(runs: list[Gathered], now: float | None = None) -> str:
             for name, value in facts(runs[0])
         )
         body.append(f'<div class="grid-of facts">{cards}</div>')
+    found = tables(runs)
+    first = sum(not table.folded for table in found[:2]) if len(runs) > 1 else 0  # results and differences, of several
+    body += [_table(table) for table in found[:first]]
     drawn = [_card(chart, runs) for chart in charts(runs)]
     body.append(f'<h2>Over steps</h2><div class="grid-of charts">{"".join(drawn)}</div>' if any(drawn) else "")
     body += [_timeline(run, len(runs) > 1) for run in runs if run.accounts]
-    body += [_table(table) for table in tables(runs)]
+    body += [_table(table) for table in found[first:]]
     body.append(f'<p class="note">Written by stoker {text(stoker.__version__)} on {text(written)}.</p>')
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
@@ -146,9 +155,9 @@ def _step_breakdown(run: Gathered, marks: list[tuple[int, str]]) -> Chart:
 
 def _phases(run: Gathered) -> Chart:
     lines = [
-        Line(name.replace("_", " "), curve, place)
-        for place, name in enumerate(_PHASES)
-        if (curve := run.curves.of(f"phase_{name}_seconds")) is not None
+        Line(label, curve, place)
+        for place, (metric, label) in enumerate(_PHASES.items())
+        if (curve := run.curves.of(metric)) is not None
     ]
     return Chart("Phases of profiled steps", "seconds", lines, stacked=True, from_zero=True)
 

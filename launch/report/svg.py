@@ -55,7 +55,8 @@ class Chart:
             parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
             parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
         for value, label in zip(ticks := across.ticks(), labels(ticks), strict=True):
-            parts.append(f'<text x="{across(value):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{label}</text>')
+            at, anchor = across(value), "end" if across(value) > WIDTH - 3 * _RIGHT else "middle"
+            parts.append(f'<text x="{at:.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}">{label}</text>')
         for step, why in self.marks:
             if first <= step <= last:
                 at = across(step + 0.5)

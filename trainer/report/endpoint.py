@@ -44,8 +44,7 @@ class Prometheus:
         self._server = ThreadingHTTPServer((job["host"], job["port"]), _handler(self.text))
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        host, port = self._server.server_address[:2]
-        say(f"metrics for Prometheus at http://{host}:{port}/metrics")
+        say(f"metrics for Prometheus at http://{job['host']}:{self._server.server_port}/metrics")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         with self._lock:

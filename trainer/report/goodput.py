@@ -243,10 +243,13 @@ def _record_of(values: Any) -> _Record:
 
 
 def _seconds(values: Any) -> dict[str, float]:
-    numbers = values.values() if isinstance(values, dict) else [None]
-    if any(type(value) not in (int, float) or not abs(value) < _MOST_SECONDS for value in numbers):
+    if not isinstance(values, dict) or not all(map(_is_seconds, values.values())):
         raise ValueError("seconds are numbers by book")
     return {name: float(values.get(name, 0.0)) for name in BOOKS if name in values}
+
+
+def _is_seconds(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _MOST_SECONDS
 
 
 def _end_of(run: RunDirectory, number: int, record: _Record, now: float | None) -> tuple[float, bool]:

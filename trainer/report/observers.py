@@ -18,6 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -70,13 +71,13 @@ class Observers(Observer):
 
     def state(self) -> list[Any]:
         """What the user's observers keep in checkpoints, in the order of `observers`; None for one without."""
-        return [self._ask(user, lambda user=user: _as_json(user.state())) for user in self._users]
+        return [self._ask(user, partial(_state_of, user)) for user in self._users]
 
     def load_state(self, states: Any) -> None:
         """The inverse of `state`, of a checkpoint whose `observers` may have been others."""
         for user, state in zip(self._users, states if isinstance(states, list) else [], strict=False):
             if state is not None:
-                self._ask(user, lambda user=user, state=state: user.load_state(state))
+                self._ask(user, partial(user.load_state, state))
 
     def _living_users(self) -> list[Observer]:
         return [user for user in self._users if user in self._others]
@@ -146,9 +147,9 @@ class Observers(Observer):
         self.message(f"{other.name} switched off, training goes on: {reason(error)}")
 
 
-def _as_json(state: Any) -> Any:
-    """`state`, read back from JSON. Raises TypeError or ValueError for what JSON does not have."""
-    return json.loads(json.dumps(state, allow_nan=False))
+def _state_of(user: Observer) -> Any:
+    """The state of an observer, read back from JSON. Raises TypeError or ValueError for what JSON does not have."""
+    return json.loads(json.dumps(user.state(), allow_nan=False))
 
 
 def open_observers(config: Config, run_dir: Path, screen: TextIO, log_file: TextIO | None = None) -> Observers:

@@ -23,11 +23,21 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from stoker.trainer.report.tracker_sinks import Sink, Values, sink_of
+from stoker.trainer.report.alerts import Alerts
+from stoker.trainer.report.endpoint import Prometheus
+from stoker.trainer.report.tracker_sinks import Csv, Mlflow, Sink, TensorBoard, Values, Wandb
 
 POLL_SECONDS = 0.5
 LINGER_SECONDS = 60  # after the ranks have ended, uploads and all
 CHUNK_BYTES = 1 << 16
+SINKS: dict[str, Callable[[Values, str, int, Callable[[str], None]], Sink]] = {
+    "wandb": Wandb,
+    "tensorboard": TensorBoard,
+    "mlflow": Mlflow,
+    "csv": Csv,
+    "prometheus": Prometheus,
+    "alerts": Alerts,
+}
 
 
 class Memory:
@@ -168,7 +178,7 @@ def main() -> int:
         ):
             fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the tracker of an attempt that was killed
             memory = Memory(run_dir, job["tracker"], job["run"], voice.say) if job["once"] else Forgetful()
-            sink = sink_of(job["tracker"])(job, memory.run_id, memory.last_step + 1, voice.say)
+            sink = SINKS[job["tracker"]](job, memory.run_id, memory.last_step + 1, voice.say)
             follow(file, memory, sink, ended.event)
             sink.close(ended.outcome)
     except Exception as error:

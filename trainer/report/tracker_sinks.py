@@ -1,6 +1,6 @@
 """Where the process of a tracker sends steps: Weights & Biases, TensorBoard, MLflow, a CSV file.
 
-`endpoint` (Prometheus) and `alerts` are sinks too. Each imports its library when it is made.
+`endpoint` (Prometheus) and `alerts` are sinks too. A tracker's library is imported when its sink is made.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class Mlflow:
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             mlflow.set_tracking_uri(f"sqlite:///{job['run_dir']}/mlflow.db")
             say(f"mlflow writes to {job['run_dir']}/mlflow.db: MLFLOW_TRACKING_URI names a server")
-        self._client, self._metric, self._waiting = mlflow.MlflowClient(), Metric, []
+        self._client, self._metric = mlflow.MlflowClient(), Metric
+        self._waiting: list[Any] = []
         found = self._client.get_experiment_by_name(job["project"])
         experiment = found.experiment_id if found is not None else self._client.create_experiment(job["project"])
         runs = self._client.search_runs([experiment], filter_string=f"tags.`stoker.run_id` = '{run_id}'")
@@ -155,19 +156,6 @@ class Csv:
         self._writer.writerows(rows)
         self._file.flush()
         os.replace(fresh, self._path)
-
-
-def sink_of(name: str) -> Callable[[Values, str, int, Callable[[str], None]], Sink]:
-    """The sink of this name."""
-    if name == "prometheus":
-        from stoker.trainer.report.endpoint import Prometheus
-
-        return Prometheus
-    if name == "alerts":
-        from stoker.trainer.report.alerts import Alerts
-
-        return Alerts
-    return {"wandb": Wandb, "tensorboard": TensorBoard, "mlflow": Mlflow, "csv": Csv}[name]
 
 
 def _flat(values: Values, prefix: str = "") -> list[tuple[str, str]]:

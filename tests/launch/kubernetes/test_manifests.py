@@ -68,8 +68,9 @@ def test_a_trainjob_has_a_runtime_of_its_own(capsys: pytest.CaptureFixture) -> N
     accepted("TrainerV1alpha1TrainingRuntime", runtime)
     accepted("TrainerV1alpha1TrainJob", job)
     assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"] == "my-run"
-    assert job["spec"]["trainer"]["numNodes"] == 2 and key["kind"] == "Secret"
-    assert runtime["spec"]["mlPolicy"] == {"numNodes": 2, "torch": {"numProcPerNode": 2}}
+    trainer = job["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"], key["kind"]) == (2, 2, "Secret")
+    assert runtime["spec"]["mlPolicy"] == {"numNodes": 2, "torch": {}}
     label = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["metadata"]["labels"]
     assert label == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
 
