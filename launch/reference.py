@@ -8,13 +8,13 @@ import inspect
 import sys
 import typing
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stoker.conf import schema
 from stoker.conf.limits import LIMITS
-from stoker.conf.schema import Config, leaves
+from stoker.conf.schema import Config, leaves, lookup
 from stoker.conf.values import expected
 
 
@@ -33,11 +33,11 @@ class Key:
 def keys() -> list[Key]:
     """All keys, in the order of the schema."""
     comments, limits = _comments(), {limit.key: limit.rule for limit in LIMITS}
-    owners = dict(_sections())
+    owners, defaults = dict(_sections()), Config()
     found = []
     for name, field, hint in leaves():
         section, _, last = name.rpartition(".")
-        default = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
+        default = lookup(defaults, name)
         meaning = comments[owners[section].__name__, last]
         kind = field.metadata["kind"]
         found.append(Key(name, expected(hint), _shown(default), kind, meaning, limits.get(name, "")))
@@ -99,8 +99,9 @@ def _comments() -> dict[tuple[str, str], str]:
     source = inspect.getsource(schema)
     lines = source.splitlines()
     found = {}
-    for node in ast.parse(source).body:
-        for field in node.body if isinstance(node, ast.ClassDef) else []:
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    for node in classes:
+        for field in node.body:
             if isinstance(field, ast.AnnAssign) and field.end_lineno is not None:
                 _, _, comment = lines[field.end_lineno - 1].partition("  # ")
                 found[node.name, ast.unparse(field.target)] = comment

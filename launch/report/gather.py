@@ -122,7 +122,8 @@ def gather(path: str, now: float | None = None) -> Gathered:
     watch = _Watch()
     history = reading("metrics", lambda: History(watch.over(steps(run.metrics))), History([]))
     alive = reading("progress stamps", lambda: living(run), None)
-    numbers = reading("attempts", run.attempt_numbers, [])
+    none: list[int] = []
+    numbers = reading("attempts", run.attempt_numbers, none)
     attempts = [_attempt(run, number, reading, alive is not None and number == numbers[-1]) for number in numbers]
     moment = (time.time() if now is None else now) if alive is not None else None
     return Gathered(
