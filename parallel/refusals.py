@@ -45,7 +45,7 @@ def _replicas(start: Start) -> str | None:
         return None
     return (
         f"parallel.dp_replicate={replicas} does not divide {dp} data-parallel ranks: "
-        f"{either(around(replicas, divisors(dp)))} does"
+        f"parallel.dp_replicate={either(around(replicas, divisors(dp)))} does"
     )
 
 
@@ -72,7 +72,7 @@ def _micro(start: Start) -> str | None:
         return None
     return (
         f"batch.micro_size={micro} does not divide the {rows // dp} rows of a rank "
-        f"(batch.size={rows} over {dp}): {either(around(micro, divisors(rows // dp)))} does"
+        f"(batch.size={rows} over {dp}): batch.micro_size={either(around(micro, divisors(rows // dp)))} does"
     )
 
 
@@ -111,9 +111,12 @@ def _interleaving(start: Start) -> str | None:
     if several and not interleaved:
         return f"{seen}: several stages on a rank need parallel.schedule=interleaved"
     if interleaved and not several:
-        return f"{seen}: interleaving needs parallel.stages_per_rank=2 or more, otherwise use 1f1b"
+        return f"{seen}: interleaving needs parallel.stages_per_rank=2 or more, or use parallel.schedule=1f1b"
     if several and wanted.pp == 1:
-        return f"{seen} and parallel.pp=1: a pipeline needs parallel.pp=2 or more"
+        return (
+            f"{seen} and parallel.pp=1: a pipeline needs parallel.pp=2 with launch.nproc={2 * start.world}, or more; "
+            "without one parallel.schedule=1f1b with parallel.stages_per_rank=1 works"
+        )
     return None
 
 
@@ -126,10 +129,12 @@ def _zero_bubble(start: Start) -> str | None:
     schedule = start.config.parallel.schedule
     if schedule not in ZERO_BUBBLE:
         return None
+    works = "parallel.schedule=interleaved with parallel.stages_per_rank=2 or more has a small bubble too"
+    if start.config.parallel.pp == 1:
+        works = "parallel.schedule=1f1b works, as parallel.pp=1 is no pipeline"
     return (
         f"parallel.schedule={schedule}: the split backward of zero-bubble schedules adds weight gradients up in the "
-        "compute dtype and past the hooks that reduce them; parallel.schedule=interleaved with "
-        "parallel.stages_per_rank=2 or more has a small bubble too"
+        f"compute dtype and past the hooks that reduce them; {works}"
     )
 
 

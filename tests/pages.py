@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROMPT = "$ "
-# bash itself takes a command line apart; each of these programs only shows the words that it was started with.
-_PROGRAMS = "\n".join(f"{name}() {{ printf '%s\\0' {name} \"$@\" $'\\n'; }}" for name in ("stoker", "torchrun"))
+# bash itself takes a command line apart; these programs only note the words that they were started with.
+_PROGRAMS = "\n".join(
+    f"{name}() {{ printf '%s\\0' {name} \"$@\" $'\\n' >> \"$CALLS\"; }}" for name in ("stoker", "torchrun")
+)
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,15 @@ def _block(page: Path, heading: str, above: int, lines: list[str], language: str
     )
 
 
-def started_by(text: str, folder: Path) -> list[list[str]]:
-    """The words of every `stoker` and `torchrun` that bash starts, in order, for a command line of a page."""
-    shown = subprocess.run(
-        ["bash", "--noprofile", "--norc", "-c", f"{_PROGRAMS}\n{text}"], cwd=folder, check=True, capture_output=True
-    ).stdout.decode()
-    return [record.split("\0")[:-1] for record in shown.split("\n\0") if record]
+def started_by(text: str, folder: Path) -> tuple[list[list[str]], str]:
+    """What bash does with a command line of a page.
+
+    The words of every `stoker` and `torchrun` that it starts, in order, and the output of all other programs.
+    """
+    with tempfile.NamedTemporaryFile() as calls:
+        shown = subprocess.run(
+            ["bash", "--noprofile", "--norc", "-c", f"{_PROGRAMS}\n{text}"],
+            cwd=folder, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "CALLS": calls.name},
+        ).stdout  # fmt: skip
+        records = Path(calls.name).read_text().split("\n\0")
+    return [record.split("\0")[:-1] for record in records if record], shown

@@ -48,7 +48,7 @@ def _evaluation(start: Start) -> str | None:
     every, rows = start.config.eval.every or 0, start.config.eval.sequences
     if every > 0 and rows == 0:
         size = start.config.batch.size
-        return f"eval.every={every} with eval.sequences=0 evaluates nothing: set eval.sequences, such as {size}"
+        return f"eval.every={every} with eval.sequences=0 evaluates nothing: eval.sequences={size} does not"
     data = start.config.data
     if rows and data.validation == 0 and data.validation_path is None and not data.sources:
         return (
@@ -96,7 +96,7 @@ def _faults(start: Start) -> str | None:
         if fault.rank >= start.world:
             return f"faults: {fault.name} is for rank {fault.rank} of {start.world}: rank 0 to {start.world - 1} work"
         if fault.at > start.config.steps:
-            return f"faults: {fault.name} is for step {fault.at} of {start.config.steps}"
+            return f"faults: {fault.name} is for step {fault.at} of {start.config.steps}: steps={fault.at} has it"
     return None
 
 

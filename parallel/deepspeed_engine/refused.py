@@ -61,8 +61,8 @@ def _nvme(start: Start) -> str | None:
         return None
     if wanted.engine != "deepspeed":
         return (
-            f"parallel.offload=nvme with parallel.engine={wanted.engine}: parallel.engine=deepspeed works, "
-            "or parallel.offload=cpu"
+            f"parallel.offload=nvme with parallel.engine={wanted.engine}: parallel.engine=deepspeed with "
+            "parallel.nvme_path=DIRECTORY on a local disk works, or parallel.offload=cpu"
         )
     if wanted.nvme_path is None:
         return (

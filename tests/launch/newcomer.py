@@ -22,7 +22,7 @@ SHAPE = [
     "model.hidden_size=32", "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.num_key_value_heads=1",
     "model.intermediate_size=64", "model.head_dim=null",
 ]  # fmt: skip
-SMALL = ["seq_len=32", "batch.size=8", "launch.device=cpu", "launch.threads=1", "log.every=1", "eval.sequences=16"]
+SMALL = ["seq_len=32", "batch.size=8", "launch.device=cpu", "launch.threads=1", "log.every=1"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,14 @@ class Newcomer:
                 path.write_text(block.text)
 
     def types(self, line: str, *smaller: str) -> tuple[int, str]:
-        """The exit status of a command line, and all output of the `stoker` and `torchrun` in it.
+        """The exit status of a command line, and its output: first that of programs other than ours.
 
         `smaller` settings take the place of those of the same key, or stand last.
         """
+        started, others = started_by(line, self.home)
         screen, status = io.StringIO(), 0
         with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
-            for program, *words in started_by(line, self.home):
+            for program, *words in started:
                 if program == "torchrun":
                     words = words[words.index("stoker.trainer") + 1 :]
                     status, output = train_forked(self.home, replaced(words, smaller))
@@ -56,7 +57,7 @@ class Newcomer:
                     status = main(replaced(words, smaller) if words[0] in TRAINING else words)
                 except SystemExit as end:
                     status = int(end.code or 0)
-        return status, screen.getvalue()
+        return status, others + screen.getvalue()
 
     def config(self, run: str) -> Config:
         return read_config(RunDirectory(self.home / run))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ STEPS = 12
 def smaller(line: str, more: list[str]) -> list[str]:
     """Settings for a model of a few thousand parameters and a few steps; budgets other than `steps` stay budgets."""
     long = [f"steps={STEPS}"] if "steps=" in line else ["tokens=2000"] if "tokens=" in line else []
+    long = [f"steps={STEPS + 2}"] if line.startswith("torchrun") else long
     shape = [] if "init_from=" in line or "--config" in line else SHAPE
     return [*SMALL, *long, *shape, *more]
 
@@ -109,7 +111,7 @@ def found_ids(folder: Path, text: str) -> list[int]:
 
 
 def shows_accelerate(newcomer: Newcomer, outputs: list[str]) -> None:
-    assert f"resumed from step {STEPS}" in outputs[1] or "nothing is left" in outputs[1], outputs[1]
+    assert f"resumed from step {STEPS}\n" in outputs[1] and newcomer.steps("runs/net")[-1]["step"] == STEPS + 2
     assert newcomer.config("runs/net").precision == "bf16"
 
 
@@ -157,7 +159,7 @@ JOBS: dict[str, tuple[Given, list[str], Shows]] = {
     "torchtitan": (lambda home: None, [], shows_torchtitan),
     "Megatron-LM": (given_megatron, [*TWO, "optim.lr=1e-2"], shows_megatron),
     "axolotl": (given_model, ONE, shows_axolotl),
-    "Hydra": (lambda home: None, ONE, shows_hydra),
+    "Hydra": (lambda home: None, [*ONE, f"steps={STEPS}"], shows_hydra),
 }
 
 
@@ -181,3 +183,23 @@ def test_its_commands_do_the_job(heading: str, newcomer: Newcomer) -> None:
         assert status == (2 if command.output else 0), f"$ {command.text}\n{output}"  # what is refused is printed
         outputs.append(output)
     shows(newcomer, outputs)
+
+
+def test_nanogpts_cpu_configuration_trains_and_a_plain_loop_finds_the_same(
+    newcomer: Newcomer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = blocks(ROOT / "docs" / "nanogpt.md")
+    newcomer.write(page)
+    steps = ["steps=40", "schedule.warmup_steps=5", "eval.every=40", "eval.sequences=100", "launch.threads=1"]
+    for command in (command for block in page for command in block.commands() if "plain.py" not in command.text):
+        status, output = newcomer.types(command.text, *steps)
+        assert status == 0, output
+    monkeypatch.setattr(sys, "path", [str(newcomer.home), *sys.path])
+    [program] = [block.text for block in page if block.file == "plain.py"]
+    exec(program, {"__name__": "plain"})
+    plain = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    peer, native = (newcomer.steps(f"runs/{name}")[-1] for name in ("gpt", "decoder"))
+    assert plain == pytest.approx([peer["val_loss"], peer["train_loss"]], abs=0.15)
+    assert (
+        peer["val_loss"] < newcomer.steps("runs/gpt")[0]["loss"] - 1.5 and native["val_loss"] < peer["val_loss"] + 0.3
+    )
