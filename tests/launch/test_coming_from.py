@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -99,9 +100,12 @@ def shows_transformers(newcomer: Newcomer, outputs: list[str]) -> None:
     found: dict[str, object] = {}
     exec(program.text, found)
     assert found["tokenizer"].encode("a sum") == [int(byte) for byte in found_ids(newcomer.home / "base", "a sum")]  # type: ignore[attr-defined]
-    assert (newcomer.home / "out/model.safetensors").read_bytes() != (
-        newcomer.home / "base/model.safetensors"
-    ).read_bytes()
+    base, out = newcomer.home / "base", newcomer.home / "out"
+    assert (out / "model.safetensors").read_bytes() != (base / "model.safetensors").read_bytes()
+    shutil.rmtree(base)  # the run has what it needs
+    more = ["launch.nproc=1", f"steps={len(newcomer.steps('runs/tuned')) + 1}", "data.epochs=2", "run.change=true"]
+    status, output = newcomer.types("stoker train run.dir=runs/tuned", *more)
+    assert status == 0 and newcomer.steps("runs/tuned")[-1]["step"] == int(more[1].partition("=")[2]), output
 
 
 def found_ids(folder: Path, text: str) -> list[int]:
