@@ -53,8 +53,11 @@ def _tensor_parallel(start: Start) -> str | None:
         uneven.append(f"model.num_key_value_heads={kv_heads}")
     if not uneven:
         return None
-    fitting = around(tp, filter(shares_kv_heads, divisors(math.gcd(heads, hidden))))
-    return f"parallel.tp={tp} does not go with {', '.join(uneven)}: parallel.tp={either(fitting)} does"
+    block, works = tp * start.config.parallel.pp, []
+    for fitting in around(tp, filter(shares_kv_heads, divisors(math.gcd(heads, hidden)))):
+        ranks = start.world // block * (block // tp) * fitting  # as many replicas as now
+        works.append(f"parallel.tp={fitting}" + ("" if ranks == start.world else f" with launch.nproc={ranks}"))
+    return f"parallel.tp={tp} does not go with {', '.join(uneven)}: {', or '.join(works)} does"
 
 
 @REFUSALS.entry("stages", "more pipeline stages than layers", "a stage holds at least one layer")

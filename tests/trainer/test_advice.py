@@ -18,12 +18,13 @@ from tests.trainer.refused_alone import BEYOND
 from tests.trainer.test_validate import TOGETHER, refusals_of, with_values
 
 KEYS = "|".join(map(re.escape, sorted([*kinds(), *GROUPS], key=len, reverse=True)))
-SETTING = re.compile(rf"(?<![\w.])({KEYS})=(\[[^\]]*\]|[^\s,;:)]+)(?: or (\d+))?(?![\w.])")
+SETTING = re.compile(rf"(?<![\w.])({KEYS})=(\[[^\]]*\]|(?:[^\s,;:)`]|:(?=\w))+)(?: or (\d+))?(?![\w.])")
 JOINED = re.compile(r"(?: and| with)? ?")  # between settings that are one piece of advice
 # Advice in words: what is then typed.
 WORDS = {
     "leave it out": "parallel.dp_replicate=null",
     "leave optim.needs out": "optim.needs=null",
+    "declare it by optim.needs=...": "optim.needs=elementwise",
     "or set model.head_dim": "model.head_dim=32",
     "leave them null": "model.rope_parameters.factor=null",
     "do must be one of kill": "faults=[{at: 7, do: kill}]",
@@ -42,25 +43,31 @@ def advised(message: str, config: Config, world: int) -> list[list[str]]:
     Settings that only repeat what was refused are no advice.
     """
     found: list[list[str]] = []
-    end, open_ended = -1, False
+    end = None  # of the advice that the next setting may belong to
     for match in SETTING.finditer(message):
         key, value, other = match.groups()
-        if _now(config, key, world) == parse(f"{key}={value}").value:
+        if value == "...":  # which WORDS has
             continue
-        if open_ended and JOINED.fullmatch(message[end : match.start()]):
-            found[-1].append(f"{key}={value}")
-        else:
-            found.append([f"{key}={value}"])
-        if other:
-            found.append([*found[-1][:-1], f"{key}={other}"])
-        end, open_ended = match.end(), other is None
+        joined = end is not None and JOINED.fullmatch(message[end : match.start()])
+        if not _is_now(config, key, value, world):
+            if joined:
+                found[-1].append(f"{key}={value}")
+            else:
+                found.append([f"{key}={value}"])
+            if other:
+                found.append([*found[-1][:-1], f"{key}={other}"])
+            end = None if other else match.end()
+        elif joined:
+            end = match.end()
     return found
 
 
-def _now(config: Config, key: str, world: int) -> object:
+def _is_now(config: Config, key: str, value: str, world: int) -> bool:
     if key == "launch.nproc":
-        return world
-    return lookup(config, f"{key}.name" if key in GROUPS else key)
+        return int(value) == world
+    if key in GROUPS:
+        return lookup(config, f"{key}.name") == value
+    return lookup(config, key) == parse(f"{key}={value}").value
 
 
 def taken(overrides: list[str], advice: list[str], world: int, folder: Path) -> tuple[Config, int]:

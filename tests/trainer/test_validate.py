@@ -85,7 +85,7 @@ TOGETHER = {
             ["parallel.tp=3", "seq_len=513"],
             3,
             0,
-            "go with model.num_attention_heads=8, model.intermediate_size=704: parallel.tp=2 or 4 does",
+            "model.intermediate_size=704: parallel.tp=2 with launch.nproc=2, or parallel.tp=4 with launch.nproc=4 does",
         ),
         (
             ["parallel.tp=16", "batch.micro_size=8"],
@@ -103,7 +103,7 @@ TOGETHER = {
             ],
             4,
             0,
-            "parallel.tp=4 does not go with model.num_key_value_heads=6: parallel.tp=3 or 6 does",
+            "parallel.tp=4 does not go with model.num_key_value_heads=6: parallel.tp=3 with launch.nproc=3, or ",
         ),
     ],
     "sequence parallelism": [
@@ -124,7 +124,13 @@ TOGETHER = {
             "are 7 stages for model.num_hidden_layers=6: parallel.pp=6 with launch.nproc=6 does",
         ),
         (
-            ["parallel.pp=4", "parallel.stages_per_rank=2", "parallel.schedule=interleaved", "batch.micro_size=1"],
+            [
+                "parallel.pp=4",
+                "parallel.stages_per_rank=2",
+                "parallel.schedule=interleaved",
+                "batch.micro_size=1",
+                "batch.size=36",
+            ],
             4,
             0,
             "are 8 stages for model.num_hidden_layers=6: parallel.pp=3 with launch.nproc=3 does",
@@ -200,7 +206,7 @@ TOGETHER = {
             ["eval.every=10", "eval.sequences=0"],
             1,
             0,
-            "eval.every=10 with eval.sequences=0 evaluates nothing: eval.sequences=32 does not",
+            "eval.every=10 with eval.sequences=0 evaluates nothing: set eval.sequences=32",
         ),
         (["eval.sequences=8", "data.validation=0"], 1, 0, "no document is kept for validation"),
     ],
