@@ -53,10 +53,10 @@ def _tensor_parallel(start: Start) -> str | None:
         uneven.append(f"model.num_key_value_heads={kv_heads}")
     if not uneven:
         return None
-    block, works = tp * start.config.parallel.pp, []
+    works, pp = [], start.config.parallel.pp
     for fitting in around(tp, filter(shares_kv_heads, divisors(math.gcd(heads, hidden)))):
-        ranks = start.world // block * (block // tp) * fitting  # as many replicas as now
-        works.append(f"parallel.tp={fitting}" + ("" if ranks == start.world else f" with launch.nproc={ranks}"))
+        whole = start.dp is None or start.world % (fitting * pp) == 0  # else: as many replicas as now
+        works.append(f"parallel.tp={fitting}" + ("" if whole else f" with launch.nproc={start.dp * pp * fitting}"))
     return f"parallel.tp={tp} does not go with {', '.join(uneven)}: {', or '.join(works)} does"
 
 

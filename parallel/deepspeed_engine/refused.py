@@ -25,7 +25,7 @@ def _fp32_modules(start: Start) -> str | None:
     modules = start.config.fp32_modules
     if start.config.parallel.engine != "deepspeed" or not modules:
         return None
-    return f"fp32_modules={modules} with parallel.engine=deepspeed: parallel.engine=fsdp works, or precision=fp32"
+    return f"fp32_modules={modules} with parallel.engine=deepspeed: parallel.engine=fsdp works, or fp32_modules=[]"
 
 
 def _compiled(start: Start) -> str | None:

@@ -96,6 +96,7 @@ TOGETHER = {
         (
             [
                 "parallel.tp=4",
+                "seq_len=516",
                 "model.num_attention_heads=12",
                 "model.num_key_value_heads=6",
                 "model.hidden_size=384",
@@ -143,7 +144,7 @@ TOGETHER = {
             ["parallel.schedule=interleaved", "parallel.stages_per_rank=2"],
             1,
             0,
-            "needs parallel.pp=2 with launch.nproc=2, or more",
+            "and a pipeline is parallel.pp=2 with launch.nproc=2",
         ),
     ],
     "zero bubble": [
@@ -157,7 +158,12 @@ TOGETHER = {
             0,
             "2 micro-batches do not fill 4 pipeline stages: batch.micro_size=8",
         ),
-        (["parallel.pp=4", "batch.size=3"], 4, 0, "1 micro-batches do not fill 4 pipeline stages: batch.size=12"),
+        (
+            ["parallel.pp=4", "batch.size=3"],
+            4,
+            0,
+            "1 micro-batches do not fill 4 pipeline stages: batch.size=12 with batch.micro_size=3",
+        ),
     ],
     "interleaved rounds": [
         (
@@ -232,7 +238,7 @@ TOGETHER = {
         ([*DEEPSPEED, "parallel.pp=2", "parallel.zero=2"], 2, 0, "parallel.zero=1 works, or parallel.engine=fsdp"),
     ],
     "DeepSpeed and fp32 modules": [
-        ([*DEEPSPEED, "fp32_modules=[head]"], 2, 0, "parallel.engine=fsdp works, or precision=fp32"),
+        ([*DEEPSPEED, "fp32_modules=[head]"], 2, 0, "parallel.engine=fsdp works, or fp32_modules=[]"),
     ],
     "DeepSpeed ZeRO 3 and compile": [
         ([*DEEPSPEED, "parallel.zero=3", "compile=true"], 2, 0, "parallel.zero=2 works"),
