@@ -3,7 +3,7 @@
     python docs/site.py build/pages
 
 Links between pages are kept. A link to a file of the repository that is no page becomes its name as code, because the
-site has no such file.
+site has no such file. The name of a file behind the opening of a block becomes its title.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+FENCE = re.compile(r"\A```(\w+) (\S+)$", re.MULTILINE)  # a block that is the file of this name
 TOP = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md",
        "SECURITY.md": "reporting.md"}  # fmt: skip
 
@@ -38,7 +39,7 @@ def rewritten(source: Path, text: str, names: dict[Path, str]) -> str:
         return f"{image}[{shown}]({page}{hash_}{anchor})"
 
     parts = re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)
-    return "".join(part if part.startswith("```") else LINK.sub(link, part) for part in parts)
+    return "".join(FENCE.sub(r'```\1 title="\2"', p) if p.startswith("```") else LINK.sub(link, p) for p in parts)
 
 
 def main(folder: str) -> int:

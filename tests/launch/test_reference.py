@@ -54,6 +54,7 @@ def test_the_pages_of_the_site_link_only_to_pages_of_the_site(tmp_path: Path) ->
     named = {page for entry in nav for pages in entry.values() for page in _pages(pages)}
     assert named == there, "every page is in the navigation once"
     source, names = ROOT / "docs" / "x.md", site.pages()
+    assert site.rewritten(source, "```python a.py\nx = 1\n```\n", names).startswith('```python title="a.py"\n')
     text = "[a](../conf/schema.py) [b](data.md#sources) [`c`](../conf) ```[d](../conf/schema.py)\n"
     assert site.rewritten(source, text, names).startswith("`conf/schema.py` [b](data.md#sources) `c` ")
 
