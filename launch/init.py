@@ -14,7 +14,9 @@ EXAMPLE_REPEATS = 400  # of the example text, so that there is something to trai
 def init(folder: str) -> int:
     """Copy the skeleton to `folder`. Raises ConfigError where a file of it is there already."""
     target = Path(folder).expanduser()
-    files = sorted(file.relative_to(SKELETON) for file in SKELETON.rglob("*") if file.is_file())
+    files = sorted(
+        file.relative_to(SKELETON) for file in SKELETON.rglob("*") if file.is_file() and file.suffix != ".pyc"
+    )
     taken = [str(target / file) for file in files if (target / file).exists()]
     if taken:
         raise ConfigError(f"{', '.join(taken)}: exists already, and nothing is replaced: name another folder")

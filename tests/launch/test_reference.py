@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -69,7 +70,11 @@ def test_the_reference_is_written_into_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_new_project_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    project = tmp_path / "project"
+    project, skeleton = tmp_path / "project", tmp_path / "installed"
+    shutil.copytree(ROOT / "launch" / "skeleton", skeleton)
+    (skeleton / "__pycache__").mkdir()
+    (skeleton / "__pycache__" / "my_model.cpython-311.pyc").touch()  # pip compiles what it installs
+    monkeypatch.setattr("stoker.launch.init.SKELETON", skeleton)
     assert main(["init", str(project)]) == 0
     made = {path.name for path in project.rglob("*") if path.is_file()}
     assert made == {"settings.yaml", "my_data.py", "my_model.py", "train.sbatch", "example.txt"}

@@ -23,21 +23,13 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from stoker.trainer.report.alerts import Alerts
-from stoker.trainer.report.endpoint import Prometheus
 from stoker.trainer.report.tracker_sinks import Csv, Mlflow, Sink, TensorBoard, Values, Wandb
 
 POLL_SECONDS = 0.5
 LINGER_SECONDS = 60  # after the ranks have ended, uploads and all
 CHUNK_BYTES = 1 << 16
-SINKS: dict[str, Callable[[Values, str, int, Callable[[str], None]], Sink]] = {
-    "wandb": Wandb,
-    "tensorboard": TensorBoard,
-    "mlflow": Mlflow,
-    "csv": Csv,
-    "prometheus": Prometheus,
-    "alerts": Alerts,
-}
+MakeSink = Callable[[Values, str, int, Callable[[str], None]], Sink]
+SINKS: dict[str, MakeSink] = {"wandb": Wandb, "tensorboard": TensorBoard, "mlflow": Mlflow, "csv": Csv}
 
 
 class Memory:
@@ -80,6 +72,19 @@ class Memory:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
             time.sleep(POLL_SECONDS)  # no process waits for this one: there may be room later
+
+
+def sink_of(name: str) -> MakeSink:
+    """The sink of a tracker, or of `prometheus` or `alerts`, which alone import rooms of ours."""
+    if name == "prometheus":
+        from stoker.trainer.report.endpoint import Prometheus
+
+        return Prometheus
+    if name == "alerts":
+        from stoker.trainer.report.alerts import Alerts
+
+        return Alerts
+    return SINKS[name]
 
 
 class Forgetful:
@@ -178,7 +183,7 @@ def main() -> int:
         ):
             fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the tracker of an attempt that was killed
             memory = Memory(run_dir, job["tracker"], job["run"], voice.say) if job["once"] else Forgetful()
-            sink = SINKS[job["tracker"]](job, memory.run_id, memory.last_step + 1, voice.say)
+            sink = sink_of(job["tracker"])(job, memory.run_id, memory.last_step + 1, voice.say)
             follow(file, memory, sink, ended.event)
             sink.close(ended.outcome)
     except Exception as error:
