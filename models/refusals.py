@@ -55,8 +55,9 @@ def _tensor_parallel(start: Start) -> str | None:
         return None
     works, pp = [], start.config.parallel.pp
     for fitting in around(tp, filter(shares_kv_heads, divisors(math.gcd(heads, hidden)))):
-        whole = start.dp is None or start.world % (fitting * pp) == 0  # else: as many replicas as now
-        works.append(f"parallel.tp={fitting}" + ("" if whole else f" with launch.nproc={start.dp * pp * fitting}"))
+        ranks = start.world if start.dp is None else start.dp * pp * fitting  # as many replicas as now
+        whole = start.dp is None or start.world % (fitting * pp) == 0
+        works.append(f"parallel.tp={fitting}" + ("" if whole else f" with launch.nproc={ranks}"))
     return f"parallel.tp={tp} does not go with {', '.join(uneven)}: {', or '.join(works)} does"
 
 
