@@ -62,7 +62,7 @@ def test_a_source_reads_every_document(reader: Newcomer) -> None:
     (reader.home / "notes").mkdir()
     for n in range(30):
         (reader.home / f"notes/{n:02}.note").write_text(json.dumps({"body": f"note {n} says {n * n}. " * 9}))
-    verified, _ = types(reader, "A source", "eval.sequences=4")
+    verified, _ = types(reader, "A source")
     assert "30" in verified and len(reader.steps("runs/notes")) == 3
     (reader.home / "notes/07.note").write_text('{"title": "no body"}')
     status, output = reader.types("stoker data plan data.target=notes:open_source data.path=notes data.args.key=body")

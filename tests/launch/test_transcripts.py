@@ -13,10 +13,14 @@ from tests.launch.newcomer import Newcomer
 from tests.pages import PAGES, ROOT, Block, blocks
 from tests.transcripts import GAP, difference, is_compared, is_long, is_replayed, same, unclear, varies
 
+
+def a_run(run: RunDirectory, *words: str) -> None:
+    run.attempts.mkdir(parents=True)
+    write_config(run, compose([f"run.dir={run.path}", *words]))
+
+
 GIVEN: dict[str, Callable[[Path], object]] = {  # what a page takes for granted
-    "launch.md": lambda home: write_config(
-        RunDirectory(home / "theirs"), compose([f"run.dir={home}/theirs", "model.target=mine:build"])
-    )
+    "launch.md": lambda home: a_run(RunDirectory(home / "theirs"), "model.target=mine:build")
 }
 REPLAYED = {page: [block for block in blocks(page) if is_replayed(block)] for page in PAGES}
 
