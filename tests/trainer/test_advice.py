@@ -104,6 +104,8 @@ RULES = {
     "task numbers such as": "1,5,7",
     "the first and the last step to trace, such as": "[10,13]",
     "a time such as": "2026-12-24T18:00",
+    "different names of wandb, tensorboard, mlflow and csv, such as": "[wandb,csv]",
+    "names of hang, rollback, failure and end, such as": "[failure,end]",
 }
 
 
