@@ -28,6 +28,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 SETTING = re.compile(r"(?<![\w./$=\-(:])([a-z_]+(?:\.[a-z_0-9]+)*)=(?=[\w'\"\[{/~.@-])")
 KEY = re.compile(rf"`((?:{'|'.join(SECTIONS)})\.[a-z_0-9]+(?:\.[a-z_0-9]+)*)(?:=[^`]*)?`")
 FILE = re.compile(r"`((?:launch|trainer|checkpoint|models|data|parallel|conf|tests|benchmarks|docs)/[\w/.-]+\.\w+)`")
+REFUSED = re.compile(r"unknown key '([\w.]+)'")  # what a page shows the answer to
 PROGRAM = re.compile(r"(?:python|-m) ((?:benchmarks/|stoker\.|benchmarks\.)[\w./]+)")
 COMMAND = re.compile(r"(?:^|[`$ (])stoker ((?:checkpoint |data )?[a-z]+)\b([^`\n|)]*)", re.MULTILINE)
 BENCHMARK = re.compile(r"python (?:-m )?(benchmarks[/.]\w+)(?:\.py)?([^`\n]*)")
@@ -48,7 +49,7 @@ def spans_of(text: str) -> list[str]:
 
 def unknown_settings(text: str) -> set[str]:
     keys, found = kinds(), set(SETTING.findall(code_of(text))) | set(KEY.findall(text))
-    found -= {*keys, *GROUPS, EXPERIMENT, *OTHERS, *METRICS}
+    found -= {*keys, *GROUPS, EXPERIMENT, *OTHERS, *METRICS, *REFUSED.findall(text)}
     return {
         key
         for key in found
