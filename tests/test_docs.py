@@ -21,7 +21,7 @@ LONGEST = 200  # lines
 FREE = ("data.args.", "model.args.", "optim.args.", "parallel.deepspeed.")  # keys below these are the user's
 OTHERS = {"key", "experiment", "last_call_timeout", "streaming"}  # not keys: placeholders, options of other programs
 METRICS = {"data.bytes"}
-EXAMPLES = {"conf/model/mine.yaml"}  # of files that users make
+EXAMPLES = {"conf/model/mine.yaml", "conf/tracker/text.yaml"}  # of files that users make
 SECTIONS = sorted({key.partition(".")[0] for key in kinds() if "." in key})
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -106,7 +106,8 @@ def unknown_commands(text: str) -> set[str]:
         if shown is None:
             found.add(f"stoker {command}")
         else:
-            found |= {f"stoker {command} {option}" for option in OPTION.findall(rest) if option not in shown}
+            options = (option for option in OPTION.findall(rest) if f"unrecognized arguments: {option}" not in text)
+            found |= {f"stoker {command} {option}" for option in options if option not in shown}
     return found
 
 
