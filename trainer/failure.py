@@ -45,7 +45,8 @@ def fail(error: BaseException, attempt: Attempt | None, place: Place, console: C
         return 2 if isinstance(error, ConfigError) else 1
     if isinstance(error, Superseded):
         if place.rank == 0:
-            console.errors.write(f"stoker: another start of this run has begun: this one ends at step {attempt.step}\n")
+            at = "before its first step" if attempt.step is None else f"at step {attempt.step}"
+            console.errors.write(f"stoker: another start of this run has begun: this one ends {at}\n")
         return 0  # a launcher that started these ranks again would take the run from the other
     log.error("rank %d failed", place.rank, exc_info=error)
     if _is_loss_of_a_peer(error):

@@ -15,17 +15,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TextIO
 
 from stoker.conf.reasons import reason
-from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config, LogConfig
 from stoker.trainer.report.metrics import MetricsFile
 from stoker.trainer.report.observer import CheckpointReport, Observer, StepRecord
 from stoker.trainer.report.progress import PlainProgress
 from stoker.trainer.report.trackers import Tracker
 from stoker.trainer.runtime.outcome import Outcome
+from stoker.trainer.runtime.starts import Start
 
 logger = logging.getLogger(__name__)
 
@@ -90,18 +89,17 @@ class Observers(Observer):
                 self.message(f"{other.name} switched off, training goes on: {reason(error)}")
 
 
-def open_observers(config: Config, run_dir: Path, screen: TextIO, log_file: TextIO | None = None) -> Observers:
+def open_observers(config: Config, start: Start, screen: TextIO, log_file: TextIO | None = None) -> Observers:
     """The observers that `config` asks for. `screen` is where a person looks: a terminal, a pipe or a file.
 
     `log_file` gets plain lines whatever the screen shows: they are what `stoker logs` has of training.
     """
-    run = RunDirectory(run_dir)
     views = [open_progress(config.log, screen)] if config.log.progress != "none" else []
     if log_file is not None:
         views.append(PlainProgress(log_file, config.log.every, "lines of training in the log"))
-    observers = Observers(MetricsFile(run.metrics), views)
+    observers = Observers(MetricsFile(start.run.metrics, start), views)
     if config.tracker.name != "none":
-        observers.add(Tracker(config.tracker, run, say=observers.message))
+        observers.add(Tracker(config.tracker, start.run, say=observers.message))
     return observers
 
 
