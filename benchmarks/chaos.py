@@ -5,8 +5,8 @@
 An episode is one start of the run. Disturbances: kill -9 of a rank, a reader, all ranks, the launcher (also while it
 starts), all processes, or a rank in mid-save; SIGSTOP of a rank (for less than a hang, and for good) and of all;
 SIGTERM; a full disk; a clock that jumps; a damaged checkpoint; a run directory that is moved or copied. It fails unless
-every step is in the metrics once, with the tokens, sequences and learning rate of the undisturbed process and a loss within 1e-3,
-every attempt has an outcome, and no process, temporary folder or shared memory is left.
+every step is in the metrics once, with the tokens, sequences and learning rate of the undisturbed process and a loss
+within 1e-3, every attempt has an outcome, and no process, temporary folder or shared memory is left.
 
 With `--starts N` one run is also started by two launchers N times, up to four seconds apart: exactly one may train.
 """

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from stoker.checkpoint import newest
 from stoker.checkpoint.audit import verify
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.runtime.outcome import Outcome, read_ending
-from tests.launch.runs import command, environment, overrides, steps_of, train_here, wait_until_gone, write_text
+from tests.launch.runs import command, overrides, started, steps_of, train_here, wait_until_gone, write_text
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8  # of each double start; with the slow model they take longer than the second launcher is late
@@ -29,12 +30,10 @@ def started_twice(home: Path, offsets: Sequence[float]) -> dict[str, int]:
     found = {"the first trained on": 0, "the second trained on": 0, "the first had finished": 0}
     for number, offset in enumerate(offsets, start=1):
         words = _words(run.path, home, STEPS * number)
-        with _launcher(home, words) as first:
-            try:
+        with started(home, words, cwd=ROOT) as first:
+            with suppress(subprocess.TimeoutExpired):
                 first.wait(offset)
-            except subprocess.TimeoutExpired:
-                pass
-            with _launcher(home, words) as second:
+            with started(home, words, cwd=ROOT) as second:
                 outputs = [process.communicate(timeout=240)[0] for process in (first, second)]
         wait_until_gone(home)
         statuses = [first.returncode, second.returncode]
@@ -66,10 +65,3 @@ def _common(steps: int) -> list[str]:
 def _words(run: Path, home: Path, steps: int) -> list[str]:
     slow = "model.target=tests.launch.slow:build"
     return command("train", *overrides(run, home / "text", *_common(steps), slow, "launch.nproc=2"))
-
-
-def _launcher(home: Path, words: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        words, env=environment(home), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT,
-    )  # fmt: skip
