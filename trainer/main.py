@@ -19,6 +19,7 @@ from stoker.checkpoint import Owner, fence, newest_step
 from stoker.conf.durable import ROOM_SECONDS
 from stoker.conf.files import expand
 from stoker.conf.identity import read_identity
+from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory, make_run_directory, run_directory, write_config
 from stoker.conf.schema import Config, from_dict
 from stoker.conf.values import ConfigError
@@ -94,7 +95,7 @@ def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.
         attempt.met = True
         console.redirect(run.log(attempt.number, place.rank))
         if warning is not None:
-            console.errors.write(f"stoker: {warning}\n")
+            console.say(warning)
         StackDump(run.stacks(attempt.number, place.rank), run.flight(attempt.number, place.rank), listener)
         if place.local_rank == 0 and CONFIG_VARIABLE not in os.environ:
             _start_watchdog(config, attempt, console)
@@ -166,7 +167,7 @@ def _config(overrides: Sequence[str], place: Place) -> Config:
     given = os.environ.get(CONFIG_VARIABLE)
     if given is not None:
         return from_dict(json.loads(given))
-    say = (lambda line: print(f"stoker: {line}", file=sys.stderr)) if place.rank == 0 else (lambda _: None)
+    say = Console().say if place.rank == 0 else (lambda _: None)
     overrides = expand(overrides, say)
     if place.world > 1 and not any(o.startswith(("run.dir=", "run.name=")) for o in overrides):
         raise ConfigError("set run.dir=... or run.name=...: every rank must find the same run directory")
@@ -285,7 +286,7 @@ def _train(
         trainer.observers.finish(ending.outcome, trainer.progress.step)
         if config.log.progress != "none":
             with suppress(OSError):  # the terminal may have been closed
-                print(summarize(run.path, config, ending.message), file=console.screen)
+                print(printable(summarize(run.path, config, ending.message)), file=console.screen)
     mesh.all_gather_text(
         "the end is reported"
     )  # ranks leave together: a launcher kills the others when one leaves with a failure
@@ -300,7 +301,7 @@ def _take_over(config: Config, attempt: Attempt, requests: Requests, console: Co
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0  # by a scheduler: the same launch goes on
     first = not requeued and is_first_of_launch(run, number, launch)
     if config.run.fresh and first and (aside := begin_anew(run)) is not None:
-        console.errors.write(f"stoker: files of the earlier run were moved to {aside}\n")
+        console.say(f"files of the earlier run were moved to {aside}")
     owner = claim_places(run, config)
     fence(run.checkpoints, number)
     requests.watch(run, number, first, deadline_of(config.launch.deadline), config.checkpoint.minutes)
