@@ -22,7 +22,7 @@ from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import DataConfig
 from stoker.data import chat_prompt, keep_tokenizer
 from stoker.data.chat import CHATML, open_source
-from stoker.data.documents import parts_of
+from stoker.data.manifest import parts_of
 from stoker.data.tokenizer_files import load_kept, load_tokenizer
 from stoker.launch.cli import main
 from stoker.launch.model_files import export_dtype, model_files
@@ -50,7 +50,9 @@ def _golden(place: Path, name: str) -> None:
     (shutil.copytree if data.is_dir() else shutil.copyfile)(data, place / data.name)
     config = RunDirectory(place).config
     text = config.read_text().replace(f"/golden/{data.name}", str(place / data.name))
-    config.write_text(text.replace("  cache: null\n", f"  cache: {place / 'cache'}\n"))
+    config.write_text(
+        text.replace("  cache: null\n", f"  cache: {place / 'cache'}\n").replace("workers: 1", "workers: 0")
+    )
 
 
 def _make_run(place: Path) -> None:
@@ -67,7 +69,7 @@ def _read_run(place: Path) -> None:
     load_kept(place / "tokenizer")
 
 
-def _command(name: str, *words: str, golden: str = "indexed") -> Subject:
+def _command(name: str, *words: str, golden: str = "indexed", share: int = 4) -> Subject:
     """A command on a run directory RUN."""
 
     def read(place: Path) -> None:
@@ -79,7 +81,7 @@ def _command(name: str, *words: str, golden: str = "indexed") -> Subject:
             stop_mesh()
             shutil.rmtree(place / "exported", ignore_errors=True)
 
-    return Subject(name, lambda place: _golden(place, golden), read)
+    return Subject(name, lambda place: _golden(place, golden), read, share)
 
 
 TEXTS = [{"id": number, "text": f"text of document {number}"} for number in range(20)]
@@ -157,8 +159,8 @@ def _make_hub(place: Path, name: str = "") -> None:
     hub_folder(place / name, CHATML, files)
 
 
-def _use(path: Path) -> None:
-    tokenizer = load_tokenizer(path)
+def _use(path: Path, pattern: str | None = None) -> None:
+    tokenizer = load_tokenizer(path, None if pattern is None else "<|end|>", pattern)
     tokenizer.decode([*tokenizer.encode("what is the colour of the sea"), 3, tokenizer.vocab_size - 1])
 
 
@@ -178,7 +180,7 @@ def _read_chat(place: Path) -> None:
         target="stoker.data.chat:open_source", path=str(place / "talks"), tokenizer=str(place / "hub"), args=args
     )
     source, tokenizer = open_source(config), load_tokenizer(place / "hub")
-    for part in parts_of(source):
+    for part in parts_of(source.documents):
         for name, text, _ in part.texts():
             source.encoder.encode(tokenizer, name, text)
     chat_prompt(config, tokenizer, "what is the colour of the sea")
@@ -226,7 +228,7 @@ SUBJECTS = [
     _command("run-peek", "data", "peek", "RUN", "--step", "5", "--rows", "1"),
     _command("streamed-run-peek", "data", "peek", "RUN", "--step", "7", "--rows", "1", golden="streaming"),
     _command("run-export", "export", "RUN", "RUN/exported"),
-    _command("run-replay", "replay", "RUN", "--step", "5"),
+    _command("run-replay", "replay", "RUN", "--step", "5", share=1),
     _texts("a.jsonl", lambda: LINES),
     _texts("a.jsonl.gz", lambda: gzip.compress(LINES)),
     _texts("a.csv", lambda: b"id,text\n" + b"".join(b"%d,text of document %d\n" % (n, n) for n in range(20))),
@@ -238,8 +240,8 @@ SUBJECTS = [
     Subject("tokenizer", _make_tokenizer, load_kept),
     Subject("tokenizer-json", _make_tokenizer, lambda place: _use(place / "tokenizer.json")),
     Subject("tokenizer-hub", lambda place: _make_hub(place), _use),
-    Subject("tokenizer-tiktoken", _make_tiktoken, lambda place: _use(place / "a.tiktoken")),
+    Subject("tokenizer-tiktoken", _make_tiktoken, lambda place: _use(place / "a.tiktoken", r"\w+|\W+")),
     Subject("chat", _make_chat, _read_chat),
     Subject("model", _make_model, _read_model),
-    Subject("model-hub", _make_hub_model, _read_hub_model),
+    Subject("model-hub", _make_hub_model, _read_hub_model, share=1),
 ]

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from stoker.checkpoint import CheckpointMismatch, DamagedCheckpoint
@@ -27,7 +28,6 @@ from stoker.data.remote import Damaged
 
 SECONDS = 5.0  # of processor time that one file may take
 MEBIBYTES = 1024  # that reading mutated files may add to the memory of this process
-TEMPLATE = "<template>"  # jinja2's name for a chat template, which its sandbox compiles and runs
 REFUSED = (ValueError, OSError, DamagedCheckpoint, CheckpointMismatch, Damaged)
 FORBIDDEN = {"exec", "compile", "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"}
 FORBIDDEN |= {"socket.connect", "socket.bind", "os.fork", "ctypes.dlopen"}
@@ -45,6 +45,7 @@ class Subject:
     name: str
     make: Callable[[Path], None]
     read: Callable[[Path], Any]
+    share: int = 4  # how often its turn comes, beside others: less for those that take half a second
 
 
 def mutated(content: bytes, chance: random.Random) -> bytes:
@@ -85,30 +86,33 @@ class _Watch:
             return
         if event in ("exec", "compile") and self._is_import(event, arguments):
             return
-        if event in FORBIDDEN:
+        if event in FORBIDDEN and not (event == "os.fork" and _is_called_by("forks.py")):  # readers of data are forked
             self.seen.append(f"{event} {str(arguments)[:200]}")
         elif event == "open" and isinstance(arguments[0], str | bytes):
             path, writes = os.path.abspath(os.fsdecode(arguments[0])), bool((arguments[2] or 0) & 3)
+            writes = writes and path != os.devnull
             if not path.startswith(str(self.folder)) and (writes or not path.startswith(self._python)):
                 self.seen.append(f"open {path}")
 
     def _is_import(self, event: str, arguments: tuple[Any, ...]) -> bool:
-        """A module of Python's or ours that is imported for the first time, or types that our classes declare."""
+        """A module of Python's or ours that is imported for the first time, types that classes declare, or a chat
+        template, which jinja2 compiles for its sandbox."""
         name = arguments[0].co_filename if event == "exec" else str(arguments[1])
         if event == "compile" and name == "<unknown>":
             return True  # ast.parse, of the header of a .npy file: it makes no code
-        if name == TEMPLATE:
+        if name in ("<template>", "<unknown>") and _is_called_by("jinja2"):
             return True
-        return name.startswith(self._python) or name.startswith("<frozen") or (name == "<string>" and _declares())
+        own = name == "<string>" and (_is_called_by("typing.py") or _is_called_by("_bootstrap>"))
+        return name.startswith(self._python) or name.startswith("<frozen") or own
 
 
-def _declares() -> bool:
-    """Whether dataclasses make a class, or typing looks up what one declares."""
-    frame = sys._getframe()
+def _is_called_by(part: str) -> bool:
+    """Whether a function of a file with this in its name is being called: typing and dataclasses make code of types."""
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name in ("_find_and_load", "get_type_hints"):
+        if part in frame.f_code.co_filename:
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 
@@ -131,8 +135,9 @@ def fuzz(
             with _quiet():
                 subject.read(folder / subject.name)
         memory = _peak_mebibytes()
+        turns = [subject for round_ in range(4) for subject in subjects if round_ < subject.share]
         for number in numbers:
-            subject = subjects[number % len(subjects)]
+            subject = turns[number % len(turns)]
             try:
                 found[f"{subject.name} {_read_one(folder, subject, f'{seed}-{number}', memory)}"] += 1
             except AssertionError as misdeed:

@@ -166,6 +166,7 @@ class Chaos:
             at, rank = last_step(self.run.path) + 2, self._random.randrange(self._layout[0])
             self._words.append(f"faults=[{{at: {at}, rank: {rank}, do: disk_full}}]")
         place = {"TMPDIR": self.home / "tmp", "PYTHONPATH": self.home / "clock", CLOCK_VARIABLE: self._clock}
+        place["TORCHINDUCTOR_CACHE_DIR"] = self.home / "cache" / "inductor"  # else in TMPDIR, to be kept
         words = self._settings(self.run.path, 100_000, self._layout, self._words)
         environment = [f"{name}={value}" for name, value in place.items()]
         with started(self.home, ["env", *environment, *command("train", *words)]) as process:
