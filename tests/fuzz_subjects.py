@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from stoker.conf.compose import compose
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import DataConfig
-from stoker.data import chat_prompt, keep_tokenizer
-from stoker.data.chat import CHATML, open_source
+from stoker.data import keep_tokenizer
+from stoker.data.chat import CHATML, chat_prompt, open_source
 from stoker.data.manifest import parts_of
 from stoker.data.tokenizer_files import load_kept, load_tokenizer
 from stoker.launch.cli import main
