@@ -160,7 +160,7 @@ def test_a_long_history_is_read_in_memory_that_does_not_grow_with_it(run: RunDir
     for words in (["status"], ["logs", "--lines", "5"]):
         tracemalloc.reset_peak()
         assert main([words[0], str(run.path), *words[1:]]) == 0
-        assert tracemalloc.get_traced_memory()[1] < 40 << 20, words
+        assert tracemalloc.get_traced_memory()[1] < 24 << 20, words
     tracemalloc.stop()
 
 

@@ -23,7 +23,7 @@ from stoker.conf.schema import Config
 from stoker.trainer.report.observer import Observer, StepRecord
 from stoker.trainer.runtime.starts import Start
 
-_RECENT_BYTES = 4 << 20  # some ten thousand steps
+_RECENT_BYTES = 1 << 20  # some three thousand steps
 _BACKWARD_BYTES = 64 << 10  # read at a time from the end
 _MOST_WAITING_BYTES = 256 << 20  # of lines that a full disk has not taken
 _LONGEST_LINE = 1 << 20  # bytes
