@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -16,6 +15,7 @@ from stoker.data.mixed import MixedPlan
 from stoker.data.opening import open_source
 from stoker.data.sources import specs_of
 from stoker.launch.data_make import composed
+from stoker.launch.inspect import console_for_tables
 from stoker.trainer.budget import settle_steps
 
 
@@ -51,8 +51,7 @@ def plan(options: argparse.Namespace) -> int:
             f"{read / max(1, last):.2%}",
             f"{read / one.rows_per_epoch:.2f}",
         )
-    console = Console()
-    console.print(table)
+    console_for_tables().print(table)
     steps = last // config.batch.size
     print(
         f"{steps:,} steps of {config.batch.size} rows of {config.seq_len} tokens, packing {config.data.packing}: "

@@ -145,6 +145,7 @@ def test_a_long_history_is_read_in_memory_that_does_not_grow_with_it(run: RunDir
         for number in range(1, count + 1):
             file.write(json.dumps(STEP | {"step": number, "skipped": number % 2 == 0, "val_loss": 1.0}) + "\n")
         file.write("x" * (8 << 20))  # a torn line longer than any
+    assert main(["status", str(run.path)]) == 0  # what it imports is imported
     tracemalloc.start()
     history = History(steps(run.metrics))
     held = tracemalloc.get_traced_memory()[1]
@@ -182,13 +183,16 @@ def test_names_of_sources_and_documents_are_shown_as_they_are_and_not_sent(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_text(tmp_path / "text", 12)
-    (tmp_path / "text" / "torn\x1b[2J.jsonl").write_text("{")
-    for path, status in ((tmp_path / "text" / "001.txt", 0), (tmp_path / "text", 1)):
-        (tmp_path / "theirs.yaml").write_text(
-            json.dumps({"data": {"name": "[bold]\x1b[2J", "path": str(path)}, "seq_len": 16})
-        )
-        settings = ["data=text", "batch.size=4", "--config", str(tmp_path / "theirs.yaml"), "data.validation=0"]
-        for command in ("plan", "verify"):
-            assert main(["data", command, *settings]) == status
-            shown = capsys.readouterr()
-            assert "\x1b" not in shown.out + shown.err and r"\x1b[2J" in shown.out + shown.err, (command, path)
+    (tmp_path / "theirs.yaml").write_text(
+        json.dumps({"data": {"name": "[bold]\x1b[2J", "path": str(tmp_path / "text")}})
+    )
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "torn\x1b[2J.jsonl").write_text("{")
+    commands = {
+        ("plan", "data=text", "--config", str(tmp_path / "theirs.yaml"), "batch.size=4", "seq_len=16"): 0,
+        ("verify", "data=text", f"data.path={tmp_path / 'theirs'}"): 1,
+    }
+    for words, status in commands.items():
+        assert main(["data", *words]) == status
+        shown = capsys.readouterr()
+        assert "\x1b" not in shown.out + shown.err and r"\x1b[2J" in shown.out + shown.err, words
