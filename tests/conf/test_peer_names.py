@@ -77,8 +77,6 @@ DASHED = {
     "--max-steps=5": "steps=5",
     "--learning_rate": "optim.lr=3e-4",
     "--bf16": "precision=bf16",
-    "--multirun": "launch=slurm launch.array=0-3 run.seed={task}",
-    "-m": "launch=slurm launch.array=0-3 run.seed={task}",
     "--local-rank=0": "launch.nproc=2",
     "--nproc_per_node=8": "launch.nproc=8",
 }

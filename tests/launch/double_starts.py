@@ -34,7 +34,7 @@ def started_twice(home: Path, offsets: Sequence[float]) -> dict[str, int]:
             with suppress(subprocess.TimeoutExpired):
                 first.wait(offset)
             with started(home, words, cwd=ROOT) as second:
-                outputs = [process.communicate(timeout=240)[0] for process in (first, second)]
+                outputs = [process.communicate(timeout=600)[0] for process in (first, second)]
         wait_until_gone(home)
         statuses = [first.returncode, second.returncode]
         where = f"offset {offset:.3f}: statuses {statuses}\n" + "\n---\n".join(outputs)
