@@ -136,7 +136,7 @@ def test_false_facts_are_found() -> None:
         "stoker.none",
         "benchmarks/none.py",
     }
-    assert unknown_benchmark_options("    python -m benchmarks.soak --faults 1 --none\n") == {"benchmarks.soak --none"}
+    assert unknown_benchmark_options("    python -m benchmarks.chaos --seed 1 --none\n") == {"benchmarks.chaos --none"}
     assert unknown_commands("`stoker doctor RUN`, `stoker logs RUN --rank 3 --none`") == {
         "stoker doctor",
         "stoker logs --none",
