@@ -227,6 +227,7 @@ class LaunchConfig:
     hang_seconds: float | None = free()  # without progress is a hang; default: 30 median steps, 120 at least
     threads: int | None = free()  # CPU threads per rank; default: cores / ranks
     device: str | None = free()  # cpu | cuda; default: cuda where there is one
+    backend: str | None = free()  # of collectives: nccl | gloo; default: nccl on GPUs; gloo lets ranks share a GPU
     deadline: str | None = free()  # time by which the run must have saved and ended: 2026-12-24T18:00[:00][+01:00]
     nodes: int = free(1)  # slurm: machines
     time: str | None = free()  # slurm: time limit of the job, D-HH:MM:SS; default: the partition's

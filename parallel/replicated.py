@@ -8,12 +8,14 @@ and costs less than DistributedDataParallel.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stoker.parallel.pinned import pinned_zeros
 from stoker.parallel.registry import LocalShard
 from stoker.parallel.sharding import Precision, materialise, replace_parameters
 from stoker.parallel.shards import whole
@@ -48,10 +50,10 @@ class ReplicatedStrategy:
         others, total = _layout({name: parameter for name, parameter in named.items() if name not in trained}, end)
         places = offsets | others
         home = torch.device("cpu") if offload else device
-        pinned = offload and device.type == "cuda"
-        self._master = torch.zeros(total, device=home, pin_memory=pinned)
+        at_home = pinned_zeros if offload and device.type == "cuda" else functools.partial(torch.zeros, device=home)
+        self._master = at_home(total)
         self._gradients = torch.zeros(end, device=device)
-        self._home_gradients = torch.zeros(end, pin_memory=pinned) if offload else self._gradients
+        self._home_gradients = at_home(end) if offload else self._gradients
         self._compute = self._master
         if offload or precision.dtype != torch.float32:
             self._compute = torch.zeros(total, device=device, dtype=precision.dtype)

@@ -27,6 +27,7 @@ from stoker.trainer.runtime.process import Phase, Phases
 from stoker.trainer.runtime.requests import Requests, ending_of
 from stoker.trainer.runtime.shutdown_estimate import CHECKPOINT_SECONDS
 from stoker.trainer.runtime.stragglers import Stragglers, WorkClock
+from stoker.trainer.runtime.timeouts import Timeouts
 from stoker.trainer.schedule import evaluation_every, learning_rate
 from stoker.trainer.step_log import Progress, StepLog
 
@@ -49,6 +50,7 @@ class Trainer:
     phase: Phases
     profiler: Profiler
     faults: Faults
+    timeouts: Timeouts
     restore: Callable[[], dict[str, Any] | None]  # load the newest checkpoint, all ranks together; its state
     progress: Progress = field(default_factory=Progress, init=False)
     booking: Booking | None = field(default=None, init=False)  # on global rank 0, once training
@@ -86,7 +88,7 @@ class Trainer:
                 self.checkpoints.await_staged()  # a snapshot in flight must not see the update
                 self.phase(step, Phase.UPDATE)
                 lr = learning_rate(self.config.schedule, self.config.optim, step)
-                work_seconds = clock.take() + self.phase.spent(Phase.DATA)
+                work_seconds = max(clock.take(), self.engine.gpu_seconds()) + self.phase.spent(Phase.DATA)
                 flags = StepFlags(self._votes(), work_seconds, *step_log.ceilings(step))
                 result = self.engine.update(lr, flags)  # stays on the device
             self.phase(step, Phase.DATA)  # whether this was the last step may be known only when the next rows are
@@ -94,7 +96,8 @@ class Trainer:
             found = self._evaluate(step, last)
             losses = {} if found is None else found.extra
             extra = {"first_row": first_row, **profiled, **self.rows.metrics(), **self.saved, **losses}
-            step_log.enter(step, lr, result, None if found is None else found.val_loss, extra)
+            seconds = step_log.enter(step, lr, result, None if found is None else found.val_loss, extra)
+            self.timeouts.after_step(seconds, self.mesh)
             saving = self._saves_at(step)
             if self.booking is not None:
                 self.booking.step()

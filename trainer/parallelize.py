@@ -22,6 +22,7 @@ from stoker.conf.targets import import_target
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.engine import Engine
 from stoker.parallel.fp32_modules import compute_in_fp32
+from stoker.parallel.gpu_clock import GpuClock
 from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import BatchPlan
 from stoker.parallel.mesh import Mesh
@@ -52,8 +53,7 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
     A run that resumes from a checkpoint does not need them, and drawing them takes seconds per billion parameters.
     """
     whole = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
-    count = sum(math.prod(parameter.shape) for parameter in whole.parameters())
-    log.info("model: %s, %s parameters", config.model.name, f"{count:,}")
+    log.info("model: %s, %s parameters", config.model.name, f"{_count(whole):,}")
     if not any(parameter.requires_grad for parameter in whole.parameters()):
         raise ValueError(f"model.target={config.model.target}: none of its parameters is trained")
 
@@ -77,17 +77,19 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
     full = [compute_in_fp32(stage, config.fp32_modules, dtype) if config.fp32_modules else () for stage in stages]
     if config.fp32_modules:
         log.info("fp32 modules: %s", ", ".join(config.fp32_modules))
+    clock = GpuClock(mesh.device)
     for stage in stages:
         for block in _parallelizable(stage).blocks().values():
             _checkpoint_activations(block, config.activation_checkpointing)
             if config.compile:
                 block.forward = torch.compile(block.forward)
+            clock.time(block)
     if config.activation_checkpointing != "none":
         log.info("activation checkpointing: %s, per block", config.activation_checkpointing)
     if config.compile:
         log.info("compile: per block")
 
-    engine = build_native(config, mesh, plan, stages, full, registry, activations)
+    engine = build_native(config, mesh, plan, stages, full, registry, activations, clock)
     log.info("layout: %s; %d micro-batches of %d rows per rank", mesh.layout, plan.micro_batches, plan.micro_rows)
 
     def initialise() -> None:
@@ -95,6 +97,15 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
         engine.shards_written()
 
     return engine, initialise
+
+
+def parameters_of(config: Config) -> int:
+    """Numbers in all parameters of the whole model. `config.model.vocab_size` must be set."""
+    return _count(build_on_meta(config.model, whole_model(config.model.num_hidden_layers)))
+
+
+def _count(model: nn.Module) -> int:
+    return sum(math.prod(parameter.shape) for parameter in model.parameters())
 
 
 def build_on_meta(config: ModelConfig, part: Part) -> nn.Module:

@@ -17,6 +17,7 @@ from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
 from stoker.launch.slurm.batch import LINK_VARIABLE, RANKS_DEFAULT, SUBMITTED, write_note
 from stoker.launch.train import say
+from stoker.parallel.start import Ranks
 from stoker.trainer.history import begin_anew
 from stoker.trainer.settle import settle_config
 from stoker.trainer.trust import SLURM, TRAINING, remember, remember_script
@@ -31,7 +32,7 @@ def submit(overrides: Sequence[str], dry_run: bool) -> int:
     tasks = next((parse(word).value for word in overrides if word.startswith("launch.array=")), None)
     first = str(tasks).partition("-")[0].partition(",")[0] if tasks else "0"
     words = [word.replace("{task}", first) for word in overrides]
-    config, changes = settle_config(words, _where, tell=say, uses=(*TRAINING, SLURM))
+    config, changes = settle_config(words, where, tell=say, uses=(*TRAINING, SLURM))
     if config.launch.name != "slurm":
         raise ConfigError(f"launch={config.launch.name}: set launch=slurm, and launch.nodes, launch.time, ...")
     for change in changes:
@@ -133,7 +134,7 @@ def cores_of_rank(config: Config) -> int:
     return (config.launch.threads or 1) + config.data.workers + 2
 
 
-def _where(config: Config) -> tuple[int, int]:
+def where(config: Config) -> Ranks:
     launch = config.launch
-    ranks = launch.nodes * (launch.nproc or launch.gpus or RANKS_DEFAULT)
-    return ranks, 0 if launch.device == "cpu" else launch.nodes * (launch.gpus or 0)
+    here = launch.nproc or launch.gpus or RANKS_DEFAULT
+    return Ranks(launch.nodes * here, 0 if launch.device == "cpu" else launch.gpus or 0, here)
