@@ -272,7 +272,7 @@ class Config:
     precision: str = maths("bf16")  # fp32 | bf16 | fp16
     fp32_modules: list[str] = maths([])  # modules that compute in fp32; patterns of names: [layers.0, layers.*.mlp]
     activation_checkpointing: str = free("none")  # none | selective | full
-    compile: bool = free(False)  # torch.compile per block
+    compile: bool | None = free()  # torch.compile per block; default: on GPUs, unless the engine forbids it
     deterministic: bool = free(False)  # bitwise equal repeats on GPUs too
     nonfinite: NonfiniteConfig = free(NonfiniteConfig)
     checkpoint: CheckpointConfig = free(CheckpointConfig)

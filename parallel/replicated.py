@@ -21,7 +21,8 @@ from stoker.parallel.sharding import Precision, materialise, replace_parameters
 from stoker.parallel.shards import whole
 
 ALIGNMENT = 16  # elements: keeps every view on a 64-byte boundary
-BUCKET_NUMEL = 1 << 21  # elements per all-reduce: 8 MiB of float32
+# Elements per all-reduce: messages of 8 MiB of float32 on CPUs. A GPU computes faster and its network starts slower.
+BUCKET_NUMEL = {"cpu": 1 << 21, "cuda": 1 << 24}
 
 
 class ReplicatedStrategy:
@@ -122,6 +123,7 @@ class _Buckets:
     def __init__(self, buffer: Tensor, offsets: dict[str, int], group: dist.ProcessGroup | None) -> None:
         self._group = group
         self._spans: list[Tensor] = []
+        least = BUCKET_NUMEL[buffer.device.type]
         self._bucket_of: dict[str, int] = {}
         self._sizes: list[int] = []
         start = 0
@@ -132,7 +134,7 @@ class _Buckets:
                 self._sizes.append(0)
             self._bucket_of[name] = len(self._spans)
             self._sizes[-1] += 1
-            if end - start >= BUCKET_NUMEL or name == names[-1]:
+            if end - start >= least or name == names[-1]:
                 self._spans.append(buffer[start:end])
                 start = end
         self._missing: list[int] = []

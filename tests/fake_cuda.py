@@ -36,7 +36,7 @@ class FakeCuda:
         return getattr(self._local, "device", 0)
 
     def set_device(self, device: Any) -> None:
-        self._local.device = torch.device(device).index
+        self._local.device = device if isinstance(device, int) else torch.device(device).index
         self.contexts.add(self.current)
 
     def touch(self) -> None:

@@ -22,6 +22,7 @@ from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.observers import Observers
 from stoker.trainer.report.profile import Profiler
 from stoker.trainer.runtime.faults import Faults
+from stoker.trainer.runtime.garbage import Collections
 from stoker.trainer.runtime.outcome import Outcome
 from stoker.trainer.runtime.process import Phase, Phases
 from stoker.trainer.runtime.requests import Requests, ending_of
@@ -67,7 +68,7 @@ class Trainer:
     def fit(self) -> Outcome:
         """Train until the last step, the end of the data, or a decision of all ranks. The state is saved at the end."""
         step_log = self.step_log()
-        clock = WorkClock()
+        clock, collections = WorkClock(), Collections()
         outcome = Outcome.COMPLETED
         last = self._is_last(self.progress.step)
         if last and self.observers is not None:
@@ -115,7 +116,9 @@ class Trainer:
             if saving or verdict.save:
                 self.save()
             self.report_saves()
+            collections.after(step)
         self.profiler.close()
+        collections.close()
         step_log.settle(everything=True)
         self.save()
         asked = outcome in (Outcome.STOPPED, Outcome.PREEMPTED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -155,11 +156,13 @@ def run(overrides: Sequence[str]) -> Ending:
 def _left_as_found() -> Iterator[None]:
     """Restores, at the end of the block, what a run changes in its process."""
     environment, threads = dict(os.environ), torch.get_num_threads()
-    exactness = exactness_now()
+    exactness, collects = exactness_now(), gc.isenabled()
     try:
         yield
     finally:
         stop_mesh()
+        if collects:
+            gc.enable()
         torch.set_num_threads(threads)
         exactness.restore()
         for name in os.environ.keys() - environment.keys():

@@ -45,7 +45,7 @@ class FakeNccl:
         monkeypatch.setattr(dist, "get_rank", lambda group=None: rank)
         monkeypatch.setattr(dist, "get_world_size", lambda group=None: world)
         monkeypatch.setattr(dist, "get_backend", lambda group=None: self.started["backend"])
-        monkeypatch.setattr(dist.group, "WORLD", "world")
+        monkeypatch.setattr(dist.distributed_c10d._world, "_default_pg", "world", raising=False)
         monkeypatch.setattr(dist, "split_group", self.split)
         monkeypatch.setattr(dist, "new_group", self.new)
 

@@ -82,7 +82,7 @@ def by_slurm_job(config: Config, machines: int) -> list[tuple[Ranks, int]]:
 
 def by_stoker_submit(config: Config, machines: int) -> list[tuple[Ranks, int]]:
     """Before there is a job: the GPUs that it asks for."""
-    config.launch.nodes, config.launch.gpus = machines, local.gpus(config) or None
+    config.launch.name, config.launch.nodes, config.launch.gpus = "slurm", machines, local.gpus(config) or None
     ranks = submit.where(config)
     assert ranks.here is not None
     return [(ranks, rank % ranks.here) for rank in range(ranks.world)]
