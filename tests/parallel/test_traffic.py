@@ -160,3 +160,36 @@ def test_shards_are_gathered_and_gradients_scattered_as_often_as_the_stage_says(
 
 
 EMBEDDING_AGAIN = 1
+
+
+TOKENS, WIDTH, MICRO_BATCHES = MICRO * 12, 32, 8  # of a micro-batch; a single data-parallel rank has 16 rows
+ACTIVATION = TOKENS * WIDTH * 2  # bytes in bf16
+
+
+def test_tensor_parallel_ranks_exchange_activations_four_times_a_block_and_direction(seen) -> None:
+    """With sequence parallelism: two gathers and two scatters for a block forward and as many backward, one each for
+    the embedding and the head; the loss gathers two fp64 numbers a token; norms' gradients are summed once a step."""
+    for rank in seen["tp"]:
+        found = dict(rank.traffic)
+        gathered, scattered = found["all_gather", "world"], found["reduce_scatter", "world"]
+        assert scattered.count == MICRO_BATCHES * (4 * LAYERS + 2)
+        assert scattered.bytes == scattered.count * ACTIVATION
+        assert gathered.count == MICRO_BATCHES * (4 * LAYERS + 3)
+        of_loss = MICRO_BATCHES * TOKENS * 2 * 8 * 2
+        assert gathered.bytes == MICRO_BATCHES * (4 * LAYERS + 2) * ACTIVATION + of_loss
+        reduced = found["all_reduce", "world"]
+        norms = 4 * WIDTH * (2 * LAYERS + 1)
+        assert reduced.count == 2 and 0 < reduced.bytes - norms < 200
+        assert found.keys() == {("all_gather", "world"), ("reduce_scatter", "world"), ("all_reduce", "world")}
+
+
+@pytest.mark.parametrize(("name", "transfers"), [("1f1b", 1), ("gpipe", 1), ("interleaved", 3)])
+def test_stages_send_an_activation_forward_and_a_gradient_back_and_nothing_else(name, transfers, seen) -> None:
+    """Of three borders between four interleaved stages each rank sends over all three, one way or the other."""
+    for rank in seen[name]:
+        found = without_message(rank)
+        count = MICRO_BATCHES * transfers
+        assert found == {
+            ("send", "world"): Traffic(count, count * ACTIVATION),
+            ("receive", "world"): Traffic(count, count * ACTIVATION),
+        }

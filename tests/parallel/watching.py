@@ -161,5 +161,3 @@ KINDS: dict[str, tuple[str, Callable[[Sequence, Mesh], int]]] = {
     "reduce_scatter_tensor": ("reduce_scatter", _first),
     "all_to_all_single": ("reduce_scatter", _first),  # over gloo, by which `regions` scatters
 }
-
-
