@@ -27,7 +27,9 @@ class Engine(Protocol):
         ...
 
     def gpu_seconds(self) -> float:
-        """Once a step: seconds that this rank's GPU computed in the step before, 0 on CPUs. Waits for nothing."""
+        """Once a step: seconds that this rank's GPU computed in the last step that it has finished, else 0. Waits for
+        nothing.
+        """
         ...
 
     def evaluate(self, rows: Batch) -> Tensor:

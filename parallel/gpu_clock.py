@@ -3,11 +3,12 @@
 Ranks wait for each other in every step, so by the clock all GPUs are as slow as the slowest. What differs is how long
 a GPU takes for the same work: events around the forward of each block show it, as parameters are gathered before a
 block and gradients reduced after it. (Tensor-parallel ranks wait for each other within a block, and are all as slow as
-the slowest of them.) Events are read a step later, when they have long passed: nothing waits for them.
+the slowest of them.) Events are read once they have passed, which is a step or two later: nothing waits for them.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,9 @@ class GpuClock:
 
     def __init__(self, device: torch.device) -> None:
         self._on = device.type == "cuda"
-        self._open: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # of the present step
-        self._passed: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # of the step before
-        self._free: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._open: list[_Span] = []  # of the present step
+        self._steps: deque[list[_Span]] = deque()  # that are over for the host, but not yet for the GPU
+        self._free: list[_Span] = []
 
     def time(self, block: nn.Module) -> None:
         """Time every forward of `block` in training from now on: what hooks do before and after it is left out."""
@@ -33,23 +34,28 @@ class GpuClock:
         def timed(*arguments: Any, **options: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*arguments, **options)
-            begin, end = self._free.pop() if self._free else self._new()
-            begin.record()
+            span = self._free.pop() if self._free else _Span()
+            span.begin.record()
             result = forward(*arguments, **options)
-            end.record()
-            self._open.append((begin, end))
+            span.end.record()
+            self._open.append(span)
             return result
 
         return timed
 
     def take(self) -> float:
-        """Seconds of the step before the one that ends now; 0 if they have not all passed yet."""
-        done = all(end.query() for _, end in self._passed)
-        seconds = sum(begin.elapsed_time(end) for begin, end in self._passed) / 1000 if done else 0.0
-        self._free += self._passed if done else []
-        self._passed, self._open = self._open, []
+        """Once a step: seconds of the newest step that the GPU has finished since the last call; 0 without one."""
+        self._steps.append(self._open)
+        self._open, seconds = [], 0.0
+        while self._steps and all(span.end.query() for span in self._steps[0]):
+            spans = self._steps.popleft()
+            seconds = sum(span.begin.elapsed_time(span.end) for span in spans) / 1000
+            self._free += spans
         return seconds
 
-    @staticmethod
-    def _new() -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+class _Span:
+    """Between two events."""
+
+    def __init__(self) -> None:
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -35,7 +35,7 @@ from stoker.trainer.history import begin_anew
 from stoker.trainer.loop import Trainer
 from stoker.trainer.places import claim_places
 from stoker.trainer.report.summary import summarize
-from stoker.trainer.runtime.gpus import ranks_of, set_nccl_environment, take_device
+from stoker.trainer.runtime.gpus import ranks_of, set_environment, take_device
 from stoker.trainer.runtime.outcome import (
     Beginning,
     Ending,
@@ -262,8 +262,8 @@ def _train(
         keep_freed_memory()
     layout = layout_of(config, place.world)
     backend = backend_of(config.launch.backend, device)
-    if backend == "nccl":
-        set_nccl_environment(run.attempt(attempt.number))
+    if device.type == "cuda":
+        set_environment(run.attempt(attempt.number))
     timeouts = Timeouts(config.parallel.timeout_seconds, config.launch.hang_seconds)
     mesh = start_mesh(layout, device, store, rank, timeouts.at_start(), backend)
 

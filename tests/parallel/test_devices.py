@@ -70,7 +70,7 @@ def test_a_result_is_waited_for_asleep(monkeypatch) -> None:
     assert cuda.blocking == [True]
 
 
-def test_the_clock_of_a_gpu_counts_blocks_of_the_step_before_and_never_waits(monkeypatch) -> None:
+def test_the_clock_of_a_gpu_counts_the_blocks_of_a_step_and_never_waits(monkeypatch) -> None:
     cuda = install(monkeypatch)
 
     class Block(nn.Module):
@@ -85,12 +85,16 @@ def test_the_clock_of_a_gpu_counts_blocks_of_the_step_before_and_never_waits(mon
         block(torch.ones(1))
     with torch.no_grad():
         block(torch.ones(1))  # an evaluation is no work of a step
-    assert clock.take() == 0.0, "this step is not over"
-    block(torch.ones(1))
-    assert clock.take() == 0.5
     cuda.passed = False
-    assert clock.take() == 0.0, "what has not passed is not waited for"
-    assert not cuda.blocking
+    assert clock.take() == 0.0, "the host is ahead: what has not passed is not waited for"
+    block(torch.ones(1))
+    assert clock.take() == 0.0
+    cuda.passed = True
+    block(torch.ones(1))
+    block(torch.ones(1))
+    block(torch.ones(1))
+    assert clock.take() == 0.75, "of the newest step that is over"
+    assert len(clock._free) == 6 and not cuda.blocking
     off = GpuClock(torch.device("cpu"))
     plain = Block()
     off.time(plain)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from stoker.conf.schema import Config
+from stoker.conf.user import cache_folder
 from stoker.conf.values import ConfigError
 from stoker.parallel.devices import backend_of, gpu_of, pick_device
 from stoker.parallel.start import Ranks
@@ -28,6 +29,7 @@ NCCL_ENVIRONMENT = {
     "TORCH_NCCL_ENABLE_MONITORING": "1",  # end the process if NCCL's own watchdog thread is stuck,
     "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "1800",  # but not before ours has reported: its limit is 1200 s or more
 }
+COMPILED_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 TRACE_VARIABLE = "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"  # where that dump goes; the rank's number is appended
 
 
@@ -75,7 +77,9 @@ def shared_gpus(owners: Sequence[tuple[str, str]]) -> str | None:
     return None
 
 
-def set_nccl_environment(attempt: Path) -> None:
-    """Before groups are made: `NCCL_ENVIRONMENT`, and dumps into the folder of the attempt."""
-    for name, value in {**NCCL_ENVIRONMENT, TRACE_VARIABLE: str(attempt / "nccl-trace-")}.items():
-        os.environ.setdefault(name, value)
+def set_environment(attempt: Path) -> None:
+    """Before groups are made and anything is compiled: `NCCL_ENVIRONMENT`, dumps into the folder of the attempt, and a
+    place for compiled kernels that outlives the run. It is this user's own: what is in it is run."""
+    places = {TRACE_VARIABLE: attempt / "nccl-trace-", COMPILED_VARIABLE: cache_folder() / "compiled"}
+    for variable, value in {**NCCL_ENVIRONMENT, **places}.items():
+        os.environ.setdefault(variable, str(value))

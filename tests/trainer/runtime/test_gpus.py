@@ -18,11 +18,12 @@ from stoker.launch.slurm.batch import job_from
 from stoker.parallel.devices import backend_of, pick_device
 from stoker.parallel.start import Ranks
 from stoker.trainer.runtime.gpus import (
+    COMPILED_VARIABLE,
     NCCL_ENVIRONMENT,
     TRACE_VARIABLE,
     ranks_of,
     refuse_shared_gpus,
-    set_nccl_environment,
+    set_environment,
     shared_gpus,
     take_device,
 )
@@ -180,12 +181,15 @@ def test_a_rank_knows_its_gpu_and_host_by_name(monkeypatch) -> None:
 
 def test_the_environment_of_nccl_is_set_where_the_user_has_not(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "environ", {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "77"})
-    set_nccl_environment(tmp_path)
+    set_environment(tmp_path)
     expected = {**NCCL_ENVIRONMENT, "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "77"}
     assert {name: os.environ[name] for name in expected} == expected
     assert Path(os.environ[TRACE_VARIABLE]).parent == tmp_path
+    assert tmp_path not in Path(os.environ[COMPILED_VARIABLE]).parents, "no run directory may hold code"
     page = (Path(__file__).resolve().parents[3] / "docs" / "gpus.md").read_text()
-    assert all(f"`{name}" in page for name in [*NCCL_ENVIRONMENT, TRACE_VARIABLE]), "each is documented"
+    assert all(f"`{name}" in page for name in [*NCCL_ENVIRONMENT, TRACE_VARIABLE, COMPILED_VARIABLE]), (
+        "each is documented"
+    )
 
 
 @pytest.mark.parametrize(
