@@ -3,7 +3,7 @@
     compose    the overrides over the groups and defaults of conf/, with absolute paths
     resume     a run that exists: its stored config with the overrides; otherwise a check that no run is overwritten
     targets    import paths of models, data and optimizers lead to something that can be called
-    adopt      the shape of a model imported by `model.init_from`, and a link in the place of `checkpoints`
+    adopt      shape and tokenizer of the model in `model.init_from`, and a link in the place of `checkpoints`
     budget     `tokens` or `data.epochs` as steps, at the first start
     fit        under a launcher that found another number of machines: the layout that fits them
     validate   limits, refusals of all rooms, places and imported weights
@@ -27,7 +27,7 @@ from stoker.conf.compose import compose as compose_groups
 from stoker.conf.resume import Change
 from stoker.conf.rundir import RunDirectory, first_tier, refuse_links, resolve, run_directory
 from stoker.conf.schema import Config, ModelConfig, lookup
-from stoker.conf.targets import import_target
+from stoker.conf.targets import import_target, target_and_arguments
 from stoker.conf.values import ConfigError
 from stoker.parallel import layout
 from stoker.parallel.start import Ranks
@@ -107,6 +107,7 @@ def targets(request: Request, draft: Draft) -> Draft:
     config = draft.config
     code = code_of(config, (MODEL, DATA, OPTIM))
     named = {key: path for key, path in code.items() if key.rpartition(".")[2] in ("target", "splits", "map")}
+    named |= {f"observers[{at}]": target_and_arguments(entry)[0] for at, entry in enumerate(config.observers)}
     own = ("model.target", config.model.target), ("optim.target", config.optim.target)  # Stoker's own may be misspelt
     for key, path in dict(own, **named).items():
         if not isinstance(path, str) or path == ModelConfig().target:  # that of most runs
@@ -126,6 +127,8 @@ def adopt(request: Request, draft: Draft) -> Draft:
         from stoker.trainer.pretrained import adopt_shape  # most starts do not need its imports
 
         config = adopt_shape(config, request.overrides)
+        if config.data.tokenizer != draft.config.data.tokenizer:
+            request.tell(f"data.tokenizer={config.data.tokenizer}: the one of model.init_from")
     chosen = config.checkpoint.dir is not None or any(word.startswith("checkpoint.dir=") for word in request.overrides)
     place = None if chosen else adopted_link(draft.run)
     if place is not None:  # a link made by a user counts like the key

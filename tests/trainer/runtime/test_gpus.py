@@ -13,6 +13,7 @@ import torch.distributed as dist
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.launch import train as local
+from stoker.launch.kubernetes.pod import ranks_on
 from stoker.launch.slurm import submit
 from stoker.launch.slurm.batch import job_from
 from stoker.parallel.devices import backend_of, pick_device
@@ -89,8 +90,15 @@ def by_stoker_submit(config: Config, machines: int) -> list[tuple[Ranks, int]]:
     return [(ranks, rank % ranks.here) for rank in range(ranks.world)]
 
 
+def by_kubernetes_pod(config: Config, machines: int) -> list[tuple[Ranks, int]]:
+    ranks = ranks_on(machines, config)
+    assert ranks.here is not None
+    return [(ranks, rank % ranks.here) for rank in range(ranks.world)]
+
+
 PATHS: list[Callable[[Config, int], list[tuple[Ranks, int]]]] = [
     by_stoker_train, by_torchrun, by_elastic_restart, by_srun, by_slurm_job, by_stoker_submit,
+    by_kubernetes_pod,
 ]  # fmt: skip
 
 
