@@ -45,6 +45,7 @@ PEERS_SECONDS = 2.0  # for another machine to report how its ranks ended
 LAUNCHER_ROOM_SECONDS = 1800.0  # for room on a full disk before ranks are started again
 _PROBE_BYTES = 64 << 10  # that must find room before ranks are started again
 _WELL = (Outcome.COMPLETED, Outcome.STOPPED)
+EXIT_BARRIER_SECONDS = 10.0  # for other machines to end too; one that was told to by a signal does not report it
 EXIT_SECONDS = 5.0  # for processes to end after the outcome is written
 
 
@@ -181,7 +182,7 @@ class _Agent(LocalElasticAgent):
         say: Callable[[str], None],
         alone: bool,
     ) -> None:
-        super().__init__(spec, logs)
+        super().__init__(spec, logs, exit_barrier_timeout=EXIT_BARRIER_SECONDS)
         self._run, self._hang_seconds, self._say, self._alone = run, hang_seconds, say, alone
         self._watchdog: Watchdog | None = None  # of the present ranks, once there is an attempt
         self._launch = launch_id()
