@@ -155,7 +155,8 @@ def shows_axolotl(newcomer: Newcomer, outputs: list[str]) -> None:
 def shows_hydra(newcomer: Newcomer, outputs: list[str]) -> None:
     config = newcomer.config("runs/big")
     assert (config.model.name, config.schedule.name, config.optim.lr) == ("small", "wsd", 5e-4)
-    assert [newcomer.config(f"runs/lr-{lr}").optim.lr for lr in ("1e-3", "3e-4")] == [1e-3, 3e-4]
+    assert [newcomer.config(f"sweeps/lr/{trial}").optim.lr for trial in (0, 1)] == [1e-3, 3e-4]
+    assert all(len(newcomer.steps(f"sweeps/lr/{trial}")) == STEPS for trial in (0, 1))
 
 
 Given, Shows = Callable[[Path], object], Callable[[Newcomer, list[str]], None]
