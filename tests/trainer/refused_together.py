@@ -150,22 +150,6 @@ TOGETHER = {
         ([], 4, 1, "4 ranks on 1 GPU: launch.nproc=1 works, or launch.device=cpu"),
         (["launch.device=cuda"], 2, 0, "launch.device=cuda: there is no GPU here"),
     ],
-    "NCCL on CPUs": [
-        (
-            ["launch.backend=nccl", "launch.device=cpu"],
-            2,
-            2,
-            "launch.backend=nccl on CPUs: leave launch.backend out, or",
-        ),
-    ],
-    "pipelines over gloo on GPUs": [
-        (
-            ["launch.backend=gloo", "parallel.pp=2", "batch.micro_size=8"],
-            2,
-            2,
-            "parallel.pp=2 with launch.backend=gloo on GPUs: parallel.pp=1 works, or launch.device=cpu, or",
-        ),
-    ],
     "several machines": [
         (["launch.nodes=2"], 2, 0, "launch.nodes=2 with launch=local"),
     ],
