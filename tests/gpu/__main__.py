@@ -80,7 +80,7 @@ def run(step: Step, device: str, deadline: float) -> Result:
     with tempfile.TemporaryDirectory(prefix="stoker-gpu-") as folder:
         answer = Path(folder) / "answer.json"
         program = [sys.executable, "-m", "tests.gpu.__main__", "--step", step.where, device, folder]
-        environment = {**os.environ, MARK: folder}
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, MARK: folder}  # small work: threads would only spin
         process = subprocess.Popen(program, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL)
         try:
             code = process.wait(limit)
