@@ -87,9 +87,12 @@ def run(step: Step, device: str, deadline: float) -> Result:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            for pid in [process.pid, *_started_for(folder)]:
-                _kill(pid)
+            _kill(process.pid)
             process.wait()
+            while left := _started_for(folder):  # until they are gone: they may hold the GPU's memory
+                for pid in left:
+                    _kill(pid)
+                time.sleep(0.05)
         seconds = time.monotonic() - began
         if code is None:
             return Result(step.name, Status.LATE, seconds, f"killed after {limit:.0f} s")

@@ -191,10 +191,10 @@ def kernels(device: str, _: Path) -> dict[str, Any]:
     """The twenty kernels that take the most time of a step."""
     from torch.profiler import ProfilerActivity, profile
 
-    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with OneRank(_config(device), device) as rank:
         rank.step().read()
-        with profile(activities=[ProfilerActivity.CPU, activity]) as trace:
+        with profile(activities=activities) as trace:
             rank.step().read()
 
     def cost(e: Any) -> float:
