@@ -33,16 +33,16 @@ class Step:
 
 STEPS = (
     Step("card", "tests.gpu.steps:card", 40),
-    Step("one rank", "tests.gpu.steps:one_rank", 60),
-    Step("ranks on one card", "tests.gpu.steps:ranks_on_one_card", 90),
-    Step("killed run", "tests.gpu.commands:killed_run", 90),
-    Step("check against a CPU", "tests.gpu.commands:check", 60),
+    Step("one rank", "tests.gpu.steps:one_rank", 90),
+    Step("ranks on one card", "tests.gpu.steps:ranks_on_one_card", 120),
+    Step("killed run", "tests.gpu.commands:killed_run", 150),
+    Step("check against a CPU", "tests.gpu.commands:check", 120),
     Step("host syncs", "tests.gpu.steps:host_syncs", 60),
     Step("compile", "tests.gpu.steps:compiled", 90),
     Step("utilisation", "tests.gpu.commands:utilisation", 150),
     Step("kernels", "tests.gpu.steps:kernels", 60),
     Step("offload and staging", "tests.gpu.steps:offload_and_staging", 60),
-    Step("hang", "tests.gpu.commands:hang", 60),
+    Step("hang", "tests.gpu.commands:hang", 90),
     Step("fp8", "", 0, absent="precision=fp8 does not exist"),
 )
 
@@ -80,16 +80,19 @@ def run(step: Step, device: str, deadline: float) -> Result:
     with tempfile.TemporaryDirectory(prefix="stoker-gpu-") as folder:
         answer = Path(folder) / "answer.json"
         program = [sys.executable, "-m", "tests.gpu.__main__", "--step", step.where, device, folder]
-        environment = {**os.environ, MARK: folder}
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, MARK: folder}  # small work: threads would only spin
         process = subprocess.Popen(program, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL)
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            for pid in [process.pid, *_started_for(folder)]:
-                _kill(pid)
+            _kill(process.pid)
             process.wait()
+            while left := _started_for(folder):  # until they are gone: they may hold the GPU's memory
+                for pid in left:
+                    _kill(pid)
+                time.sleep(0.05)
         seconds = time.monotonic() - began
         if code is None:
             return Result(step.name, Status.LATE, seconds, f"killed after {limit:.0f} s")

@@ -24,7 +24,7 @@ def _ranks(device: str, ranks: int) -> list[str]:
 
 
 def _finish(home: Path, words: list[str]) -> tuple[int, str]:
-    status, output = finish(home, words, timeout=85.0, cwd=ROOT)
+    status, output = finish(home, words, timeout=145.0, cwd=ROOT)
     print(output, flush=True)
     return status, output
 

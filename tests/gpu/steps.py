@@ -25,6 +25,7 @@ from tests.parallel.parity import Case, expected, train
 from tests.parallel.reference import assemble, normwise
 
 LIMIT = 1e-5  # of losses, norms and gradients in fp32
+world._context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "stoker.parallel.sharded"])  # no more
 
 
 def card(device: str, _: Path) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def card(device: str, _: Path) -> dict[str, Any]:
         found[f"copy {way}"] = there.nbytes / took / 2**30
     assert all(value > 0 for name, value in found.items() if name.startswith(("matmul", "copy")))
     name = found.get("name", "CPU")
-    summary = f"{name}, torch {torch.__version__}: {found['matmul bf16']:.1f} TFLOP/s in bf16"
+    summary = f"{name}, torch {torch.__version__}: {found['matmul bf16']:.3g} TFLOP/s in bf16"
     return {"summary": f"{summary}, {found['copy to the host']:.1f} GiB/s to the host", **found}
 
 
@@ -191,10 +192,10 @@ def kernels(device: str, _: Path) -> dict[str, Any]:
     """The twenty kernels that take the most time of a step."""
     from torch.profiler import ProfilerActivity, profile
 
-    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with OneRank(_config(device), device) as rank:
         rank.step().read()
-        with profile(activities=[ProfilerActivity.CPU, activity]) as trace:
+        with profile(activities=activities) as trace:
             rank.step().read()
 
     def cost(e: Any) -> float:

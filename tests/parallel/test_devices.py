@@ -10,7 +10,7 @@ from torch import nn
 
 from stoker.parallel.devices import exactness_now, set_exactness, use_device
 from stoker.parallel.gpu_clock import GpuClock
-from stoker.parallel.update import StepResult
+from stoker.parallel.update import ControlFlag, StepResult
 from tests.fake_cuda import install, on_gpu
 
 
@@ -65,7 +65,7 @@ def test_a_result_is_waited_for_asleep(monkeypatch) -> None:
     cuda = install(monkeypatch)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
-    result = StepResult(on_gpu(torch.arange(12.0, dtype=torch.float64)))
+    result = StepResult(on_gpu(torch.arange(7.0 + len(ControlFlag) + 1, dtype=torch.float64)))
     assert result.read().grad_norm == 1.0
     assert cuda.blocking == [True]
 

@@ -21,7 +21,6 @@ from tests.trainer.refused_rope import LLAMA3
 from tests.trainer.refused_streaming import STREAMS
 from tests.trainer.refused_together import TOGETHER
 
-OLDER_TORCH = "pipelines on older torch"
 DOC = Path(__file__).resolve().parents[2] / "docs" / "refusals.md"
 
 
@@ -52,7 +51,9 @@ def refusals_of(config: Config, world: int, gpus: int) -> str:
     ("name", "overrides", "world", "gpus", "words"),
     [(name, *case) for name, cases in TOGETHER.items() for case in cases],
 )
-def test_values_that_do_not_go_together_are_refused_by_their_entry(name, overrides, world, gpus, words):
+def test_values_that_do_not_go_together_are_refused_by_their_entry(name, overrides, world, gpus, words, monkeypatch):
+    if name == "pipelines on older torch":
+        monkeypatch.setattr(torch, "__version__", "2.12.1")
     start = Start(with_values(*overrides), world, gpus)
     said = {entry.name: message for entry in REFUSALS if (message := entry.check(start))}
     assert list(said) == [name]
@@ -61,19 +62,7 @@ def test_values_that_do_not_go_together_are_refused_by_their_entry(name, overrid
 
 
 def test_every_entry_is_tried():
-    assert sorted([*TOGETHER, OLDER_TORCH]) == sorted(entry.name for entry in REFUSALS)
-
-
-def test_pipelines_need_a_torch_that_has_them(monkeypatch):
-    [entry] = [entry for entry in REFUSALS if entry.name == OLDER_TORCH]
-    start = Start(with_values("parallel.pp=2"), 2, 0)
-    for version, message in (
-        ("2.13.0+cpu", None),
-        ("3.0.0", None),
-        ("2.12.1+cu130", "parallel.pp=2 on torch 2.12.1+cu130: parallel.pp=1 works, or torch 2.13"),
-    ):
-        monkeypatch.setattr(torch, "__version__", version)
-        assert entry.check(start) == message
+    assert sorted(TOGETHER) == sorted(entry.name for entry in REFUSALS)
 
 
 @pytest.mark.parametrize(
