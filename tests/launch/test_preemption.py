@@ -129,4 +129,5 @@ def test_a_launcher_reads_and_writes_the_outcome_of_its_own_attempt_only(tmp_pat
     assert begin_attempt(run, "ours") == agent._attempt() == 3
     begin_attempt(run, "theirs")
     write_ending(run, 4, Ending(Outcome.COMPLETED, "of the other"))
-    assert agent._attempt() == 3 and agent.ending() is None
+    ending = agent.ending()  # of the third attempt, which the fourth found dead
+    assert agent._attempt() == 3 and ending is not None and ending.outcome is Outcome.FAILED
