@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: tests run several ranks on few cores
@@ -14,6 +16,16 @@ import torch
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("stoker", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("stoker")
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_they_were() -> Iterator[None]:
+    """A handler that a test leaves strikes a later one: with SIGPIPE's default, a write into a pipe that nobody reads
+    ends the worker without a word."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGPIPE, signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        assert signal.getsignal(number) == handler, f"the test changed the handler of {number.name}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
