@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from stoker.conf.schema import Config, ModelConfig
+from stoker.conf.schema import Config
 from stoker.parallel.layout import BatchPlan, Layout, batch_plan, layout_of
 
 
@@ -22,11 +22,6 @@ class Start:
         """Whether the ranks compute on GPUs."""
         device = self.config.launch.device
         return device == "cuda" or (device is None and self.gpus > 0)
-
-    @property
-    def built_in_model(self) -> bool:
-        """Whether the shape in `config.model` describes the model; a user's model may read none of it."""
-        return self.config.model.target == ModelConfig().target
 
     @property
     def dp(self) -> int | None:

@@ -125,6 +125,13 @@ def adopt(request: Request, draft: Draft) -> Draft:
         from stoker.trainer.pretrained import adopt_shape  # most starts do not need its imports
 
         config = adopt_shape(config, request.overrides)
+    elif draft.stored is None and config.model.config is not None:
+        from stoker.trainer.pretrained import with_settled
+
+        try:
+            config = with_settled(config)
+        except ValueError as error:
+            raise ConfigError(f"model.config: {error}") from error
     chosen = config.checkpoint.dir is not None or any(word.startswith("checkpoint.dir=") for word in request.overrides)
     place = None if chosen else adopted_link(draft.run)
     if place is not None:  # a link made by a user counts like the key

@@ -43,6 +43,16 @@ def leave(x: Tensor, axis: TensorAxis) -> Tensor:
     return _Scatter.apply(x, axis.group_name, axis.size)
 
 
+def gather_channels(x: Tensor, axis: TensorAxis) -> Tensor:
+    """Out of a region: the channels of all ranks, one after the other, from this rank's `x` `[..., channels]`."""
+    return _GatherChannels.apply(x, axis.group_name, axis.size, axis.rank)
+
+
+def split_channels(x: Tensor, axis: TensorAxis) -> Tensor:
+    """Into a region: this rank's equal share of the channels of `x` `[..., channels]`, which all ranks hold."""
+    return _SplitChannels.apply(x, axis.group_name, axis.size, axis.rank)
+
+
 def all_gather(x: Tensor, group_name: str, size: int) -> Tensor:
     """`x` of all ranks, one after the other along dim 0."""
     collectives = torch.ops._c10d_functional
@@ -106,6 +116,39 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return gradient, None
+
+
+def _own_channels(x: Tensor, size: int, rank: int) -> Tensor:
+    return x.chunk(size, -1)[rank].contiguous()
+
+
+def _all_channels(x: Tensor, group_name: str, size: int) -> Tensor:
+    gathered = all_gather(x.unsqueeze(0), group_name, size)
+    return gathered.movedim(0, -2).flatten(-2)
+
+
+class _GatherChannels(torch.autograd.Function):
+    """All ranks compute the same from its result, so that each has the whole gradient of its own channels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_name: str, size: int, rank: int) -> Tensor:
+        ctx.size, ctx.rank, ctx.border = size, rank, LEAVES
+        return _all_channels(x, group_name, size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _own_channels(gradient, ctx.size, ctx.rank), None, None, None
+
+
+class _SplitChannels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_name: str, size: int, rank: int) -> Tensor:
+        ctx.group_name, ctx.size, ctx.border = group_name, size, ENTERS
+        return _own_channels(x, size, rank)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _all_channels(gradient, ctx.group_name, ctx.size), None, None, None
 
 
 def enable_async_tensor_parallelism(group: dist.ProcessGroup) -> None:

@@ -16,13 +16,14 @@ from stoker.conf.compose import compose
 from stoker.conf.schema import Config, to_dict
 from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
+from stoker.models.family import build_on_meta
 from stoker.models.hugging_face import tensor_name
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.model import whole_model
 from stoker.parallel.shards import PARAMETER, Shard
 from stoker.trainer.facts import with_vocabulary
-from stoker.trainer.parallelize import build_on_meta, cut
+from stoker.trainer.parallelize import cut
 from stoker.trainer.pretrained import adopt_shape, load_pretrained
 from tests import world
 from tests.launch.runs import overrides, write_text
