@@ -19,7 +19,7 @@ from stoker.models import hugging_face_config as theirs
 from stoker.models.attention import Attention, AttentionContext, attention_context, cached_mask, document_mask
 from stoker.models.cache import Cache, LayerCache
 from stoker.models.embedding import Embedding
-from stoker.models.family import Exported, Family
+from stoker.models.family import Exported, Family, renamed
 from stoker.models.flops import flops_per_token
 from stoker.models.hugging_face import changed_config_json, config_json, tensor_name
 from stoker.models.hugging_face_weights import HEAD, StoredTensor, has_own_head, open_weights
@@ -152,9 +152,7 @@ class DecoderFamily(Family):
 
     def exported(self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Exported]:
         for name, shape in shapes.items():
-            yield Exported(
-                (name,), {tensor_name(name): shape}, lambda values, name=name: {tensor_name(name): values[0]}
-            )
+            yield renamed(name, tensor_name(name), shape)
 
     def config_json(self, config: ModelConfig, dtype: str, context: int, end: int | None) -> dict[str, Any]:
         return config_json(config, dtype, context, end)

@@ -25,8 +25,8 @@ from stoker.parallel.start import Refusals
 TRANSFORMERS = "stoker.models.transformers_family:build"
 
 
-class Readable(Protocol):
-    """A tensor of a model folder by a parameter's global name."""
+class Described(Protocol):
+    """A stored tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -35,6 +35,10 @@ class Readable(Protocol):
     def dtype(self) -> str:
         """A key of `stoker.parallel.dtypes.DTYPES`, or another of the safetensors format's names."""
         ...
+
+
+class Readable(Described, Protocol):
+    """A tensor of a model folder by a parameter's global name."""
 
     def read(self, chunk: Chunk) -> Tensor: ...
 
@@ -50,6 +54,11 @@ class Exported:
     names: tuple[str, ...]
     files: Mapping[str, tuple[int, ...]]
     convert: Callable[[list[Tensor]], dict[str, Tensor]]
+
+
+def renamed(name: str, file: str, shape: tuple[int, ...]) -> Exported:
+    """The tensor `name`, unchanged, as `file` of a folder."""
+    return Exported((name,), {file: shape}, lambda values: {file: values[0]})
 
 
 class Family:
@@ -92,7 +101,7 @@ class Family:
     def exported(self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Exported]:
         """How parameters and persistent buffers of these `shapes` are written to a model folder."""
         for name, shape in shapes.items():
-            yield Exported((name,), {name: shape}, lambda values, name=name: {name: values[0]})
+            yield renamed(name, name, shape)
 
     def config_json(self, config: ModelConfig, dtype: str, context: int, end: int | None) -> dict[str, Any] | None:
         """The config.json of an export; None: it is not one of Hugging Face's, and model.target builds it again.

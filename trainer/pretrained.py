@@ -25,7 +25,7 @@ from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.schema import Config, ModelConfig, from_dict, kinds, lookup, to_dict
 from stoker.conf.values import ConfigError
 from stoker.models import hugging_face_config as theirs
-from stoker.models.family import BUILT_IN, TRANSFORMERS, OwnFamily, Readable, build_on_meta, family_of
+from stoker.models.family import BUILT_IN, TRANSFORMERS, Described, OwnFamily, build_on_meta, family_of
 from stoker.models.hugging_face import FAMILIES, OWN_MODEL
 from stoker.models.hugging_face_weights import open_weights
 from stoker.parallel.dtypes import DTYPE_NAMES, DTYPES
@@ -120,7 +120,7 @@ def _wanted(model: ModelConfig, names: Sequence[str]) -> set[str]:
     return wanted
 
 
-def _refuse_other_tensors(model: ModelConfig, entries: dict[str, Entry], stored: Mapping[str, Readable]) -> None:
+def _refuse_other_tensors(model: ModelConfig, entries: dict[str, Entry], stored: Mapping[str, Described]) -> None:
     wanted = _wanted(model, list(entries))
     problems = [_dtype_problem(entries[name], stored[name].dtype) for name in sorted(wanted & set(stored))]
     problems = [problem for problem in problems if problem]
@@ -150,7 +150,7 @@ def _dtype_problem(entry: Entry, stored: str) -> str:
 class _Source:
     """Tensors by our names, and how to fill shards from them."""
 
-    tensors: Mapping[str, Readable]
+    tensors: Mapping[str, Described]
     fill: Callable[[Sequence[Shard]], object]
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from stoker.models.hugging_face_config import in_one_line, quiet_transformers, refuse_leading_away
-from stoker.models.transformers_family.attention import ATTENTION, masks_of_documents, registered
+from stoker.models.transformers_family.attention import ATTENTION, EXPERTS, masks_of_documents, registered
 from stoker.models.transformers_family.initial import Rules, initial_rules
 
 _TRIAL = (2, 8)  # rows and tokens of the run on the meta device
@@ -91,17 +91,13 @@ def causal_model(values: dict[str, Any]) -> Any:
         try:
             with quiet_transformers():
                 return AutoModelForCausalLM.from_config(
-                    config, dtype=torch.float32, attn_implementation=attention, experts_implementation=_experts(config)
+                    config, dtype=torch.float32, attn_implementation=attention, experts_implementation=EXPERTS
                 )
         except KeyError as error:  # a class that looks its attention up in a table of its own
             failed = error
         except Exception as error:  # of many kinds, some of them transformers' own
             raise ValueError(f"transformers cannot build it: {in_one_line(error)}") from error
     raise ValueError(f"transformers cannot build it: {in_one_line(failed or KeyError())}")
-
-
-def _experts(config: Any) -> str | None:
-    return "grouped_mm" if any("expert" in key for key in config.to_dict()) else None
 
 
 def anatomy(values: dict[str, Any]) -> Anatomy:

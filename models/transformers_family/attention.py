@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ATTENTION = "stoker"
+ATTENTION = EXPERTS = "stoker"  # their names in transformers' registries
 
 _documents: Tensor | None = None  # of the forward pass that runs now, int32 [rows, tokens]
 _called: Callable[[], None] | None = None
@@ -31,10 +31,12 @@ _WITHOUT_MEANING = {
 
 @functools.cache
 def registered() -> None:
-    """Register the attention function and the masks with transformers."""
+    """Register attention, masks and experts with transformers."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, compute_experts)
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, additive_mask)
 
@@ -53,13 +55,21 @@ def masks_of_documents(documents: Tensor | None, called: Callable[[], None] | No
     eager, packed = masks["eager"], masking_utils.find_packed_sequence_indices
     masks["eager"] = additive_mask  # for classes with attention of their own
     # transformers would infer documents from positions that start again, which it cannot do on the meta device
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # type: ignore[assignment]
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
     _documents, _called = documents, called
     try:
         yield
     finally:
         masks["eager"], masking_utils.find_packed_sequence_indices = eager, packed
         _documents, _called = before
+
+
+def compute_experts(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """transformers' grouped matrix products; on the meta device, where they take bf16 only, its batched ones."""
+    from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
+
+    forward = batched_mm_experts_forward if hidden.is_meta else grouped_mm_experts_forward
+    return forward(module, hidden, index, weights)
 
 
 def additive_mask(

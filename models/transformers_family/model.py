@@ -39,8 +39,10 @@ class TransformersModel(nn.Module):
         head = causal.get_output_embeddings()
         tied = head.weight is causal.get_input_embeddings().weight
         self._config = causal.config
-        self._received = _Received(self.anatomy.layer_returns_tuple)
-        self._result = _Result(self.anatomy.layer_returns_tuple)
+        layers = causal.get_submodule(self.anatomy.layers)
+        before, after = max(part.layers.start - 1, 0), min(part.layers.stop, self.anatomy.count - 1)
+        self._received = _Received(layers[before], self.anatomy.layer_returns_tuple)
+        self._result = _Result(layers[after], self.anatomy.layer_returns_tuple)
         for name, child in causal.named_children():
             self.add_module(name, child)
         if part.head:
@@ -54,13 +56,14 @@ class TransformersModel(nn.Module):
     def _remove_other_stages(self) -> None:
         part, found = self.part, self.anatomy
         layers = self.get_submodule(found.layers)
-        for number, layer in enumerate(layers):
-            if number not in part.layers:
-                layers[number] = _Absent(layer, found.layer_returns_tuple)  # type: ignore[index, operator]
-        if part.layers.start > 0:
-            layers[part.layers.start - 1] = self._received  # type: ignore[operator, index]
-        if part.layers.stop < found.count:
-            layers[part.layers.stop] = self._result  # type: ignore[operator, index]
+        assert isinstance(layers, nn.ModuleList)
+        for number in range(found.count):
+            if number == part.layers.start - 1:
+                layers[number] = self._received
+            elif number == part.layers.stop:
+                layers[number] = self._result
+            elif number not in part.layers:
+                layers[number] = _Absent(layers[number], found.layer_returns_tuple)
         gone = (frozenset() if part.embedding else found.before) | (frozenset() if part.head else found.after)
         for name in gone:
             if name != found.embedding:
@@ -144,24 +147,24 @@ class _Absent(nn.Module):
         return (hidden,) if self._returns_tuple else hidden
 
 
-class _Received(nn.Module):
+class _Received(_Absent):
     """Gives the activations of the stage before."""
 
-    def __init__(self, returns_tuple: bool) -> None:
-        super().__init__()
-        self._returns_tuple = returns_tuple
-        self.value: Tensor | None = None
+    value: Tensor | None = None
 
-    def forward(self, *_: Any, **__: Any) -> Any:
-        return (self.value,) if self._returns_tuple else self.value
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Any:
+        assert self.value is not None
+        return super().forward(self.value)
 
 
-class _Result(_Received):
+class _Result(_Absent):
     """Keeps the activations for the next stage."""
+
+    value: Tensor | None = None
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Any:
         self.value = hidden
-        return super().forward()
+        return super().forward(hidden)
 
 
 class _NoEmbedding(nn.Module):
@@ -178,10 +181,27 @@ class _NoEmbedding(nn.Module):
 class _Given(nn.Module):
     """In the place of a body: its output is what it is given."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
+        return _Output(inputs_embeds)
 
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+    @property
+    def decoder(self) -> _Given:
+        """Some heads call the body's decoder."""
+        return self
+
+
+class _Output:
+    """The output of a body: its activations, and None for whatever else a head passes on."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, number: int) -> Tensor:
+        assert number == 0
+        return self.last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 class _Seen(nn.Identity):

@@ -70,16 +70,16 @@ def prepare(causal: Any, base: str) -> None:
 
 def _mix_in(module: nn.Module, ours: type[TensorLayer]) -> None:
     """Give `module` a class that is both `ours` and its own, ours first where both have a method."""
-    module.__class__ = _mixed(ours, type(module))
+    module.__class__ = _mixed(ours, type(module))  # type: ignore[arg-type]
 
 
 @functools.cache
-def _mixed(ours: type[TensorLayer], theirs: type[nn.Module]) -> type[nn.Module]:
+def _mixed(ours: Any, theirs: Any) -> type[nn.Module]:
     bases = (theirs, ours) if ours is TokenEmbedding and theirs is not nn.Embedding else (ours, theirs)
     return ours if issubclass(ours, theirs) else type(theirs.__name__, bases, {})
 
 
-class TokenEmbedding(VocabularyLayer, nn.Embedding):
+class TokenEmbedding(VocabularyLayer, nn.Embedding):  # type: ignore[misc]
     """transformers' embedding; one that scales its result calls this one by `super()`."""
 
     role = Role.EMBEDDING

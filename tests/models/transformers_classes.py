@@ -21,7 +21,7 @@ from stoker.models.family import TRANSFORMERS
 from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
-from stoker.parallel.shards import BUFFER, GRADIENT, PARAMETER, Shard
+from stoker.parallel.shards import BUFFER, PARAMETER, Shard
 from stoker.trainer.parallelize import build_engine
 from tests import world
 
@@ -50,7 +50,7 @@ _NONE = {"num_key_value_heads": None}
 CLASSES: dict[str, dict[str, Any]] = {  # model_type: changes of the shape above
     "llama": {},
     "mistral": {"sliding_window": 3},
-    "ministral": WINDOW,
+    "ministral": {"head_dim": 8} | WINDOW,
     "ministral3": {},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
@@ -98,7 +98,7 @@ CLASSES: dict[str, dict[str, Any]] = {  # model_type: changes of the shape above
     "gptj": {"rotary_dim": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} | _NONE,
     "nanochat": {},
     "vaultgemma": {"head_dim": 8, "query_pre_attn_scalar": 5} | WINDOW,
-    "cwm": {"head_dim": 8} | WINDOW,
+    "cwm": {"head_dim": 8, "bos_token_id": 1, "eos_token_id": 2} | WINDOW,
     "hyperclovax": {"logits_scaling": 2.0},
     "jais2": {},
     "gpt_bigcode": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} | _NONE,
@@ -117,7 +117,7 @@ def values_of(kind: str) -> dict[str, Any]:
     return {"model_type": kind} | changes
 
 
-def config_of(kind: str, layout: Layout = Layout(), **changes: Any) -> Config:
+def config_of(kind: str, layout: Layout, **changes: Any) -> Config:
     model = ModelConfig(
         target=TRANSFORMERS, config=values_of(kind), vocab_size=VOCABULARY, num_hidden_layers=3, loss_chunk=11
     )
@@ -296,6 +296,3 @@ def write_reference(folder: Path, kind: str, mask: bool = True) -> Found:
     model = reference_model(kind)
     torch.save({name: value.clone() for name, value in model.state_dict().items()}, folder / f"{kind}.pt")
     return reference(model, mask)
-
-
-assert GRADIENT
