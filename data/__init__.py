@@ -24,7 +24,6 @@ the difference: a run never continues on other rows without notice.
 What a launcher does once per machine (`prepare`) makes the ranks' `open_rows` cheap: it reads file stamps, no texts.
 """
 
-from stoker.data.chat import chat_prompt
 from stoker.data.loader import EndOfData, IndexedLoader, RowSource
 from stoker.data.opening import keep_tokenizer, open_rows, open_stream, open_tokenizer, vocabulary
 from stoker.data.rows import RowPlan, read_rows
@@ -36,7 +35,6 @@ __all__ = [
     "RowPlan",
     "RowSource",
     "Sample",
-    "chat_prompt",
     "keep_tokenizer",
     "open_rows",
     "open_samples",

@@ -237,6 +237,21 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Comparison:
     return Comparison(tuple(different), tuple(unrecorded))
 
 
+_MEANINGS = {
+    "content": "the documents",
+    "encoder": "the chat template, its settings and the release of transformers",
+    "encoders": "chat templates, their settings and the release of transformers",
+    "format": "the version of the rules by which documents become sequences",
+    "shards": "the names and sizes of the shards",
+}
+
+
+def described(name: str) -> str:
+    """The name of an ingredient, with what it stands for where the name alone does not tell a user."""
+    meaning = _MEANINGS.get(name.rpartition(".")[2])
+    return name if meaning is None else f"{name} ({meaning})"
+
+
 def bytes_digest(pieces: Iterable[bytes]) -> str:
     """128 bits of the SHA-256 of bytes, a piece after the other, in hex."""
     return file_digest(pieces)[:32]

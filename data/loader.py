@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from stoker.data.keys import compare as compare_fingerprints
+from stoker.data.keys import described
 from stoker.data.readers import Readers
 from stoker.data.rows import RowPlan, unpack
 from stoker.parallel.batch import Batch
@@ -237,11 +238,13 @@ def refuse_other_data(fingerprint: Mapping[str, Any], state: Mapping[str, Any], 
     ours, theirs = dict(fingerprint), dict(state["fingerprint"])
     found = compare_fingerprints(ours, theirs)
     if found.different:
-        differences = ", ".join(f"{name} was {theirs.get(name)} and is {ours.get(name)}" for name in found.different)
+        differences = ", ".join(
+            f"{described(name)} was {theirs.get(name)} and is {ours.get(name)}" for name in found.different
+        )
         raise ValueError(f"the checkpoint has read {state['row']} rows of other data: {differences}")
     if not found.unrecorded:
         return
-    names = ", ".join(f"{name} (now {ours[name]})" for name in found.unrecorded)
+    names = ", ".join(f"{described(name)}, now {ours[name]}" for name in found.unrecorded)
     unknown = f"an earlier version of Stoker stored this checkpoint and did not record {names}"
     if not change:
         raise ValueError(f"{unknown}: if that has not changed, set run.change=true to continue")

@@ -16,7 +16,8 @@ from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
-from stoker.data import chat_prompt, open_tokenizer
+from stoker.data import open_tokenizer
+from stoker.data.chat import chat_prompt
 from stoker.data.opening import NoTokenizer
 from stoker.data.tokenizer import Tokenizer
 from stoker.launch.inspect import checkpoints_of, run_at

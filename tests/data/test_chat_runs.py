@@ -11,8 +11,8 @@ import pytest
 import transformers
 
 from stoker.conf.schema import DataConfig
-from stoker.data import chat_prompt, open_rows, read_rows
-from stoker.data.chat import CHATML, ChatEncoder, settings_of
+from stoker.data import open_rows, read_rows
+from stoker.data.chat import CHATML, ChatEncoder, chat_prompt, settings_of
 from stoker.data.tokenizer import ByteTokenizer
 from stoker.data.tokenizer_files import load_tokenizer
 from stoker.parallel.batch import IGNORE_INDEX

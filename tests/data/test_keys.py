@@ -338,7 +338,7 @@ def test_a_run_does_not_resume_with_an_edited_template(tmp_path):
     IndexedLoader(open_rows(chat(tmp_path, SHORT), "train"), 2).load_state(state)
     with pytest.raises(
         ValueError,
-        match=r"2 rows of other data: encoder was chat \w+ transformers [\d.]+ and is chat \w+ transformers [\d.]+$",
+        match=r"2 rows of other data: encoder \(the chat template, .*\) was chat \w+ transformers \S+ and is chat \w+",
     ):
         IndexedLoader(open_rows(chat(tmp_path, LONG), "train"), 2).load_state(state)
 
@@ -350,7 +350,8 @@ def test_an_ingredient_that_an_earlier_version_did_not_record_is_for_the_user_to
     state = stream.state()
     del state["fingerprint"]["encoder"]
     with pytest.raises(
-        ValueError, match=r"did not record encoder \(now chat .*\): if that has not changed, set run.change=true"
+        ValueError,
+        match=r"did not record encoder \(the chat .*\), now chat .*: if that has not changed, set run.change=true",
     ):
         IndexedLoader(open_rows(config, "train"), 2).load_state(state)
     allowed = IndexedLoader(open_rows(config, "train"), 2, change=True)
@@ -366,7 +367,7 @@ def test_an_ingredient_that_the_data_do_not_have_was_none_in_earlier_versions_to
     assert state["fingerprint"].pop("encoder") is None
     stream.load_state(state)
     state["fingerprint"]["encoder"] = "chat"
-    with pytest.raises(ValueError, match="encoder was chat and is None"):
+    with pytest.raises(ValueError, match=r"encoder \(.*\) was chat and is None"):
         stream.load_state(state)
 
 

@@ -135,10 +135,12 @@ def test_the_table_is_what_happens(
 
 
 def test_a_launch_leaves_environment_and_logging_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = logging.getLogger("torch.distributed.elastic.agent.server.api")
+
     def state() -> tuple[object, ...]:
-        agent = logging.getLogger("torch.distributed.elastic.agent.server.api")
         return dict(os.environ), logging.root.manager.disable, agent.level
 
+    monkeypatch.setattr(agent, "level", logging.WARNING)
     run = RunDirectory(tmp_path / "run")
     run.attempts.mkdir(parents=True)
     before = state()

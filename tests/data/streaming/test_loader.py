@@ -178,7 +178,7 @@ def test_a_state_of_other_data_is_refused_and_both_are_shown(config, opener, tmp
         world.load(state)
     config.data.assign_every, config.seq_len = 3, 32
     write_lines(tmp_path / "texts", documents(301))
-    with World(opener) as world, pytest.raises(ValueError, match=r"texts.shards was \w+ and is \w+"):
+    with World(opener) as world, pytest.raises(ValueError, match=r"texts.shards \(the .*\) was \w+ and is \w+"):
         world.load(state)
 
 
@@ -189,7 +189,9 @@ def test_data_that_changed_under_a_resumed_run_are_noticed(opener, tmp_path):
     for path in (tmp_path / "texts").glob("*.jsonl"):  # as many bytes, fewer documents
         path.write_bytes(path.read_bytes().replace(b"xx", b"\\n"))
     with World(opener) as world:
-        with pytest.raises(ValueError, match=r"has read 72 rows of other data: texts.content was \w+ and is \w+$"):
+        with pytest.raises(
+            ValueError, match=r"read 72 rows of other data: texts.content \(the documents\) was \w+ and is \w+$"
+        ):
             world.load(state)
         del state["fingerprint"]["texts.content"]  # which earlier versions did not record
         world.load(state)
