@@ -15,10 +15,15 @@ from stoker.conf.values import ConfigError
 from stoker.data.refusals import REFUSALS as OF_DATA
 from stoker.models.family import built_in, family_of
 from stoker.parallel.refusals import REFUSALS as OF_LAYOUTS
-from stoker.parallel.start import Start
+from stoker.parallel.start import Refusal, Start
 from stoker.trainer.refusals import REFUSALS as OF_RUNS
 
-REFUSALS = (*OF_LAYOUTS, *OF_DATA, *OF_RUNS)
+OF_ROOMS = (*OF_LAYOUTS, *OF_DATA, *OF_RUNS)
+
+
+def entries_for(config: Config) -> tuple[Refusal, ...]:
+    """The entries that apply to a config: those of all rooms and of its model's family."""
+    return (*OF_ROOMS, *family_of(config.model).refusals)
 
 
 def validate(config: Config, world: int, gpus: int) -> None:
@@ -29,10 +34,8 @@ def validate(config: Config, world: int, gpus: int) -> None:
     start = Start(config, world, gpus)
     found = [
         *(limit.broken(config) for limit in LIMITS),
-        *(refusal.check(start) for refusal in REFUSALS),
+        *(refusal.check(start) for refusal in entries_for(config)),
     ]
-    if not any(found):  # a family builds its model to know it
-        found = [refusal.check(start) for refusal in family_of(config.model).refusals]
     messages = [message for message in found if message is not None]
     if messages:
         raise ConfigError("\n".join(messages))
@@ -40,7 +43,7 @@ def validate(config: Config, world: int, gpus: int) -> None:
 
 def table_markdown() -> str:
     """The whole table, as docs/refusals.md prints it."""
-    together = [(entry.name, entry.what, entry.why) for entry in REFUSALS]
+    together = [(entry.name, entry.what, entry.why) for entry in OF_ROOMS]
     for name, family in built_in().items():
         together += [(f"{name}: {entry.name}", entry.what, entry.why) for entry in family.refusals]
     single = ((f"`{limit.key}`", limit.rule, limit.why) for limit in LIMITS)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stoker.conf.schema import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig
+from stoker.launch.differences import SMALL_GRADIENT
 from stoker.models.family import TRANSFORMERS
 from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.layout import Layout, batch_plan, layout_of
@@ -269,14 +270,14 @@ def gathered(of_ranks: list[dict[str, Any]], kind: str) -> Found | str:
 
 
 def differences(found: Found, expected: Found) -> dict[str, float]:
-    """The largest relative difference of each kind; of gradients among those above 1e-6 of the norm of all."""
+    """The largest relative difference of each kind; gradients of nothing but noise count as in `stoker check`."""
     assert set(found.gradients) == set(expected.gradients) | {
         name for name, value in found.gradients.items() if not value.any()
     }, set(found.gradients) ^ set(expected.gradients)
     everything = math.sqrt(sum(float(value.double().norm()) ** 2 for value in expected.gradients.values()))
     relative = {
         name: float((found.gradients[name].double() - value.double()).norm())
-        / max(float(value.double().norm()), 1e-4 * everything)
+        / max(float(value.double().norm()), SMALL_GRADIENT * everything)
         for name, value in expected.gradients.items()
     }
     moved = {

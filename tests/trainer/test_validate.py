@@ -14,7 +14,7 @@ from stoker.conf.values import ConfigError
 from stoker.parallel.layout import batch_plan, layout_of
 from stoker.parallel.start import Start
 from stoker.parallel.suggestions import around, divisors, either, multiples_around
-from stoker.trainer.validate import REFUSALS, table_markdown, validate
+from stoker.trainer.validate import entries_for, table_markdown, validate
 from tests.parallel.optimizers import OF_OPTIMIZERS
 from tests.trainer.refused_alone import BEYOND
 from tests.trainer.refused_rope import LLAMA3, OF_ROPE
@@ -259,14 +259,14 @@ TOGETHER = {
 )
 def test_values_that_do_not_go_together_are_refused_by_their_entry(name, overrides, world, gpus, words):
     start = Start(with_values(*overrides), world, gpus)
-    said = {entry.name: message for entry in REFUSALS if (message := entry.check(start))}
+    said = {entry.name: message for entry in entries_for(start.config) if (message := entry.check(start))}
     assert list(said) == [name]
     assert words in said[name] and "\n" not in said[name]
     assert said[name] in refused(*overrides, world=world, gpus=gpus).splitlines()
 
 
 def test_every_entry_is_tried():
-    assert sorted(TOGETHER) == sorted(entry.name for entry in REFUSALS)
+    assert sorted(TOGETHER) == sorted(entry.name for entry in entries_for(Config()))
 
 
 @pytest.mark.parametrize(
