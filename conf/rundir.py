@@ -289,9 +289,18 @@ def read_config(run: RunDirectory) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"{run.config} holds no config")
     try:
-        return from_dict(migrate(values))
+        config = from_dict(migrate(values))
     except ConfigError as error:
         raise ConfigError(f"{run.config}: {error}") from None
+    return _with_kept_tokenizer(run, config)
+
+
+def _with_kept_tokenizer(run: RunDirectory, config: Config) -> Config:
+    """A run keeps the files of its tokenizer: they serve where those that the config names are gone."""
+    named = config.data.tokenizer
+    if named in (None, "byte", "bpe") or Path(named).exists() or not run.tokenizer.is_dir():
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(run.tokenizer)))
 
 
 _MOST_CONFIG_BYTES = 16 << 20

@@ -100,7 +100,7 @@ class ModelConfig:
     target: str = fixed("stoker.models.decoder:build")  # import path pkg.mod:function of the builder
     name: str = free("model")  # for run names and tables
     family: str | None = free()  # of exports: llama | mistral | qwen2 | qwen3; default: by shape
-    init_from: str | None = fixed()  # directory to take shape and weights from: Hugging Face's or a run's
+    init_from: str | None = fixed()  # directory to take shape, weights and tokenizer from: Hugging Face's or a run's
     native: bool | None = fixed()  # with init_from: Stoker's own modules (true) or transformers'; default: where equal
     config: Any = fixed()  # for model=transformers: a config.json, its folder or its values; default: init_from's
     init_only: list[str] = fixed([])  # with init_from: take these parameters (`layers.*`) only; default: all
@@ -145,7 +145,7 @@ class DataConfig:
     weights: dict[str, Any] = maths({})  # share of the tokens by source; default: those in data.sources
     temperature: float = maths(1.0)  # weights to the power 1/temperature: above 1 small sources get more
     phases: list[dict[str, Any]] = maths([])  # weights from a step on: [{from_step: 1000, weights: {a: 1, b: 3}}]
-    tokenizer: str | None = fixed("byte")  # byte | bpe (trained on the data at first use) | path; null: the data's
+    tokenizer: str | None = fixed("byte")  # byte | bpe (trained on the data) | path; null: the data's; or init_from's
     bpe_vocab: int = fixed(8192)  # vocabulary of tokenizer=bpe
     end_of_document: str | None = fixed()  # token that closes a document; default: the tokenizer's end token
     tiktoken_pattern: str | None = fixed()  # regex that cuts texts for a .tiktoken file; default: by its token count

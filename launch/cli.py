@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import os
 import pydoc
 import shutil
 import signal
@@ -74,7 +75,15 @@ def main(words: Sequence[str] | None = None) -> int:
             trusted = ["run.trust=true"] if getattr(options, "trust", False) else []
             settings = [*options.overrides, *more]  # they may stand on both sides of an option
             options.overrides = expand([*files, *folders, *settings, *trusted], say)
-        return options.command(options)
+        status = options.command(options)
+        sys.stdout.flush()  # here, and not when the interpreter ends: a closed pipe is no error of the command
+        return status
+    except BrokenPipeError as error:
+        if not _reader_is_gone():
+            print(printable(f"stoker: {reason(error)}"), file=sys.stderr)
+            return 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in the buffer
+        return 128 + signal.SIGPIPE
     except ConfigError as error:
         print(printable(f"stoker: {error}"), file=sys.stderr)
         return 2
@@ -86,6 +95,15 @@ def main(words: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _reader_is_gone() -> bool:
+    """Whether the standard output leads to a program that has ended, as in `| head`."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -235,7 +253,6 @@ def _config(options: argparse.Namespace) -> int:
     from stoker.parallel.layout import batch_plan, layout_of
 
     validate(config, world, gpus=world)  # for ranks anywhere, not the GPUs of this machine
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the command silently
     layout = layout_of(config, world)
     for line in lines_of(layout, batch_plan(config, layout), shutil.get_terminal_size((120, 24)).columns):
         print(line)

@@ -45,7 +45,7 @@ def _replicas(start: Start) -> str | None:
         return None
     return (
         f"parallel.dp_replicate={replicas} does not divide {dp} data-parallel ranks: "
-        f"{either(around(replicas, divisors(dp)))} does"
+        f"parallel.dp_replicate={either(around(replicas, divisors(dp)))} does"
     )
 
 
@@ -72,7 +72,7 @@ def _micro(start: Start) -> str | None:
         return None
     return (
         f"batch.micro_size={micro} does not divide the {rows // dp} rows of a rank "
-        f"(batch.size={rows} over {dp}): {either(around(micro, divisors(rows // dp)))} does"
+        f"(batch.size={rows} over {dp}): batch.micro_size={either(around(micro, divisors(rows // dp)))} does"
     )
 
 
@@ -108,12 +108,16 @@ def _interleaving(start: Start) -> str | None:
     wanted = start.config.parallel
     interleaved, several = wanted.schedule == "interleaved", wanted.stages_per_rank > 1
     seen = f"parallel.schedule={wanted.schedule} with parallel.stages_per_rank={wanted.stages_per_rank}"
+    if (several or interleaved) and wanted.pp == 1:
+        return (
+            f"{seen} and parallel.pp=1: without a pipeline parallel.schedule=1f1b with parallel.stages_per_rank=1 "
+            f"works, and a pipeline is parallel.pp=2 with launch.nproc={2 * start.world} and "
+            f"parallel.schedule=interleaved and parallel.stages_per_rank={max(2, wanted.stages_per_rank)}, or more"
+        )
     if several and not interleaved:
         return f"{seen}: several stages on a rank need parallel.schedule=interleaved"
     if interleaved and not several:
-        return f"{seen}: interleaving needs parallel.stages_per_rank=2 or more, otherwise use 1f1b"
-    if several and wanted.pp == 1:
-        return f"{seen} and parallel.pp=1: a pipeline needs parallel.pp=2 or more"
+        return f"{seen}: interleaving needs parallel.stages_per_rank=2 or more, or use parallel.schedule=1f1b"
     return None
 
 
@@ -126,10 +130,12 @@ def _zero_bubble(start: Start) -> str | None:
     schedule = start.config.parallel.schedule
     if schedule not in ZERO_BUBBLE:
         return None
+    works = "parallel.schedule=interleaved with parallel.stages_per_rank=2 or more has a small bubble too"
+    if start.config.parallel.pp == 1:
+        works = "parallel.schedule=1f1b works, as parallel.pp=1 is no pipeline"
     return (
         f"parallel.schedule={schedule}: the split backward of zero-bubble schedules adds weight gradients up in the "
-        "compute dtype and past the hooks that reduce them; parallel.schedule=interleaved with "
-        "parallel.stages_per_rank=2 or more has a small bubble too"
+        f"compute dtype and past the hooks that reduce them; {works}"
     )
 
 
@@ -142,7 +148,8 @@ def _full_pipeline(start: Start) -> str | None:
         return None
     stages = wanted.pp
     advice = f"batch.micro_size={plan.rank_rows // stages}" if plan.rank_rows % stages == 0 else None
-    advice = advice or f"batch.size={stages * plan.micro_rows * plan.rows // plan.rank_rows}"
+    rows = stages * plan.micro_rows * plan.rows // plan.rank_rows
+    advice = advice or f"batch.size={rows} with batch.micro_size={plan.micro_rows}"
     return f"{plan.micro_batches} micro-batches do not fill {stages} pipeline stages: {advice} does"
 
 

@@ -84,7 +84,7 @@ def run(
                 pool.end()
 
 
-def exit_statuses(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 120.0) -> list[int]:
+def exit_statuses(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 240.0) -> list[int]:
     """Run `function(*arguments)`, which ends its process, on fresh ranks without process groups; status of each.
 
     When one ends with another status than 0 the others are killed at once, as a launcher does.

@@ -48,7 +48,7 @@ def _evaluation(start: Start) -> str | None:
     every, rows = start.config.eval.every or 0, start.config.eval.sequences
     if every > 0 and rows == 0:
         size = start.config.batch.size
-        return f"eval.every={every} with eval.sequences=0 evaluates nothing: set eval.sequences, such as {size}"
+        return f"eval.every={every} with eval.sequences=0 evaluates nothing: set eval.sequences={size}"
     data = start.config.data
     if rows and data.validation == 0 and data.validation_path is None and not data.sources:
         return (
@@ -69,8 +69,9 @@ def _best_checkpoints(start: Start) -> str | None:
         return None
     if every > 0 and wanted.every % every == 0:
         return None
+    asked = f"eval.every={every}" if start.config.eval.every is not None else f"an evaluation every {every} steps"
     return (
-        f"checkpoint.keep_best={wanted.keep_best} with checkpoint.every={wanted.every} and eval.every={every}: "
+        f"checkpoint.keep_best={wanted.keep_best} with checkpoint.every={wanted.every} and {asked}: "
         f"eval.every={wanted.every} measures every checkpoint (with eval.sequences above 0)"
     )
 
@@ -96,7 +97,7 @@ def _faults(start: Start) -> str | None:
         if fault.rank >= start.world:
             return f"faults: {fault.name} is for rank {fault.rank} of {start.world}: rank 0 to {start.world - 1} work"
         if fault.at > start.config.steps:
-            return f"faults: {fault.name} is for step {fault.at} of {start.config.steps}"
+            return f"faults: {fault.name} is for step {fault.at} of {start.config.steps}: steps={fault.at} has it"
     return None
 
 

@@ -3,7 +3,7 @@
     compose    the overrides over the groups and defaults of conf/, with absolute paths
     resume     a run that exists: its stored config with the overrides; otherwise a check that no run is overwritten
     targets    import paths of models, data and optimizers lead to something that can be called
-    adopt      the shape of a model imported by `model.init_from`, and a link in the place of `checkpoints`
+    adopt      shape and tokenizer of the model in `model.init_from`, and a link in the place of `checkpoints`
     budget     `tokens` or `data.epochs` as steps, at the first start
     fit        under a launcher that found another number of machines: the layout that fits them
     validate   limits, refusals of all rooms, places and imported weights
@@ -125,6 +125,8 @@ def adopt(request: Request, draft: Draft) -> Draft:
         from stoker.trainer.pretrained import adopt_shape  # most starts do not need its imports
 
         config = adopt_shape(config, request.overrides)
+        if config.data.tokenizer != draft.config.data.tokenizer:
+            request.tell(f"data.tokenizer={config.data.tokenizer}: the one of model.init_from")
     elif draft.stored is None and config.model.config is not None:
         from stoker.trainer.pretrained import with_settled
 

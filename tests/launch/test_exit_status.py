@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +75,19 @@ def damaged(patch: pytest.MonkeyPatch, run: RunDirectory) -> int:
     return main(["checkpoint", "ls", str(run.path)])
 
 
+def unread(*words: str) -> Status:
+    """A command whose output nothing reads."""
+
+    def status(patch: pytest.MonkeyPatch, run: RunDirectory) -> int:
+        end, begin = os.pipe()
+        os.close(end)
+        with os.fdopen(begin, "w") as pipe:
+            patch.setattr(sys, "stdout", pipe)
+            return main(words)
+
+    return status
+
+
 ROWS: dict[str, list[tuple[Status, int]]] = {
     "the command has done what it was asked": [
         (command("config"), 0),
@@ -110,6 +124,10 @@ ROWS: dict[str, list[tuple[Status, int]]] = {
     "a deadline or a time limit": [(trained(Outcome.PREEMPTED), 75)],
     "SIGTERM, SIGUSR1 or SIGHUP": [
         (trained(Outcome.PREEMPTED, number), 128 + number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    ],
+    "the program that reads the output": [
+        (unread("config"), 141),
+        (unread("config", "--layout", "launch.nproc=64", "batch.size=64"), 141),
     ],
     "Ctrl-C twice": [(trained(None, signal.SIGINT), 130), (interrupted, 130)],
 }

@@ -1,4 +1,7 @@
-"""The decoder whose loss, and then whose gradients, are far too large in one step each: its target is `build`."""
+"""The decoder whose loss, and then whose gradients, are far too large in one step each: its target is `build`.
+
+Its gradients are a thousandth of a decoder's, so that no usual loss is below a ceiling of the norm.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from stoker.parallel.model import Part
 
 LOSS, NORM = 26, 29  # steps
 FACTOR = 100.0
+USUAL = 1e-3  # of the gradients
 
 
 class Spiking(Decoder):
@@ -18,9 +22,9 @@ class Spiking(Decoder):
     def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None) -> Tensor:
         loss = super().forward(x, positions, documents, labels)
         self.calls += self.training
-        if self.calls == LOSS:
-            return loss + (FACTOR - 1) * loss.detach()
-        return FACTOR * loss - (FACTOR - 1) * loss.detach() if self.calls == NORM else loss
+        value = FACTOR * loss.detach() if self.calls == LOSS else loss.detach()
+        factor = FACTOR * USUAL if self.calls == NORM else USUAL
+        return value + factor * (loss - loss.detach())
 
 
 def build(config: ModelConfig, part: Part) -> nn.Module:

@@ -63,7 +63,7 @@ TOGETHER = {
             ["parallel.dp_replicate=3"],
             4,
             0,
-            "parallel.dp_replicate=3 does not divide 4 data-parallel ranks: 2 or 4 does",
+            "parallel.dp_replicate=3 does not divide 4 data-parallel ranks: parallel.dp_replicate=2 or 4 does",
         ),
     ],
     "rows over ranks": [
@@ -76,21 +76,27 @@ TOGETHER = {
             ["batch.micro_size=5"],
             2,
             0,
-            "batch.micro_size=5 does not divide the 16 rows of a rank (batch.size=32 over 2): 4 or 8",
+            "batch.micro_size=5 does not divide the 16 rows of a rank (batch.size=32 over 2): batch.micro_size=4 or 8",
         ),
-        (["batch.micro_size=33"], 1, 0, ": 32 does"),
+        (["batch.micro_size=33"], 1, 0, ": batch.micro_size=32 does"),
     ],
     "tensor parallelism": [
         (
             ["parallel.tp=3", "seq_len=513"],
             3,
             0,
-            "parallel.tp=3 does not go with model.num_attention_heads=8, model.intermediate_size=704: 2 or 4 does",
+            "model.intermediate_size=704: parallel.tp=2 with launch.nproc=2, or parallel.tp=4 with launch.nproc=4 does",
         ),
-        (["parallel.tp=16", "batch.micro_size=8"], 16, 0, "does not go with model.num_attention_heads=8: 8 does"),
+        (
+            ["parallel.tp=16", "batch.micro_size=8"],
+            16,
+            0,
+            "does not go with model.num_attention_heads=8: parallel.tp=8 does",
+        ),
         (
             [
                 "parallel.tp=4",
+                "seq_len=516",
                 "model.num_attention_heads=12",
                 "model.num_key_value_heads=6",
                 "model.hidden_size=384",
@@ -98,7 +104,7 @@ TOGETHER = {
             ],
             4,
             0,
-            "parallel.tp=4 does not go with model.num_key_value_heads=6: 3 or 6 does",
+            "parallel.tp=4 does not go with model.num_key_value_heads=6: parallel.tp=3 with launch.nproc=3, or ",
         ),
     ],
     "sequence parallelism": [
@@ -116,23 +122,34 @@ TOGETHER = {
             ["parallel.pp=7", "batch.micro_size=1"],
             7,
             0,
-            "are 7 stages for model.num_hidden_layers=6: at most 6 stages work",
+            "are 7 stages for model.num_hidden_layers=6: parallel.pp=6 with launch.nproc=6 does",
         ),
         (
-            ["parallel.pp=4", "parallel.stages_per_rank=2", "parallel.schedule=interleaved", "batch.micro_size=1"],
+            [
+                "parallel.pp=4",
+                "parallel.stages_per_rank=2",
+                "parallel.schedule=interleaved",
+                "batch.micro_size=1",
+                "batch.size=36",
+            ],
             4,
             0,
-            "are 8 stages for model.num_hidden_layers=6",
+            "are 8 stages for model.num_hidden_layers=6: parallel.pp=3 with launch.nproc=3 does",
         ),
     ],
     "interleaving": [
         (["parallel.pp=2", "parallel.stages_per_rank=2"], 2, 0, "need parallel.schedule=interleaved"),
         (["parallel.pp=2", "parallel.schedule=interleaved"], 2, 0, "needs parallel.stages_per_rank=2 or more"),
-        (["parallel.schedule=interleaved", "parallel.stages_per_rank=2"], 1, 0, "needs parallel.pp=2 or more"),
+        (
+            ["parallel.schedule=interleaved", "parallel.stages_per_rank=2"],
+            1,
+            0,
+            "and a pipeline is parallel.pp=2 with launch.nproc=2",
+        ),
     ],
     "zero bubble": [
         (["parallel.schedule=zbv", "parallel.pp=2"], 2, 0, "parallel.schedule=zbv: the split backward of zero-bubble"),
-        (["parallel.schedule=zero_bubble"], 1, 0, "parallel.schedule=interleaved with parallel.stages_per_rank=2 or"),
+        (["parallel.schedule=zero_bubble"], 1, 0, "parallel.schedule=1f1b works, as parallel.pp=1 is no pipeline"),
     ],
     "full pipeline": [
         (
@@ -141,7 +158,12 @@ TOGETHER = {
             0,
             "2 micro-batches do not fill 4 pipeline stages: batch.micro_size=8",
         ),
-        (["parallel.pp=4", "batch.size=3"], 4, 0, "1 micro-batches do not fill 4 pipeline stages: batch.size=12"),
+        (
+            ["parallel.pp=4", "batch.size=3"],
+            4,
+            0,
+            "1 micro-batches do not fill 4 pipeline stages: batch.size=12 with batch.micro_size=3",
+        ),
     ],
     "interleaved rounds": [
         (
@@ -173,7 +195,7 @@ TOGETHER = {
             ["model.num_key_value_heads=3"],
             1,
             0,
-            "model.num_key_value_heads=3 does not divide model.num_attention_heads=8: 2 or 4 does",
+            "=3 does not divide model.num_attention_heads=8: model.num_key_value_heads=2 or 4 does",
         )
     ],
     "width of a head": [
@@ -190,7 +212,7 @@ TOGETHER = {
             ["eval.every=10", "eval.sequences=0"],
             1,
             0,
-            "eval.every=10 with eval.sequences=0 evaluates nothing: set eval.sequences, such as 32",
+            "eval.every=10 with eval.sequences=0 evaluates nothing: set eval.sequences=32",
         ),
         (["eval.sequences=8", "data.validation=0"], 1, 0, "no document is kept for validation"),
     ],
@@ -210,13 +232,13 @@ TOGETHER = {
     "faults": [
         (["faults=[{at: 7, do: kil}]"], 1, 0, "{at: 7, do: kil}: do must be one of kill, "),
         (["faults=[{at: 7, do: kill, rank: 2}]"], 2, 0, "is for rank 2 of 2: rank 0 to 1 work"),
-        (["faults=[{at: 201, do: oom}]"], 1, 0, "is for step 201 of 200"),
+        (["faults=[{at: 201, do: oom}]"], 1, 0, "is for step 201 of 200: steps=201 has it"),
     ],
     "DeepSpeed and pipelines": [
         ([*DEEPSPEED, "parallel.pp=2", "parallel.zero=2"], 2, 0, "parallel.zero=1 works, or parallel.engine=fsdp"),
     ],
     "DeepSpeed and fp32 modules": [
-        ([*DEEPSPEED, "fp32_modules=[head]"], 2, 0, "parallel.engine=fsdp works, or precision=fp32"),
+        ([*DEEPSPEED, "fp32_modules=[head]"], 2, 0, "parallel.engine=fsdp works, or fp32_modules=[]"),
     ],
     "DeepSpeed ZeRO 3 and compile": [
         ([*DEEPSPEED, "parallel.zero=3", "compile=true"], 2, 0, "parallel.zero=2 works"),
@@ -230,11 +252,16 @@ TOGETHER = {
         ),
     ],
     "NVMe": [
-        (["parallel.offload=nvme"], 2, 0, "with parallel.engine=fsdp: parallel.engine=deepspeed works, or"),
+        (
+            ["parallel.offload=nvme"],
+            2,
+            0,
+            "with parallel.engine=fsdp: parallel.engine=deepspeed with parallel.nvme_path=DIRECTORY",
+        ),
         ([*DEEPSPEED, "parallel.offload=nvme"], 2, 0, "needs parallel.nvme_path=DIRECTORY on a local disk"),
     ],
     "DeepSpeed settings": [
-        (["parallel.deepspeed={a: 1}"], 2, 0, "these settings are for parallel.engine=deepspeed"),
+        (["parallel.deepspeed={dump_state: true}"], 2, 0, "these settings are for parallel.engine=deepspeed"),
         ([*DEEPSPEED, "parallel.deepspeed={train_batch_size: 8}"], 2, 0, "batch.size"),
     ],
     "credentials": [
