@@ -67,7 +67,7 @@ _NAMES: tuple[tuple[str, Answer], ...] = (
     ("run_name wandb_run_name experiment_name", Answer("run.name={}", "first")),
     ("resume resume_from_checkpoint resume_from auto_resume", Answer("run.dir=runs/a", note="that of the run: a start "
      "on a run directory that holds checkpoints goes on from the newest")),
-    ("report_to logger_name", Answer("tracker={}", "wandb")),
+    ("report_to logger_name tracker.name", Answer("tracker={}", "wandb")),
     ("wandb_log use_wandb enable_wandb wandb", Answer("tracker=wandb")),
     ("wandb_project project_name", Answer("tracker.project={}", "stoker")),
     ("model_name_or_path base_model checkpoint_dir pretrained_model_name_or_path initial_checkpoint_dir hf_path",

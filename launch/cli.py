@@ -74,7 +74,8 @@ def main(words: Sequence[str] | None = None) -> int:
             folders = [f"--config-dir={folder}" for folder in options.config_dir]
             trusted = ["run.trust=true"] if getattr(options, "trust", False) else []
             settings = [*options.overrides, *more]  # they may stand on both sides of an option
-            options.overrides = expand([*files, *folders, *settings, *trusted], say)
+            given = [*files, *folders, *settings, *trusted]
+            options.overrides = given if getattr(options, "multirun", False) else expand(given, say)
         status = options.command(options)
         sys.stdout.flush()  # here, and not when the interpreter ends: a closed pipe is no error of the command
         return status
@@ -137,12 +138,17 @@ class _OneLineEach(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=16)
         self._action_max_length = 14
 
+    def _format_action(self, action: argparse.Action) -> str:
+        text = super()._format_action(action)
+        return text.partition("\n")[2] if isinstance(action, argparse._SubParsersAction) else text  # less its own line
+
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = _Parser(prog="stoker", description=DESCRIPTION, formatter_class=_OneLineEach, add_help=False)
     top.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-    top.add_argument("--version", action="version", version=f"stoker {stoker.__version__}")
+    version = f"stoker {stoker.__version__}"
+    top.add_argument("--version", action="version", version=version, help=argparse.SUPPRESS)  # the help is one screen
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str, more: str = "") -> argparse.ArgumentParser:
@@ -153,6 +159,7 @@ def parser() -> argparse.ArgumentParser:
 
     train = add("train", _train, "Train on this machine, or resume the run in run.dir.", TRAIN_EXAMPLES)
     arguments.add_settings(train)
+    train.add_argument("-m", "--multirun", action="store_true", help="a run for each combination: `stoker sweep`")
     arguments.add_trust(train)
 
     config = add("config", _config, "Print the composed, validated config and exit.", CONFIG_EXAMPLES)
@@ -224,6 +231,10 @@ def _help(command: argparse.ArgumentParser, _: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.multirun:
+        from stoker.launch.sweep import sweep
+
+        return sweep(options.overrides)
     from stoker.launch.train import train
 
     return train(options.overrides)

@@ -53,12 +53,11 @@ def _tensor_parallel(start: Start) -> str | None:
         uneven.append(f"model.num_key_value_heads={kv_heads}")
     if not uneven:
         return None
-    works, pp, dp = [], start.config.parallel.pp, start.dp
+    works, pp = [], start.config.parallel.pp
     for fitting in around(tp, filter(shares_kv_heads, divisors(math.gcd(heads, hidden)))):
-        whole = dp is None or start.world % (fitting * pp) == 0  # else: as many replicas as now
-        works.append(
-            f"parallel.tp={fitting}" + ("" if dp is None or whole else f" with launch.nproc={dp * pp * fitting}")
-        )
+        ranks = start.world if start.dp is None else start.dp * pp * fitting  # as many replicas as now
+        whole = start.dp is None or start.world % (fitting * pp) == 0
+        works.append(f"parallel.tp={fitting}" + ("" if whole else f" with launch.nproc={ranks}"))
     return f"parallel.tp={tp} does not go with {', '.join(uneven)}: {', or '.join(works)} does"
 
 

@@ -22,6 +22,7 @@ class ControlFlag(enum.StrEnum):
     SAVE = "save"  # a checkpoint was requested
     SAVE_FAILED = "save_failed"  # a save or an upload failed
     SUPERSEDED = "superseded"  # another start of the run has begun
+    FINISH = "finish"  # an observer of the user's ends the run
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class Trainer:
     booking: Booking | None = field(default=None, init=False)  # on global rank 0, once training
     failed_save: str | None = field(default=None, init=False)  # why a save failed, as this rank knows it
     saved: dict[str, float] = field(default_factory=dict, init=False)  # metrics of the save that ended in this step
+    finished_by: str | None = field(default=None, init=False)  # why an observer ends the run, on global rank 0
     _step: int = field(default=0, init=False)  # the last one begun
     _stragglers: Stragglers = field(default_factory=Stragglers, init=False)
     _seen_gradients: bool = field(default=False, init=False)  # were parameters without a gradient looked for?
@@ -70,7 +71,8 @@ class Trainer:
         last = self._is_last(self.progress.step)
         if last and self.observers is not None:
             self.observers.message(self._nothing_to_do())
-        for step in self.steps(self.config.steps):
+        ended = any(self.mesh.any([self._asked_to_finish() is not None]))  # by an observer, before it was resumed
+        for step in () if ended else self.steps(self.config.steps):
             with self.profiler.step(step) as profiled:
                 self.phase(step, Phase.DATA)
                 with record_function("stoker.data"):
@@ -160,7 +162,10 @@ class Trainer:
         log.error(what)
 
     def state(self) -> dict[str, Any]:
-        """Everything that is not a tensor: equal on every rank and loadable by any layout."""
+        """Everything that is not a tensor: loadable by any layout, and but for the observers' equal on every rank.
+
+        Rank 0's is stored.
+        """
         return {
             "progress": asdict(self.progress),
             "engine": self.engine.state(),
@@ -169,6 +174,7 @@ class Trainer:
             "loss": self.progress.loss,
             VALIDATION_LOSS: self.progress.val_loss if self.progress.val_step == self.progress.step else None,
             "config": to_dict(self.config),
+            **({"observers": kept} if self.observers is not None and (kept := self.observers.state()) else {}),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -177,6 +183,9 @@ class Trainer:
         self.engine.load_state(state["engine"])
         self.engine.shards_written()
         self.progress = Progress(**state["progress"])
+        if self.observers is not None:
+            self.observers.load_state(state.get("observers"))
+            self.finished_by = None
 
     def steps(self, last: int) -> Iterator[int]:
         """The steps to train, to `last` or to the end of the data: those of `skip_steps` and those found bad are passed
@@ -245,7 +254,19 @@ class Trainer:
         if self._failing:
             self._failing = False
             votes |= {ControlFlag.SAVE_FAILED}
+        if self._asked_to_finish() is not None:
+            votes |= {ControlFlag.FINISH}
+        if self.observers is not None and self.observers.wants_save():
+            votes |= {ControlFlag.SAVE}
         return votes
+
+    def _asked_to_finish(self) -> str | None:
+        """Why an observer of the user's ends the run, on global rank 0."""
+        if self.observers is not None and self.finished_by is None:
+            self.finished_by = self.observers.stop_reason()
+            if self.finished_by is not None:
+                self.observers.message(f"the run ends: {self.finished_by}")
+        return self.finished_by
 
     def _saves_at(self, step: int) -> bool:
         every = self.config.checkpoint.every

@@ -320,9 +320,10 @@ def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:
     progress = trainer.progress
     if outcome == Outcome.COMPLETED and progress.step and not progress.updates:
         outcome = Outcome.FAILED
+    finished = next((text for text in trainer.mesh.all_gather_text(trainer.finished_by or "") if text), "")
     messages = {
         Outcome.FAILED: _why_nothing_was_learned(trainer),
-        Outcome.COMPLETED: f"completed at step {step}",
+        Outcome.COMPLETED: f"completed at step {step}" + (f", ended by {finished}" if finished else ""),
         Outcome.STOPPED: f"stopped at step {step}, saved ({why})",
         Outcome.PREEMPTED: f"preempted at step {step}, saved ({why})",
         Outcome.NONFINITE: _why_bad(trainer),

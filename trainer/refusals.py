@@ -109,3 +109,27 @@ def _several_machines(start: Start) -> str | None:
     if start.config.launch.name != "local" or nodes == 1:
         return None
     return f"launch.nodes={nodes} with launch=local, which is this machine: `stoker submit launch=slurm` has several"
+
+
+@REFUSALS.entry(
+    "containers",
+    "launch=kubernetes or skypilot without launch.image, and without a place that outlives a pod",
+    "pods have nothing to run, or their checkpoints are lost with them",
+)
+def _containers(start: Start) -> str | None:
+    launch = start.config.launch
+    if launch.name not in ("kubernetes", "skypilot"):
+        return None
+    if launch.image is None:
+        return f"launch={launch.name} needs launch.image, a container image with Stoker (docs/containers.md builds one)"
+    if launch.nodes > 1 and launch.volume is None:
+        return (
+            f"launch.nodes={launch.nodes} with launch={launch.name} needs launch.volume, a volume that all pods mount: "
+            "they share the run directory"
+        )
+    if launch.volume is None and start.config.checkpoint.remote is None:
+        return (
+            f"launch={launch.name} needs launch.volume or checkpoint.remote: the run directory and its checkpoints are "
+            "lost with a pod"
+        )
+    return None

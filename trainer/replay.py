@@ -69,7 +69,8 @@ def replay(
         if fault.do == "nan" and fault.at <= step < fault.at + fault.steps and run.struck(fault.name).exists()
     ]
     poison = NaNInjector(struck[0].read_text() or None) if struck else nullcontext()
-    config = dataclasses.replace(config, faults=[], tracker=dataclasses.replace(config.tracker, name="none"))
+    tracker = dataclasses.replace(config.tracker, names=[])
+    config = dataclasses.replace(config, faults=[], tracker=tracker, observers=[])
     with (
         Scratch("stoker-replay-") as folder,
         _assembled(run, config, step, folder) as trainer,

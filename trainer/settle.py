@@ -27,7 +27,7 @@ from stoker.conf.compose import compose as compose_groups
 from stoker.conf.resume import Change
 from stoker.conf.rundir import RunDirectory, first_tier, refuse_links, resolve, run_directory
 from stoker.conf.schema import Config, ModelConfig, lookup
-from stoker.conf.targets import import_target
+from stoker.conf.targets import import_target, target_and_arguments
 from stoker.conf.values import ConfigError
 from stoker.parallel import layout
 from stoker.trainer import validate as rooms
@@ -106,6 +106,7 @@ def targets(request: Request, draft: Draft) -> Draft:
     config = draft.config
     code = code_of(config, (MODEL, DATA, OPTIM))
     named = {key: path for key, path in code.items() if key.rpartition(".")[2] in ("target", "splits", "map")}
+    named |= {f"observers[{at}]": target_and_arguments(entry)[0] for at, entry in enumerate(config.observers)}
     own = ("model.target", config.model.target), ("optim.target", config.optim.target)  # Stoker's own may be misspelt
     for key, path in dict(own, **named).items():
         if not isinstance(path, str) or path == ModelConfig().target:  # that of most runs

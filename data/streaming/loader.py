@@ -111,7 +111,6 @@ class StreamingLoader:
         assert step > self._step, "steps only increase"
         while self._step < step - 1 and not self.exhausted:
             self.next()
-        self._step = step - 1
 
     def next(self) -> Batch:
         """This rank's rows of the next global batch, `[batch_rows / dp, seq_len]`.

@@ -39,6 +39,9 @@ SUBMITTED = "submit"  # a note's move, beside those of `verdict.Move`
 RANKS_DEFAULT = 2  # on a node without GPUs
 
 
+NODE = "stoker.launch.slurm.node"
+
+
 @dataclass(frozen=True)
 class Job:
     """Slurm's environment variables of a batch script."""
@@ -86,6 +89,11 @@ def settings_of(job: Job, settings: Sequence[str]) -> list[str]:
     elif job.task is not None and "{task}" not in settings[place]:
         chosen[place] = f"{chosen[place]}/{job.task}"
     return chosen
+
+
+def own_file(job: Job, setting: str) -> str:
+    """`--config=.../{task}.yaml` with this job's task: a file of settings for each."""
+    return setting.replace("{task}", job.task or "0") if setting.startswith("--config=") else setting
 
 
 def stalled_attempts(run: RunDirectory, job: str) -> int:
@@ -159,7 +167,7 @@ class Batch:
         words += ["--kill-on-bad-exit=1", "--export=ALL"]
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
             words.append(f"--cpus-per-task={cpus}")  # since 22.05 srun does not take the job's
-        return [*words, *self.config.launch.srun_args, sys.executable, "-P", "-m", "stoker.launch.slurm.node"]
+        return [*words, *self.config.launch.srun_args, *in_container(self.config, self.run), "-P", "-m", NODE]
 
     def _pass_on(self, number: int, _frame: object) -> None:
         """The allocation ends soon. Slurm may have signalled the ranks too; a second signal has no effect."""
@@ -214,6 +222,23 @@ class Batch:
         return ending.message
 
 
+def in_container(config: Config, run: RunDirectory) -> list[str]:
+    """Options of srun, or a command, and the interpreter: of this machine, or of `launch.image`.
+
+    The working directory and the folder of the run directory are in a container where they are outside it.
+    """
+    launch, places = config.launch, dict.fromkeys([os.getcwd(), str(run.path.parent)])
+    if launch.image is None:
+        return [sys.executable]
+    if launch.container == "pyxis":
+        mounts = ",".join(f"{place}:{place}" for place in places)
+        return [f"--container-image={launch.image}", f"--container-mounts={mounts}",
+                f"--container-workdir={os.getcwd()}", "python3"]  # fmt: skip
+    binds = [word for place in places for word in ("--bind", place)]
+    gpu = ["--nv"] if launch.gpus else []
+    return ["apptainer", "exec", *gpu, *binds, "--pwd", os.getcwd(), launch.image, "python3"]
+
+
 def notes_file(run: RunDirectory) -> Path:
     """One JSON object for each job that was submitted, and for each decision of one."""
     return run.slurm / "jobs.jsonl"
@@ -254,12 +279,12 @@ def main(settings: Sequence[str]) -> int:
 
         again = job.restarts > 0 or job.link > 1
         config, changes = settle_config(
-            settings_of(job, expand(settings, say)),
+            settings_of(job, expand([own_file(job, setting) for setting in settings], say)),
             where,
             refitted=say,
             tell=say,
             restarted=again,
-            uses=(*TRAINING, "launch.srun_args"),
+            uses=(*TRAINING, "launch.srun_args", "launch.image"),
         )
         config.launch.name = "slurm"
         config.launch.nproc = config.launch.nproc or job.gpus or RANKS_DEFAULT

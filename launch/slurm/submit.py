@@ -6,9 +6,11 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from stoker.conf.durable import write_whole
+from stoker.conf.files import expand
 from stoker.conf.identity import identify
 from stoker.conf.overrides import parse
 from stoker.conf.rundir import RunDirectory, make_run_directory, run_directory
@@ -26,14 +28,53 @@ _PLAIN = re.compile(r"[\w@%+=:,./-]+")
 _BODY = "# --- what follows is the same for every job ---\n"
 
 
+@dataclass(frozen=True)
+class Start:
+    """A settled start, as a script."""
+
+    config: Config
+    run: RunDirectory  # of an array: the folder of its runs
+    tasks: str | None  # of an array
+    text: str
+
+
 def submit(overrides: Sequence[str], dry_run: bool) -> int:
     """Write the script and submit it, or print it. Raises ConfigError for a start that is refused."""
+    if dry_run:
+        print(settled(overrides).text, end="")
+    else:
+        submit_jobs(overrides)
+    return 0
+
+
+def submit_jobs(overrides: Sequence[str]) -> list[str]:
+    """Write the script and submit it; the numbers of its jobs. Raises ConfigError for a start that is refused."""
+    start = settled(overrides)
+    config, run = start.config, start.run
+    if config.run.fresh and start.tasks is None and (aside := begin_anew(run)) is not None:
+        say(f"files of the earlier run were moved to {aside}")
+    make_run_directory(run, config.run.public)
+    run.slurm.mkdir(exist_ok=True)
+    write_whole(run.script, start.text.encode())
+    owner = identify(run).run
+    remember(owner, config)
+    remember_script(owner, start.text)
+    jobs = submit_script(run, config.launch.chain)
+    say(f"submitted {run.script} as job {', then '.join(jobs)}; its output will be in {run.slurm}")
+    return jobs
+
+
+def settled(overrides: Sequence[str]) -> Start:
+    """The start that these settings make. `--config=.../{task}.yaml` is a file of settings for each task of an array.
+
+    Raises ConfigError.
+    """
     tasks = next((parse(word).value for word in overrides if word.startswith("launch.array=")), None)
     first = str(tasks).partition("-")[0].partition(",")[0] if tasks else "0"
-    words = [word.replace("{task}", first) for word in overrides]
+    words = expand([word.replace("{task}", first) for word in overrides], say)
     config, changes = settle_config(words, _where, tell=say, uses=(*TRAINING, SLURM))
     if config.launch.name != "slurm":
-        raise ConfigError(f"launch={config.launch.name}: set launch=slurm, and launch.nodes, launch.time, ...")
+        raise ConfigError(f"launch={config.launch.name}: set launch=slurm or kubernetes, and launch.nodes, ...")
     for change in changes:
         say(f"changed since the last start: {change}")
     run = run_directory(config)
@@ -45,21 +86,7 @@ def submit(overrides: Sequence[str], dry_run: bool) -> int:
         settings.insert(0, f"run.dir={Path(directory).expanduser().absolute()}")
     else:
         settings.insert(0, f"run.dir={run.path}")
-    text = script(config, run, settings)
-    if dry_run:
-        print(text, end="")
-        return 0
-    if config.run.fresh and not tasks and (aside := begin_anew(run)) is not None:
-        say(f"files of the earlier run were moved to {aside}")
-    make_run_directory(run, config.run.public)
-    run.slurm.mkdir(exist_ok=True)
-    write_whole(run.script, text.encode())
-    owner = identify(run).run
-    remember(owner, config)
-    remember_script(owner, text)
-    jobs = submit_script(run, config.launch.chain)
-    say(f"submitted {run.script} as job {', then '.join(jobs)}; its output will be in {run.slurm}")
-    return 0
+    return Start(config, run, str(tasks) if tasks else None, script(config, run, settings))
 
 
 def submit_script(run: RunDirectory, chain: int) -> list[str]:

@@ -401,7 +401,8 @@ def test_every_choice_of_every_group_may_start():
     for group in GROUPS:
         assert choices(group)
         for name in choices(group):
-            assert refusals_of(compose([f"{group}={name}"]), 1, 0) == ""
+            if name != "transformers":  # it needs a model.config
+                assert refusals_of(compose([f"{group}={name}"]), 1, 0) == ""
 
 
 def test_every_number_is_limited():

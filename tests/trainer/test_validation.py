@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from stoker.checkpoint import newest, read_tensors
+from stoker.checkpoint import VALIDATION_LOSS, newest, read_tensors
 from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.schema import Config
 from stoker.conf.targets import import_target
 from stoker.data import open_samples, read_rows
 from stoker.parallel.model import whole_model
 from stoker.trainer.facts import with_vocabulary
+from stoker.trainer.loop import Trainer
 from stoker.trainer.report.metrics import read
+from stoker.trainer.step_log import Progress
 from tests.launch.runs import overrides, train_here, write_text
 
 ROWS = 5  # over two data-parallel ranks one has a row less
@@ -80,3 +83,13 @@ def test_the_best_checkpoint_is_kept_and_its_weights_have_the_loss_that_was_writ
     config = with_vocabulary(read_config(run))
     for step, path in kept.items():
         assert loss_of(path, config) == pytest.approx(losses[step], rel=1e-5)
+
+
+@pytest.mark.parametrize(("step", "expected"), [(4, 1.5), (5, None)])
+def test_a_checkpoint_between_two_evaluations_has_no_validation_loss(step: int, expected: float | None) -> None:
+    rows, engine = SimpleNamespace(state=dict), SimpleNamespace(state=dict)
+    progress = Progress(step=step, val_loss=1.5, val_step=4)
+    trainer = SimpleNamespace(
+        progress=progress, rows=rows, engine=engine, config=Config(), mesh=SimpleNamespace(layout=None)
+    )
+    assert Trainer.state(trainer)[VALIDATION_LOSS] == expected  # type: ignore[arg-type]

@@ -204,7 +204,8 @@ def _stamp(step: str, phase: str, moment: str, pid: str, host: str, first_step: 
     if phase not in tuple(Phase):
         raise ValueError(f"this version of Stoker has no phase {phase!r}, but {', '.join(Phase)}")
     stamp = Stamp(int(step), Phase(phase), float(moment), int(pid), host, int(first_step))
-    if not is_sane(list(vars(stamp).values())) or stamp.pid < 1:  # others stand for groups of processes
+    possible = stamp.pid >= 1 and 0 <= stamp.time < 1e12  # other process ids stand for groups of processes
+    if not possible or not is_sane(list(vars(stamp).values())):
         raise ValueError("it is no stamp of a rank")
     return stamp
 

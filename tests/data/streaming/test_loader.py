@@ -59,6 +59,21 @@ def test_any_split_into_resumes_reads_the_same_batches(config, packing):
         assert digests(batches(opener, None, splits)) == expected, first
 
 
+def test_batches_that_a_rollback_leaves_out_are_passed_over_once(opener):
+    expected = digests(batches(opener, None))
+    with World(opener, dp=2) as world:
+        found = world.batches(2)
+        world.each(lambda stream: stream.pass_over(6))
+        found += world.batches(1)
+        state = world.state()
+        assert digests(found + world.batches()) == [*expected[:2], *expected[5:]]
+        world.each(lambda stream: stream.pass_over(len(expected) + 100))
+        assert world.batches() == []
+    with World(opener, dp=3) as world:
+        world.load(state)
+        assert digests(world.batches()) == expected[6:]
+
+
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_every_token_of_every_document_is_in_exactly_one_row_of_an_epoch(config, tmp_path, mask, epochs):

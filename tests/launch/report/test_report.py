@@ -1,0 +1,162 @@
+"""A report is made of every run directory, whole, damaged or hostile, and holds neither code nor addresses."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from stoker.conf.rundir import RunDirectory
+from stoker.launch.cli import main
+from stoker.launch.report.gather import gather
+from stoker.launch.report.other_forms import as_json, as_markdown
+from stoker.launch.report.page import page, segments
+from stoker.trainer.report.goodput import goodput
+from tests.launch.report.fabricated import SECONDS, a_run
+
+VOID = {"meta", "br"}
+HOSTILE = '"><script src=//x></script><img src=x onerror=alert(1)>\x1b[2J\u202e'
+
+
+class Markup(HTMLParser):
+    """The elements and attributes of a page. Raises AssertionError where they do not nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: Counter[str] = Counter()
+        self.attributes: set[str] = set()
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements[tag] += 1
+        self.attributes |= {name for name, _ in attributes}
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_a_page_has_charts_a_timeline_and_tables_and_needs_no_script_or_network(tmp_path: Path) -> None:
+    html = page([gather(str(a_run(tmp_path / "run").path))])
+    markup = Markup(html)
+    assert markup.elements["svg"] == 6  # loss, norm, rate, speed, step time, saves
+    assert not markup.elements.keys() & {"script", "link", "img", "iframe", "object", "a"}
+    assert not any(name.startswith("on") or name in ("src", "href") for name in markup.attributes)
+    assert "http:" not in html.replace("http-equiv", "") and "url(" not in html and "@import" not in html
+    shown = " ".join(markup.words)
+    for words in ("Timeline of the attempts", "Where the time went", "completed at step 60", "SIGKILL", "node-1"):
+        assert words in shown
+    for words in ("library", "skipped", "Saves", "Whole config", "optim.lr"):
+        assert words in shown
+
+
+def test_text_of_a_run_directory_never_becomes_markup(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", host="h<b>ost", message=HOSTILE, source=HOSTILE, name="<i>&")
+    tame = a_run(tmp_path / "tame", message="x", source="x")
+    markup, expected = (Markup(page([gather(str(each.path))])) for each in (run, tame))
+    assert markup.elements == expected.elements and markup.attributes == expected.attributes
+    assert "<script src=//x>" in "".join(markup.words), "it is shown as text"
+    assert not {"\x1b", "\u202e"} & set("".join(markup.words))
+    shown = as_markdown([gather(str(run.path))])
+    assert "<script" not in shown.replace("\\<script", "") and "\x1b" not in shown
+    assert json.loads(as_json([gather(str(run.path))]))["runs"][0]["name"] == "<i>&"
+
+
+def test_the_bars_of_an_attempt_are_the_seconds_of_the_books(tmp_path: Path) -> None:
+    run = gather(str(a_run(tmp_path / "run", attempts=4).path))
+    spent = goodput(RunDirectory(run.path))
+    assert run.seconds == pytest.approx(spent.seconds) and run.goodput == pytest.approx(spent.share)
+    for account in run.accounts:
+        bars = segments(account)
+        assert bars[0][1] == account.began and bars[-1][2] == pytest.approx(account.ended, abs=0.5)
+        assert sum(end - begin for _, begin, end in bars) == pytest.approx(sum(SECONDS.values()), abs=0.5)
+        assert all(before[2] == after[1] for before, after in pairwise(bars))
+    parts = [{book: end - begin for book, begin, end in segments(account)} for account in run.accounts]
+    lost = [part.get("lost", 0.0) for part in parts]
+    of_steps = sum(seconds for book, seconds in SECONDS.items() if book != "startup")
+    assert lost == pytest.approx([0.1 * of_steps] * 3 + [0.0]), "what came after the checkpoint that was resumed from"
+    assert [account.down_before for account in run.accounts] == pytest.approx([0.0, 30.0, 30.0, 30.0])
+
+
+def test_a_run_cut_at_any_byte_or_full_of_rubbish_has_a_report(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", steps=20, attempts=2)
+    chance = random.Random(1)
+    files = [run.metrics, run.config, run.seconds(1), run.outcome(1), run.beginning(2), run.attempt(1) / "rank-0.stamp"]
+    for file in files:
+        whole = file.read_bytes()
+        for cut in sorted(chance.sample(range(len(whole)), 12)):
+            spoiled = bytearray(whole)
+            spoiled[cut] = chance.randrange(256)
+            for data in (whole[:cut], bytes(spoiled), whole[cut:]):
+                file.write_bytes(data)
+                Markup(page([gather(str(run.path))]))
+        file.write_bytes(b'{"began": 1e308, "time": -1e308, "seconds": {"training": 1e308}}')
+        found = [gather(str(run.path))] * 2
+        Markup(page(found))
+        json.loads(as_json(found))
+        as_markdown(found)
+        file.write_bytes(whole)
+    assert gather(str(run.path)).problems == []
+    run.outcome(1).write_text("{}")
+    run.config.write_text("- a list")
+    damaged = gather(str(run.path))
+    assert [problem.partition(":")[0] for problem in damaged.problems] == ["config", "attempt 1"]
+    assert "2 parts could not be read" in page([damaged]) and "holds no config" in page([damaged])
+
+
+def test_a_directory_with_nothing_in_it_but_attempts_has_a_report(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.attempts.mkdir()
+    Markup(page([gather(str(tmp_path))]))
+
+
+def test_several_runs_are_overlaid_and_their_differences_named(tmp_path: Path) -> None:
+    runs = [gather(str(a_run(tmp_path / name, lr=lr).path)) for name, lr in (("a", 1e-3), ("b", 3e-4), ("c", 1e-4))]
+    shown = " ".join(Markup(page(runs)).words)
+    assert "Config differences" in shown and "optim.lr" in shown and "0.0003" in shown
+    table = as_markdown(runs)
+    assert "| a | 60 |" in table and "+0.0000" in table
+    found = json.loads(as_json(runs))["config_differences"]
+    assert found == [{"key": "optim.lr", "kind": "maths", "values": [1e-3, 3e-4, 1e-4]}]
+
+
+def test_the_command_writes_a_file_or_prints(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = a_run(tmp_path / "run")
+    assert main(["report", str(run.path)]) == 0
+    assert capsys.readouterr().out.startswith("report.html: a run, ")
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    assert main(["report", str(run.path), "--md"]) == 0
+    assert capsys.readouterr().out.startswith("# run\n")
+    assert main(["report", str(run.path), "--json", "-o", "run.json"]) == 0
+    stored = json.loads((tmp_path / "run.json").read_text())["runs"][0]
+    assert stored["last"]["step"] == 60 and stored["seconds"]["lost"] > 0 and len(stored["curves"]["loss"]) == 60
+    capsys.readouterr()
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
+    assert main(["report", *[str(run.path)] * 25]) == 2
+    assert "at most 24" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_report_of_100_000_steps_and_20_attempts_is_small_and_quick(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", steps=100_000, attempts=20)
+    began = time.process_time()
+    html = page([gather(str(run.path))])
+    assert time.process_time() - began < 10
+    assert len(html.encode()) < 3e6
+    Markup(html)

@@ -1,0 +1,60 @@
+"""A sweep that is killed over and over ends with the results of runs that were never disturbed."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from stoker.conf.rundir import RunDirectory
+from stoker.trainer.runtime.outcome import Outcome, read_ending
+from tests.launch.runs import (
+    assert_same_state,
+    command,
+    finish,
+    kill,
+    overrides,
+    started,
+    steps_of,
+    train_here,
+    wait_until_gone,
+    write_text,
+)
+
+KILLS, TRIALS = 20, 8
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_sweep_of_8_killed_20_times_ends_with_8_results_bit_equal_to_runs_alone(tmp_path: Path) -> None:
+    text, swept, chance = write_text(tmp_path / "text"), tmp_path / "swept", random.Random(7)
+    rates = ["1e-2", "3e-3", "1e-3", "3e-4"]
+    fixed = ["steps=6", "checkpoint.every=2", "launch.nproc=1", "parallel.zero=0", "log.every=6"]
+    small = [word for word in overrides(swept, text, *fixed) if not word.startswith(("optim.lr", "run.seed"))]
+    words = command("sweep", *small, f"optim.lr={','.join(rates)}", "run.seed=1,2")
+
+    def attempts() -> int:
+        return sum(len(RunDirectory(swept / str(number)).attempt_numbers()) for number in range(TRIALS))
+
+    for _ in range(KILLS):
+        before = attempts()
+        with started(tmp_path, words) as process:
+            deadline = time.monotonic() + 120
+            while attempts() == before and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            time.sleep(chance.random() * 2.5)  # among the start, the steps, the saves, and the next trial
+            kill(process.pid)
+            process.wait()
+            wait_until_gone(tmp_path)
+    status, output = finish(tmp_path, words, timeout=600)
+    assert status == 0, output
+    for number in range(TRIALS):
+        run, alone = RunDirectory(swept / str(number)), tmp_path / f"alone-{number}"
+        endings = [read_ending(run, attempt) for attempt in run.attempt_numbers()]
+        assert [e.outcome for e in endings if e is not None].count(Outcome.COMPLETED) == 1, "none is done twice"
+        own = [f"optim.lr={rates[number // 2]}", f"run.seed={1 + number % 2}", f"run.dir={alone}"]
+        train_here(tmp_path, [*[word for word in small if not word.startswith("run.dir")], *own])
+        assert steps_of(run.path) == steps_of(alone)
+        assert_same_state(run.path, alone)
