@@ -21,12 +21,11 @@ OWN_PLANS: dict[str, dict[str, str]] = {  # by model_type; added to transformers
         "layers.*.self_attn.query_layernorm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.key_layernorm": "replicated_with_grad_allreduce",
     },
-    "opt": {
-        "decoder.layers.*.self_attn.q_proj": "colwise",
-        "decoder.layers.*.self_attn.k_proj": "colwise",
-        "decoder.layers.*.self_attn.v_proj": "colwise",
-        "decoder.layers.*.self_attn.out_proj": "rowwise",
-        "decoder.layers.*.fc1": "colwise",
-        "decoder.layers.*.fc2": "rowwise",
+    "gpt2": {
+        "h.*.attn": "fused_heads",
+        "h.*.attn.c_attn": "conv1d_qkv",
+        "h.*.attn.c_proj": "conv1d_rowwise",
+        "h.*.mlp.c_fc": "conv1d_colwise",
+        "h.*.mlp.c_proj": "conv1d_rowwise",
     },
 }

@@ -12,15 +12,16 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stoker.models.embedding import lookup
+from stoker.models.transformers_family.conv1d import ColumnConv1D, FusedHeads, RowConv1D
+from stoker.models.transformers_family.packed import packed_entry
 from stoker.models.transformers_family.plans import OWN_PLANS
 from stoker.parallel.model import Role
 from stoker.parallel.registry import Entry, Piece
-from stoker.parallel.shards import Chunk, whole
+from stoker.parallel.shards import whole
 from stoker.parallel.tensor.axis import TensorAxis, sharded_entry
 from stoker.parallel.tensor.layers import (
     ColumnLinear,
@@ -29,7 +30,7 @@ from stoker.parallel.tensor.layers import (
     TensorLayer,
     VocabularyLayer,
 )
-from stoker.parallel.tensor.regions import enter, gather_channels, leave, split_channels
+from stoker.parallel.tensor.regions import enter, enter_last_channels, gather_channels, leave, split_channels
 
 _KV = ("k_proj", "v_proj", "k_b_proj", "v_b_proj")
 _ATTENTION = re.compile(r"\b(self_)?attn\b|\b(self_)?attention\b")
@@ -125,7 +126,7 @@ class _PackedColumn(_Column):
     def cut(self, axis: TensorAxis) -> list[Entry]:
         self.axis = axis
         names = ("weight", "bias") if self.bias is not None else ("weight",)
-        entries = [_packed_entry(name, self.get_parameter(name), 0, self.packed, axis, self.unit) for name in names]
+        entries = [packed_entry(name, self.get_parameter(name), 0, self.packed, axis, self.unit) for name in names]
         self.out_features //= axis.size
         return entries
 
@@ -144,8 +145,7 @@ class _SharedByHeads(TensorLayer, nn.Linear):
         out = super().forward(x)
         if self.axis is None:
             return out
-        latent, rotated = out.split([out.shape[-1] - self.rotated, self.rotated], -1)
-        return torch.cat([latent, enter(rotated, self.axis)], -1)
+        return enter_last_channels(out, self.rotated, self.axis)
 
 
 class _Experts(TensorLayer):
@@ -171,21 +171,6 @@ class _Experts(TensorLayer):
         return leave(out, self.axis)
 
 
-def _packed_entry(name: str, parameter: Tensor, dim: int, packed: int, axis: TensorAxis, unit: int = 1) -> Entry:
-    shape = tuple(parameter.shape)
-    part, rest = divmod(shape[dim], packed * unit)
-    if rest:
-        raise ValueError(f"{shape[dim]} channels are not {packed} projections of heads of {unit}")
-    share = axis.equal_share(part)
-    pieces = []
-    for number in range(packed):
-        sizes, here, there = list(shape), [0] * len(shape), [0] * len(shape)
-        sizes[dim] = len(share) * unit
-        here[dim], there[dim] = number * len(share) * unit, (number * part + share.start) * unit
-        pieces.append(Piece(Chunk(tuple(here), tuple(sizes)), Chunk(tuple(there), tuple(sizes))))
-    return Entry(name, shape, tuple(pieces))
-
-
 def _last_dim_entry(name: str, parameter: Tensor, axis: TensorAxis) -> Entry:
     shape = tuple(parameter.shape)
     return sharded_entry(name, shape, len(shape) - 1, axis.equal_share(shape[-1]))
@@ -197,7 +182,7 @@ def _kept_entry(name: str, parameter: Tensor, axis: TensorAxis) -> Entry:
 
 
 _OF_PARAMETERS: dict[str, Callable[[str, Tensor, TensorAxis], Entry]] = {
-    "packed_colwise": lambda name, parameter, axis: _packed_entry(name, parameter, parameter.dim() - 2, 2, axis),
+    "packed_colwise": lambda name, parameter, axis: packed_entry(name, parameter, parameter.dim() - 2, 2, axis),
     "colwise": lambda name, parameter, axis: sharded_entry(
         name, tuple(parameter.shape), parameter.dim() - 2, axis.equal_share(parameter.shape[-2])
     ),
@@ -249,6 +234,26 @@ def _experts(module: Any, name: str, config: Any, own: Mapping[str, str]) -> Non
     module.styles = dict(own)
 
 
+def _column_conv1d(module: Any, name: str, config: Any, own: Mapping[str, str], packed: int = 1) -> None:
+    unit = _unit(name, module.nf // packed, config)
+    _mix_in(module, ColumnConv1D)
+    module.unit, module.packed = unit, packed
+
+
+def _fused_conv1d(module: Any, name: str, config: Any, own: Mapping[str, str]) -> None:
+    _column_conv1d(module, name, config, own, packed=3)
+
+
+def _row_conv1d(module: Any, name: str, config: Any, own: Mapping[str, str]) -> None:
+    unit = _unit(name, module.weight.shape[0], config)
+    _mix_in(module, RowConv1D)
+    module.unit = unit
+
+
+def _fused_heads(module: Any, name: str, config: Any, own: Mapping[str, str]) -> None:
+    _mix_in(module, FusedHeads)
+
+
 _STYLES: dict[str, Callable[[Any, str, Any, Mapping[str, str]], None]] = {
     "colwise": _column,
     "rowwise": _row,
@@ -260,6 +265,11 @@ _STYLES: dict[str, Callable[[Any, str, Any, Mapping[str, str]], None]] = {
     "replicated_with_grad_allreduce": _inside,
     "mla_kv_a_proj": _latent,
     "moe_tp_experts": _experts,
+    # Of Stoker's own plans
+    "conv1d_colwise": _column_conv1d,
+    "conv1d_qkv": _fused_conv1d,
+    "conv1d_rowwise": _row_conv1d,
+    "fused_heads": _fused_heads,
 }
 
 

@@ -16,7 +16,11 @@ from torch import Tensor
 
 from stoker.parallel.tensor.axis import TensorAxis
 
-ENTERS, LEAVES = "enters", "leaves"  # `border` of an autograd function: for `stoker.parallel.tensor.check`
+ENTERS, LEAVES, ENTERS_IN_PART = (
+    "enters",
+    "leaves",
+    "enters in part",
+)  # `border` of an autograd function: for `stoker.parallel.tensor.check`
 
 
 def enter(x: Tensor, axis: TensorAxis) -> Tensor:
@@ -46,6 +50,11 @@ def leave(x: Tensor, axis: TensorAxis) -> Tensor:
 def gather_channels(x: Tensor, axis: TensorAxis) -> Tensor:
     """Out of a region: the channels of all ranks, one after the other, from this rank's `x` `[..., channels]`."""
     return _GatherChannels.apply(x, axis.group_name, axis.size, axis.rank)
+
+
+def enter_last_channels(x: Tensor, channels: int, axis: TensorAxis) -> Tensor:
+    """Into a region with the last `channels` of `x` `[..., all]`, which all ranks hold; the others stay outside."""
+    return _ForkLast.apply(x, channels, axis.group_name)
 
 
 def split_channels(x: Tensor, axis: TensorAxis) -> Tensor:
@@ -105,6 +114,18 @@ class _Fork(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return _all_reduce(gradient, ctx.group_name), None
+
+
+class _ForkLast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, channels: int, group_name: str) -> Tensor:
+        ctx.group_name, ctx.channels, ctx.border = group_name, channels, ENTERS_IN_PART
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        outside, inside = gradient.split([gradient.shape[-1] - ctx.channels, ctx.channels], -1)
+        return torch.cat([outside, _all_reduce(inside, ctx.group_name)], -1), None, None
 
 
 class _Join(torch.autograd.Function):
