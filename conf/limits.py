@@ -188,7 +188,7 @@ LIMITS = (
     Limit("prometheus.port", "from 0 to 65535", "it is a TCP port", lambda port: 0 <= port < 1 << 16),
     Limit(
         "alerts.on",
-        "names of hang, rollback, failure and end",
+        "names of hang, rollback, failure and end, such as [failure,end]",
         "there are no other events",
         lambda events: {"hang", "rollback", "failure", "end"}.issuperset(events),
     ),

@@ -104,8 +104,6 @@ _NAMES: tuple[tuple[str, Answer], ...] = (
     ("n_embd dim d_model embed_dim hidden_dim", Answer("model.hidden_size={}", "256")),
     ("ffn_hidden_size d_ff ffn_dim n_inner", Answer("model.intermediate_size={}", "704")),
     ("padded_vocab_size n_vocab", Answer("model.vocab_size={}", "50304")),
-    ("multirun m", Answer("launch=slurm launch.array=0-3 run.seed={task}", note="with `stoker submit`: a run for each "
-     "task; on one machine a loop of the shell starts one after another")),
 )  # fmt: skip
 ANSWERS: dict[str, Answer] = {name: answer for names, answer in _NAMES for name in names.split()}
 

@@ -104,6 +104,10 @@ class RunDirectory:
         """What the rank of this global number wrote to stdout and stderr in an attempt."""
         return self.attempt(number) / f"rank-{rank}.log"
 
+    def launch(self, number: int) -> Path:
+        """The id of the launch that made an attempt."""
+        return self.attempt(number) / "launch"
+
     def beginning(self, number: int) -> Path:
         """The start conditions of an attempt, as JSON."""
         return self.attempt(number) / "start.json"

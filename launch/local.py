@@ -35,7 +35,8 @@ from stoker.parallel.layout import threads_per_rank
 from stoker.parallel.loopback import LOOPBACK, keep_on_loopback, loopback_store
 from stoker.trainer.main import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import GOES_ON, Ending, Outcome, read_ending, write_ending
-from stoker.trainer.runtime.process import LAUNCH_VARIABLE, LAUNCHER_VARIABLE
+from stoker.trainer.runtime.process import LAUNCH_VARIABLE, LAUNCHER_VARIABLE, launch_id
+from stoker.trainer.runtime.starts import attempt_of, is_superseded
 from stoker.trainer.runtime.watchdog import Watchdog
 
 MONITOR_SECONDS = 0.05
@@ -183,6 +184,7 @@ class _Agent(LocalElasticAgent):
         super().__init__(spec, logs)
         self._run, self._hang_seconds, self._say, self._alone = run, hang_seconds, say, alone
         self._watchdog: Watchdog | None = None  # of the present ranks, once there is an attempt
+        self._launch = launch_id()
         self._attempts_before = 0
         self._step_before = 0
 
@@ -253,7 +255,7 @@ class _Agent(LocalElasticAgent):
 
     def _book_failure(self, result: RunResult) -> None:
         """Write the outcome of ranks that could not, and print what follows."""
-        if self._is_superseded():
+        if is_superseded(self._run, self._launch, self._attempts_before):
             self._remaining_restarts = 0
             self._say("not restarting: another start of this run has begun")
             return
@@ -297,12 +299,7 @@ class _Agent(LocalElasticAgent):
 
     def _attempt(self) -> int | None:
         """The attempt of the present ranks, once one of them has made it."""
-        numbers = self._run.attempt_numbers()
-        return numbers[self._attempts_before] if len(numbers) > self._attempts_before else None
-
-    def _is_superseded(self) -> bool:
-        """Whether another start of the run has begun since these ranks made their attempt."""
-        return len(self._run.attempt_numbers()) > self._attempts_before + 1
+        return attempt_of(self._run, self._launch, self._attempts_before)
 
     def ending(self) -> Ending | None:
         """How the present ranks ended; None without a record."""

@@ -47,7 +47,7 @@ class Block:
         return "\n".join(self.lines) + "\n"
 
     def commands(self) -> list[Command]:
-        """The command lines, with a `$` in front, and the output of each. Lines of comment (#) belong to none."""
+        """The command lines, behind a `$`, and the output of each. A comment (#) above a command is no output."""
         found: list[tuple[list[str], list[str]]] = []
         continued = False
         for line in self.lines:
@@ -55,9 +55,12 @@ class Block:
                 found[-1][0].append(line)
             elif line.startswith(PROMPT):
                 found.append(([line.removeprefix(PROMPT)], []))
-            elif found and not line.startswith("# "):
+            elif found:
                 found[-1][1].append(line)
             continued = line.endswith("\\") and (continued or line.startswith(PROMPT))
+        for _, output in found[:-1]:
+            while output and output[-1].startswith("# "):
+                output.pop()
         return [Command("\n".join(text), tuple(output)) for text, output in found]
 
 

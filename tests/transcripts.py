@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from tests.pages import Block
 
 LANGUAGES = ("python", "yaml", "json", "sh", "text")  # of files, commands, and drawings
-STARTED = re.compile(r"(stoker|torchrun|python|make|sbatch|export|eval) ")
+STARTED = re.compile(r"(stoker|torchrun|python|make|sbatch|export|eval|docker) ")
 GAP = "..."
 TOLERANCE = 0.02  # relative
 ROUNDING = 1e-4

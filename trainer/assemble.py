@@ -8,7 +8,6 @@ from typing import Any, TextIO
 
 from stoker.checkpoint import Checkpoints, Owner, Remote, resume
 from stoker.conf.faults import read_faults
-from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.data import RowSource, Sample, open_samples, open_stream, prepare, read_rows
 from stoker.parallel.batch import IGNORE_INDEX, Batch
@@ -29,6 +28,7 @@ from stoker.trainer.runtime.faults import Faults
 from stoker.trainer.runtime.process import Phase, Phases, Place
 from stoker.trainer.runtime.requests import Requests, deadline_of
 from stoker.trainer.runtime.shutdown_estimate import ShutdownEstimate
+from stoker.trainer.runtime.starts import Start
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,7 @@ def assemble(
     config: Config,
     mesh: Mesh,
     place: Place,
-    run: RunDirectory,
-    attempt: int,
+    start: Start,
     requests: Requests,
     phase: Phases,
     screen: TextIO,
@@ -51,13 +50,14 @@ def assemble(
     owner: Owner | None = None,
     log_file: TextIO | None = None,
 ) -> Trainer:
-    """The trainer of this rank, resumed from the newest valid checkpoint of `run` if there is one.
+    """The trainer of this rank in one start of a run, resumed from the newest valid checkpoint if there is one.
 
     `config` is settled (`stoker.trainer.settle`), and the places of checkpoints are `owner`'s. `screen` and `log_file`
     show, on rank 0, how the run goes. Resources that must be closed when this fails are pushed on `closing`. Raises
     ValueError for data or a checkpoint that do not fit the config, and for a run whose checkpoints are missing.
     """
     closing = closing or ExitStack()
+    run, attempt = start.run, start.attempt
     plan = batch_plan(config, mesh.layout)
     phase(0, Phase.OPEN_DATA)
     vocab_size = vocabulary_of(config)
@@ -67,7 +67,7 @@ def assemble(
     phase(0, Phase.BUILD)
     complete = facts.complete(config)
     engine, initialise = build_engine(complete, mesh, plan)
-    observers = open_observers(config, run.path, screen, log_file) if mesh.rank == 0 else None
+    observers = open_observers(config, start, screen, log_file) if mesh.rank == 0 else None
     if observers is not None:
         closing.callback(observers.abandon)
     remote = Remote(config.checkpoint.remote) if config.checkpoint.remote else None

@@ -38,14 +38,15 @@ def fail(error: BaseException, attempt: Attempt | None, place: Place, console: C
     line = str(error) if isinstance(error, ConfigError) else in_one_line(error)
     if attempt is None or not attempt.met:  # all ranks found the same
         if place.rank == 0 or isinstance(error, NotMet):
-            console.errors.write(f"stoker: {line}\n")
+            console.say(line)
         if place.rank == 0 and attempt is not None:
             retry = isinstance(error, RuntimeError)  # of the network, or of a lost rank
             _write_failure(attempt, Ending(Outcome.FAILED, line, rank=0, retry=retry or is_full(error)), console)
         return 2 if isinstance(error, ConfigError) else 1
     if isinstance(error, Superseded):
         if place.rank == 0:
-            console.errors.write(f"stoker: another start of this run has begun: this one ends at step {attempt.step}\n")
+            at = "before its first step" if attempt.step is None else f"at step {attempt.step}"
+            console.say(f"another start of this run has begun: this one ends {at}")
         return 0  # a launcher that started these ranks again would take the run from the other
     log.error("rank %d failed", place.rank, exc_info=error)
     if _is_loss_of_a_peer(error):
@@ -56,20 +57,19 @@ def fail(error: BaseException, attempt: Attempt | None, place: Place, console: C
     ending = Ending(Outcome.FAILED, line, attempt.step, place.rank, retry)
     if _write_failure(attempt, ending, console):
         where = attempt.run.log(attempt.number, place.rank)
-        console.errors.write(f"stoker: rank {place.rank} failed: {line} (see {where})\n")
+        console.say(f"rank {place.rank} failed: {line} (see {where})")
     return 1
 
 
 def _write_failure(attempt: Attempt, ending: Ending, console: Console) -> bool:
     """Whether this became the attempt's outcome; also True where it cannot be written, as no other rank could then."""
 
-    def tell(line: str) -> None:
-        console.errors.write(f"stoker: {ending.message}; {line}\n")
-
     try:
-        return write_ending(attempt.run, attempt.number, ending, waiting=tell)
+        return write_ending(
+            attempt.run, attempt.number, ending, waiting=lambda line: console.say(f"{ending.message}; {line}")
+        )
     except OSError as error:
-        console.errors.write(f"stoker: how this attempt ended is not kept: {reason(error)}\n")
+        console.say(f"how this attempt ended is not kept: {reason(error)}")
         return True
 
 

@@ -19,7 +19,8 @@ from stoker.checkpoint import Owner, fence, newest_step
 from stoker.conf.durable import ROOM_SECONDS
 from stoker.conf.files import expand
 from stoker.conf.identity import read_identity
-from stoker.conf.rundir import RunDirectory, make_run_directory, next_attempt, run_directory, write_config
+from stoker.conf.printable import printable
+from stoker.conf.rundir import RunDirectory, make_run_directory, run_directory, write_config
 from stoker.conf.schema import Config, from_dict
 from stoker.conf.values import ConfigError
 from stoker.data import keep_tokenizer
@@ -37,7 +38,7 @@ from stoker.trainer.runtime.outcome import (
     Beginning,
     Ending,
     Outcome,
-    close_dead_attempts,
+    Superseded,
     is_first_of_launch,
     write_beginning,
     write_ending,
@@ -56,6 +57,7 @@ from stoker.trainer.runtime.process import (
 from stoker.trainer.runtime.requests import Requests, deadline_of
 from stoker.trainer.runtime.signal_listener import SignalListener
 from stoker.trainer.runtime.stack_dump import StackDump
+from stoker.trainer.runtime.starts import Start, begin_attempt
 from stoker.trainer.settle import settle_config
 from stoker.trainer.trust import remember
 
@@ -93,7 +95,7 @@ def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.
         attempt.met = True
         console.redirect(run.log(attempt.number, place.rank))
         if warning is not None:
-            console.errors.write(f"stoker: {warning}\n")
+            console.say(warning)
         StackDump(run.stacks(attempt.number, place.rank), run.flight(attempt.number, place.rank), listener)
         if place.local_rank == 0 and CONFIG_VARIABLE not in os.environ:
             _start_watchdog(config, attempt, console)
@@ -165,7 +167,7 @@ def _config(overrides: Sequence[str], place: Place) -> Config:
     given = os.environ.get(CONFIG_VARIABLE)
     if given is not None:
         return from_dict(json.loads(given))
-    say = (lambda line: print(f"stoker: {line}", file=sys.stderr)) if place.rank == 0 else (lambda _: None)
+    say = Console().say if place.rank == 0 else (lambda _: None)
     overrides = expand(overrides, say)
     if place.world > 1 and not any(o.startswith(("run.dir=", "run.name=")) for o in overrides):
         raise ConfigError("set run.dir=... or run.name=...: every rank must find the same run directory")
@@ -212,8 +214,7 @@ def _store(place: Place) -> dist.Store:
 def _agree_on_attempt(store: dist.Store, run: RunDirectory, place: Place) -> int:
     if place.rank > 0:
         return ask_for_attempt(store)
-    number = next_attempt(run)
-    close_dead_attempts(run, number)
+    number = begin_attempt(run, launch_id())
     tell_attempt(store, number, place.world, RENDEZVOUS_SECONDS)
     return number
 
@@ -233,18 +234,13 @@ def _train(
     phase = Phases(run.attempt(attempt.number) / f"rank-{rank}.stamp")
     on_failure.callback(phase.close)
     owner: Owner | None = None
+    start = Start(run, attempt.number)
+    superseded = False
     if rank == 0:
-        launch, number = launch_id(), attempt.number
-        requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0  # by a scheduler: the same launch goes on
-        first = not requeued and is_first_of_launch(run, number, launch)
-        if config.run.fresh and first and (aside := begin_anew(run)) is not None:
-            console.errors.write(f"stoker: files of the earlier run were moved to {aside}\n")
-        owner = claim_places(run, config)
-        fence(run.checkpoints, number)
-        requests.watch(run, number, first, deadline_of(config.launch.deadline), config.checkpoint.minutes)
-        job = os.environ.get("SLURM_JOB_ID")
-        step, host = newest_step(run.checkpoints), socket.gethostname()
-        write_beginning(run, number, Beginning(time.time(), step, place.world, host, job, launch))
+        with start.exclusively() as newest:
+            superseded = not newest
+            if newest:
+                owner = _take_over(config, attempt, requests, console)
     use_threads(config.launch.threads, place.local_world)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -256,18 +252,19 @@ def _train(
         keep_freed_memory()
     layout = layout_of(config, place.world)
     mesh = start_mesh(layout, device, store, rank, config.parallel.timeout_seconds)
-
+    if any(mesh.any([superseded])):  # all ranks end in the same way: a launcher must not start them again
+        raise Superseded
     with console.echoing_warnings() if rank == 0 else nullcontext():
-        trainer = assemble(
-            config, mesh, place, run, attempt.number, requests, phase, console.screen, on_failure, owner, console.log
-        )
+        trainer = assemble(config, mesh, place, start, requests, phase, console.screen, on_failure, owner, console.log)
     if place.local_rank == 0 and (identity := read_identity(run)) is not None:
         remember(identity.run, config)
     if rank == 0:
-        write_config(run, config)  # after all ranks have read the old one
-        keep_tokenizer(config.data, run.tokenizer)
-        if trainer.progress.step == 0:
-            keep_base(config, run)
+        with start.exclusively() as newest:
+            if newest:  # else the first step ends this start
+                write_config(run, config)  # after all ranks have read the old one
+                keep_tokenizer(config.data, run.tokenizer)
+                if trainer.progress.step == 0:
+                    keep_base(config, run)
     attempt.training = True
     requests.training()
     try:
@@ -289,13 +286,29 @@ def _train(
         trainer.observers.finish(ending.outcome, trainer.progress.step)
         if config.log.progress != "none":
             with suppress(OSError):  # the terminal may have been closed
-                print(summarize(run.path, config, ending.message), file=console.screen)
+                print(printable(summarize(run.path, config, ending.message)), file=console.screen)
     mesh.all_gather_text(
         "the end is reported"
     )  # ranks leave together: a launcher kills the others when one leaves with a failure
     stop_mesh()
     phase.close()
     return ending
+
+
+def _take_over(config: Config, attempt: Attempt, requests: Requests, console: Console) -> Owner:
+    """On rank 0 of the newest start: make the run, its places and its checkpoints this attempt's."""
+    run, number, launch = attempt.run, attempt.number, launch_id()
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0  # by a scheduler: the same launch goes on
+    first = not requeued and is_first_of_launch(run, number, launch)
+    if config.run.fresh and first and (aside := begin_anew(run)) is not None:
+        console.say(f"files of the earlier run were moved to {aside}")
+    owner = claim_places(run, config)
+    fence(run.checkpoints, number)
+    requests.watch(run, number, first, deadline_of(config.launch.deadline), config.checkpoint.minutes)
+    job = os.environ.get("SLURM_JOB_ID")
+    step, host = newest_step(run.checkpoints), socket.gethostname()
+    write_beginning(run, number, Beginning(time.time(), step, attempt.place.world, host, job, launch))
+    return owner
 
 
 def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:

@@ -121,15 +121,15 @@ def _containers(start: Start) -> str | None:
     if launch.name not in ("kubernetes", "skypilot"):
         return None
     if launch.image is None:
-        return f"launch={launch.name} needs launch.image, a container image with Stoker (docs/containers.md builds one)"
+        return f"launch={launch.name} needs launch.image=IMAGE, a container image with Stoker (docs/containers.md)"
     if launch.nodes > 1 and launch.volume is None:
         return (
-            f"launch.nodes={launch.nodes} with launch={launch.name} needs launch.volume, a volume that all pods mount: "
-            "they share the run directory"
+            f"launch.nodes={launch.nodes} with launch={launch.name} needs launch.volume=VOLUME, a volume that all pods "
+            "mount: they share the run directory"
         )
     if launch.volume is None and start.config.checkpoint.remote is None:
         return (
-            f"launch={launch.name} needs launch.volume or checkpoint.remote: the run directory and its checkpoints are "
-            "lost with a pod"
+            f"launch={launch.name} needs launch.volume=VOLUME or checkpoint.remote=URL: the run directory and its "
+            "checkpoints are lost with a pod"
         )
     return None

@@ -37,6 +37,7 @@ from stoker.trainer.report.module_names import ModuleNames
 from stoker.trainer.runtime.faults import NaNInjector
 from stoker.trainer.runtime.process import Phases, Place
 from stoker.trainer.runtime.requests import Requests
+from stoker.trainer.runtime.starts import Start
 from stoker.trainer.schedule import learning_rate
 
 
@@ -99,7 +100,7 @@ def _assembled(run: RunDirectory, config: Config, step: int, folder: Path) -> It
         with open(os.devnull, "w") as screen:
             phase = Phases(scratch.attempt(1) / "rank-0.stamp")
             place = Place(0, 1, 0, 1, 0)
-            trainer = assemble(config, mesh, place, scratch, 1, Requests(), phase, screen)
+            trainer = assemble(config, mesh, place, Start(scratch, 1), Requests(), phase, screen)
             if before:  # spans passed over after that checkpoint are recorded in the newest one
                 state = read_state(newest(run.checkpoints)[0])
                 trainer.progress.passed_over = state["progress"].get("passed_over", [])

@@ -29,6 +29,7 @@ from stoker.trainer.runtime.outcome import Ending, Outcome, read_beginning, read
 from stoker.trainer.runtime.process import LAUNCH_VARIABLE, RESTARTS_VARIABLE
 from stoker.trainer.runtime.requests import DEADLINE_VARIABLE
 from stoker.trainer.runtime.shutdown_estimate import GRACE_VARIABLE
+from stoker.trainer.runtime.starts import attempt_of, is_superseded
 from stoker.trainer.settle import settle_config
 from stoker.trainer.trust import TRAINING
 
@@ -114,6 +115,7 @@ class Batch:
     def __init__(self, job: Job, config: Config) -> None:
         self.job, self.config = job, config
         self.run = run_directory(config)
+        self._launch = f"slurm-{job.number}"  # also when it comes back from the queue
         self._asked: int | None = None
         self._ranks: subprocess.Popen[bytes] | None = None
         self._before_attempts = 0  # rounds in a row in which ranks did not even make an attempt
@@ -126,7 +128,7 @@ class Batch:
             say(f"nothing to do for link {self.job.link} of {self.job.links}: {finished}")
             return 0
         environment = {**os.environ, **self._facts(), CONFIG_VARIABLE: json.dumps(to_dict(self.config))}
-        environment[LAUNCH_VARIABLE] = f"slurm-{self.job.number}"  # also when it comes back from the queue
+        environment[LAUNCH_VARIABLE] = self._launch
         for round_ in range(1_000_000):
             environment[RESTARTS_VARIABLE] = str(round_)
             known = self.run.attempt_numbers()
@@ -188,19 +190,18 @@ class Batch:
         return facts if end is None else {**facts, DEADLINE_VARIABLE: str(end)}
 
     def _judge(self, known: list[int]) -> Verdict:
-        numbers = self.run.attempt_numbers()
-        made = len(numbers) > len(known)
-        self._before_attempts = 0 if made else self._before_attempts + 1
+        made = attempt_of(self.run, self._launch, len(known))
+        self._before_attempts = 0 if made is not None else self._before_attempts + 1
         state: str | None = None
         with suppress(ValueError):
             state = commands.facts_of_job(self.job.number).get("JobState")
         return judge(
             Situation(
-                ending=read_ending(self.run, numbers[len(known)]) if made else None,
-                superseded=len(numbers) > len(known) + 1,
+                ending=read_ending(self.run, made) if made is not None else None,
+                superseded=is_superseded(self.run, self._launch, len(known)),
                 asked=self._asked is not None,
                 job_state=state,
-                stalled=max(stalled_attempts(self.run, self.job.number) if made else 0, self._before_attempts),
+                stalled=self._before_attempts or stalled_attempts(self.run, self.job.number),
                 limit=self.config.launch.max_restarts,
                 may_requeue=self.config.launch.requeue,
                 links_left=self.job.links - self.job.link,

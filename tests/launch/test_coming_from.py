@@ -34,7 +34,9 @@ def smaller(line: str, more: list[str]) -> list[str]:
     long = [f"steps={STEPS}"] if "steps=" in line else ["tokens=2000"] if "tokens=" in line else []
     long = [f"steps={STEPS + 2}"] if line.startswith("torchrun") else long
     shape = [] if "init_from=" in line or "--config" in line else SHAPE
-    return [*SMALL, *long, *shape, *more]
+    ids = ["model.vocab_size=128"] if "model.vocab_size=" in line else []
+    ids += ["data.args.end_of_document=119"] if "data.args.end_of_document=" in line else []
+    return [*SMALL, *long, *shape, *ids, *more]
 
 
 def texts(path: Path) -> None:
@@ -45,6 +47,10 @@ def texts(path: Path) -> None:
 def ids(path: Path, first: int, count: int = 4000) -> None:
     rng = np.random.default_rng(first)
     (first + rng.integers(0, 20, count)).astype(np.uint16).tofile(path)
+
+
+def given_texts(home: Path) -> None:
+    write_text(home / "texts", 12)
 
 
 def given_nanogpt(home: Path) -> None:
@@ -149,21 +155,23 @@ def shows_axolotl(newcomer: Newcomer, outputs: list[str]) -> None:
 def shows_hydra(newcomer: Newcomer, outputs: list[str]) -> None:
     config = newcomer.config("runs/big")
     assert (config.model.name, config.schedule.name, config.optim.lr) == ("small", "wsd", 5e-4)
-    assert [newcomer.config(f"runs/lr-{lr}").optim.lr for lr in ("1e-3", "3e-4")] == [1e-3, 3e-4]
+    assert [newcomer.config(f"sweeps/lr/{trial}").optim.lr for trial in (0, 1)] == [1e-3, 3e-4]
+    assert all(len(newcomer.steps(f"sweeps/lr/{trial}")) == STEPS for trial in (0, 1))
 
 
 Given, Shows = Callable[[Path], object], Callable[[Newcomer, list[str]], None]
+TEXTS = ["data=text", "data.path=texts"]  # instead of the standard library, which takes seconds to tokenise
 ONE, TWO = ["launch.nproc=1"], ["launch.nproc=2"]
 JOBS: dict[str, tuple[Given, list[str], Shows]] = {
     "nanoGPT": (given_nanogpt, [*ONE, "optim.lr=1e-2"], shows_nanogpt),
-    "litgpt": (lambda home: write_text(home / "texts", 12), ONE, shows_litgpt),
+    "litgpt": (given_texts, ONE, shows_litgpt),
     "transformers' Trainer": (given_model, [*ONE, "parallel.zero=0"], shows_transformers),
-    "Accelerate": (lambda home: None, TWO, shows_accelerate),
-    "DeepSpeed": (lambda home: None, TWO, shows_deepspeed),
+    "Accelerate": (given_texts, [*TWO, *TEXTS], shows_accelerate),
+    "DeepSpeed": (given_texts, [*TWO, *TEXTS], shows_deepspeed),
     "torchtitan": (lambda home: None, [], shows_torchtitan),
-    "Megatron-LM": (given_megatron, [*TWO, "optim.lr=1e-2"], shows_megatron),
+    "Megatron-LM": (given_megatron, [*TWO, "optim.lr=1e-2", "data.validation=0.1"], shows_megatron),
     "axolotl": (given_model, ONE, shows_axolotl),
-    "Hydra": (lambda home: None, [*ONE, f"steps={STEPS}"], shows_hydra),
+    "Hydra": (given_texts, [*ONE, *TEXTS, f"steps={STEPS}"], shows_hydra),
 }
 
 
@@ -189,6 +197,7 @@ def test_its_commands_do_the_job(heading: str, newcomer: Newcomer) -> None:
     shows(newcomer, outputs)
 
 
+@pytest.mark.long
 def test_nanogpts_cpu_configuration_trains_and_a_plain_loop_finds_the_same(
     newcomer: Newcomer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,11 +13,12 @@ import pytest
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from stoker.conf.compose import compose
-from stoker.conf.rundir import RunDirectory, next_attempt, write_config
+from stoker.conf.rundir import RunDirectory, write_config
 from stoker.launch import local
 from stoker.launch.cli import main
 from stoker.trainer.replay import Replayed
 from stoker.trainer.runtime.outcome import Ending, Outcome, write_ending
+from stoker.trainer.runtime.starts import begin_attempt
 
 Status = Callable[[pytest.MonkeyPatch, RunDirectory], int]
 
@@ -37,7 +38,7 @@ def trained(outcome: Outcome | None, number: int | None = None) -> Status:
         def ranks(agent: local._Agent) -> None:
             agent._attempts_before = len(run.attempt_numbers())
             if outcome is not None:
-                write_ending(run, next_attempt(run), Ending(outcome, "so"))
+                write_ending(run, begin_attempt(run, agent._launch), Ending(outcome, "so"))
             if number == signal.SIGINT and outcome is None:
                 raise KeyboardInterrupt
             if number is not None:
@@ -48,6 +49,18 @@ def trained(outcome: Outcome | None, number: int | None = None) -> Status:
         return local.launch(config, 1, print)
 
     return status
+
+
+def superseded(patch: pytest.MonkeyPatch, run: RunDirectory) -> int:
+    """Two launches at once: the ranks of this one end with status 0, so that torchrun does not start them again."""
+
+    def ranks(agent: local._Agent) -> None:
+        agent._attempts_before = len(run.attempt_numbers())
+        begin_attempt(run, agent._launch)
+        begin_attempt(run, "the other")
+
+    patch.setattr(local._Agent, "run", ranks)
+    return local.launch(compose([f"run.dir={run.path}", "launch.nproc=1"]), 1, print)
 
 
 def command(*words: str) -> Status:
@@ -121,6 +134,7 @@ ROWS: dict[str, list[tuple[Status, int]]] = {
     "`checkpoint ls`, `checkpoint verify` or": [(damaged, 1)],
     "`status` of a run that failed": [(command("status", "RUN"), 1)],
     "`stop` or `checkpoint save`": [(command("stop", "RUN"), 1), (command("checkpoint", "save", "RUN"), 1)],
+    "another start of the run has begun": [(superseded, 1)],
     "a deadline or a time limit": [(trained(Outcome.PREEMPTED), 75)],
     "SIGTERM, SIGUSR1 or SIGHUP": [
         (trained(Outcome.PREEMPTED, number), 128 + number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

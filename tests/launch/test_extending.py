@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 import threading
@@ -62,11 +61,11 @@ def test_a_source_reads_every_document(reader: Newcomer) -> None:
     (reader.home / "notes").mkdir()
     for n in range(30):
         (reader.home / f"notes/{n:02}.note").write_text(json.dumps({"body": f"note {n} says {n * n}. " * 9}))
-    verified, _ = types(reader, "A source", "eval.sequences=4")
+    verified, _ = types(reader, "A source")
     assert "30" in verified and len(reader.steps("runs/notes")) == 3
     (reader.home / "notes/07.note").write_text('{"title": "no body"}')
     status, output = reader.types("stoker data plan data.target=notes:open_source data.path=notes data.args.key=body")
-    assert status == 1 and "07.note: no field 'body'; it has title" in output
+    assert status == 2 and "07.note: no field 'body'; it has title" in output
     status, output = reader.types("stoker train data.target=notes:open_source data.path=notes", *WORDS)
     assert status == 2 and "data.args.key: name the field" in output
 
@@ -83,16 +82,15 @@ def test_a_tracker_gets_each_step_once(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     for steps in (range(1, 6), range(1, 9)):  # the second attempt began at a checkpoint and repeats steps
         metrics.write_text("".join(json.dumps({"step": n, "loss": 4 / n, "note": "x"}) + "\n" for n in steps))
-        memory = Memory(tmp_path, "csv", "run", said.append)
-        sink = program("csv_sink.py")["Csv"](
+        memory = Memory(tmp_path, "text", "run", said.append)
+        sink = program("text_sink.py")["Text"](
             {"run_dir": str(tmp_path)}, memory.run_id, memory.last_step + 1, said.append
         )
         with open(metrics, "rb", buffering=0) as file:
             follow(file, memory, sink, ended)
         sink.close("completed")
-    rows = list(csv.reader((tmp_path / "losses.csv").open()))
-    assert rows == [[str(n), str(4 / n)] for n in range(1, 9)]
-    assert said == [f"losses in {tmp_path}/losses.csv"] * 2
+    assert (tmp_path / "steps.txt").read_text().splitlines() == [f"{n} {4 / n}" for n in range(1, 9)]
+    assert said == [f"steps in {tmp_path}/steps.txt"] * 2
 
 
 def trained_plainly(config: Config) -> tuple[Trace, list[Any]]:

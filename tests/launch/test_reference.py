@@ -84,6 +84,6 @@ def test_a_new_project_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     from stoker.conf.files import expand
 
     words = expand(["--config", "settings.yaml", f"run.dir={project / 'run'}", "steps=2", "launch.nproc=2"])
-    train_here(project, [*words, "batch.size=4", "seq_len=64", "eval.sequences=0"])
+    train_here(project, [*words, "batch.size=4", "seq_len=64", "schedule.warmup_steps=1", "eval.sequences=0"])
     assert main(["init", str(project)]) == 2
     assert "exists already, and nothing is replaced" in capsys.readouterr().err

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from stoker.conf.compose import compose
-from stoker.conf.rundir import RunDirectory, write_config
 from tests.launch.newcomer import Newcomer
 from tests.pages import PAGES, ROOT, Block, blocks
 from tests.transcripts import GAP, difference, is_compared, is_long, is_replayed, same, unclear, varies
 
-GIVEN: dict[str, Callable[[Path], object]] = {  # what a page takes for granted
-    "launch.md": lambda home: write_config(
-        RunDirectory(home / "theirs"), compose([f"run.dir={home}/theirs", "model.target=mine:build"])
-    )
-}
 REPLAYED = {page: [block for block in blocks(page) if is_replayed(block)] for page in PAGES}
 
 
@@ -28,7 +20,6 @@ def pages(long: bool) -> list[Path]:
 def replay(newcomer: Newcomer, page: Path, long: bool) -> None:
     """The blocks of a page follow one another in one folder, which has the docs of the project."""
     (newcomer.home / "docs").symlink_to(ROOT / "docs")
-    GIVEN.get(page.name, Path.exists)(newcomer.home)
     problems = []
     for block in (block for block in REPLAYED[page] if is_long(block) is long):
         for command in block.commands():

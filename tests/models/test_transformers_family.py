@@ -22,7 +22,9 @@ from stoker.trainer.validate import validate
 from tests import world
 from tests.models import transformers_classes as classes
 from tests.models.transformers_classes import CLASSES, LAYOUTS, LENGTH
+from tests.models.transformers_table import row, table_markdown
 
+SHARDED = LAYOUTS["dp 2 ZeRO 3"]
 # One for each kind of attention, norm, embedding, head, experts and plan
 SOME = [
     "gpt2", "gpt_neox", "qwen3", "gemma2", "phi3", "olmo2", "granite", "cohere", "mixtral", "deepseek_v2", "gpt_oss",
@@ -41,9 +43,7 @@ def refusal(kind: str, layout: Layout, mask: bool = True, **changes: Any) -> str
 
 
 def assert_the_same_training(kinds: list[str], folder: Path) -> None:
-    masked = {
-        kind: not (refusal(kind, Layout(dp_shard=2), mask=True) or "").startswith("documents see") for kind in kinds
-    }
+    masked = {kind: not (refusal(kind, SHARDED, mask=True) or "").startswith("documents see") for kind in kinds}
     expected = {kind: classes.write_reference(folder, kind, masked[kind]) for kind in kinds}
     problems = []
     for name, layout in LAYOUTS.items():
@@ -92,7 +92,7 @@ def test_documents_do_not_see_each_other(kind: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("kind", OTHERS)
 def test_documents_of_every_other_class_do_not_see_each_other(kind: str) -> None:
-    if refusal(kind, Layout(dp_shard=2), mask=True):
+    if refusal(kind, SHARDED, mask=True):
         pytest.skip("refused with document_mask")
     model, _ = loaded(kind)
     assert_apart(model, kind)
@@ -156,7 +156,7 @@ def test_what_comes_from_a_folder_goes_back_bit_for_bit(kind: str, tmp_path: Pat
 
 def test_a_model_without_a_plan_is_refused_above_tp_1_by_name() -> None:
     assert "no tensor-parallel plan for model_type=bloom" in str(refusal("bloom", Layout(tp=2)))
-    assert refusal("bloom", Layout(dp_shard=2)) is None
+    assert refusal("bloom", SHARDED) is None
 
 
 def test_sequence_parallelism_is_refused_and_the_advice_works() -> None:
@@ -166,13 +166,13 @@ def test_sequence_parallelism_is_refused_and_the_advice_works() -> None:
 
 
 def test_layers_that_mix_tokens_otherwise_are_refused_with_documents() -> None:
-    message = refusal("lfm2", Layout(dp_shard=2))
+    message = refusal("lfm2", SHARDED)
     assert message is not None and "documents see each other" in message and "data.document_mask=false" in message
-    assert refusal("lfm2", Layout(dp_shard=2), mask=False) is None
+    assert refusal("lfm2", SHARDED, mask=False) is None
 
 
 def test_dropout_is_refused_and_the_advice_works() -> None:
-    config = classes.config_of("gpt2", Layout(dp_shard=2))
+    config = classes.config_of("gpt2", SHARDED)
     config.model.config |= {"resid_pdrop": 0.1}
     with pytest.raises(ConfigError, match=r"resid_pdrop=0.1: .*model.args=\{resid_pdrop: 0.0\}"):
         validate(config, 2, 0)
@@ -200,3 +200,16 @@ def test_initial_values_are_those_of_transformers() -> None:
     model = build_on_meta(classes.config_of("gemma2", Layout()).model, whole_model(3))
     assert model.initial("model.norm.weight") == Constant(0.0)  # it is added to one
     assert model.initial("model.layers.0.mlp.up_proj.weight") == Normal(0.02)
+
+
+DOC = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+
+
+def test_the_page_shows_what_is_accepted() -> None:
+    page = DOC.read_text()
+    assert all(f"| {' | '.join(row(kind))} |" in page for kind in ("gpt2", "lfm2", "bloom"))
+
+
+@pytest.mark.long
+def test_the_page_shows_every_class() -> None:
+    assert DOC.read_text().endswith(table_markdown()), "print it by: python -m tests.models.transformers_table"

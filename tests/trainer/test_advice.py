@@ -15,7 +15,8 @@ from stoker.conf.schema import GROUPS, Config, kinds, lookup
 from stoker.parallel.start import Start
 from stoker.trainer.validate import REFUSALS
 from tests.trainer.refused_alone import BEYOND
-from tests.trainer.test_validate import TOGETHER, refusals_of, with_values
+from tests.trainer.refused_together import TOGETHER
+from tests.trainer.test_validate import refusals_of, with_values
 
 KEYS = "|".join(map(re.escape, sorted([*kinds(), *GROUPS], key=len, reverse=True)))
 SETTING = re.compile(rf"(?<![\w.])({KEYS})=(\[[^\]]*\]|(?:[^\s,;:)`]|:(?=\w))+)(?: or (\d+))?(?![\w.])")
@@ -72,7 +73,8 @@ def _is_now(config: Config, key: str, value: str, world: int) -> bool:
 
 def taken(overrides: list[str], advice: list[str], world: int, folder: Path) -> tuple[Config, int]:
     """The config and the ranks of a start that follows `advice`."""
-    words = [word.replace("=DIRECTORY", f"={folder}").replace("=PATH", f"={folder}") for word in advice]
+    given = {"DIRECTORY": folder, "PATH": folder, "IMAGE": "stoker", "VOLUME": "runs", "URL": "s3://bucket/run"}
+    words = [f"{key}={given.get(value, value)}" for key, _, value in (word.partition("=") for word in advice)]
     words = [re.sub(rf"^({'|'.join(GROUPS)})=", r"\1.name=", word) for word in words]
     ranks = [int(word.partition("=")[2]) for word in words if word.startswith("launch.nproc=")]
     return with_values(*overrides, *words), ranks[0] if ranks else world
@@ -104,6 +106,9 @@ RULES = {
     "task numbers such as": "1,5,7",
     "the first and the last step to trace, such as": "[10,13]",
     "a time such as": "2026-12-24T18:00",
+    "different names of wandb, tensorboard, mlflow and csv, such as": "[wandb,csv]",
+    "names of hang, rollback, failure and end, such as": "[failure,end]",
+    "an absolute path other than": "/runs",
 }
 
 

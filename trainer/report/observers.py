@@ -19,11 +19,9 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from stoker.conf.reasons import reason
-from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config, LogConfig
 from stoker.conf.targets import import_target, target_and_arguments
 from stoker.trainer.report.metrics import MetricsFile
@@ -31,6 +29,7 @@ from stoker.trainer.report.observer import CheckpointReport, Observer, StepRecor
 from stoker.trainer.report.progress import PlainProgress
 from stoker.trainer.report.trackers import Tracker
 from stoker.trainer.runtime.outcome import Outcome
+from stoker.trainer.runtime.starts import Start
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -152,20 +151,19 @@ def _state_of(user: Observer) -> Any:
     return json.loads(json.dumps(user.state(), allow_nan=False))
 
 
-def open_observers(config: Config, run_dir: Path, screen: TextIO, log_file: TextIO | None = None) -> Observers:
+def open_observers(config: Config, start: Start, screen: TextIO, log_file: TextIO | None = None) -> Observers:
     """The observers that `config` asks for. `screen` is where a person looks: a terminal, a pipe or a file.
 
     `log_file` gets plain lines whatever the screen shows: they are what `stoker logs` has of training.
     """
-    run = RunDirectory(run_dir)
     views = [open_progress(config.log, screen)] if config.log.progress != "none" else []
     if log_file is not None:
         views.append(PlainProgress(log_file, config.log.every, "lines of training in the log"))
-    observers = Observers(MetricsFile(run.metrics), views)
+    observers = Observers(MetricsFile(start.run.metrics, start), views)
     endpoint = ["prometheus"] if config.prometheus.port is not None else []
     alerts = ["alerts"] if config.alerts.command is not None else []
     for kind in (*config.tracker.names, *endpoint, *alerts):
-        observers.add(Tracker(kind, config.tracker, run, say=observers.message))
+        observers.add(Tracker(kind, config.tracker, start.run, say=observers.message))
     for entry in config.observers:
         observers.add_users(entry)
     return observers

@@ -22,6 +22,7 @@ from typing import TextIO
 
 from stoker.conf.durable import is_full, naming, open_own
 from stoker.conf.parent_death import die_with
+from stoker.conf.printable import printable
 from stoker.conf.records import is_sane
 
 LAUNCHER_VARIABLE = "STOKER_LAUNCHER"  # the process id of our launcher on this machine
@@ -236,14 +237,23 @@ class Console:
             level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
         )
 
+    def say(self, line: str) -> None:
+        """A line for the user. Names and messages of files are shown, whatever control characters they hold."""
+        self.errors.write(printable(f"stoker: {line}\n"))
+
     @contextmanager
     def echoing_warnings(self) -> Iterator[None]:
         """While a run starts, warnings and errors of the log are shown too: a damaged checkpoint set aside, say."""
         handler = logging.StreamHandler(self.errors)
         handler.setLevel(logging.WARNING)
-        handler.setFormatter(logging.Formatter("stoker: %(message)s"))
+        handler.setFormatter(_Shown("stoker: %(message)s"))
         logging.getLogger().addHandler(handler)
         try:
             yield
         finally:
             logging.getLogger().removeHandler(handler)
+
+
+class _Shown(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
