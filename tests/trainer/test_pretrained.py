@@ -275,19 +275,19 @@ def test_rope_theta_beside_rope_parameters_counts_where_they_have_none(tmp_path:
 def test_a_window_shorter_than_a_sequence_is_refused_wherever_it_is_used(tmp_path: Path) -> None:
     write_family(tmp_path, "mistral", sliding_window=16)
     with pytest.raises(ConfigError, match=r"sliding_window=16.*seq_len=16 works"):
-        asked(tmp_path)
+        asked(tmp_path, "model.native=true")
     write_family(tmp_path, "mistral")  # whose class has a window of 4096, if config.json has none
     path = tmp_path / "config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "sliding_window"}))
     with pytest.raises(ConfigError, match="sliding_window=4096"):
-        asked(tmp_path, "seq_len=5000")
+        asked(tmp_path, "seq_len=5000", "model.native=true")
     write_family(tmp_path, "qwen2", sliding_window=16, use_sliding_window=False)
     asked(tmp_path)
     write_family(tmp_path, "qwen2", sliding_window=16, use_sliding_window=True, max_window_layers=3)
     asked(tmp_path)  # no layer uses it
     write_family(tmp_path, "qwen2", sliding_window=16, use_sliding_window=True, max_window_layers=2)
     with pytest.raises(ConfigError, match="sliding_window=16"):
-        asked(tmp_path)
+        asked(tmp_path, "model.native=true")
 
 
 def test_a_run_begins_with_the_weights_of_another_run_and_then_needs_it_no_more(
