@@ -3,7 +3,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test test-short test-long lint format install docs dist
+.PHONY: demo test test-short test-long gpu lint format install docs dist
 
 install: .venv/installed
 
@@ -34,6 +34,10 @@ test-short: install
 # Runs that are killed, hung and moved for minutes; some need a Slurm cluster or network namespaces, which they make as root.
 test-long: install
 	$(PYTEST) -m long
+
+# What one GPU can prove in six minutes. PYTHON is the machine's own, as its torch is; nothing is installed.
+gpu:
+	$(PYTHON) -m tests.gpu --seconds 360 --json gpu.json
 
 docs: install
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

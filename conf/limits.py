@@ -201,6 +201,7 @@ LIMITS = (
     _above_zero("launch.hang_seconds", "a step takes its time"),
     _at_least("launch.threads", 1, "a rank computes on at least one"),
     _choice("launch.device", "cpu", "cuda"),
+    _choice("launch.backend", "nccl", "gloo"),
     Limit("launch.deadline", "a time such as 2026-12-24T18:00", "it is compared with the clock", _is_time),
     _at_least("launch.nodes", 1, "it counts machines"),
     Limit(

@@ -93,6 +93,7 @@ _NAMES: tuple[tuple[str, Answer], ...] = (
      Answer("parallel.pp={}", "2")),
     ("data_parallel_shard_degree dp_shard data_parallel_size dp_size dp", Answer("parallel.zero=3", note=_DERIVED)),
     ("data_parallel_replicate_degree", Answer("parallel.dp_replicate={}", "2")),
+    ("ddp_backend distributed_backend dist_backend process_group_backend", Answer("launch.backend={}", "nccl")),
     ("ddp_timeout distributed_timeout nccl_timeout", Answer("parallel.timeout_seconds={}", "600")),
     ("nproc_per_node num_processes devices n_gpu gpus num_gpus n_gpus",
      Answer("launch.nproc={}", "2", "ranks on each machine")),

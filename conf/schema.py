@@ -241,6 +241,7 @@ class LaunchConfig:
     hang_seconds: float | None = free()  # without progress is a hang; default: 30 median steps, 120 at least
     threads: int | None = free()  # CPU threads per rank; default: cores / ranks
     device: str | None = free()  # cpu | cuda; default: cuda where there is one
+    backend: str | None = free()  # of collectives: nccl | gloo; default: nccl on GPUs; gloo lets ranks share a GPU
     deadline: str | None = free()  # time by which the run must have saved and ended: 2026-12-24T18:00[:00][+01:00]
     nodes: int = free(1)  # machines, other than for launch=local
     time: str | None = free()  # slurm: time limit of the job, D-HH:MM:SS; default: the partition's
@@ -292,7 +293,7 @@ class Config:
     precision: str = maths("bf16")  # fp32 | bf16 | fp16
     fp32_modules: list[str] = maths([])  # modules that compute in fp32; patterns of names: [layers.0, layers.*.mlp]
     activation_checkpointing: str = free("none")  # none | selective | full
-    compile: bool = free(False)  # torch.compile per block
+    compile: bool | None = free()  # torch.compile per block; default: on GPUs, unless the engine forbids it
     deterministic: bool = free(False)  # bitwise equal repeats on GPUs too
     nonfinite: NonfiniteConfig = free(NonfiniteConfig)
     checkpoint: CheckpointConfig = free(CheckpointConfig)

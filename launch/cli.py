@@ -243,7 +243,7 @@ def _train(options: argparse.Namespace) -> int:
 def _config(options: argparse.Namespace) -> int:
     from stoker.conf.compose import compose
     from stoker.conf.rundir import to_yaml
-    from stoker.launch.train import gpus, ranks_for, say
+    from stoker.launch.train import ranks_for, say, where
     from stoker.trainer.budget import settle_steps
     from stoker.trainer.validate import validate
 
@@ -257,7 +257,7 @@ def _config(options: argparse.Namespace) -> int:
         config = settle_steps(config, overrides, first=True, tell=say)
     world = ranks_for(config)
     if not options.layout:
-        validate(config, world, gpus(config))
+        validate(config, *where(config))
         print(to_yaml(config), end="")
         return 0
     from stoker.launch.layout import lines_of

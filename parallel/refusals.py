@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from stoker.conf.limits import ZERO_BUBBLE
 from stoker.parallel.deepspeed_engine.refused import ENTRIES as OF_DEEPSPEED
 from stoker.parallel.optimizer_needs import ENTRIES as OF_OPTIMIZERS
@@ -170,16 +172,60 @@ def _interleaved_rounds(start: Start) -> str | None:
     )
 
 
-@REFUSALS.entry("GPUs", "more ranks than GPUs when they compute on GPUs", "NCCL needs a GPU for each rank")
+@REFUSALS.entry(
+    "GPUs",
+    "more ranks than GPUs on a machine when they compute on GPUs, but under launch.backend=gloo",
+    "NCCL needs a GPU for each rank",
+)
 def _gpus(start: Start) -> str | None:
-    if not start.cuda or start.world <= start.gpus:
+    if not start.cuda or (start.gloo_on_gpus and start.gpus):
         return None
     if start.gpus == 0:
         return "launch.device=cuda: there is no GPU here; launch.device=cpu works"
+    if start.local <= start.gpus or (start.one_each and start.gpus == 1):
+        return None
+    seen = f"{start.local} ranks on {start.gpus} {'GPU' if start.gpus == 1 else 'GPUs'}"
+    if start.one_each:  # another launcher has started them
+        return (
+            f"{seen} of this machine: start {start.gpus} ranks on it (torchrun --nproc-per-node {start.gpus}), or let "
+            "each rank see the one GPU that is its own (CUDA_VISIBLE_DEVICES, srun --gpus-per-task=1)"
+        )
     return (
-        f"{start.world} ranks on {start.gpus} {'GPU' if start.gpus == 1 else 'GPUs'}: "
-        f"launch.nproc={start.gpus} works, or launch.device=cpu"
+        f"{seen}: launch.nproc={start.gpus} works, or launch.device=cpu; launch.backend=gloo lets ranks share a GPU, "
+        "for tests"
     )
+
+
+@REFUSALS.entry("NCCL on CPUs", "launch.backend=nccl on CPUs", "NCCL moves the memory of GPUs")
+def _nccl_on_cpus(start: Start) -> str | None:
+    if start.config.launch.backend != "nccl" or start.cuda:
+        return None
+    return "launch.backend=nccl on CPUs: leave launch.backend out, or set launch.backend=gloo"
+
+
+@REFUSALS.entry(
+    "pipelines over gloo on GPUs",
+    "parallel.pp > 1 with launch.backend=gloo on GPUs",
+    "gloo sends and receives no tensors of GPUs, though it reduces and gathers them",
+)
+def _pipelines_over_gloo(start: Start) -> str | None:
+    if not start.gloo_on_gpus or start.config.parallel.pp == 1:
+        return None
+    return (
+        f"parallel.pp={start.config.parallel.pp} with launch.backend=gloo on GPUs: parallel.pp=1 works, or "
+        "launch.device=cpu, or launch.backend=nccl with a GPU for each rank"
+    )
+
+
+@REFUSALS.entry(
+    "pipelines on older torch",
+    "parallel.pp > 1 with a torch before 2.13",
+    "stages build on parts of torch.distributed.pipelining that earlier versions do not have",
+)
+def _pipelines_on_older_torch(start: Start) -> str | None:
+    if start.config.parallel.pp == 1 or pipelines_work(torch.__version__):
+        return None
+    return f"parallel.pp={start.config.parallel.pp} on torch {torch.__version__}: parallel.pp=1 works, or torch 2.13"
 
 
 @REFUSALS.entry("fp16 on CPUs", "precision=fp16 on CPUs", "it is slow and narrow there, and bf16 is neither")
@@ -190,6 +236,12 @@ def _fp16_on_cpus(start: Start) -> str | None:
 
 
 REFUSALS.extend(Refusal(*entry) for entry in (*OF_DEEPSPEED, *OF_OPTIMIZERS))
+
+
+def pipelines_work(torch_version: str) -> bool:
+    """Whether this version of torch has what `stoker.parallel.pipeline` builds on."""
+    major, minor = (int(part) for part in torch_version.split(".")[:2])
+    return (major, minor) >= (2, 13)
 
 
 def _whole_rounds(micro_batches: int, pp: int) -> bool:

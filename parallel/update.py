@@ -61,7 +61,7 @@ class StepResult:
         if values.device.type == "cuda":
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values = host.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event(blocking=True)  # the host sleeps: waiting is no work of this rank
             self._event.record()
         else:
             self._values = values

@@ -29,6 +29,7 @@ from stoker.trainer.runtime.process import Phase, Phases, Place
 from stoker.trainer.runtime.requests import Requests, deadline_of
 from stoker.trainer.runtime.shutdown_estimate import ShutdownEstimate
 from stoker.trainer.runtime.starts import Start
+from stoker.trainer.runtime.timeouts import Timeouts
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ def assemble(
         phase=phase,
         profiler=profiler,
         faults=faults,
+        timeouts=Timeouts(config.parallel.timeout_seconds, config.launch.hang_seconds),
         restore=restore,
     )
     phase(0, Phase.RESUME)

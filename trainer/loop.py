@@ -22,11 +22,13 @@ from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.observers import Observers
 from stoker.trainer.report.profile import Profiler
 from stoker.trainer.runtime.faults import Faults
+from stoker.trainer.runtime.garbage import Collections
 from stoker.trainer.runtime.outcome import Outcome
 from stoker.trainer.runtime.process import Phase, Phases
 from stoker.trainer.runtime.requests import Requests, ending_of
 from stoker.trainer.runtime.shutdown_estimate import CHECKPOINT_SECONDS
 from stoker.trainer.runtime.stragglers import Stragglers, WorkClock
+from stoker.trainer.runtime.timeouts import Timeouts
 from stoker.trainer.schedule import evaluation_every, learning_rate
 from stoker.trainer.step_log import Progress, StepLog
 
@@ -49,6 +51,7 @@ class Trainer:
     phase: Phases
     profiler: Profiler
     faults: Faults
+    timeouts: Timeouts
     restore: Callable[[], dict[str, Any] | None]  # load the newest checkpoint, all ranks together; its state
     progress: Progress = field(default_factory=Progress, init=False)
     booking: Booking | None = field(default=None, init=False)  # on global rank 0, once training
@@ -66,7 +69,7 @@ class Trainer:
     def fit(self) -> Outcome:
         """Train until the last step, the end of the data, or a decision of all ranks. The state is saved at the end."""
         step_log = self.step_log()
-        clock = WorkClock()
+        clock, collections = WorkClock(), Collections()
         outcome = Outcome.COMPLETED
         last = self._is_last(self.progress.step)
         if last and self.observers is not None:
@@ -88,7 +91,7 @@ class Trainer:
                 self.checkpoints.await_staged()  # a snapshot in flight must not see the update
                 self.phase(step, Phase.UPDATE)
                 lr = learning_rate(self.config.schedule, self.config.optim, step)
-                work_seconds = clock.take() + self.phase.spent(Phase.DATA)
+                work_seconds = max(clock.take(), self.engine.gpu_seconds()) + self.phase.spent(Phase.DATA)
                 flags = StepFlags(self._votes(), work_seconds, *step_log.ceilings(step))
                 result = self.engine.update(lr, flags)  # stays on the device
             self.phase(step, Phase.DATA)  # whether this was the last step may be known only when the next rows are
@@ -96,7 +99,8 @@ class Trainer:
             found = self._evaluate(step, last)
             losses = {} if found is None else found.extra
             extra = {"first_row": first_row, **profiled, **self.rows.metrics(), **self.saved, **losses}
-            step_log.enter(step, lr, result, None if found is None else found.val_loss, extra)
+            seconds = step_log.enter(step, lr, result, None if found is None else found.val_loss, extra)
+            self.timeouts.after_step(seconds, self.mesh)
             saving = self._saves_at(step)
             if self.booking is not None:
                 self.booking.step()
@@ -114,7 +118,9 @@ class Trainer:
             if saving or verdict.save:
                 self.save()
             self.report_saves()
+            collections.after(step)
         self.profiler.close()
+        collections.close()
         step_log.settle(everything=True)
         self.save()
         asked = outcome in (Outcome.STOPPED, Outcome.PREEMPTED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -24,9 +25,10 @@ from stoker.conf.rundir import RunDirectory, make_run_directory, run_directory, 
 from stoker.conf.schema import Config, from_dict
 from stoker.conf.values import ConfigError
 from stoker.data import keep_tokenizer
+from stoker.parallel.devices import backend_of, exactness_now, set_exactness
 from stoker.parallel.layout import layout_of
 from stoker.parallel.loopback import is_loopback, loopback_store
-from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
+from stoker.parallel.mesh import start_mesh, stop_mesh, use_threads
 from stoker.trainer.assemble import assemble
 from stoker.trainer.base_model import keep_base
 from stoker.trainer.failure import Attempt, NotMet, fail, in_one_line
@@ -34,6 +36,7 @@ from stoker.trainer.history import begin_anew
 from stoker.trainer.loop import Trainer
 from stoker.trainer.places import claim_places
 from stoker.trainer.report.summary import summarize
+from stoker.trainer.runtime.gpus import ranks_of, set_environment, take_device
 from stoker.trainer.runtime.outcome import (
     Beginning,
     Ending,
@@ -58,6 +61,7 @@ from stoker.trainer.runtime.requests import Requests, deadline_of
 from stoker.trainer.runtime.signal_listener import SignalListener
 from stoker.trainer.runtime.stack_dump import StackDump
 from stoker.trainer.runtime.starts import Start, begin_attempt
+from stoker.trainer.runtime.timeouts import Timeouts
 from stoker.trainer.settle import settle_config
 from stoker.trainer.trust import remember
 
@@ -92,6 +96,8 @@ def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.
         attempt = Attempt(run, _agree_on_attempt(store, run, place), place)
         store = dist.PrefixStore(f"stoker/{attempt.number}", store)
         warning = meet(store, run, attempt.number, place)  # first: the run directory, and so the log, may not be shared
+        attempt.config = config
+        attempt.device, attempt.gpu = take_device(config, place, store)
         attempt.met = True
         console.redirect(run.log(attempt.number, place.rank))
         if warning is not None:
@@ -137,6 +143,7 @@ def run(overrides: Sequence[str]) -> Ending:
         try:
             store = dist.PrefixStore(f"stoker/{attempt.number}", store)
             meet(store, directory, attempt.number, place)
+            attempt.device, attempt.gpu = take_device(config, place, store)
             ending = _train(config, store, attempt, Requests(), Console(), Trainer.fit, on_failure)
         except BaseException as error:
             ending = Ending(Outcome.FAILED, in_one_line(error), attempt.step, place.rank)
@@ -151,13 +158,15 @@ def run(overrides: Sequence[str]) -> Ending:
 def _left_as_found() -> Iterator[None]:
     """Restores, at the end of the block, what a run changes in its process."""
     environment, threads = dict(os.environ), torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    exactness, collects = exactness_now(), gc.isenabled()
     try:
         yield
     finally:
         stop_mesh()
+        if collects:
+            gc.enable()
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        exactness.restore()
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
@@ -177,7 +186,7 @@ def _config(overrides: Sequence[str], place: Place) -> Config:
         )
     config, _ = settle_config(
         overrides,
-        lambda _: (place.world, torch.cuda.device_count()),
+        lambda config: ranks_of(config, place),
         refitted=say,
         tell=say,
         restarted=place.restart > 0,
@@ -230,7 +239,7 @@ def _train(
 ) -> Ending:
     """Resources that must be closed on failure are pushed on `on_failure`; a rank's process just ends."""
     on_failure = on_failure or ExitStack()
-    run, place, rank = attempt.run, attempt.place, attempt.place.rank
+    run, place, rank, device = attempt.run, attempt.place, attempt.place.rank, attempt.device
     phase = Phases(run.attempt(attempt.number) / f"rank-{rank}.stamp")
     on_failure.callback(phase.close)
     owner: Owner | None = None
@@ -242,16 +251,17 @@ def _train(
             if newest:
                 owner = _take_over(config, attempt, requests, console)
     use_threads(config.launch.threads, place.local_world)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    device = pick_device(config.launch.device, place.local_rank)
+    set_exactness(config.deterministic)
     if config.parallel.offload == "nvme":
         give_freed_memory_back()
     elif device.type == "cpu":
         keep_freed_memory()
     layout = layout_of(config, place.world)
-    mesh = start_mesh(layout, device, store, rank, config.parallel.timeout_seconds)
+    backend = backend_of(config.launch.backend, device)
+    if device.type == "cuda":
+        set_environment(run.attempt(attempt.number))
+    timeouts = Timeouts(config.parallel.timeout_seconds, config.launch.hang_seconds)
+    mesh = start_mesh(layout, device, store, rank, timeouts.at_start(), backend)
     if any(mesh.any([superseded])):  # all ranks end in the same way: a launcher must not start them again
         raise Superseded
     with console.echoing_warnings() if rank == 0 else nullcontext():

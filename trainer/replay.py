@@ -27,8 +27,9 @@ from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.conf.scratch import Scratch
 from stoker.conf.values import ConfigError
+from stoker.parallel.devices import backend_of, pick_device, set_exactness
 from stoker.parallel.layout import layout_of
-from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
+from stoker.parallel.mesh import start_mesh, stop_mesh, use_threads
 from stoker.parallel.shards import PARAMETER
 from stoker.parallel.update import StepFlags
 from stoker.trainer.assemble import assemble
@@ -94,8 +95,10 @@ def _assembled(run: RunDirectory, config: Config, step: int, folder: Path) -> It
     checkpoint = dataclasses.replace(config.checkpoint, remote=None)
     config = dataclasses.replace(config, log=log, checkpoint=checkpoint)
     use_threads(config.launch.threads, 1)
+    set_exactness(config.deterministic)
     device = pick_device(config.launch.device, 0)
-    mesh = start_mesh(layout_of(config, 1), device, dist.HashStore(), 0, config.parallel.timeout_seconds)
+    backend = backend_of(config.launch.backend, device)
+    mesh = start_mesh(layout_of(config, 1), device, dist.HashStore(), 0, config.parallel.timeout_seconds, backend)
     try:
         with open(os.devnull, "w") as screen:
             phase = Phases(scratch.attempt(1) / "rank-0.stamp")

@@ -30,6 +30,7 @@ from stoker.conf.schema import Config, ModelConfig, lookup
 from stoker.conf.targets import import_target, target_and_arguments
 from stoker.conf.values import ConfigError
 from stoker.parallel import layout
+from stoker.parallel.start import Ranks
 from stoker.trainer import validate as rooms
 from stoker.trainer.budget import settle_steps
 from stoker.trainer.places import adopted_link, is_known, refuse_foreign_places
@@ -44,7 +45,7 @@ class Request:
     """How a config is to be settled. The keys whose code the start runs are `uses` (`stoker.trainer.trust`)."""
 
     overrides: Sequence[str]
-    where: Callable[[Config], tuple[int, int]]  # on how many ranks and GPUs a config will run
+    where: Callable[[Config], Ranks | tuple[int, int]]  # on how many ranks and GPUs a config will run
     tell: Callable[[str], None] = log.info  # takes lines for the user
     refitted: Callable[[str], None] | None = None  # takes the changes of `fit`; None: the layout is not changed
     restarted: bool = False  # a launcher repeats a user's command
@@ -67,7 +68,7 @@ class Draft:
 
 def settle_config(
     overrides: Sequence[str],
-    where: Callable[[Config], tuple[int, int]],
+    where: Callable[[Config], Ranks | tuple[int, int]],
     **options: Any,
 ) -> tuple[Config, list[Change]]:
     """The config of this start, and what differs from the start before. The parameters are those of `Request`.

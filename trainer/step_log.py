@@ -86,12 +86,13 @@ class StepLog:
 
     def enter(
         self, step: int, lr: float, result: StepResult, val_loss: float | None, extra: Mapping[str, float]
-    ) -> None:
-        """A step has been handed to the device. `extra` are metrics of some steps only."""
+    ) -> float:
+        """A step has been handed to the device. `extra` are metrics of some steps only. Returns the step's seconds."""
         now = time.perf_counter()
         data_seconds = self._phase.take_seconds().get(Phase.DATA, 0.0)
-        self._open.append(_Entry(step, lr, result, val_loss, now - self._last_entry, data_seconds, extra))
-        self._last_entry = now
+        seconds, self._last_entry = now - self._last_entry, now
+        self._open.append(_Entry(step, lr, result, val_loss, seconds, data_seconds, extra))
+        return seconds
 
     def settle(self, *, everything: bool) -> Decision:
         """Read the results that are due: all but the newest, or all; all also when a save is requested.

@@ -29,12 +29,12 @@ def entries_for(config: Config) -> tuple[Refusal, ...]:
         return OF_ROOMS
 
 
-def validate(config: Config, world: int, gpus: int) -> None:
+def validate(config: Config, world: int, gpus: int, here: int | None = None, one_each: bool = False) -> None:
     """Raises ConfigError with everything that forbids this start, one line each.
 
-    `world` counts the ranks, `gpus` the GPUs that they may use, both over all machines.
+    On how many ranks and GPUs: see `stoker.parallel.start.Ranks`.
     """
-    start = Start(config, world, gpus)
+    start = Start(config, world, gpus, here, one_each)
     found = [
         *(limit.broken(config) for limit in LIMITS),
         *(refusal.check(start) for refusal in entries_for(config)),

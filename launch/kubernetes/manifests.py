@@ -23,7 +23,7 @@ from stoker.launch.kubernetes.pod import (
     POD,
 )
 from stoker.launch.slurm.batch import RANKS_DEFAULT
-from stoker.launch.slurm.submit import cores_of_rank
+from stoker.launch.slurm.submit import cores_of_rank, where
 from stoker.launch.train import say
 from stoker.trainer.runtime.outcome import GOES_ON
 from stoker.trainer.runtime.process import LAUNCH_VARIABLE, RESTARTS_VARIABLE
@@ -37,7 +37,7 @@ _LONGEST_NAME = 63 - len("-node-0-99999")
 
 def submit(overrides: Sequence[str], dry_run: bool) -> int:
     """Print the manifest, or hand it to kubectl. Raises ConfigError for a start that is refused."""
-    config, _ = settle_config(overrides, _where, tell=say)
+    config, _ = settle_config(overrides, where, tell=say)
     text = render(config, overrides)
     if dry_run:
         print(text, end="")
@@ -213,9 +213,3 @@ def _task(config: Config, name: str, overrides: Sequence[str]) -> dict[str, Any]
         shlex.join(["exec", "python3", "-P", "-m", POD, *overrides]),
     ]
     return task | {"run": "\n".join(lines) + "\n"}
-
-
-def _where(config: Config) -> tuple[int, int]:
-    launch = config.launch
-    ranks = launch.nodes * (launch.nproc or launch.gpus or RANKS_DEFAULT)
-    return ranks, 0 if launch.device == "cpu" else launch.nodes * (launch.gpus or 0)

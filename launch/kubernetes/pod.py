@@ -6,11 +6,17 @@ its name resolves and its port answers. With one pod, this is `stoker train`.
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stoker.conf.schema import Config
+    from stoker.parallel.start import Ranks
 
 POD = "stoker.launch.kubernetes.pod"
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"  # of an indexed job, from 0
@@ -22,15 +28,23 @@ WAIT_SECONDS = 600.0  # for the first pod: its image may still be pulled
 _POLL_SECONDS = 1.0
 
 
+def ranks_on(nodes: int, config: Config) -> Ranks:
+    """The ranks of all pods, with the GPUs of this one."""
+    from stoker.launch.train import gpus, ranks_for
+    from stoker.parallel.start import Ranks
+
+    here = ranks_for(config)
+    return Ranks(nodes * here, gpus(config), here)
+
+
 def main(settings: Sequence[str]) -> int:
     """The status of the ranks; of docs/launch.md."""
     from stoker.conf.files import expand
     from stoker.conf.rundir import make_run_directory, run_directory
-    from stoker.conf.schema import Config
     from stoker.conf.values import ConfigError
     from stoker.data import prepare
     from stoker.launch.local import Meeting, launch
-    from stoker.launch.train import gpus, ranks_for, refusing, say
+    from stoker.launch.train import ranks_for, refusing, say
     from stoker.trainer.runtime.process import RESTARTS_VARIABLE
     from stoker.trainer.settle import settle_config
 
@@ -38,12 +52,14 @@ def main(settings: Sequence[str]) -> int:
     restarts = os.environ.get(RESTARTS_VARIABLE) or "0"
     os.environ[RESTARTS_VARIABLE] = restarts
 
-    def where(config: Config) -> tuple[int, int]:
-        return nodes * ranks_for(config), nodes * gpus(config)
-
     try:
         config, changes = settle_config(
-            expand(settings, say), where, refitted=say, tell=say, restarted=int(restarts) > 0, check_import=index == 0
+            expand(settings, say),
+            functools.partial(ranks_on, nodes),
+            refitted=say,
+            tell=say,
+            restarted=int(restarts) > 0,
+            check_import=index == 0,
         )
         with refusing():
             prepare(config)

@@ -24,6 +24,7 @@ from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
 from stoker.launch.slurm.verdict import Move, Situation, Verdict, judge
 from stoker.launch.train import say
+from stoker.parallel.start import Ranks
 from stoker.trainer.main import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import Ending, Outcome, read_beginning, read_ending
 from stoker.trainer.runtime.process import LAUNCH_VARIABLE, RESTARTS_VARIABLE
@@ -57,6 +58,11 @@ class Job:
     end_time: float | None  # seconds since the epoch; Slurm 23.02 and later
     link: int
     links: int
+
+    def where(self, config: Config) -> Ranks:
+        """The ranks that the job starts."""
+        here = config.launch.nproc or self.gpus or RANKS_DEFAULT
+        return Ranks(self.nodes * here, 0 if config.launch.device == "cpu" else self.gpus, here)
 
 
 def job_from(environment: Mapping[str, str]) -> Job:
@@ -274,14 +280,10 @@ def main(settings: Sequence[str]) -> int:
     try:
         job = job_from(os.environ)
 
-        def where(config: Config) -> tuple[int, int]:
-            ranks = job.nodes * (config.launch.nproc or job.gpus or RANKS_DEFAULT)
-            return ranks, 0 if config.launch.device == "cpu" else job.nodes * job.gpus
-
         again = job.restarts > 0 or job.link > 1
         config, changes = settle_config(
             settings_of(job, expand([own_file(job, setting) for setting in settings], say)),
-            where,
+            job.where,
             refitted=say,
             tell=say,
             restarted=again,

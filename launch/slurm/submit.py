@@ -19,6 +19,7 @@ from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
 from stoker.launch.slurm.batch import LINK_VARIABLE, RANKS_DEFAULT, SUBMITTED, write_note
 from stoker.launch.train import say
+from stoker.parallel.start import Ranks
 from stoker.trainer.history import begin_anew
 from stoker.trainer.settle import settle_config
 from stoker.trainer.trust import SLURM, TRAINING, remember, remember_script
@@ -72,7 +73,7 @@ def settled(overrides: Sequence[str]) -> Start:
     tasks = next((parse(word).value for word in overrides if word.startswith("launch.array=")), None)
     first = str(tasks).partition("-")[0].partition(",")[0] if tasks else "0"
     words = expand([word.replace("{task}", first) for word in overrides], say)
-    config, changes = settle_config(words, _where, tell=say, uses=(*TRAINING, SLURM))
+    config, changes = settle_config(words, where, tell=say, uses=(*TRAINING, SLURM))
     if config.launch.name != "slurm":
         raise ConfigError(f"launch={config.launch.name}: set launch=slurm or kubernetes, and launch.nodes, ...")
     for change in changes:
@@ -160,7 +161,7 @@ def cores_of_rank(config: Config) -> int:
     return (config.launch.threads or 1) + config.data.workers + 2
 
 
-def _where(config: Config) -> tuple[int, int]:
+def where(config: Config) -> Ranks:
     launch = config.launch
-    ranks = launch.nodes * (launch.nproc or launch.gpus or RANKS_DEFAULT)
-    return ranks, 0 if launch.device == "cpu" else launch.nodes * (launch.gpus or 0)
+    here = launch.nproc or launch.gpus or RANKS_DEFAULT
+    return Ranks(launch.nodes * here, 0 if launch.device == "cpu" else launch.gpus or 0, here)

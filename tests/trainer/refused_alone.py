@@ -84,6 +84,7 @@ BEYOND = [
     "launch.hang_seconds=0",
     "launch.threads=0",
     "launch.device=tpu",
+    "launch.backend=mpi",
     "launch.deadline=tomorrow",
     "launch.nodes=0",
     "launch.time=24h",

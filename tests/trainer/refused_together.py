@@ -139,6 +139,13 @@ TOGETHER = {
             "5 micro-batches do not split into rounds over parallel.pp=2: batch.micro_size=10 or 5 does",
         ),
     ],
+    "NCCL on CPUs": [(["launch.backend=nccl"], 2, 0, "launch.backend=nccl on CPUs: leave launch.backend out")],
+    "pipelines over gloo on GPUs": [
+        (["launch.backend=gloo", "parallel.pp=2"], 2, 2, "with launch.backend=gloo on GPUs: parallel.pp=1 works"),
+    ],
+    "pipelines on older torch": [
+        (["parallel.pp=2"], 2, 0, "parallel.pp=2 on torch 2.12.1: parallel.pp=1 works, or torch 2.13"),
+    ],
     "GPUs": [
         ([], 4, 1, "4 ranks on 1 GPU: launch.nproc=1 works, or launch.device=cpu"),
         (["launch.device=cuda"], 2, 0, "launch.device=cuda: there is no GPU here"),

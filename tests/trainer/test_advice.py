@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,7 +85,9 @@ CASES = [(name, *case) for name, cases in TOGETHER.items() for case in cases]
 
 
 @pytest.mark.parametrize(("name", "overrides", "world", "gpus", "words"), CASES)
-def test_what_a_refusal_advises_is_accepted(name, overrides, world, gpus, words, tmp_path):
+def test_what_a_refusal_advises_is_accepted(name, overrides, world, gpus, words, tmp_path, monkeypatch):
+    if name == "pipelines on older torch":
+        monkeypatch.setattr(torch, "__version__", "2.12.1")
     config = with_values(*overrides)
     [message] = refusals_of(config, world, gpus).splitlines()
     ways = [[setting] for phrase, setting in WORDS.items() if phrase in message]

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 
@@ -27,6 +28,7 @@ from stoker.conf.records import is_sane
 
 LAUNCHER_VARIABLE = "STOKER_LAUNCHER"  # the process id of our launcher on this machine
 LAUNCH_VARIABLE = "STOKER_LAUNCH"  # which launch this is, the same for all its restarts
+ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
 RESTARTS_VARIABLE = "STOKER_RESTARTS"  # how often a Slurm job has started its ranks again
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _STAMP_BYTES = 128  # of a stamp: each is written over the one before
@@ -96,6 +98,18 @@ def give_freed_memory_back() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+def set_allocator() -> None:
+    """Before torch is loaded: the settings of its allocators for GPUs, where the user has none."""
+    if not {ALLOCATOR_VARIABLE, "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ[ALLOCATOR_VARIABLE] = allocator_settings(version("torch"))
+
+
+def allocator_settings(torch_version: str) -> str:
+    """Segments that grow leave no holes. Page-locked memory is not rounded up to a power of two (torch 2.13)."""
+    major, minor = (int(part) for part in torch_version.split(".")[:2])
+    return "expandable_segments:True" + (",pinned_max_round_threshold_mb:1" if (major, minor) >= (2, 13) else "")
 
 
 class Phase(enum.StrEnum):

@@ -11,19 +11,23 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
-from stoker.conf.durable import open_own
+from stoker.conf.durable import TEMPORARY, open_own
 from stoker.conf.rundir import RunDirectory, next_attempt
 from stoker.trainer.runtime.outcome import close_dead_attempts
+from stoker.trainer.runtime.process import read_stamps
 
 log = logging.getLogger(__name__)
 
 LOCK_SECONDS = 10.0  # that another start may keep the lock: the blocks under it take milliseconds
 _POLL_SECONDS = 0.01
+_SWEPT = 8  # newest attempts in which each start looks for what was left
 _MOST_BYTES = 256  # of the id of a launch
 
 
@@ -53,6 +57,8 @@ def begin_attempt(run: RunDirectory, launch: str) -> int:
         with open(open_own(run.launch(number), os.O_WRONLY | os.O_CREAT), "wb") as file:
             file.write(launch.encode())
     close_dead_attempts(run, number)
+    for earlier in range(max(1, number - _SWEPT), number):
+        _sweep(run, earlier)
     return number
 
 
@@ -65,6 +71,15 @@ def is_superseded(run: RunDirectory, launch: str, before: int) -> bool:
     """Whether another attempt has followed this one, or only another launch has made one: then that owns the run."""
     numbers = run.attempt_numbers()[before:]
     return bool(numbers) and numbers[-1] != attempt_of(run, launch, before)
+
+
+def _sweep(run: RunDirectory, number: int) -> None:
+    """Remove files that rank 0 of an attempt was writing when it was killed. A process that lives may need them."""
+    with suppress(OSError, ValueError):  # somebody else removes them too, or a stamp is damaged
+        stamp = read_stamps(run.attempt(number)).get(0)
+        if stamp is None or (stamp.host == socket.gethostname() and not Path(f"/proc/{stamp.pid}").exists()):
+            for left in run.attempt(number).glob(f"*{TEMPORARY}"):
+                left.unlink()
 
 
 def _launch_of(run: RunDirectory, number: int) -> str | None:

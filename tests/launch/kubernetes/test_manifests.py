@@ -104,9 +104,9 @@ def test_a_task_of_skypilot_names_its_machines_and_starts_the_same_program(capsy
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["launch.image=null"], "needs launch.image"),
-        (["launch.volume=null", "launch.nodes=2"], "needs launch.volume, a volume that all pods mount"),
-        (["launch.volume=null"], "needs launch.volume or checkpoint.remote"),
+        (["launch.image=null"], "needs launch.image=IMAGE"),
+        (["launch.volume=null", "launch.nodes=2"], "needs launch.volume=VOLUME, a volume that all pods mount"),
+        (["launch.volume=null"], "needs launch.volume=VOLUME or checkpoint.remote=URL"),
     ],
 )
 def test_what_pods_lack_is_refused(capsys: pytest.CaptureFixture, words: list[str], message: str) -> None:

@@ -104,11 +104,13 @@ def test_a_run_cut_at_any_byte_or_full_of_rubbish_has_a_report(tmp_path: Path) -
             for data in (whole[:cut], bytes(spoiled), whole[cut:]):
                 file.write_bytes(data)
                 Markup(page([gather(str(run.path))]))
-        file.write_bytes(b'{"began": 1e308, "time": -1e308, "seconds": {"training": 1e308}}')
-        found = [gather(str(run.path))] * 2
-        Markup(page(found))
-        json.loads(as_json(found))
-        as_markdown(found)
+        for rubbish in ('"began": 1e308, "time": -1e308', '"began": 1, "time": 2'):
+            seconds = '"seconds": {"training": 1e308, "data": 1e308}'
+            file.write_text(f'{{{rubbish}, "resumed_from": 0, {seconds}, "marks": []}}')
+            found = [gather(str(run.path))] * 2
+            Markup(page(found))
+            json.loads(as_json(found))
+            as_markdown(found)
         file.write_bytes(whole)
     assert gather(str(run.path)).problems == []
     run.outcome(1).write_text("{}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
+import subprocess
 import threading
 from pathlib import Path
 
@@ -83,3 +85,16 @@ def test_a_suspended_start_keeps_the_lock_for_a_while_only_and_a_file_system_wit
 
     monkeypatch.setattr("fcntl.flock", unsupported)
     assert begin_attempt(run, "third") == 3
+
+
+def test_a_half_written_file_of_a_killed_rank_is_removed_by_the_next_start_and_not_that_of_a_living_one(
+    run: RunDirectory,
+) -> None:
+    dead, living = begin_attempt(run, "dead"), begin_attempt(run, "living")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for attempt, pid in ((dead, ended.pid), (living, os.getpid())):
+        (run.attempt(attempt) / "rank-0.stamp").write_text(f"6 update 1.0 {pid} {socket.gethostname()} 1\n")
+        run.seconds(attempt).with_suffix(".json.tmp").write_text("{")
+    begin_attempt(run, "next")
+    assert [path.parent.name for path in run.attempts.glob("*/*.tmp")] == [str(living)]

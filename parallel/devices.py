@@ -1,0 +1,95 @@
+"""The device of a rank, and what its arithmetic may round.
+
+A thread's current GPU is number 0 until it is set, and what runs there makes a context of half a gigabyte on that GPU,
+in every rank of the machine. So each thread that touches a GPU calls `use_device` first.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils.deterministic
+
+from stoker.conf.values import ConfigError
+
+
+def pick_device(wanted: str | None, local_rank: int, local_world: int = 1, backend: str | None = None) -> torch.device:
+    """The device of the rank with this number on its machine: `wanted` (cpu | cuda), else CUDA where there is one.
+
+    A rank that sees a single GPU takes it: a launcher may show each rank its own. Over gloo ranks share GPUs. Raises
+    ConfigError where there is no GPU for the rank.
+    """
+    kind = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind != "cuda":
+        return torch.device(kind)
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ConfigError("launch.device=cuda: this rank sees no GPU; launch.device=cpu works")
+    if local_rank >= count > 1 and backend != "gloo":
+        raise ConfigError(
+            f"rank {local_rank} of the {local_world} on this machine sees {count} GPUs: show each rank all of them, or "
+            "the one that is its own (CUDA_VISIBLE_DEVICES)"
+        )
+    device = torch.device("cuda", local_rank % count)
+    torch.cuda.set_device(device)
+    return device
+
+
+def use_device(device: torch.device) -> None:
+    """Make `device` the current one of the calling thread."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def backend_of(wanted: str | None, device: torch.device) -> str:
+    """The backend of collectives between tensors on `device`: `wanted` (nccl | gloo), else the one made for it."""
+    return wanted or ("nccl" if device.type == "cuda" else "gloo")
+
+
+def gpu_of(device: torch.device) -> str | None:
+    """The UUID of a GPU, as nvidia-smi prints it; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """What `set_exactness` changes in a process."""
+
+    bf16: Any
+    fp16: Any
+    deterministic: bool
+    fills: bool
+
+    def restore(self) -> None:
+        matmul = torch.backends.cuda.matmul
+        matmul.allow_bf16_reduced_precision_reduction = self.bf16
+        matmul.allow_fp16_reduced_precision_reduction = self.fp16
+        torch.use_deterministic_algorithms(self.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = self.fills  # type: ignore[attr-defined]
+
+
+def exactness_now() -> Exactness:
+    matmul = torch.backends.cuda.matmul
+    return Exactness(
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+
+
+def set_exactness(deterministic: bool) -> None:
+    """Sums in products of bf16 and fp16 are taken in fp32, whatever their shape; with `deterministic` repeats are equal
+    to the last bit. Uninitialised memory stays as it is: filling it is a pass over every tensor that is made."""
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = False
+    matmul.allow_fp16_reduced_precision_reduction = False
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
