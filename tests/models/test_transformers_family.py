@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def refusal(kind: str, layout: Layout, mask: bool = True, **changes: Any) -> str
 
 def assert_the_same_training(kinds: list[str], folder: Path) -> None:
     masked = {kind: not (refusal(kind, SHARDED, mask=True) or "").startswith("documents see") for kind in kinds}
-    expected = {kind: classes.write_reference(folder, kind, masked[kind]) for kind in kinds}
+    expected = dict(ChainMap(*world.run(classes.write_references, 2, folder, masked, timeout=240.0)))
     problems = []
     for name, layout in LAYOUTS.items():
         for mask in (True, False):
@@ -109,7 +110,8 @@ def assert_apart(model: Any, kind: str) -> None:
         with torch.no_grad():
             return model(tokens, positions, documents)
 
-    moved = (logits(tokens) - logits(changed)).abs().amax(-1) > 0
+    # Experts multiply the tokens that chose them together: one token more changes how their sums are rounded.
+    moved = (logits(tokens) - logits(changed)).abs().amax(-1) > 1e-5
     assert not moved[:6].any() and not moved[12:].any(), f"{kind}: {moved.int().tolist()}"
     assert moved[6:8].all()
 

@@ -294,8 +294,14 @@ def differences(found: Found, expected: Found) -> dict[str, float]:
     }
 
 
-def write_reference(folder: Path, kind: str, mask: bool = True) -> Found:
-    """The weights of the reference in `folder`, and what it computes."""
-    model = reference_model(kind)
-    torch.save({name: value.clone() for name, value in model.state_dict().items()}, folder / f"{kind}.pt")
-    return reference(model, mask)
+def write_references(folder: Path, masks: dict[str, bool]) -> dict[str, Found]:
+    """On a rank: the weights of the references in `folder`, and what they compute; each rank takes some of the kinds.
+
+    `masks`: for each kind whether documents are apart.
+    """
+    found = {}
+    for kind in sorted(masks)[dist.get_rank() :: dist.get_world_size()]:
+        model = reference_model(kind)
+        torch.save({name: value.clone() for name, value in model.state_dict().items()}, folder / f"{kind}.pt")
+        found[kind] = reference(model, masks[kind])
+    return found
