@@ -17,15 +17,18 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("stoker", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("stoker")
 
+_SIGNALS = (signal.SIGPIPE, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1)
+
 
 @pytest.fixture(autouse=True)
 def _signals_as_they_were() -> Iterator[None]:
-    """A handler that a test leaves strikes a later one: with SIGPIPE's default, a write into a pipe that nobody reads
-    ends the worker without a word."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGPIPE, signal.SIGTERM, signal.SIGINT)}
+    """Commands that a test calls set handlers for the process that they usually are. One that is left strikes a later
+    test: with SIGPIPE's default, a write into a pipe that nobody reads ends the worker without a word."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
     yield
     for number, handler in before.items():
-        assert signal.getsignal(number) == handler, f"the test changed the handler of {number.name}"
+        if signal.getsignal(number) != handler:
+            signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
