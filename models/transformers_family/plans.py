@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 _LLAMA = {
     "layers.*.self_attn.q_proj": "colwise",
     "layers.*.self_attn.k_proj": "colwise",
@@ -15,7 +18,7 @@ _LLAMA = {
 OWN_PLANS: dict[str, dict[str, str]] = {  # by model_type; added to transformers' own
     # The parameters of its activation are used on a rank's channels only, which transformers' plan leaves out
     "apertus": {"layers.*.mlp.act_fn": "replicated_with_grad_allreduce"},
-    "stablelm": _LLAMA,
+    "stablelm": _LLAMA | {"layers.*.self_attn": "counted_heads"},
     "hunyuan_v1_dense": _LLAMA
     | {
         "layers.*.self_attn.query_layernorm": "replicated_with_grad_allreduce",
@@ -29,3 +32,10 @@ OWN_PLANS: dict[str, dict[str, str]] = {  # by model_type; added to transformers
         "h.*.mlp.c_proj": "conv1d_rowwise",
     },
 }
+
+
+def own_plan(config: Any) -> Mapping[str, str]:
+    """Stoker's plan for a model of this text config, empty if it has none."""
+    if config.model_type == "stablelm" and config.qk_layernorm:  # a norm for each head of the whole model
+        return {}
+    return OWN_PLANS.get(config.model_type, {})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stoker.models.embedding import lookup
 from stoker.models.transformers_family.conv1d import ColumnConv1D, FusedHeads, RowConv1D
 from stoker.models.transformers_family.packed import packed_entry
-from stoker.models.transformers_family.plans import OWN_PLANS
+from stoker.models.transformers_family.plans import own_plan
 from stoker.parallel.model import Role
 from stoker.parallel.registry import Entry, Piece
 from stoker.parallel.shards import whole
@@ -42,8 +42,7 @@ def plan_of(config: Any) -> Mapping[str, str]:
     Empty where neither transformers nor Stoker has a plan for the model.
     """
     text = config.get_text_config()
-    own = OWN_PLANS.get(text.model_type)
-    plan = {**(getattr(text, "base_model_tp_plan", None) or {}), **(own or {})}
+    plan = {**(getattr(text, "base_model_tp_plan", None) or {}), **own_plan(text)}
     return {pattern: style for pattern, style in plan.items() if style and not style.startswith("embedding_")}
 
 
@@ -171,6 +170,18 @@ class _Experts(TensorLayer):
         return leave(out, self.axis)
 
 
+class _CountedHeads(TensorLayer):
+    """An attention that shapes its projections by a number of heads: on a rank, by that of the rank."""
+
+    num_heads: int
+    num_key_value_heads: int
+
+    def cut(self, axis: TensorAxis) -> list[Entry]:
+        self.num_heads //= axis.size
+        self.num_key_value_heads = max(1, self.num_key_value_heads // axis.size)
+        return []
+
+
 def _last_dim_entry(name: str, parameter: Tensor, axis: TensorAxis) -> Entry:
     shape = tuple(parameter.shape)
     return sharded_entry(name, shape, len(shape) - 1, axis.equal_share(shape[-1]))
@@ -250,6 +261,10 @@ def _row_conv1d(module: Any, name: str, config: Any, own: Mapping[str, str]) -> 
     module.unit = unit
 
 
+def _counted_heads(module: Any, name: str, config: Any, own: Mapping[str, str]) -> None:
+    _mix_in(module, _CountedHeads)
+
+
 def _fused_heads(module: Any, name: str, config: Any, own: Mapping[str, str]) -> None:
     _mix_in(module, FusedHeads)
 
@@ -269,6 +284,7 @@ _STYLES: dict[str, Callable[[Any, str, Any, Mapping[str, str]], None]] = {
     "conv1d_colwise": _column_conv1d,
     "conv1d_qkv": _fused_conv1d,
     "conv1d_rowwise": _row_conv1d,
+    "counted_heads": _counted_heads,
     "fused_heads": _fused_heads,
 }
 
