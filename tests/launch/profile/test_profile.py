@@ -123,7 +123,7 @@ def cut_off_amid_an_event(file: Path) -> None:
         (lambda file: write(file, []), "no step is traced"),
         (lambda file: write(file, [*steps(1), {**marked("x", 1, 2), "ts": "now"}]), "is none of a trace"),
         (lambda file: write(file, [*steps(1), {**marked("x", 1, 2), "ts": float("inf")}]), "is none of a trace"),
-        (lambda file: write(file, [*steps(1), 7]), "event 39 is none of a trace: 7"),
+        (lambda file: write(file, [*steps(1), 7]), "is none of a trace: 7"),
     ],
 )
 def test_a_damaged_trace_is_refused_with_its_file(tmp_path, capsys, damage, told):
@@ -161,7 +161,7 @@ def test_an_event_takes_tens_of_bytes(tmp_path):
         held, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(trace.columns.kind) == len(events) > 20_000
+    assert len(trace.columns.kind) == len(events) > 10_000
     assert held < 80 * len(events)
     assert most < 100 * len(events) + 12 * (1 << 20), "pieces of the file, and columns that grow"
 
