@@ -39,7 +39,7 @@ examples:
 
 PROFILE_EXAMPLES = """\
 examples:
-  stoker train run.dir=runs/a 'profile.steps=[10,13]'     first: trace some steps
+  stoker train run.dir=runs/a 'profile.steps=[10,13]'    traces steps
   stoker profile runs/a
   stoker profile runs/a --rank 3 --json
 """

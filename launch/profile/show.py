@@ -15,9 +15,10 @@ from stoker.conf.printable import printable
 from stoker.launch.inspect import console_for_tables
 from stoker.launch.profile.advice import Finding, alike, sentence
 from stoker.launch.profile.measure import RankProfile
-from stoker.trainer.report.breakdown import PHASES
+from stoker.trainer.report.breakdown import PREFIX, RANGES
 from stoker.trainer.report.progress import size
 
+PHASES = tuple(name.removeprefix(PREFIX) for name in RANGES)
 MOST = 12  # rows of a table
 MOST_RANKS = 16
 _NAME = 60  # characters of a kernel's name

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 PREFIX = "stoker."
-PHASES = ("data", "forward", "backward", "update")
+RANGES = ("stoker.data", "stoker.forward", "stoker.backward", "stoker.update")  # of the phases
 CHECKPOINT = "stoker.checkpoint"  # marks what a save holds up: no phase of a step
 EXPOSED = "phase_communication_exposed_seconds"
 _NOT_COMPUTING = ("autograd::", "torch::autograd::", "c10d::", "_c10d_functional::")  # they contain or start others
@@ -101,8 +101,7 @@ def exposed_communication(events: Sequence[Event]) -> list[Interval]:
 
 
 def _ranges(events: Iterable[Event]) -> list[Event]:
-    names = {PREFIX + phase for phase in PHASES}
-    found = (event for event in events if event.annotation and not event.on_device and event.name in names)
+    found = (event for event in events if event.annotation and not event.on_device and event.name in RANGES)
     return sorted(found, key=lambda event: event.start)
 
 
