@@ -18,6 +18,7 @@ from stoker.parallel.mesh import Mesh
 from stoker.parallel.update import ControlFlag, StepFlags
 from stoker.trainer.evaluation import Evaluated, Evaluation
 from stoker.trainer.facts import Facts
+from stoker.trainer.report.breakdown import CHECKPOINT
 from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.observers import Observers
 from stoker.trainer.report.profile import Profiler
@@ -88,7 +89,8 @@ class Trainer:
                 if not self._seen_gradients:
                     self._look_at_gradients(step, rows)
                 self.phase(step, Phase.AWAIT_STAGED)
-                self.checkpoints.await_staged()  # a snapshot in flight must not see the update
+                with record_function(CHECKPOINT):
+                    self.checkpoints.await_staged()  # a snapshot in flight must not see the update
                 self.phase(step, Phase.UPDATE)
                 lr = learning_rate(self.config.schedule, self.config.optim, step)
                 work_seconds = max(clock.take(), self.engine.gpu_seconds()) + self.phase.spent(Phase.DATA)
@@ -145,7 +147,8 @@ class Trainer:
         if self.observers is not None:
             flush = self.observers.metrics.flush
             self.observers.saving(step)
-        self.checkpoints.save(step, self.engine.shards(), self.state(), before_commit=flush)
+        with record_function(CHECKPOINT):
+            self.checkpoints.save(step, self.engine.shards(), self.state(), before_commit=flush)
 
     def report_saves(self) -> None:
         """Report saves that ended to the observers, and flag those that failed to the other ranks."""
