@@ -223,7 +223,7 @@ def _own_seconds(view: _View) -> tuple[list[tuple[str, tuple[int, float]]], dict
             entry[1] += seconds
         if owner is not None:
             book(owner, row, seconds)
-    for row in np.flatnonzero(view.inside & (view.kind == KERNEL)):
+    for row in np.flatnonzero(view.inside & (view.kind == KERNEL)).tolist():
         seconds = float(view.end[row] - view.start[row]) * 1e-9
         entry = operators.setdefault(view.names[view.name[row]], [0, 0.0])
         entry[0] += 1
