@@ -130,9 +130,8 @@ def test_a_trial_that_was_killed_before_its_first_checkpoint_starts_over(
     write_identity(other, Identity("0" * 32, str(other.path), os.stat(other.path).st_ino, saved=True))
     assert main(words) == 0 and trainers.started == ["0", "1", "0", "1"]
     assert (run.earlier(1) / "metrics.jsonl").exists() and not other.earlier(1).exists()
-    assert f"it ended at step 3, before its first checkpoint, and starts over; those steps are in {run.earlier(1)}" in (
-        capsys.readouterr().out
-    )
+    told = f"it ended at step 3, before its first checkpoint, and starts over; those steps are in {run.earlier(1)}"
+    assert told in capsys.readouterr().err
 
 
 def test_a_point_that_is_refused_is_named_before_any_run_begins(
