@@ -3,7 +3,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test test-short test-long gpu lint format install docs dist
+.PHONY: demo test test-short test-long lint format install
 
 install: .venv/installed
 
@@ -34,26 +34,6 @@ test-short: install
 # Runs that are killed, hung and moved for minutes; some need a Slurm cluster or network namespaces, which they make as root.
 test-long: install
 	$(PYTEST) -m long
-
-# What one GPU can prove in six minutes. PYTHON is the machine's own, as its torch is; nothing is installed.
-gpu:
-	$(PYTHON) -m tests.gpu --seconds 360 --json gpu.json
-
-docs: install
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	$(BIN)/python docs/site.py build/pages
-	$(BIN)/mkdocs build --quiet --strict
-
-# Wheel and source distribution as a user gets them: checked, installed into an empty environment, one step trained.
-dist: install
-	rm -rf dist build/dist && mkdir -p build/dist
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[release]'
-	$(BIN)/python -m build --outdir dist .
-	$(BIN)/python -m twine check --strict dist/*
-	$(PYTHON) -m venv build/dist/venv
-	build/dist/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	build/dist/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
-	cd build/dist && venv/bin/stoker train run.dir=first steps=1 batch.size=4 seq_len=64 launch.nproc=1
 
 format: install
 	$(BIN)/ruff check --fix .

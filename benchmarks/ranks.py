@@ -30,9 +30,8 @@ from stoker import conf
 from stoker.conf.parent_death import die_with
 from stoker.conf.schema import Config, ModelConfig, from_dict
 from stoker.parallel.batch import Batch
-from stoker.parallel.devices import backend_of, pick_device, set_exactness
 from stoker.parallel.layout import batch_plan, layout_of, threads_per_rank
-from stoker.parallel.mesh import Mesh, start_mesh, use_threads
+from stoker.parallel.mesh import Mesh, pick_device, start_mesh, use_threads
 from stoker.parallel.update import StepResult
 
 BATCHES = 4  # different global batches, over and over
@@ -277,9 +276,7 @@ def _rank(
         layout = layout_of(config, ranks)
         file = dist.FileStore(store, ranks)
         file.set_timeout(timedelta(seconds=SECONDS_TO_WAIT))
-        set_exactness(config.deterministic)
-        device = pick_device(None, rank, ranks, config.launch.backend)
-        mesh = start_mesh(layout, device, file, rank, SECONDS_TO_WAIT, backend_of(config.launch.backend, device))
+        mesh = start_mesh(layout, pick_device(None, rank), file, rank, SECONDS_TO_WAIT)
         message = True, function(config, mesh, *arguments)
         dist.barrier()  # no rank leaves while another needs it
     except BaseException:

@@ -16,9 +16,7 @@ import torch
 from stoker.checkpoint.format import BLOCK_BYTES, Piece
 from stoker.checkpoint.memory import fresh_bytes
 from stoker.checkpoint.plan import FilePlan, plan_file
-from stoker.parallel.devices import use_device
 from stoker.parallel.dtypes import DTYPES
-from stoker.parallel.pinned import pinned_zeros
 from stoker.parallel.shards import Shard, flat_range, whole
 
 
@@ -34,7 +32,6 @@ class StagingPool:
         self._plan: FilePlan | None = None
         self._image = torch.empty(0, dtype=torch.uint8)
         self._pinned = False
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # of copies, used by the writer's threads in turn
 
     @property
     def bytes(self) -> int:
@@ -52,8 +49,9 @@ class StagingPool:
             size, pinned = self._size(self._plan.file_bytes), any(shard.data.is_cuda for shard in shards)
             if (self.bytes, self._pinned) != (size, pinned):
                 self._image = torch.empty(0, dtype=torch.uint8)  # free the old memory first
-                self._image = pinned_zeros(size, torch.uint8) if pinned else fresh_bytes(size).zero_()
-                self._pinned = pinned  # every page has been touched now rather than in the first snapshot
+                self._image = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else fresh_bytes(size)
+                self._pinned = pinned
+                self._image.zero_()  # touches every page now rather than in the first snapshot
         return self._plan
 
     def _size(self, file_bytes: int) -> int:
@@ -67,7 +65,7 @@ class StagingPool:
         With the last one `snapshot` is complete.
         """
         plan = self.prepare(shards)
-        snapshot.begin(self._streams)
+        streams = snapshot.begin()
         view = self._image.numpy().data
         for start in range(0, plan.file_bytes, self.bytes):
             stop = min(start + self.bytes, plan.file_bytes)
@@ -75,20 +73,20 @@ class StagingPool:
             self._image[: header.numel()] = header
             with torch.no_grad():
                 for copied in _overlapping(plan, start, stop):
-                    self._copy(plan.pieces[copied], shards[plan.sources[copied]], start, stop)
+                    self._copy(plan.pieces[copied], shards[plan.sources[copied]], start, stop, streams)
             last = stop == plan.file_bytes
             if last:
-                snapshot.enqueued(self._streams)
-            snapshot.synchronize(self._streams)
+                snapshot.enqueued(streams)
+            snapshot.synchronize(streams)
             yield view[: stop - start]
 
-    def _copy(self, piece: Piece, shard: Shard, start: int, stop: int) -> None:
+    def _copy(self, piece: Piece, shard: Shard, start: int, stop: int, streams: dict[Any, Any]) -> None:
         """The elements of `piece` between bytes `start` and `stop` of the file."""
         dtype, size = DTYPES[piece.dtype], piece.chunk.sizes
         part = shard.data.detach()[piece.chunk.within(shard.chunk)]
         first, last = max(start, piece.start), min(stop, piece.stop)
         place = self._image[first - start : last - start].view(dtype)
-        with torch.cuda.stream(self._streams.get(part.device)):
+        with torch.cuda.stream(streams.get(part.device)):
             if (first, last) == (piece.start, piece.stop):
                 place.view(size).copy_(part, non_blocking=True)
                 return
@@ -125,25 +123,22 @@ class Snapshot:
         self._copied: dict[torch.device, torch.cuda.Event] = {}
         self._staged = threading.Event()
 
-    def begin(self, streams: dict[torch.device, torch.cuda.Stream]) -> None:
-        """Let the streams to copy on, by device, wait for the values; streams that are missing are made."""
-        for device, event in self._present.items():
-            use_device(device)
-            if device not in streams:
-                streams[device] = torch.cuda.Stream(device)
-            streams[device].wait_event(event)
+    def begin(self) -> dict[torch.device, torch.cuda.Stream]:
+        """The streams to copy on, by device."""
+        streams = {device: torch.cuda.Stream(device) for device in self._present}
+        for device, stream in streams.items():
+            stream.wait_event(self._present[device])
+        return streams
 
     def enqueued(self, streams: dict[torch.device, torch.cuda.Stream]) -> None:
         """Every copy has been made or queued: from here on `await_staged` returns."""
-        self._copied = {device: streams[device].record_event() for device in self._present}
+        self._copied = {device: stream.record_event() for device, stream in streams.items()}
         self._staged.set()
 
     def synchronize(self, streams: dict[torch.device, torch.cuda.Stream]) -> None:
-        """Wait, in the writer's thread, until the copies have been made, without keeping a core busy."""
-        for device in self._present:
-            event = torch.cuda.Event(blocking=True)
-            event.record(streams[device])
-            event.synchronize()
+        """Wait, in the writer's thread, until the copies have been made."""
+        for stream in streams.values():
+            stream.synchronize()
 
     def give_up(self) -> None:
         """Nothing (more) will be copied."""

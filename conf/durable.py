@@ -16,7 +16,6 @@ from stoker.conf.reasons import reason
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-TEMPORARY = ".tmp"  # ends the name of a file that is being written
 ROOM_SECONDS = 60.0  # that a rank waits for room on a full disk; its launcher waits longer
 _POLL_SECONDS = 0.5
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -30,7 +29,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 def write_whole(path: Path, data: bytes, sync: bool = False) -> None:
     """Writes `path`, whole or not at all; with `sync` as `write_durably`. Raises OSError naming the file."""
-    temporary = path.with_name(f"{path.name}{TEMPORARY}")
+    temporary = path.with_name(f"{path.name}.tmp")
     with naming(path):
         try:
             with open(open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:

@@ -104,7 +104,7 @@ def _sorted_out(words: Sequence[str]) -> tuple[list[str], list[Path], list[str],
 def _located(word: str, folders: Sequence[Path]) -> str:
     """`model=mine` with the file that this is, where `mine` is a choice of the user's own."""
     key, name = _key(word), word.partition("=")[2]
-    if key not in GROUPS or name in choices(key) or Path(name).is_absolute() or name.startswith("["):
+    if key not in GROUPS or name in choices(key) or Path(name).is_absolute():
         return word
     path = _of_group(key, name, folders)
     settings_in(path, key)  # what is wrong in it is said with file and line

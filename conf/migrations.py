@@ -82,10 +82,6 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
     data = moved.get("data")
     if isinstance(data, dict) and data.get("mode") in _MODES:
         moved["data"] = data | {"mode": _MODES[data["mode"]]}
-    tracker = moved.get("tracker")
-    if isinstance(tracker, dict) and isinstance(tracker.get("name"), str):
-        named = [] if tracker["name"] == "none" else [tracker["name"]]
-        moved["tracker"] = {"names": named, **{key: value for key, value in tracker.items() if key != "name"}}
     if isinstance(moved.get("model"), dict):
         moved["model"] = _with_rope_parameters(moved["model"])
     return moved

@@ -53,8 +53,6 @@ def parse(override: str) -> Override:
         raise ConfigError(
             f"{override}: an interpolation would be resolved again by every rank and every restart; write the value"
         )
-    if key == "tracker" and text.startswith("["):
-        return parse(f"tracker.names={text}")
     if key in GROUPS:
         return _choice(key, text)
     below = next((name for name in _OPEN if key.startswith(f"{name}.")), None)
@@ -196,7 +194,7 @@ def quoted_value(text: str, hint: Any = Any) -> str:
     if _reads_as_it_looks(text, hint):
         return text
     if text.startswith("[") and text.endswith("]") and str not in options(hint):
-        items = "[" + ",".join(quoted_value(item.strip(), Any) for item in items_of(text[1:-1])) + "]"
+        items = "[" + ",".join(quoted_value(item.strip(), Any) for item in _items(text[1:-1])) + "]"
         if _reads_as_it_looks(items, hint):
             return items
     return quoted(text)
@@ -226,8 +224,8 @@ def _reads_as_it_looks(text: str, hint: Any) -> bool:
     return not is_function_call and (value is None or str not in options(hint))
 
 
-def items_of(text: str) -> list[str]:
-    """`text` split at the commas outside brackets and quotes: the values of a sweep, the items of a list."""
+def _items(text: str) -> list[str]:
+    """`text` split at the commas outside brackets and quotes."""
     items, depth, quote_mark, start = [], 0, "", 0
     for at, letter in enumerate(text):
         if quote_mark:

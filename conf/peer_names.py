@@ -67,7 +67,7 @@ _NAMES: tuple[tuple[str, Answer], ...] = (
     ("run_name wandb_run_name experiment_name", Answer("run.name={}", "first")),
     ("resume resume_from_checkpoint resume_from auto_resume", Answer("run.dir=runs/a", note="that of the run: a start "
      "on a run directory that holds checkpoints goes on from the newest")),
-    ("report_to logger_name tracker.name", Answer("tracker={}", "wandb")),
+    ("report_to logger_name", Answer("tracker={}", "wandb")),
     ("wandb_log use_wandb enable_wandb wandb", Answer("tracker=wandb")),
     ("wandb_project project_name", Answer("tracker.project={}", "stoker")),
     ("model_name_or_path base_model checkpoint_dir pretrained_model_name_or_path initial_checkpoint_dir hf_path",
@@ -93,7 +93,6 @@ _NAMES: tuple[tuple[str, Answer], ...] = (
      Answer("parallel.pp={}", "2")),
     ("data_parallel_shard_degree dp_shard data_parallel_size dp_size dp", Answer("parallel.zero=3", note=_DERIVED)),
     ("data_parallel_replicate_degree", Answer("parallel.dp_replicate={}", "2")),
-    ("ddp_backend distributed_backend dist_backend process_group_backend", Answer("launch.backend={}", "nccl")),
     ("ddp_timeout distributed_timeout nccl_timeout", Answer("parallel.timeout_seconds={}", "600")),
     ("nproc_per_node num_processes devices n_gpu gpus num_gpus n_gpus",
      Answer("launch.nproc={}", "2", "ranks on each machine")),
@@ -105,6 +104,8 @@ _NAMES: tuple[tuple[str, Answer], ...] = (
     ("n_embd dim d_model embed_dim hidden_dim", Answer("model.hidden_size={}", "256")),
     ("ffn_hidden_size d_ff ffn_dim n_inner", Answer("model.intermediate_size={}", "704")),
     ("padded_vocab_size n_vocab", Answer("model.vocab_size={}", "50304")),
+    ("multirun m", Answer("launch=slurm launch.array=0-3 run.seed={task}", note="with `stoker submit`: a run for each "
+     "task; on one machine a loop of the shell starts one after another")),
 )  # fmt: skip
 ANSWERS: dict[str, Answer] = {name: answer for names, answer in _NAMES for name in names.split()}
 

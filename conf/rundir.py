@@ -104,10 +104,6 @@ class RunDirectory:
         """What the rank of this global number wrote to stdout and stderr in an attempt."""
         return self.attempt(number) / f"rank-{rank}.log"
 
-    def launch(self, number: int) -> Path:
-        """The id of the launch that made an attempt."""
-        return self.attempt(number) / "launch"
-
     def beginning(self, number: int) -> Path:
         """The start conditions of an attempt, as JSON."""
         return self.attempt(number) / "start.json"
@@ -293,18 +289,9 @@ def read_config(run: RunDirectory) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"{run.config} holds no config")
     try:
-        config = from_dict(migrate(values))
+        return from_dict(migrate(values))
     except ConfigError as error:
         raise ConfigError(f"{run.config}: {error}") from None
-    return _with_kept_tokenizer(run, config)
-
-
-def _with_kept_tokenizer(run: RunDirectory, config: Config) -> Config:
-    """A run keeps the files of its tokenizer: they serve where those that the config names are gone."""
-    named = config.data.tokenizer
-    if named in (None, "byte", "bpe") or Path(named).exists() or not run.tokenizer.is_dir():
-        return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(run.tokenizer)))
 
 
 _MOST_CONFIG_BYTES = 16 << 20

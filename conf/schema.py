@@ -100,7 +100,7 @@ class ModelConfig:
     target: str = fixed("stoker.models.decoder:build")  # import path pkg.mod:function of the builder
     name: str = free("model")  # for run names and tables
     family: str | None = free()  # of exports: llama | mistral | qwen2 | qwen3; default: by shape
-    init_from: str | None = fixed()  # directory to take shape, weights and tokenizer from: Hugging Face's or a run's
+    init_from: str | None = fixed()  # directory to take shape and weights from: Hugging Face's or a run's
     init_only: list[str] = fixed([])  # with init_from: take these parameters (`layers.*`) only; default: all
     vocab_size: int | None = fixed()  # tokens; default: the tokenizer's
     hidden_size: int = fixed(256)  # channels of the residual stream
@@ -143,7 +143,7 @@ class DataConfig:
     weights: dict[str, Any] = maths({})  # share of the tokens by source; default: those in data.sources
     temperature: float = maths(1.0)  # weights to the power 1/temperature: above 1 small sources get more
     phases: list[dict[str, Any]] = maths([])  # weights from a step on: [{from_step: 1000, weights: {a: 1, b: 3}}]
-    tokenizer: str | None = fixed("byte")  # byte | bpe (trained on the data) | path; null: the data's; or init_from's
+    tokenizer: str | None = fixed("byte")  # byte | bpe (trained on the data at first use) | path; null: the data's
     bpe_vocab: int = fixed(8192)  # vocabulary of tokenizer=bpe
     end_of_document: str | None = fixed()  # token that closes a document; default: the tokenizer's end token
     tiktoken_pattern: str | None = fixed()  # regex that cuts texts for a .tiktoken file; default: by its token count
@@ -213,51 +213,31 @@ class NonfiniteConfig:
 
 @dataclass
 class TrackerConfig:
-    names: list[str] = free([])  # of wandb | tensorboard | mlflow | csv, any number; tracker=[wandb,csv] sets it
-    project: str = free("stoker")  # wandb: project of the run; mlflow: its experiment
+    name: str = free("none")  # none | wandb | tensorboard
+    project: str = free("stoker")  # wandb: project of the run
     entity: str | None = free()  # wandb: user or team; default: the key's own
     mode: str | None = free()  # wandb: online | offline | disabled; default: WANDB_MODE, else online with a key
 
 
 @dataclass
-class PrometheusConfig:
-    port: int | None = free()  # TCP port at which rank 0's machine serves metrics; 0: a free one; default: none
-    host: str = free("127.0.0.1")  # address to listen at; whoever can reach it reads the metrics
-
-
-@dataclass
-class AlertsConfig:
-    command: str | None = free()  # shell command run on the events of `on`; they are in STOKER_EVENT, STOKER_RUN, ...
-    on: list[str] = free(["hang", "rollback", "failure", "end"])  # events that run it
-
-
-@dataclass
 class LaunchConfig:
-    name: str = free("local")  # local: processes here | slurm, kubernetes, skypilot: elsewhere, by `stoker submit`
+    name: str = free("local")  # local: processes on this machine | slurm: a job, by `stoker submit`
     nproc: int | None = free()  # ranks on each machine; default: its GPUs, else 2
     max_restarts: int = free(3)  # restarts in a row that may fail before a new checkpoint is reached
     hang_seconds: float | None = free()  # without progress is a hang; default: 30 median steps, 120 at least
     threads: int | None = free()  # CPU threads per rank; default: cores / ranks
     device: str | None = free()  # cpu | cuda; default: cuda where there is one
-    backend: str | None = free()  # of collectives: nccl | gloo; default: nccl on GPUs; gloo lets ranks share a GPU
     deadline: str | None = free()  # time by which the run must have saved and ended: 2026-12-24T18:00[:00][+01:00]
-    nodes: int = free(1)  # machines, other than for launch=local
+    nodes: int = free(1)  # slurm: machines
     time: str | None = free()  # slurm: time limit of the job, D-HH:MM:SS; default: the partition's
     partition: str | None = free()  # slurm; default: the cluster's
-    gpus: int | None = free()  # GPUs of each machine, each for a rank, other than for launch=local; default: none
-    cpus: int | None = free()  # processors of each machine; default, for each rank: threads + data.workers + 2
-    grace_seconds: int = free(120)  # slurm, kubernetes: from the signal to the end of the machine, for the last save
+    gpus: int | None = free()  # slurm: GPUs of each machine, each for a rank; default: none
+    cpus: int | None = free()  # slurm: processors of each machine; default, for each rank: threads + data.workers + 2
+    grace_seconds: int = free(120)  # slurm: from its signal to the time limit, for the last save
     requeue: bool = free(True)  # slurm: come back to the queue after a preemption and at the time limit
     chain: int = free(1)  # slurm: jobs in a row, each waiting for the one before; for sites without requeue
     array: str | None = free()  # slurm: a run for each task, such as 0-3; {task} in a setting is its number
     setup: str | None = free()  # slurm: a line of shell before all else, such as "module load cuda"
-    image: str | None = free()  # container image with Stoker; kubernetes and skypilot need one, slurm may have one
-    container: str = free("pyxis")  # slurm with launch.image: pyxis | apptainer, which starts it
-    manifest: str = free("jobset")  # kubernetes: jobset | trainjob (Kubeflow's Trainer v2)
-    namespace: str | None = free()  # kubernetes; default: the context's
-    volume: str | None = free()  # kubernetes: a claim that all pods mount; skypilot: a volume; holds the run directory
-    mount: str = free("/runs")  # where launch.volume is in a pod; relative paths, as of run.dir, begin there
-    accelerator: str = free("H100")  # skypilot: kind of GPU
     sbatch_args: list[str] = free([])  # slurm: further options of sbatch, such as [--account=lab,--exclusive]
     srun_args: list[str] = free([])  # slurm: further options of srun, such as [--container-image=...]
 
@@ -291,15 +271,12 @@ class Config:
     precision: str = maths("bf16")  # fp32 | bf16 | fp16
     fp32_modules: list[str] = maths([])  # modules that compute in fp32; patterns of names: [layers.0, layers.*.mlp]
     activation_checkpointing: str = free("none")  # none | selective | full
-    compile: bool | None = free()  # torch.compile per block; default: on GPUs, unless the engine forbids it
+    compile: bool = free(False)  # torch.compile per block
     deterministic: bool = free(False)  # bitwise equal repeats on GPUs too
     nonfinite: NonfiniteConfig = free(NonfiniteConfig)
     checkpoint: CheckpointConfig = free(CheckpointConfig)
     eval: EvalConfig = free(EvalConfig)
     tracker: TrackerConfig = free(TrackerConfig)
-    prometheus: PrometheusConfig = free(PrometheusConfig)
-    alerts: AlertsConfig = free(AlertsConfig)
-    observers: list[Any] = free([])  # classes of yours, pkg.mod:Class or {target: pkg.mod:Class, ARGUMENT: VALUE}
     launch: LaunchConfig = free(LaunchConfig)
     log: LogConfig = free(LogConfig)
     profile: ProfileConfig = free(ProfileConfig)

@@ -44,13 +44,6 @@ def import_target(target: str) -> Any:
     return getattr(module, attribute)
 
 
-def target_and_arguments(entry: Any) -> tuple[str, dict[str, Any]]:
-    """An entry of `observers`: `pkg.mod:Class`, or a dictionary with that as `target` and arguments beside it."""
-    if isinstance(entry, dict):
-        return str(entry.get("target", "")), {key: value for key, value in entry.items() if key != "target"}
-    return str(entry), {}
-
-
 @functools.cache  # a data source may be resolved at every document
 def _log_import(target: str, file: str | None) -> None:
     log.info("imported %s from %s", target, file)

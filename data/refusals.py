@@ -16,11 +16,9 @@ def _ranks(start: Start) -> str | None:
     if data.mode != "streaming" or not dp or data.streams < 1 or data.streams % dp == 0:
         return None
     ranks = either(n * (start.world // dp) for n in around(dp, divisors(data.streams)))
-    streams = around(data.streams, [n for n in divisors(max(1, start.config.batch.size)) if n % dp == 0])
-    other_run = f", or in another run data.streams={either(streams)}" if streams else ""
     return (
-        f"data.streams={data.streams} does not divide over {dp} data-parallel ranks: launch.nproc={ranks} works"
-        f"{other_run}"
+        f"data.streams={data.streams} does not divide over {dp} data-parallel ranks: launch.nproc={ranks} works, or in "
+        f"another run data.streams={either(multiples_around(data.streams, dp))}"
     )
 
 

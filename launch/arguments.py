@@ -24,26 +24,6 @@ examples:
       launch.time=24:00:00 launch.partition=a100
   stoker submit launch=slurm run.dir=runs/a launch.chain=5   five jobs in a row
   stoker submit launch=slurm run.dir=runs/b launch.array=0-3 run.seed={task}
-  stoker submit launch=kubernetes launch.image=me/stoker launch.volume=runs \\
-      launch.nodes=4 launch.gpus=8 run.dir=a --dry-run
-"""
-
-
-REPORT_EXAMPLES = """\
-examples:
-  stoker report runs/a -o a.html
-  stoker report runs/a runs/b runs/c       overlaid, with a table of differences
-  stoker report runs/a --md
-"""
-
-
-SWEEP_EXAMPLES = """\
-examples:
-  stoker sweep run.dir=sweeps/lr optim.lr=1e-3,3e-4 model.num_hidden_layers=4,8
-  stoker sweep run.dir=sweeps/some optim.lr=1e-3,3e-4 batch.size=8,16 --random 3
-  stoker sweep run.dir=sweeps/ask steps=100 --ask "python propose.py"
-
-The same command goes on with a sweep that was interrupted (docs/sweeps.md).
 """
 
 
@@ -71,36 +51,13 @@ def add_settings(command: argparse.ArgumentParser) -> None:
 
 
 def add_runs(add: Add) -> None:
-    init = add("init", _init, "Make a folder to start a project from.")
-    init.add_argument("folder", help="folder to make, or to add the files to")
-
-    sweep = add("sweep", _sweep, "Train a run for each combination of several values.", SWEEP_EXAMPLES)
-    add_settings(sweep)
-    sweep.set_defaults(multirun=True)
-    some = sweep.add_mutually_exclusive_group()
-    some.add_argument("--random", metavar="N", type=int, help="only N of the combinations, picked at random")
-    some.add_argument("--ask", metavar="CMD", help="a program that proposes the settings of each run (docs/sweeps.md)")
-    sweep.add_argument("--seed", type=int, default=0, help="of --random (default 0)")
-    add_trust(sweep)
-
-    submit = add("submit", _submit, "Submit a run to Slurm or Kubernetes, or print its manifest.", SUBMIT_EXAMPLES)
+    submit = add("submit", _submit, "Submit a run as a Slurm job.", SUBMIT_EXAMPLES)
     add_settings(submit)
-    submit.add_argument("--dry-run", action="store_true", help="print the script or manifest and submit nothing")
+    submit.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
     add_trust(submit)
 
     status = add("status", _status, "Show how a run is doing: attempts, step, speed, time left.")
     status.add_argument("run", help="run directory")
-
-    report = add("report", _report, "Write a page about a run, or about several beside each other.", REPORT_EXAMPLES)
-    report.add_argument("run", nargs="+", help="run directory; several are drawn into the same charts")
-    report.add_argument("-o", "--out", metavar="FILE", help="file to write (default: report.html)")
-    form = report.add_mutually_exclusive_group()
-    form.add_argument("--md", action="store_true", help="Markdown without charts, to the standard output or FILE")
-    form.add_argument("--json", action="store_true", help="JSON, with the points of all curves, likewise")
-
-    compare = add("compare", _compare, "Show what differs between two runs, and from which step.")
-    compare.add_argument("run", help="run directory")
-    compare.add_argument("other", help="run directory of the other")
 
     logs = add("logs", _logs, "Show what ranks wrote.")
     logs.add_argument("run", help="run directory")
@@ -177,25 +134,7 @@ def add_data(data: argparse.ArgumentParser) -> None:
     )
 
 
-def _init(options: argparse.Namespace) -> int:
-    from stoker.launch.init import init
-
-    return init(options.folder)
-
-
-def _sweep(options: argparse.Namespace) -> int:
-    from stoker.launch.sweep import sweep
-
-    return sweep(options.overrides, options.random, options.seed, options.ask)
-
-
 def _submit(options: argparse.Namespace) -> int:
-    from stoker.conf.compose import compose
-
-    if compose([word.replace("{task}", "0") for word in options.overrides]).launch.name in ("kubernetes", "skypilot"):
-        from stoker.launch.kubernetes.manifests import submit as submit_pods
-
-        return submit_pods(options.overrides, options.dry_run)
     from stoker.launch.slurm.submit import submit
 
     return submit(options.overrides, options.dry_run)
@@ -205,18 +144,6 @@ def _status(options: argparse.Namespace) -> int:
     from stoker.launch.status import status
 
     return status(options.run)
-
-
-def _report(options: argparse.Namespace) -> int:
-    from stoker.launch.report import report
-
-    return report(options.run, options.out, "md" if options.md else "json" if options.json else "html")
-
-
-def _compare(options: argparse.Namespace) -> int:
-    from stoker.launch.compare import compare_runs
-
-    return compare_runs(options.run, options.other)
 
 
 def _logs(options: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ from stoker.launch.differences import (
     worst_tensor,
 )
 from stoker.launch.local import launch
-from stoker.launch.train import ranks_for, say, where
+from stoker.launch.train import gpus, ranks_for, say
 from stoker.parallel.layout import layout_of
 from stoker.parallel.shards import GRADIENT, PARAMETER
 from stoker.trainer.checking import GRADIENTS
@@ -54,9 +54,6 @@ QUIET = [
     "eval.sequences=0",
     "eval.every=0",
     "tracker=none",
-    "observers=[]",
-    "alerts.command=null",
-    "prometheus.port=null",
     "log.progress=none",
     "profile.steps=null",
     "profile.phases_every=0",
@@ -139,6 +136,7 @@ def together(overrides: Sequence[str], winning: Sequence[str]) -> list[str]:
 def settle(overrides: Sequence[str], run: Path, steps: int) -> Config:
     """The config of one of the two runs: as given, but short, in a separate directory and without observers."""
     ours = [f"run.dir={run}", "run.name=check", "run.fresh=false", "run.change=false", *QUIET]
+    where = lambda config: (ranks_for(config), gpus(config))  # noqa: E731
     config, _ = settle_config(together(overrides, ours), where, tell=say)
     config.steps = steps  # the schedule keeps its length
     return config

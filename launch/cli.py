@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
-import os
 import pydoc
 import shutil
 import signal
@@ -74,17 +73,8 @@ def main(words: Sequence[str] | None = None) -> int:
             folders = [f"--config-dir={folder}" for folder in options.config_dir]
             trusted = ["run.trust=true"] if getattr(options, "trust", False) else []
             settings = [*options.overrides, *more]  # they may stand on both sides of an option
-            given = [*files, *folders, *settings, *trusted]
-            options.overrides = given if getattr(options, "multirun", False) else expand(given, say)
-        status = options.command(options)
-        sys.stdout.flush()  # here, and not when the interpreter ends: a closed pipe is no error of the command
-        return status
-    except BrokenPipeError as error:
-        if not _reader_is_gone():
-            print(printable(f"stoker: {reason(error)}"), file=sys.stderr)
-            return 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in the buffer
-        return 128 + signal.SIGPIPE
+            options.overrides = expand([*files, *folders, *settings, *trusted], say)
+        return options.command(options)
     except ConfigError as error:
         print(printable(f"stoker: {error}"), file=sys.stderr)
         return 2
@@ -96,15 +86,6 @@ def main(words: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-
-
-def _reader_is_gone() -> bool:
-    """Whether the standard output leads to a program that has ended, as in `| head`."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -138,17 +119,12 @@ class _OneLineEach(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=16)
         self._action_max_length = 14
 
-    def _format_action(self, action: argparse.Action) -> str:
-        text = super()._format_action(action)
-        return text.partition("\n")[2] if isinstance(action, argparse._SubParsersAction) else text  # less its own line
-
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = _Parser(prog="stoker", description=DESCRIPTION, formatter_class=_OneLineEach, add_help=False)
     top.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-    version = f"stoker {stoker.__version__}"
-    top.add_argument("--version", action="version", version=version, help=argparse.SUPPRESS)  # the help is one screen
+    top.add_argument("--version", action="version", version=f"stoker {stoker.__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str, more: str = "") -> argparse.ArgumentParser:
@@ -159,7 +135,6 @@ def parser() -> argparse.ArgumentParser:
 
     train = add("train", _train, "Train on this machine, or resume the run in run.dir.", TRAIN_EXAMPLES)
     arguments.add_settings(train)
-    train.add_argument("-m", "--multirun", action="store_true", help="a run for each combination: `stoker sweep`")
     arguments.add_trust(train)
 
     config = add("config", _config, "Print the composed, validated config and exit.", CONFIG_EXAMPLES)
@@ -231,10 +206,6 @@ def _help(command: argparse.ArgumentParser, _: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    if options.multirun:
-        from stoker.launch.sweep import sweep
-
-        return sweep(options.overrides)
     from stoker.launch.train import train
 
     return train(options.overrides)
@@ -243,7 +214,7 @@ def _train(options: argparse.Namespace) -> int:
 def _config(options: argparse.Namespace) -> int:
     from stoker.conf.compose import compose
     from stoker.conf.rundir import to_yaml
-    from stoker.launch.train import ranks_for, say, where
+    from stoker.launch.train import gpus, ranks_for, say
     from stoker.trainer.budget import settle_steps
     from stoker.trainer.validate import validate
 
@@ -257,13 +228,14 @@ def _config(options: argparse.Namespace) -> int:
         config = settle_steps(config, overrides, first=True, tell=say)
     world = ranks_for(config)
     if not options.layout:
-        validate(config, *where(config))
+        validate(config, world, gpus(config))
         print(to_yaml(config), end="")
         return 0
     from stoker.launch.layout import lines_of
     from stoker.parallel.layout import batch_plan, layout_of
 
     validate(config, world, gpus=world)  # for ranks anywhere, not the GPUs of this machine
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the command silently
     layout = layout_of(config, world)
     for line in lines_of(layout, batch_plan(config, layout), shutil.get_terminal_size((120, 24)).columns):
         print(line)

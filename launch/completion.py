@@ -91,8 +91,8 @@ def candidates(parser: argparse.ArgumentParser, line: str) -> list[str]:
     place = positional[min(places, len(positional) - 1)]
     if place.dest == "overrides":
         return _settings(word)
-    if place.dest in ("run", "other"):
-        return _runs(word) if places < len(positional) or place.nargs == "+" else []
+    if place.dest == "run":
+        return _runs(word) if places == 0 else []
     return _beginning(word, place.choices or ())
 
 

@@ -102,10 +102,6 @@ def tokenizer(options: argparse.Namespace) -> int:
 def composed(overrides: Sequence[str]) -> Config:
     """The config of `overrides`, as far as data are concerned: on one rank, ignoring its number of ranks."""
     config = resolve(compose(overrides), datetime.now())
-    if config.model.init_from is not None:
-        from stoker.trainer.pretrained import adopt_tokenizer  # it imports torch, which most of these need not
-
-        config = adopt_tokenizer(config, overrides)
     validate(dataclasses.replace(config, parallel=Config().parallel), 1, 0)
     return config
 

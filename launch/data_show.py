@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
+from rich.console import Console
 from rich.table import Column, Table
-from rich.text import Text
 
-from stoker.conf.printable import printable
 from stoker.data import open_rows
 from stoker.data.indexed import IndexPlan
 from stoker.data.mixed import MixedPlan
 from stoker.data.opening import open_source
 from stoker.data.sources import specs_of
 from stoker.launch.data_make import composed
-from stoker.launch.inspect import console_for_tables
 from stoker.trainer.budget import settle_steps
 
 
@@ -40,7 +38,7 @@ def plan(options: argparse.Namespace) -> int:
     for one in plans:
         read = counts[one.name]["rows"]
         table.add_row(
-            Text(printable(one.name)),
+            one.name,
             f"{len(one.tokens.starts):,}",
             f"{held_out[one.name]:,}",
             "unknown" if one.left_out is None else f"{one.left_out:,}",
@@ -51,7 +49,8 @@ def plan(options: argparse.Namespace) -> int:
             f"{read / max(1, last):.2%}",
             f"{read / one.rows_per_epoch:.2f}",
         )
-    console_for_tables().print(table)
+    console = Console()
+    console.print(table)
     steps = last // config.batch.size
     print(
         f"{steps:,} steps of {config.batch.size} rows of {config.seq_len} tokens, packing {config.data.packing}: "
@@ -59,10 +58,9 @@ def plan(options: argparse.Namespace) -> int:
     )
     for one in plans:
         if one.left_out:
-            print(printable(f"{one.name}: {one.left_out:,} documents without text are left out"))
+            print(f"{one.name}: {one.left_out:,} documents without text are left out")
         if one.tokens_in_no_row:
-            lost = f"the last {one.tokens_in_no_row:,} tokens of an epoch fill no row and are left out"
-            print(printable(f"{one.name}: {lost}"))
+            print(f"{one.name}: the last {one.tokens_in_no_row:,} tokens of an epoch fill no row and are left out")
     if last < wanted:
         print(f"the data end there: steps={config.steps} would need {wanted:,} rows")
     return 0

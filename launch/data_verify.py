@@ -46,9 +46,9 @@ def verify(options: argparse.Namespace) -> int:
             found = _problems(folder, progress)
             problems += len(found)
             state = "damaged" if found else f"whole, every byte read{_left_out(folder)}"
-            _print(console, f"{folder}: {state}")
+            console.print(f"{folder}: {state}", soft_wrap=True)
             for line in found:
-                _print(console, f"  {line}")
+                console.print(f"  {printable(line)}", highlight=False, markup=False, soft_wrap=True)
     return int(problems > 0)
 
 
@@ -63,11 +63,11 @@ def _verify_sources(config: Config) -> int:
             opened = [open_source(config, spec, split) for split in ("train", "validation")]
             train, held_out = (f"{len(one.tokens.starts):,}" for one in opened)
             left_out = f"; {opened[0].left_out:,} documents without text left out" if opened[0].left_out else ""
-            _print(console, f"{spec.name}: {train} documents, {held_out} for validation{left_out}")
+            console.print(f"{spec.name}: {train} documents, {held_out} for validation{left_out}", soft_wrap=True)
             folder = opened[0].folder
             damage = [] if folder is None else verify_tokens(open_folder(folder))
         for line in damage:
-            _print(console, f"  {line}")
+            console.print(f"  {printable(line)}", highlight=False, markup=False, soft_wrap=True)
         problems += len(damage)
     return int(problems > 0)
 
@@ -89,15 +89,10 @@ def _read_through(windows: ShuffleWindows, data: DataConfig, console: Console) -
         damage += [str(loss.damage) for loss in losses.new]
     left = f"; {left_out:,} left out: without text, or what is no document" if left_out else ""
     state = f"{len(damage):,} damaged" if damage else "whole, every split read"
-    _print(console, f"{windows.name}: {documents:,} documents in {len(splits):,} splits, {state}{left}")
+    console.print(f"{windows.name}: {documents:,} documents in {len(splits):,} splits, {state}{left}", soft_wrap=True)
     for line in named:
-        _print(console, f"  left out, for instance: {line}")
+        console.print(f"  left out, for instance: {printable(line)}", highlight=False, markup=False, soft_wrap=True)
     return damage
-
-
-def _print(console: Console, line: str) -> None:
-    """A line with names and texts of files, without control characters and not as rich's markup."""
-    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def _folders(root: Path) -> list[Path]:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stoker.conf.rundir import RunDirectory
@@ -49,19 +48,15 @@ def main() -> int:
     _say("The model continues a prompt:")
     if _start(["generate", str(run.path), "--prompt", "def ", "--tokens", "300"]).wait() != 0:
         return _fail("the model generated no text")
-    wrong = judged(_metrics(run))
-    _say(f"{time.monotonic() - began:.0f} s in all. The run directory is {run.path}")
-    return 0 if wrong is None else _fail(wrong)
-
-
-def judged(steps: Sequence[Mapping[str, float]]) -> str | None:
-    """Shows the losses of the last evaluation, by lines of metrics.jsonl; what is wrong with them, or None."""
-    last = next(step for step in reversed(steps) if "val_loss" in step)
+    last = next(step for step in reversed(_metrics(run)) if "val_loss" in step)
     loss, beside = last["val_loss"], last["train_loss"]
-    _say(f"Validation loss {loss:.3f} nats per byte, {beside:.3f} on training sequences with the same weights.")
+    _say(
+        f"Validation loss {loss:.3f} nats per byte, {beside:.3f} on training sequences with the same weights; "
+        f"{time.monotonic() - began:.0f} s in all. The run directory is {run.path}"
+    )
     if abs(loss - beside) > APART:
-        return f"the two losses are more than {APART} apart, after a fraction of an epoch"
-    return None if loss < TARGET else f"the validation loss is not under {TARGET}"
+        return _fail(f"the two losses are more than {APART} apart, after a fraction of an epoch")
+    return 0 if loss < TARGET else _fail(f"the validation loss is not under {TARGET}")
 
 
 def _start(arguments: list[str]) -> subprocess.Popen[bytes]:

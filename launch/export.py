@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +41,10 @@ def export(options: argparse.Namespace) -> int:
     config = with_vocabulary(trusted_config(run, options.trust, (MODEL, DATA), say), run.tokenizer)
     dtype = options.dtype or export_dtype(run)
     if config.model.init_from is not None and not run.base_model.is_dir():
-        say(f"{run.base_model} does not exist: new files are made instead of those of {config.model.init_from}")
+        print(
+            f"stoker: {run.base_model} does not exist: new files are made instead of those of {config.model.init_from}",
+            file=sys.stderr,
+        )
     file_bytes = _bytes(options.shard_size)
     out = Path(options.out).expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -59,7 +63,7 @@ def export(options: argparse.Namespace) -> int:
         raise ValueError(f"{error}; --step takes another checkpoint") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    say(f"step {summary.step} as {dtype} in {out}")
+    print(f"stoker: step {summary.step} as {dtype} in {out}", file=sys.stderr)
     return 0
 
 

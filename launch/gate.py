@@ -56,9 +56,8 @@ def _routed() -> str | None:
 class _Forwarder(ABC):
     """A listening socket, and a thread that forwards what connects to it once `open` has found where to."""
 
-    def __init__(self, address: str, port: int = 0) -> None:
-        self.address = address
-        self._listening = listen(address, port)
+    def __init__(self, address: str) -> None:
+        self._listening = listen(address)
         self._refused = False  # has one been, and been logged? Who sends many would else fill the log
         self.port: int = self._listening.getsockname()[1]
         self._loop = asyncio.new_event_loop()
@@ -108,10 +107,9 @@ class _Forwarder(ABC):
 class Gate(_Forwarder):
     """On the first machine: lets those to `store_port` on loopback who know `key`. Listens on `address` only."""
 
-    def __init__(self, address: str, store_port: int, key: bytes, port: int = 0) -> None:
-        """`port`: where to listen; 0: at one that the system picks."""
+    def __init__(self, address: str, store_port: int, key: bytes) -> None:
         self._store_port, self._key = store_port, key
-        super().__init__(address, port)
+        super().__init__(address)
 
     async def open(self, near: Connection) -> Connection:
         await prove(near, self._key, b"gate", b"tunnel")

@@ -35,8 +35,7 @@ from stoker.parallel.layout import threads_per_rank
 from stoker.parallel.loopback import LOOPBACK, keep_on_loopback, loopback_store
 from stoker.trainer.main import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import GOES_ON, Ending, Outcome, read_ending, write_ending
-from stoker.trainer.runtime.process import LAUNCH_VARIABLE, LAUNCHER_VARIABLE, launch_id
-from stoker.trainer.runtime.starts import attempt_of, is_superseded
+from stoker.trainer.runtime.process import LAUNCH_VARIABLE, LAUNCHER_VARIABLE
 from stoker.trainer.runtime.watchdog import Watchdog
 
 MONITOR_SECONDS = 0.05
@@ -45,7 +44,6 @@ PEERS_SECONDS = 2.0  # for another machine to report how its ranks ended
 LAUNCHER_ROOM_SECONDS = 1800.0  # for room on a full disk before ranks are started again
 _PROBE_BYTES = 64 << 10  # that must find room before ranks are started again
 _WELL = (Outcome.COMPLETED, Outcome.STOPPED)
-EXIT_BARRIER_SECONDS = 10.0  # for other machines to end too; one that was told to by a signal does not report it
 EXIT_SECONDS = 5.0  # for processes to end after the outcome is written
 
 
@@ -182,10 +180,9 @@ class _Agent(LocalElasticAgent):
         say: Callable[[str], None],
         alone: bool,
     ) -> None:
-        super().__init__(spec, logs, exit_barrier_timeout=EXIT_BARRIER_SECONDS)
+        super().__init__(spec, logs)
         self._run, self._hang_seconds, self._say, self._alone = run, hang_seconds, say, alone
         self._watchdog: Watchdog | None = None  # of the present ranks, once there is an attempt
-        self._launch = launch_id()
         self._attempts_before = 0
         self._step_before = 0
 
@@ -256,7 +253,7 @@ class _Agent(LocalElasticAgent):
 
     def _book_failure(self, result: RunResult) -> None:
         """Write the outcome of ranks that could not, and print what follows."""
-        if is_superseded(self._run, self._launch, self._attempts_before):
+        if self._is_superseded():
             self._remaining_restarts = 0
             self._say("not restarting: another start of this run has begun")
             return
@@ -300,7 +297,12 @@ class _Agent(LocalElasticAgent):
 
     def _attempt(self) -> int | None:
         """The attempt of the present ranks, once one of them has made it."""
-        return attempt_of(self._run, self._launch, self._attempts_before)
+        numbers = self._run.attempt_numbers()
+        return numbers[self._attempts_before] if len(numbers) > self._attempts_before else None
+
+    def _is_superseded(self) -> bool:
+        """Whether another start of the run has begun since these ranks made their attempt."""
+        return len(self._run.attempt_numbers()) > self._attempts_before + 1
 
     def ending(self) -> Ending | None:
         """How the present ranks ended; None without a record."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -23,6 +24,7 @@ _QUIET_SECONDS = 3.0  # after an end, for an attempt that follows
 
 def show(path: str, ranks: list[int] | None, attempt: int | None, lines: int, follow: bool) -> int:
     """Print the last `lines` (0: all) of each rank, each line with its rank where there are several."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the command silently
     run = run_at(path)
     numbers = run.attempt_numbers()
     if not numbers:

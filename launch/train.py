@@ -11,7 +11,6 @@ from stoker.conf.printable import printable
 from stoker.conf.reasons import with_cause
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
-from stoker.parallel.start import Ranks
 
 
 def ranks_for(config: Config) -> int:
@@ -28,11 +27,6 @@ def gpus(config: Config) -> int:
     return torch.cuda.device_count()
 
 
-def where(config: Config) -> Ranks:
-    """The ranks that `stoker train` starts, all on this machine."""
-    return Ranks(ranks_for(config), gpus(config))
-
-
 def train(overrides: Sequence[str]) -> int:
     """Train, or resume, on this machine; the exit status. Raises ConfigError before a rank is spawned."""
     gc.disable()  # see trainer/__main__.py
@@ -42,6 +36,7 @@ def train(overrides: Sequence[str]) -> int:
 
     gc.freeze()
     gc.enable()
+    where = lambda config: (ranks_for(config), gpus(config))  # noqa: E731
     config, changes = settle_config(overrides, where, tell=say, check_import=True)
     with refusing():
         prepare(config)

@@ -17,8 +17,6 @@ from stoker.models.cpu_attention import attend_in_blocks
 from stoker.models.rope import frequencies, rotary_tables, rotate
 from stoker.parallel.tensor.layers import ColumnLinear, CopyToTensorParallel, HeadNorm, RowLinear
 
-SMALLEST_HEAD = 16  # channels that a product of tensor cores takes
-
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -86,30 +84,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) 
     `mask` as in `AttentionContext`; None means causal attention, where there are as many keys as queries.
     """
     if mask is not None and not isinstance(mask, Tensor):
-        return _by_blocks(_flex_attention(), q, k, v, mask)
+        return _flex_attention()(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, enable_gqa=True
+        ).transpose(1, 2)
     mask = None if mask is None else mask.to(q.dtype)  # a layer may compute in another dtype than the others
     in_blocks = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] == k.shape[1]
     if in_blocks and not torch.compiler.is_compiling():
         return attend_in_blocks(q, k, v, mask)
-    if q.dtype == torch.float32 and q.device.type == "cuda":
-        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))  # no fused kernel has groups in fp32
     return F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
         is_causal=mask is None,
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=True,
     ).transpose(1, 2)
-
-
-def _by_blocks(flex_attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """FlexAttention. Its kernels take heads of SMALLEST_HEAD channels at least: smaller ones are filled with zeros."""
-    head_dim = q.shape[-1]
-    missing = max(0, SMALLEST_HEAD - head_dim)
-    by_head = (F.pad(x, (0, missing)).transpose(1, 2) if missing else x.transpose(1, 2) for x in (q, k, v))
-    scale = head_dim**-0.5
-    return flex_attention(*by_head, block_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)[..., :head_dim]
 
 
 def document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor | BlockMask:

@@ -53,12 +53,8 @@ def _tensor_parallel(start: Start) -> str | None:
         uneven.append(f"model.num_key_value_heads={kv_heads}")
     if not uneven:
         return None
-    works, pp = [], start.config.parallel.pp
-    for fitting in around(tp, filter(shares_kv_heads, divisors(math.gcd(heads, hidden)))):
-        ranks = start.world if start.dp is None else start.dp * pp * fitting  # as many replicas as now
-        whole = start.dp is None or start.world % (fitting * pp) == 0
-        works.append(f"parallel.tp={fitting}" + ("" if whole else f" with launch.nproc={ranks}"))
-    return f"parallel.tp={tp} does not go with {', '.join(uneven)}: {', or '.join(works)} does"
+    fitting = around(tp, filter(shares_kv_heads, divisors(math.gcd(heads, hidden))))
+    return f"parallel.tp={tp} does not go with {', '.join(uneven)}: {either(fitting)} does"
 
 
 @REFUSALS.entry("stages", "more pipeline stages than layers", "a stage holds at least one layer")
@@ -67,14 +63,9 @@ def _stages(start: Start) -> str | None:
     stages = wanted.pp * wanted.stages_per_rank
     if not start.built_in_model or stages <= max(layers, 1):
         return None
-    pp = max(1, layers // wanted.stages_per_rank)
-    ranks = start.world // wanted.pp * pp  # as many replicas as now
-    advice = f"parallel.pp={pp} with launch.nproc={ranks}"
-    if wanted.stages_per_rank > layers:
-        advice += " and parallel.schedule=1f1b and parallel.stages_per_rank=1"
     return (
         f"parallel.pp={wanted.pp} x parallel.stages_per_rank={wanted.stages_per_rank} are {stages} stages for "
-        f"model.num_hidden_layers={layers}: {advice} does"
+        f"model.num_hidden_layers={layers}: at most {layers} stages work"
     )
 
 
@@ -89,7 +80,7 @@ def _query_groups(start: Start) -> str | None:
         return None
     return (
         f"model.num_key_value_heads={kv_heads} does not divide model.num_attention_heads={heads}: "
-        f"model.num_key_value_heads={either(around(kv_heads, divisors(heads)))} does"
+        f"{either(around(kv_heads, divisors(heads)))} does"
     )
 
 
@@ -123,22 +114,15 @@ def _scaling_without_a_use(start: Start) -> str | None:
         return None
     unused = [f"{key}={getattr(rope, key)}" for key in _SCALING if key not in needed and getattr(rope, key) is not None]
     if unused:
-        words = " ".join(["model.rope_parameters.rope_type=llama3", *_llama_3_1(rope)])
         return (
-            f"model.rope_parameters: {', '.join(unused)} have no effect with rope_type={rope.rope_type}: leave them "
-            f"null, or as Llama 3.1 set {words}"
+            f"model.rope_parameters: {', '.join(unused)} have no effect with rope_type={rope.rope_type}: set "
+            "model.rope_parameters.rope_type=llama3, or leave them null"
         )
     missing = [key for key in needed if getattr(rope, key) is None]
     if missing:
-        words = " ".join(_llama_3_1(rope))
+        words = " ".join(f"model.rope_parameters.{key}={needed[key]}" for key in missing)
         return f"model.rope_parameters: rope_type={rope.rope_type} needs {', '.join(missing)}; Llama 3.1 has {words}"
     return None
-
-
-def _llama_3_1(rope: RopeParameters) -> list[str]:
-    """Its settings for the keys that are not set."""
-    values = _NEEDED["llama3"].items()
-    return [f"model.rope_parameters.{key}={value}" for key, value in values if getattr(rope, key) is None]
 
 
 @REFUSALS.entry(
@@ -153,5 +137,5 @@ def _frequency_factors(start: Start) -> str | None:
         return None
     return (
         f"model.rope_parameters: low_freq_factor={low} must be above 0 and below high_freq_factor={high}; "
-        "Llama 3.1 has model.rope_parameters.low_freq_factor=1.0 model.rope_parameters.high_freq_factor=4.0"
+        "Llama 3.1 has 1 and 4"
     )

@@ -26,12 +26,6 @@ class Engine(Protocol):
         """
         ...
 
-    def gpu_seconds(self) -> float:
-        """Once a step: seconds that this rank's GPU computed in the last step that it has finished, else 0. Waits for
-        nothing.
-        """
-        ...
-
     def evaluate(self, rows: Batch) -> Tensor:
         """Sum of the token losses and number of valid tokens of this rank's rows: float64 `[2]`, no gradients kept."""
         ...

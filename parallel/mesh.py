@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _set_pg_timeout  # no public function changes a timeout
 
 from stoker.parallel.layout import AXES, Coordinate, Layout, threads_per_rank
 
@@ -32,7 +31,6 @@ class Mesh:
     groups: dict[str, dist.ProcessGroup | None] = field(
         default_factory=dict
     )  # those of the axes, and those that `add_groups` added
-    nccl: bool = False  # whether the groups of tensors on the device are NCCL's
 
     @property
     def coordinate(self) -> Coordinate:
@@ -43,46 +41,24 @@ class Mesh:
         return self.layout.dp_rank(self.rank)
 
     def group(self, name: str) -> dist.ProcessGroup | None:
-        """The ranks that differ from this one only along the axis `name`, or the group that `add_groups` made.
-
-        With a queue the name is `NAME.QUEUE`.
-        """
+        """The ranks that differ from this one only along the axis `name`, or the group that `add_groups` made."""
         return self.groups[name]
 
-    def add_groups(self, name: str, groups: Sequence[Sequence[int]], queue: str = "") -> None:
+    def add_groups(self, name: str, groups: Sequence[Sequence[int]]) -> None:
         """Make the groups called `name`: lists of ranks that do not overlap. A collective: all ranks pass the same.
 
-        A name that exists already is left as it is. NCCL runs the operations of a group one after the other; groups of
-        the same ranks with another `queue` run beside each other there. gloo needs no second group for that.
+        A name that exists already is left as it is.
         """
-        key = f"{name}.{queue}" if queue and self.nccl else name
-        if key not in self.groups:
-            self.groups[key] = self._make(groups, apart=key != name)
-        self.groups[f"{name}.{queue}" if queue else name] = self.groups[key]
-
-    def _make(self, groups: Sequence[Sequence[int]], apart: bool) -> dist.ProcessGroup | None:
-        """This rank's group of `groups`; None where it would be alone."""
-        large = [sorted(ranks) for ranks in groups if len(ranks) > 1]
-        own = next((ranks for ranks in large if self.rank in ranks), None)
-        if large and len(large[0]) == self.layout.world and not apart:
-            return self.world
-        if large and self.nccl:  # one split of the communicator of all ranks, which each of them takes part in
-            group = dist.split_group(self.world, large, timeout=self.timeout)
-            return group if own is not None else None
-        made = [dist.new_group(ranks, timeout=self.timeout) for ranks in large]  # every rank makes every group
-        return made[large.index(own)] if own is not None else None
-
-    def set_timeout(self, seconds: float) -> None:
-        """The timeout of all collectives that begin from now on, in every group. Not a collective itself."""
-        for group in self._all_groups():
-            _set_pg_timeout(timedelta(seconds=seconds), group)
-
-    def _all_groups(self) -> Iterator[dist.ProcessGroup]:
-        seen: set[int] = set()
-        for group in (self.world, self.control, *self.groups.values()):
-            if group is not None and id(group) not in seen:
-                seen.add(id(group))
-                yield group
+        if name in self.groups:
+            return
+        self.groups[name] = None
+        for ranks in groups:  # every rank makes every group, in the same order
+            if len(ranks) == self.layout.world > 1:
+                self.groups[name] = self.world
+            elif len(ranks) > 1:
+                group = dist.new_group(list(ranks), timeout=self.timeout)
+                if self.rank in ranks:
+                    self.groups[name] = group
 
     def self_group(self) -> dist.ProcessGroup:
         """A group of this rank only, for code that takes None for all ranks. A collective, the first time."""
@@ -136,17 +112,26 @@ class Mesh:
         return DeviceMesh.from_group(found, self.device.type, ranks, mesh_dim_names=axes)
 
 
-def start_mesh(
-    layout: Layout, device: torch.device, store: dist.Store, rank: int, timeout_seconds: float, backend: str
-) -> Mesh:
-    """Join the other ranks through `store` and make all groups, over the `backend` nccl or gloo."""
+def pick_device(wanted: str | None, local_rank: int) -> torch.device:
+    """The device of the rank with this number on its machine: `wanted` (cpu | cuda), else CUDA where there is one."""
+    kind = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind != "cuda":
+        return torch.device(kind)
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_mesh(layout: Layout, device: torch.device, store: dist.Store, rank: int, timeout_seconds: float) -> Mesh:
+    """Join the other ranks through `store` and make all groups."""
+    on_gpu = device.type == "cuda"
     dist.init_process_group(
-        backend,
+        "nccl" if on_gpu else "gloo",
         store=store,
         rank=rank,
         world_size=layout.world,
         timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if backend == "nccl" else None,  # NCCL connects at once, and makes further groups by splits
+        device_id=device if on_gpu else None,
     )
     return mesh_over_default_group(layout, device, timeout_seconds)
 
@@ -159,9 +144,8 @@ def mesh_over_default_group(layout: Layout, device: torch.device, timeout_second
         raise ValueError(f"the layout ({layout}) is for {layout.world} ranks, but {size} were started")
     world = dist.group.WORLD
     assert world is not None
-    nccl = dist.get_backend(world) == "nccl"
-    control = dist.new_group(backend="gloo", timeout=timeout) if nccl else world
-    mesh = Mesh(layout, rank, device, world, control, timeout, nccl=nccl)
+    control = world if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
+    mesh = Mesh(layout, rank, device, world, control, timeout)
     for axis in AXES:
         mesh.add_groups(axis, layout.groups(axis))
     return mesh

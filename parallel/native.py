@@ -20,7 +20,6 @@ from stoker.parallel.batch import Batch
 from stoker.parallel.buffers import Buffers, fill_buffers
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.forward_backward import ForwardBackward, GradientAccumulation
-from stoker.parallel.gpu_clock import GpuClock
 from stoker.parallel.layout import BatchPlan
 from stoker.parallel.loss_scale import LossScale
 from stoker.parallel.mesh import Mesh
@@ -46,9 +45,7 @@ class NativeEngine:
         registry: Registry,
         weights: Sequence[ShardingStrategy],
         buffers: Buffers,
-        clock: GpuClock,
     ) -> None:
-        self._clock = clock
         self._mesh, self._passes, self._registry, self._weights = mesh, passes, registry, weights
         self._buffers = buffers
         self._clip_norm = config.grad_clip_norm
@@ -102,9 +99,6 @@ class NativeEngine:
             self._loss_sum.zero_()
             self._tokens.zero_()
         return verdict.result
-
-    def gpu_seconds(self) -> float:
-        return self._clock.take()
 
     def evaluate(self, rows: Batch) -> Tensor:
         with _evaluating([stage.module for stage in self._weights]):
@@ -209,13 +203,11 @@ def build_native(
     full: Sequence[tuple[nn.Module, ...]],
     registry: Registry,
     activations: Sequence[Tensor],
-    clock: GpuClock,
 ) -> NativeEngine:
     """The engine over `stages` (on the meta device), with memory for weights and optimizer but no values yet.
 
     Without a pipeline there is one stage, the whole model. `full` are those modules of each that compute in float32.
-    `activations` are meta tensors like the outputs of every stage of the whole pipeline but the last; `clock` times
-    the blocks.
+    `activations` are meta tensors like the outputs of every stage of the whole pipeline but the last.
     Raises ValueError for an optimizer that cannot work on what a rank holds, and for buffers without values.
     """
     problem = undeclared(config, mesh.layout)
@@ -236,7 +228,7 @@ def build_native(
         numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
         held = [Stage(number, stage.module, stage) for number, stage in zip(numbers, weights, strict=True)]
         passes = PipelineSchedule(mesh, plan, held, config.parallel.schedule, mask, activations)
-    return NativeEngine(config, mesh, passes, registry, weights, Buffers(mesh, registry, stages), clock)
+    return NativeEngine(config, mesh, passes, registry, weights, Buffers(mesh, registry, stages))
 
 
 def _store(

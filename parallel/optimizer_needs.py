@@ -122,7 +122,7 @@ def _refused(start: Start) -> str | None:
     if start.config.optim.needs is not None and start.config.optim.target is None:
         return (
             f"optim.needs={start.config.optim.needs} with optim.name={start.config.optim.name}: the needs of that "
-            "optimizer are known; leave optim.needs out, it is for optim.target"
+            "optimizer are known; optim.needs is for optim.target"
         )
     try:
         return undeclared(start.config, layout)

@@ -1,13 +1,10 @@
 """The micro-batches of a step through a pipeline, by torch's schedules: GPipe, 1F1B, interleaved 1F1B.
 
-Training uses torch's schedules, which order the micro-batches on each stage, and torch's stage. Four things differ. The
-stage's `ShardingStrategy` alone reduces gradients and reshards parameters after a backward; torch does not see that
-modules are sharded. Shapes are given, not found by a forward pass. Tensors that are sent or received are kept only
-while their micro-batch is in flight: torch keeps a buffer for each micro-batch of the step, so that the memory of 1F1B
-and interleaved 1F1B would grow with their number. And the stage itself starts transfers, when the schedule asks for
-them, and waits for what it receives only when it computes with it. Over NCCL each direction (activations, gradients)
-has a communicator of its own: what a communicator is given runs in order, so that a gradient would wait for an
-activation that nothing needs yet.
+Training uses torch's schedules, which order the micro-batches on each stage, and torch's stage, which sends and
+receives. Three things differ. The stage's `ShardingStrategy` alone reduces gradients and reshards parameters after a
+backward; torch does not see that modules are sharded. Shapes are given, not found by a forward pass. Tensors that are
+sent or received are kept only while their micro-batch is in flight: torch keeps a buffer for each micro-batch of the
+step, so that the memory of 1F1B and interleaved 1F1B would grow with their number.
 
 Evaluation needs no schedule: every rank computes a stage, sends the result to the next rank and receives one from
 the previous rank, all at the same time (`Ring`).
@@ -19,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +31,6 @@ from stoker.parallel.layout import BatchPlan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.sharding import ShardingStrategy
 
-WAYS = FORWARD, BACKWARD = "forward", "backward"
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
 
 
@@ -63,13 +59,11 @@ class PipelineSchedule:
         document_mask: bool,
         activations: Sequence[Tensor],
     ) -> None:
-        for way in WAYS:
-            mesh.add_groups("pp", mesh.layout.groups("pp"), queue=way)
-        ways = {way: mesh.group(f"pp.{way}") for way in WAYS}
-        assert len(stages) == 1 or schedule == "interleaved"
+        group = mesh.group("pp")
+        assert group is not None and (len(stages) == 1 or schedule == "interleaved")
         self._device, self._document_mask = mesh.device, document_mask
         self._plan, self._stages = plan, stages
-        self._group, self._at, self._size = ways[FORWARD], mesh.coordinate.pp, mesh.layout.pp
+        self._group, self._at, self._size = group, mesh.coordinate.pp, mesh.layout.pp
         self._count = self._size * len(stages)
         assert len(activations) == self._count - 1
         # Inputs and outputs of a stage: None for the first, whose input is tokens, and the last, whose output is the
@@ -79,14 +73,14 @@ class PipelineSchedule:
         self._factor = torch.ones((), device=mesh.device)
         self._total = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._forwards = {stage.number: _Forward(stage.model, stage.number, gives[stage.number]) for stage in stages}
-        self._outbox = Outbox(self._size)
+        self._outbox = Outbox(self._size) if schedule == "interleaved" else None
         held = [
             _TorchStage(
                 self._forwards[stage.number],
                 stage,
                 self._count,
                 mesh.device,
-                ways,
+                group,
                 self._takes[stage.number],
                 gives[stage.number],
                 self._outbox,
@@ -99,9 +93,10 @@ class PipelineSchedule:
             loss_fn=self._loss,
             scale_grads=False,
         )
-        if mesh.nccl:  # it connects on first use, for which all ranks of a group have to be there
-            for group in ways.values():
-                dist.all_reduce(torch.zeros((), device=mesh.device), group=group)
+        if mesh.device.type == "cuda":
+            # NCCL connects on first use. Where sends and receives are mixed it connects the whole group, which all
+            # have to be there for; torch's schedules see to the pairs.
+            dist.all_reduce(torch.zeros((), device=mesh.device), group=group)
 
     def train(self, rows: Batch, factor: Tensor) -> Tensor:
         assert len(rows) == self._plan.rank_rows, (len(rows), self._plan)
@@ -109,7 +104,8 @@ class PipelineSchedule:
         self._total = torch.zeros_like(self._total)
         inputs = _inputs(rows.to(self._device), self._document_mask)
         self._schedule.step(target=inputs["labels"], return_outputs=False, **inputs)
-        self._outbox.wait()
+        if self._outbox is not None:
+            self._outbox.wait()
         return self._total
 
     def evaluate(self, rows: Batch) -> Tensor:
@@ -176,8 +172,8 @@ class Ring:
 class Outbox:
     """Sends in flight, at most `room` of them: for one more, the oldest must have arrived.
 
-    The order of sends and receives in torch's schedules is one in which every send could be waited for at once, so no
-    wait here can hang: tests/parallel/test_schedules.py tries them all.
+    torch's interleaved schedule waits for its sends at the end of the step, and keeps all that was sent till then. Its
+    order of sends and receives is one in which every send could be waited for at once, so no wait here can hang.
     """
 
     def __init__(self, room: int) -> None:
@@ -194,23 +190,12 @@ class Outbox:
             self._works.popleft().wait()
 
 
-class Inbox:
-    """Receives in flight, by the name of what they bring."""
-
-    def __init__(self) -> None:
-        self._works: dict[tuple[str, int], list[dist.Work]] = {}
-
-    def put(self, name: tuple[str, int], works: Iterable[dist.Work]) -> None:
-        self._works[name] = list(works)
-
-    def wait(self, name: tuple[str, int]) -> None:
-        """Until it is here."""
-        for work in self._works.pop(name, ()):
-            work.wait()
-
-
 class _TorchStage(PipelineStage):
-    """torch's stage. It leaves weights to `ShardingStrategy`, and transfers to the group of their way."""
+    """torch's stage, leaving weights to `ShardingStrategy` and holding received and sent tensors no longer than needed.
+
+    With an outbox the stage sends directly, which only the interleaved schedule allows: the others batch sends with
+    receives.
+    """
 
     def __init__(
         self,
@@ -218,10 +203,10 @@ class _TorchStage(PipelineStage):
         stage: Stage,
         count: int,
         device: torch.device,
-        ways: Mapping[str, dist.ProcessGroup | None],
+        group: dist.ProcessGroup,
         takes: Tensor | None,
         gives: Tensor | None,
-        outbox: Outbox,
+        outbox: Outbox | None,
     ) -> None:
         loss = torch.empty((), device="meta")
         super().__init__(
@@ -231,10 +216,9 @@ class _TorchStage(PipelineStage):
             device,
             input_args=() if takes is None else takes.detach().requires_grad_(),
             output_args=(loss if gives is None else gives).detach().requires_grad_(),
-            group=ways[FORWARD],
+            group=group,
         )
-        self._weights, self._takes, self._gives = stage.weights, takes, gives
-        self._ways, self._outbox, self._inbox = ways, outbox, Inbox()
+        self._weights, self._takes, self._gives, self._outbox = stage.weights, takes, gives, outbox
 
     def backward_maybe_with_nosync(
         self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
@@ -248,34 +232,29 @@ class _TorchStage(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         self._allocate(self.args_recv_info[fwd_chunk_id], self._takes)
-        self._inbox.put((FORWARD, fwd_chunk_id), self._start(FORWARD, super().get_fwd_recv_ops(fwd_chunk_id)))
-        return []  # the schedule has nothing to start
+        return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         self._allocate(self.grad_recv_info[bwd_chunk_id], self._gives)
-        self._inbox.put((BACKWARD, bwd_chunk_id), self._start(BACKWARD, super().get_bwd_recv_ops(bwd_chunk_id)))
-        return []
+        return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        self._outbox.put(self._start(FORWARD, super().get_fwd_send_ops(fwd_chunk_id)))
-        return []
+        return self._left_to_schedule(super().get_fwd_send_ops(fwd_chunk_id))
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        self._outbox.put(self._start(BACKWARD, super().get_bwd_send_ops(bwd_chunk_id)))
+        return self._left_to_schedule(super().get_bwd_send_ops(bwd_chunk_id))
+
+    def _left_to_schedule(self, sends: list[dist.P2POp]) -> list[dist.P2POp]:
+        if self._outbox is None:
+            return sends
+        works = (dist.isend(send.tensor, group=send.group, group_dst=send.group_peer) for send in sends)
+        self._outbox.put(work for work in works if work is not None)
         return []
 
-    def _start(self, way: str, transfers: list[dist.P2POp]) -> list[dist.Work]:
-        """As a batch also where it is one: NCCL makes a communicator for each pair of ranks otherwise."""
-        group = self._ways[way]
-        moved = [dist.P2POp(one.op, one.tensor, group=group, group_peer=one.group_peer) for one in transfers]
-        return dist.batch_isend_irecv(moved) if moved else []
-
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[Tensor, ...]:
-        self._inbox.wait((FORWARD, fwd_chunk_id))
         return self._released(super()._retrieve_recv_activations(fwd_chunk_id), self.args_recv_info[fwd_chunk_id])
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[Tensor, ...]:
-        self._inbox.wait((BACKWARD, bwd_chunk_id))
         return self._released(super()._retrieve_recv_grads(bwd_chunk_id), self.grad_recv_info[bwd_chunk_id])
 
     def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from stoker.conf.limits import ZERO_BUBBLE
 from stoker.parallel.deepspeed_engine.refused import ENTRIES as OF_DEEPSPEED
 from stoker.parallel.optimizer_needs import ENTRIES as OF_OPTIMIZERS
@@ -47,7 +45,7 @@ def _replicas(start: Start) -> str | None:
         return None
     return (
         f"parallel.dp_replicate={replicas} does not divide {dp} data-parallel ranks: "
-        f"parallel.dp_replicate={either(around(replicas, divisors(dp)))} does"
+        f"{either(around(replicas, divisors(dp)))} does"
     )
 
 
@@ -74,7 +72,7 @@ def _micro(start: Start) -> str | None:
         return None
     return (
         f"batch.micro_size={micro} does not divide the {rows // dp} rows of a rank "
-        f"(batch.size={rows} over {dp}): batch.micro_size={either(around(micro, divisors(rows // dp)))} does"
+        f"(batch.size={rows} over {dp}): {either(around(micro, divisors(rows // dp)))} does"
     )
 
 
@@ -110,16 +108,12 @@ def _interleaving(start: Start) -> str | None:
     wanted = start.config.parallel
     interleaved, several = wanted.schedule == "interleaved", wanted.stages_per_rank > 1
     seen = f"parallel.schedule={wanted.schedule} with parallel.stages_per_rank={wanted.stages_per_rank}"
-    if (several or interleaved) and wanted.pp == 1:
-        return (
-            f"{seen} and parallel.pp=1: without a pipeline parallel.schedule=1f1b with parallel.stages_per_rank=1 "
-            f"works, and a pipeline is parallel.pp=2 with launch.nproc={2 * start.world} and "
-            f"parallel.schedule=interleaved and parallel.stages_per_rank={max(2, wanted.stages_per_rank)}, or more"
-        )
     if several and not interleaved:
         return f"{seen}: several stages on a rank need parallel.schedule=interleaved"
     if interleaved and not several:
-        return f"{seen}: interleaving needs parallel.stages_per_rank=2 or more, or use parallel.schedule=1f1b"
+        return f"{seen}: interleaving needs parallel.stages_per_rank=2 or more, otherwise use 1f1b"
+    if several and wanted.pp == 1:
+        return f"{seen} and parallel.pp=1: a pipeline needs parallel.pp=2 or more"
     return None
 
 
@@ -132,12 +126,10 @@ def _zero_bubble(start: Start) -> str | None:
     schedule = start.config.parallel.schedule
     if schedule not in ZERO_BUBBLE:
         return None
-    works = "parallel.schedule=interleaved with parallel.stages_per_rank=2 or more has a small bubble too"
-    if start.config.parallel.pp == 1:
-        works = "parallel.schedule=1f1b works, as parallel.pp=1 is no pipeline"
     return (
         f"parallel.schedule={schedule}: the split backward of zero-bubble schedules adds weight gradients up in the "
-        f"compute dtype and past the hooks that reduce them; {works}"
+        "compute dtype and past the hooks that reduce them; parallel.schedule=interleaved with "
+        "parallel.stages_per_rank=2 or more has a small bubble too"
     )
 
 
@@ -150,8 +142,7 @@ def _full_pipeline(start: Start) -> str | None:
         return None
     stages = wanted.pp
     advice = f"batch.micro_size={plan.rank_rows // stages}" if plan.rank_rows % stages == 0 else None
-    rows = stages * plan.micro_rows * plan.rows // plan.rank_rows
-    advice = advice or f"batch.size={rows} with batch.micro_size={plan.micro_rows}"
+    advice = advice or f"batch.size={stages * plan.micro_rows * plan.rows // plan.rank_rows}"
     return f"{plan.micro_batches} micro-batches do not fill {stages} pipeline stages: {advice} does"
 
 
@@ -172,60 +163,16 @@ def _interleaved_rounds(start: Start) -> str | None:
     )
 
 
-@REFUSALS.entry(
-    "GPUs",
-    "more ranks than GPUs on a machine when they compute on GPUs, but under launch.backend=gloo",
-    "NCCL needs a GPU for each rank",
-)
+@REFUSALS.entry("GPUs", "more ranks than GPUs when they compute on GPUs", "NCCL needs a GPU for each rank")
 def _gpus(start: Start) -> str | None:
-    if not start.cuda or (start.gloo_on_gpus and start.gpus):
+    if not start.cuda or start.world <= start.gpus:
         return None
     if start.gpus == 0:
         return "launch.device=cuda: there is no GPU here; launch.device=cpu works"
-    if start.local <= start.gpus or (start.one_each and start.gpus == 1):
-        return None
-    seen = f"{start.local} ranks on {start.gpus} {'GPU' if start.gpus == 1 else 'GPUs'}"
-    if start.one_each:  # another launcher has started them
-        return (
-            f"{seen} of this machine: start {start.gpus} ranks on it (torchrun --nproc-per-node {start.gpus}), or let "
-            "each rank see the one GPU that is its own (CUDA_VISIBLE_DEVICES, srun --gpus-per-task=1)"
-        )
     return (
-        f"{seen}: launch.nproc={start.gpus} works, or launch.device=cpu; launch.backend=gloo lets ranks share a GPU, "
-        "for tests"
+        f"{start.world} ranks on {start.gpus} {'GPU' if start.gpus == 1 else 'GPUs'}: "
+        f"launch.nproc={start.gpus} works, or launch.device=cpu"
     )
-
-
-@REFUSALS.entry("NCCL on CPUs", "launch.backend=nccl on CPUs", "NCCL moves the memory of GPUs")
-def _nccl_on_cpus(start: Start) -> str | None:
-    if start.config.launch.backend != "nccl" or start.cuda:
-        return None
-    return "launch.backend=nccl on CPUs: leave launch.backend out, or set launch.backend=gloo"
-
-
-@REFUSALS.entry(
-    "pipelines over gloo on GPUs",
-    "parallel.pp > 1 with launch.backend=gloo on GPUs",
-    "gloo sends and receives no tensors of GPUs, though it reduces and gathers them",
-)
-def _pipelines_over_gloo(start: Start) -> str | None:
-    if not start.gloo_on_gpus or start.config.parallel.pp == 1:
-        return None
-    return (
-        f"parallel.pp={start.config.parallel.pp} with launch.backend=gloo on GPUs: parallel.pp=1 works, or "
-        "launch.device=cpu, or launch.backend=nccl with a GPU for each rank"
-    )
-
-
-@REFUSALS.entry(
-    "pipelines on older torch",
-    "parallel.pp > 1 with a torch before 2.13",
-    "stages build on parts of torch.distributed.pipelining that earlier versions do not have",
-)
-def _pipelines_on_older_torch(start: Start) -> str | None:
-    if start.config.parallel.pp == 1 or pipelines_work(torch.__version__):
-        return None
-    return f"parallel.pp={start.config.parallel.pp} on torch {torch.__version__}: parallel.pp=1 works, or torch 2.13"
 
 
 @REFUSALS.entry("fp16 on CPUs", "precision=fp16 on CPUs", "it is slow and narrow there, and bf16 is neither")
@@ -236,12 +183,6 @@ def _fp16_on_cpus(start: Start) -> str | None:
 
 
 REFUSALS.extend(Refusal(*entry) for entry in (*OF_DEEPSPEED, *OF_OPTIMIZERS))
-
-
-def pipelines_work(torch_version: str) -> bool:
-    """Whether this version of torch has what `stoker.parallel.pipeline` builds on."""
-    major, minor = (int(part) for part in torch_version.split(".")[:2])
-    return (major, minor) >= (2, 13)
 
 
 def _whole_rounds(micro_batches: int, pp: int) -> bool:

@@ -8,21 +8,18 @@ and costs less than DistributedDataParallel.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stoker.parallel.pinned import pinned_zeros
 from stoker.parallel.registry import LocalShard
 from stoker.parallel.sharding import Precision, materialise, replace_parameters
 from stoker.parallel.shards import whole
 
 ALIGNMENT = 16  # elements: keeps every view on a 64-byte boundary
-# Elements per all-reduce: messages of 8 MiB of float32 on CPUs. A GPU computes faster and its network starts slower.
-BUCKET_NUMEL = {"cpu": 1 << 21, "cuda": 1 << 24}
+BUCKET_NUMEL = 1 << 21  # elements per all-reduce: 8 MiB of float32
 
 
 class ReplicatedStrategy:
@@ -51,10 +48,10 @@ class ReplicatedStrategy:
         others, total = _layout({name: parameter for name, parameter in named.items() if name not in trained}, end)
         places = offsets | others
         home = torch.device("cpu") if offload else device
-        at_home = pinned_zeros if offload and device.type == "cuda" else functools.partial(torch.zeros, device=home)
-        self._master = at_home(total)
+        pinned = offload and device.type == "cuda"
+        self._master = torch.zeros(total, device=home, pin_memory=pinned)
         self._gradients = torch.zeros(end, device=device)
-        self._home_gradients = at_home(end) if offload else self._gradients
+        self._home_gradients = torch.zeros(end, pin_memory=pinned) if offload else self._gradients
         self._compute = self._master
         if offload or precision.dtype != torch.float32:
             self._compute = torch.zeros(total, device=device, dtype=precision.dtype)
@@ -123,7 +120,6 @@ class _Buckets:
     def __init__(self, buffer: Tensor, offsets: dict[str, int], group: dist.ProcessGroup | None) -> None:
         self._group = group
         self._spans: list[Tensor] = []
-        least = BUCKET_NUMEL[buffer.device.type]
         self._bucket_of: dict[str, int] = {}
         self._sizes: list[int] = []
         start = 0
@@ -134,7 +130,7 @@ class _Buckets:
                 self._sizes.append(0)
             self._bucket_of[name] = len(self._spans)
             self._sizes[-1] += 1
-            if end - start >= least or name == names[-1]:
+            if end - start >= BUCKET_NUMEL or name == names[-1]:
                 self._spans.append(buffer[start:end])
                 start = end
         self._missing: list[int] = []

@@ -1,9 +1,7 @@
 """Weights that are sharded over `dp_shard` by torch's `fully_shard`: ZeRO 1, 2 and 3.
 
 The three stages differ in two switches: when gradients are reduce-scattered (after the last micro-batch, or after
-each) and when gathered parameters are freed (after the step's last backward, or after every use). What is gathered and
-reduced together is a unit: the embedding, each block, the head, and what is left. The units of the head and of what is
-left are used last in forward and first in backward, so they stay gathered in between at every stage. With
+each) and when gathered parameters are freed (after the step's last backward, or after every use). With
 `dp_replicate` > 1 shards are summed over the replicas once, on the last micro-batch. In a pipeline several
 micro-batches are in flight at once, so there gathered parameters are kept until the step's last backward.
 """
@@ -11,18 +9,16 @@ micro-batches are in flight at once, so there gathered parameters are kept until
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from stoker.parallel.mesh import Mesh
-from stoker.parallel.model import ParallelizableModel, Role
+from stoker.parallel.model import ParallelizableModel
 from stoker.parallel.registry import LocalShard
 from stoker.parallel.sharding import Precision, materialise
 from stoker.parallel.shards import Chunk
-from stoker.parallel.tensor.layers import VocabularyLayer
 
 
 class ShardedStrategy:
@@ -38,31 +34,28 @@ class ShardedStrategy:
         device_mesh = mesh.sharding_mesh()
         policy: OffloadPolicy = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
 
-        def shard(modules: list[nn.Module], dtype: torch.dtype, stays: bool) -> None:
+        def shard(modules: list[nn.Module], dtype: torch.dtype) -> None:
             materialise(nn.ModuleList(modules), home)  # together: they may be tied
             fully_shard(
                 modules if len(modules) > 1 else modules[0],
                 mesh=device_mesh,
-                reshard_after_forward=self._reshards_after_forward and not stays,
+                reshard_after_forward=self._reshards_after_forward,
                 mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
                 offload_policy=policy,
             )
 
-        # One unit is materialised at a time, so that no rank ever holds the whole model.
+        # One block is materialised at a time, so that no rank ever holds the whole model.
         full = {id(module) for module in precision.full}
-        first, last = _ends(model)
-        units = [*first, *cuttable.blocks().values(), *last]
-        for unit in [*units, model]:
-            stays = unit is model or unit in last
-            inside = [m for m in unit.modules() if id(m) in full and m is not unit and not isinstance(m, FSDPModule)]
+        for block in [*cuttable.blocks().values(), model]:
+            inside = [m for m in block.modules() if id(m) in full and m is not block and not isinstance(m, FSDPModule)]
             if inside:
-                shard(inside, torch.float32, stays)
-            shard([unit], torch.float32 if id(unit) in full else precision.dtype, stays)
+                shard(inside, torch.float32)
+            shard([block], torch.float32 if id(block) in full else precision.dtype)
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for module in self._modules:
             module.set_gradient_divide_factor(1.0)  # gradients are summed, never averaged
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-        self._set_prefetch(units)
+        self._set_prefetch(list(cuttable.blocks().values()))
 
         self._parameters = dict(model.named_parameters())
         self.tensors = {name: _local(parameter) for name, parameter in self._parameters.items()}
@@ -75,9 +68,9 @@ class ShardedStrategy:
             box = Chunk((start, *(0 for _ in shapes[name][1:])), tuple(tensor.shape))
             self.held[name] = LocalShard((box,), at.dp_replicate, layout.dp_replicate)
 
-    def _set_prefetch(self, units: list[nn.Module]) -> None:
-        """Gather the next unit while this one computes, in both directions."""
-        for this, following in itertools.pairwise(units):
+    def _set_prefetch(self, blocks: list[nn.Module]) -> None:
+        """Gather the next block while this one computes, in both directions."""
+        for this, following in itertools.pairwise(blocks):
             this.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
             following.set_modules_to_backward_prefetch([this])  # type: ignore[operator]
 
@@ -102,15 +95,6 @@ class ShardedStrategy:
             parameter.grad = None
         for module in self._modules:
             module.reshard()  # parameters that an evaluation gathered and kept (ZeRO 1 and 2) are stale now
-
-
-def _ends(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The vocabulary's layers before and behind the blocks that can be units: not one whose weight another shares."""
-    ends: list[VocabularyLayer] = [module for module in model.modules() if isinstance(module, VocabularyLayer)]
-    shared = Counter(id(end.weight) for end in ends)
-    alone = [end for end in ends if shared[id(end.weight)] == 1]
-    first = [end for end in alone if getattr(end, "role", None) == Role.EMBEDDING]
-    return list(first), [end for end in alone if end not in first]
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -4,46 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from stoker.conf.schema import Config, ModelConfig
 from stoker.parallel.layout import BatchPlan, Layout, batch_plan, layout_of
 
 
-class Ranks(NamedTuple):
-    """How many ranks are about to start, and on what. A plain pair (ranks, GPUs) stands for one machine."""
-
-    world: int  # over all machines
-    gpus: int  # that a process of this machine sees
-    here: int | None = None  # ranks on this machine; default: all
-    one_each: bool = False  # the process that counted is itself a rank: a single GPU may be its own
-
-
 @dataclass(frozen=True)
 class Start:
-    """What is about to start: `config` on `world` ranks; the other fields are those of `Ranks`."""
+    """What is about to start: `config` on `world` ranks, which may use `gpus` GPUs over all machines."""
 
     config: Config
     world: int
     gpus: int
-    here: int | None = None
-    one_each: bool = False
-
-    @property
-    def local(self) -> int:
-        """Ranks on this machine."""
-        return self.world if self.here is None else self.here
 
     @property
     def cuda(self) -> bool:
         """Whether the ranks compute on GPUs."""
         device = self.config.launch.device
         return device == "cuda" or (device is None and self.gpus > 0)
-
-    @property
-    def gloo_on_gpus(self) -> bool:
-        """Whether ranks that compute on GPUs communicate over gloo, through the memory of the host."""
-        return self.cuda and self.config.launch.backend == "gloo"
 
     @property
     def built_in_model(self) -> bool:

@@ -22,7 +22,6 @@ class ControlFlag(enum.StrEnum):
     SAVE = "save"  # a checkpoint was requested
     SAVE_FAILED = "save_failed"  # a save or an upload failed
     SUPERSEDED = "superseded"  # another start of the run has begun
-    FINISH = "finish"  # an observer of the user's ends the run
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class StepResult:
         if values.device.type == "cuda":
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values = host.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event(blocking=True)  # the host sleeps: waiting is no work of this rank
+            self._event = torch.cuda.Event()
             self._event.record()
         else:
             self._values = values

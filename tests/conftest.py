@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: tests run several ranks on few cores
-# Runs in tests have cache folders of their own, in each of which matplotlib would look for all fonts again: seconds.
-os.environ.setdefault("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))
 
 import hypothesis
 import pytest

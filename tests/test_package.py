@@ -17,11 +17,7 @@ from tests.launch.runs import environment, overrides, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("launch", "trainer", "checkpoint", "models", "data", "parallel", "conf")
-MODULES = {
-    "hydra-core": "hydra",
-    "mlflow-skinny": "mlflow",
-    "pyyaml": "yaml",
-}  # of distributions that are not called like what they hold
+MODULES = {"hydra-core": "hydra", "pyyaml": "yaml"}  # of distributions that are not called like what they hold
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +87,10 @@ def imported() -> set[str]:
 def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    needed = declared(project["dependencies"]) | declared(extras["tiktoken"] + extras["s3"] + extras["mlflow"])
+    needed = declared(project["dependencies"]) | declared(extras["tiktoken"] + extras["s3"])
 
-    by_others = {"s3fs", "sqlalchemy", "alembic"}  # fsspec imports the first for s3://, mlflow the others for sqlite://
-    assert needed - imported() == by_others
+    by_address = {"s3fs"}  # fsspec imports it for s3://
+    assert needed - imported() == by_address
     assert imported() - needed == set()
 
 

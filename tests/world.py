@@ -2,8 +2,8 @@
 
     results = world.run(function, 4, argument)      # function(mesh-less) runs on 4 ranks; results in rank order
 
-They use gloo, and with `device="cuda"` NCCL, each with a separate GPU, or with `backend="gloo"` GPUs that they may
-share; `world.device()` returns, on a rank, its device.
+They use gloo, and with `device="cuda"` NCCL, each with a separate GPU; `world.device()` returns, on a
+rank, its device.
 
 `function` is module-level and runs after the default process group exists. A failing rank's traceback becomes the
 assertion's message; ranks that outlive the timeout are killed and named.
@@ -56,7 +56,6 @@ _context.set_forkserver_preload(
 )
 
 PR_SET_PDEATHSIG = 1
-_DEVICE_VARIABLE = "STOKER_TEST_DEVICE"  # of a rank
 
 
 def run(
@@ -65,7 +64,6 @@ def run(
     *arguments: Any,
     timeout: float = 60.0,
     device: str = "cpu",
-    backend: str | None = None,
     fresh: bool = False,
 ) -> list[Any]:
     """Run `function(*arguments)` on `ranks` ranks; what each returned, in rank order.
@@ -75,8 +73,7 @@ def run(
     fresh = fresh or device != "cpu"
     pool = _Pool(kept=False) if fresh else _kept
     with tempfile.TemporaryDirectory() as folder:
-        backend = backend or ("nccl" if device == "cuda" else "gloo")
-        place = _Place(os.path.join(folder, "store"), ranks, timeout, device, backend)
+        place = _Place(os.path.join(folder, "store"), ranks, timeout, device)
         try:
             return pool.run(place, pickle.dumps((function, arguments)))  # by value: torch would share memory
         except BaseException:
@@ -87,7 +84,7 @@ def run(
                 pool.end()
 
 
-def exit_statuses(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 240.0) -> list[int]:
+def exit_statuses(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 120.0) -> list[int]:
     """Run `function(*arguments)`, which ends its process, on fresh ranks without process groups; status of each.
 
     When one ends with another status than 0 the others are killed at once, as a launcher does.
@@ -119,8 +116,9 @@ def _alone(rank: int, ranks: int, function: Callable[..., Any], arguments: tuple
 def device() -> Any:
     """On a rank: the `torch.device` it is to compute on."""
     import torch
+    import torch.distributed as dist
 
-    return torch.device(os.environ[_DEVICE_VARIABLE])
+    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,6 @@ class _Place:
     ranks: int
     timeout: float  # seconds, of the call and of its process groups
     device: str
-    backend: str
 
 
 class _Pool:
@@ -234,18 +231,14 @@ def _call(rank: int, place: _Place, work: bytes) -> Any:
     import torch.distributed as dist
 
     _take_place(rank, place.ranks)
-    device = torch.device("cpu")
     if place.device == "cuda":
-        device = torch.device("cuda", rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    os.environ[_DEVICE_VARIABLE] = str(device)
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        place.backend,
+        "nccl" if place.device == "cuda" else "gloo",
         init_method=f"file://{place.store}",
         rank=rank,
         world_size=place.ranks,
         timeout=timedelta(seconds=place.timeout),
-        device_id=device if place.backend == "nccl" else None,  # as a run has it
     )
     function, arguments = pickle.loads(work)
     return function(*arguments)

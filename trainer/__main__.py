@@ -8,10 +8,9 @@ import os
 import sys
 
 if __name__ == "__main__":
-    from stoker.trainer.runtime.process import die_with_launcher, set_allocator
+    from stoker.trainer.runtime.process import die_with_launcher
 
     die_with_launcher()
-    set_allocator()
     # OpenMP threads spin while they wait, and beside another busy process for 50 times longer than the work takes. So
     # # few rounds cost nothing on an idle machine and keep that to a factor of 5. It is read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")

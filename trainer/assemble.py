@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from stoker.checkpoint import Checkpoints, Owner, Remote, resume
 from stoker.conf.faults import read_faults
+from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.data import RowSource, Sample, open_samples, open_stream, prepare, read_rows
 from stoker.parallel.batch import IGNORE_INDEX, Batch
@@ -28,8 +29,6 @@ from stoker.trainer.runtime.faults import Faults
 from stoker.trainer.runtime.process import Phase, Phases, Place
 from stoker.trainer.runtime.requests import Requests, deadline_of
 from stoker.trainer.runtime.shutdown_estimate import ShutdownEstimate
-from stoker.trainer.runtime.starts import Start
-from stoker.trainer.runtime.timeouts import Timeouts
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,8 @@ def assemble(
     config: Config,
     mesh: Mesh,
     place: Place,
-    start: Start,
+    run: RunDirectory,
+    attempt: int,
     requests: Requests,
     phase: Phases,
     screen: TextIO,
@@ -51,14 +51,13 @@ def assemble(
     owner: Owner | None = None,
     log_file: TextIO | None = None,
 ) -> Trainer:
-    """The trainer of this rank in one start of a run, resumed from the newest valid checkpoint if there is one.
+    """The trainer of this rank, resumed from the newest valid checkpoint of `run` if there is one.
 
     `config` is settled (`stoker.trainer.settle`), and the places of checkpoints are `owner`'s. `screen` and `log_file`
     show, on rank 0, how the run goes. Resources that must be closed when this fails are pushed on `closing`. Raises
     ValueError for data or a checkpoint that do not fit the config, and for a run whose checkpoints are missing.
     """
     closing = closing or ExitStack()
-    run, attempt = start.run, start.attempt
     plan = batch_plan(config, mesh.layout)
     phase(0, Phase.OPEN_DATA)
     vocab_size = vocabulary_of(config)
@@ -68,7 +67,7 @@ def assemble(
     phase(0, Phase.BUILD)
     complete = facts.complete(config)
     engine, initialise = build_engine(complete, mesh, plan)
-    observers = open_observers(config, start, screen, log_file) if mesh.rank == 0 else None
+    observers = open_observers(config, run.path, screen, log_file) if mesh.rank == 0 else None
     if observers is not None:
         closing.callback(observers.abandon)
     remote = Remote(config.checkpoint.remote) if config.checkpoint.remote else None
@@ -111,7 +110,6 @@ def assemble(
         phase=phase,
         profiler=profiler,
         faults=faults,
-        timeouts=Timeouts(config.parallel.timeout_seconds, config.launch.hang_seconds),
         restore=restore,
     )
     phase(0, Phase.RESUME)

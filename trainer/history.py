@@ -20,7 +20,7 @@ from stoker.trainer.report.observer import CheckpointReport, Observer
 
 log = logging.getLogger(__name__)
 
-TRACKER_MEMORY = "tracker*.json"
+TRACKER_MEMORY = "tracker.json"
 
 
 class SavedOnce(Observer):
@@ -76,8 +76,8 @@ def begin_anew(run: RunDirectory) -> Path | None:
         set_aside(checkpoint, "the run starts over")
     target = run.earlier(_next(run))
     target.mkdir(parents=True)
-    memories = run.path.glob(TRACKER_MEMORY)
-    for path in (run.config, run.metrics, run.loss_plot, run.tokenizer, *memories, run.path / "faults"):
+    memory = run.path / TRACKER_MEMORY
+    for path in (run.config, run.metrics, run.loss_plot, run.tokenizer, memory, run.path / "faults"):
         if path.exists():
             path.rename(target / path.name)
     identity = read_identity(run)

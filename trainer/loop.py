@@ -22,13 +22,11 @@ from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.observers import Observers
 from stoker.trainer.report.profile import Profiler
 from stoker.trainer.runtime.faults import Faults
-from stoker.trainer.runtime.garbage import Collections
 from stoker.trainer.runtime.outcome import Outcome
 from stoker.trainer.runtime.process import Phase, Phases
 from stoker.trainer.runtime.requests import Requests, ending_of
 from stoker.trainer.runtime.shutdown_estimate import CHECKPOINT_SECONDS
 from stoker.trainer.runtime.stragglers import Stragglers, WorkClock
-from stoker.trainer.runtime.timeouts import Timeouts
 from stoker.trainer.schedule import evaluation_every, learning_rate
 from stoker.trainer.step_log import Progress, StepLog
 
@@ -51,13 +49,11 @@ class Trainer:
     phase: Phases
     profiler: Profiler
     faults: Faults
-    timeouts: Timeouts
     restore: Callable[[], dict[str, Any] | None]  # load the newest checkpoint, all ranks together; its state
     progress: Progress = field(default_factory=Progress, init=False)
     booking: Booking | None = field(default=None, init=False)  # on global rank 0, once training
     failed_save: str | None = field(default=None, init=False)  # why a save failed, as this rank knows it
     saved: dict[str, float] = field(default_factory=dict, init=False)  # metrics of the save that ended in this step
-    finished_by: str | None = field(default=None, init=False)  # why an observer ends the run, on global rank 0
     _step: int = field(default=0, init=False)  # the last one begun
     _stragglers: Stragglers = field(default_factory=Stragglers, init=False)
     _seen_gradients: bool = field(default=False, init=False)  # were parameters without a gradient looked for?
@@ -69,13 +65,12 @@ class Trainer:
     def fit(self) -> Outcome:
         """Train until the last step, the end of the data, or a decision of all ranks. The state is saved at the end."""
         step_log = self.step_log()
-        clock, collections = WorkClock(), Collections()
+        clock = WorkClock()
         outcome = Outcome.COMPLETED
         last = self._is_last(self.progress.step)
         if last and self.observers is not None:
             self.observers.message(self._nothing_to_do())
-        ended = any(self.mesh.any([self._asked_to_finish() is not None]))  # by an observer, before it was resumed
-        for step in () if ended else self.steps(self.config.steps):
+        for step in self.steps(self.config.steps):
             with self.profiler.step(step) as profiled:
                 self.phase(step, Phase.DATA)
                 with record_function("stoker.data"):
@@ -91,7 +86,7 @@ class Trainer:
                 self.checkpoints.await_staged()  # a snapshot in flight must not see the update
                 self.phase(step, Phase.UPDATE)
                 lr = learning_rate(self.config.schedule, self.config.optim, step)
-                work_seconds = max(clock.take(), self.engine.gpu_seconds()) + self.phase.spent(Phase.DATA)
+                work_seconds = clock.take() + self.phase.spent(Phase.DATA)
                 flags = StepFlags(self._votes(), work_seconds, *step_log.ceilings(step))
                 result = self.engine.update(lr, flags)  # stays on the device
             self.phase(step, Phase.DATA)  # whether this was the last step may be known only when the next rows are
@@ -99,8 +94,7 @@ class Trainer:
             found = self._evaluate(step, last)
             losses = {} if found is None else found.extra
             extra = {"first_row": first_row, **profiled, **self.rows.metrics(), **self.saved, **losses}
-            seconds = step_log.enter(step, lr, result, None if found is None else found.val_loss, extra)
-            self.timeouts.after_step(seconds, self.mesh)
+            step_log.enter(step, lr, result, None if found is None else found.val_loss, extra)
             saving = self._saves_at(step)
             if self.booking is not None:
                 self.booking.step()
@@ -118,9 +112,7 @@ class Trainer:
             if saving or verdict.save:
                 self.save()
             self.report_saves()
-            collections.after(step)
         self.profiler.close()
-        collections.close()
         step_log.settle(everything=True)
         self.save()
         asked = outcome in (Outcome.STOPPED, Outcome.PREEMPTED)
@@ -168,10 +160,7 @@ class Trainer:
         log.error(what)
 
     def state(self) -> dict[str, Any]:
-        """Everything that is not a tensor: loadable by any layout, and but for the observers' equal on every rank.
-
-        Rank 0's is stored.
-        """
+        """Everything that is not a tensor: equal on every rank and loadable by any layout."""
         return {
             "progress": asdict(self.progress),
             "engine": self.engine.state(),
@@ -180,7 +169,6 @@ class Trainer:
             "loss": self.progress.loss,
             VALIDATION_LOSS: self.progress.val_loss if self.progress.val_step == self.progress.step else None,
             "config": to_dict(self.config),
-            **({"observers": kept} if self.observers is not None and (kept := self.observers.state()) else {}),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -189,9 +177,6 @@ class Trainer:
         self.engine.load_state(state["engine"])
         self.engine.shards_written()
         self.progress = Progress(**state["progress"])
-        if self.observers is not None:
-            self.observers.load_state(state.get("observers"))
-            self.finished_by = None
 
     def steps(self, last: int) -> Iterator[int]:
         """The steps to train, to `last` or to the end of the data: those of `skip_steps` and those found bad are passed
@@ -260,19 +245,7 @@ class Trainer:
         if self._failing:
             self._failing = False
             votes |= {ControlFlag.SAVE_FAILED}
-        if self._asked_to_finish() is not None:
-            votes |= {ControlFlag.FINISH}
-        if self.observers is not None and self.observers.wants_save():
-            votes |= {ControlFlag.SAVE}
         return votes
-
-    def _asked_to_finish(self) -> str | None:
-        """Why an observer of the user's ends the run, on global rank 0."""
-        if self.observers is not None and self.finished_by is None:
-            self.finished_by = self.observers.stop_reason()
-            if self.finished_by is not None:
-                self.observers.message(f"the run ends: {self.finished_by}")
-        return self.finished_by
 
     def _saves_at(self, step: int) -> bool:
         every = self.config.checkpoint.every

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -20,15 +19,13 @@ from stoker.checkpoint import Owner, fence, newest_step
 from stoker.conf.durable import ROOM_SECONDS
 from stoker.conf.files import expand
 from stoker.conf.identity import read_identity
-from stoker.conf.printable import printable
-from stoker.conf.rundir import RunDirectory, make_run_directory, run_directory, write_config
+from stoker.conf.rundir import RunDirectory, make_run_directory, next_attempt, run_directory, write_config
 from stoker.conf.schema import Config, from_dict
 from stoker.conf.values import ConfigError
 from stoker.data import keep_tokenizer
-from stoker.parallel.devices import backend_of, exactness_now, set_exactness
 from stoker.parallel.layout import layout_of
 from stoker.parallel.loopback import is_loopback, loopback_store
-from stoker.parallel.mesh import start_mesh, stop_mesh, use_threads
+from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from stoker.trainer.assemble import assemble
 from stoker.trainer.base_model import keep_base
 from stoker.trainer.failure import Attempt, NotMet, fail, in_one_line
@@ -36,12 +33,11 @@ from stoker.trainer.history import begin_anew
 from stoker.trainer.loop import Trainer
 from stoker.trainer.places import claim_places
 from stoker.trainer.report.summary import summarize
-from stoker.trainer.runtime.gpus import ranks_of, set_environment, take_device
 from stoker.trainer.runtime.outcome import (
     Beginning,
     Ending,
     Outcome,
-    Superseded,
+    close_dead_attempts,
     is_first_of_launch,
     write_beginning,
     write_ending,
@@ -60,8 +56,6 @@ from stoker.trainer.runtime.process import (
 from stoker.trainer.runtime.requests import Requests, deadline_of
 from stoker.trainer.runtime.signal_listener import SignalListener
 from stoker.trainer.runtime.stack_dump import StackDump
-from stoker.trainer.runtime.starts import Start, begin_attempt
-from stoker.trainer.runtime.timeouts import Timeouts
 from stoker.trainer.settle import settle_config
 from stoker.trainer.trust import remember
 
@@ -96,12 +90,10 @@ def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.
         attempt = Attempt(run, _agree_on_attempt(store, run, place), place)
         store = dist.PrefixStore(f"stoker/{attempt.number}", store)
         warning = meet(store, run, attempt.number, place)  # first: the run directory, and so the log, may not be shared
-        attempt.config = config
-        attempt.device, attempt.gpu = take_device(config, place, store)
         attempt.met = True
         console.redirect(run.log(attempt.number, place.rank))
         if warning is not None:
-            console.say(warning)
+            console.errors.write(f"stoker: {warning}\n")
         StackDump(run.stacks(attempt.number, place.rank), run.flight(attempt.number, place.rank), listener)
         if place.local_rank == 0 and CONFIG_VARIABLE not in os.environ:
             _start_watchdog(config, attempt, console)
@@ -143,7 +135,6 @@ def run(overrides: Sequence[str]) -> Ending:
         try:
             store = dist.PrefixStore(f"stoker/{attempt.number}", store)
             meet(store, directory, attempt.number, place)
-            attempt.device, attempt.gpu = take_device(config, place, store)
             ending = _train(config, store, attempt, Requests(), Console(), Trainer.fit, on_failure)
         except BaseException as error:
             ending = Ending(Outcome.FAILED, in_one_line(error), attempt.step, place.rank)
@@ -158,15 +149,13 @@ def run(overrides: Sequence[str]) -> Ending:
 def _left_as_found() -> Iterator[None]:
     """Restores, at the end of the block, what a run changes in its process."""
     environment, threads = dict(os.environ), torch.get_num_threads()
-    exactness, collects = exactness_now(), gc.isenabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         yield
     finally:
         stop_mesh()
-        if collects:
-            gc.enable()
         torch.set_num_threads(threads)
-        exactness.restore()
+        torch.use_deterministic_algorithms(deterministic)
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
@@ -176,7 +165,7 @@ def _config(overrides: Sequence[str], place: Place) -> Config:
     given = os.environ.get(CONFIG_VARIABLE)
     if given is not None:
         return from_dict(json.loads(given))
-    say = Console().say if place.rank == 0 else (lambda _: None)
+    say = (lambda line: print(f"stoker: {line}", file=sys.stderr)) if place.rank == 0 else (lambda _: None)
     overrides = expand(overrides, say)
     if place.world > 1 and not any(o.startswith(("run.dir=", "run.name=")) for o in overrides):
         raise ConfigError("set run.dir=... or run.name=...: every rank must find the same run directory")
@@ -186,7 +175,7 @@ def _config(overrides: Sequence[str], place: Place) -> Config:
         )
     config, _ = settle_config(
         overrides,
-        lambda config: ranks_of(config, place),
+        lambda _: (place.world, torch.cuda.device_count()),
         refitted=say,
         tell=say,
         restarted=place.restart > 0,
@@ -223,7 +212,8 @@ def _store(place: Place) -> dist.Store:
 def _agree_on_attempt(store: dist.Store, run: RunDirectory, place: Place) -> int:
     if place.rank > 0:
         return ask_for_attempt(store)
-    number = begin_attempt(run, launch_id())
+    number = next_attempt(run)
+    close_dead_attempts(run, number)
     tell_attempt(store, number, place.world, RENDEZVOUS_SECONDS)
     return number
 
@@ -239,42 +229,45 @@ def _train(
 ) -> Ending:
     """Resources that must be closed on failure are pushed on `on_failure`; a rank's process just ends."""
     on_failure = on_failure or ExitStack()
-    run, place, rank, device = attempt.run, attempt.place, attempt.place.rank, attempt.device
+    run, place, rank = attempt.run, attempt.place, attempt.place.rank
     phase = Phases(run.attempt(attempt.number) / f"rank-{rank}.stamp")
     on_failure.callback(phase.close)
     owner: Owner | None = None
-    start = Start(run, attempt.number)
-    superseded = False
     if rank == 0:
-        with start.exclusively() as newest:
-            superseded = not newest
-            if newest:
-                owner = _take_over(config, attempt, requests, console)
+        launch, number = launch_id(), attempt.number
+        requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0  # by a scheduler: the same launch goes on
+        first = not requeued and is_first_of_launch(run, number, launch)
+        if config.run.fresh and first and (aside := begin_anew(run)) is not None:
+            console.errors.write(f"stoker: files of the earlier run were moved to {aside}\n")
+        owner = claim_places(run, config)
+        fence(run.checkpoints, number)
+        requests.watch(run, number, first, deadline_of(config.launch.deadline), config.checkpoint.minutes)
+        job = os.environ.get("SLURM_JOB_ID")
+        step, host = newest_step(run.checkpoints), socket.gethostname()
+        write_beginning(run, number, Beginning(time.time(), step, place.world, host, job, launch))
     use_threads(config.launch.threads, place.local_world)
-    set_exactness(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    device = pick_device(config.launch.device, place.local_rank)
     if config.parallel.offload == "nvme":
         give_freed_memory_back()
     elif device.type == "cpu":
         keep_freed_memory()
     layout = layout_of(config, place.world)
-    backend = backend_of(config.launch.backend, device)
-    if device.type == "cuda":
-        set_environment(run.attempt(attempt.number))
-    timeouts = Timeouts(config.parallel.timeout_seconds, config.launch.hang_seconds)
-    mesh = start_mesh(layout, device, store, rank, timeouts.at_start(), backend)
-    if any(mesh.any([superseded])):  # all ranks end in the same way: a launcher must not start them again
-        raise Superseded
+    mesh = start_mesh(layout, device, store, rank, config.parallel.timeout_seconds)
+
     with console.echoing_warnings() if rank == 0 else nullcontext():
-        trainer = assemble(config, mesh, place, start, requests, phase, console.screen, on_failure, owner, console.log)
+        trainer = assemble(
+            config, mesh, place, run, attempt.number, requests, phase, console.screen, on_failure, owner, console.log
+        )
     if place.local_rank == 0 and (identity := read_identity(run)) is not None:
         remember(identity.run, config)
     if rank == 0:
-        with start.exclusively() as newest:
-            if newest:  # else the first step ends this start
-                write_config(run, config)  # after all ranks have read the old one
-                keep_tokenizer(config.data, run.tokenizer)
-                if trainer.progress.step == 0:
-                    keep_base(config, run)
+        write_config(run, config)  # after all ranks have read the old one
+        keep_tokenizer(config.data, run.tokenizer)
+        if trainer.progress.step == 0:
+            keep_base(config, run)
     attempt.training = True
     requests.training()
     try:
@@ -296,29 +289,13 @@ def _train(
         trainer.observers.finish(ending.outcome, trainer.progress.step)
         if config.log.progress != "none":
             with suppress(OSError):  # the terminal may have been closed
-                print(printable(summarize(run.path, config, ending.message)), file=console.screen)
+                print(summarize(run.path, config, ending.message), file=console.screen)
     mesh.all_gather_text(
         "the end is reported"
     )  # ranks leave together: a launcher kills the others when one leaves with a failure
     stop_mesh()
     phase.close()
     return ending
-
-
-def _take_over(config: Config, attempt: Attempt, requests: Requests, console: Console) -> Owner:
-    """On rank 0 of the newest start: make the run, its places and its checkpoints this attempt's."""
-    run, number, launch = attempt.run, attempt.number, launch_id()
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0  # by a scheduler: the same launch goes on
-    first = not requeued and is_first_of_launch(run, number, launch)
-    if config.run.fresh and first and (aside := begin_anew(run)) is not None:
-        console.say(f"files of the earlier run were moved to {aside}")
-    owner = claim_places(run, config)
-    fence(run.checkpoints, number)
-    requests.watch(run, number, first, deadline_of(config.launch.deadline), config.checkpoint.minutes)
-    job = os.environ.get("SLURM_JOB_ID")
-    step, host = newest_step(run.checkpoints), socket.gethostname()
-    write_beginning(run, number, Beginning(time.time(), step, attempt.place.world, host, job, launch))
-    return owner
 
 
 def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:
@@ -343,10 +320,9 @@ def _end(trainer: Trainer, outcome: Outcome, requests: Requests) -> Ending:
     progress = trainer.progress
     if outcome == Outcome.COMPLETED and progress.step and not progress.updates:
         outcome = Outcome.FAILED
-    finished = next((text for text in trainer.mesh.all_gather_text(trainer.finished_by or "") if text), "")
     messages = {
         Outcome.FAILED: _why_nothing_was_learned(trainer),
-        Outcome.COMPLETED: f"completed at step {step}" + (f", ended by {finished}" if finished else ""),
+        Outcome.COMPLETED: f"completed at step {step}",
         Outcome.STOPPED: f"stopped at step {step}, saved ({why})",
         Outcome.PREEMPTED: f"preempted at step {step}, saved ({why})",
         Outcome.NONFINITE: _why_bad(trainer),

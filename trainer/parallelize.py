@@ -22,7 +22,6 @@ from stoker.conf.targets import import_target
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.engine import Engine
 from stoker.parallel.fp32_modules import compute_in_fp32
-from stoker.parallel.gpu_clock import GpuClock
 from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import BatchPlan
 from stoker.parallel.mesh import Mesh
@@ -34,13 +33,6 @@ from stoker.parallel.tensor import enable_async_tensor_parallelism, parallelize_
 from stoker.parallel.trial import Trial
 
 log = logging.getLogger(__name__)
-
-FUSED_ATTENTION = (
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-)
 
 
 def cut(config: Config, mesh: Mesh, plan: BatchPlan) -> Engine:
@@ -60,7 +52,8 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
     A run that resumes from a checkpoint does not need them, and drawing them takes seconds per billion parameters.
     """
     whole = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
-    log.info("model: %s, %s parameters", config.model.name, f"{_count(whole):,}")
+    count = sum(math.prod(parameter.shape) for parameter in whole.parameters())
+    log.info("model: %s, %s parameters", config.model.name, f"{count:,}")
     if not any(parameter.requires_grad for parameter in whole.parameters()):
         raise ValueError(f"model.target={config.model.target}: none of its parameters is trained")
 
@@ -84,20 +77,17 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
     full = [compute_in_fp32(stage, config.fp32_modules, dtype) if config.fp32_modules else () for stage in stages]
     if config.fp32_modules:
         log.info("fp32 modules: %s", ", ".join(config.fp32_modules))
-    compiled = compiles(config, mesh.device)
-    clock = GpuClock(mesh.device)
     for stage in stages:
         for block in _parallelizable(stage).blocks().values():
             _checkpoint_activations(block, config.activation_checkpointing)
-            if compiled:
+            if config.compile:
                 block.forward = torch.compile(block.forward)
-            clock.time(block)
     if config.activation_checkpointing != "none":
         log.info("activation checkpointing: %s, per block", config.activation_checkpointing)
-    if compiled:
+    if config.compile:
         log.info("compile: per block")
 
-    engine = build_native(config, mesh, plan, stages, full, registry, activations, clock)
+    engine = build_native(config, mesh, plan, stages, full, registry, activations)
     log.info("layout: %s; %d micro-batches of %d rows per rank", mesh.layout, plan.micro_batches, plan.micro_rows)
 
     def initialise() -> None:
@@ -105,25 +95,6 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
         engine.shards_written()
 
     return engine, initialise
-
-
-def parameters_of(config: Config) -> int:
-    """Numbers in all parameters of the whole model. `config.model.vocab_size` must be set."""
-    return _count(build_on_meta(config.model, whole_model(config.model.num_hidden_layers)))
-
-
-def _count(model: nn.Module) -> int:
-    return sum(math.prod(parameter.shape) for parameter in model.parameters())
-
-
-def compiles(config: Config, device: torch.device) -> bool:
-    """Whether blocks are compiled: as `config.compile`, else on GPUs where nothing forbids it, which is logged."""
-    if config.compile is not None or device.type != "cuda":
-        return bool(config.compile)
-    if config.parallel.engine == "deepspeed" and config.parallel.zero == 3:
-        log.info("compile: off, as the hooks of DeepSpeed ZeRO 3 run inside the blocks")
-        return False
-    return True
 
 
 def build_on_meta(config: ModelConfig, part: Part) -> nn.Module:
@@ -156,7 +127,7 @@ def _cut_tensors(config: Config, mesh: Mesh, stages: list[nn.Module]) -> Registr
     if group is not None:
         kind = "tensor and sequence parallel" if config.parallel.sequence_parallel else "tensor parallel"
         log.info("%s over %d ranks", kind, mesh.layout.tp)
-        if compiles(config, mesh.device) and mesh.device.type == "cuda":
+        if config.compile and mesh.device.type == "cuda":
             enable_async_tensor_parallelism(group)
     return Registry(entries)
 
@@ -199,36 +170,19 @@ def _parallelizable(model: nn.Module) -> ParallelizableModel:
 
 
 def _checkpoint_activations(block: nn.Module, mode: str) -> None:
-    """Recompute a block's activations in backward: all of them (full), or those that are cheap (selective).
+    """Recompute a block's activations in backward: all of them (full), or all but the matrix products (selective).
 
-    Selective keeps the output of attention, of every second matrix product, and of collectives, so that no
-    communication is repeated.
+    Selective also keeps the outputs of collectives, so that no communication is repeated.
     """
     if mode == "none":
         return
     from torch.utils import checkpoint
 
-    options: dict[str, Any] = {"context_fn": _selective} if mode == "selective" else {}
+    options: dict[str, Any] = {}
+    if mode == "selective":
+        aten, collectives = torch.ops.aten, torch.ops._c10d_functional
+        kept = [aten.mm.default, aten.addmm.default, aten.bmm.default]
+        reduced = (collectives.reduce_scatter_tensor, collectives.all_to_all_single, collectives.all_reduce)
+        kept += [operation.default for operation in reduced]
+        options["context_fn"] = functools.partial(checkpoint.create_selective_checkpoint_contexts, kept)
     block.forward = functools.partial(checkpoint.checkpoint, block.forward, use_reentrant=False, **options)
-
-
-def _selective() -> tuple[Any, Any]:
-    """The contexts of one pass through a block: its forward, and the recomputation, which see the same operations."""
-    from torch.utils import checkpoint
-
-    aten, collectives = torch.ops.aten, torch.ops._c10d_functional
-    products = {aten.mm.default, aten.addmm.default, aten.bmm.default}
-    kept = {operation.default for operation in (collectives.reduce_scatter_tensor, collectives.all_to_all_single)}
-    kept |= {collectives.all_reduce.default}
-    kept |= {getattr(aten, name).default for name in FUSED_ATTENTION if hasattr(aten, name)}
-    seen = {False: 0, True: 0}  # matrix products, in the forward pass and in the recomputation
-
-    def policy(context: Any, operation: Any, *_: Any, **__: Any) -> Any:
-        if operation in products:
-            seen[context.is_recompute] += 1
-            keeps = seen[context.is_recompute] % 2 == 1
-        else:
-            keeps = operation in kept
-        return checkpoint.CheckpointPolicy.MUST_SAVE if keeps else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
-
-    return checkpoint.create_selective_checkpoint_contexts(policy)

@@ -22,10 +22,8 @@ from stoker.conf.hub_names import download_advice
 from stoker.conf.migrations import migrate
 from stoker.conf.overrides import parse
 from stoker.conf.rundir import RunDirectory, read_config
-from stoker.conf.schema import Config, DataConfig, ModelConfig, from_dict, kinds, lookup, to_dict
+from stoker.conf.schema import Config, ModelConfig, from_dict, kinds, lookup, to_dict
 from stoker.conf.values import ConfigError
-from stoker.data.tokenizer import ByteTokenizer
-from stoker.data.tokenizer_files import load_kept
 from stoker.models import hugging_face_config as theirs
 from stoker.models.hugging_face import OWN_MODEL, tensor_name
 from stoker.models.hugging_face_weights import HEAD, has_own_head, open_weights
@@ -39,12 +37,11 @@ log = logging.getLogger(__name__)
 
 _KINDS = (PARAMETER, BUFFER)
 _NAMED = 5  # tensors that a message names
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")  # each is in a folder with a tokenizer
 _OURS_ALONE = ("model.init_from", "model.init_only", "model.loss_chunk")  # of a run: not of its model's shape
 
 
 def adopt_shape(config: Config, overrides: Sequence[str]) -> Config:
-    """`config` with the model's shape and tokenizer from `model.init_from`, except for keys that `overrides` set.
+    """`config` with the model's shape taken from `model.init_from`, except for keys that `overrides` set.
 
     Raises ConfigError for a directory that is neither kind, that cannot be read, that holds an unsupported model, or
     whose tensors are not those of the resulting model.
@@ -60,25 +57,7 @@ def adopt_shape(config: Config, overrides: Sequence[str]) -> Config:
                 _refuse_other_tensors(adopted.model, entries, source.tensors)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.init_from={folder}: {error}") from error
-    return adopt_tokenizer(adopted, overrides)
-
-
-def adopt_tokenizer(config: Config, overrides: Sequence[str]) -> Config:
-    """`config` with the tokenizer in `model.init_from`, if `overrides` set none and there is one.
-
-    The weights mean its token ids: texts that are encoded by another tokenizer would train a model that knows nothing.
-    """
-    given = {override.key for override in map(parse, overrides)}
-    if "data.tokenizer" in given or config.data.tokenizer != DataConfig().tokenizer:
-        return config
-    folder = init_folder(config)
-    if is_run(folder):
-        kept = RunDirectory(folder).tokenizer
-        theirs_to_take = kept.is_dir() and not isinstance(load_kept(kept), ByteTokenizer)
-    else:
-        kept = folder
-        theirs_to_take = any((folder / name).is_file() for name in _TOKENIZERS)
-    return _with_values(config, {"data.tokenizer": str(kept)}) if theirs_to_take else config
+    return adopted
 
 
 def imported(config: Config) -> Config:

@@ -48,7 +48,7 @@ def _evaluation(start: Start) -> str | None:
     every, rows = start.config.eval.every or 0, start.config.eval.sequences
     if every > 0 and rows == 0:
         size = start.config.batch.size
-        return f"eval.every={every} with eval.sequences=0 evaluates nothing: set eval.sequences={size}"
+        return f"eval.every={every} with eval.sequences=0 evaluates nothing: set eval.sequences, such as {size}"
     data = start.config.data
     if rows and data.validation == 0 and data.validation_path is None and not data.sources:
         return (
@@ -69,9 +69,8 @@ def _best_checkpoints(start: Start) -> str | None:
         return None
     if every > 0 and wanted.every % every == 0:
         return None
-    asked = f"eval.every={every}" if start.config.eval.every is not None else f"an evaluation every {every} steps"
     return (
-        f"checkpoint.keep_best={wanted.keep_best} with checkpoint.every={wanted.every} and {asked}: "
+        f"checkpoint.keep_best={wanted.keep_best} with checkpoint.every={wanted.every} and eval.every={every}: "
         f"eval.every={wanted.every} measures every checkpoint (with eval.sequences above 0)"
     )
 
@@ -97,7 +96,7 @@ def _faults(start: Start) -> str | None:
         if fault.rank >= start.world:
             return f"faults: {fault.name} is for rank {fault.rank} of {start.world}: rank 0 to {start.world - 1} work"
         if fault.at > start.config.steps:
-            return f"faults: {fault.name} is for step {fault.at} of {start.config.steps}: steps={fault.at} has it"
+            return f"faults: {fault.name} is for step {fault.at} of {start.config.steps}"
     return None
 
 
@@ -109,27 +108,3 @@ def _several_machines(start: Start) -> str | None:
     if start.config.launch.name != "local" or nodes == 1:
         return None
     return f"launch.nodes={nodes} with launch=local, which is this machine: `stoker submit launch=slurm` has several"
-
-
-@REFUSALS.entry(
-    "containers",
-    "launch=kubernetes or skypilot without launch.image, and without a place that outlives a pod",
-    "pods have nothing to run, or their checkpoints are lost with them",
-)
-def _containers(start: Start) -> str | None:
-    launch = start.config.launch
-    if launch.name not in ("kubernetes", "skypilot"):
-        return None
-    if launch.image is None:
-        return f"launch={launch.name} needs launch.image=IMAGE, a container image with Stoker (docs/containers.md)"
-    if launch.nodes > 1 and launch.volume is None:
-        return (
-            f"launch.nodes={launch.nodes} with launch={launch.name} needs launch.volume=VOLUME, a volume that all pods "
-            "mount: they share the run directory"
-        )
-    if launch.volume is None and start.config.checkpoint.remote is None:
-        return (
-            f"launch={launch.name} needs launch.volume=VOLUME or checkpoint.remote=URL: the run directory and its "
-            "checkpoints are lost with a pod"
-        )
-    return None

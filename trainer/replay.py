@@ -27,9 +27,8 @@ from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.conf.scratch import Scratch
 from stoker.conf.values import ConfigError
-from stoker.parallel.devices import backend_of, pick_device, set_exactness
 from stoker.parallel.layout import layout_of
-from stoker.parallel.mesh import start_mesh, stop_mesh, use_threads
+from stoker.parallel.mesh import pick_device, start_mesh, stop_mesh, use_threads
 from stoker.parallel.shards import PARAMETER
 from stoker.parallel.update import StepFlags
 from stoker.trainer.assemble import assemble
@@ -38,7 +37,6 @@ from stoker.trainer.report.module_names import ModuleNames
 from stoker.trainer.runtime.faults import NaNInjector
 from stoker.trainer.runtime.process import Phases, Place
 from stoker.trainer.runtime.requests import Requests
-from stoker.trainer.runtime.starts import Start
 from stoker.trainer.schedule import learning_rate
 
 
@@ -71,8 +69,7 @@ def replay(
         if fault.do == "nan" and fault.at <= step < fault.at + fault.steps and run.struck(fault.name).exists()
     ]
     poison = NaNInjector(struck[0].read_text() or None) if struck else nullcontext()
-    tracker = dataclasses.replace(config.tracker, names=[])
-    config = dataclasses.replace(config, faults=[], tracker=tracker, observers=[])
+    config = dataclasses.replace(config, faults=[], tracker=dataclasses.replace(config.tracker, name="none"))
     with (
         Scratch("stoker-replay-") as folder,
         _assembled(run, config, step, folder) as trainer,
@@ -95,15 +92,13 @@ def _assembled(run: RunDirectory, config: Config, step: int, folder: Path) -> It
     checkpoint = dataclasses.replace(config.checkpoint, remote=None)
     config = dataclasses.replace(config, log=log, checkpoint=checkpoint)
     use_threads(config.launch.threads, 1)
-    set_exactness(config.deterministic)
     device = pick_device(config.launch.device, 0)
-    backend = backend_of(config.launch.backend, device)
-    mesh = start_mesh(layout_of(config, 1), device, dist.HashStore(), 0, config.parallel.timeout_seconds, backend)
+    mesh = start_mesh(layout_of(config, 1), device, dist.HashStore(), 0, config.parallel.timeout_seconds)
     try:
         with open(os.devnull, "w") as screen:
             phase = Phases(scratch.attempt(1) / "rank-0.stamp")
             place = Place(0, 1, 0, 1, 0)
-            trainer = assemble(config, mesh, place, Start(scratch, 1), Requests(), phase, screen)
+            trainer = assemble(config, mesh, place, scratch, 1, Requests(), phase, screen)
             if before:  # spans passed over after that checkpoint are recorded in the newest one
                 state = read_state(newest(run.checkpoints)[0])
                 trainer.progress.passed_over = state["progress"].get("passed_over", [])

@@ -3,7 +3,7 @@
     compose    the overrides over the groups and defaults of conf/, with absolute paths
     resume     a run that exists: its stored config with the overrides; otherwise a check that no run is overwritten
     targets    import paths of models, data and optimizers lead to something that can be called
-    adopt      shape and tokenizer of the model in `model.init_from`, and a link in the place of `checkpoints`
+    adopt      the shape of a model imported by `model.init_from`, and a link in the place of `checkpoints`
     budget     `tokens` or `data.epochs` as steps, at the first start
     fit        under a launcher that found another number of machines: the layout that fits them
     validate   limits, refusals of all rooms, places and imported weights
@@ -27,10 +27,9 @@ from stoker.conf.compose import compose as compose_groups
 from stoker.conf.resume import Change
 from stoker.conf.rundir import RunDirectory, first_tier, refuse_links, resolve, run_directory
 from stoker.conf.schema import Config, ModelConfig, lookup
-from stoker.conf.targets import import_target, target_and_arguments
+from stoker.conf.targets import import_target
 from stoker.conf.values import ConfigError
 from stoker.parallel import layout
-from stoker.parallel.start import Ranks
 from stoker.trainer import validate as rooms
 from stoker.trainer.budget import settle_steps
 from stoker.trainer.places import adopted_link, is_known, refuse_foreign_places
@@ -45,7 +44,7 @@ class Request:
     """How a config is to be settled. The keys whose code the start runs are `uses` (`stoker.trainer.trust`)."""
 
     overrides: Sequence[str]
-    where: Callable[[Config], Ranks | tuple[int, int]]  # on how many ranks and GPUs a config will run
+    where: Callable[[Config], tuple[int, int]]  # on how many ranks and GPUs a config will run
     tell: Callable[[str], None] = log.info  # takes lines for the user
     refitted: Callable[[str], None] | None = None  # takes the changes of `fit`; None: the layout is not changed
     restarted: bool = False  # a launcher repeats a user's command
@@ -68,7 +67,7 @@ class Draft:
 
 def settle_config(
     overrides: Sequence[str],
-    where: Callable[[Config], Ranks | tuple[int, int]],
+    where: Callable[[Config], tuple[int, int]],
     **options: Any,
 ) -> tuple[Config, list[Change]]:
     """The config of this start, and what differs from the start before. The parameters are those of `Request`.
@@ -107,7 +106,6 @@ def targets(request: Request, draft: Draft) -> Draft:
     config = draft.config
     code = code_of(config, (MODEL, DATA, OPTIM))
     named = {key: path for key, path in code.items() if key.rpartition(".")[2] in ("target", "splits", "map")}
-    named |= {f"observers[{at}]": target_and_arguments(entry)[0] for at, entry in enumerate(config.observers)}
     own = ("model.target", config.model.target), ("optim.target", config.optim.target)  # Stoker's own may be misspelt
     for key, path in dict(own, **named).items():
         if not isinstance(path, str) or path == ModelConfig().target:  # that of most runs
@@ -127,8 +125,6 @@ def adopt(request: Request, draft: Draft) -> Draft:
         from stoker.trainer.pretrained import adopt_shape  # most starts do not need its imports
 
         config = adopt_shape(config, request.overrides)
-        if config.data.tokenizer != draft.config.data.tokenizer:
-            request.tell(f"data.tokenizer={config.data.tokenizer}: the one of model.init_from")
     chosen = config.checkpoint.dir is not None or any(word.startswith("checkpoint.dir=") for word in request.overrides)
     place = None if chosen else adopted_link(draft.run)
     if place is not None:  # a link made by a user counts like the key

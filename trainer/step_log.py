@@ -86,13 +86,12 @@ class StepLog:
 
     def enter(
         self, step: int, lr: float, result: StepResult, val_loss: float | None, extra: Mapping[str, float]
-    ) -> float:
-        """A step has been handed to the device. `extra` are metrics of some steps only. Returns the step's seconds."""
+    ) -> None:
+        """A step has been handed to the device. `extra` are metrics of some steps only."""
         now = time.perf_counter()
         data_seconds = self._phase.take_seconds().get(Phase.DATA, 0.0)
-        seconds, self._last_entry = now - self._last_entry, now
-        self._open.append(_Entry(step, lr, result, val_loss, seconds, data_seconds, extra))
-        return seconds
+        self._open.append(_Entry(step, lr, result, val_loss, now - self._last_entry, data_seconds, extra))
+        self._last_entry = now
 
     def settle(self, *, everything: bool) -> Decision:
         """Read the results that are due: all but the newest, or all; all also when a save is requested.

@@ -23,7 +23,6 @@ from stoker.conf.reasons import reason
 from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.schema import Config
 from stoker.conf.secrets import names_a_secret
-from stoker.conf.targets import target_and_arguments
 from stoker.conf.user import cache_folder
 from stoker.conf.values import ConfigError
 from stoker.data.remote.shards import addresses, scheme
@@ -33,9 +32,7 @@ log = logging.getLogger(__name__)
 Code = dict[str, Any]  # dotted key -> value
 
 MODEL, DATA, OPTIM, ENGINE, SLURM = "model.", "data.", "optim.", "parallel.", "launch."
-EARLY_STOPPING = "stoker.trainer.report.early_stopping:EarlyStopping"  # Stoker's own observer
-REPORTING = ("observers", "alerts.")
-TRAINING = (MODEL, DATA, OPTIM, ENGINE, *REPORTING)  # what ranks use
+TRAINING = (MODEL, DATA, OPTIM, ENGINE)  # what ranks use
 _LARGEST_SHOWN = 120  # characters of a value
 
 
@@ -54,13 +51,9 @@ def code_of(config: Config, uses: Sequence[str] = ("",)) -> Code:
     found |= _target("optim.target", optim.target, "stoker.parallel.", {"optim.args": optim.args})
     if config.parallel.deepspeed:
         found["parallel.deepspeed"] = config.parallel.deepspeed  # it may name modules to import
-    for key in ("setup", "sbatch_args", "srun_args", "image"):
-        if value := getattr(launch, key):
+    for key, value in (("setup", launch.setup), ("sbatch_args", launch.sbatch_args), ("srun_args", launch.srun_args)):
+        if value:
             found[f"launch.{key}"] = value
-    if any(target_and_arguments(entry)[0] != EARLY_STOPPING for entry in config.observers):
-        found["observers"] = config.observers
-    if config.alerts.command:
-        found["alerts.command"] = config.alerts.command
     return {key: value for key, value in found.items() if key.startswith(tuple(uses))}
 
 

@@ -21,12 +21,12 @@ from stoker.trainer.refusals import REFUSALS as OF_RUNS
 REFUSALS = (*OF_LAYOUTS, *OF_MODELS, *OF_DATA, *OF_RUNS)
 
 
-def validate(config: Config, world: int, gpus: int, here: int | None = None, one_each: bool = False) -> None:
+def validate(config: Config, world: int, gpus: int) -> None:
     """Raises ConfigError with everything that forbids this start, one line each.
 
-    On how many ranks and GPUs: see `stoker.parallel.start.Ranks`.
+    `world` counts the ranks, `gpus` the GPUs that they may use, both over all machines.
     """
-    start = Start(config, world, gpus, here, one_each)
+    start = Start(config, world, gpus)
     found = [
         *(limit.broken(config) for limit in LIMITS),
         *(refusal.check(start) for refusal in REFUSALS),

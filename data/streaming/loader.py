@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from stoker.data.keys import StreamedFingerprint
 from stoker.data.loader import COMPARED_EVERY, EndOfData, refuse_other_data
@@ -23,7 +22,6 @@ from stoker.data.streaming.readers import Key, WindowReaders
 from stoker.data.streaming.shuffle_windows import ShuffleWindows
 from stoker.data.streaming.stream_rows import Place, Shape, StreamRows
 from stoker.parallel.batch import Batch
-from stoker.parallel.devices import use_device
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +53,11 @@ class StreamingLoader:
         store: Store | None = None,
         workers: int = 0,
         prefetch: int = 4,
-        pin: torch.device | None = None,
+        pin: bool = False,
         skip_limit: int = 10_000,
         change: bool = False,
     ) -> None:
-        """`pin`: the GPU for which the rows go into page-locked memory. `skip_limit`: skips of a source that may be
-        recorded; `change` as in `IndexedLoader`.
+        """`skip_limit`: skips of a source that may be recorded; `change` as in `IndexedLoader`.
 
         Raises ValueError unless dp divides the streams and the streams divide `batch_rows`.
         """
@@ -215,8 +212,6 @@ class StreamingLoader:
     def _load(self, place: Place) -> None:
         """The loader's thread: makes one batch after the other, as many as are requested."""
         made = 0
-        if self._pin is not None:
-            use_device(self._pin)
         try:
             while True:
                 with self._changed:
@@ -231,7 +226,7 @@ class StreamingLoader:
                 if made % COMPARED_EVERY == 0:
                     self._exchange.compare(self._laid)
                 place, made = following, made + 1
-                self._put((unpack(planes(self._laid, self.document_mask), self._pin is not None), place))
+                self._put((unpack(planes(self._laid, self.document_mask), self._pin), place))
         except BaseException as error:  # raised in the thread that requests rows
             self._put(error)
 

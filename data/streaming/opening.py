@@ -77,7 +77,7 @@ def open_streams(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> StreamingL
         exchange=Ranks(mesh),
         workers=config.data.workers,
         prefetch=config.data.prefetch,
-        pin=mesh.device if mesh.device.type == "cuda" else None,
+        pin=mesh.device.type == "cuda",
     )
 
 

@@ -24,13 +24,11 @@ from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
 from stoker.launch.slurm.verdict import Move, Situation, Verdict, judge
 from stoker.launch.train import say
-from stoker.parallel.start import Ranks
 from stoker.trainer.main import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import Ending, Outcome, read_beginning, read_ending
 from stoker.trainer.runtime.process import LAUNCH_VARIABLE, RESTARTS_VARIABLE
 from stoker.trainer.runtime.requests import DEADLINE_VARIABLE
 from stoker.trainer.runtime.shutdown_estimate import GRACE_VARIABLE
-from stoker.trainer.runtime.starts import attempt_of, is_superseded
 from stoker.trainer.settle import settle_config
 from stoker.trainer.trust import TRAINING
 
@@ -39,9 +37,6 @@ KEY_VARIABLE = "STOKER_MEETING_KEY"  # what the gate wants to be shown: 64 hexad
 LINK_VARIABLE = "STOKER_LINK"  # which job of how many of a chain this is: 2/5
 SUBMITTED = "submit"  # a note's move, beside those of `verdict.Move`
 RANKS_DEFAULT = 2  # on a node without GPUs
-
-
-NODE = "stoker.launch.slurm.node"
 
 
 @dataclass(frozen=True)
@@ -58,11 +53,6 @@ class Job:
     end_time: float | None  # seconds since the epoch; Slurm 23.02 and later
     link: int
     links: int
-
-    def where(self, config: Config) -> Ranks:
-        """The ranks that the job starts."""
-        here = config.launch.nproc or self.gpus or RANKS_DEFAULT
-        return Ranks(self.nodes * here, 0 if config.launch.device == "cpu" else self.gpus, here)
 
 
 def job_from(environment: Mapping[str, str]) -> Job:
@@ -98,11 +88,6 @@ def settings_of(job: Job, settings: Sequence[str]) -> list[str]:
     return chosen
 
 
-def own_file(job: Job, setting: str) -> str:
-    """`--config=.../{task}.yaml` with this job's task: a file of settings for each."""
-    return setting.replace("{task}", job.task or "0") if setting.startswith("--config=") else setting
-
-
 def stalled_attempts(run: RunDirectory, job: str) -> int:
     """How many of the newest attempts, in a row and of this job, have not reached a checkpoint newer than they had."""
     step = newest_step(run.checkpoints)
@@ -121,7 +106,6 @@ class Batch:
     def __init__(self, job: Job, config: Config) -> None:
         self.job, self.config = job, config
         self.run = run_directory(config)
-        self._launch = f"slurm-{job.number}"  # also when it comes back from the queue
         self._asked: int | None = None
         self._ranks: subprocess.Popen[bytes] | None = None
         self._before_attempts = 0  # rounds in a row in which ranks did not even make an attempt
@@ -134,7 +118,7 @@ class Batch:
             say(f"nothing to do for link {self.job.link} of {self.job.links}: {finished}")
             return 0
         environment = {**os.environ, **self._facts(), CONFIG_VARIABLE: json.dumps(to_dict(self.config))}
-        environment[LAUNCH_VARIABLE] = self._launch
+        environment[LAUNCH_VARIABLE] = f"slurm-{self.job.number}"  # also when it comes back from the queue
         for round_ in range(1_000_000):
             environment[RESTARTS_VARIABLE] = str(round_)
             known = self.run.attempt_numbers()
@@ -175,7 +159,7 @@ class Batch:
         words += ["--kill-on-bad-exit=1", "--export=ALL"]
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
             words.append(f"--cpus-per-task={cpus}")  # since 22.05 srun does not take the job's
-        return [*words, *self.config.launch.srun_args, *in_container(self.config, self.run), "-P", "-m", NODE]
+        return [*words, *self.config.launch.srun_args, sys.executable, "-P", "-m", "stoker.launch.slurm.node"]
 
     def _pass_on(self, number: int, _frame: object) -> None:
         """The allocation ends soon. Slurm may have signalled the ranks too; a second signal has no effect."""
@@ -196,18 +180,19 @@ class Batch:
         return facts if end is None else {**facts, DEADLINE_VARIABLE: str(end)}
 
     def _judge(self, known: list[int]) -> Verdict:
-        made = attempt_of(self.run, self._launch, len(known))
-        self._before_attempts = 0 if made is not None else self._before_attempts + 1
+        numbers = self.run.attempt_numbers()
+        made = len(numbers) > len(known)
+        self._before_attempts = 0 if made else self._before_attempts + 1
         state: str | None = None
         with suppress(ValueError):
             state = commands.facts_of_job(self.job.number).get("JobState")
         return judge(
             Situation(
-                ending=read_ending(self.run, made) if made is not None else None,
-                superseded=is_superseded(self.run, self._launch, len(known)),
+                ending=read_ending(self.run, numbers[len(known)]) if made else None,
+                superseded=len(numbers) > len(known) + 1,
                 asked=self._asked is not None,
                 job_state=state,
-                stalled=self._before_attempts or stalled_attempts(self.run, self.job.number),
+                stalled=max(stalled_attempts(self.run, self.job.number) if made else 0, self._before_attempts),
                 limit=self.config.launch.max_restarts,
                 may_requeue=self.config.launch.requeue,
                 links_left=self.job.links - self.job.link,
@@ -227,23 +212,6 @@ class Batch:
         if ending is None or ending.outcome is Outcome.PREEMPTED or ending.retry:
             return None
         return ending.message
-
-
-def in_container(config: Config, run: RunDirectory) -> list[str]:
-    """Options of srun, or a command, and the interpreter: of this machine, or of `launch.image`.
-
-    The working directory and the folder of the run directory are in a container where they are outside it.
-    """
-    launch, places = config.launch, dict.fromkeys([os.getcwd(), str(run.path.parent)])
-    if launch.image is None:
-        return [sys.executable]
-    if launch.container == "pyxis":
-        mounts = ",".join(f"{place}:{place}" for place in places)
-        return [f"--container-image={launch.image}", f"--container-mounts={mounts}",
-                f"--container-workdir={os.getcwd()}", "python3"]  # fmt: skip
-    binds = [word for place in places for word in ("--bind", place)]
-    gpu = ["--nv"] if launch.gpus else []
-    return ["apptainer", "exec", *gpu, *binds, "--pwd", os.getcwd(), launch.image, "python3"]
 
 
 def notes_file(run: RunDirectory) -> Path:
@@ -280,14 +248,18 @@ def main(settings: Sequence[str]) -> int:
     try:
         job = job_from(os.environ)
 
+        def where(config: Config) -> tuple[int, int]:
+            ranks = job.nodes * (config.launch.nproc or job.gpus or RANKS_DEFAULT)
+            return ranks, 0 if config.launch.device == "cpu" else job.nodes * job.gpus
+
         again = job.restarts > 0 or job.link > 1
         config, changes = settle_config(
-            settings_of(job, expand([own_file(job, setting) for setting in settings], say)),
-            job.where,
+            settings_of(job, expand(settings, say)),
+            where,
             refitted=say,
             tell=say,
             restarted=again,
-            uses=(*TRAINING, "launch.srun_args", "launch.image"),
+            uses=(*TRAINING, "launch.srun_args"),
         )
         config.launch.name = "slurm"
         config.launch.nproc = config.launch.nproc or job.gpus or RANKS_DEFAULT

@@ -6,11 +6,9 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from stoker.conf.durable import write_whole
-from stoker.conf.files import expand
 from stoker.conf.identity import identify
 from stoker.conf.overrides import parse
 from stoker.conf.rundir import RunDirectory, make_run_directory, run_directory
@@ -19,7 +17,6 @@ from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
 from stoker.launch.slurm.batch import LINK_VARIABLE, RANKS_DEFAULT, SUBMITTED, write_note
 from stoker.launch.train import say
-from stoker.parallel.start import Ranks
 from stoker.trainer.history import begin_anew
 from stoker.trainer.settle import settle_config
 from stoker.trainer.trust import SLURM, TRAINING, remember, remember_script
@@ -29,53 +26,14 @@ _PLAIN = re.compile(r"[\w@%+=:,./-]+")
 _BODY = "# --- what follows is the same for every job ---\n"
 
 
-@dataclass(frozen=True)
-class Start:
-    """A settled start, as a script."""
-
-    config: Config
-    run: RunDirectory  # of an array: the folder of its runs
-    tasks: str | None  # of an array
-    text: str
-
-
 def submit(overrides: Sequence[str], dry_run: bool) -> int:
     """Write the script and submit it, or print it. Raises ConfigError for a start that is refused."""
-    if dry_run:
-        print(settled(overrides).text, end="")
-    else:
-        submit_jobs(overrides)
-    return 0
-
-
-def submit_jobs(overrides: Sequence[str]) -> list[str]:
-    """Write the script and submit it; the numbers of its jobs. Raises ConfigError for a start that is refused."""
-    start = settled(overrides)
-    config, run = start.config, start.run
-    if config.run.fresh and start.tasks is None and (aside := begin_anew(run)) is not None:
-        say(f"files of the earlier run were moved to {aside}")
-    make_run_directory(run, config.run.public)
-    run.slurm.mkdir(exist_ok=True)
-    write_whole(run.script, start.text.encode())
-    owner = identify(run).run
-    remember(owner, config)
-    remember_script(owner, start.text)
-    jobs = submit_script(run, config.launch.chain)
-    say(f"submitted {run.script} as job {', then '.join(jobs)}; its output will be in {run.slurm}")
-    return jobs
-
-
-def settled(overrides: Sequence[str]) -> Start:
-    """The start that these settings make. `--config=.../{task}.yaml` is a file of settings for each task of an array.
-
-    Raises ConfigError.
-    """
     tasks = next((parse(word).value for word in overrides if word.startswith("launch.array=")), None)
     first = str(tasks).partition("-")[0].partition(",")[0] if tasks else "0"
-    words = expand([word.replace("{task}", first) for word in overrides], say)
-    config, changes = settle_config(words, where, tell=say, uses=(*TRAINING, SLURM))
+    words = [word.replace("{task}", first) for word in overrides]
+    config, changes = settle_config(words, _where, tell=say, uses=(*TRAINING, SLURM))
     if config.launch.name != "slurm":
-        raise ConfigError(f"launch={config.launch.name}: set launch=slurm or kubernetes, and launch.nodes, ...")
+        raise ConfigError(f"launch={config.launch.name}: set launch=slurm, and launch.nodes, launch.time, ...")
     for change in changes:
         say(f"changed since the last start: {change}")
     run = run_directory(config)
@@ -87,7 +45,21 @@ def settled(overrides: Sequence[str]) -> Start:
         settings.insert(0, f"run.dir={Path(directory).expanduser().absolute()}")
     else:
         settings.insert(0, f"run.dir={run.path}")
-    return Start(config, run, str(tasks) if tasks else None, script(config, run, settings))
+    text = script(config, run, settings)
+    if dry_run:
+        print(text, end="")
+        return 0
+    if config.run.fresh and not tasks and (aside := begin_anew(run)) is not None:
+        say(f"files of the earlier run were moved to {aside}")
+    make_run_directory(run, config.run.public)
+    run.slurm.mkdir(exist_ok=True)
+    write_whole(run.script, text.encode())
+    owner = identify(run).run
+    remember(owner, config)
+    remember_script(owner, text)
+    jobs = submit_script(run, config.launch.chain)
+    say(f"submitted {run.script} as job {', then '.join(jobs)}; its output will be in {run.slurm}")
+    return 0
 
 
 def submit_script(run: RunDirectory, chain: int) -> list[str]:
@@ -161,7 +133,7 @@ def cores_of_rank(config: Config) -> int:
     return (config.launch.threads or 1) + config.data.workers + 2
 
 
-def where(config: Config) -> Ranks:
+def _where(config: Config) -> tuple[int, int]:
     launch = config.launch
-    here = launch.nproc or launch.gpus or RANKS_DEFAULT
-    return Ranks(launch.nodes * here, 0 if launch.device == "cpu" else launch.gpus or 0, here)
+    ranks = launch.nodes * (launch.nproc or launch.gpus or RANKS_DEFAULT)
+    return ranks, 0 if launch.device == "cpu" else launch.nodes * (launch.gpus or 0)

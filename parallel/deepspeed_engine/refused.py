@@ -25,7 +25,7 @@ def _fp32_modules(start: Start) -> str | None:
     modules = start.config.fp32_modules
     if start.config.parallel.engine != "deepspeed" or not modules:
         return None
-    return f"fp32_modules={modules} with parallel.engine=deepspeed: parallel.engine=fsdp works, or fp32_modules=[]"
+    return f"fp32_modules={modules} with parallel.engine=deepspeed: parallel.engine=fsdp works, or precision=fp32"
 
 
 def _compiled(start: Start) -> str | None:
@@ -61,8 +61,8 @@ def _nvme(start: Start) -> str | None:
         return None
     if wanted.engine != "deepspeed":
         return (
-            f"parallel.offload=nvme with parallel.engine={wanted.engine}: parallel.engine=deepspeed with "
-            "parallel.nvme_path=DIRECTORY on a local disk works, or parallel.offload=cpu"
+            f"parallel.offload=nvme with parallel.engine={wanted.engine}: parallel.engine=deepspeed works, "
+            "or parallel.offload=cpu"
         )
     if wanted.nvme_path is None:
         return (

@@ -174,5 +174,4 @@ def test_every_group_has_choices_and_every_file_is_one():
 @pytest.mark.parametrize("choice", [f"{group}={name}" for group in GROUPS for name in choices(group)])
 def test_every_choice_composes_under_its_own_name(choice):
     group, name = choice.split("=")
-    found = to_dict(compose([choice]))[group]
-    assert found["name"] == name if group != "tracker" else found["names"] == [name] * (name != "none")
+    assert to_dict(compose([choice]))[group]["name"] == name

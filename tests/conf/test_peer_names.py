@@ -77,6 +77,8 @@ DASHED = {
     "--max-steps=5": "steps=5",
     "--learning_rate": "optim.lr=3e-4",
     "--bf16": "precision=bf16",
+    "--multirun": "launch=slurm launch.array=0-3 run.seed={task}",
+    "-m": "launch=slurm launch.array=0-3 run.seed={task}",
     "--local-rank=0": "launch.nproc=2",
     "--nproc_per_node=8": "launch.nproc=8",
 }
@@ -114,5 +116,5 @@ def test_an_option_that_nothing_is_known_of_is_answered_with_the_form_of_setting
 def test_what_is_advised_is_accepted(name: str) -> None:
     assert name not in {key for key, _, _ in leaves()}, "it is a key of ours"
     answer = ANSWERS[name]
-    words = answer.ours.replace("{}", answer.example).split()
+    words = answer.ours.replace("{}", answer.example).replace("{task}", "0").split()
     compose([word for word in words if not names_a_file(word)])

@@ -21,7 +21,6 @@ from torch.distributed import TCPStore
 
 from stoker.checkpoint import compare, newest
 from stoker.conf.rundir import RunDirectory
-from stoker.conf.schema import Config, to_dict
 from stoker.trainer.report.metrics import read
 from stoker.trainer.runtime.outcome import Outcome, read_ending
 from stoker.trainer.runtime.process import LAUNCH_VARIABLE, read_stamps
@@ -92,27 +91,19 @@ def train_forked(home: Path, words: list[str]) -> tuple[int, str]:
     other process watches.
     """
     given = [int(word.removeprefix("launch.nproc=")) for word in words if word.startswith("launch.nproc=")]
-    return _forked(home, given[0] if given else 2, words, None)
-
-
-def launch_forked(home: Path, config: Config, ranks: int, *arguments: str) -> tuple[int, str]:
-    """As `train_forked`, of a settled config: what `stoker.launch.local.launch` does for commands that train."""
-    return _forked(home, ranks, list(arguments), json.dumps(to_dict(config)))
-
-
-def _forked(home: Path, ranks: int, words: list[str], settled: str | None) -> tuple[int, str]:
+    ranks = given[0] if given else 2
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     meeting[LAUNCH_VARIABLE] = secrets.token_hex(8)
     with tempfile.NamedTemporaryFile() as output:
-        statuses = world.exit_statuses(_train, ranks, environment(home) | meeting, home, words, settled, output.name)
+        statuses = world.exit_statuses(_train, ranks, environment(home) | meeting, home, words, output.name)
         own = [status for status in statuses if status >= 0]  # the others were killed when a rank had ended
         return max(own, default=0) or max(map(abs, statuses)), Path(output.name).read_text()
 
 
-def _train(environment: dict[str, str], home: Path, words: list[str], settled: str | None, output: str) -> None:
-    from stoker.conf.values import ConfigError  # not at the top: tests that only start processes do not need these
-    from stoker.trainer.checking import measure
+def _train(environment: dict[str, str], home: Path, words: list[str], output: str) -> None:
+    from stoker.conf.schema import to_dict  # not at the top: tests that only start processes do not need it
+    from stoker.conf.values import ConfigError
     from stoker.trainer.main import CONFIG_VARIABLE, main
     from stoker.trainer.settle import settle_config
 
@@ -122,14 +113,13 @@ def _train(environment: dict[str, str], home: Path, words: list[str], settled: s
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-    if settled is None:
-        try:
-            settled = json.dumps(to_dict(settle_config(words, lambda _: (int(os.environ["WORLD_SIZE"]), 0))[0]))
-        except ConfigError as error:
-            print(f"stoker: {error}")
-            os._exit(2)
-    os.environ[CONFIG_VARIABLE] = settled
-    status = main([], measure) if words == ["--measure"] else main(words)
+    try:
+        config, _ = settle_config(words, lambda _: (int(os.environ["WORLD_SIZE"]), 0))
+    except ConfigError as error:
+        print(f"stoker: {error}")
+        os._exit(2)
+    os.environ[CONFIG_VARIABLE] = json.dumps(to_dict(config))
+    status = main(words)
     sys.stdout.flush()
     os._exit(status)
 

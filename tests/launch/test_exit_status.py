@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +12,11 @@ import pytest
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from stoker.conf.compose import compose
-from stoker.conf.rundir import RunDirectory, write_config
+from stoker.conf.rundir import RunDirectory, next_attempt, write_config
 from stoker.launch import local
 from stoker.launch.cli import main
 from stoker.trainer.replay import Replayed
 from stoker.trainer.runtime.outcome import Ending, Outcome, write_ending
-from stoker.trainer.runtime.starts import begin_attempt
 
 Status = Callable[[pytest.MonkeyPatch, RunDirectory], int]
 
@@ -38,7 +36,7 @@ def trained(outcome: Outcome | None, number: int | None = None) -> Status:
         def ranks(agent: local._Agent) -> None:
             agent._attempts_before = len(run.attempt_numbers())
             if outcome is not None:
-                write_ending(run, begin_attempt(run, agent._launch), Ending(outcome, "so"))
+                write_ending(run, next_attempt(run), Ending(outcome, "so"))
             if number == signal.SIGINT and outcome is None:
                 raise KeyboardInterrupt
             if number is not None:
@@ -49,18 +47,6 @@ def trained(outcome: Outcome | None, number: int | None = None) -> Status:
         return local.launch(config, 1, print)
 
     return status
-
-
-def superseded(patch: pytest.MonkeyPatch, run: RunDirectory) -> int:
-    """Two launches at once: the ranks of this one end with status 0, so that torchrun does not start them again."""
-
-    def ranks(agent: local._Agent) -> None:
-        agent._attempts_before = len(run.attempt_numbers())
-        begin_attempt(run, agent._launch)
-        begin_attempt(run, "the other")
-
-    patch.setattr(local._Agent, "run", ranks)
-    return local.launch(compose([f"run.dir={run.path}", "launch.nproc=1"]), 1, print)
 
 
 def command(*words: str) -> Status:
@@ -86,19 +72,6 @@ def damaged(patch: pytest.MonkeyPatch, run: RunDirectory) -> int:
     (run.checkpoints / "step-00000005").mkdir(parents=True)
     (run.checkpoints / "step-00000005" / "MANIFEST.json").write_text("{")
     return main(["checkpoint", "ls", str(run.path)])
-
-
-def unread(*words: str) -> Status:
-    """A command whose output nothing reads."""
-
-    def status(patch: pytest.MonkeyPatch, run: RunDirectory) -> int:
-        end, begin = os.pipe()
-        os.close(end)
-        with os.fdopen(begin, "w") as pipe:
-            patch.setattr(sys, "stdout", pipe)
-            return main(words)
-
-    return status
 
 
 ROWS: dict[str, list[tuple[Status, int]]] = {
@@ -134,14 +107,9 @@ ROWS: dict[str, list[tuple[Status, int]]] = {
     "`checkpoint ls`, `checkpoint verify` or": [(damaged, 1)],
     "`status` of a run that failed": [(command("status", "RUN"), 1)],
     "`stop` or `checkpoint save`": [(command("stop", "RUN"), 1), (command("checkpoint", "save", "RUN"), 1)],
-    "another start of the run has begun": [(superseded, 1)],
     "a deadline or a time limit": [(trained(Outcome.PREEMPTED), 75)],
     "SIGTERM, SIGUSR1 or SIGHUP": [
         (trained(Outcome.PREEMPTED, number), 128 + number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    ],
-    "the program that reads the output": [
-        (unread("config"), 141),
-        (unread("config", "--layout", "launch.nproc=64", "batch.size=64"), 141),
     ],
     "Ctrl-C twice": [(trained(None, signal.SIGINT), 130), (interrupted, 130)],
 }

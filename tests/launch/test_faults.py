@@ -55,7 +55,7 @@ def test_faults_strike_once_over_all_restarts_and_leave_no_trace_in_what_is_comp
     words = ["steps=16", "checkpoint.every=3", "launch.max_restarts=4"]
     train_here(tmp_path, overrides(reference, tmp_path / "text", *words))
     faults = (
-        "faults=[{at: 2, do: slow, seconds: 0.01, steps: 2}, {at: 4, rank: 1, do: kill}, {at: 5, rank: 1, do: kill},"
+        "faults=[{at: 2, do: slow, seconds: 0.01, steps: 2}, {at: 4, rank: 1, do: kill}, {at: 5, rank: 1, do: oom},"
         " {at: 7, rank: 1, do: net_loss}, {at: 8, rank: 1, do: disk_full}]"
     )
     status, output = finish(tmp_path, command("train", *overrides(run, tmp_path / "text", *words, faults)))
@@ -67,21 +67,12 @@ def test_faults_strike_once_over_all_restarts_and_leave_no_trace_in_what_is_comp
     endings = [read_ending(directory, number) for number in directory.attempt_numbers()]
     messages = [ending.message for ending in endings if ending is not None]
     assert len(messages) == 4 and "rank 1 was killed by SIGKILL" in messages[0]
-    assert "rank 1 was killed by SIGKILL" in messages[1], messages
+    assert "memory" in messages[1], messages
     failed = [step["checkpoint_step"] for step in read(directory.metrics) if step.get("checkpoint_failed")]
     assert failed == [9] and "No space left on device" in output
     assert sorted(path.name.rpartition("-")[2] for path in (run / "faults").iterdir()) == [
-        "disk_full", "kill", "kill", "net_loss", "slow",
+        "disk_full", "kill", "net_loss", "oom", "slow",
     ]  # fmt: skip
-
-
-def test_an_out_of_memory_error_ends_the_run_with_settings_that_need_less(tmp_path: Path) -> None:
-    write_text(tmp_path / "text")
-    run = tmp_path / "small"
-    status, output = train_forked(tmp_path, overrides(run, tmp_path / "text", "faults=[{at: 3, do: oom}]"))
-    ending = read_ending(RunDirectory(run), 1)
-    assert status == 1 and ending is not None and not ending.retry
-    assert ending.message.startswith("out of memory in ") and "; no single setting is estimated to fit" in output
 
 
 def test_a_nan_on_one_rank_is_skipped_by_all_and_training_continues(tmp_path: Path) -> None:

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from stoker.conf.rundir import RunDirectory
+from stoker.conf.rundir import RunDirectory, next_attempt
 from stoker.launch import local
 from stoker.trainer.runtime.outcome import Ending, Outcome, read_ending, write_ending
 from stoker.trainer.runtime.process import Phase, Stamp, read_stamps
-from stoker.trainer.runtime.starts import begin_attempt
 from tests.launch.runs import (
     command,
     finish,
@@ -119,15 +118,11 @@ def test_a_run_that_is_started_twice_continues_once(
 
 def test_a_launcher_reads_and_writes_the_outcome_of_its_own_attempt_only(tmp_path: Path) -> None:
     agent = object.__new__(local._Agent)
-    agent._run, agent._launch = RunDirectory(tmp_path), "ours"
-    run = agent._run
-    begin_attempt(run, "ours")
+    agent._run = run = RunDirectory(tmp_path)
+    next_attempt(run)
     agent._attempts_before = 1
     assert agent._attempt() is None
-    begin_attempt(run, "theirs")
-    assert agent._attempt() is None, "two launchers started at the same time, and the other's ranks came first"
-    assert begin_attempt(run, "ours") == agent._attempt() == 3
-    begin_attempt(run, "theirs")
-    write_ending(run, 4, Ending(Outcome.COMPLETED, "of the other"))
-    ending = agent.ending()  # of the third attempt, which the fourth found dead
-    assert agent._attempt() == 3 and ending is not None and ending.outcome is Outcome.FAILED
+    assert next_attempt(run) == agent._attempt() == 2
+    next_attempt(run)
+    write_ending(run, 3, Ending(Outcome.COMPLETED, "of the other"))
+    assert agent._attempt() == 2 and agent.ending() is None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -17,9 +15,7 @@ from stoker.conf.identity import identify
 from stoker.conf.rundir import RunDirectory, next_attempt
 from stoker.launch.cli import main
 from stoker.launch.slurm.batch import write_note
-from stoker.trainer.report.live import LiveProgress
 from stoker.trainer.report.metrics import cut_back, last_step, steps
-from stoker.trainer.report.progress import PlainProgress
 from stoker.trainer.report.summary import MOST_POINTS, History, summarize
 from stoker.trainer.runtime.outcome import (
     Beginning,
@@ -29,8 +25,7 @@ from stoker.trainer.runtime.outcome import (
     write_beginning,
     write_ending,
 )
-from stoker.trainer.runtime.process import Console, Phase, Phases
-from tests.launch.runs import write_text
+from stoker.trainer.runtime.process import Phase, Phases
 
 STEP = {"step": 1, "updates": 1, "loss": 2.0, "grad_norm": 1.0, "lr": 0.1, "tokens": 9, "tokens_per_second": 3.0}
 STEP |= {"step_seconds": 0.5, "data_seconds": 0.0, "skipped": False}
@@ -91,12 +86,12 @@ def test_no_content_of_a_file_ends_a_command_in_a_traceback_or_is_sent_to_the_te
     for name, content in CONTENTS.items():
         path.write_bytes(content)
         for command in (["status", str(run.path)], *([["logs", str(run.path)]] if file == "log" else [])):
-            began = time.process_time()
+            began = time.monotonic()
             status = main(command)
             shown = capsys.readouterr()
             assert status in (0, 1, 2) and "Traceback" not in shown.err, (name, command)
             assert not set("\x1b\x07\x9b\u202e\r") & set(shown.out + shown.err), (name, command)
-            assert len(shown.err.splitlines()) <= 3 and time.process_time() - began < 5, (name, command)
+            assert len(shown.err.splitlines()) <= 3 and time.monotonic() - began < 5, (name, command)
         list(steps(run.metrics))
         last_step(run.metrics)
         summarize(run.path, compose([]), "completed")  # as at the end of a run
@@ -145,7 +140,6 @@ def test_a_long_history_is_read_in_memory_that_does_not_grow_with_it(run: RunDir
         for number in range(1, count + 1):
             file.write(json.dumps(STEP | {"step": number, "skipped": number % 2 == 0, "val_loss": 1.0}) + "\n")
         file.write("x" * (8 << 20))  # a torn line longer than any
-    assert main(["status", str(run.path)]) == 0  # what it imports is imported
     tracemalloc.start()
     history = History(steps(run.metrics))
     held = tracemalloc.get_traced_memory()[1]
@@ -157,42 +151,4 @@ def test_a_long_history_is_read_in_memory_that_does_not_grow_with_it(run: RunDir
     cut_back(run.metrics, count - 10)
     assert last_step(run.metrics) == count - 10
     assert tracemalloc.get_traced_memory()[1] < 24 << 20
-    run.log(1, 0).write_bytes(run.metrics.read_bytes())
-    for words in (["status"], ["logs", "--lines", "5"]):
-        before = tracemalloc.get_traced_memory()[0]
-        tracemalloc.reset_peak()
-        assert main([words[0], str(run.path), *words[1:]]) == 0
-        assert tracemalloc.get_traced_memory()[1] - before < 24 << 20, words
     tracemalloc.stop()
-
-
-def test_what_a_rank_prints_of_names_and_messages_of_files_is_sent_to_no_terminal_raw() -> None:
-    console, screen, live = Console(), io.StringIO(), io.StringIO()
-    console.errors = io.StringIO()
-    console.say(f"a file {SEQUENCE}")
-    with console.echoing_warnings():
-        logging.getLogger("stoker.x").warning("damaged: %s", SEQUENCE)
-    PlainProgress(screen, 1).message(SEQUENCE)
-    LiveProgress(live).message(SEQUENCE)
-    for shown in (console.errors.getvalue(), screen.getvalue(), live.getvalue()):
-        assert r"\x1b]0;owned\x07" in shown and not set("\x1b\x07\x9b\u202e\r") & set(shown)
-    assert len(console.errors.getvalue().splitlines()) == 2
-
-
-def test_names_of_sources_and_documents_are_shown_as_they_are_and_not_sent(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write_text(tmp_path / "text", 12)
-    theirs = {"data": {"name": "[bold]\x1b[2J", "path": str(tmp_path / "text")}}
-    (tmp_path / "theirs.yaml").write_text(json.dumps(theirs))
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "torn\x1b[2J.jsonl").write_text("{")
-    commands = {
-        ("plan", "data=text", "--config", str(tmp_path / "theirs.yaml"), "batch.size=4", "seq_len=16"): 0,
-        ("verify", "data=text", f"data.path={tmp_path / 'theirs'}"): 2,
-    }
-    for words, status in commands.items():
-        assert main(["data", *words]) == status
-        shown = capsys.readouterr()
-        assert "\x1b" not in shown.out + shown.err and r"\x1b[2J" in shown.out + shown.err, words

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stoker.models.attention import SMALLEST_HEAD, _by_blocks, attention, document_mask
+from stoker.models.attention import attention, document_mask
 from stoker.models.cpu_attention import BLOCK, attend_in_blocks
 from tests.models.tiny import decoder, rows, shape
 
@@ -114,39 +112,3 @@ def test_the_block_mask_for_gpus_allows_what_the_tensor_for_cpus_allows() -> Non
     )
     out = attention(q, k, v, document_mask(documents, torch.float32))
     torch.testing.assert_close(flex.transpose(1, 2), out, rtol=1e-5, atol=1e-5)
-
-
-def test_small_heads_are_filled_up_for_flex_attention_and_change_nothing() -> None:
-    """Its kernels refuse heads of fewer than 16 channels; here a function that refuses them too stands for it."""
-    q, k, v = torch.randn(2, 20, 4, 8), torch.randn(2, 20, 2, 8), torch.randn(2, 20, 2, 8)
-    wanted = attention(q, k, v, document_mask(DOCUMENTS, torch.float32))
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, *, block_mask: object, scale: float, enable_gqa: bool) -> Tensor:
-        assert min(x.shape[-1] for x in (q, k, v)) >= SMALLEST_HEAD and enable_gqa
-        mask = document_mask(DOCUMENTS, torch.float32)
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
-
-    found = _by_blocks(kernel, q, k, v, object())  # type: ignore[arg-type]
-    assert found.shape == wanted.shape
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(("dtype", "heads"), [(torch.float32, 8), (torch.bfloat16, 2)])
-def test_on_gpus_fp32_keys_are_repeated_as_no_fused_kernel_groups_them(dtype, heads, monkeypatch) -> None:
-    seen = []
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
-        seen.append((k.shape[1], v.shape[1], options["enable_gqa"]))
-        return q
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
-    with FakeTensorMode():
-        q, k, v = (torch.empty(1, 32, n, 64, device="cuda", dtype=dtype) for n in (8, 2, 2))
-        assert attention(q, k, v, None).shape == q.shape
-    assert seen == [(heads, heads, heads != 8)]
-
-
-def test_repeated_keys_are_those_of_their_queries() -> None:
-    q, k, v = torch.randn(2, 20, 4, 8), torch.randn(2, 20, 2, 8), torch.randn(2, 20, 2, 8)
-    repeated = (x.repeat_interleave(2, 2) for x in (k, v))
-    torch.testing.assert_close(attention(q, *repeated, None), attention(q, k, v, None), rtol=1e-6, atol=1e-6)

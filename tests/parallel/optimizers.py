@@ -89,6 +89,6 @@ OF_OPTIMIZERS = {
     "optimizer": [
         (["optim.target=tests.parallel.optimizers:Lamb"], 2, 0, "parallel.zero=1 divides the parameters"),
         (["optim.target=tests.parallel.optimizers:DeclaredLamb", "parallel.zero=2"], 2, 0, "parallel.zero=0 works"),
-        (["optim.needs=norms"], 2, 0, "leave optim.needs out, it is for optim.target"),
+        (["optim.needs=norms"], 2, 0, "optim.needs is for optim.target"),
     ],
 }

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
+import pytest
 import torch.distributed as dist
 
 from stoker.conf.schema import BatchConfig, Config, ModelConfig, OptimConfig, ParallelConfig
@@ -137,8 +138,6 @@ def expected(tied: bool, optimizer: str, layers: int = 4) -> Trace:
 
 
 def assert_parity(layout: Layout, chosen: list[Case], layers: int = 4, device: str = "cpu") -> None:
-    import pytest  # a machine for `tests.gpu`, which trains with these cases, may have none
-
     configs = [case.config(layout, layers) for case in chosen]
     measured = world.run(train, layout.world, configs, timeout=240.0, device=device)
     for case, ranks in zip(chosen, zip(*measured, strict=True), strict=True):

@@ -1,8 +1,9 @@
 """torch's pipeline schedules, the real objects, on ranks that are threads and over a network that is a table.
 
 The network is as strict as NCCL: a rank's operations on one communicator run in the order in which they were started,
-a transfer takes place when it is at the head on both sides, and nothing is buffered. There is a communicator for each
-direction of the pipeline. No rank waits in vain: when all ranks wait, all are released.
+a transfer takes place when it is at the head on both sides, and nothing is buffered. torch uses a communicator of the
+two ranks for what is only sent or only received, and the group's for batches of both. No rank waits in vain: when all
+ranks wait, all are released.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from unittest import mock
 import torch
 from torch.distributed.pipelining import schedules
 
-from stoker.parallel.pipeline import BACKWARD, FORWARD, SCHEDULES, Inbox, Outbox
+from stoker.parallel.pipeline import SCHEDULES, Outbox
 from stoker.parallel.stages import stages_of
 
 
@@ -51,8 +52,11 @@ class Network:
         self._running = ranks
         self._stuck = False
 
-    def start(self, communicator: Hashable, transfers: list[Transfer]) -> list[Batch]:
-        return [self._enter(communicator, [transfer]) for transfer in transfers]
+    def start(self, transfers: list[Transfer]) -> list[Batch]:
+        """As `_batch_p2p`: what goes both ways is one batch of the group, else each transfer one of its pair."""
+        if len({transfer.sends for transfer in transfers}) == 2:
+            return [self._enter("group", transfers)]
+        return [self._enter(frozenset((transfer.rank, transfer.peer)), [transfer]) for transfer in transfers]
 
     def wait(self, rank: int, batches: list[Batch]) -> None:
         for batch in batches:
@@ -112,14 +116,14 @@ class Network:
 
 
 class SimulatedStage:
-    """The stage interface of a schedule, with `_TorchStage`'s transfers. It checks that all inputs have arrived."""
+    """The stage interface of a schedule. It checks that all inputs have arrived."""
 
     has_backward = True
     submod: Any = None
     device = torch.device("cpu")
 
     def __init__(self, number: int, stages: int, rank: int, ranks: int) -> None:
-        self.outbox, self.inbox = Outbox(ranks), Inbox()  # the outbox is replaced by that of the rank
+        self.outbox: Outbox | None = None
         self.network: Any = None
         self.stage_index, self.num_stages, self.group_rank, self.group_size = number, stages, rank, ranks
         self.is_first, self.is_last = number == 0, number == stages - 1
@@ -136,14 +140,12 @@ class SimulatedStage:
         assert factor == 1
 
     def forward_one_chunk(self, chunk: int, *_: Any, **__: Any) -> None:
-        self.inbox.wait((FORWARD, chunk))
         assert self.is_first or ("forward", chunk) in self.arrived
         self.computed.append(("forward", chunk))
         done = sum(1 if kind == "forward" else -1 for kind, _ in self.computed)
         self.most_in_flight = max(self.most_in_flight, done)
 
     def backward_one_chunk(self, chunk: int, loss: Any, last_backward: bool, full_backward: bool = True) -> None:
-        self.inbox.wait((BACKWARD, chunk))
         assert full_backward and ("forward", chunk) in self.computed
         assert self.is_last or ("backward", chunk) in self.arrived
         assert self.is_last == (loss is not None)
@@ -167,24 +169,20 @@ class SimulatedStage:
     def _receives(self, kind: str, source: int, chunk: int) -> list[Transfer]:
         self.arrived.add((kind, chunk))  # or it will have, when the wait that follows is over
         peer = self.stage_index_to_group_rank[source]
-        self.inbox.put(
-            (kind, chunk), self._start(Transfer(False, self.group_rank, peer, (kind, self.stage_index, chunk)))
-        )
-        return []
+        return [Transfer(False, self.group_rank, peer, (kind, self.stage_index, chunk))]
 
     def _sends(self, kind: str, target: int, chunk: int) -> list[Transfer]:
         peer = self.stage_index_to_group_rank[target]
-        self.outbox.put(self._start(Transfer(True, self.group_rank, peer, (kind, target, chunk))))
+        sends = [Transfer(True, self.group_rank, peer, (kind, target, chunk))]
+        if self.outbox is None:
+            return sends
+        self.outbox.put(Sent(self.network, self.group_rank, batch) for batch in self.network.start(sends))
         return []
-
-    def _start(self, transfer: Transfer) -> list[Any]:
-        started = self.network.start(transfer.message[0], [transfer])  # type: ignore[index]
-        return [Started(self.network, self.group_rank, batch) for batch in started]
 
 
 @dataclass
-class Started:
-    """The part of torch's `Work` that `Outbox` and `Inbox` use."""
+class Sent:
+    """The part of torch's `Work` that `Outbox` uses."""
 
     network: Network
     rank: int
@@ -212,24 +210,31 @@ def simulate(schedule: str, ranks: int, stages_per_rank: int, micro_batches: int
     ]
     network = Network(ranks)
     for of_rank in held:
-        outbox = Outbox(ranks)
+        outbox = Outbox(ranks) if schedule == "interleaved" else None
         for stage in of_rank:
             stage.network, stage.outbox = network, outbox
     failures: list[BaseException] = []
+    local = threading.local()
 
     def step(rank: int) -> None:
+        local.rank = rank
         for started in ("_stage_forward", "_stage_backward", "_stages_forward", "_stages_backward"):
             setattr(runs[rank], f"{started}_initialized", True)  # that part is not simulated
         try:
             runs[rank].step(target=torch.zeros(micro_batches), return_outputs=False)
-            held[rank][0].outbox.wait()
+            if held[rank][0].outbox is not None:
+                held[rank][0].outbox.wait()
         except BaseException as failure:
             failures.append(failure)
         finally:
             network.leave()
 
     threads = [threading.Thread(target=step, args=(rank,)) for rank in range(ranks)]
-    with mock.patch.object(schedules.logger, "error"):
+    with (
+        mock.patch.object(schedules, "_batch_p2p", lambda ops, desc=None: network.start(ops)),
+        mock.patch.object(schedules, "_wait_batch_p2p", lambda batches: network.wait(local.rank, batches)),
+        mock.patch.object(schedules.logger, "error"),
+    ):
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -48,15 +48,15 @@ def test_what_is_accepted_runs_and_what_is_refused_does_not(schedule: str, pp: i
 
 
 def test_the_simulated_network_sees_a_deadlock() -> None:
-    """Two ranks that both send first on one communicator: what NCCL hangs on."""
+    """Two ranks that both send first on the communicator of their pair: what NCCL hangs on."""
     network = Network(2)
     seen: list[BaseException] = []
 
     def both_send(rank: int) -> None:
         sent, awaited = (Transfer(sends, rank, 1 - rank, rank if sends else 1 - rank) for sends in (True, False))
         try:
-            network.wait(rank, network.start("both", [sent]))
-            network.wait(rank, network.start("both", [awaited]))
+            network.wait(rank, network.start([sent]))
+            network.wait(rank, network.start([awaited]))
         except Deadlock as deadlock:
             seen.append(deadlock)
         finally:

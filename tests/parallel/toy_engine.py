@@ -68,9 +68,6 @@ class ToyEngine:
             dist.all_reduce(gradient)
         return gradients
 
-    def gpu_seconds(self) -> float:
-        return 0.0
-
     def evaluate(self, rows: Batch) -> Tensor:
         with torch.no_grad():
             loss = self.model(rows.tokens, rows.positions, None, rows.labels)

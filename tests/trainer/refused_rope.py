@@ -15,12 +15,7 @@ LLAMA3 = [
 
 OF_ROPE: dict[str, list[tuple[list[str], int, int, str]]] = {
     "rotary scaling": [
-        (
-            ["model.rope_parameters.factor=8"],
-            1,
-            0,
-            "factor=8 have no effect with rope_type=default: leave them null, or",
-        ),
+        (["model.rope_parameters.factor=8"], 1, 0, "factor=8 have no effect with rope_type=default: set"),
         (
             LLAMA3[:2],
             1,

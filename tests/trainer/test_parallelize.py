@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from stoker.conf.schema import BatchConfig, Config, ModelConfig, ParallelConfig
+from stoker.conf.schema import BatchConfig, ModelConfig, ParallelConfig
 from stoker.parallel.layout import batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
-from stoker.trainer.parallelize import FUSED_ATTENTION, _checkpoint_activations, compiles, cut
+from stoker.trainer.parallelize import cut
 from tests import world
-from tests.models.tiny import decoder, rows, shape
 from tests.parallel.reference import VOCABULARY, assemble, global_rows, normwise, one_process, small_config
 
 DECODER = ModelConfig(
@@ -78,47 +73,3 @@ def frozen() -> None:
     config.model.target = "tests.toy:build_all_frozen"
     layout = layout_of(config, 1)
     cut(config, mesh_over_default_group(layout, torch.device("cpu"), 60.0), batch_plan(config, layout))
-
-
-@pytest.mark.parametrize(
-    ("wanted", "engine", "zero", "device", "compiled"),
-    [
-        (None, "fsdp", 3, "cuda", True),
-        (None, "deepspeed", 2, "cuda", True),
-        (None, "deepspeed", 3, "cuda", False),
-        (None, "fsdp", 1, "cpu", False),
-        (False, "fsdp", 1, "cuda", False),
-        (True, "fsdp", 1, "cpu", True),
-    ],
-)
-def test_blocks_are_compiled_on_gpus_unless_that_is_forbidden(wanted, engine, zero, device, compiled, caplog) -> None:
-    config = Config(compile=wanted, parallel=ParallelConfig(engine=engine, zero=zero))
-    caplog.set_level("INFO")
-    assert compiles(config, torch.device(device)) is compiled
-    assert ("compile: off" in caplog.text) == (engine == "deepspeed" and zero == 3), "what is left off is said"
-
-
-class Counted(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[str(function).split(".")[1]] += 1
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("mode", "again", "attends"), [("none", 0, 1), ("selective", 3, 1), ("full", 6, 2)])
-def test_selective_recomputes_every_second_product_and_never_attention(mode: str, again: int, attends: int) -> None:
-    """A block multiplies seven times forward and fourteen times backward. The last product is needed by no gradient."""
-    config = shape()
-    config.num_key_value_heads, config.loss_chunk = config.num_attention_heads, 64
-    model = decoder(config)
-    tokens, positions, _ = rows(config)
-    for block in model.blocks().values():
-        _checkpoint_activations(block, mode)
-    blocks, head = len(model.blocks()), 3  # products of the head: logits, and a gradient by each of their factors
-    with Counted() as counted:
-        model(tokens, positions, None, tokens).backward()
-    assert counted.calls["mm"] == blocks * (21 + again) + head
-    assert sum(counted.calls[name] for name in FUSED_ATTENTION) == blocks * attends

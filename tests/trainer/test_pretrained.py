@@ -283,8 +283,7 @@ def test_a_run_begins_with_the_weights_of_another_run_and_then_needs_it_no_more(
 ) -> None:
     text = write_text(tmp_path / "text")
     first, second = tmp_path / "first", tmp_path / "second"
-    bpe = ["data.tokenizer=bpe", "data.bpe_vocab=300"]
-    words = overrides(first, text, "steps=2", "batch.micro_size=8", f"data.cache={tmp_path / 'cache'}", *bpe)
+    words = overrides(first, text, "steps=2", "batch.micro_size=8", f"data.cache={tmp_path / 'cache'}")
     assert world.run(trained, 1, words, fresh=True) == [("completed", 2)]
     again = [
         *(
@@ -299,8 +298,7 @@ def test_a_run_begins_with_the_weights_of_another_run_and_then_needs_it_no_more(
         *("batch.size=8", "precision=fp32", f"data.cache={tmp_path / 'cache'}"),
     ]
     assert main(["config", *again]) == 0
-    shown = capsys.readouterr().out
-    assert "hidden_size: 32" in shown and f"tokenizer: {first}/tokenizer" in shown
+    assert "hidden_size: 32" in capsys.readouterr().out
     assert world.run(trained, 1, [*again, "steps=1"], fresh=True) == [("completed", 1)]
     from stoker.checkpoint import read_tensors
 

@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
-from stoker.conf.printable import printable
 from stoker.conf.schema import Config
 from stoker.trainer.report.observer import CheckpointReport, Observer, StepRecord
 from stoker.trainer.report.progress import (
@@ -55,7 +54,7 @@ class LiveProgress(Observer):
             self._save = (f"resumed from step {resumed_from_step}", "")
         for name, fact in facts.items():
             console.print(f"[dim]{name:<10}[/dim] ", end="")
-            console.print(printable(fact), markup=False, soft_wrap=True)
+            console.print(fact, markup=False, soft_wrap=True)
         self._drawing = Redraw(console, self._frame)
         self._drawing.start()
 
@@ -75,15 +74,15 @@ class LiveProgress(Observer):
         self._save = (f"saving step {step} ...", "yellow")
 
     def checkpoint(self, report: CheckpointReport) -> None:
-        self._save = (printable(describe_save(report)), "green" if report.error is None else "bold red")
+        self._save = (describe_save(report), "green" if report.error is None else "bold red")
         if report.error is not None:
             self.message(f"checkpoint {describe_save(report)}")
 
     def message(self, text: str) -> None:
         if self._drawing is None:
-            print(printable(text), file=self._screen, flush=True)
+            print(text, file=self._screen, flush=True)
         else:
-            self._drawing.print(printable(text))
+            self._drawing.print(text)
 
     def finish(self, outcome: str, step: int) -> None:
         drawing, self._drawing = self._drawing, None

@@ -12,7 +12,6 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,9 +20,8 @@ from stoker.conf.reasons import reason
 from stoker.conf.records import is_sane, parse_json
 from stoker.conf.schema import Config
 from stoker.trainer.report.observer import Observer, StepRecord
-from stoker.trainer.runtime.starts import Start
 
-_RECENT_BYTES = 1 << 20  # some three thousand steps
+_RECENT_BYTES = 4 << 20  # some ten thousand steps
 _BACKWARD_BYTES = 64 << 10  # read at a time from the end
 _MOST_WAITING_BYTES = 256 << 20  # of lines that a full disk has not taken
 _LONGEST_LINE = 1 << 20  # bytes
@@ -43,22 +41,19 @@ class MetricsFile(Observer):
     Lines that a full disk does not take wait in memory, in order, and follow when there is room: what is lost with the
     process are lines of steps that no checkpoint has. `failure` is the reason why lines wait. Raises OSError, naming
     the file, for other errors, and when too much waits. A background thread may `flush`.
-
-    Once another start of the run than `owner` has begun, the file belongs to that one: this one changes nothing in it.
     """
 
     name = "metrics.jsonl"
 
-    def __init__(self, path: Path, owner: Start | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._owner = owner
         self.failure: str | None = None
         self._file: int | None = None
         self._waiting = bytearray()
         self._lock = threading.Lock()
 
     def start(self, config: Config, resumed_from_step: int | None, total_steps: int, facts: Mapping[str, str]) -> None:
-        self._cut_back(resumed_from_step or 0)
+        cut_back(self.path, resumed_from_step or 0)
         self._file = open_own(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         sync_directory(self.path.parent)
 
@@ -66,7 +61,7 @@ class MetricsFile(Observer):
         self.flush(sync=False)
         assert self._file is not None, "rolled back before start"
         os.close(self._file)
-        self._cut_back(step)
+        cut_back(self.path, step)
         self._file = open_own(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def step(self, record: StepRecord) -> None:
@@ -100,15 +95,8 @@ class MetricsFile(Observer):
         os.close(self._file)
         self._file = None
 
-    def _cut_back(self, step: int) -> None:
-        with self._owner.exclusively() if self._owner is not None else nullcontext(True) as newest:
-            if newest:
-                cut_back(self.path, step)
-
     def _write(self) -> None:
         assert self._file is not None
-        if self._owner is not None and not self._owner.is_newest():
-            self._waiting.clear()
         with naming(self.path):
             while self._waiting:  # a nearly full disk takes part of a line, and refuses the rest
                 del self._waiting[: os.write(self._file, self._waiting)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from stoker.conf.schema import Config
 
@@ -70,20 +70,3 @@ class Observer:
 
     def finish(self, outcome: str, step: int) -> None:
         """The run ends here, at `step`; no event follows. Returns within seconds."""
-
-    # What follows is asked of the observers of the key `observers` only.
-
-    def stop_reason(self) -> str | None:
-        """Asked after every step: why the run should save and end now; None to go on."""
-        return None
-
-    def wants_save(self) -> bool:
-        """Asked after every step: should a checkpoint be saved?"""
-        return False
-
-    def state(self) -> Any:
-        """What is kept in checkpoints: values that JSON has, up to the last step that was passed to `step`."""
-        return None
-
-    def load_state(self, state: Any) -> None:
-        """The inverse of `state`, before `start` and after a rollback."""

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
-from stoker.conf.printable import printable
 from stoker.conf.schema import Config
 from stoker.trainer.report.observer import CheckpointReport, Observer, StepRecord
 
@@ -96,7 +95,7 @@ class PlainProgress(Observer):
         self.message(f"checkpoint {describe_save(report)}")
 
     def message(self, text: str) -> None:
-        print(printable(text), file=self._screen, flush=True)
+        print(text, file=self._screen, flush=True)
 
     def _line(self, record: StepRecord) -> str:
         return (

@@ -1,8 +1,8 @@
 """The process behind `stoker.trainer.report.trackers`: reads metrics.jsonl as it grows and passes every step to a
 tracker once.
 
-It imports no torch, so that it starts quickly and holds none of the memory of the training process. It ignores signals
-for the ranks, and ends when they have ended.
+Run as a script that imports only the standard library, so that it starts quickly and holds neither torch nor the
+training process's memory. It ignores signals for the ranks, and ends when they have ended.
 """
 
 from __future__ import annotations
@@ -22,26 +22,93 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-
-from stoker.trainer.report.tracker_sinks import Csv, Mlflow, Sink, TensorBoard, Values, Wandb
+from typing import Any, Protocol
 
 POLL_SECONDS = 0.5
 LINGER_SECONDS = 60  # after the ranks have ended, uploads and all
 CHUNK_BYTES = 1 << 16
-MakeSink = Callable[[Values, str, int, Callable[[str], None]], Sink]
-SINKS: dict[str, MakeSink] = {"wandb": Wandb, "tensorboard": TensorBoard, "mlflow": Mlflow, "csv": Csv}
+
+Values = dict[str, Any]
+
+
+class Sink(Protocol):
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+    def flush(self) -> None: ...
+    def close(self, outcome: str | None) -> None: ...
+
+
+class Wandb:
+    def __init__(self, job: Values, run_id: str, first_step: int, say: Callable[[str], None]) -> None:
+        os.environ["WANDB_SILENT"] = "true"
+        import wandb
+
+        self._run = wandb.init(
+            project=job["project"],
+            entity=job["entity"],
+            name=job["name"],
+            id=run_id,
+            resume="allow",
+            mode=job["mode"],
+            dir=job["run_dir"],
+            config=job["config"],
+            settings={"console": "off", "x_stats_pid": job["trainer_pid"]},  # system metrics of rank 0, not ours
+        )
+        if job["mode"] == "online":
+            say(f"wandb run at {self._run.url}")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def flush(self) -> None:
+        pass  # sends on its own schedule
+
+    def close(self, outcome: str | None) -> None:
+        self._run.summary["outcome"] = outcome or "killed"
+        self._run.finish(exit_code=0 if outcome in ("completed", "stopped") else 1)
+
+
+class TensorBoard:
+    def __init__(self, job: Values, run_id: str, first_step: int, say: Callable[[str], None]) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._session, self._summary = event_pb2.Event, event_pb2.SessionLog, summary_pb2.Summary
+        self._writer = EventFileWriter(os.path.join(job["run_dir"], "tensorboard"))
+        # Readers drop the steps from here on that older event files hold
+        restart = self._session(status=self._session.START)
+        self._writer.add_event(self._event(wall_time=time.time(), step=first_step, session_log=restart))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        scalars = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars))
+        self._writer.add_event(event)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self, outcome: str | None) -> None:
+        self._writer.close()
+
+
+SINKS: dict[str, Callable[[Values, str, int, Callable[[str], None]], Sink]] = {
+    "wandb": Wandb,
+    "tensorboard": TensorBoard,
+}
 
 
 class Memory:
-    """`tracker-NAME.json`: the tracker's run id and the last step given to it.
+    """`tracker.json`: the tracker's run id and the last step given to it.
 
-    The tracker of another run whose directory was copied starts from nothing. `run` is the id of ours, None where it
-    has none.
+    Another tracker, and the tracker of another run whose directory was copied, start from nothing. `run` is the id of
+    ours, None where it has none.
     """
 
     def __init__(self, run_dir: Path, tracker: str, run: str | None, say: Callable[[str], None]) -> None:
-        self._path = run_dir / f"tracker-{tracker}.json"
-        stored = _read(self._path) or _read(run_dir / "tracker.json")  # of versions that had one tracker
+        self._path = run_dir / "tracker.json"
+        try:
+            stored = json.loads(self._path.read_text())
+        except (FileNotFoundError, ValueError):
+            stored = {}
         copied = stored.get("run", run) != run  # none: written before runs had an id
         if copied and stored.get("tracker") == tracker:
             say(f"a new {tracker} run: this run directory is a copy of the one of {tracker} run {stored.get('run_id')}")
@@ -61,7 +128,7 @@ class Memory:
 
     def advance(self, step: int) -> None:
         self._values["last_step"] = step
-        fresh = self._path.with_name(f"{self._path.name}.new")
+        fresh = self._path.with_name("tracker.json.new")
         while True:
             try:
                 with open_new(fresh, os.O_TRUNC) as file:
@@ -72,36 +139,6 @@ class Memory:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
             time.sleep(POLL_SECONDS)  # no process waits for this one: there may be room later
-
-
-def sink_of(name: str) -> MakeSink:
-    """The sink of a tracker, or of `prometheus` or `alerts`, which alone import rooms of ours."""
-    if name == "prometheus":
-        from stoker.trainer.report.endpoint import Prometheus
-
-        return Prometheus
-    if name == "alerts":
-        from stoker.trainer.report.alerts import Alerts
-
-        return Alerts
-    return SINKS[name]
-
-
-class Forgetful:
-    """In the place of `Memory` for what shows the present: it gets every line of the file."""
-
-    run_id, last_step = "", 0
-
-    def advance(self, step: int) -> None:
-        pass
-
-
-def _read(path: Path) -> Values:
-    try:
-        stored = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return stored if isinstance(stored, dict) else {}
 
 
 def open_new(path: Path, flags: int) -> io.FileIO:
@@ -128,7 +165,7 @@ class RanksEnded:
         self.event.set()
 
 
-def follow(file: io.FileIO, memory: Memory | Forgetful, sink: Sink, ended: threading.Event) -> None:
+def follow(file: io.FileIO, memory: Memory, sink: Sink, ended: threading.Event) -> None:
     """Give the steps of `file` after `memory.last_step` to `sink`, until the ranks have ended and all is given.
 
     A file that became shorter belongs to another attempt, whose tracker continues.
@@ -177,13 +214,10 @@ def main() -> int:
             job = json.loads(stdin.readline())
         ended = RanksEnded(job["trainer_pid"])
         run_dir = Path(job["run_dir"])
-        with (
-            open_new(run_dir / f"tracker-{job['tracker']}.lock", 0) as lock,
-            open(job["metrics"], "rb", buffering=0) as file,
-        ):
+        with open_new(run_dir / "tracker.lock", 0) as lock, open(job["metrics"], "rb", buffering=0) as file:
             fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the tracker of an attempt that was killed
-            memory = Memory(run_dir, job["tracker"], job["run"], voice.say) if job["once"] else Forgetful()
-            sink = sink_of(job["tracker"])(job, memory.run_id, memory.last_step + 1, voice.say)
+            memory = Memory(run_dir, job["tracker"], job["run"], voice.say)
+            sink = SINKS[job["tracker"]](job, memory.run_id, memory.last_step + 1, voice.say)
             follow(file, memory, sink, ended.event)
             sink.close(ended.outcome)
     except Exception as error:

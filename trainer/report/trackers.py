@@ -1,10 +1,9 @@
-"""Trackers (Weights & Biases, TensorBoard, MLflow, CSV) each run in a separate process that follows metrics.jsonl.
+"""Trackers (Weights & Biases, TensorBoard) run in a separate process that follows metrics.jsonl.
 
 The loop therefore never waits for a tracker's library: its imports, threads, signal handlers, a network that hangs, a
 crash. Steps that a tracker has not received yet are in the file, so it catches up after a slow start, after a
-failure, even when it is switched on in mid-run. `RUN/tracker-NAME.json` holds the tracker's run id and the last step
-given to it; a restart from an older checkpoint repeats steps, and those up to `last_step` are not given again. The
-endpoint for Prometheus and the command for alerts are processes of the same kind, without that memory.
+failure, even when it is switched on in mid-run. `RUN/tracker.json` holds the tracker's run id and the last step given
+to it; a restart from an older checkpoint repeats steps, and those up to `last_step` are not given again.
 
     rank 0 -- one line of JSON: the job --------> stdin   tracker_process.py
            -- one line of JSON: the outcome ----> stdin   (or end of file: rank 0 has ended)
@@ -31,7 +30,6 @@ from stoker.conf.schema import Config, TrackerConfig, to_dict
 from stoker.trainer.report.observer import Observer, StepRecord
 
 LOG = "tracker.log"
-TRACKERS = ("wandb", "tensorboard", "mlflow", "csv")
 _WANDB_MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline"}
 _TRUE = ("true", "1", "yes", "y", "on", "t")  # as wandb reads WANDB_DISABLED
 FINISH_SECONDS = 5.0  # a rank ends within ten seconds of SIGTERM
@@ -44,10 +42,9 @@ class TrackerError(Exception):
 class Tracker(Observer):
     """Starts the process, prints its lines, and raises TrackerError when it has failed."""
 
-    def __init__(self, kind: str, config: TrackerConfig, run: RunDirectory, say: Callable[[str], None]) -> None:
-        """`kind` is a name of `tracker.names`, `prometheus` or `alerts`."""
-        self.name = f"tracker {kind}" if kind in TRACKERS else kind
-        self._kind, self._config = kind, config
+    def __init__(self, config: TrackerConfig, run: RunDirectory, say: Callable[[str], None]) -> None:
+        self.name = f"tracker {config.name}"
+        self._config = config
         self._run = run
         self._say = say
         self._process: subprocess.Popen[bytes] | None = None
@@ -58,33 +55,28 @@ class Tracker(Observer):
         identity = read_identity(self._run)
         job: dict[str, Any] = {
             "run": identity.run if identity is not None else None,
-            "tracker": self._kind,
-            "once": self._kind in TRACKERS,
+            "tracker": self._config.name,
             "run_dir": str(self._run.path.absolute()),
             "metrics": str(self._run.metrics.absolute()),
             "trainer_pid": os.getpid(),
             "name": config.run.name or self._run.path.name,
             "config": to_dict(config) | {"facts": dict(facts)},
-            "project": self._config.project,
         }
-        if self._kind == "prometheus":
-            job |= {"host": config.prometheus.host, "port": config.prometheus.port}
-        if self._kind == "alerts":
-            job |= {"command": config.alerts.command, "on": config.alerts.on, "attempt": facts["attempt"]}
-        if self._kind == "wandb":
+        if self._config.name == "wandb":
             mode, why = wandb_mode(self._config, os.environ)
             if mode == "disabled":
                 self._say(f"wandb is disabled ({why})")
                 return
-            job |= {"entity": self._config.entity, "mode": mode}
+            job |= {"project": self._config.project, "entity": self._config.entity, "mode": mode}
             self._say(f"wandb is {mode} ({why})" + (f", files in {self._run.path}/wandb" if mode == "offline" else ""))
         self._job = job
         self._begin()
 
     def _begin(self) -> None:
+        program = Path(__file__).with_name("tracker_process.py")
         with open(open_own(self._run.path / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "stoker.trainer.report.tracker_process"],
+                [sys.executable, "-P", str(program)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -110,8 +102,6 @@ class Tracker(Observer):
             return
         self._listen()
         self._write({"outcome": outcome})
-        if self._kind == "alerts":
-            return  # a command takes its time, and no step or exit waits for it
         try:
             self._process.wait(FINISH_SECONDS)
         except subprocess.TimeoutExpired:

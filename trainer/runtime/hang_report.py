@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -30,8 +29,7 @@ COLLECTIVES = (  # their functions enter C at once
 )
 AWAITING = (  # as the innermost frame: of a collective that was begun elsewhere
     "stoker.parallel.replicated:_Buckets.wait",
-    "stoker.parallel.pipeline:Outbox.wait",
-    "stoker.parallel.pipeline:Inbox.wait",
+    "torch.distributed.pipelining.schedules:_wait_batch_p2p",
 )
 BACKWARD = "torch.autograd.graph:_engine_run_backward"  # here the main thread waits for the threads of a backward pass
 
@@ -47,7 +45,6 @@ class Finding:
     seconds: float  # since it entered the phase
     state: str
     frame: str = ""  # innermost Python frame of the main thread
-    collective: str = ""  # the last one of its flight recorder
 
 
 def place_of(at: Stamp | Finding) -> tuple[int, int]:
@@ -84,9 +81,7 @@ def examine(
         busy = _processor_seconds(stamp.pid) - before[rank] > 0.2 * waited
         state = state_of(_kernel_state(stamp.pid), stacks.get(rank, ""), stamp.phase, busy)
         frame = innermost(stacks.get(rank, ""))
-        collective = last_collective(_text(run.flight(attempt, rank)))
-        spent = seconds.get(rank, 0.0)
-        found.append(Finding(rank, stamp.host, stamp.step, stamp.phase, spent, state, frame, collective))
+        found.append(Finding(rank, stamp.host, stamp.step, stamp.phase, seconds.get(rank, 0.0), state, frame))
     return found
 
 
@@ -158,25 +153,8 @@ def innermost(stacks: str) -> str:
     return f"{'/'.join(Path(main[0].path).parts[-2:])}:{main[0].line} {main[0].function}" if main else ""
 
 
-def last_collective(flight: str) -> str:
-    """In words, the collective of a flight recorder's JSON that a rank is in, or else its last; empty without any."""
-    try:
-        entries = json.loads(flight)["entries"]
-    except (ValueError, KeyError):  # none was written, or only half of it
-        return ""
-    newest = [entry for entry in entries if entry.get("state") != "completed"][:1] or entries[-1:]
-    if not newest:
-        return ""
-    entry = newest[0]
-    number = entry.get("p2p_seq_id") if entry.get("is_p2p") else entry.get("collective_seq_id")
-    group = next(iter(reversed(entry.get("process_group") or [""])))
-    sizes = ", ".join("x".join(map(str, size)) or "scalar" for size in entry.get("input_sizes") or [])
-    name = str(entry.get("profiling_name", "?")).replace("nccl:", "")
-    return f"{name} {number} of {group or 'a group'} ({sizes}): {entry.get('state', '?')}"
-
-
 def table(findings: Sequence[Finding]) -> str:
-    """One line per rank, the furthest behind first, and below them the last collective of each; a long table is cut."""
+    """One line per rank, the furthest behind first; a long table is cut."""
     first = behind(findings)
     ordered = [*first, *(finding for finding in findings if finding not in first)]
     head = ("rank", "host", "step", "phase", "seconds", "state", "innermost Python frame")
@@ -184,7 +162,6 @@ def table(findings: Sequence[Finding]) -> str:
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
     more = [f"and {len(ordered) - SHOWN} more"] if len(ordered) > SHOWN else []
-    more += [f"rank {f.rank}: last collective {f.collective}" for f in ordered[:SHOWN] if f.collective]
     return "\n".join([*(line.rstrip() for line in lines), *more])
 
 

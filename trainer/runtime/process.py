@@ -17,18 +17,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 
 from stoker.conf.durable import is_full, naming, open_own
 from stoker.conf.parent_death import die_with
-from stoker.conf.printable import printable
 from stoker.conf.records import is_sane
 
 LAUNCHER_VARIABLE = "STOKER_LAUNCHER"  # the process id of our launcher on this machine
 LAUNCH_VARIABLE = "STOKER_LAUNCH"  # which launch this is, the same for all its restarts
-ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
 RESTARTS_VARIABLE = "STOKER_RESTARTS"  # how often a Slurm job has started its ranks again
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _STAMP_BYTES = 128  # of a stamp: each is written over the one before
@@ -98,18 +95,6 @@ def give_freed_memory_back() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-
-
-def set_allocator() -> None:
-    """Before torch is loaded: the settings of its allocators for GPUs, where the user has none."""
-    if not {ALLOCATOR_VARIABLE, "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ[ALLOCATOR_VARIABLE] = allocator_settings(version("torch"))
-
-
-def allocator_settings(torch_version: str) -> str:
-    """Segments that grow leave no holes. Page-locked memory is not rounded up to a power of two (torch 2.13)."""
-    major, minor = (int(part) for part in torch_version.split(".")[:2])
-    return "expandable_segments:True" + (",pinned_max_round_threshold_mb:1" if (major, minor) >= (2, 13) else "")
 
 
 class Phase(enum.StrEnum):
@@ -219,8 +204,7 @@ def _stamp(step: str, phase: str, moment: str, pid: str, host: str, first_step: 
     if phase not in tuple(Phase):
         raise ValueError(f"this version of Stoker has no phase {phase!r}, but {', '.join(Phase)}")
     stamp = Stamp(int(step), Phase(phase), float(moment), int(pid), host, int(first_step))
-    possible = stamp.pid >= 1 and 0 <= stamp.time < 1e12  # other process ids stand for groups of processes
-    if not possible or not is_sane(list(vars(stamp).values())):
+    if not is_sane(list(vars(stamp).values())) or stamp.pid < 1:  # others stand for groups of processes
         raise ValueError("it is no stamp of a rank")
     return stamp
 
@@ -251,23 +235,14 @@ class Console:
             level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
         )
 
-    def say(self, line: str) -> None:
-        """A line for the user. Names and messages of files are shown, whatever control characters they hold."""
-        self.errors.write(printable(f"stoker: {line}\n"))
-
     @contextmanager
     def echoing_warnings(self) -> Iterator[None]:
         """While a run starts, warnings and errors of the log are shown too: a damaged checkpoint set aside, say."""
         handler = logging.StreamHandler(self.errors)
         handler.setLevel(logging.WARNING)
-        handler.setFormatter(_Shown("stoker: %(message)s"))
+        handler.setFormatter(logging.Formatter("stoker: %(message)s"))
         logging.getLogger().addHandler(handler)
         try:
             yield
         finally:
             logging.getLogger().removeHandler(handler)
-
-
-class _Shown(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))

@@ -27,12 +27,9 @@ _LOOK_SECONDS = 0.2  # between checks of files and the clock before the first st
 
 
 def ending_of(votes: frozenset[ControlFlag]) -> Outcome | None:
-    """The outcome of a run with these votes. A user's stop takes precedence over a preemption, and that over the end
-    that an observer asks for, which comes again when the run is resumed."""
+    """The outcome of a run with these votes. A user's stop takes precedence over a preemption."""
     if ControlFlag.STOP in votes:
         return Outcome.STOPPED
-    if ControlFlag.FINISH in votes and ControlFlag.PREEMPT not in votes:
-        return Outcome.COMPLETED
     return Outcome.PREEMPTED if ControlFlag.PREEMPT in votes else None
 
 

@@ -19,7 +19,7 @@ class WorkClock:
 
     Ranks synchronise in every step, so that by the wall clock all are as slow as the slowest. What differs is the
     time on a processor and waiting for one, which Linux counts per thread. Forward and backward run in the calling
-    thread. On GPUs this is the host's side; the GPU's is `stoker.parallel.gpu_clock`.
+    thread; on GPUs this is the host's side only, and a slow GPU under a fast host is not seen.
     """
 
     def __init__(self) -> None:

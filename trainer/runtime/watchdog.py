@@ -23,7 +23,6 @@ from pathlib import Path
 
 from stoker.conf.durable import write_whole
 from stoker.conf.parent_death import die_with
-from stoker.conf.printable import printable
 from stoker.conf.reasons import reason
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.runtime.hang_report import Finding, behind, examine, explain, is_stopped, place_of, table
@@ -200,7 +199,7 @@ def main(words: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)  # a launcher sends them to all processes; the watchdog ends with the rank
 
     def say(text: str) -> None:
-        print(printable(f"stoker: {text}"), file=sys.stderr, flush=True)
+        print(f"stoker: {text}", file=sys.stderr, flush=True)
 
     watchdog = Watchdog(run, attempt, range(first, first + count), float(words[5]) if words[5] else None, say)
     while not watchdog.look():

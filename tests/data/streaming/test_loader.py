@@ -9,10 +9,8 @@ from collections import Counter
 from functools import partial
 
 import pytest
-import torch
 
 from stoker.data import EndOfData
-from stoker.data.streaming import loader
 from stoker.data.streaming.sources import open_shards
 from stoker.data.text import READS
 from stoker.data.tokenizer import ByteTokenizer
@@ -20,7 +18,6 @@ from stoker.parallel.batch import IGNORE_INDEX
 from tests.data.batches import digest
 from tests.data.streaming.conftest import documents, open_stream, write_lines
 from tests.data.streaming.simulated import World, batches, digests, stream_tokens
-from tests.fake_cuda import install
 
 END = (1 << 20) - 1
 TEXTS = documents(300)
@@ -287,19 +284,3 @@ def open_some(data):
 
 def some(values):
     return None if values["id"] == 7 else values["text"]
-
-
-def test_the_loaders_thread_uses_the_gpu_of_its_rank(config, opener, monkeypatch):
-    """Page-locked memory is the GPU's too: a thread that has set none would take it from GPU 0."""
-    cuda, seen = install(monkeypatch), []
-    unpacked = loader.unpack
-
-    def unpack(packed, pin):
-        seen.append((cuda.current, pin))
-        return unpacked(packed)
-
-    monkeypatch.setattr(loader, "unpack", unpack)
-    stream = opener(pin=torch.device("cuda", 5))
-    stream.next()
-    stream.close()
-    assert set(seen) == {(5, True)} and cuda.current == 0

@@ -80,7 +80,7 @@ class Attempt:
     def __init__(self, run: RunDirectory, tracker: TrackerConfig, resumed_from_step: int | None) -> None:
         self.screen = Screen()
         self.observers = Observers(MetricsFile(run.metrics), [self.screen])
-        self.tracker = Tracker(tracker.names[0], tracker, run, say=self.observers.message)
+        self.tracker = Tracker(tracker, run, say=self.observers.message)
         self.observers.add(self.tracker)
         self.observers.start(a_config(), resumed_from_step, 200, {"layout": "1 rank"})
 
@@ -91,7 +91,7 @@ class Attempt:
 
 def train(run: RunDirectory, name: str, first: int, last: int, outcome: str = "completed", **tracker) -> list[str]:
     """One whole attempt; its messages."""
-    attempt = Attempt(run, TrackerConfig(names=[name], **tracker), first - 1 or None)
+    attempt = Attempt(run, TrackerConfig(name=name, **tracker), first - 1 or None)
     attempt.train(first, last)
     attempt.observers.finish(outcome, last)
     return attempt.screen.messages

@@ -7,11 +7,10 @@ import sys
 
 import pytest
 
-from stoker.conf.rundir import RunDirectory, next_attempt
+from stoker.conf.rundir import RunDirectory
 from stoker.trainer.report.metrics import MetricsFile, read
 from stoker.trainer.report.observer import Observer
 from stoker.trainer.report.observers import Observers, open_observers
-from stoker.trainer.runtime.starts import Start
 from tests.trainer.report.observed import Report, a_config, record
 
 
@@ -109,8 +108,7 @@ def test_errors_of_the_metrics_file_surface_and_the_terminal_is_still_put_in_ord
 def test_the_log_has_lines_of_training_whatever_the_screen_shows(tmp_path):
     config, screen, log = a_config(), io.StringIO(), io.StringIO()
     config.log.progress, config.log.every = "none", 2
-    run = RunDirectory(tmp_path)
-    observers = open_observers(config, Start(run, next_attempt(run)), screen, log)
+    observers = open_observers(config, tmp_path, screen, log)
     observers.start(config, 3, 200, {"layout": "1 rank"})
     for step in range(4, 8):
         observers.step(record(step))
@@ -133,12 +131,9 @@ def test_the_log_has_lines_of_training_whatever_the_screen_shows(tmp_path):
 def test_plain_observers_import_nothing_heavy(tmp_path):
     program = f"""
 import io, pathlib, sys
-from stoker.conf.rundir import RunDirectory, next_attempt
 from stoker.conf.schema import Config
 from stoker.trainer.report.observers import open_observers
-from stoker.trainer.runtime.starts import Start
-run = RunDirectory(pathlib.Path({str(tmp_path)!r}))
-observers = open_observers(Config(), Start(run, next_attempt(run)), io.StringIO())
+observers = open_observers(Config(), pathlib.Path({str(tmp_path)!r}), io.StringIO())
 observers.start(Config(), None, 1, {{}})
 observers.finish("completed", 0)
 import stoker.trainer.report.summary, stoker.trainer.report.trackers

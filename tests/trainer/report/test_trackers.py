@@ -64,7 +64,7 @@ def test_wandb_offline_keeps_its_run_over_a_restart_and_no_step_is_logged_twice(
     assert len(ids) == 2 and len(set(ids)) == 1 and ids[0][1] == "stoker"
     assert steps == list(range(1, 21))
     assert losses == {step: 3.0 / step for step in steps}
-    stored = json.loads((run.path / "tracker-wandb.json").read_text())
+    stored = json.loads((run.path / "tracker.json").read_text())
     assert (stored["run_id"], stored["last_step"]) == (ids[0][0], 20)
 
 
@@ -80,7 +80,7 @@ def test_tensorboard_shows_every_step_once_after_a_restart(tmp_path):
     train(run, "tensorboard", 1, 12)
     train(run, "tensorboard", 9, 20)
     assert shown() == list(range(1, 21))
-    (run.path / "tracker-tensorboard.json").unlink()  # everything is given again, and replaces what was there
+    (run.path / "tracker.json").unlink()  # everything is given again, and replaces what was there
     train(run, "tensorboard", 19, 24)
     assert shown() == list(range(1, 25))
 
@@ -104,7 +104,7 @@ def test_the_process_of_a_tracker_holds_neither_torch_nor_our_rooms(tmp_path, fa
 
 def test_a_tracker_gets_numbers_only(tmp_path, fake):
     run = a_run(tmp_path / "run")
-    attempt = Attempt(run, TrackerConfig(names=["wandb"]), None)
+    attempt = Attempt(run, TrackerConfig(name="wandb"), None)
     attempt.observers.step(record(1, loss=float("nan"), skipped=True, extra={"loss_scale": 2.0}))
     attempt.observers.finish("stopped", 1)
     (values,) = fake.notes("values")
@@ -121,7 +121,7 @@ def test_the_outcome_reaches_the_tracker(tmp_path, fake, outcome, exit_code):
 def test_a_tracker_whose_log_raises_is_switched_off_with_one_message(tmp_path, fake, monkeypatch):
     run = a_run(tmp_path / "run")
     monkeypatch.setenv("FAKE_RAISES_AT", "4")
-    attempt = Attempt(run, TrackerConfig(names=["wandb"]), None)
+    attempt = Attempt(run, TrackerConfig(name="wandb"), None)
     attempt.train(1, 8)
     wait_until(lambda: attempt.tracker._process.poll() is not None)
     attempt.train(9, 12)
@@ -137,7 +137,7 @@ def test_a_tracker_whose_log_raises_is_switched_off_with_one_message(tmp_path, f
 
 
 def test_a_tracker_whose_process_is_killed_is_switched_off(tmp_path, fake):
-    attempt = Attempt(a_run(tmp_path / "run"), TrackerConfig(names=["wandb"]), None)
+    attempt = Attempt(a_run(tmp_path / "run"), TrackerConfig(name="wandb"), None)
     attempt.tracker._process.kill()
     attempt.tracker._process.wait()
     attempt.train(1, 3)
@@ -155,7 +155,7 @@ def test_a_failure_at_the_very_end_is_reported_too(tmp_path, fake, monkeypatch):
 def test_a_tracker_that_hangs_does_not_hold_up_the_end(tmp_path, fake, monkeypatch):
     monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.5)
     monkeypatch.setenv("FAKE_HANGS", "1")
-    attempt = Attempt(a_run(tmp_path / "run"), TrackerConfig(names=["wandb"]), None)
+    attempt = Attempt(a_run(tmp_path / "run"), TrackerConfig(name="wandb"), None)
     attempt.train(1, 3)
     started = time.monotonic()
     attempt.observers.finish("completed", 3)
@@ -177,7 +177,7 @@ from pathlib import Path
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import TrackerConfig
 from tests.trainer.report.test_trackers import Attempt
-attempt = Attempt(RunDirectory(Path({str(run.path)!r})), TrackerConfig(names=["wandb"]), None)
+attempt = Attempt(RunDirectory(Path({str(run.path)!r})), TrackerConfig(name="wandb"), None)
 worker = os.fork()  # a data worker holds copies of all that rank 0 has open, and may outlive it for a while
 if worker:
     attempt.train(1, 60)
@@ -190,7 +190,7 @@ time.sleep(60)
     wait_until(lambda: fake.notes("step"))
     process.send_signal(signal.SIGKILL)
     process.wait()
-    attempt = Attempt(run, TrackerConfig(names=["wandb"]), 40)
+    attempt = Attempt(run, TrackerConfig(name="wandb"), 40)
     attempt.train(41, 80)
     attempt.observers.finish("completed", 80)
     wait_until(lambda: len(fake.notes("finish")) == 2)
@@ -200,7 +200,7 @@ time.sleep(60)
 
 
 def test_a_signal_for_the_ranks_does_not_end_the_tracker(tmp_path, fake):
-    attempt = Attempt(a_run(tmp_path / "run"), TrackerConfig(names=["wandb"]), None)
+    attempt = Attempt(a_run(tmp_path / "run"), TrackerConfig(name="wandb"), None)
     wait_until(lambda: fake.notes("init"))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         attempt.tracker._process.send_signal(number)
@@ -219,7 +219,7 @@ def test_another_tracker_gets_the_whole_run(tmp_path, fake):
 def test_wandb_is_online_with_a_key_and_offline_without(tmp_path):
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
     home, nobody = {"HOME": str(tmp_path)}, {"HOME": str(tmp_path / "nobody")}
-    config = TrackerConfig(names=["wandb"])
+    config = TrackerConfig(name="wandb")
     assert wandb_mode(config, nobody)[0] == "offline"
     assert wandb_mode(config, home)[0] == "online"
     assert wandb_mode(config, nobody | {"NETRC": str(tmp_path / ".netrc")})[0] == "online"
@@ -229,4 +229,4 @@ def test_wandb_is_online_with_a_key_and_offline_without(tmp_path):
     assert wandb_mode(config, home | {"WANDB_BASE_URL": "https://wandb.example.org"})[0] == "offline"
     assert wandb_mode(config, nobody | {"WANDB_API_KEY": "secret"})[0] == "online"
     assert wandb_mode(config, {"WANDB_API_KEY": "secret", "WANDB_MODE": "offline"})[0] == "offline"
-    assert wandb_mode(TrackerConfig(names=["wandb"], mode="offline"), {"WANDB_API_KEY": "secret"})[0] == "offline"
+    assert wandb_mode(TrackerConfig(name="wandb", mode="offline"), {"WANDB_API_KEY": "secret"})[0] == "offline"

@@ -39,8 +39,8 @@ def fake(tmp_path, monkeypatch):
     ids=str,
 )
 def test_the_variables_of_wandb_are_followed(variables, mode):
-    assert wandb_mode(TrackerConfig(names=["wandb"]), {"WANDB_API_KEY": "secret", **variables})[0] == mode
-    assert wandb_mode(TrackerConfig(names=["wandb"], mode="offline"), variables)[0] == "offline", "the config is nearer"
+    assert wandb_mode(TrackerConfig(name="wandb"), {"WANDB_API_KEY": "secret", **variables})[0] == mode
+    assert wandb_mode(TrackerConfig(name="wandb", mode="offline"), variables)[0] == "offline", "the config is nearer"
 
 
 def test_a_mode_that_wandb_does_not_have_switches_the_tracker_off(tmp_path, fake, monkeypatch):
@@ -55,7 +55,7 @@ def test_a_disabled_wandb_is_not_started_and_writes_nothing(tmp_path, fake, monk
     monkeypatch.setenv(variable, value)
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     run = a_run(tmp_path / "run")
-    attempt = Attempt(run, TrackerConfig(names=["wandb"]), None)
+    attempt = Attempt(run, TrackerConfig(name="wandb"), None)
     attempt.train(1, 3)
     attempt.observers.rolled_back(2)
     attempt.train(3, 4)
@@ -77,15 +77,13 @@ def test_a_copied_run_directory_is_another_run_of_the_tracker(tmp_path, fake):
     assert first == third != second
     assert any(f"a copy of the one of wandb run {first}" in message for message in messages)
     assert fake.notes("step") == [1, 2, 3, 1, 2, 3, 4, 5, 4, 5, 6], "its curve is whole"
-    assert json.loads((copy.path / "tracker-wandb.json").read_text())["run_id"] == second
+    assert json.loads((copy.path / "tracker.json").read_text())["run_id"] == second
 
 
 def test_a_run_of_an_older_version_keeps_its_run_of_the_tracker(tmp_path, fake):
     run = a_run(tmp_path / "run")
     train(run, "wandb", 1, 3)
-    now = run.path / "tracker-wandb.json"
-    values = json.loads(now.read_text())
-    now.unlink()
+    values = json.loads((run.path / "tracker.json").read_text())
     (run.path / "tracker.json").write_text(json.dumps({key: values[key] for key in values if key != "run"}))
     identify(run)
     train(run, "wandb", 4, 5)
@@ -95,11 +93,11 @@ def test_a_run_of_an_older_version_keeps_its_run_of_the_tracker(tmp_path, fake):
 
 def test_a_tracker_waits_for_room_and_does_not_follow_links(tmp_path, monkeypatch):
     (tmp_path / "theirs").write_text("precious")
-    (tmp_path / "tracker-wandb.json.new").symlink_to(tmp_path / "theirs")
+    (tmp_path / "tracker.json.new").symlink_to(tmp_path / "theirs")
     with pytest.raises(OSError, match="symbolic"):
         tracker_process.Memory(tmp_path, "wandb", None, print)
     assert (tmp_path / "theirs").read_text() == "precious"
-    (tmp_path / "tracker-wandb.json.new").unlink()
+    (tmp_path / "tracker.json.new").unlink()
     refusals = [1, 1]
 
     def replace(*paths):
@@ -111,7 +109,7 @@ def test_a_tracker_waits_for_room_and_does_not_follow_links(tmp_path, monkeypatc
     monkeypatch.setattr("os.replace", replace)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     tracker_process.Memory(tmp_path, "wandb", None, print).advance(7)
-    assert json.loads((tmp_path / "tracker-wandb.json").read_text())["last_step"] == 7
+    assert json.loads((tmp_path / "tracker.json").read_text())["last_step"] == 7
 
 
 def test_a_file_that_was_cut_back_is_left_to_the_next_tracker(tmp_path):

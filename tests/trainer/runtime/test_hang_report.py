@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from stoker.conf.rundir import RunDirectory
-from stoker.trainer.runtime.hang_report import WAITING, Finding, last_collective, table
+from stoker.trainer.runtime.hang_report import WAITING
 from stoker.trainer.runtime.outcome import Outcome, read_ending
 from stoker.trainer.runtime.process import Phase, read_stamps
 from stoker.trainer.runtime.watchdog import Watchdog
@@ -76,19 +76,3 @@ def test_a_rank_in_a_collective_that_the_others_have_left_is_named_as_one_that_w
     assert said.splitlines()[-1].startswith("rank 0 on ") and "for ranks that have left it" in said
     entries = json.loads(run.flight(1, 0).read_text())["entries"]
     assert [entry["profiling_name"] for entry in entries][-1] == "gloo:all_reduce", entries
-
-
-def entry(number: int, state: str, **more: object) -> dict[str, object]:
-    name = {"profiling_name": "nccl:all_reduce", "process_group": ["3", "dp_shard"], "input_sizes": [[4, 8]]}
-    return {**name, "collective_seq_id": number, "state": state, **more}
-
-
-def test_the_report_names_the_collective_that_a_rank_is_in() -> None:
-    flight = json.dumps({"entries": [entry(6, "completed"), entry(7, "started"), entry(8, "scheduled")]})
-    assert last_collective(flight) == "all_reduce 7 of dp_shard (4x8): started"
-    assert last_collective(json.dumps({"entries": [entry(6, "completed")]})).endswith("6 of dp_shard (4x8): completed")
-    sent = entry(9, "started", is_p2p=True, p2p_seq_id=2, profiling_name="nccl:send 0->1")
-    assert last_collective(json.dumps({"entries": [sent]})) == "send 0->1 2 of dp_shard (4x8): started"
-    assert [last_collective(text) for text in ("", "{", '{"entries": []}')] == ["", "", ""]
-    findings = [Finding(1, "b", 7, Phase.UPDATE, 9.0, WAITING, "x.py:1 f", last_collective(flight))]
-    assert table(findings).splitlines()[-1] == "rank 1: last collective all_reduce 7 of dp_shard (4x8): started"
