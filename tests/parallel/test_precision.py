@@ -12,6 +12,7 @@ from torch import nn
 
 from stoker.conf.schema import Config, ModelConfig
 from stoker.launch.check import LIMITS, Limits
+from stoker.models.family import build_on_meta
 from stoker.parallel.fp32_modules import compute_in_fp32
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.loss_scale import BACKOFF, FIRST, FLOOR, GROWS_AFTER, GROWTH, LossScale
@@ -22,7 +23,7 @@ from stoker.parallel.sharded import ShardedStrategy
 from stoker.parallel.sharding import Precision
 from stoker.parallel.shards import GRADIENT
 from stoker.parallel.update import StepMetrics
-from stoker.trainer.parallelize import build_on_meta, cut
+from stoker.trainer.parallelize import cut
 from tests import world
 from tests.parallel.parity import Case, Measured, train
 from tests.parallel.reference import VOCABULARY, assemble, global_rows, normwise, one_process, small_config
