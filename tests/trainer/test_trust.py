@@ -211,8 +211,8 @@ def test_weights_of_an_untrusted_run_run_no_code(stranger: Stranger, home: Path,
     with pytest.raises(ConfigError, match=r"model\.target=evil_stranger:build"):
         settled(words)
     assert settled([*words, "model.target=stoker.models.decoder:build"]).model.hidden_size == 32
-    assert settled([*words, "run.trust=true"]).model.target == "evil_stranger:build"
     assert not stranger.mark.exists()
+    assert settled([*words, "run.trust=true"]).model.target == "evil_stranger:build"
 
 
 def test_a_config_from_a_remote_is_untrusted_too(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
