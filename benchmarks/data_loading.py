@@ -1,7 +1,8 @@
 """Rows per second, time to the first batch, time to resume at 90% of an epoch, and memory of `data.mode=streaming`,
 each over those of public loaders on the same texts, tokenizer and packing.
 
-    pip install --no-deps torchdata mosaicml-streaming litdata lightning-utilities obstore tifffile catalogue zstd brotli
+    pip install --no-deps torchdata mosaicml-streaming litdata lightning-utilities obstore tifffile catalogue
+    pip install --no-deps zstd brotli
     python benchmarks/data_loading.py [--megabytes 24] [--workers 1 2] [--repeats 3]
 
 (`--no-deps`: their dependencies include cloud clients and another torch.) Every loader runs as a separate process:
