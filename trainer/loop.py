@@ -15,9 +15,11 @@ from stoker.data import RowSource
 from stoker.parallel.batch import Batch
 from stoker.parallel.engine import Engine
 from stoker.parallel.mesh import Mesh
+from stoker.parallel.shards import Shard
 from stoker.parallel.update import ControlFlag, StepFlags
 from stoker.trainer.evaluation import Evaluated, Evaluation
 from stoker.trainer.facts import Facts
+from stoker.trainer.frozen_base import STATE, FrozenBase
 from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.observers import Observers
 from stoker.trainer.report.profile import Profiler
@@ -53,6 +55,7 @@ class Trainer:
     faults: Faults
     timeouts: Timeouts
     restore: Callable[[], dict[str, Any] | None]  # load the newest checkpoint, all ranks together; its state
+    base: FrozenBase | None = None  # of an adapter run: what its checkpoints leave out
     progress: Progress = field(default_factory=Progress, init=False)
     booking: Booking | None = field(default=None, init=False)  # on global rank 0, once training
     failed_save: str | None = field(default=None, init=False)  # why a save failed, as this rank knows it
@@ -145,7 +148,12 @@ class Trainer:
         if self.observers is not None:
             flush = self.observers.metrics.flush
             self.observers.saving(step)
-        self.checkpoints.save(step, self.engine.shards(), self.state(), before_commit=flush)
+        self.checkpoints.save(step, self.saved_shards(), self.state(), before_commit=flush)
+
+    def saved_shards(self) -> list[Shard]:
+        """What a checkpoint holds of this rank."""
+        shards = self.engine.shards()
+        return shards if self.base is None else self.base.saved(shards)
 
     def report_saves(self) -> None:
         """Report saves that ended to the observers, and flag those that failed to the other ranks."""
@@ -180,11 +188,14 @@ class Trainer:
             "loss": self.progress.loss,
             VALIDATION_LOSS: self.progress.val_loss if self.progress.val_step == self.progress.step else None,
             "config": to_dict(self.config),
+            **({} if self.base is None else {STATE: self.base.digests}),
             **({"observers": kept} if self.observers is not None and (kept := self.observers.state()) else {}),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`. Raises ValueError when the data are not those of the state."""
+        """The inverse of `state`. Raises ValueError when the data, or the base of an adapter, are not the state's."""
+        if self.base is not None:
+            self.base.refuse_other(state.get(STATE, {}))
         self.rows.load_state(state["data"])
         self.engine.load_state(state["engine"])
         self.engine.shards_written()
