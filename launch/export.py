@@ -14,7 +14,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
 from torch import Tensor
 
 from stoker.checkpoint import DamagedCheckpoint, TensorReader, open_checkpoint, read_tensors

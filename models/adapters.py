@@ -168,4 +168,4 @@ def _in_blocks(adapter: AdapterConfig, names: Names, linear: Sequence[str]) -> I
         )
     chosen = [str(number) for number in adapter.layers_to_transform] or list(names.blocks)
     starts = tuple(names.blocks[number] for number in chosen)
-    return (name for name in linear if name.startswith(starts))
+    return (name for name in linear if f"{name}.".startswith(starts))

@@ -1,4 +1,4 @@
-"""Adapters in peft's format: `adapter_config.json` and `adapter_model.safetensors`, named after Hugging Face's modules."""
+"""Adapters in peft's format: `adapter_config.json` and `adapter_model.safetensors`, by Hugging Face's names."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def config_json(config: Config, plan: AdapterPlan, names: Names) -> dict[str, An
         "init_lora_weights": True,
         "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
         "lora_dropout": 0.0,
-        "modules_to_save": [name for name in saved] or None,
+        "modules_to_save": saved or None,
         "peft_type": "LORA",
         "r": adapter.rank,
         "rank_pattern": {

@@ -18,7 +18,12 @@ from stoker.parallel.tensor.low_rank import LowRank, takes_adapters
 from stoker.trainer.parallelize import build_on_meta, part_builder
 
 MODEL = ModelConfig(
-    vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
+    vocab_size=50,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
 )
 
 

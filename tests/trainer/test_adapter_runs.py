@@ -52,7 +52,10 @@ def test_a_checkpoint_holds_what_is_trained_and_digests_of_the_base(home: Path) 
     tensors = open_checkpoint(checkpoint).tensors
     trained = {name for kind, name in tensors if kind == "param"}
     assert trained == {
-        f"layers.{n}.{module}.lora.{matrix}" for n in range(3) for module in ("attention.q", "mlp.down") for matrix in "AB"
+        f"layers.{n}.{module}.lora.{matrix}"
+        for n in range(3)
+        for module in ("attention.q", "mlp.down")
+        for matrix in "AB"
     }
     assert {(kind, name) for kind, name in tensors if kind != "param"} == {
         (f"optim.{moment}", name) for moment in ("exp_avg", "exp_avg_sq") for name in trained
@@ -77,7 +80,9 @@ def test_another_base_is_refused_and_the_first_tensor_that_differs_is_named(home
     for changed in ("model.layers.2.self_attn.o_proj.weight", "model.layers.1.mlp.up_proj.weight"):
         weights[changed].view(-1)[7] += 1e-6
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    said = r"not the base that the adapter was trained on: layers\.1\.mlp\.up\.weight differs \(and 1 more of 38 tensors\)"
+    said = (
+        r"not the base that the adapter was trained on: layers\.1\.mlp\.up\.weight differs \(and 1 more of 38 tensors\)"
+    )
     with pytest.raises(ValueError, match=said):
         stoker.run(adapter_words(tmp_path, "run", base))
     assert main(["generate", str(tmp_path / "run"), "--prompt", "a"]) == 1
@@ -92,7 +97,9 @@ def test_peft_loads_the_exported_folder_and_computes_the_same(home: Path) -> Non
     out = exported(home, "adapter")
     assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((out / "adapter_config.json").read_text())
-    assert config["target_modules"] == ["down_proj", "q_proj"] and config["base_model_name_or_path"] == str(home / "base")
+    assert config["target_modules"] == ["down_proj", "q_proj"] and config["base_model_name_or_path"] == str(
+        home / "base"
+    )
     plain = transformers.AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.float32)
     base = logits_of(plain)
     adapted = peft.PeftModel.from_pretrained(plain, out)
@@ -151,7 +158,9 @@ def test_an_exported_adapter_comes_in_again_to_the_last_bit(home: Path, tmp_path
         ({"r": 2, "rank_pattern": {}, "alpha_pattern": {"q_proj": 3}}, "alpha_pattern="),
     ],
 )
-def test_an_adapter_that_computes_something_else_is_refused(home: Path, tmp_path: Path, change: dict, said: str) -> None:
+def test_an_adapter_that_computes_something_else_is_refused(
+    home: Path, tmp_path: Path, change: dict, said: str
+) -> None:
     out = tmp_path / "adapter"
     shutil.copytree(exported(home, "adapter"), out)
     config = json.loads((out / "adapter_config.json").read_text()) | change
