@@ -18,8 +18,9 @@ def main() -> int:
     from stoker.launch.slurm.batch import KEY_VARIABLE, MEETING_VARIABLE
     from stoker.launch.train import say
     from stoker.trainer.main import CONFIG_VARIABLE
+    from stoker.trainer.runtime.process import LAUNCH_VARIABLE
 
-    if MEETING_VARIABLE not in os.environ or KEY_VARIABLE not in os.environ:
+    if not os.environ.keys() >= {MEETING_VARIABLE, KEY_VARIABLE, LAUNCH_VARIABLE}:
         say("only a job's process starts this: see launch/slurm/train.sbatch")
         return 2
     config = from_dict(json.loads(os.environ[CONFIG_VARIABLE]))

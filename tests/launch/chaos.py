@@ -40,6 +40,7 @@ from tests.launch.runs import (
     wait_until_gone,
 )
 
+WHOLE = ["parallel.engine=fsdp", "parallel.tp=1", "parallel.pp=1", "parallel.zero=1"]  # else those of the last start
 LAYOUTS = [  # ranks, settings
     (1, []),
     *((2, [f"parallel.zero={zero}"]) for zero in range(4)),
@@ -152,7 +153,7 @@ class Chaos:
             *SMALL, f"run.dir={run}", f"steps={steps}", "schedule.total_steps=100", "checkpoint.every=2",
             "log.every=1000", "optim.lr=1e-3", f"launch.hang_seconds={HANG_SECONDS}", "launch.max_restarts=8",
             *(_STREAMED if self.data == "tar" else []), *(word.format(self.home / "text") for word in _DATA[self.data]),
-            f"launch.nproc={layout[0]}", "parallel.zero=1", *layout[1], *more,
+            f"launch.nproc={layout[0]}", *WHOLE, *layout[1], *more,
         ]  # fmt: skip
         return list({word.partition("=")[0]: word for word in words}.values())
 

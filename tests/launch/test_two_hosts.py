@@ -17,6 +17,7 @@ from stoker.conf.schema import to_dict
 from stoker.launch.slurm.batch import KEY_VARIABLE, MEETING_VARIABLE
 from stoker.trainer.main import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import Outcome, read_ending
+from stoker.trainer.runtime.process import LAUNCH_VARIABLE
 from stoker.trainer.settle import settle_config
 from tests.launch.runs import (
     command,
@@ -126,7 +127,8 @@ def test_nodes_meet_at_a_gate_and_a_stranger_on_the_network_reaches_nothing(tmp_
         def launcher(number: int, host: str) -> list[str]:
             given = {
                 CONFIG_VARIABLE: json.dumps(to_dict(config)), MEETING_VARIABLE: f"{FIRST}:{address}:{gate_port}",
-                KEY_VARIABLE: key, "SLURM_NODEID": str(number), "SLURM_STEP_NUM_NODES": "2",
+                KEY_VARIABLE: key, LAUNCH_VARIABLE: "slurm-1", "SLURM_NODEID": str(number),
+                "SLURM_STEP_NUM_NODES": "2",
             }  # fmt: skip
             program = ["env", *(f"{name}={value}" for name, value in given.items()), sys.executable, "-P", "-m"]
             script = f'hostname {host} && exec env GLOO_SOCKET_IFNAME={DEVICE} "$@"'

@@ -195,7 +195,7 @@ def dtypes(zero: int, patterns: list[str]) -> dict[str, tuple[torch.dtype, torch
             def see(module: nn.Module, inputs: tuple, output: torch.Tensor, name: str = name) -> None:
                 found[name] = (inputs[0].dtype, module.weight.dtype, output.dtype)
 
-            module.register_forward_hook(see)
+            module.register_forward_hook(see, prepend=True)  # before a unit frees its gathered weight
     for parameter in model.parameters():
         parameter.data.zero_()
     rows = global_rows(small_config(), 1)

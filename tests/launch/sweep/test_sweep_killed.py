@@ -33,7 +33,8 @@ KILLS, TRIALS = 20, 8
 def test_a_sweep_of_8_killed_20_times_ends_with_8_results_bit_equal_to_runs_alone(tmp_path: Path) -> None:
     text, swept, chance = write_text(tmp_path / "text"), tmp_path / "swept", random.Random(7)
     rates = ["1e-2", "3e-3", "1e-3", "3e-4"]
-    fixed = ["steps=6", "checkpoint.every=2", "launch.nproc=1", "parallel.zero=0", "log.every=6"]
+    # Steps of a twentieth of a second, of which there have to be enough for all kills
+    fixed = ["steps=20", "checkpoint.every=2", "launch.nproc=1", "parallel.zero=0", "log.every=20"]
     small = [word for word in overrides(swept, text, *fixed) if not word.startswith(("optim.lr", "run.seed"))]
     words = command("sweep", *small, f"optim.lr={','.join(rates)}", "run.seed=1,2")
 
