@@ -29,6 +29,8 @@ class Limit:
         value = lookup(config, self.key)
         if value is None or self.holds(value):
             return None
+        if isinstance(value, dict):  # as it is typed
+            value = "{" + ", ".join(f"{name}: {of}" for name, of in value.items()) + "}"
         if self.choices:
             return f"{self.key}={value}: choose from {', '.join(closest(str(value), list(self.choices)))}"
         return f"{self.key}={value}: must be {self.rule}, because {self.why}"

@@ -1,8 +1,8 @@
 """How a model is parallelized: from a config and a mesh to an engine with initialised weights.
 
-The order matters and is defined here only: adapters -> stages (pipeline) -> tensor parallel -> fp32 modules -> activation
-checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has sharded it, the model is on the meta device
-and takes no memory.
+The order matters and is defined here only: adapters -> stages (pipeline) -> tensor parallel -> fp32 modules ->
+activation checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has sharded it, the model is on the
+meta device and takes no memory.
 """
 
 from __future__ import annotations

@@ -184,5 +184,5 @@ def test_it_generates_with_its_adapter(home: Path, capsys: pytest.CaptureFixture
 def test_a_run_of_an_adapter_is_no_base(home: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="trained an adapter, and its checkpoints do not hold its base"):
         stoker.run(adapter_words(tmp_path, "run", home / "run"))
-    with pytest.raises(ConfigError, match="holds an adapter: set adapter.init_from to it"):
+    with pytest.raises(ConfigError, match=r"holds an adapter: set adapter\.init_from to it"):
         stoker.run(adapter_words(tmp_path, "run", exported(home, "adapter")))
