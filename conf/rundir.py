@@ -139,6 +139,10 @@ class RunDirectory:
     def _profiles(self, number: int) -> Path:
         return self.path / "profiles" / f"attempt-{number}"
 
+    def traces(self) -> list[Path]:
+        """The traces that exist, of all attempts and ranks."""
+        return list(self.path.glob("profiles/attempt-*/rank-*.trace.json.gz"))
+
     def attempt_numbers(self) -> list[int]:
         """The attempts there are, oldest first."""
         if not self.attempts.is_dir():

@@ -37,6 +37,13 @@ examples:
 """
 
 
+PROFILE_EXAMPLES = """\
+examples:
+  stoker train run.dir=runs/a 'profile.steps=[10,13]'    traces steps
+  stoker profile runs/a
+  stoker profile runs/a --rank 3 --json
+"""
+
 SWEEP_EXAMPLES = """\
 examples:
   stoker sweep run.dir=sweeps/lr optim.lr=1e-3,3e-4 model.num_hidden_layers=4,8
@@ -101,6 +108,12 @@ def add_runs(add: Add) -> None:
     compare = add("compare", _compare, "Show what differs between two runs, and from which step.")
     compare.add_argument("run", help="run directory")
     compare.add_argument("other", help="run directory of the other")
+
+    profile = add("profile", _profile, "Show where the time of traced steps goes, and what helps.", PROFILE_EXAMPLES)
+    profile.add_argument("run", help="run directory")
+    profile.add_argument("--attempt", type=int, help="traces of this attempt (default: the newest that has some)")
+    profile.add_argument("--rank", type=int, help="details of this rank (default: the one that works longest)")
+    profile.add_argument("--json", action="store_true", help="everything, as JSON")
 
     logs = add("logs", _logs, "Show what ranks wrote.")
     logs.add_argument("run", help="run directory")
@@ -217,6 +230,12 @@ def _compare(options: argparse.Namespace) -> int:
     from stoker.launch.compare import compare_runs
 
     return compare_runs(options.run, options.other)
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from stoker.launch.profile import profile
+
+    return profile(options.run, options.attempt, options.rank, "json" if options.json else "text")
 
 
 def _logs(options: argparse.Namespace) -> int:

@@ -145,11 +145,12 @@ class _OneLineEach(argparse.HelpFormatter):
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    top = _Parser(prog="stoker", description=DESCRIPTION, formatter_class=_OneLineEach, add_help=False)
+    usage = f"stoker COMMAND ...\n{DESCRIPTION}"  # without a line between: the help is one screen
+    top = _Parser(prog="stoker", usage=usage, formatter_class=_OneLineEach, add_help=False)
     top.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     version = f"stoker {stoker.__version__}"
-    top.add_argument("--version", action="version", version=version, help=argparse.SUPPRESS)  # the help is one screen
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    top.add_argument("--version", action="version", version=version, help=argparse.SUPPRESS)
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", prog="stoker")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str, more: str = "") -> argparse.ArgumentParser:
         layout = argparse.RawDescriptionHelpFormatter  # keeps the lines of `more`

@@ -19,13 +19,30 @@ from stoker.parallel.tensor.low_rank import SLOT
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _MATRICES = {f".{SLOT}.A": ".lora_A.weight", f".{SLOT}.B": ".lora_B.weight"}
-# Keys of adapter_config.json whose meaning is taken from elsewhere: from the names and shapes of the tensors,
-_FROM_TENSORS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern")
-_FROM_TENSORS += ("modules_to_save", "target_parameters", "ensure_weight_tying")
-# or nowhere, because they say nothing about the adapter's function.
-_IGNORED = ("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "runtime_config")
-_IGNORED += ("megatron_core", "megatron_config", "qalora_group_size", "task_type")
 _READ = ("peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights", "lora_dropout")
+# Keys of adapter_config.json whose meaning is taken from the names and shapes of the tensors,
+_FROM_TENSORS = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "modules_to_save",
+    "ensure_weight_tying",
+)
+# or that say nothing about the adapter's function.
+_IGNORED = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+    "runtime_config",
+    "megatron_core",
+    "megatron_config",
+    "qalora_group_size",
+    "task_type",
+)
 # Initial values that leave the base as it is.
 _PLAIN = (True, False, None, "gaussian", "orthogonal", "eva")
 

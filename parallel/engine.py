@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from stoker.parallel.batch import Batch
 from stoker.parallel.shards import Shard
@@ -34,6 +34,10 @@ class Engine(Protocol):
 
     def evaluate(self, rows: Batch) -> Tensor:
         """Sum of the token losses and number of valid tokens of this rank's rows: float64 `[2]`, no gradients kept."""
+        ...
+
+    def modules(self) -> list[nn.Module]:
+        """The stages of this rank, for hooks: their modules have the global names of the model."""
         ...
 
     def shards(self) -> list[Shard]:

@@ -57,19 +57,20 @@ class Mesh:
         """
         key = f"{name}.{queue}" if queue and self.nccl else name
         if key not in self.groups:
-            self.groups[key] = self._make(groups, apart=key != name)
+            self.groups[key] = self._make(groups, apart=key != name, name=key)
         self.groups[f"{name}.{queue}" if queue else name] = self.groups[key]
 
-    def _make(self, groups: Sequence[Sequence[int]], apart: bool) -> dist.ProcessGroup | None:
-        """This rank's group of `groups`; None where it would be alone."""
+    def _make(self, groups: Sequence[Sequence[int]], apart: bool, name: str) -> dist.ProcessGroup | None:
+        """This rank's group of `groups`, under `name` in traces; None where it would be alone."""
         large = [sorted(ranks) for ranks in groups if len(ranks) > 1]
         own = next((ranks for ranks in large if self.rank in ranks), None)
         if large and len(large[0]) == self.layout.world and not apart:
             return self.world
         if large and self.nccl:  # one split of the communicator of all ranks, which each of them takes part in
-            group = dist.split_group(self.world, large, timeout=self.timeout)
+            group = dist.split_group(self.world, large, timeout=self.timeout, group_desc=name)
             return group if own is not None else None
-        made = [dist.new_group(ranks, timeout=self.timeout) for ranks in large]  # every rank makes every group
+        # every rank makes every group
+        made = [dist.new_group(ranks, timeout=self.timeout, group_desc=name) for ranks in large]
         return made[large.index(own)] if own is not None else None
 
     def set_timeout(self, seconds: float) -> None:

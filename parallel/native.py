@@ -114,6 +114,11 @@ class NativeEngine:
             return torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
         return torch.stack([loss_sum, rows.valid_tokens().to(self._mesh.device).double()])
 
+    def modules(self) -> list[nn.Module]:
+        stages = [stage.module for stage in self._weights]
+        # DeepSpeed's wraps it
+        return [stage if hasattr(type(stage), "blocks") else stage.get_submodule("module") for stage in stages]
+
     def shards(self) -> list[Shard]:
         tensors = [(name, PARAMETER, tensor) for name, tensor in self._tensors.items()]
         tensors += [(name, f"optim.{key}", state) for name, key, state in self._optimizer.tensors()]

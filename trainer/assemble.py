@@ -6,24 +6,29 @@ import logging
 from contextlib import ExitStack
 from typing import Any, TextIO
 
+import torch
+
 from stoker.checkpoint import Checkpoints, Owner, Remote, resume
 from stoker.conf.faults import read_faults
 from stoker.conf.schema import Config
 from stoker.data import RowSource, Sample, open_samples, open_stream, prepare, read_rows
 from stoker.parallel.batch import IGNORE_INDEX, Batch
+from stoker.parallel.engine import Engine
 from stoker.parallel.layout import batch_plan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.mmap_offload import offloaded
+from stoker.parallel.shards import BUFFER, PARAMETER
 from stoker.trainer.evaluation import Evaluation, Part
 from stoker.trainer.facts import Facts, vocabulary_of
 from stoker.trainer.frozen_base import FrozenBase, frozen_names
 from stoker.trainer.history import SavedOnce, has_saved, nothing_to_resume
 from stoker.trainer.loop import Trainer
-from stoker.trainer.parallelize import build_engine
+from stoker.trainer.parallelize import build_engine, compiles
 from stoker.trainer.pretrained import load_pretrained
 from stoker.trainer.pretrained_adapter import load_adapter
 from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.metrics import read_recent
+from stoker.trainer.report.module_ranges import modules_to_mark
 from stoker.trainer.report.observers import open_observers
 from stoker.trainer.report.profile import Profiler
 from stoker.trainer.runtime.faults import Faults
@@ -94,6 +99,8 @@ def assemble(
         run.trace(attempt, mesh.rank),
         run.memory_snapshot(attempt, mesh.rank),
         observers.message if observers is not None else log.info,
+        modules_to_mark(engine.modules(), opaque=compiles(config, mesh.device)),
+        lambda: _held(engine, mesh.device),
     )
     faults = Faults(read_faults(config.faults), mesh.rank, run, checkpoints, mesh.device)
 
@@ -160,6 +167,16 @@ def assemble(
             observers.message(NO_VALIDATION)
         trainer.booking = Booking(run.seconds(attempt), phase, trainer.progress.step)
     return trainer
+
+
+def _held(engine: Engine, device: torch.device) -> dict[str, int]:
+    """Bytes on `device` of what an engine holds all the time, by category."""
+    found: dict[str, int] = {}
+    for shard in engine.shards():
+        if shard.data.device.type == device.type:
+            name = {PARAMETER: "fp32 parameters", BUFFER: "buffers"}.get(shard.kind, "optimizer state")
+            found[name] = found.get(name, 0) + shard.data.nbytes
+    return found
 
 
 def _open_data(config: Config, mesh: Mesh, place: Place, closing: ExitStack) -> tuple[RowSource, Evaluation]:

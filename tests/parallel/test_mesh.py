@@ -40,6 +40,7 @@ class FakeNccl:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
         self.started: dict[str, Any] = {}
         self.splits: list[list[list[int]]] = []
+        self.named: list[str] = []
         self.rank = rank
         monkeypatch.setattr(dist, "init_process_group", lambda backend, **o: self.started.update(o, backend=backend))
         monkeypatch.setattr(dist, "get_rank", lambda group=None: rank)
@@ -49,8 +50,9 @@ class FakeNccl:
         monkeypatch.setattr(dist, "split_group", self.split)
         monkeypatch.setattr(dist, "new_group", self.new)
 
-    def split(self, parent: str, ranks: list[list[int]], timeout: timedelta) -> str | None:
+    def split(self, parent: str, ranks: list[list[int]], timeout: timedelta, group_desc: str) -> str | None:
         assert parent == "world" and timeout == timedelta(seconds=60)
+        self.named.append(group_desc)
         self.splits.append(ranks)
         return f"split {len(self.splits)}" if any(self.rank in group for group in ranks) else None
 
@@ -70,6 +72,7 @@ def test_over_nccl_all_groups_of_an_axis_come_of_one_split(monkeypatch) -> None:
     mesh, nccl = mesh_of(monkeypatch, layout, 5)
     assert nccl.started["device_id"] == torch.device("cuda", 5), "it connects at once"
     assert nccl.splits == [layout.groups(axis) for axis in AXES]
+    assert nccl.named == list(AXES), "traces and flight records name the axis"
     assert mesh.control == "control" and mesh.group("tp") == "split 4"
     mesh.add_groups("ends", [[ranks[0], ranks[-1]] for ranks in layout.groups("pp")])
     assert mesh.group("ends") == "split 5"

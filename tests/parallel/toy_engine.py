@@ -76,6 +76,9 @@ class ToyEngine:
             loss = self.model(rows.tokens, rows.positions, None, rows.labels)
         return torch.stack([loss.double(), rows.valid_tokens().double()])
 
+    def modules(self) -> list[nn.Module]:
+        return [self.model]
+
     def shards(self) -> list[Shard]:
         tensors = [(name, PARAMETER, parameter.data) for name, parameter in self.parameters.items()]
         tensors += [(name, f"optim.{key}", state) for name, key, state in self.optimizer.tensors()]

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import torch
 
 PREFIX = "stoker."
+RANGES = ("stoker.data", "stoker.forward", "stoker.backward", "stoker.update")  # of the phases
+CHECKPOINT = "stoker.checkpoint"  # marks what a save holds up: no phase of a step
 EXPOSED = "phase_communication_exposed_seconds"
 _NOT_COMPUTING = ("autograd::", "torch::autograd::", "c10d::", "_c10d_functional::")  # they contain or start others
 _COMPILED = "## Call CompiledFxGraph"
@@ -70,30 +72,45 @@ def events_of(profile: torch.profiler.profile) -> list[Event]:
 
 
 def phase_seconds(events: Sequence[Event]) -> dict[str, float]:
-    """The metrics of one step: `phase_<name>_seconds` for each phase marked, and the communication exposed."""
-    ranges = sorted(
-        (e for e in events if e.annotation and not e.on_device and e.name.startswith(PREFIX)),
-        key=lambda event: event.start,
-    )
+    """The metrics of one step: `phase_<name>_seconds` for each phase marked, and the communication exposed.
+
+    The events of several steps give the sums over all of them.
+    """
+    ranges = _ranges(events)
     if not ranges:
         return {}
-    kernels = [e for e in events if e.on_device and not e.annotation and not e.name.startswith(("Memcpy", "Memset"))]
-    if kernels:
-        computing = [kernel for kernel in kernels if not kernel.name.startswith("nccl")]
-        communicating = [kernel for kernel in kernels if kernel.name.startswith("nccl")]
-        exposed = minus(union(communicating), union(computing))
-        done = _last_kernels(ranges, computing, events)
-    else:
-        exposed = _waiting(ranges, events)
-        done = [0] * len(ranges)
+    exposed = exposed_communication(events)
+    done = _last_kernels(ranges, [kernel for kernel in _kernels(events) if not _communicates(kernel)], events)
     seconds: dict[str, float] = {}
     now = 0
     for marked, kernel_end in zip(ranges, done, strict=True):
         begin = max(marked.start, now)
         now = max(begin, marked.end, kernel_end)
         key = f"phase_{marked.name.removeprefix(PREFIX)}_seconds"
-        seconds[key] = seconds.get(key, 0.0) + _seconds(minus([(begin, now)], exposed))
-    return seconds | {EXPOSED: _seconds(exposed)}
+        seconds[key] = seconds.get(key, 0.0) + seconds_of(minus([(begin, now)], exposed))
+    return seconds | {EXPOSED: seconds_of(exposed)}
+
+
+def exposed_communication(events: Sequence[Event]) -> list[Interval]:
+    """When this rank communicates, or waits for others, and does not compute: see the head of this file."""
+    kernels, ranges = _kernels(events), _ranges(events)
+    if kernels:
+        communicating, computing = ([k for k in kernels if _communicates(k) is kind] for kind in (True, False))
+        return minus(union(communicating), union(computing))
+    return _waiting(ranges, events) if ranges else []
+
+
+def _ranges(events: Iterable[Event]) -> list[Event]:
+    found = (event for event in events if event.annotation and not event.on_device and event.name in RANGES)
+    return sorted(found, key=lambda event: event.start)
+
+
+def _kernels(events: Iterable[Event]) -> list[Event]:
+    return [e for e in events if e.on_device and not e.annotation and not e.name.startswith(("Memcpy", "Memset"))]
+
+
+def _communicates(kernel: Event) -> bool:
+    return kernel.name.startswith("nccl")
 
 
 def _last_kernels(ranges: Sequence[Event], computing: Iterable[Event], events: Iterable[Event]) -> list[int]:
@@ -120,7 +137,7 @@ def _waiting(ranges: Sequence[Event], events: Iterable[Event]) -> list[Interval]
     for event in events:
         if event.annotation and event.name.startswith("gloo:"):
             collectives.append(event)
-        elif event.thread == thread and not event.annotation and _computes(event.name):
+        elif event.thread == thread and not event.annotation and computes(event.name):
             operations.append(event)
     ends = sorted(collective.end for collective in collectives)
     waits = []
@@ -131,7 +148,7 @@ def _waiting(ranges: Sequence[Event], events: Iterable[Event]) -> list[Interval]
     return minus(waits, minus([step], union(collectives)))
 
 
-def _computes(name: str) -> bool:
+def computes(name: str) -> bool:
     """Whether an event of this name is an operation, rather than Python around operations."""
     return ("::" in name and not name.startswith(_NOT_COMPUTING)) or name.startswith(_COMPILED)
 
@@ -171,5 +188,10 @@ def minus(these: Iterable[Interval], those: Sequence[Interval]) -> list[Interval
     return left
 
 
-def _seconds(intervals: Iterable[Interval]) -> float:
+def common(these: Sequence[Interval], those: Sequence[Interval]) -> list[Interval]:
+    """The parts of `these` that are in `those` too. Both are disjoint and in order."""
+    return minus(these, minus(these, those))
+
+
+def seconds_of(intervals: Iterable[Interval]) -> float:
     return sum(end - start for start, end in intervals) * 1e-9

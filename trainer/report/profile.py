@@ -2,21 +2,25 @@
 
 Both use torch's profiler, of which a process has one at a time: the steps of `profile.steps` have no phases. Ranks
 profile the same steps, so that none waits for another that is slowed down by its profiler. What a step computes is
-not touched; it takes longer, and so does its `step_seconds`, which the phases do not hide.
+not touched; it takes longer, and so does its `step_seconds`, which the phases do not hide. The steps of `profile.steps`
+also mark the forward of each module; `stoker profile` reads what they leave.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from stoker.conf.schema import ProfileConfig
 from stoker.trainer.report.breakdown import events_of, phase_seconds
+from stoker.trainer.report.module_ranges import ModuleRanges
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +37,18 @@ class Profiler:
         trace: Path,
         memory_snapshot: Path,
         say: Callable[[str], None] = log.info,
+        modules: Mapping[str, nn.Module] | None = None,
+        held: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
-        """`trace` and `memory_snapshot` are the files to write (the second on GPUs only); `say` prints a line."""
+        """`trace` and `memory_snapshot` are the files to write (the second on GPUs only); `say` prints a line.
+
+        `modules` are marked in traces, by name. `held` returns the bytes of what stays on the device, by category.
+        """
         self._first, self._last = config.steps or (0, 0)
         self._every = config.phases_every
         self._on_gpu = device.type == "cuda"
         self._device, self._trace, self._memory_snapshot, self._say = device, trace, memory_snapshot, say
+        self._ranges, self._held = ModuleRanges(modules or {}), held
         self._recording: profile | None = None  # of `profile.steps`
 
     @contextmanager
@@ -62,7 +72,9 @@ class Profiler:
         if self._recording is None:
             return
         recorded, self._recording = self._recording, None
+        self._ranges.__exit__()
         try:
+            recorded.add_metadata_json("stoker.memory", json.dumps(self._memory()))
             recorded.stop()
             self._trace.parent.mkdir(parents=True, exist_ok=True)
             if self._on_gpu:
@@ -82,8 +94,10 @@ class Profiler:
         if self._recording is None:
             if self._on_gpu:
                 torch.cuda.memory._record_memory_history(stacks="python", max_entries=MEMORY_EVENTS, clear_history=True)
+                torch.cuda.reset_peak_memory_stats(self._device)
             self._recording = self._profile()
             self._recording.start()
+            self._ranges.__enter__()
         try:
             yield
         except Exception:
@@ -91,6 +105,11 @@ class Profiler:
             raise
         if step == self._last:
             self.close()
+
+    def _memory(self) -> dict[str, int]:
+        """Bytes on the device: the most in the traced steps ("peak", on GPUs only), and of what is always there."""
+        peak = {"peak": torch.cuda.max_memory_allocated(self._device)} if self._on_gpu else {}
+        return {**self._held(), **peak}
 
     def _profile(self) -> profile:
         activities = [ProfilerActivity.CPU]

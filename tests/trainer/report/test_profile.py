@@ -176,16 +176,22 @@ def test_on_a_gpu_memory_is_recorded_over_the_traced_steps_and_phases_wait_for_t
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", record)
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: calls.append(f"dump {path}"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(f"synchronize {device}"))
-    run = RunDirectory(tmp_path)
-    profiling = Profiler(ProfileConfig([2, 3], 4), torch.device("cuda", 0), run.trace(1, 0), run.memory_snapshot(1, 0))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(f"reset peak of {device}"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 700)
+    run, gpu = RunDirectory(tmp_path), torch.device("cuda", 0)
+    held = {"fp32 parameters": 300}
+    profiling = Profiler(ProfileConfig([2, 3], 4), gpu, run.trace(1, 0), run.memory_snapshot(1, 0), held=lambda: held)
     run_steps(profiling, 1, 2, 3, 4)
     assert calls == [
         "record all ['clear_history', 'max_entries', 'stacks']",
+        "reset peak of cuda:0",
         f"dump {tmp_path}/profiles/attempt-1/rank-0.memory.pickle",
         "record None []",
         "synchronize cuda:0",
         "synchronize cuda:0",
     ]
+    with gzip.open(run.trace(1, 0), "rt") as file:
+        assert json.load(file)["stoker.memory"] == {"fp32 parameters": 300, "peak": 700}
 
 
 def test_a_run_of_two_ranks_writes_a_trace_of_each_and_its_phases_into_the_metrics(tmp_path):
