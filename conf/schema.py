@@ -118,12 +118,8 @@ class ModelConfig:
     tie_word_embeddings: bool = fixed(False)  # one matrix for the embedding and the head
     initializer_range: float = fixed(0.02)  # standard deviation of initial weights
     loss_chunk: int = free(1024)  # tokens whose logits exist at one time
-<<<<<<< HEAD
     freeze: list[str] = fixed([])  # parameters, or modules with all of theirs, not to train: [embedding, layers.0.*]
-    args: dict[str, Any] = fixed({})  # for a user's model.target
-=======
     args: dict[str, Any] = fixed({})  # for a user's model.target; for model=transformers: changes of model.config
->>>>>>> next
 
 
 @dataclass

@@ -8,11 +8,8 @@ import json
 import math
 import re
 import shutil
-<<<<<<< HEAD
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-=======
->>>>>>> next
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from torch import Tensor
 
 from stoker.checkpoint import DamagedCheckpoint, TensorReader, open_checkpoint, read_tensors
-from stoker.conf.schema import Config, ModelConfig
+from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.launch.export_adapter import merged, write_adapter
 from stoker.launch.inspect import checkpoints_of, run_at
@@ -59,7 +56,6 @@ def export(options: argparse.Namespace) -> int:
     shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
     unfinished.mkdir(parents=True)
     try:
-<<<<<<< HEAD
         if alone:
             write_adapter(unfinished, summary.path, config, dtype)
         else:
@@ -67,12 +63,6 @@ def export(options: argparse.Namespace) -> int:
                 (unfinished / name).parent.mkdir(exist_ok=True)
                 (unfinished / name).write_bytes(content)
             _write_weights(unfinished, summary.path, config, dtype, file_bytes)
-=======
-        for name, content in model_files(run, config, dtype).items():
-            (unfinished / name).parent.mkdir(exist_ok=True)
-            (unfinished / name).write_bytes(content)
-        _write_weights(unfinished, summary.path, dtype, file_bytes, config.model)
->>>>>>> next
         unfinished.rename(out)  # replaces at most an empty directory
     except DamagedCheckpoint as error:
         raise ValueError(f"{error}; --step takes another checkpoint") from error
@@ -82,7 +72,6 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
-<<<<<<< HEAD
 @contextmanager
 def _whole(checkpoint: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]]:
     """The shapes of a checkpoint's parameters, and a function that reads one."""
@@ -92,25 +81,28 @@ def _whole(checkpoint: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Calla
 
 
 def _write_weights(folder: Path, checkpoint: Path, config: Config, dtype: str, file_bytes: int) -> None:
-    """The parameters in `dtype` and the persistent buffers in their own, one in memory at a time.
-=======
-def _write_weights(folder: Path, checkpoint: Path, dtype: str, file_bytes: int, model: ModelConfig) -> None:
     """The parameters in `dtype` and the persistent buffers in their own, in the form of the model's family.
->>>>>>> next
 
     What becomes tensors of the folder together is in memory at a time. Raises DamagedCheckpoint.
     """
-    named: Callable[[str], str] = tensor_name if config.model.target == ModelConfig().target else str
     stored = open_checkpoint(checkpoint).tensors.values()
     buffers = {tensor.name: Planned(tensor.shape, DTYPES[tensor.dtype]) for tensor in stored if tensor.kind == BUFFER}
-<<<<<<< HEAD
-    console = Console(stderr=True)
-    columns = (TextColumn("exporting"), BarColumn(), DownloadColumn())
     opened = _whole(checkpoint) if config.adapter.name == "none" else merged(checkpoint, config)
-    with opened as (shapes, read):
-        parameters = {name: Planned(shape, PRECISIONS[dtype]) for name, shape in shapes.items()}
+    with opened as (of_parameters, read):
+        parameters = {name: Planned(shape, PRECISIONS[dtype]) for name, shape in of_parameters.items()}
         tensors = parameters | buffers
-        files = plan_files({named(name): tensor for name, tensor in tensors.items()}, file_bytes)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        family = family_of(config.model)
+        groups = {name: group for group in family.exported(config.model, shapes) for name in group.names}
+        planned = {
+            file: Planned(shape, tensors[group.names[0]].dtype)
+            for group in {id(group): group for group in groups.values()}.values()
+            for file, shape in group.files.items()
+        }
+        files = plan_files(planned, file_bytes)
+        waiting: dict[str, Tensor] = {}
+        console = Console(stderr=True)
+        columns = (TextColumn("exporting"), BarColumn(), DownloadColumn())
         with (
             Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
             TensorWriter(folder, files) as writer,
@@ -118,32 +110,11 @@ def _write_weights(folder: Path, checkpoint: Path, dtype: str, file_bytes: int, 
             task = progress.add_task("weights", total=sum(file.data_bytes for file in files))
             values = ((name, read(name)) for name in parameters)
             for name, value in itertools.chain(values, read_tensors(checkpoint, BUFFER)):
-                progress.advance(task, writer.write(named(name), value.to(tensors[name].dtype)))
-=======
-    tensors = parameters | buffers
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    groups = {name: group for group in family_of(model).exported(model, shapes) for name in group.names}
-    planned = {
-        file: Planned(shape, tensors[group.names[0]].dtype)
-        for group in {id(group): group for group in groups.values()}.values()
-        for file, shape in group.files.items()
-    }
-    files = plan_files(planned, file_bytes)
-    waiting: dict[str, Tensor] = {}
-    console = Console(stderr=True)
-    columns = (TextColumn("exporting"), BarColumn(), DownloadColumn())
-    with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-        TensorWriter(folder, files) as writer,
-    ):
-        task = progress.add_task("weights", total=sum(file.data_bytes for file in files))
-        for name, value in itertools.chain(read_tensors(checkpoint), read_tensors(checkpoint, BUFFER)):
-            waiting[name] = value.to(tensors[name].dtype)
-            group = groups[name]
-            if all(name in waiting for name in group.names):
-                for file, part in group.convert([waiting.pop(name) for name in group.names]).items():
-                    progress.advance(task, writer.write(file, part.contiguous()))
->>>>>>> next
+                waiting[name] = value.to(tensors[name].dtype)
+                group = groups[name]
+                if all(name in waiting for name in group.names):
+                    for file, part in group.convert([waiting.pop(name) for name in group.names]).items():
+                        progress.advance(task, writer.write(file, part.contiguous()))
     if len(files) > 1:
         count = sum(math.prod(tensor.shape) for tensor in parameters.values())
         index = json.dumps(index_json(files, count), indent=2) + "\n"

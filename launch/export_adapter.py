@@ -13,6 +13,7 @@ from stoker.checkpoint import TensorReader, read_state
 from stoker.conf.schema import Config
 from stoker.launch.tensor_files import Planned, TensorFile, TensorWriter
 from stoker.models.adapters import Names, plan_of, scale_of
+from stoker.models.family import build_on_meta
 from stoker.models.peft_folder import CONFIG, WEIGHTS, config_json, refuse_tied, tensor_names
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.model import whole_model
@@ -20,7 +21,6 @@ from stoker.parallel.shards import PARAMETER
 from stoker.parallel.tensor.low_rank import SLOT
 from stoker.trainer.base_reader import open_base
 from stoker.trainer.frozen_base import STATE
-from stoker.trainer.parallelize import build_on_meta
 
 
 def write_adapter(folder: Path, checkpoint: Path, config: Config, dtype: str) -> None:

@@ -22,7 +22,6 @@ from stoker.data.opening import NoTokenizer
 from stoker.data.tokenizer import Tokenizer
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.launch.train import say
-from stoker.models.family import build_on_meta
 from stoker.models.generate import generate
 from stoker.parallel.buffers import fill_buffers
 from stoker.parallel.model import whole_model
@@ -31,11 +30,8 @@ from stoker.parallel.sharding import materialise
 from stoker.parallel.shards import BUFFER
 from stoker.trainer.base_reader import open_base
 from stoker.trainer.facts import with_vocabulary
-<<<<<<< HEAD
 from stoker.trainer.frozen_base import STATE, frozen_names
 from stoker.trainer.parallelize import part_builder
-=======
->>>>>>> next
 from stoker.trainer.trust import DATA, MODEL, trusted_config
 
 

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from stoker.conf.schema import AdapterConfig, Config
-from stoker.models.hugging_face import reference_name
+from stoker.models.family import family_of
 from stoker.parallel.model import ParallelizableModel
 from stoker.parallel.suggestions import shortened
 from stoker.parallel.tensor.low_rank import SLOT, AdaptedLinear, LowRank, takes_adapters
@@ -33,6 +33,7 @@ class AdapterPlan:
     ranks: Mapping[str, int]
     trained: frozenset[str]
     saved_whole: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # linear layers of all-linear that take no adapter
 
 
 def scale_of(adapter: AdapterConfig, rank: int) -> float:
@@ -87,7 +88,7 @@ class Names:
     """The modules and parameters of a whole model by what a user may call them."""
 
     def __init__(self, whole: nn.Module, config: Config) -> None:
-        self._config = config
+        self._family = family_of(config.model)
         self.modules = [name for name, _ in whole.named_modules() if name]
         self.parameters = [name for name, _ in whole.named_parameters(remove_duplicate=False)]
         parallelizable: ParallelizableModel = whole  # type: ignore[assignment]
@@ -104,7 +105,7 @@ class Names:
 
     def of(self, name: str) -> tuple[str, str]:
         """Stoker's name and that of Hugging Face's model."""
-        return name, reference_name(self._config.model, name)
+        return name, self._family.reference_name(name)
 
     def required(self, key: str, pattern: str, among: Sequence[str]) -> list[str]:
         """As `matching`. Raises ValueError where nothing matches."""
@@ -155,7 +156,8 @@ def _of_adapter(whole: nn.Module, adapter: AdapterConfig, names: Names) -> Adapt
             )
     once = {id(parameter): name for name, parameter in reversed(list(whole.named_parameters()))}
     trained = {once[id(parameter)] for name in saved for parameter in modules[name].parameters()}
-    return AdapterPlan(ranks, frozenset(trained), tuple(saved))
+    left_out = tuple(name for name in inside if name not in targets) if ALL_LINEAR in adapter.target_modules else ()
+    return AdapterPlan(ranks, frozenset(trained), tuple(saved), left_out)
 
 
 def _in_blocks(adapter: AdapterConfig, names: Names, linear: Sequence[str]) -> Iterator[str]:

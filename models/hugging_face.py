@@ -64,10 +64,8 @@ def tensor_name(name: str) -> str:
     return ".".join(["model", *parts])
 
 
-def reference_name(config: ModelConfig, name: str) -> str:
-    """Hugging Face's name of our parameter or module `name`; a user's model has names of its own."""
-    if config.target != ModelConfig().target:
-        return name
+def reference_name(name: str) -> str:
+    """Hugging Face's name of our parameter or module `name`."""
     return tensor_name(name) if name in _OUTER else tensor_name(f"{name}.weight").removesuffix(".weight")
 
 

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Shapes that the built-in decoder cannot have, and adapters that would do nothing, with the nearest that work."""
-=======
-"""Shapes that the decoder cannot have, in general or on a layout, with the nearest that work."""
->>>>>>> next
+"""Shapes that the decoder cannot have, and adapters that would do nothing, with the nearest that work."""
 
 from __future__ import annotations
 

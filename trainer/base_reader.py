@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from stoker.conf.schema import Config
+from stoker.models.family import build_on_meta
 from stoker.parallel.digest import digests
 from stoker.parallel.initialize import initialize
 from stoker.parallel.model import whole_model
 from stoker.parallel.registry import whole_registry
 from stoker.parallel.shards import PARAMETER, Shard, whole
 from stoker.trainer.frozen_base import refuse_other_base
-from stoker.trainer.parallelize import build_on_meta
 from stoker.trainer.pretrained import open_pretrained
 
 

@@ -19,11 +19,8 @@ from stoker.parallel.shards import Shard
 from stoker.parallel.update import ControlFlag, StepFlags
 from stoker.trainer.evaluation import Evaluated, Evaluation
 from stoker.trainer.facts import Facts
-<<<<<<< HEAD
 from stoker.trainer.frozen_base import STATE, FrozenBase
-=======
 from stoker.trainer.report.breakdown import CHECKPOINT
->>>>>>> next
 from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.observers import Observers
 from stoker.trainer.report.profile import Profiler
@@ -153,17 +150,13 @@ class Trainer:
         if self.observers is not None:
             flush = self.observers.metrics.flush
             self.observers.saving(step)
-<<<<<<< HEAD
-        self.checkpoints.save(step, self.saved_shards(), self.state(), before_commit=flush)
+        with record_function(CHECKPOINT):
+            self.checkpoints.save(step, self.saved_shards(), self.state(), before_commit=flush)
 
     def saved_shards(self) -> list[Shard]:
         """What a checkpoint holds of this rank."""
         shards = self.engine.shards()
         return shards if self.base is None else self.base.saved(shards)
-=======
-        with record_function(CHECKPOINT):
-            self.checkpoints.save(step, self.engine.shards(), self.state(), before_commit=flush)
->>>>>>> next
 
     def report_saves(self) -> None:
         """Report saves that ended to the observers, and flag those that failed to the other ranks."""

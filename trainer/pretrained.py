@@ -27,15 +27,10 @@ from stoker.conf.values import ConfigError
 from stoker.data.tokenizer import ByteTokenizer
 from stoker.data.tokenizer_files import load_kept
 from stoker.models import hugging_face_config as theirs
-<<<<<<< HEAD
-from stoker.models.hugging_face import OWN_MODEL, tensor_name
-from stoker.models.hugging_face_weights import HEAD, has_own_head, open_weights
-from stoker.models.peft_folder import CONFIG as ADAPTER_CONFIG
-=======
 from stoker.models.family import BUILT_IN, TRANSFORMERS, Described, OwnFamily, build_on_meta, family_of
 from stoker.models.hugging_face import FAMILIES, OWN_MODEL
 from stoker.models.hugging_face_weights import open_weights
->>>>>>> next
+from stoker.models.peft_folder import CONFIG as ADAPTER_CONFIG
 from stoker.parallel.dtypes import DTYPE_NAMES, DTYPES
 from stoker.parallel.model import whole_model
 from stoker.parallel.registry import Entry, whole_registry
@@ -183,13 +178,8 @@ def _dtype_problem(entry: Entry, stored: str) -> str:
 class _Source:
     """Tensors by our names, and how to fill shards from them."""
 
-<<<<<<< HEAD
-    tensors: Mapping[str, _Tensor]
-    fill: Callable[[Sequence[Shard]], None]
-=======
     tensors: Mapping[str, Described]
-    fill: Callable[[Sequence[Shard]], object]
->>>>>>> next
+    fill: Callable[[Sequence[Shard]], None]
 
 
 @contextmanager

@@ -18,11 +18,13 @@ from stoker.conf.schema import Config, lookup
 from stoker.conf.values import ConfigError
 from stoker.models import peft_folder
 from stoker.models.adapters import Names, plan_of
+from stoker.models.family import build_on_meta
 from stoker.models.peft_folder import open_adapter, tensor_names
 from stoker.parallel.dtypes import DTYPES
 from stoker.parallel.model import whole_model
 from stoker.parallel.shards import PARAMETER, Shard
-from stoker.trainer.parallelize import build_on_meta, part_builder
+from stoker.parallel.suggestions import shortened
+from stoker.trainer.parallelize import part_builder
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +57,17 @@ def adopt_adapter(config: Config, overrides: Sequence[str], tell: Callable[[str]
     return config
 
 
-def refuse_unfitting(config: Config) -> None:
-    """Raises ConfigError for an adapter, or names in `model.freeze`, that do not fit the model."""
+def refuse_unfitting(config: Config, tell: Callable[[str], None]) -> None:
+    """Raises ConfigError for an adapter, or names in `model.freeze`, that do not fit the model.
+
+    `tell` takes a line of the layers that all-linear leaves out.
+    """
     try:
-        part_builder(_with_size(config))
+        plan = plan_of(_base(config)[0], _with_size(config))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if plan is not None and plan.left_out:
+        tell(f"adapter.target_modules=[all-linear]: no adapter beside {shortened(plan.left_out)}, which take none")
 
 
 def load_adapter(config: Config, shards: Sequence[Shard]) -> None:

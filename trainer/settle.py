@@ -130,12 +130,6 @@ def adopt(request: Request, draft: Draft) -> Draft:
         config = adopt_shape(config, request.overrides)
         if config.data.tokenizer != draft.config.data.tokenizer:
             request.tell(f"data.tokenizer={config.data.tokenizer}: the one of model.init_from")
-<<<<<<< HEAD
-    if draft.stored is None and config.adapter.init_from is not None:
-        from stoker.trainer.pretrained_adapter import adopt_adapter
-
-        config = adopt_adapter(config, request.overrides, request.tell)
-=======
     elif draft.stored is None and config.model.config is not None:
         from stoker.trainer.pretrained import with_settled
 
@@ -143,7 +137,10 @@ def adopt(request: Request, draft: Draft) -> Draft:
             config = with_settled(config)
         except ValueError as error:
             raise ConfigError(f"model.config: {error}") from error
->>>>>>> next
+    if draft.stored is None and config.adapter.init_from is not None:
+        from stoker.trainer.pretrained_adapter import adopt_adapter
+
+        config = adopt_adapter(config, request.overrides, request.tell)
     chosen = config.checkpoint.dir is not None or any(word.startswith("checkpoint.dir=") for word in request.overrides)
     place = None if chosen else adopted_link(draft.run)
     if place is not None:  # a link made by a user counts like the key
@@ -174,7 +171,7 @@ def validate(request: Request, draft: Draft) -> Draft:
     if config.adapter.name != "none" or config.model.freeze:
         from stoker.trainer.pretrained_adapter import refuse_unfitting
 
-        refuse_unfitting(config)
+        refuse_unfitting(config, request.tell)
     if request.check_import and draft.stored is None and config.model.init_from is not None:
         from stoker.trainer.import_check import compare_import
 

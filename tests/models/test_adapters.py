@@ -10,12 +10,13 @@ from torch import nn
 
 from stoker.conf.schema import AdapterConfig, Config, ModelConfig
 from stoker.models.adapters import apply, plan_of
+from stoker.models.family import build_on_meta
 from stoker.models.peft_folder import shared_ends
 from stoker.parallel.model import Constant, Normal, Part, whole_model
 from stoker.parallel.registry import whole_registry
 from stoker.parallel.tensor.layers import ColumnLinear
 from stoker.parallel.tensor.low_rank import LowRank, takes_adapters
-from stoker.trainer.parallelize import build_on_meta, part_builder
+from stoker.trainer.parallelize import part_builder
 
 MODEL = ModelConfig(
     vocab_size=50,
@@ -134,7 +135,7 @@ def test_a_layer_that_would_leave_the_adapter_out_takes_none() -> None:
     assert plan is None
     config = config_of(ModelConfig(target="mine:build"), rank=1)
     found = plan_of(model, config)
-    assert found is not None and dict(found.ranks) == {"layers.1": 1}
+    assert found is not None and dict(found.ranks) == {"layers.1": 1} and found.left_out == ("layers.0",)
     config.adapter.target_modules = ["layers.*"]
     with pytest.raises(ValueError, match=r"layers\.0 is ComputesOtherwise, which takes no adapter"):
         plan_of(model, config)

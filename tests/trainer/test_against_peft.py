@@ -12,6 +12,7 @@ import torch.distributed as dist
 from stoker.conf.compose import compose
 from stoker.conf.schema import Config
 from stoker.models.adapters import Names, plan_of
+from stoker.models.family import build_on_meta
 from stoker.models.peft_folder import config_json, tensor_names
 from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.layout import batch_plan, layout_of
@@ -19,7 +20,7 @@ from stoker.parallel.mesh import start_mesh, stop_mesh
 from stoker.parallel.model import whole_model
 from stoker.parallel.shards import PARAMETER
 from stoker.trainer.facts import with_vocabulary
-from stoker.trainer.parallelize import build_engine, build_on_meta
+from stoker.trainer.parallelize import build_engine
 from stoker.trainer.pretrained import adopt_shape, load_pretrained
 from tests.models.families import VOCABULARY, write_family
 
