@@ -131,9 +131,9 @@ def test_a_layer_that_would_leave_the_adapter_out_takes_none() -> None:
     assert takes_adapters(nn.Linear(2, 2)) and takes_adapters(ColumnLinear(2, 2))
     assert not takes_adapters(ComputesOtherwise(2, 2)) and not takes_adapters(IsCutOtherwise(2, 2))
     model = Holder(nn.ModuleDict({"0": ComputesOtherwise(2, 2), "1": nn.Linear(2, 2)}))
-    plan = plan_of(model, config_of(ModelConfig(target="mine:build")))
+    plan = plan_of(model, config_of())
     assert plan is None
-    config = config_of(ModelConfig(target="mine:build"), rank=1)
+    config = config_of(rank=1)
     found = plan_of(model, config)
     assert found is not None and dict(found.ranks) == {"layers.1": 1} and found.left_out == ("layers.0",)
     config.adapter.target_modules = ["layers.*"]
