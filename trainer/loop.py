@@ -16,6 +16,7 @@ from stoker.parallel.batch import Batch
 from stoker.parallel.engine import Engine
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.shards import Shard
+from stoker.parallel.tensor.low_rank import SLOT
 from stoker.parallel.update import ControlFlag, StepFlags
 from stoker.trainer.evaluation import Evaluated, Evaluation
 from stoker.trainer.facts import Facts
@@ -255,7 +256,8 @@ class Trainer:
         if self._seen_gradients or not any(self.mesh.any([bool(batch.valid_tokens() > 0)])):
             return
         self._seen_gradients = True
-        names = self.engine.without_gradient()
+        # The first matrix of an adapter has none until the second one, which begins at zero, has moved.
+        names = [name for name in self.engine.without_gradient() if not name.endswith(f".{SLOT}.A")]
         if names and self.observers is not None:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             self.observers.message(
