@@ -29,6 +29,8 @@ class Limit:
         value = lookup(config, self.key)
         if value is None or self.holds(value):
             return None
+        if isinstance(value, dict):  # as it is typed
+            value = "{" + ", ".join(f"{name}: {of}" for name, of in value.items()) + "}"
         if self.choices:
             return f"{self.key}={value}: choose from {', '.join(closest(str(value), list(self.choices)))}"
         return f"{self.key}={value}: must be {self.rule}, because {self.why}"
@@ -114,6 +116,15 @@ LIMITS = (
     _at_least("model.rope_parameters.original_max_position_embeddings", 1, "it counts tokens"),
     _above_zero("model.initializer_range", "weights that all start at 0 cannot be trained"),
     _at_least("model.loss_chunk", 1, "it counts tokens"),
+    _choice("adapter.name", "none", "lora"),
+    _at_least("adapter.rank", 1, "it counts columns and rows"),
+    _above_zero("adapter.alpha", "an adapter multiplied by 0 changes nothing"),
+    Limit(
+        "adapter.rank_pattern",
+        "ranks of at least 1 by name or pattern, such as {q_proj: 16}",
+        "it counts columns and rows",
+        lambda ranks: all(type(rank) is int and rank >= 1 for rank in ranks.values()),
+    ),
     _choice("data.packing", "concatenated", "best_fit", "padded"),
     _above_zero("data.temperature", "it divides"),
     _at_least("data.bpe_vocab", 257, "256 bytes and the end of a document come first"),

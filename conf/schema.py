@@ -118,7 +118,23 @@ class ModelConfig:
     tie_word_embeddings: bool = fixed(False)  # one matrix for the embedding and the head
     initializer_range: float = fixed(0.02)  # standard deviation of initial weights
     loss_chunk: int = free(1024)  # tokens whose logits exist at one time
+    freeze: list[str] = fixed([])  # parameters, or modules with all of theirs, not to train: [embedding, layers.0.*]
     args: dict[str, Any] = fixed({})  # for a user's model.target; for model=transformers: changes of model.config
+
+
+@dataclass
+class AdapterConfig:
+    """Keys by peft's names. Modules go by Stoker's names, by Hugging Face's, or by the end of one (`q_proj`)."""
+
+    name: str = fixed("none")  # none | lora: only the product of two thin matrices beside each target is trained
+    rank: int = fixed(8)  # columns and rows of the thin matrices
+    alpha: float = fixed(16.0)  # their product is multiplied by alpha / rank
+    rslora: bool = fixed(False)  # by alpha / sqrt(rank) instead
+    target_modules: list[str] = fixed(["all-linear"])  # linear layers by names or patterns; all-linear: of all blocks
+    layers_to_transform: list[int] = fixed([])  # numbers of the blocks whose linear layers are targets; default: all
+    rank_pattern: dict[str, Any] = fixed({})  # another rank for targets by name or pattern: {q_proj: 16}
+    modules_to_save: list[str] = fixed([])  # modules of the base that are trained whole, such as [embedding, head]
+    init_from: str | None = fixed()  # folder of an adapter in peft's format, whose shape and values the run begins with
 
 
 @dataclass
@@ -286,6 +302,7 @@ class Config:
     batch: BatchConfig = free(BatchConfig)
     parallel: ParallelConfig = free(ParallelConfig)
     model: ModelConfig = fixed(ModelConfig)
+    adapter: AdapterConfig = fixed(AdapterConfig)
     data: DataConfig = fixed(DataConfig)
     optim: OptimConfig = maths(OptimConfig)
     schedule: ScheduleConfig = maths(ScheduleConfig)
@@ -308,7 +325,7 @@ class Config:
     faults: list[dict[str, Any]] = free([])  # failures to inject, each once per run: [{at: 7, rank: 1, do: kill}]
 
 
-GROUPS = ("model", "data", "optim", "schedule", "tracker", "launch")
+GROUPS = ("model", "adapter", "data", "optim", "schedule", "tracker", "launch")
 # Keys for one start, which a run does not keep.
 PER_START = ("run.fresh", "run.change", "run.trust", "run.adopt", "launch.deadline")
 

@@ -205,6 +205,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("fp32", "bf16", "fp16"),
         help="of the weights (default: the imported model's, else fp32)",
     )
+    export.add_argument("--merge", action="store_true", help="of a run with an adapter: the whole model with it added")
     export.add_argument("--step", type=int, help="of this step's checkpoint instead of the newest")
     export.add_argument("--shard-size", default="5GB", help="largest size of one file (default 5GB)")
     arguments.add_trust(export)

@@ -8,15 +8,18 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from torch import Tensor
 
-from stoker.checkpoint import DamagedCheckpoint, open_checkpoint, read_tensors
-from stoker.conf.schema import ModelConfig
+from stoker.checkpoint import DamagedCheckpoint, TensorReader, open_checkpoint, read_tensors
+from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
+from stoker.launch.export_adapter import merged, write_adapter
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.launch.model_files import export_dtype, model_files
 from stoker.launch.tensor_files import Planned, TensorWriter, index_json, plan_files
@@ -38,8 +41,12 @@ def export(options: argparse.Namespace) -> int:
     if summary.problem is not None:
         raise ValueError(f"{summary.path}: {summary.problem}; --step takes another checkpoint")
     config = with_vocabulary(trusted_config(run, options.trust, (MODEL, DATA), say), run.tokenizer)
-    dtype = options.dtype or export_dtype(run)
-    if config.model.init_from is not None and not run.base_model.is_dir():
+    adapted = config.adapter.name != "none"
+    if options.merge and not adapted:
+        raise ConfigError(f"--merge: {run.path} has no adapter to merge: leave --merge out")
+    alone = adapted and not options.merge
+    dtype = options.dtype or ("fp32" if alone else export_dtype(run))
+    if config.model.init_from is not None and not run.base_model.is_dir() and not alone:
         say(f"{run.base_model} does not exist: new files are made instead of those of {config.model.init_from}")
     file_bytes = _bytes(options.shard_size)
     out = Path(options.out).expanduser().absolute()
@@ -49,10 +56,13 @@ def export(options: argparse.Namespace) -> int:
     shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
     unfinished.mkdir(parents=True)
     try:
-        for name, content in model_files(run, config, dtype).items():
-            (unfinished / name).parent.mkdir(exist_ok=True)
-            (unfinished / name).write_bytes(content)
-        _write_weights(unfinished, summary.path, dtype, file_bytes, config.model)
+        if alone:
+            write_adapter(unfinished, summary.path, config, dtype)
+        else:
+            for name, content in model_files(run, config, dtype).items():
+                (unfinished / name).parent.mkdir(exist_ok=True)
+                (unfinished / name).write_bytes(content)
+            _write_weights(unfinished, summary.path, config, dtype, file_bytes)
         unfinished.rename(out)  # replaces at most an empty directory
     except DamagedCheckpoint as error:
         raise ValueError(f"{error}; --step takes another checkpoint") from error
@@ -62,38 +72,49 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write_weights(folder: Path, checkpoint: Path, dtype: str, file_bytes: int, model: ModelConfig) -> None:
+@contextmanager
+def _whole(checkpoint: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]]:
+    """The shapes of a checkpoint's parameters, and a function that reads one."""
+    with TensorReader(checkpoint) as reader:
+        tensors = reader.stored.tensors.values()
+        yield {tensor.name: tensor.shape for tensor in tensors if tensor.kind == PARAMETER}, reader.read
+
+
+def _write_weights(folder: Path, checkpoint: Path, config: Config, dtype: str, file_bytes: int) -> None:
     """The parameters in `dtype` and the persistent buffers in their own, in the form of the model's family.
 
     What becomes tensors of the folder together is in memory at a time. Raises DamagedCheckpoint.
     """
     stored = open_checkpoint(checkpoint).tensors.values()
-    theirs = PRECISIONS[dtype]
-    parameters = {tensor.name: Planned(tensor.shape, theirs) for tensor in stored if tensor.kind == PARAMETER}
     buffers = {tensor.name: Planned(tensor.shape, DTYPES[tensor.dtype]) for tensor in stored if tensor.kind == BUFFER}
-    tensors = parameters | buffers
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    groups = {name: group for group in family_of(model).exported(model, shapes) for name in group.names}
-    planned = {
-        file: Planned(shape, tensors[group.names[0]].dtype)
-        for group in {id(group): group for group in groups.values()}.values()
-        for file, shape in group.files.items()
-    }
-    files = plan_files(planned, file_bytes)
-    waiting: dict[str, Tensor] = {}
-    console = Console(stderr=True)
-    columns = (TextColumn("exporting"), BarColumn(), DownloadColumn())
-    with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-        TensorWriter(folder, files) as writer,
-    ):
-        task = progress.add_task("weights", total=sum(file.data_bytes for file in files))
-        for name, value in itertools.chain(read_tensors(checkpoint), read_tensors(checkpoint, BUFFER)):
-            waiting[name] = value.to(tensors[name].dtype)
-            group = groups[name]
-            if all(name in waiting for name in group.names):
-                for file, part in group.convert([waiting.pop(name) for name in group.names]).items():
-                    progress.advance(task, writer.write(file, part.contiguous()))
+    opened = _whole(checkpoint) if config.adapter.name == "none" else merged(checkpoint, config)
+    with opened as (of_parameters, read):
+        parameters = {name: Planned(shape, PRECISIONS[dtype]) for name, shape in of_parameters.items()}
+        tensors = parameters | buffers
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        family = family_of(config.model)
+        groups = {name: group for group in family.exported(config.model, shapes) for name in group.names}
+        planned = {
+            file: Planned(shape, tensors[group.names[0]].dtype)
+            for group in {id(group): group for group in groups.values()}.values()
+            for file, shape in group.files.items()
+        }
+        files = plan_files(planned, file_bytes)
+        waiting: dict[str, Tensor] = {}
+        console = Console(stderr=True)
+        columns = (TextColumn("exporting"), BarColumn(), DownloadColumn())
+        with (
+            Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+            TensorWriter(folder, files) as writer,
+        ):
+            task = progress.add_task("weights", total=sum(file.data_bytes for file in files))
+            values = ((name, read(name)) for name in parameters)
+            for name, value in itertools.chain(values, read_tensors(checkpoint, BUFFER)):
+                waiting[name] = value.to(tensors[name].dtype)
+                group = groups[name]
+                if all(name in waiting for name in group.names):
+                    for file, part in group.convert([waiting.pop(name) for name in group.names]).items():
+                        progress.advance(task, writer.write(file, part.contiguous()))
     if len(files) > 1:
         count = sum(math.prod(tensor.shape) for tensor in parameters.values())
         index = json.dumps(index_json(files, count), indent=2) + "\n"

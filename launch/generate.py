@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stoker.checkpoint import CheckpointMismatch, DamagedCheckpoint, Summary, read_tensors
+from stoker.checkpoint import CheckpointMismatch, DamagedCheckpoint, Summary, read_state, read_tensors
 from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
@@ -22,14 +22,16 @@ from stoker.data.opening import NoTokenizer
 from stoker.data.tokenizer import Tokenizer
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.launch.train import say
-from stoker.models.family import build_on_meta
 from stoker.models.generate import generate
 from stoker.parallel.buffers import fill_buffers
 from stoker.parallel.model import whole_model
 from stoker.parallel.registry import whole_registry
 from stoker.parallel.sharding import materialise
 from stoker.parallel.shards import BUFFER
+from stoker.trainer.base_reader import open_base
 from stoker.trainer.facts import with_vocabulary
+from stoker.trainer.frozen_base import STATE, frozen_names
+from stoker.trainer.parallelize import part_builder
 from stoker.trainer.trust import DATA, MODEL, trusted_config
 
 
@@ -103,9 +105,10 @@ def _ids(text: str, config: Config) -> list[int]:
 def load_model(config: Config, checkpoint: Path) -> nn.Module:
     """The whole model of a checkpoint, float32 on the CPU. `config.model.vocab_size` is known.
 
+    The base of an adapter is read where the run reads it; ValueError if it is not that of the checkpoint.
     Raises DamagedCheckpoint, and CheckpointMismatch naming a tensor that the config's model does not have so.
     """
-    model = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
+    model = part_builder(config)(whole_model(config.model.num_hidden_layers))
     materialise(model, torch.device("cpu"))
     fill_buffers(model, whole_registry(model))
     saved = model.state_dict(keep_vars=True)
@@ -119,6 +122,10 @@ def load_model(config: Config, checkpoint: Path) -> nn.Module:
                 problem = f"{name} has shape {tuple(value.shape)}, the model of the run's config {ours}"
                 raise CheckpointMismatch(f"{checkpoint} is not a checkpoint of this model: {problem}")
             parameter.copy_(value)
+        if config.adapter.name != "none":
+            with open_base(config, read_state(checkpoint).get(STATE, {})) as read:
+                for name in frozen_names(config):
+                    tensors.pop(name).copy_(read(name))
     if tensors:
         missing = ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in tensors.items())
         raise CheckpointMismatch(f"{checkpoint} is not a checkpoint of this model: it lacks {missing}")

@@ -7,6 +7,8 @@
 `rope`        rotary angles for given positions, with Llama 3's scaling
 `embedding`   tokens to activations; its gradient is summed in fp32
 `loss`        activations to the summed loss, a chunk of tokens at a time, so that the logits never exist at once
+`adapters`    which parameters are trained, and low-rank layers beside the linear ones
+`peft_folder` adapters in peft's files
 `generate`    sampling one token at a time over a cache of keys and values
 `flops`       the arithmetic of a token, for utilisation
 

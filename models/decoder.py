@@ -21,7 +21,7 @@ from stoker.models.cache import Cache, LayerCache
 from stoker.models.embedding import Embedding
 from stoker.models.family import Exported, Family, renamed
 from stoker.models.flops import flops_per_token
-from stoker.models.hugging_face import changed_config_json, config_json, tensor_name
+from stoker.models.hugging_face import changed_config_json, config_json, reference_name, tensor_name
 from stoker.models.hugging_face_weights import HEAD, StoredTensor, has_own_head, open_weights
 from stoker.models.loss import Head
 from stoker.models.refusals import REFUSALS
@@ -170,7 +170,7 @@ class DecoderFamily(Family):
         return values
 
     def reference_name(self, name: str) -> str:
-        return tensor_name(name)
+        return reference_name(name)
 
 
 build = DecoderFamily()

@@ -64,6 +64,11 @@ def tensor_name(name: str) -> str:
     return ".".join(["model", *parts])
 
 
+def reference_name(name: str) -> str:
+    """Hugging Face's name of our parameter or module `name`."""
+    return tensor_name(name) if name in _OUTER else tensor_name(f"{name}.weight").removesuffix(".weight")
+
+
 def family_of(config: ModelConfig) -> str:
     """The family that `config` belongs to: `model.family`, else the first that has its biases and norms.
 

@@ -1,10 +1,10 @@
-"""Shapes that the decoder cannot have, in general or on a layout, with the nearest that work."""
+"""Shapes that the decoder cannot have, and adapters that would do nothing, with the nearest that work."""
 
 from __future__ import annotations
 
 import math
 
-from stoker.conf.schema import RopeParameters
+from stoker.conf.schema import AdapterConfig, RopeParameters
 from stoker.parallel.start import Refusals, Start
 from stoker.parallel.suggestions import around, divisors, either, multiples_around
 
@@ -155,3 +155,37 @@ def _frequency_factors(start: Start) -> str | None:
         f"model.rope_parameters: low_freq_factor={low} must be above 0 and below high_freq_factor={high}; "
         "Llama 3.1 has model.rope_parameters.low_freq_factor=1.0 model.rope_parameters.high_freq_factor=4.0"
     )
+
+
+@REFUSALS.entry("settings of no adapter", "keys of the adapter section with adapter=none", "they would have no effect")
+def _settings_of_no_adapter(start: Start) -> str | None:
+    adapter, default = start.config.adapter, AdapterConfig()
+    if adapter.name != default.name:
+        return None
+    changed = [f"adapter.{key}={value}" for key, value in vars(adapter).items() if value != getattr(default, key)]
+    if not changed:
+        return None
+    return f"{', '.join(changed)} with adapter=none: adapter=lora trains an adapter"
+
+
+@REFUSALS.entry(
+    "frozen parameters of an adapter run", "model.freeze with an adapter", "an adapter freezes the whole model already"
+)
+def _frozen_with_adapter(start: Start) -> str | None:
+    freeze, adapter = start.config.model.freeze, start.config.adapter
+    if not freeze or adapter.name == "none":
+        return None
+    return (
+        f"model.freeze={freeze} with adapter={adapter.name}, which trains nothing of the model but "
+        "adapter.modules_to_save: model.freeze=[] works, or adapter=none"
+    )
+
+
+@REFUSALS.entry(
+    "adapters under DeepSpeed", "an adapter with parallel.engine=deepspeed", "what it computes there is not tested yet"
+)
+def _adapter_under_deepspeed(start: Start) -> str | None:
+    adapter, engine = start.config.adapter.name, start.config.parallel.engine
+    if adapter == "none" or engine != "deepspeed":
+        return None
+    return f"adapter={adapter} with parallel.engine=deepspeed: parallel.engine=fsdp works"

@@ -120,11 +120,16 @@ class Registry:
 def entries_of(model: nn.Module) -> list[Entry]:
     """Entries of a model whose tensors this rank holds whole: parameters, tied ones once, then buffers.
 
+    A module may give the initial values of its parameters itself (`own_initial`, by their names within it).
+
     Raises ValueError for parameters of another dtype than float32: what computes in fewer bits are copies.
     """
     initial = getattr(model, "initial", None)
     roles: dict[nn.Parameter, Role] = {}
+    added: dict[nn.Parameter, Normal | Constant] = {}
     for module in model.modules():
+        if (rule_of := getattr(module, "own_initial", None)) is not None:
+            added |= {parameter: rule_of(name) for name, parameter in module.named_parameters(recurse=False)}
         role = Role.EMBEDDING if isinstance(module, nn.Embedding) else getattr(module, "role", None)
         for parameter in module.parameters(recurse=False):
             if isinstance(role, Role) and parameter.dim() > 1:
@@ -136,7 +141,9 @@ def entries_of(model: nn.Module) -> list[Entry]:
                 f"parameter {name} is {parameter.dtype}: build models in float32; `precision` sets the compute dtype"
             )
         role = roles.get(parameter, Role.MATRIX if parameter.dim() > 1 else Role.VECTOR)
-        rule = None if initial is None else initial(name)
+        rule = added.get(parameter)
+        if rule is None and initial is not None:
+            rule = initial(name)
         entries.append(_whole(name, parameter, trainable=parameter.requires_grad, role=role, initial=rule))
     saved = model.state_dict(keep_vars=True)
     entries += [

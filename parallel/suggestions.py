@@ -1,8 +1,8 @@
-"""The nearest numbers that work, for the messages of refusals."""
+"""What would work, for the messages of refusals: the nearest numbers, and a few of many names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def divisors(number: int) -> list[int]:
@@ -28,3 +28,9 @@ def multiples_around(number: int, unit: int) -> list[int]:
 def either(numbers: Iterable[int]) -> str:
     """`8 or 12`."""
     return " or ".join(map(str, numbers))
+
+
+def shortened(names: Sequence[str], most: int = 8) -> str:
+    """The first of `names`, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -20,10 +20,12 @@ from stoker.parallel.mmap_offload import offloaded
 from stoker.parallel.shards import BUFFER, PARAMETER
 from stoker.trainer.evaluation import Evaluation, Part
 from stoker.trainer.facts import Facts, vocabulary_of
+from stoker.trainer.frozen_base import FrozenBase, frozen_names
 from stoker.trainer.history import SavedOnce, has_saved, nothing_to_resume
 from stoker.trainer.loop import Trainer
 from stoker.trainer.parallelize import build_engine, compiles
 from stoker.trainer.pretrained import load_pretrained
+from stoker.trainer.pretrained_adapter import load_adapter
 from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.metrics import read_recent
 from stoker.trainer.report.module_ranges import modules_to_mark
@@ -102,8 +104,22 @@ def assemble(
     )
     faults = Faults(read_faults(config.faults), mesh.rank, run, checkpoints, mesh.device)
 
+    frozen = frozen_names(complete)
+    base = FrozenBase(frozen, config.model.init_from) if frozen else None
+
+    def begin() -> None:
+        initialise()
+        if config.model.init_from is not None:
+            load_pretrained(complete, engine.shards())
+        engine.shards_written()
+
+    if base is not None:  # which no checkpoint holds
+        begin()
+        base.measure(engine.shards(), mesh)
+
     def restore() -> dict[str, Any] | None:
-        return resume(run.checkpoints, engine.shards(), mesh.all_gather_text, mesh.rank, remote)
+        held = engine.shards() if base is None else base.saved(engine.shards())
+        return resume(run.checkpoints, held, mesh.all_gather_text, mesh.rank, remote)
 
     trainer = Trainer(
         config=config,
@@ -120,6 +136,7 @@ def assemble(
         faults=faults,
         timeouts=Timeouts(config.parallel.timeout_seconds, config.launch.hang_seconds),
         restore=restore,
+        base=base,
     )
     phase(0, Phase.RESUME)
     state = restore()
@@ -129,13 +146,14 @@ def assemble(
     else:
         if has_saved(run):
             raise ValueError(nothing_to_resume(run, config.checkpoint.remote))
-        initialise()
-        if config.model.init_from is not None:
-            load_pretrained(complete, engine.shards())
+        if base is None:
+            begin()
+        if config.adapter.init_from is not None:
+            load_adapter(complete, engine.shards())
             engine.shards_written()
     checkpoints.go_on_uploading()
     with offloaded(config.parallel):
-        checkpoints.prepare(engine.shards())
+        checkpoints.prepare(trainer.saved_shards())
     if observers is not None:
         grace = ShutdownEstimate(deadline_of(config.launch.deadline), observers.message)
         grace.recall(read_recent(run.metrics))

@@ -15,9 +15,12 @@ from stoker.data import RowSource
 from stoker.parallel.batch import Batch
 from stoker.parallel.engine import Engine
 from stoker.parallel.mesh import Mesh
+from stoker.parallel.shards import Shard
+from stoker.parallel.tensor.low_rank import SLOT
 from stoker.parallel.update import ControlFlag, StepFlags
 from stoker.trainer.evaluation import Evaluated, Evaluation
 from stoker.trainer.facts import Facts
+from stoker.trainer.frozen_base import STATE, FrozenBase
 from stoker.trainer.report.breakdown import CHECKPOINT
 from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.observers import Observers
@@ -54,6 +57,7 @@ class Trainer:
     faults: Faults
     timeouts: Timeouts
     restore: Callable[[], dict[str, Any] | None]  # load the newest checkpoint, all ranks together; its state
+    base: FrozenBase | None = None  # of an adapter run: what its checkpoints leave out
     progress: Progress = field(default_factory=Progress, init=False)
     booking: Booking | None = field(default=None, init=False)  # on global rank 0, once training
     failed_save: str | None = field(default=None, init=False)  # why a save failed, as this rank knows it
@@ -148,7 +152,12 @@ class Trainer:
             flush = self.observers.metrics.flush
             self.observers.saving(step)
         with record_function(CHECKPOINT):
-            self.checkpoints.save(step, self.engine.shards(), self.state(), before_commit=flush)
+            self.checkpoints.save(step, self.saved_shards(), self.state(), before_commit=flush)
+
+    def saved_shards(self) -> list[Shard]:
+        """What a checkpoint holds of this rank."""
+        shards = self.engine.shards()
+        return shards if self.base is None else self.base.saved(shards)
 
     def report_saves(self) -> None:
         """Report saves that ended to the observers, and flag those that failed to the other ranks."""
@@ -183,11 +192,14 @@ class Trainer:
             "loss": self.progress.loss,
             VALIDATION_LOSS: self.progress.val_loss if self.progress.val_step == self.progress.step else None,
             "config": to_dict(self.config),
+            **({} if self.base is None else {STATE: self.base.digests}),
             **({"observers": kept} if self.observers is not None and (kept := self.observers.state()) else {}),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`. Raises ValueError when the data are not those of the state."""
+        """The inverse of `state`. Raises ValueError when the data, or the base of an adapter, are not the state's."""
+        if self.base is not None:
+            self.base.refuse_other(state.get(STATE, {}))
         self.rows.load_state(state["data"])
         self.engine.load_state(state["engine"])
         self.engine.shards_written()
@@ -244,7 +256,8 @@ class Trainer:
         if self._seen_gradients or not any(self.mesh.any([bool(batch.valid_tokens() > 0)])):
             return
         self._seen_gradients = True
-        names = self.engine.without_gradient()
+        # The first matrix of an adapter has none until the second one, which begins at zero, has moved.
+        names = [name for name in self.engine.without_gradient() if not name.endswith(f".{SLOT}.A")]
         if names and self.observers is not None:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             self.observers.message(

@@ -1,8 +1,8 @@
 """How a model is parallelized: from a config and a mesh to an engine with initialised weights.
 
-The order matters and is defined here only: stages (pipeline) -> tensor parallel -> fp32 modules -> activation
-checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has sharded it, the model is on the meta device
-and takes no memory.
+The order matters and is defined here only: adapters -> stages (pipeline) -> tensor parallel -> fp32 modules ->
+activation checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has sharded it, the model is on the
+meta device and takes no memory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stoker.conf.schema import Config
+from stoker.models.adapters import apply, plan_of
 from stoker.models.family import build_on_meta, family_of
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.engine import Engine
@@ -59,23 +60,27 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
 
     A run that resumes from a checkpoint does not need them, and drawing them takes seconds per billion parameters.
     """
-    whole = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
+    build = part_builder(config)
+    whole = build(whole_model(config.model.num_hidden_layers))
     log.info("model: %s, %s parameters", config.model.name, f"{_count(whole):,}")
+    if config.adapter.name != "none" or config.model.freeze:
+        trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
+        log.info("adapter: %s, %s parameters are trained", config.adapter.name, f"{trained:,}")
     if not any(parameter.requires_grad for parameter in whole.parameters()):
         raise ValueError(f"model.target={config.model.target}: none of its parameters is trained")
 
-    every = _parts(config, mesh, whole)
+    every = _parts(config, mesh, whole, build)
     numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
-    stages = [build_on_meta(config.model, every[n]) for n in numbers] if mesh.layout.pp > 1 else [whole]
+    stages = [build(every[n]) for n in numbers] if mesh.layout.pp > 1 else [whole]
     trial = Trial(plan.micro_rows, config.seq_len, bool(config.data.document_mask))
     dtype = PRECISIONS[config.precision]
-    activations = whole_activations = trial.activations(every, functools.partial(build_on_meta, config.model), dtype)
+    activations = whole_activations = trial.activations(every, build, dtype)
     registry = _cut_tensors(config, mesh, stages)
     if mesh.group("tp") is not None:
         if config.parallel.sequence_parallel:
             activations = [_shared(activation, mesh.layout.tp) for activation in whole_activations]
         for number, stage in zip(numbers, stages, strict=True):
-            rebuild = functools.partial(build_on_meta, config.model, every[number])
+            rebuild = functools.partial(build, every[number])
             received, whole_received = ([None, *known][number] for known in (activations, whole_activations))
             trial.refuse_open_regions(stage, registry, received, rebuild, whole_received)
     if mesh.layout.pp > 1:
@@ -126,12 +131,23 @@ def compiles(config: Config, device: torch.device) -> bool:
     return True
 
 
-def _parts(config: Config, mesh: Mesh, whole: nn.Module) -> list[Part]:
+def part_builder(config: Config) -> Callable[[Part], nn.Module]:
+    """Builds parts of the model that `config` trains, with its adapters, without memory.
+
+    Raises ValueError for an adapter, or names in `model.freeze`, that do not fit the model.
+    """
+    if config.adapter.name == "none" and not config.model.freeze:
+        return functools.partial(build_on_meta, config.model)
+    plan = plan_of(build_on_meta(config.model, whole_model(config.model.num_hidden_layers)), config)
+    return lambda part: apply(build_on_meta(config.model, part), plan, config.adapter)
+
+
+def _parts(config: Config, mesh: Mesh, whole: nn.Module, build: Callable[[Part], nn.Module]) -> list[Part]:
     """The parts of all stages, in the order of the pipeline."""
     if mesh.layout.pp == 1:
         return [whole_model(config.model.num_hidden_layers)]
     cost = functools.partial(family_of(config.model).layer_cost, config.model)
-    costs = costs_of(_parallelizable(whole), functools.partial(build_on_meta, config.model), cost)
+    costs = costs_of(_parallelizable(whole), build, cost)
     every = parts(costs, mesh.layout.pp * config.parallel.stages_per_rank)
     spans = ", ".join(f"{part.layers.start}-{part.layers.stop - 1}" for part in every)
     log.info("pipeline: %s, layers of the stages: %s", config.parallel.schedule, spans)

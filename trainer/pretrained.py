@@ -30,6 +30,7 @@ from stoker.models import hugging_face_config as theirs
 from stoker.models.family import BUILT_IN, TRANSFORMERS, Described, OwnFamily, build_on_meta, family_of
 from stoker.models.hugging_face import FAMILIES, OWN_MODEL
 from stoker.models.hugging_face_weights import open_weights
+from stoker.models.peft_folder import CONFIG as ADAPTER_CONFIG
 from stoker.parallel.dtypes import DTYPE_NAMES, DTYPES
 from stoker.parallel.model import whole_model
 from stoker.parallel.registry import Entry, whole_registry
@@ -103,17 +104,23 @@ def load_pretrained(config: Config, shards: Sequence[Shard]) -> None:
     values. With `model.init_only` the tensors whose name fits none of its patterns stay as they are, and additional
     tensors are no error.
     """
+    with open_pretrained(config) as fill:
+        fill(shards)
+
+
+@contextmanager
+def open_pretrained(config: Config) -> Iterator[Callable[[Sequence[Shard]], None]]:
+    """A function that does what `load_pretrained` does, any number of times, while its files are open."""
     folder = init_folder(config)
     entries = _entries(config.model)
-    wanted = _wanted(config.model, list(entries))
-    mine = [shard for shard in shards if shard.kind in _KINDS and shard.name in wanted]
     try:
         with _open(folder, config.model, list(entries)) as source:
             _refuse_other_tensors(config.model, entries, source.tensors)
-            source.fill(mine)
+            wanted = _wanted(config.model, list(entries))
+            log.info("initial weights: %d of %d tensors from %s", len(wanted), len(entries), folder)
+            yield lambda shards: source.fill([s for s in shards if s.kind in _KINDS and s.name in wanted])
     except (OSError, ValueError) as error:
         raise ValueError(f"model.init_from={folder}: {error}") from error
-    log.info("initial weights: %d of %d tensors from %s", len(wanted), len(entries), folder)
 
 
 def _with_values(config: Config, found: dict[str, Any]) -> Config:
@@ -172,7 +179,7 @@ class _Source:
     """Tensors by our names, and how to fill shards from them."""
 
     tensors: Mapping[str, Described]
-    fill: Callable[[Sequence[Shard]], object]
+    fill: Callable[[Sequence[Shard]], None]
 
 
 @contextmanager
@@ -180,7 +187,11 @@ def _open(folder: Path, model: ModelConfig, names: Sequence[str]) -> Iterator[_S
     if is_run(folder):
         stored = open_checkpoint(_newest(folder).path)
         held = {name: tensor for (kind, name), tensor in stored.tensors.items() if kind in _KINDS}
-        yield _Source(held, lambda shards: load(stored, shards))
+
+        def read(shards: Sequence[Shard]) -> None:
+            load(stored, shards)
+
+        yield _Source(held, read)
         return
     with open_weights(folder) as found:
         tensors = family_of(model).stored(model, found, names)
@@ -205,9 +216,20 @@ def _shape(folder: Path, config: Config, own_target: bool) -> dict[str, Any]:
     """The model of `folder` as values of a config by dotted key."""
     if is_run(folder):
         _newest(folder)
-        return _model_values(read_config(RunDirectory(folder)), config, own_target)
+        stored = read_config(RunDirectory(folder))
+        if stored.adapter.name != "none":
+            raise ValueError(
+                "this run trained an adapter, and its checkpoints do not hold its base: `stoker export --merge` makes "
+                "a model folder of both; for another adapter like it, set model.init_from to its base, and "
+                "adapter.init_from to what `stoker export` makes"
+            )
+        return _model_values(stored, config, own_target)
     if not folder.is_dir():
         raise ValueError(f"there is no such directory{download_advice(folder, 'model')}")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            "this folder holds an adapter: set adapter.init_from to it, and model.init_from to the folder of its base"
+        )
     if not (folder / theirs.CONFIG).is_file():
         raise ValueError(f"no {theirs.CONFIG} and no checkpoints: neither a Hugging Face model nor a run")
     values = theirs.read_json(folder / theirs.CONFIG)

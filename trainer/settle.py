@@ -3,7 +3,8 @@
     compose    the overrides over the groups and defaults of conf/, with absolute paths
     resume     a run that exists: its stored config with the overrides; otherwise a check that no run is overwritten
     targets    import paths of models, data and optimizers lead to something that can be called
-    adopt      shape and tokenizer of the model in `model.init_from`, and a link in the place of `checkpoints`
+    adopt      shape and tokenizer of the model in `model.init_from`, the shape of the adapter in `adapter.init_from`,
+               and a link in the place of `checkpoints`
     budget     `tokens` or `data.epochs` as steps, at the first start
     fit        under a launcher that found another number of machines: the layout that fits them
     validate   limits, refusals of all rooms, places and imported weights
@@ -136,6 +137,10 @@ def adopt(request: Request, draft: Draft) -> Draft:
             config = with_settled(config)
         except ValueError as error:
             raise ConfigError(f"model.config: {error}") from error
+    if draft.stored is None and config.adapter.init_from is not None:
+        from stoker.trainer.pretrained_adapter import adopt_adapter
+
+        config = adopt_adapter(config, request.overrides, request.tell)
     chosen = config.checkpoint.dir is not None or any(word.startswith("checkpoint.dir=") for word in request.overrides)
     place = None if chosen else adopted_link(draft.run)
     if place is not None:  # a link made by a user counts like the key
@@ -163,6 +168,10 @@ def fit(request: Request, draft: Draft) -> Draft:
 def validate(request: Request, draft: Draft) -> Draft:
     config, run = draft.config, draft.run
     rooms.validate(config, *request.where(config))
+    if config.adapter.name != "none" or config.model.freeze:
+        from stoker.trainer.pretrained_adapter import refuse_unfitting
+
+        refuse_unfitting(config, request.tell)
     if request.check_import and draft.stored is None and config.model.init_from is not None:
         from stoker.trainer.import_check import compare_import
 

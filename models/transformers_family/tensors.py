@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stoker.models.embedding import lookup
@@ -92,6 +91,7 @@ class TokenEmbedding(VocabularyLayer, nn.Embedding):  # type: ignore[misc]
 class _Column(ColumnLinear):
     """`colwise`."""
 
+    takes_adapters = True
     axis: TensorAxis | None = None
 
     def cut(self, axis: TensorAxis) -> list[Entry]:
@@ -99,7 +99,7 @@ class _Column(ColumnLinear):
         return super().cut(axis)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x if self.axis is None else enter(x, self.axis), self.weight, self.bias)
+        return super().forward(x if self.axis is None else enter(x, self.axis))
 
 
 class _GatheredColumn(_Column):

@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stoker.parallel.registry import Entry, Piece
 from stoker.parallel.shards import whole
 from stoker.parallel.tensor.axis import Share, TensorAxis, sharded_entry
+from stoker.parallel.tensor.low_rank import low_rank_of, product
 from stoker.parallel.tensor.regions import enter, leave
 
 
@@ -46,6 +46,8 @@ class ColumnLinear(TensorLayer, nn.Linear):
     With fewer units than ranks, as kv heads may be, adjacent ranks hold the same one.
     """
 
+    takes_adapters = True
+
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, unit: int = 1) -> None:
         super().__init__(in_features, out_features, bias)
         self.unit = unit
@@ -55,7 +57,11 @@ class ColumnLinear(TensorLayer, nn.Linear):
         names = ("weight", "bias") if self.bias is not None else ("weight",)
         entries = [sharded_entry(name, tuple(getattr(self, name).shape), 0, share, self.unit) for name in names]
         self.out_features = len(share) * self.unit
-        return entries
+        adapter = low_rank_of(self)
+        return entries if adapter is None else [*entries, *adapter.cut_columns(axis, share, self.unit)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(self, x, self.bias)
 
 
 class RowLinear(TensorLayer, nn.Linear):
@@ -64,6 +70,7 @@ class RowLinear(TensorLayer, nn.Linear):
     What the ranks compute is summed, then the bias is added. `unit` features are never divided.
     """
 
+    takes_adapters = True
     axis: TensorAxis | None = None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, unit: int = 1) -> None:
@@ -75,12 +82,13 @@ class RowLinear(TensorLayer, nn.Linear):
         share = axis.equal_share(_units(self.in_features, self.unit))
         entries = [sharded_entry("weight", tuple(self.weight.shape), 1, share, self.unit)]
         self.in_features = len(share) * self.unit
-        return entries
+        adapter = low_rank_of(self)
+        return entries if adapter is None else [*entries, *adapter.cut_rows(axis, share, self.unit)]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.axis is None:
-            return super().forward(x)
-        summed = leave(F.linear(x, self.weight), self.axis)
+            return product(self, x, self.bias)
+        summed = leave(product(self, x), self.axis)
         return summed if self.bias is None else summed + self.bias
 
 

@@ -77,6 +77,15 @@ TOGETHER = {
         ),
         (["parallel.tp=2", "seq_len=5", "batch.size=3"], 2, 0, "over parallel.tp=2: seq_len=4 or 6, or parallel.sequ"),
     ],
+    "settings of no adapter": [
+        (["adapter.rank=4"], 1, 0, "adapter.rank=4 with adapter=none: adapter=lora trains an adapter"),
+    ],
+    "frozen parameters of an adapter run": [
+        (["adapter.name=lora", "model.freeze=[embedding]"], 1, 0, "model.freeze=[] works, or adapter=none"),
+    ],
+    "adapters under DeepSpeed": [
+        (["adapter.name=lora", *DEEPSPEED], 1, 0, "parallel.engine=fsdp works"),
+    ],
     "stages": [
         (
             ["parallel.pp=7", "batch.micro_size=1"],

@@ -105,6 +105,7 @@ RULES = {
     "an even number above 0": "2",
     "0, 1, 2 or 3": "3",
     "above 0 and at most 1": "1.0",
+    "ranks of at least 1 by name or pattern, such as": "{q_proj: 16}",
     "MINUTES, HH:MM:SS, D-HH or D-HH:MM:SS": "1-12:30:00",
     "task numbers such as": "1,5,7",
     "the first and the last step to trace, such as": "[10,13]",

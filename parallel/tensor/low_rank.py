@@ -1,0 +1,88 @@
+"""What an adapter adds to a linear layer: the product of two thin matrices (Hu et al. 2021, LoRA, section 4.1).
+
+Where tensor-parallel ranks share the layer, the matrix on the side that they share is cut with its weight. The thin
+side is whole on every rank, whose gradient is a part of a sum: of the output features of the rank, or of the inputs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stoker.parallel.model import Constant, Normal
+from stoker.parallel.registry import Entry, Piece
+from stoker.parallel.shards import whole
+from stoker.parallel.tensor.axis import Share, TensorAxis, sharded_entry
+
+SLOT = "lora"  # the name of a `LowRank` within its linear layer
+
+
+class LowRank(nn.Module):
+    """`scale * B @ A`, added to the weight of a linear layer: `A` is `[rank, in]`, `B` `[out, rank]`, zero at first."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float) -> None:
+        super().__init__()
+        self.in_features, self.scale = in_features, scale
+        self.A = nn.Parameter(torch.empty(rank, in_features))
+        self.B = nn.Parameter(torch.empty(out_features, rank))
+
+    def own_initial(self, name: str) -> Normal | Constant:
+        """As peft's: `A` has the variance of the uniform distribution up to 1 / sqrt(in)."""
+        return Normal(1 / math.sqrt(3 * self.in_features)) if name == "A" else Constant(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is added to the layer's output for `x` `[..., in]`: `[..., out]`."""
+        return self.scale * F.linear(F.linear(x, self.A), self.B)
+
+    def cut_columns(self, axis: TensorAxis, share: Share, unit: int) -> list[Entry]:
+        """For a layer of which a rank has the output features of `share`."""
+        return [_partial("A", self.A, axis), sharded_entry(f"{SLOT}.B", tuple(self.B.shape), 0, share, unit)]
+
+    def cut_rows(self, axis: TensorAxis, share: Share, unit: int) -> list[Entry]:
+        """For a layer of which a rank has the input features of `share`."""
+        return [sharded_entry(f"{SLOT}.A", tuple(self.A.shape), 1, share, unit), _partial("B", self.B, axis)]
+
+
+def low_rank_of(layer: nn.Module) -> LowRank | None:
+    """The adapter of a linear layer, if it has one."""
+    return getattr(layer, SLOT, None)
+
+
+def product(layer: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` of a linear layer, with what its adapter adds."""
+    result = F.linear(x, layer.weight, bias)
+    adapter = low_rank_of(layer)
+    return result if adapter is None else result + adapter(x)
+
+
+class AdaptedLinear(nn.Linear):
+    """torch's linear layer with an adapter: the class that such a layer is given."""
+
+    takes_adapters = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(self, x, self.bias)
+
+
+def takes_adapters(layer: nn.Module) -> bool:
+    """Whether `layer` computes by `product`, and cuts an adapter with itself.
+
+    The class that defines `forward`, and the one that defines `cut`, declare it by `takes_adapters`: a class that
+    computes or is cut in another way would leave the adapter out.
+    """
+    if type(layer) is nn.Linear:
+        return True
+    defining = [
+        next((kind for kind in type(layer).__mro__ if name in vars(kind)), None)
+        for name in ("forward", "cut")
+        if hasattr(layer, name)
+    ]
+    return isinstance(layer, nn.Linear) and all(vars(kind).get("takes_adapters", False) for kind in defining)
+
+
+def _partial(name: str, matrix: Tensor, axis: TensorAxis) -> Entry:
+    box = whole(tuple(matrix.shape))
+    return Entry(f"{SLOT}.{name}", box.sizes, (Piece(box, box),), axis.rank, axis.size, partial=("tp",))

@@ -1,0 +1,70 @@
+"""Adapters on every layout: one process's losses, norms and trained tensors; frozen tensors to the last bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stoker.conf.schema import AdapterConfig, Config
+from stoker.parallel.layout import Layout
+from tests import world
+from tests.parallel.parity import Case, Measured, cases, layouts, train
+from tests.parallel.reference import assemble, normwise
+
+STEPS = 10
+ADAPTERS = {
+    "all linear": AdapterConfig("lora", rank=4),
+    "some": AdapterConfig(
+        "lora",
+        rank=4,
+        alpha=3.0,
+        rslora=True,
+        target_modules=["k_proj", "*.mlp.*"],
+        layers_to_transform=[2, 3],
+        rank_pattern={"down": 6},
+        modules_to_save=["norm", "embedding"],
+    ),
+}
+
+
+def config_of(case: Case, layout: Layout, adapter: str) -> Config:
+    config = case.config(layout)
+    config.adapter = ADAPTERS[adapter]
+    return config
+
+
+def assert_one_run(layout: Layout, chosen: list[tuple[Case, str]]) -> None:
+    """Each of `chosen` on `layout` and on one rank."""
+    alone = world.run(train, 1, [config_of(Case(4, tied=c.tied), Layout(), a) for c, a in chosen], timeout=240.0)[0]
+    ranks = world.run(train, layout.world, [config_of(c, layout, a) for c, a in chosen], timeout=240.0)
+    for (case, adapter), wanted, *found in zip(chosen, alone, *ranks, strict=True):
+        assert_same(f"{layout}, {case}, {adapter}", wanted, found)
+
+
+def assert_same(where: str, wanted: Measured, found: list[Measured]) -> None:
+    assert found[0].trace.losses == pytest.approx(wanted.trace.losses, rel=1e-5), where
+    assert found[0].trace.norms == pytest.approx(wanted.trace.norms, rel=1e-5), where
+    trained = {shard.name for shard in wanted.gradients}
+    assert any("lora" in name for name in trained) and len(trained) < len(wanted.parameters), where
+    parameters = assemble([rank.parameters for rank in found])
+    for name, value in assemble([wanted.parameters]).items():
+        if name in trained:
+            assert normwise(parameters[name], value) < 1e-5, f"{where}: {name}"
+        else:
+            assert torch.equal(parameters[name], value), f"{where}: {name}"
+
+
+@pytest.mark.parametrize("layout", [Layout(dp_shard=2, zero=3), Layout(tp=2), Layout(pp=2)], ids=str)
+def test_a_layout_trains_the_adapter_of_one_process(layout: Layout) -> None:
+    assert_one_run(layout, [(Case(4), "all linear"), (Case(4, tied=True), "some")])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", [*layouts(2), *layouts(4)], ids=str)
+def test_every_layout_trains_the_adapter_of_one_process(layout: Layout) -> None:
+    assert_one_run(layout, [(case, adapter) for case in cases(layout) for adapter in ADAPTERS])
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+def test_kv_heads_that_ranks_share_have_the_adapter_of_one_process(sequence: bool) -> None:
+    assert_one_run(Layout(tp=4), [(Case(4, sequence=sequence), "all linear")])

@@ -1,0 +1,128 @@
+"""Ten steps of an adapter here, and of the same adapter by peft itself around transformers' model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from stoker.conf.compose import compose
+from stoker.conf.schema import Config
+from stoker.models.adapters import Names, plan_of
+from stoker.models.family import build_on_meta
+from stoker.models.peft_folder import config_json, tensor_names
+from stoker.parallel.batch import IGNORE_INDEX, Batch
+from stoker.parallel.layout import batch_plan, layout_of
+from stoker.parallel.mesh import start_mesh, stop_mesh
+from stoker.parallel.model import whole_model
+from stoker.parallel.shards import PARAMETER
+from stoker.trainer.facts import with_vocabulary
+from stoker.trainer.parallelize import build_engine
+from stoker.trainer.pretrained import adopt_shape, load_pretrained
+from tests.models.families import VOCABULARY, write_family
+
+STEPS, ROWS, LENGTH = 10, 4, 24
+CASES = {
+    "lora": ["adapter.rank=4"],
+    "rslora": ["adapter.rank=4", "adapter.rslora=true", "adapter.alpha=3"],
+    "patterns": [
+        "adapter.rank=4",
+        "adapter.target_modules=[k_proj,'*.mlp.*']",
+        "adapter.layers_to_transform=[1,2]",
+        "adapter.rank_pattern={down_proj: 6}",
+        "adapter.modules_to_save=[norm]",
+    ],
+}
+
+
+def config_of(folder: Path, *more: str) -> Config:
+    words = [
+        f"model.init_from={folder}", f"batch.size={ROWS}", f"seq_len={LENGTH}", "precision=fp32", "adapter=lora",
+        "optim.eps=1e-6", "optim.lr=1e-3", "optim.decay_all=true", *more,
+    ]  # fmt: skip
+    return with_vocabulary(adopt_shape(compose(words), words))
+
+
+def rows_of(step: int) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    tokens, labels = (torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator) for _ in range(2))
+    for row in range(ROWS):
+        labels[row, LENGTH - 5 * row :] = IGNORE_INDEX
+    positions = torch.arange(LENGTH).expand(ROWS, LENGTH).contiguous()
+    return Batch(tokens, labels, positions, torch.zeros(ROWS, LENGTH, dtype=torch.int32))
+
+
+def ours(config: Config) -> tuple[dict[str, torch.Tensor], list[float], dict[str, torch.Tensor]]:
+    """Trained tensors by our names, before and after, and the losses."""
+    layout = layout_of(config, 1)
+    mesh = start_mesh(layout, torch.device("cpu"), dist.HashStore(), 0, 60.0, "gloo")
+    try:
+        engine, initialise = build_engine(config, mesh, batch_plan(config, layout))
+        initialise()
+        load_pretrained(config, engine.shards())
+        for number, shard in enumerate(engine.shards()):
+            if shard.kind == PARAMETER and shard.name.endswith(
+                "lora.B"
+            ):  # from zeros AdamW would divide rounding by rounding
+                shard.data.normal_(0.0, 0.05, generator=torch.Generator().manual_seed(number))
+        engine.shards_written()
+        held = {shard.name: shard.data for shard in engine.shards() if shard.kind == PARAMETER}
+        before = {name: value.clone() for name, value in held.items()}
+        losses = []
+        for step in range(1, STEPS + 1):
+            engine.forward_backward(rows_of(step))
+            losses.append(engine.update(config.optim.lr).read().loss)
+        return before, losses, {name: value.clone() for name, value in held.items()}
+    finally:
+        stop_mesh()
+
+
+def theirs(folder: Path, settings: dict[str, Any], first: dict[str, torch.Tensor], config: Config) -> tuple[list, dict]:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = peft.get_peft_model(model, peft.LoraConfig(**(settings | {"inference_mode": False})))
+    loaded = peft.set_peft_model_state_dict(model, first)
+    assert not loaded.unexpected_keys
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    beta1, beta2 = config.optim.betas
+    optimizer = torch.optim.AdamW(
+        trained, lr=config.optim.lr, betas=(beta1, beta2), eps=config.optim.eps,
+        weight_decay=config.optim.weight_decay, foreach=False,
+    )  # fmt: skip
+    losses = []
+    for step in range(1, STEPS + 1):
+        rows = rows_of(step)
+        logits = model(input_ids=rows.tokens).logits.flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, rows.labels.flatten(), ignore_index=IGNORE_INDEX)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, peft.get_peft_model_state_dict(model)
+
+
+@pytest.mark.parametrize(("family", "case"), [("llama", "lora"), ("tied qwen2", "rslora"), ("qwen2", "patterns")])
+def test_ten_steps_train_the_adapter_that_peft_trains(family: str, case: str, tmp_path: Path) -> None:
+    write_family(tmp_path, family, initializer_range=0.1)
+    config = config_of(tmp_path, *CASES[case])
+    whole = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
+    names, plan = Names(whole, config), plan_of(whole, config)
+    assert plan is not None
+    known = tensor_names(plan, names)
+    before, losses, after = ours(config)
+    settings = config_json(config, plan, names)
+    expected, trained = theirs(tmp_path, settings, {known[n]: v for n, v in before.items() if n in known}, config)
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert trained.keys() == set(known.values())
+    for name, value in after.items():
+        if name in known:
+            wanted = trained[known[name]]
+            assert (value - wanted).norm() / wanted.norm() < 2e-5, name
+        else:
+            assert torch.equal(value, before[name]), name
