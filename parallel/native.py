@@ -115,8 +115,9 @@ class NativeEngine:
         return torch.stack([loss_sum, rows.valid_tokens().to(self._mesh.device).double()])
 
     def modules(self) -> list[nn.Module]:
-        found = [stage.module for stage in self._weights]
-        return [stage if hasattr(type(stage), "blocks") else stage.module for stage in found]  # DeepSpeed's wraps it
+        stages = [stage.module for stage in self._weights]
+        # DeepSpeed's wraps it
+        return [stage if hasattr(type(stage), "blocks") else stage.get_submodule("module") for stage in stages]
 
     def shards(self) -> list[Shard]:
         tensors = [(name, PARAMETER, tensor) for name, tensor in self._tensors.items()]

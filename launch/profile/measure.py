@@ -22,6 +22,7 @@ from stoker.launch.profile.trace import CALL, COPY, KERNEL, MEMSET, OPERATION, R
 from stoker.trainer.report.breakdown import (
     CHECKPOINT,
     EXPOSED,
+    MODULE,
     PREFIX,
     Event,
     Interval,
@@ -33,7 +34,6 @@ from stoker.trainer.report.breakdown import (
     seconds_of,
     union,
 )
-from stoker.trainer.report.module_ranges import PREFIX as MODULE
 
 STEP = "ProfilerStep#"
 _NODE = "autograd::engine::evaluate_function"
@@ -223,7 +223,7 @@ def _own_seconds(view: _View) -> tuple[list[tuple[str, tuple[int, float]]], dict
             entry[1] += seconds
         if owner is not None:
             book(owner, row, seconds)
-    for row in np.flatnonzero(view.inside & (view.kind == KERNEL)):
+    for row in np.flatnonzero(view.inside & (view.kind == KERNEL)).tolist():
         seconds = float(view.end[row] - view.start[row]) * 1e-9
         entry = operators.setdefault(view.names[view.name[row]], [0, 0.0])
         entry[0] += 1
