@@ -30,9 +30,9 @@ from stoker.checkpoint.names import MANIFEST, STATE, data_name, index_name
 from stoker.checkpoint.plan import plan_file
 from stoker.checkpoint.reader import find_pieces
 from stoker.checkpoint.stored import open_checkpoint
+from stoker.models.family import build_on_meta
 from stoker.parallel.model import whole_model
 from stoker.parallel.shards import PARAMETER, Chunk, Shard
-from stoker.trainer.parallelize import build_on_meta
 
 KINDS = (PARAMETER, "optim.exp_avg", "optim.exp_avg_sq")
 ROW_PARALLEL = (".o.weight", ".down.weight")  # cut along dim 1; matrices else along dim 0, vectors not at all

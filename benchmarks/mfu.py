@@ -42,11 +42,11 @@ from ranks import (
 )
 
 from stoker.conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
+from stoker.models.family import build_on_meta
 from stoker.models.flops import flops_per_token
 from stoker.parallel.layout import batch_plan, layout_of
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import whole_model
-from stoker.trainer.parallelize import build_on_meta
 from stoker.trainer.runtime.process import keep_freed_memory
 
 # Dense bf16 TFLOP/s by what torch calls the device; the first that its name contains counts. NVIDIA's data sheets

@@ -5,9 +5,12 @@ from __future__ import annotations
 import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from stoker.conf.faults import spelled
 from stoker.conf.overrides import GROUPS_FOLDER, Override, parse, quoted
+from stoker.conf.reasons import reason
+from stoker.conf.records import parse_json
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 
@@ -38,11 +41,27 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             composed = hydra.compose("config", checked)
         config = typing.cast(Config, OmegaConf.to_object(composed))
         config.faults = [spelled(entry) for entry in config.faults]
+        config.model.config = _read_values(config.model.config)
         return config
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     finally:
         GlobalHydra.instance().hydra = outer
+
+
+def _read_values(given: Any) -> Any:
+    """The values of the file or folder that `model.config` names; a run keeps them, and does not need it again."""
+    if not isinstance(given, str):
+        return given
+    path = Path(given).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        values = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.config={given}: {path} cannot be read as JSON: {reason(error)}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"model.config={given}: {path} holds no JSON object")
+    return values
 
 
 def _folders(overrides: Sequence[Override]) -> list[Path]:

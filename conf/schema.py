@@ -101,6 +101,8 @@ class ModelConfig:
     name: str = free("model")  # for run names and tables
     family: str | None = free()  # of exports: llama | mistral | qwen2 | qwen3; default: by shape
     init_from: str | None = fixed()  # directory to take shape, weights and tokenizer from: Hugging Face's or a run's
+    native: bool | None = fixed()  # with init_from: Stoker's own modules (true) or transformers'; default: where equal
+    config: Any = fixed()  # for model=transformers: a config.json, its folder or its values; default: init_from's
     init_only: list[str] = fixed([])  # with init_from: take these parameters (`layers.*`) only; default: all
     vocab_size: int | None = fixed()  # tokens; default: the tokenizer's
     hidden_size: int = fixed(256)  # channels of the residual stream
@@ -116,7 +118,7 @@ class ModelConfig:
     tie_word_embeddings: bool = fixed(False)  # one matrix for the embedding and the head
     initializer_range: float = fixed(0.02)  # standard deviation of initial weights
     loss_chunk: int = free(1024)  # tokens whose logits exist at one time
-    args: dict[str, Any] = fixed({})  # for a user's model.target
+    args: dict[str, Any] = fixed({})  # for a user's model.target; for model=transformers: changes of model.config
 
 
 @dataclass

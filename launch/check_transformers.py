@@ -8,7 +8,7 @@ loss, the logits of the first sequences, the norm of all gradients together and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from stoker.checkpoint import newest, read_state, read_tensors
 from stoker.conf.overrides import parse
 from stoker.conf.rundir import RunDirectory
-from stoker.conf.schema import Config, ModelConfig
+from stoker.conf.schema import Config
 from stoker.conf.scratch import Scratch
 from stoker.conf.values import ConfigError
 from stoker.data import prepare
@@ -28,7 +28,7 @@ from stoker.launch.differences import LIMITS, SMALL_GRADIENT, Difference, show, 
 from stoker.launch.local import launch
 from stoker.launch.train import ranks_for, say
 from stoker.models import hugging_face_config as theirs
-from stoker.models.hugging_face import tensor_name
+from stoker.models.family import family_of
 from stoker.parallel.batch import IGNORE_INDEX
 from stoker.parallel.layout import layout_of
 from stoker.parallel.shards import GRADIENT
@@ -64,7 +64,7 @@ def check_transformers(overrides: Sequence[str]) -> int:
 
 def _refuse_what_is_not_theirs(config: Config) -> None:
     model = config.model
-    if model.init_from is None or model.target != ModelConfig().target or is_run(init_folder(config)):
+    if model.init_from is None or not family_of(model).is_transformers or is_run(init_folder(config)):
         raise ConfigError("--against transformers: model.init_from=DIR names a model folder that transformers can load")
     as_it_is = vars(imported(config).model) | {"init_only": []}
     changed = [f"model.{key}={value}" for key, value in vars(model).items() if value != as_it_is[key]]
@@ -85,10 +85,10 @@ def _compared(config: Config, run: RunDirectory) -> tuple[list[Difference], str]
             f"{available / 2**30:.1f} are free"
         )
     try:
-        model = load_theirs(folder, theirs.parse(folder))
+        model = load_theirs(folder, theirs.parsed(folder))
     except ValueError as error:
         raise ConfigError(f"model.init_from={folder}: {error}") from error
-    model.model.embed_tokens.padding_idx = None  # Stoker's embedding trains the row of pad_token_id too
+    model.get_input_embeddings().padding_idx = None  # Stoker's embedding trains the row of pad_token_id too
     limits = LIMITS[config.precision]
     mask = bool(state["document_mask"])
     loss, of_logits = 0.0, []
@@ -106,7 +106,7 @@ def _compared(config: Config, run: RunDirectory) -> tuple[list[Difference], str]
             norms = float(reference.norm()), float(ours.norm())
             of_logits.append(Difference("logits", where, *norms, relative(ours, reference), limits.gradient))
     valid = max(1, int((batch["labels"] != IGNORE_INDEX).sum()))
-    reference_gradients = _gradients_of(model, gradients)
+    reference_gradients = _gradients_of(model, gradients, family_of(config.model).reference_name)
     norm = math.sqrt(sum(float(gradient.double().norm()) ** 2 for gradient in reference_gradients.values())) / valid
     return [
         worst_number("loss", [loss / valid], state["losses"], limits.loss),
@@ -127,9 +127,9 @@ def _their_logits(model: Any, batch: dict[str, Tensor], mask: bool) -> Tensor:
     return model(batch["tokens"], attention_mask=bias, position_ids=batch["positions"]).logits[0]
 
 
-def _gradients_of(model: Any, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+def _gradients_of(model: Any, ours: dict[str, Tensor], theirs_of: Callable[[str], str]) -> dict[str, Tensor]:
     """transformers' gradients by our names; one without a counterpart keeps its name, and is reported."""
-    by_theirs = {tensor_name(name): name for name in ours}
+    by_theirs = {theirs_of(name): name for name in ours}
     named = model.named_parameters()  # tied ones once
     return {by_theirs.get(name, name): parameter.grad for name, parameter in named if parameter.grad is not None}
 

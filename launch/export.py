@@ -8,11 +8,11 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from torch import Tensor
 
 from stoker.checkpoint import DamagedCheckpoint, open_checkpoint, read_tensors
 from stoker.conf.schema import ModelConfig
@@ -21,7 +21,7 @@ from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.launch.model_files import export_dtype, model_files
 from stoker.launch.tensor_files import Planned, TensorWriter, index_json, plan_files
 from stoker.launch.train import say
-from stoker.models.hugging_face import tensor_name
+from stoker.models.family import family_of
 from stoker.parallel.dtypes import DTYPES, PRECISIONS
 from stoker.parallel.shards import BUFFER, PARAMETER
 from stoker.trainer.facts import with_vocabulary
@@ -52,8 +52,7 @@ def export(options: argparse.Namespace) -> int:
         for name, content in model_files(run, config, dtype).items():
             (unfinished / name).parent.mkdir(exist_ok=True)
             (unfinished / name).write_bytes(content)
-        names = tensor_name if config.model.target == ModelConfig().target else str
-        _write_weights(unfinished, summary.path, dtype, file_bytes, names)
+        _write_weights(unfinished, summary.path, dtype, file_bytes, config.model)
         unfinished.rename(out)  # replaces at most an empty directory
     except DamagedCheckpoint as error:
         raise ValueError(f"{error}; --step takes another checkpoint") from error
@@ -63,17 +62,25 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write_weights(folder: Path, checkpoint: Path, dtype: str, file_bytes: int, named: Callable[[str], str]) -> None:
-    """The parameters in `dtype` and the persistent buffers in their own, as `named`, one in memory at a time.
+def _write_weights(folder: Path, checkpoint: Path, dtype: str, file_bytes: int, model: ModelConfig) -> None:
+    """The parameters in `dtype` and the persistent buffers in their own, in the form of the model's family.
 
-    Raises DamagedCheckpoint.
+    What becomes tensors of the folder together is in memory at a time. Raises DamagedCheckpoint.
     """
     stored = open_checkpoint(checkpoint).tensors.values()
     theirs = PRECISIONS[dtype]
     parameters = {tensor.name: Planned(tensor.shape, theirs) for tensor in stored if tensor.kind == PARAMETER}
     buffers = {tensor.name: Planned(tensor.shape, DTYPES[tensor.dtype]) for tensor in stored if tensor.kind == BUFFER}
     tensors = parameters | buffers
-    files = plan_files({named(name): tensor for name, tensor in tensors.items()}, file_bytes)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    groups = {name: group for group in family_of(model).exported(model, shapes) for name in group.names}
+    planned = {
+        file: Planned(shape, tensors[group.names[0]].dtype)
+        for group in {id(group): group for group in groups.values()}.values()
+        for file, shape in group.files.items()
+    }
+    files = plan_files(planned, file_bytes)
+    waiting: dict[str, Tensor] = {}
     console = Console(stderr=True)
     columns = (TextColumn("exporting"), BarColumn(), DownloadColumn())
     with (
@@ -82,7 +89,11 @@ def _write_weights(folder: Path, checkpoint: Path, dtype: str, file_bytes: int, 
     ):
         task = progress.add_task("weights", total=sum(file.data_bytes for file in files))
         for name, value in itertools.chain(read_tensors(checkpoint), read_tensors(checkpoint, BUFFER)):
-            progress.advance(task, writer.write(named(name), value.to(tensors[name].dtype)))
+            waiting[name] = value.to(tensors[name].dtype)
+            group = groups[name]
+            if all(name in waiting for name in group.names):
+                for file, part in group.convert([waiting.pop(name) for name in group.names]).items():
+                    progress.advance(task, writer.write(file, part.contiguous()))
     if len(files) > 1:
         count = sum(math.prod(tensor.shape) for tensor in parameters.values())
         index = json.dumps(index_json(files, count), indent=2) + "\n"

@@ -22,6 +22,7 @@ from stoker.data.opening import NoTokenizer
 from stoker.data.tokenizer import Tokenizer
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.launch.train import say
+from stoker.models.family import build_on_meta
 from stoker.models.generate import generate
 from stoker.parallel.buffers import fill_buffers
 from stoker.parallel.model import whole_model
@@ -29,7 +30,6 @@ from stoker.parallel.registry import whole_registry
 from stoker.parallel.sharding import materialise
 from stoker.parallel.shards import BUFFER
 from stoker.trainer.facts import with_vocabulary
-from stoker.trainer.parallelize import build_on_meta
 from stoker.trainer.trust import DATA, MODEL, trusted_config
 
 

@@ -10,13 +10,14 @@ import json
 from typing import Any
 
 from stoker.conf.rundir import RunDirectory
-from stoker.conf.schema import Config, ModelConfig, to_dict
+from stoker.conf.schema import Config, to_dict
 from stoker.data import open_tokenizer
 from stoker.data.hugging_face import tokenizer_files
 from stoker.data.opening import NoTokenizer
 from stoker.data.tokenizer import Tokenizer
 from stoker.models import hugging_face_config as theirs
-from stoker.models.hugging_face import DTYPES, OWN_MODEL, changed_config_json, config_json
+from stoker.models.family import family_of
+from stoker.models.hugging_face import DTYPES, OWN_MODEL
 from stoker.trainer.base_model import GENERATION, BaseFacts, base_facts, kept_tokenizer_files
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -30,21 +31,19 @@ def model_files(run: RunDirectory, config: Config, dtype: str) -> dict[str, byte
     tokenizer = _tokenizer(run, config)
     facts = base_facts(run)
     end = None if tokenizer is None else tokenizer.end_of_document
-    if config.model.target != ModelConfig().target:
-        files = {theirs.CONFIG: _json(_own_config(config, dtype))}
-    elif facts is not None and facts.dtype is not None:
-        files = _changed_files(run, config, dtype, facts, end)
+    family, context = family_of(config.model), _context(config)
+    if facts is not None and facts.dtype is not None:
+        changed = family.changed_config_json(run.base_model, config.model, dtype, dtype == facts.dtype, config.seq_len)
+        made = None if changed is None else _changed_files(run, changed, facts, end)
     else:
+        new = family.config_json(config.model, dtype, context, end)
         generation = {"do_sample": True} if end is None else {"eos_token_id": end, "do_sample": True}
-        files = {
-            theirs.CONFIG: _json(config_json(config.model, dtype, _context(config), end)),
-            GENERATION: _json(generation),
-        }
+        made = None if new is None else {theirs.CONFIG: _json(new), GENERATION: _json(generation)}
+    files = made if made is not None else {theirs.CONFIG: _json(_own_config(config, dtype))}
     came_with = kept_tokenizer_files(run)
     if came_with or tokenizer is None:
         return files | came_with
-    made = tokenizer_files(tokenizer, _context(config))
-    return files | made
+    return files | tokenizer_files(tokenizer, context)
 
 
 def export_dtype(run: RunDirectory) -> str:
@@ -61,26 +60,13 @@ def _tokenizer(run: RunDirectory, config: Config) -> Tokenizer | None:
 
 
 def _context(config: Config) -> int:
-    """Positions that a model of this run supports: those it was trained at, or those that scaling extends to."""
-    rope = config.model.rope_parameters
-    if rope.factor is None or rope.original_max_position_embeddings is None:
-        return config.seq_len
-    return max(config.seq_len, round(rope.original_max_position_embeddings * rope.factor))
+    return family_of(config.model).context(config.model, config.seq_len)
 
 
-def _changed_files(
-    run: RunDirectory, config: Config, dtype: str, facts: BaseFacts, end: int | None
-) -> dict[str, bytes]:
-    """The imported config.json and generation_config.json, with the run's changes."""
+def _changed_files(run: RunDirectory, values: dict[str, Any], facts: BaseFacts, end: int | None) -> dict[str, bytes]:
+    """The imported config.json as `values`, and generation_config.json, both with the token ids of the run."""
     path = run.base_model / theirs.CONFIG
     before = theirs.read_json(path)
-    parsed = theirs.parse(run.base_model)
-    shape = theirs.shape_of(parsed, 0)
-    values = changed_config_json(before, shape, config.model, dtype, dtype == facts.dtype)
-    rope_changed = theirs.rope_of(parsed) != config.model.rope_parameters
-    positions = _context(config) if rope_changed else config.seq_len
-    if positions > parsed.max_position_embeddings:
-        values["max_position_embeddings"] = positions
     values = _with_special_ids(values, facts.same_tokenizer, end)
     files = {theirs.CONFIG: path.read_bytes() if values == before else _json(values)}
     path = run.base_model / GENERATION

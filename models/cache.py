@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 from torch import Tensor
 
@@ -35,3 +36,4 @@ class Cache:
         self.capacity = capacity
         self.length = 0  # tokens that every layer has seen
         self.layers: defaultdict[str, LayerCache] = defaultdict(lambda: LayerCache(capacity))
+        self.own: Any = None  # a cache of another kind, of a model that brings its own

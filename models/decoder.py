@@ -1,28 +1,32 @@
-"""The decoder: pre-norm blocks of attention and a SwiGLU MLP, whole or the part of it that a pipeline stage holds."""
+"""The decoder: pre-norm blocks of attention and a SwiGLU MLP, whole or the part of it that a pipeline stage holds.
+
+As a family it is Llama, Mistral, Qwen2 and Qwen3.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stoker.conf.schema import ModelConfig
+from stoker.models import hugging_face_config as theirs
 from stoker.models.attention import Attention, AttentionContext, attention_context, cached_mask, document_mask
 from stoker.models.cache import Cache, LayerCache
 from stoker.models.embedding import Embedding
+from stoker.models.family import Exported, Family, renamed
+from stoker.models.flops import flops_per_token
+from stoker.models.hugging_face import changed_config_json, config_json, tensor_name
+from stoker.models.hugging_face_weights import HEAD, StoredTensor, has_own_head, open_weights
 from stoker.models.loss import Head
+from stoker.models.refusals import REFUSALS
 from stoker.parallel.model import Constant, Normal, Part
 from stoker.parallel.tensor.layers import ColumnLinear, CopyToTensorParallel, RowLinear
-
-
-def build(config: ModelConfig, part: Part) -> nn.Module:
-    """The `part` of the decoder that `config` describes, uninitialised, on torch's default device.
-
-    `stoker.conf.limits` and `stoker.trainer.validate` check the shape. `vocab_size` must be set.
-    """
-    return Decoder(config, part)
 
 
 class Mlp(nn.Module):
@@ -111,3 +115,62 @@ class Decoder(nn.Module):
         """There are no buffers; but `to_empty` unties what is tied."""
         if self.part.head and self.config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
+
+
+class DecoderFamily(Family):
+    """The shape is in ModelConfig itself. `vocab_size` must be set where a model is built."""
+
+    refusals = REFUSALS
+    is_transformers = True
+
+    def __call__(self, config: ModelConfig, part: Part) -> nn.Module:
+        return Decoder(config, part)
+
+    def flops_per_token(self, config: ModelConfig, seq_len: int, parameters: int) -> int:
+        return flops_per_token(config, seq_len, parameters)
+
+    def context(self, config: ModelConfig, seq_len: int) -> int:
+        """Those it was trained at, or those that scaling extends to."""
+        rope = config.rope_parameters
+        if rope.factor is None or rope.original_max_position_embeddings is None:
+            return seq_len
+        return max(seq_len, round(rope.original_max_position_embeddings * rope.factor))
+
+    def shape(self, folder: Path, seq_len: int) -> dict[str, Any]:
+        found = theirs.shape_of(theirs.parse(folder), seq_len)
+        with open_weights(folder) as tensors:
+            if found["tie_word_embeddings"] and has_own_head(tensors):
+                theirs.warn_untied(folder, HEAD)
+                found["tie_word_embeddings"] = False
+        return found
+
+    def stored(self, config: ModelConfig, found: Mapping[str, StoredTensor], names: Iterable[str]) -> Mapping[str, Any]:
+        ours = {tensor_name(name): name for name in names}
+        # A head beside a tied embedding is a copy of the embedding, or one tensor too many.
+        repeated = config.tie_word_embeddings and not has_own_head(found)
+        return {ours.get(name, name): part for name, part in found.items() if not (repeated and name == HEAD)}
+
+    def exported(self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Exported]:
+        for name, shape in shapes.items():
+            yield renamed(name, tensor_name(name), shape)
+
+    def config_json(self, config: ModelConfig, dtype: str, context: int, end: int | None) -> dict[str, Any]:
+        return config_json(config, dtype, context, end)
+
+    def changed_config_json(
+        self, folder: Path, config: ModelConfig, dtype: str, same_dtype: bool, seq_len: int
+    ) -> dict[str, Any]:
+        parsed = theirs.parse(folder)
+        before = theirs.read_json(folder / theirs.CONFIG)
+        values = changed_config_json(before, theirs.shape_of(parsed, 0), config, dtype, same_dtype)
+        rope_changed = theirs.rope_of(parsed) != config.rope_parameters
+        positions = self.context(config, seq_len) if rope_changed else seq_len
+        if positions > parsed.max_position_embeddings:
+            values["max_position_embeddings"] = positions
+        return values
+
+    def reference_name(self, name: str) -> str:
+        return tensor_name(name)
+
+
+build = DecoderFamily()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stoker.parallel.model import Role
-from stoker.parallel.tensor.layers import VocabularyLayer
+from stoker.parallel.tensor.layers import Vocabulary, VocabularyLayer
 from stoker.parallel.tensor.regions import leave
 
 
@@ -23,11 +23,15 @@ class Embedding(VocabularyLayer):
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens.flatten()
-        if self.vocabulary is None:
-            return _Lookup.apply(tokens, None, self.weight)
-        rows, mine = self.vocabulary.own(tokens)
-        return leave(_Lookup.apply(rows, ~mine, self.weight), self.vocabulary.axis)
+        return lookup(tokens.flatten(), self.weight, self.vocabulary)
+
+
+def lookup(tokens: Tensor, weight: Tensor, vocabulary: Vocabulary | None) -> Tensor:
+    """The rows of `weight` at int64 `tokens` `[tokens]`; with a `vocabulary` `weight` is this rank's share of it."""
+    if vocabulary is None:
+        return _Lookup.apply(tokens, None, weight)
+    rows, mine = vocabulary.own(tokens)
+    return leave(_Lookup.apply(rows, ~mine, weight), vocabulary.axis)
 
 
 class _Lookup(torch.autograd.Function):

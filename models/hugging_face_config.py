@@ -8,6 +8,7 @@ transformers' class does not declare is in `unknown_keys`, and comparing logits 
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -17,6 +18,8 @@ from typing import Any
 from stoker.conf.records import parse_json
 from stoker.conf.schema import RopeParameters
 from stoker.models.hugging_face import FAMILIES, ROPE_KEYS, SHAPE
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
@@ -54,11 +57,12 @@ def parse(folder: Path) -> Any:
     if family not in FAMILIES:
         known = sorted(FAMILIES, key=lambda name: -difflib.SequenceMatcher(None, str(family), name).ratio())
         raise ValueError(f"{CONFIG}: model_type={family!r}: known are {', '.join(known)}")
-    for key, why in _ELSEWHERE.items():
-        if values.get(key):
-            raise ValueError(f"{CONFIG}: {key}={_short(values[key])}: {why}")
-    if (folder / ADAPTER).exists():
-        raise ValueError(f"{ADAPTER}: the folder holds an adapter: merge it into the model's weights first")
+    return parsed(folder)
+
+
+def parsed(folder: Path) -> Any:
+    """transformers' config object of `folder`, of any model. Raises ValueError as `parse`."""
+    own_values(folder)
     with quiet_transformers():
         from transformers import AutoConfig
 
@@ -66,6 +70,26 @@ def parse(folder: Path) -> Any:
             return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of many kinds, some of them transformers' own
             raise ValueError(f"{CONFIG}: transformers cannot read it: {in_one_line(error)}") from error
+
+
+def own_values(folder: Path) -> dict[str, Any]:
+    """The values of config.json. Raises ValueError for an adapter's folder, and for keys that lead away from it."""
+    values = read_json(folder / CONFIG)
+    refuse_leading_away(values)
+    if (folder / ADAPTER).exists():
+        raise ValueError(f"{ADAPTER}: the folder holds an adapter: merge it into the model's weights first")
+    return values
+
+
+def refuse_leading_away(values: Mapping[str, Any]) -> None:
+    """Raises ValueError for keys of a config.json by which transformers would read or run something else."""
+    for key, why in _ELSEWHERE.items():
+        if values.get(key):
+            raise ValueError(f"{CONFIG}: {key}={_short(values[key])}: {why}")
+
+
+def warn_untied(folder: Path, head: str) -> None:
+    log.warning("%s: %s is not the embedding: the model is not tied, as in transformers", folder, head)
 
 
 def shape_of(parsed: Any, seq_len: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ safetensors files of the folder (averages, optimizer states, another precision, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -67,19 +67,23 @@ def open_weights(folder: Path) -> Iterator[dict[str, StoredTensor]]:
         yield {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def has_own_head(tensors: dict[str, StoredTensor]) -> bool:
+def has_own_head(tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether the head differs from the embedding: transformers then unties a model whose config ties them."""
     if HEAD not in tensors or EMBEDDING not in tensors:
         return False
-    head, embedding = tensors[HEAD], tensors[EMBEDDING]
+    return not is_copy(tensors[HEAD], tensors[EMBEDDING])
+
+
+def is_copy(head: StoredTensor, embedding: StoredTensor) -> bool:
+    """Whether two matrices hold the same numbers."""
     if head.shape != embedding.shape or len(head.shape) != 2:
-        return True
+        return False
     rows, width = head.shape
     for start in range(0, rows, _COMPARED_ROWS):
         block = Chunk((start, 0), (min(_COMPARED_ROWS, rows - start), width))
         if not torch.equal(head.read(block).float(), embedding.read(block).float()):
-            return True
-    return False
+            return False
+    return True
 
 
 def _files_of(folder: Path) -> tuple[list[Path], dict[str, Path] | None]:

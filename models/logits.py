@@ -45,4 +45,4 @@ class LogitsRecorder:
             self._left -= len(x)
             if len(x):
                 start = 0 if module.vocabulary is None else module.vocabulary.share.start
-                self._found.setdefault(start, []).append((x @ module.weight.T).float().cpu())
+                self._found.setdefault(start, []).append(module.logits(x).cpu())

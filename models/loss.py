@@ -10,6 +10,7 @@ the rank's sum of exponentials, and the logit of the label if it is among the ra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,19 +18,37 @@ from torch import Tensor, nn
 
 from stoker.parallel.batch import IGNORE_INDEX
 from stoker.parallel.model import Role
+from stoker.parallel.registry import Entry
+from stoker.parallel.tensor.axis import TensorAxis, sharded_entry
 from stoker.parallel.tensor.layers import Vocabulary, VocabularyLayer
 from stoker.parallel.tensor.regions import LEAVES, all_gather, enter
 
+Rule = Callable[[Tensor], Tensor]  # what a model does to logits, each by itself: a scale, a softcap
+
 
 class Head(VocabularyLayer):
-    """The output projection and the loss. `weight` is `[vocab, width]`; a tied model puts its embedding's there."""
+    """The output projection and the loss. `weight` is `[vocab, width]`; a tied model puts its embedding's there.
+
+    `bias` is `[vocab]`. `rule` is applied to the logits, of any part of the vocabulary.
+    """
 
     role = Role.HEAD
 
-    def __init__(self, weight: nn.Parameter, chunk: int) -> None:
+    def __init__(
+        self, weight: nn.Parameter, chunk: int, bias: nn.Parameter | None = None, rule: Rule | None = None
+    ) -> None:
         super().__init__()
         self.weight = weight
+        self.bias = bias
         self.chunk = chunk
+        self.rule = rule
+
+    def cut(self, axis: TensorAxis) -> list[Entry]:
+        entries = super().cut(axis)
+        assert self.vocabulary is not None
+        if self.bias is not None:
+            entries.append(sharded_entry("bias", tuple(self.bias.shape), 0, self.vocabulary.share))
+        return entries
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """The summed loss (fp32 scalar) of activations `[tokens, width]`; without labels the fp32 logits.
@@ -40,62 +59,102 @@ class Head(VocabularyLayer):
             assert labels is not None, "tensor-parallel ranks hold no token's logits whole"
             x = enter(x, self.vocabulary.axis)
         if labels is None:
-            return (x @ self.weight.T).float()
-        return summed_loss(x, self.weight, labels.flatten(), self.chunk, self.vocabulary)
+            return self.logits(x)
+        return summed_loss(x, self.weight, labels.flatten(), self.chunk, self.vocabulary, self.bias, self.rule)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The fp32 logits of activations `[tokens, width]`, of this rank's share of the vocabulary."""
+        return _logits(x, self.weight, self.bias, self.rule).float()
 
 
 def summed_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, vocabulary: Vocabulary | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk: int,
+    vocabulary: Vocabulary | None = None,
+    bias: Tensor | None = None,
+    rule: Rule | None = None,
 ) -> Tensor:
-    """The sum over tokens of the cross entropy of `hidden @ weight.T`: fp32 scalar.
+    """The sum over tokens of the cross entropy of `rule(hidden @ weight.T + bias)`: fp32 scalar.
 
     `hidden` is `[tokens, width]`, `weight` `[vocab, width]`, `labels` int64 `[tokens]`, those that are IGNORE_INDEX
              left
     out. Softmax and sums are fp32 for every dtype; `chunk` tokens have logits at one time. Between forward and
     backward it holds the gradients: one of the size of `hidden`, and one of `weight` in fp32.
 
-    With a `vocabulary` `weight` is this rank's share of it. All its ranks call with the same hidden and labels, and
-    get the same loss; the gradient of `hidden` is this rank's part of a sum over them.
+    With a `vocabulary` `weight` and `bias` are this rank's share of it. All its ranks call with the same hidden and
+    labels, and get the same loss; the gradient of `hidden` is this rank's part of a sum over them.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _SummedLoss.apply(hidden, weight, labels, chunk, vocabulary)
+        return _SummedLoss.apply(hidden, weight, bias, labels, chunk, vocabulary, rule)
     total = torch.zeros((), device=hidden.device)
     for rows, wanted in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        total += _cross_entropy(rows @ weight.T, wanted, vocabulary)[0]
+        total += _cross_entropy(_logits(rows, weight, bias, rule), wanted, vocabulary)[0]
     return total
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: Rule | None) -> Tensor:
+    logits = hidden @ weight.T
+    logits = logits if bias is None else logits + bias
+    return logits if rule is None else rule(logits)
 
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, vocabulary: Vocabulary | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk: int,
+        vocabulary: Vocabulary | None,
+        rule: Rule | None,
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
         for start in range(0, len(hidden), chunk):
             rows, wanted = hidden[start : start + chunk], labels[start : start + chunk]
-            loss, grad_logits = _cross_entropy(rows @ weight.T, wanted, vocabulary)
+            raw = _logits(rows, weight, bias, None)
+            loss, grad_logits = _through(rule, raw, wanted, vocabulary)
             total += loss
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[start : start + chunk])
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ rows
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtype = weight.dtype
         ctx.border = None if vocabulary is None else LEAVES  # the ranks' results are summed in here
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_output.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            # Scaled before it is cast: a sum over many tokens need not fit into fp16.
-            grad_weight = (grad_weight * grad_output).to(ctx.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        # Scaled before it is cast: a sum over many tokens need not fit into fp16.
+        grad_weight, grad_bias = (
+            None if gradient is None else (gradient * grad_output).to(ctx.dtype)
+            for gradient in (grad_weight, grad_bias)
+        )
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _through(rule: Rule | None, raw: Tensor, labels: Tensor, vocabulary: Vocabulary | None) -> tuple[Tensor, Tensor]:
+    """`_cross_entropy` of `rule(raw)`, its gradient by `raw`."""
+    if rule is None:
+        return _cross_entropy(raw, labels, vocabulary)
+    with torch.enable_grad():
+        raw = raw.detach().requires_grad_()
+        logits = rule(raw)
+    loss, gradient = _cross_entropy(logits.detach(), labels, vocabulary)
+    return loss, torch.autograd.grad(logits, raw, gradient.to(logits.dtype))[0].float()
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, vocabulary: Vocabulary | None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Shapes that the built-in decoder cannot have, in general or on a layout, with the nearest that work."""
+"""Shapes that the decoder cannot have, in general or on a layout, with the nearest that work."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _tensor_parallel(start: Start) -> str | None:
         model.num_key_value_heads or model.num_attention_heads,
         model.intermediate_size,
     )
-    if not start.built_in_model or min(tp, heads, kv_heads, hidden) < 1:
+    if min(tp, heads, kv_heads, hidden) < 1:
         return None
 
     def shares_kv_heads(ranks: int) -> bool:
@@ -65,7 +65,7 @@ def _tensor_parallel(start: Start) -> str | None:
 def _stages(start: Start) -> str | None:
     wanted, layers = start.config.parallel, start.config.model.num_hidden_layers
     stages = wanted.pp * wanted.stages_per_rank
-    if not start.built_in_model or stages <= max(layers, 1):
+    if stages <= max(layers, 1):
         return None
     pp = max(1, layers // wanted.stages_per_rank)
     ranks = start.world // wanted.pp * pp  # as many replicas as now
@@ -85,7 +85,7 @@ def _stages(start: Start) -> str | None:
 )
 def _query_groups(start: Start) -> str | None:
     heads, kv_heads = start.config.model.num_attention_heads, start.config.model.num_key_value_heads
-    if not start.built_in_model or not kv_heads or min(heads, kv_heads) < 1 or heads % kv_heads == 0:
+    if not kv_heads or min(heads, kv_heads) < 1 or heads % kv_heads == 0:
         return None
     return (
         f"model.num_key_value_heads={kv_heads} does not divide model.num_attention_heads={heads}: "
@@ -100,7 +100,7 @@ def _query_groups(start: Start) -> str | None:
 )
 def _head_width(start: Start) -> str | None:
     model = start.config.model
-    if not start.built_in_model or model.head_dim is not None or min(model.num_attention_heads, model.hidden_size) < 1:
+    if model.head_dim is not None or min(model.num_attention_heads, model.hidden_size) < 1:
         return None
     heads = model.num_attention_heads
     if model.hidden_size % (2 * heads) == 0:
@@ -119,7 +119,7 @@ def _head_width(start: Start) -> str | None:
 def _scaling_without_a_use(start: Start) -> str | None:
     rope = start.config.model.rope_parameters
     needed = _NEEDED.get(rope.rope_type)  # an unknown one has a separate message
-    if not start.built_in_model or needed is None:
+    if needed is None:
         return None
     unused = [f"{key}={getattr(rope, key)}" for key in _SCALING if key not in needed and getattr(rope, key) is not None]
     if unused:
@@ -149,7 +149,7 @@ def _llama_3_1(rope: RopeParameters) -> list[str]:
 def _frequency_factors(start: Start) -> str | None:
     rope: RopeParameters = start.config.model.rope_parameters
     low, high = rope.low_freq_factor, rope.high_freq_factor
-    if not start.built_in_model or low is None or high is None or 0 < low < high:
+    if low is None or high is None or 0 < low < high:
         return None
     return (
         f"model.rope_parameters: low_freq_factor={low} must be above 0 and below high_freq_factor={high}; "

@@ -23,16 +23,22 @@ class Costs:
     head: float
 
 
-def costs_of(whole: ParallelizableModel, build: Callable[[Part], nn.Module]) -> Costs:
+def costs_of(
+    whole: ParallelizableModel,
+    build: Callable[[Part], nn.Module],
+    layer_cost: Callable[[nn.Module], float] | None = None,
+) -> Costs:
     """Costs by counting parameters: each takes part in one multiplication per token, forward and twice backward.
 
     `whole` is the uncut model and `build` makes a part of it, both on the meta device. What the parts with embedding
     and head hold beside their layers is what comes before and after; so tied embeddings count where they are used.
+    `layer_cost` counts a layer in another way.
     """
     layers = [_numel(block) for block in whole.blocks().values()]
     first = build(Part(range(1), embedding=True, head=False))
     last = build(Part(range(len(layers) - 1, len(layers)), embedding=False, head=True))
-    return Costs(tuple(layers), EMBEDDING_SHARE * (_numel(first) - layers[0]), _numel(last) - layers[-1])
+    costs = tuple(map(layer_cost, whole.blocks().values())) if layer_cost is not None else tuple(layers)
+    return Costs(costs, EMBEDDING_SHARE * (_numel(first) - layers[0]), _numel(last) - layers[-1])
 
 
 def parts(costs: Costs, stages: int) -> list[Part]:

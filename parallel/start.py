@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from stoker.conf.schema import Config, ModelConfig
+from stoker.conf.schema import Config
 from stoker.parallel.layout import BatchPlan, Layout, batch_plan, layout_of
 
 
@@ -44,11 +44,6 @@ class Start:
     def gloo_on_gpus(self) -> bool:
         """Whether ranks that compute on GPUs communicate over gloo, through the memory of the host."""
         return self.cuda and self.config.launch.backend == "gloo"
-
-    @property
-    def built_in_model(self) -> bool:
-        """Whether the shape in `config.model` describes the model; a user's model may read none of it."""
-        return self.config.model.target == ModelConfig().target
 
     @property
     def dp(self) -> int | None:

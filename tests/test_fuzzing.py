@@ -16,7 +16,7 @@ def test_mutated_files_run_no_code_open_nothing_elsewhere_and_end_in_no_tracebac
     found = fuzzing.fuzz(tmp_path, SUBJECTS, seed=0, numbers=range(count))
     assert sum(found.values()) == count
     for subject in SUBJECTS:
-        if subject.name != "run":  # its commands have statuses of their own
+        if "run" not in subject.name:  # of whose many files a command reads few
             assert found[f"{subject.name} refused"] >= 1, found
 
 

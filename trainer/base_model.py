@@ -20,7 +20,7 @@ from stoker.data import open_tokenizer
 from stoker.data.hub_tokenizer import HubTokenizer
 from stoker.data.opening import NoTokenizer
 from stoker.data.tokenizer_files import load_tokenizer
-from stoker.models.hugging_face import DTYPES, FAMILIES
+from stoker.models.hugging_face import DTYPES, OWN_MODEL
 from stoker.models.hugging_face_config import CONFIG, read_json
 from stoker.models.hugging_face_weights import open_weights
 from stoker.trainer.pretrained import init_folder, is_run
@@ -109,7 +109,7 @@ def _base_of(config: Config) -> _Base | None:
             return None
         files = run.base_model / TOKENIZER
         return _Base(run.base_model, files, run.tokenizer if run.tokenizer.is_dir() else files, facts)
-    if not (folder / CONFIG).is_file() or read_json(folder / CONFIG).get("model_type") not in FAMILIES:
+    if not (folder / CONFIG).is_file() or read_json(folder / CONFIG).get("model_type") == OWN_MODEL:
         return None
     return _Base(folder, folder, folder, BaseFacts(_dtype(folder), True))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,19 +21,19 @@ from torch import Tensor, nn
 from stoker.conf.schema import Config, ModelConfig
 from stoker.conf.values import ConfigError
 from stoker.models import hugging_face_config as theirs
-from stoker.models.hugging_face import FAMILIES, tensor_name
+from stoker.models.family import build_on_meta, family_of
+from stoker.models.hugging_face import OWN_MODEL
 from stoker.models.hugging_face_weights import open_weights
-from stoker.parallel.model import whole_model
+from stoker.parallel.model import Role, whole_model
 from stoker.parallel.sharding import materialise
 from stoker.parallel.shards import PARAMETER, Shard, whole
 from stoker.trainer.memory import available_bytes
-from stoker.trainer.parallelize import build_on_meta
 from stoker.trainer.pretrained import imported, init_folder, is_run, load_pretrained
 
 LIMIT = 1e-5  # of |ours - theirs| / |theirs|: what different kernels in float32 may differ by
 TOKENS = 64
 _SHARE_OF_MEMORY = 0.7  # for the weights; the rest is for activations and for what else the machine does
-_LAYER = "model.layers."
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")  # in names of Hugging Face's
 
 
 def compare_import(config: Config, available: Callable[[], int | None] = available_bytes) -> str | None:
@@ -42,14 +43,16 @@ def compare_import(config: Config, available: Callable[[], int | None] = availab
     `model.init_from`, a run directory, or a user's model. Raises ConfigError naming the first layer that
     differs, or with transformers' error when it cannot load the model.
     """
-    if config.model.init_from is None or config.model.target != ModelConfig().target:
+    if config.model.init_from is None or not family_of(config.model).is_transformers:
         return None
     folder = init_folder(config)
-    if is_run(folder) or theirs.read_json(folder / theirs.CONFIG).get("model_type") not in FAMILIES:
+    if is_run(folder) or theirs.read_json(folder / theirs.CONFIG).get("model_type") == OWN_MODEL:
         return None
     model = dataclasses.replace(imported(config).model, init_only=[])
     layers, needed = _layers_that_fit(folder, available())
-    parsed = theirs.parse(folder)
+    parsed = theirs.parsed(folder)
+    if layers < model.num_hidden_layers and model.target != ModelConfig().target:
+        layers = 0  # a config with fewer layers may be another model: lists of it go by layer
     if not layers:
         unknown = theirs.unknown_keys(folder, parsed)
         if unknown:
@@ -68,8 +71,7 @@ def compare_import(config: Config, available: Callable[[], int | None] = availab
     _compare(folder, parsed, expected, found)
     of = f"all {layers}" if layers == model.num_hidden_layers else f"the first {layers} of {model.num_hidden_layers}"
     worst = max(relative(found[name], expected[name]) for name in expected)
-    architecture = FAMILIES[parsed.model_type].architecture
-    return f"equal to transformers' {architecture} within {worst:.0e} ({of} layers, {TOKENS} tokens)"
+    return f"equal to transformers' {architecture(parsed)} within {worst:.0e} ({of} layers, {TOKENS} tokens)"
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -110,10 +112,10 @@ def _layers_that_fit(folder: Path, available: int | None) -> tuple[int, int]:
     rest = 0
     with open_weights(folder) as tensors:
         for name, tensor in tensors.items():
-            number = name.removeprefix(_LAYER).partition(".")[0]
+            layer_of = _LAYER.search(name)
             bytes_ = 4 * math.prod(tensor.shape)
-            if name.startswith(_LAYER) and number.isdecimal():
-                sizes[int(number)] = sizes.get(int(number), 0) + bytes_
+            if layer_of:
+                sizes[int(layer_of[1])] = sizes.get(int(layer_of[1]), 0) + bytes_
             else:
                 rest += bytes_
     layer = max(sizes.values(), default=0)
@@ -130,8 +132,8 @@ def _their_outputs(folder: Path, parsed: Any, layers: int, tokens: Tensor) -> di
         model = load_theirs(folder, parsed)
     except ValueError as error:
         raise ConfigError(f"model.init_from={folder}: {error}") from error
-    modules = {"embedding": model.model.embed_tokens}
-    modules |= {f"layers.{number}": layer for number, layer in enumerate(model.model.layers)}
+    modules = {"embedding": model.get_input_embeddings()}
+    modules |= {f"layers.{number}": layer for number, layer in enumerate(_layers_of(model, layers))}
     with _recorded(modules) as outputs:
         try:
             logits = model(tokens).logits
@@ -151,11 +153,28 @@ def _our_outputs(config: Config, tokens: Tensor) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
     ]
     load_pretrained(dataclasses.replace(config, model=dataclasses.replace(config.model, init_only=["*"])), shards)
-    modules = {"embedding": model.embedding}
+    modules = {"embedding": _embedding_of(model)}
     modules |= {f"layers.{number}": layer for number, layer in model.blocks().items()}  # type: ignore[operator]
     with _recorded(modules) as outputs:
         logits = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
     return {**outputs, "logits": logits}
+
+
+def architecture(parsed: Any) -> str:
+    """The name of transformers' causal class of a parsed config."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[parsed.model_type]
+
+
+def _layers_of(model: nn.Module, count: int) -> nn.ModuleList:
+    """The list of layers of transformers' model."""
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+
+
+def _embedding_of(model: nn.Module) -> nn.Module:
+    """The first layer of tokens: the only one, or that before a table of positions."""
+    return next(m for m in model.modules() if getattr(m, "role", None) is Role.EMBEDDING)
 
 
 @contextmanager
@@ -183,12 +202,12 @@ def _compare(folder: Path, parsed: Any, expected: dict[str, Tensor], found: dict
         difference = relative(found[name], value)
         if difference <= LIMIT:
             continue
-        where = name if name == "logits" else tensor_name(name)
+        where = name if name == "logits" else f"model.{name}" if name != "embedding" else "the embedding"
         what = f"differs by {difference:.1e}" if difference == difference else "is not finite"
         unknown = theirs.unknown_keys(folder, parsed)
         hint = f"; {theirs.CONFIG} holds keys that its class does not declare: {', '.join(unknown)}" if unknown else ""
         raise ConfigError(
             f"model.init_from={folder}: the decoder does not compute what transformers' "
-            f"{FAMILIES[parsed.model_type].architecture} computes: {where} is the first that {what} "
+            f"{architecture(parsed)} computes: {where} is the first that {what} "
             f"(limit {LIMIT:.0e}){hint}"
         )

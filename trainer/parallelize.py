@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stoker.conf.schema import Config, ModelConfig
-from stoker.conf.targets import import_target
+from stoker.conf.schema import Config
+from stoker.models.family import build_on_meta, family_of
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.engine import Engine
 from stoker.parallel.fp32_modules import compute_in_fp32
@@ -126,19 +126,12 @@ def compiles(config: Config, device: torch.device) -> bool:
     return True
 
 
-def build_on_meta(config: ModelConfig, part: Part) -> nn.Module:
-    """The `part` of the model that `config` names, without memory."""
-    with torch.device("meta"):
-        model = import_target(config.target)(config, part)
-    assert isinstance(model, nn.Module), f"model.target={config.target} built a {type(model).__name__}"
-    return model
-
-
 def _parts(config: Config, mesh: Mesh, whole: nn.Module) -> list[Part]:
     """The parts of all stages, in the order of the pipeline."""
     if mesh.layout.pp == 1:
         return [whole_model(config.model.num_hidden_layers)]
-    costs = costs_of(_parallelizable(whole), functools.partial(build_on_meta, config.model))
+    cost = functools.partial(family_of(config.model).layer_cost, config.model)
+    costs = costs_of(_parallelizable(whole), functools.partial(build_on_meta, config.model), cost)
     every = parts(costs, mesh.layout.pp * config.parallel.stages_per_rank)
     spans = ", ".join(f"{part.layers.start}-{part.layers.stop - 1}" for part in every)
     log.info("pipeline: %s, layers of the stages: %s", config.parallel.schedule, spans)

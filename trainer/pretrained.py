@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -27,13 +27,13 @@ from stoker.conf.values import ConfigError
 from stoker.data.tokenizer import ByteTokenizer
 from stoker.data.tokenizer_files import load_kept
 from stoker.models import hugging_face_config as theirs
-from stoker.models.hugging_face import OWN_MODEL, tensor_name
-from stoker.models.hugging_face_weights import HEAD, has_own_head, open_weights
+from stoker.models.family import BUILT_IN, TRANSFORMERS, Described, OwnFamily, build_on_meta, family_of
+from stoker.models.hugging_face import FAMILIES, OWN_MODEL
+from stoker.models.hugging_face_weights import open_weights
 from stoker.parallel.dtypes import DTYPE_NAMES, DTYPES
 from stoker.parallel.model import whole_model
 from stoker.parallel.registry import Entry, whole_registry
 from stoker.parallel.shards import BUFFER, PARAMETER, Shard
-from stoker.trainer.parallelize import build_on_meta
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def _wanted(model: ModelConfig, names: Sequence[str]) -> set[str]:
     return wanted
 
 
-def _refuse_other_tensors(model: ModelConfig, entries: dict[str, Entry], stored: Mapping[str, _Tensor]) -> None:
+def _refuse_other_tensors(model: ModelConfig, entries: dict[str, Entry], stored: Mapping[str, Described]) -> None:
     wanted = _wanted(model, list(entries))
     problems = [_dtype_problem(entries[name], stored[name].dtype) for name in sorted(wanted & set(stored))]
     problems = [problem for problem in problems if problem]
@@ -167,21 +167,11 @@ def _dtype_problem(entry: Entry, stored: str) -> str:
     return f"{entry.name} is {stored}: quantised weights are not read"
 
 
-class _Tensor(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> str:
-        """A key of DTYPES, or another of the safetensors format's names."""
-        ...
-
-
 @dataclass(frozen=True)
 class _Source:
     """Tensors by our names, and how to fill shards from them."""
 
-    tensors: Mapping[str, _Tensor]
+    tensors: Mapping[str, Described]
     fill: Callable[[Sequence[Shard]], object]
 
 
@@ -192,13 +182,8 @@ def _open(folder: Path, model: ModelConfig, names: Sequence[str]) -> Iterator[_S
         held = {name: tensor for (kind, name), tensor in stored.tensors.items() if kind in _KINDS}
         yield _Source(held, lambda shards: load(stored, shards))
         return
-    # For a user's model these files have its parameter names.
-    own = model.target != ModelConfig().target
-    ours = {name if own else tensor_name(name): name for name in names}
     with open_weights(folder) as found:
-        # A head beside a tied embedding is a copy of the embedding, or one tensor too many.
-        repeated = not own and model.tie_word_embeddings and not has_own_head(found)
-        tensors = {ours.get(name, name): part for name, part in found.items() if not (repeated and name == HEAD)}
+        tensors = family_of(model).stored(model, found, names)
 
         def fill(shards: Sequence[Shard]) -> None:
             with torch.no_grad():
@@ -230,12 +215,46 @@ def _shape(folder: Path, config: Config, own_target: bool) -> dict[str, Any]:
         if not isinstance(values.get("model"), dict):
             raise ValueError(f"{theirs.CONFIG} has no model section")
         return _model_values(from_dict(migrate({"model": values["model"]})), config, own_target)
-    found = theirs.shape_of(theirs.parse(folder), config.seq_len)
-    with open_weights(folder) as tensors:
-        if found["tie_word_embeddings"] and has_own_head(tensors):
-            log.warning("%s: lm_head.weight is not the embedding: the model is not tied, as in transformers", folder)
-            found["tie_word_embeddings"] = False
+    found = _imported_shape(folder, config, values)
     return {f"model.{key}": value for key, value in found.items()}
+
+
+def _imported_shape(folder: Path, config: Config, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ModelConfig for the model of a folder of Hugging Face's, by the family that will train it.
+
+    That of `model.target` if it is not the default; else the decoder where it computes the model, and transformers'
+    own modules where it does not, or with model.native=false. Raises ValueError where neither can.
+    """
+    decoder, model = ModelConfig().target, config.model
+    family = family_of(model)
+    if isinstance(family, OwnFamily):  # a function may read the keys of the decoder
+        return family_of(ModelConfig()).shape(folder, config.seq_len)
+    if model.native is True and model.target == TRANSFORMERS:
+        raise ValueError("model.native=true asks for Stoker's modules, and model=transformers for transformers'")
+    if model.target not in BUILT_IN.values() or model.target == TRANSFORMERS:
+        return family.shape(folder, config.seq_len)
+    reason = "model.native=false"
+    if model.native is not False:
+        try:
+            return family_of(ModelConfig(target=decoder)).shape(folder, config.seq_len)
+        except ValueError as error:
+            if model.native is True:
+                raise
+            reason = str(error)
+    try:
+        found = family_of(ModelConfig(target=TRANSFORMERS)).shape(folder, config.seq_len)
+    except ValueError as error:
+        raise ValueError(reason if values.get("model_type") in FAMILIES and model.native is None else error) from error
+    log.info("%s: trained in transformers' own modules: %s", folder, reason)
+    return found
+
+
+def with_settled(config: Config) -> Config:
+    """`config` with the keys of its model that others determine, where they are not set."""
+    settled = family_of(config.model).settled(config.model)
+    default = ModelConfig()
+    missing = {k: v for k, v in settled.items() if lookup(config.model, k) == lookup(default, k)}
+    return _with_values(config, {f"model.{key}": value for key, value in missing.items()})
 
 
 def _model_values(stored: Config, config: Config, own_target: bool) -> dict[str, Any]:

@@ -129,6 +129,13 @@ def adopt(request: Request, draft: Draft) -> Draft:
         config = adopt_shape(config, request.overrides)
         if config.data.tokenizer != draft.config.data.tokenizer:
             request.tell(f"data.tokenizer={config.data.tokenizer}: the one of model.init_from")
+    elif draft.stored is None and config.model.config is not None:
+        from stoker.trainer.pretrained import with_settled
+
+        try:
+            config = with_settled(config)
+        except ValueError as error:
+            raise ConfigError(f"model.config: {error}") from error
     chosen = config.checkpoint.dir is not None or any(word.startswith("checkpoint.dir=") for word in request.overrides)
     place = None if chosen else adopted_link(draft.run)
     if place is not None:  # a link made by a user counts like the key

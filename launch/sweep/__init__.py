@@ -4,7 +4,7 @@
 `trials`   numbers, settings and outcomes, in the sweep's folder
 
 The folder is all the memory that a sweep has. Killed and given again, the same command starts no trial that is done,
-resumes the one that was interrupted, and begins those that are left.
+resumes the one that was interrupted (or starts it over where it had no checkpoint yet), and begins those that are left.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.table import Column, Table
 from rich.text import Text
 
+from stoker.checkpoint import newest_step
 from stoker.conf.compose import compose
 from stoker.conf.files import expand
 from stoker.conf.printable import printable
@@ -26,6 +27,8 @@ from stoker.launch.inspect import console_for_tables
 from stoker.launch.sweep.points import Point, asked, chosen, divided, grid
 from stoker.launch.sweep.trials import Trial, Trials
 from stoker.launch.train import gpus, ranks_for, say, train
+from stoker.trainer.history import begin_anew, has_history, has_saved
+from stoker.trainer.report.metrics import last_step
 from stoker.trainer.runtime.outcome import GOES_ON, Outcome
 from stoker.trainer.trust import Code, code_of
 from stoker.trainer.validate import validate
@@ -131,6 +134,7 @@ def _run(trial: Trial, fixed: Sequence[str], place: str) -> int | None:
         say(f"trial {place}: {named}: {trial.outcome} before")
         return None
     say(f"trial {place}: {named}")
+    _begin_anew_if_unsaved(trial)
     own = [f"run.dir={trial.run.path}", f"run.name={trial.run.path.parent.name}-{trial.number}"]
     try:
         status = train(expand([*fixed, *trial.point, *own], say))
@@ -142,6 +146,14 @@ def _run(trial: Trial, fixed: Sequence[str], place: str) -> int | None:
         say("the sweep ends here; the same command goes on with it")
         return status or 128 + signal.SIGINT
     return None
+
+
+def _begin_anew_if_unsaved(trial: Trial) -> None:
+    """A trial that was killed before its first checkpoint has nothing to resume from: its steps move aside."""
+    run = trial.run
+    if has_history(run) and not has_saved(run) and newest_step(run.checkpoints) == 0:
+        steps, aside = last_step(run.metrics), begin_anew(run)
+        say(f"it ended at step {steps}, before its first checkpoint, and starts over; those steps are in {aside}")
 
 
 def _submit(trials: Trials, found: list[Trial], fixed: Sequence[str]) -> int:
@@ -163,6 +175,7 @@ def _submit(trials: Trials, found: list[Trial], fixed: Sequence[str]) -> int:
         finish(found)
         return 0 if all(trial.outcome == Outcome.COMPLETED for trial in found) else 1
     for trial in left:
+        _begin_anew_if_unsaved(trial)
         trials.settings_file(trial)
     tasks = ",".join(str(trial.number) for trial in left)
     pattern = trials.folder / "settings" / "{task}.yaml"

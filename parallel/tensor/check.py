@@ -34,7 +34,7 @@ def refuse_open_regions(model: nn.Module, registry: Registry, output: Tensor, x:
             continue
         seen.add((node, inside))
         border = getattr(node, "border", None)
-        if border is not None and (border == LEAVES) == inside:
+        if border in (ENTERS, LEAVES) and (border == LEAVES) == inside:
             raise ValueError(_crossing(model, border, near))
         inside = inside if border is None else border == LEAVES
         following = [child for child, _ in node.next_functions if child is not None]

@@ -16,7 +16,11 @@ from torch import Tensor
 
 from stoker.parallel.tensor.axis import TensorAxis
 
-ENTERS, LEAVES = "enters", "leaves"  # `border` of an autograd function: for `stoker.parallel.tensor.check`
+ENTERS, LEAVES, ENTERS_IN_PART = (
+    "enters",
+    "leaves",
+    "enters in part",
+)  # `border` of an autograd function: for `stoker.parallel.tensor.check`
 
 
 def enter(x: Tensor, axis: TensorAxis) -> Tensor:
@@ -41,6 +45,21 @@ def leave(x: Tensor, axis: TensorAxis) -> Tensor:
             f"sequence parallelism: a micro-batch of {x.shape[0]} tokens does not divide over {axis.size} ranks"
         )
     return _Scatter.apply(x, axis.group_name, axis.size)
+
+
+def gather_channels(x: Tensor, axis: TensorAxis) -> Tensor:
+    """Out of a region: the channels of all ranks, one after the other, from this rank's `x` `[..., channels]`."""
+    return _GatherChannels.apply(x, axis.group_name, axis.size, axis.rank)
+
+
+def enter_last_channels(x: Tensor, channels: int, axis: TensorAxis) -> Tensor:
+    """Into a region with the last `channels` of `x` `[..., all]`, which all ranks hold; the others stay outside."""
+    return _ForkLast.apply(x, channels, axis.group_name)
+
+
+def split_channels(x: Tensor, axis: TensorAxis) -> Tensor:
+    """Into a region: this rank's equal share of the channels of `x` `[..., channels]`, which all ranks hold."""
+    return _SplitChannels.apply(x, axis.group_name, axis.size, axis.rank)
 
 
 def all_gather(x: Tensor, group_name: str, size: int) -> Tensor:
@@ -97,6 +116,18 @@ class _Fork(torch.autograd.Function):
         return _all_reduce(gradient, ctx.group_name), None
 
 
+class _ForkLast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, channels: int, group_name: str) -> Tensor:
+        ctx.group_name, ctx.channels, ctx.border = group_name, channels, ENTERS_IN_PART
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        outside, inside = gradient.split([gradient.shape[-1] - ctx.channels, ctx.channels], -1)
+        return torch.cat([outside, _all_reduce(inside, ctx.group_name)], -1), None, None
+
+
 class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
@@ -106,6 +137,39 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return gradient, None
+
+
+def _own_channels(x: Tensor, size: int, rank: int) -> Tensor:
+    return x.chunk(size, -1)[rank].contiguous()
+
+
+def _all_channels(x: Tensor, group_name: str, size: int) -> Tensor:
+    gathered = all_gather(x.unsqueeze(0), group_name, size)
+    return gathered.movedim(0, -2).flatten(-2)
+
+
+class _GatherChannels(torch.autograd.Function):
+    """All ranks compute the same from its result, so that each has the whole gradient of its own channels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_name: str, size: int, rank: int) -> Tensor:
+        ctx.size, ctx.rank, ctx.border = size, rank, LEAVES
+        return _all_channels(x, group_name, size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _own_channels(gradient, ctx.size, ctx.rank), None, None, None
+
+
+class _SplitChannels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_name: str, size: int, rank: int) -> Tensor:
+        ctx.group_name, ctx.size, ctx.border = group_name, size, ENTERS
+        return _own_channels(x, size, rank)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _all_channels(gradient, ctx.group_name, ctx.size), None, None, None
 
 
 def enable_async_tensor_parallelism(group: dist.ProcessGroup) -> None:

@@ -7,7 +7,6 @@ length and, where dp is 4, a rank without a single valid token.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,11 +19,11 @@ from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.trainer.parallelize import cut
 from tests import world
+from tests.extent import FULL
 from tests.parallel.reference import VOCABULARY, Trace, assemble, global_rows, normwise, one_process, small_config
 
 STEPS = 10
 ROWS = 16
-FULL = os.environ.get("STOKER_TESTS") == "full"  # every combination instead of every pair: another ten minutes
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stoker.conf.schema import BatchConfig, Config, ModelConfig
+from stoker.models.family import build_on_meta
 from stoker.parallel.batch import IGNORE_INDEX
 from stoker.parallel.buffers import fill_buffers
 from stoker.parallel.engine import Engine
@@ -19,7 +20,7 @@ from stoker.parallel.model import whole_model
 from stoker.parallel.registry import whole_registry
 from stoker.parallel.sharding import materialise
 from stoker.parallel.shards import BUFFER, Shard
-from stoker.trainer.parallelize import build_on_meta, cut
+from stoker.trainer.parallelize import cut
 from tests import world
 from tests.parallel.reference import VOCABULARY, assemble, global_rows, small_config
 

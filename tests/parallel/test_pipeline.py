@@ -22,7 +22,7 @@ from stoker.parallel.registry import whole_registry
 from stoker.parallel.sharding import ShardingStrategy
 from stoker.parallel.shards import GRADIENT, Shard
 from tests import world
-from tests.parallel.parity import FULL
+from tests.extent import FULL
 from tests.parallel.pipelines import FACTOR, SCHEDULES, Pipeline, Watched, build, fill, pipeline_config, uneven_rows
 from tests.parallel.reference import VOCABULARY, assemble, normwise
 

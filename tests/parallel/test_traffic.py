@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 
 from stoker.conf.schema import Config
+from stoker.models.family import build_on_meta
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.model import whole_model
 from stoker.parallel.replicated import BUCKET_NUMEL
-from stoker.trainer.parallelize import build_on_meta, cut
+from stoker.trainer.parallelize import cut
 from tests import world
 from tests.parallel.parity import Case
 from tests.parallel.reference import global_rows

@@ -14,7 +14,7 @@ from stoker.conf.limits import LIMITS
 from stoker.conf.overrides import parse
 from stoker.conf.schema import GROUPS, Config, kinds, lookup
 from stoker.parallel.start import Start
-from stoker.trainer.validate import REFUSALS
+from stoker.trainer.validate import entries_for
 from tests.trainer.refused_alone import BEYOND
 from tests.trainer.refused_together import TOGETHER
 from tests.trainer.test_validate import refusals_of, with_values
@@ -159,14 +159,14 @@ CHOICES = {
 }
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.fixed_dictionaries({}, optional=CHOICES), st.integers(1, 16), st.integers(0, 4))
 def test_each_way_that_a_refusal_names_removes_it(tmp_path_factory, values, world, gpus):
     """Others may be left, or come: values that do not go together may need several changes."""
     folder = tmp_path_factory.getbasetemp()
     overrides = [f"{key}={'null' if value is None else str(value).lower()}" for key, value in values.items()]
     config = with_values(*overrides)
-    for refusal in REFUSALS:
+    for refusal in entries_for(config):
         message = refusal.check(Start(config, world, gpus))
         if message is None:
             continue

@@ -16,7 +16,8 @@ from stoker.conf.schema import Config
 from stoker.parallel.layout import Layout
 from stoker.parallel.shards import Shard
 from tests import world
-from tests.parallel.parity import FULL, Case
+from tests.extent import FULL
+from tests.parallel.parity import Case
 from tests.parallel.reference import Trace, assemble, normwise, one_process
 from tests.trainer.test_resume import HALF, half
 

@@ -13,16 +13,17 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from stoker.conf.compose import compose
-from stoker.conf.schema import Config, to_dict
+from stoker.conf.schema import Config, ModelConfig, to_dict
 from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
+from stoker.models.family import TRANSFORMERS, build_on_meta
 from stoker.models.hugging_face import tensor_name
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.model import whole_model
 from stoker.parallel.shards import PARAMETER, Shard
 from stoker.trainer.facts import with_vocabulary
-from stoker.trainer.parallelize import build_on_meta, cut
+from stoker.trainer.parallelize import cut
 from stoker.trainer.pretrained import adopt_shape, load_pretrained
 from tests import world
 from tests.launch.runs import overrides, write_text
@@ -119,7 +120,18 @@ def test_an_architecture_that_ours_is_not_is_refused_before_any_rank(
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ConfigError, match=message):
-        asked(tmp_path)
+        asked(tmp_path, "model.native=true")
+
+
+def test_what_the_decoder_does_not_compute_is_trained_in_transformers_own_modules(tmp_path: Path) -> None:
+    write_family(tmp_path, "llama")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "gelu"}))
+    model = asked(tmp_path).model
+    assert (model.target, model.config["hidden_act"], model.num_hidden_layers) == (TRANSFORMERS, "gelu", 3)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "silu"}))
+    assert asked(tmp_path).model.target == ModelConfig().target
+    assert asked(tmp_path, "model.native=false").model.target == TRANSFORMERS
 
 
 def test_an_older_config_json_means_the_same(tmp_path: Path) -> None:
@@ -263,19 +275,19 @@ def test_rope_theta_beside_rope_parameters_counts_where_they_have_none(tmp_path:
 def test_a_window_shorter_than_a_sequence_is_refused_wherever_it_is_used(tmp_path: Path) -> None:
     write_family(tmp_path, "mistral", sliding_window=16)
     with pytest.raises(ConfigError, match=r"sliding_window=16.*seq_len=16 works"):
-        asked(tmp_path)
+        asked(tmp_path, "model.native=true")
     write_family(tmp_path, "mistral")  # whose class has a window of 4096, if config.json has none
     path = tmp_path / "config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "sliding_window"}))
     with pytest.raises(ConfigError, match="sliding_window=4096"):
-        asked(tmp_path, "seq_len=5000")
+        asked(tmp_path, "seq_len=5000", "model.native=true")
     write_family(tmp_path, "qwen2", sliding_window=16, use_sliding_window=False)
     asked(tmp_path)
     write_family(tmp_path, "qwen2", sliding_window=16, use_sliding_window=True, max_window_layers=3)
     asked(tmp_path)  # no layer uses it
     write_family(tmp_path, "qwen2", sliding_window=16, use_sliding_window=True, max_window_layers=2)
     with pytest.raises(ConfigError, match="sliding_window=16"):
-        asked(tmp_path)
+        asked(tmp_path, "model.native=true")
 
 
 def test_a_run_begins_with_the_weights_of_another_run_and_then_needs_it_no_more(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from stoker.conf.identity import Identity, write_identity
 from stoker.conf.overrides import parse
 from stoker.conf.rundir import RunDirectory, make_run_directory, next_attempt, write_config
 from stoker.conf.schema import Config
@@ -116,6 +118,20 @@ def test_what_was_interrupted_goes_on_and_what_failed_is_tried_again(trainers: T
     assert trainers.started[4:] == ["1", "2"] and len(RunDirectory(tmp_path / "all" / "1").attempt_numbers()) == 3
     assert main(words) == 1
     assert len(trainers.started) == 6
+
+
+def test_a_trial_that_was_killed_before_its_first_checkpoint_starts_over(
+    trainers: Trainers, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words, run = ["sweep", "run.dir=all", *TWO], RunDirectory(tmp_path / "all" / "0")
+    trainers.ends = {"0": (Outcome.FAILED, 1), "1": (Outcome.FAILED, 1)}
+    assert main(words) == 1
+    other = RunDirectory(tmp_path / "all" / "1")
+    write_identity(other, Identity("0" * 32, str(other.path), os.stat(other.path).st_ino, saved=True))
+    assert main(words) == 0 and trainers.started == ["0", "1", "0", "1"]
+    assert (run.earlier(1) / "metrics.jsonl").exists() and not other.earlier(1).exists()
+    told = f"it ended at step 3, before its first checkpoint, and starts over; those steps are in {run.earlier(1)}"
+    assert told in capsys.readouterr().err
 
 
 def test_a_point_that_is_refused_is_named_before_any_run_begins(
