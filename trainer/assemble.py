@@ -101,6 +101,7 @@ def assemble(
         observers.message if observers is not None else log.info,
         modules_to_mark(engine.modules(), opaque=compiles(config, mesh.device)),
         lambda: _held(engine, mesh.device),
+        mesh.all_gather_text,
     )
     faults = Faults(read_faults(config.faults), mesh.rank, run, checkpoints, mesh.device)
 

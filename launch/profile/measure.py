@@ -22,6 +22,7 @@ from stoker.launch.profile.trace import CALL, COPY, KERNEL, MEMSET, OPERATION, R
 from stoker.trainer.report.breakdown import (
     CHECKPOINT,
     EXPOSED,
+    MODULE,
     PREFIX,
     Event,
     Interval,
@@ -33,7 +34,6 @@ from stoker.trainer.report.breakdown import (
     seconds_of,
     union,
 )
-from stoker.trainer.report.module_ranges import PREFIX as MODULE
 
 STEP = "ProfilerStep#"
 _NODE = "autograd::engine::evaluate_function"

@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 from stoker.conf.reasons import reason
-from stoker.trainer.report.module_ranges import PREFIX as MODULE
+from stoker.trainer.report.breakdown import MODULE
 
 OPERATION, RANGE, CALL, KERNEL, COPY, MEMSET = range(6)  # kinds of events
 _KINDS = {

@@ -11,9 +11,10 @@ from stoker.launch.report.gather import Attempt, Gathered
 from stoker.launch.report.svg import COLOURS, Chart, Line
 from stoker.launch.report.tables import Table, facts, lasting, moment, percent, tables
 from stoker.trainer.report.curves import Curve
-from stoker.trainer.report.goodput import BOOKS, Account
+from stoker.trainer.report.goodput import BOOKS, MOMENTS, Account, Span
 
 MOST_ATTEMPTS = 100  # in the timeline
+MOST_SPANS = 400  # of the whole timeline; shorter ones would not be seen
 MOST_BANDS = 2  # runs in one chart; bands of more cover each other
 _PHASES = {  # of `profile.phases_every`: metric, label
     "phase_data_seconds": "waiting for rows",
@@ -203,8 +204,8 @@ def _timeline(run: Gathered, named: bool) -> str:
     left_out = f", the newest {len(shown)} of {len(run.accounts):,}" if len(shown) < len(run.accounts) else ""
     title = f"Timeline of the attempts{f' of {text(run.name)}' if named else ''}"
     note = (
-        f"{text(moment(begin))} to {text(moment(end))}, {text(lasting(end - begin))}{left_out}. Within an attempt the "
-        "parts are in this order, not in that of time."
+        f"{text(moment(begin))} to {text(moment(end))}, {text(lasting(end - begin))}{left_out}. An attempt keeps "
+        f"its times at up to {MOMENTS} moments; between two of them the parts are in this order, not in that of time."
     )
     return f'<h2>{title}</h2><p class="note">{note}</p><div class="key">{key}</div>{"".join(rows)}'
 
@@ -216,20 +217,38 @@ def _why(attempt: Attempt) -> str:
     return f"{attempt.outcome}: {attempt.message}"
 
 
-def segments(account: Account) -> list[tuple[str, float, float]]:
-    """The parts of an attempt's bar: book, begin and end in seconds since the epoch."""
+def segments(account: Account, least: float = 0.0) -> list[tuple[str, float, float]]:
+    """The parts of an attempt's bar: book, begin and end in seconds since the epoch, one after the other.
+
+    Spans shorter than `least` seconds are drawn together. Within a span the books have a fixed order.
+    """
     order = ("startup", "training", "data", "checkpoint", "evaluation", "lost", "down")
-    at, found = account.began, []
-    for book in order:
-        seconds = account.seconds[book]
-        if seconds > 0:
-            found.append((book, at, at + seconds))
-            at += seconds
+    at = account.began
+    found: list[tuple[str, float, float]] = []
+    for span in _at_least(account.spans, least):
+        for book in order:
+            seconds = span.get(book, 0.0)
+            if seconds > 0:
+                begin = found.pop()[1] if found and found[-1][0] == book else at
+                at += seconds
+                found.append((book, begin, at))
     return found
 
 
+def _at_least(spans: list[Span], least: float) -> Iterator[dict[str, float]]:
+    """The seconds of spans by book; short ones together until they last `least` seconds."""
+    together: dict[str, float] = {}
+    for span in spans:
+        together = {name: together.get(name, 0.0) + span.seconds.get(name, 0.0) for name in BOOKS}
+        if sum(together.values()) >= least:
+            yield together
+            together = {}
+    if together:
+        yield together
+
+
 def _bars(account: Account, begin: float, end: float) -> Iterator[str]:
-    parts = segments(account)
+    parts = segments(account, (end - begin) / MOST_SPANS)
     if account.down_before > 0:
         parts = [("down", account.began - account.down_before, account.began), *parts]
     for book, start, stop in parts:

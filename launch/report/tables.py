@@ -11,6 +11,7 @@ from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import kinds, lookup
 from stoker.launch.report.gather import Gathered, config_differences
 from stoker.launch.report.svg import short
+from stoker.trainer.report.breakdown import OVER_RANKS
 from stoker.trainer.report.goodput import BOOKS
 from stoker.trainer.report.progress import brief, duration, size
 from stoker.trainer.report.summary import marks_of
@@ -35,7 +36,8 @@ def tables(runs: list[Gathered]) -> list[Table]:
     found = [_results(runs), _config_table(runs)]
     for run in runs:
         of = f" of {run.name}" if len(runs) > 1 else ""
-        own = [_attempts(run), _seconds(run), _bad_steps(run), _checkpoints(run), _saves(run), _data(run), _whole(run)]
+        own = [_attempts(run), _seconds(run), _phases(run), _bad_steps(run)]
+        own += [_checkpoints(run), _saves(run), _data(run), _whole(run)]
         for table in own:
             table.title += of
             table.folded = table.folded or len(runs) > 1
@@ -130,6 +132,17 @@ def _seconds(run: Gathered) -> Table:
         sums = [sum(account.seconds[name] for account in run.accounts) for name in BOOKS]
         rows.append(["all", *map(lasting, (down, *sums))])
     return Table("Where the time went", columns, rows, "down: a hang before its end was seen, or a node that was lost")
+
+
+def _phases(run: Gathered) -> Table:
+    """Of the newest step that has them; a phase that differs much between ranks is where they wait for each other."""
+    rows = []
+    for name, value in run.curves.newest.items():
+        over = [run.curves.newest.get(f"{name}_{kind}") for kind in OVER_RANKS]
+        if name.startswith("phase_") and None not in over:
+            label = name.removeprefix("phase_").removesuffix("_seconds").replace("_", " ")
+            rows.append([label, *(_shown(seconds, ".4f") for seconds in (*over, value))])
+    return Table("Phases of all ranks", ["phase", *OVER_RANKS, "rank 0"], rows, "seconds of the newest profiled step")
 
 
 def _bad_steps(run: Gathered) -> Table:

@@ -23,8 +23,9 @@ backends than NCCL and gloo. Tracing makes each operation some microseconds long
 
 from __future__ import annotations
 
+import statistics
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 PREFIX = "stoker."
 RANGES = ("stoker.data", "stoker.forward", "stoker.backward", "stoker.update")  # of the phases
+MODULE = "module:"  # begins the names of the ranges that traces have of modules
+OVER_RANKS: dict[str, Callable[[Sequence[float]], float]] = {"min": min, "median": statistics.median, "max": max}
 CHECKPOINT = "stoker.checkpoint"  # marks what a save holds up: no phase of a step
 EXPOSED = "phase_communication_exposed_seconds"
 _NOT_COMPUTING = ("autograd::", "torch::autograd::", "c10d::", "_c10d_functional::")  # they contain or start others
@@ -89,6 +92,22 @@ def phase_seconds(events: Sequence[Event]) -> dict[str, float]:
         key = f"phase_{marked.name.removeprefix(PREFIX)}_seconds"
         seconds[key] = seconds.get(key, 0.0) + seconds_of(minus([(begin, now)], exposed))
     return seconds | {EXPOSED: seconds_of(exposed)}
+
+
+def over_ranks(phases: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The least, median and largest value over ranks of each phase that all of them have; none for a single rank.
+
+    As metrics: `phase_forward_seconds_min`, `phase_forward_seconds_median`, `phase_forward_seconds_max`, ...
+    """
+    if len(phases) < 2:
+        return {}
+    found = {}
+    for name in phases[0]:
+        if all(name in other for other in phases):
+            values = [other[name] for other in phases]
+            for kind, of in OVER_RANKS.items():
+                found[f"{name}_{kind}"] = of(values)
+    return found
 
 
 def exposed_communication(events: Sequence[Event]) -> list[Interval]:

@@ -3,6 +3,9 @@
 Rank 0 of each attempt keeps a small file (`Booking`). Time booked after the checkpoint from which the next attempt
 resumed counts as lost; between attempts the run was down. `goodput` needs only these files, also for a run that is in
 progress or was killed.
+
+The file has the sums at up to `MOMENTS` times of the attempt, so that what lies between two of them is known with its
+time (`Account.spans`). When there are more, every second one is dropped: an attempt of any length is covered whole.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +49,7 @@ _OF_STEPS = ("training", "data", "checkpoint", "evaluation")  # done again when 
 WRITE_SECONDS = 0.5
 _MOST_SECONDS = 1e12  # of a clock or a book; sums of more are not finite
 MARKS = 50  # newest saves whose seconds are kept
+MOMENTS = 128  # times at which the seconds so far are kept
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,26 @@ class _Record:
     resumed_from: int | None  # step; 0: from initial weights; None: it did not get so far
     seconds: dict[str, float]
     marks: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # what was booked when a step was saved
+    moments: list[tuple[float, dict[str, float]]] = field(default_factory=list)  # what was booked at a time
 
-    def after(self, step: int) -> float:
-        """Seconds of steps after `step`, which a run that goes back to it has lost."""
+    def until(self, step: int) -> dict[str, float]:
+        """What was booked when the state after `step` was saved; a run that goes back to it loses what came later."""
         before: dict[str, float] = {}
         for marked, seconds in self.marks:
             if marked <= step:
                 before = seconds
-        return sum(self.seconds.get(name, 0.0) - before.get(name, 0.0) for name in _OF_STEPS)
+        return before
+
+
+def _lost_after(seconds: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    """`seconds` with those of steps beyond `before` booked as lost."""
+    found = dict(seconds)
+    for name in _OF_STEPS:
+        gone = max(0.0, found.get(name, 0.0) - before.get(name, 0.0))
+        if gone:
+            found[name] -= gone
+            found["lost"] = found.get("lost", 0.0) + gone
+    return found
 
 
 @dataclass
@@ -96,6 +113,7 @@ class _StoredRecord:
     resumed_from: int | None
     seconds: dict[str, Any]
     marks: list[Any] = field(default_factory=list)
+    moments: list[Any] = field(default_factory=list)
 
 
 class Booking:
@@ -107,6 +125,8 @@ class Booking:
         self._record = _Record(process_start(now), now, resumed_from, {})
         self._lost: dict[str, float] = {}  # taken from other books by rollbacks
         self._written = 0.0
+        self._between = WRITE_SECONDS / 2  # seconds between two moments, at least
+        self._moments_as_json: list[str] = []  # they are many, and seldom change
         self.write()
 
     def step(self) -> None:
@@ -129,17 +149,32 @@ class Booking:
             gone = self._record.seconds.get(name, 0.0) - before.get(name, 0.0)
             self._lost[name] = self._lost.get(name, 0.0) + gone
         self._record.marks = marks
+        self._record.moments = [(at, _lost_after(seconds, before)) for at, seconds in self._record.moments]
+        self._moments_as_json = list(map(json.dumps, self._record.moments))
         self.write()
 
     def write(self) -> None:
         self._update()
+        self._keep_moment()
         self._written = time.monotonic()
+        rest = {name: value for name, value in vars(self._record).items() if name != "moments"}
+        text = f'{json.dumps(rest)[:-1]}, "moments": [{", ".join(self._moments_as_json)}]}}'
         try:
-            write_whole(self._path, json.dumps(vars(self._record)).encode())
+            write_whole(self._path, text.encode())
         except OSError as error:
             if not is_full(error):
                 raise
             log.info("seconds will be written later: %s", reason(error))
+
+    def _keep_moment(self) -> None:
+        moments, now = self._record.moments, self._record.time
+        if moments and now - moments[-1][0] < self._between:
+            return
+        if len(moments) >= MOMENTS:
+            del moments[1:-1:2], self._moments_as_json[1:-1:2]
+            self._between *= 2
+        moments.append((round(now, 3), {name: round(own, 3) for name, own in self._record.seconds.items() if own}))
+        self._moments_as_json.append(json.dumps(moments[-1]))
 
     def _update(self) -> None:
         spent = self._phase.totals()
@@ -165,6 +200,14 @@ def process_start(now: float) -> float:
 
 
 @dataclass(frozen=True)
+class Span:
+    """A part of an attempt. Its `seconds` by book are as many as it lasts; their order within it is not known."""
+
+    began: float  # seconds since the epoch
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Account:
     """The seconds of one attempt. Those of `seconds` are `ended` - `began`, each booked once."""
 
@@ -174,6 +217,7 @@ class Account:
     seconds: dict[str, float]  # by book
     down_before: float  # between the end of the attempt before and `began`
     resumed_from: int | None  # step; 0: from initial weights; None: it did not get so far
+    spans: list[Span]  # one after the other; together they are `seconds`
 
 
 def goodput(run: RunDirectory, now: float | None = None) -> Goodput:
@@ -196,12 +240,9 @@ def accounts(run: RunDirectory, now: float | None = None) -> list[Account]:
         record = records[number]
         following = records[numbers[place + 1]] if place + 1 < len(numbers) else None
         back = [step for later in numbers[place + 1 :] if (step := records[later].resumed_from) is not None]
-        lost = record.after(min(back)) if back else 0.0
-        share = lost / whole if (whole := sum(record.seconds.get(name, 0.0) for name in _OF_STEPS)) else 0.0
-        seconds = dict.fromkeys(BOOKS, 0.0)
-        for name, own in record.seconds.items():
-            seconds[name] += own * (1 - share) if name in _OF_STEPS else own
-        seconds["lost"] += lost
+        before = record.until(min(back)) if back else record.seconds
+        booked = dict.fromkeys(BOOKS, 0.0) | _lost_after(record.seconds, before)
+        moments = [(at, _lost_after(seconds, before)) for at, seconds in record.moments]
         ended, alive = _end_of(run, number, record, now if following is None else None)
         if following is not None:
             ended = min(ended, max(following.began, record.time))
@@ -209,9 +250,23 @@ def accounts(run: RunDirectory, now: float | None = None) -> list[Account]:
             book = "startup" if record.resumed_from is None else "training"
         else:
             book = "lost" if following is not None else "down"
-        seconds[book] += ended - record.time
+        seconds = booked | {book: booked[book] + ended - record.time}
+        spans = _spans(record.began, [*moments, (record.time, booked), (ended, seconds)])
         down = max(0.0, record.began - found[-1].ended) if found else 0.0
-        found.append(Account(number, record.began, ended, seconds, down, record.resumed_from))
+        found.append(Account(number, record.began, ended, seconds, down, record.resumed_from, spans))
+    return found
+
+
+def _spans(began: float, moments: Iterable[tuple[float, Mapping[str, float]]]) -> list[Span]:
+    """What was booked between `moments` of an attempt, of which the last has all; a book never loses seconds."""
+    found: list[Span] = []
+    at, before = began, dict.fromkeys(BOOKS, 0.0)
+    for until, seconds in moments:
+        more = {name: max(0.0, seconds.get(name, 0.0) - before[name]) for name in BOOKS}
+        if sum(more.values()) > 0:
+            found.append(Span(at, {name: own for name, own in more.items() if own > 0}))
+            before = {name: before[name] + own for name, own in more.items()}
+        at = max(at, until)
     return found
 
 
@@ -237,9 +292,12 @@ def _record_of(values: Any) -> _Record:
         raise ValueError("it begins or ends at no time")
     try:
         marks = [(int(step), _seconds(seconds)) for step, seconds in record.marks]
+        moments = [(float(at), _seconds(seconds)) for at, seconds in record.moments]
     except TypeError as error:
-        raise ValueError("its marks are no pairs of a step and seconds") from error
-    return _Record(record.began, record.time, record.resumed_from, _seconds(record.seconds), marks)
+        raise ValueError("its marks and moments are no pairs of a number and seconds") from error
+    if any(not 0 <= at < _MOST_SECONDS for at, _ in moments):
+        raise ValueError("it has a moment at no time")
+    return _Record(record.began, record.time, record.resumed_from, _seconds(record.seconds), marks, moments)
 
 
 def _seconds(values: Any) -> dict[str, float]:

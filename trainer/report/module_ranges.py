@@ -14,7 +14,7 @@ from torch import nn
 from torch._C._profiler import _RecordFunctionFast  # `record_function` is an operation: modes of dispatch would see it
 from torch.utils.hooks import RemovableHandle
 
-PREFIX = "module:"
+from stoker.trainer.report.breakdown import MODULE
 
 
 def modules_to_mark(stages: list[nn.Module], opaque: bool) -> dict[str, nn.Module]:
@@ -39,7 +39,7 @@ class ModuleRanges:
 
     def __enter__(self) -> ModuleRanges:
         for name, module in self._modules.items():
-            marks = _Marks(PREFIX + name)
+            marks = _Marks(MODULE + name)
             self._hooks.append(module.register_forward_pre_hook(marks.begin))
             # also when forward raises: recomputation ends that way, once it has what backward needs
             self._hooks.append(module.register_forward_hook(marks.end, prepend=True, always_call=True))

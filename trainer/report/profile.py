@@ -19,7 +19,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from stoker.conf.schema import ProfileConfig
-from stoker.trainer.report.breakdown import events_of, phase_seconds
+from stoker.trainer.report.breakdown import events_of, over_ranks, phase_seconds
 from stoker.trainer.report.module_ranges import ModuleRanges
 
 log = logging.getLogger(__name__)
@@ -39,16 +39,18 @@ class Profiler:
         say: Callable[[str], None] = log.info,
         modules: Mapping[str, nn.Module] | None = None,
         held: Callable[[], Mapping[str, int]] = dict,
+        gather: Callable[[str], list[str]] = lambda text: [text],
     ) -> None:
         """`trace` and `memory_snapshot` are the files to write (the second on GPUs only); `say` prints a line.
 
         `modules` are marked in traces, by name. `held` returns the bytes of what stays on the device, by category.
+        `gather` returns a text of every rank; all ranks call it in the same steps.
         """
         self._first, self._last = config.steps or (0, 0)
         self._every = config.phases_every
         self._on_gpu = device.type == "cuda"
         self._device, self._trace, self._memory_snapshot, self._say = device, trace, memory_snapshot, say
-        self._ranges, self._held = ModuleRanges(modules or {}), held
+        self._ranges, self._held, self._gather = ModuleRanges(modules or {}), held, gather
         self._recording: profile | None = None  # of `profile.steps`
 
     @contextmanager
@@ -63,7 +65,8 @@ class Profiler:
             with self._profile() as traced:
                 yield metrics
                 self._wait_for_device()
-            metrics |= phase_seconds(events_of(traced))
+            own = phase_seconds(events_of(traced))
+            metrics |= own | over_ranks([json.loads(text) for text in self._gather(json.dumps(own))])
         else:
             yield metrics
 

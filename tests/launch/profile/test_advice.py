@@ -101,6 +101,7 @@ def test_the_slow_rank_and_its_machine_and_the_slow_module_are_named(tmp_path, c
     run = a_run(tmp_path / "rank", steps(waits=70), steps(slow=70), steps(waits=70))
     found = profiled(run.path, capsys)
     assert found["slowest_rank"] == 1
+    assert [finding["cause"] for finding in found["findings"]] == ["a slow rank"], "the others wait for it, and no more"
     assert "rank 1 on node-1 works 2.1 times the median" in found["advice"]
     found = profiled(a_run(tmp_path / "module", steps(modules=(10, 10, 60, 10))).path, capsys)
     assert "layers.2.mlp takes 6.0 times the median of layers.*.mlp" in found["advice"]

@@ -43,12 +43,17 @@ def a_run(
         write_beginning(run, number, Beginning(at, begin, 2, host))
         until = at + sum(SECONDS.values())
         marks = [(end - 2, {name: 0.9 * seconds for name, seconds in SECONDS.items()})]
+        moments = [
+            (at + part * sum(SECONDS.values()), {name: part * seconds for name, seconds in SECONDS.items()})
+            for part in (0.25, 0.5, 0.75)
+        ]
         book = {
             "began": at,
             "time": until,
             "resumed_from": begin,
             "seconds": dict.fromkeys(BOOKS[:-1], 0.0) | SECONDS,
             "marks": marks,
+            "moments": moments,
         }
         run.seconds(number).write_text(json.dumps(book))
         (run.attempt(number) / "rank-0.stamp").write_text(f"{end} update {until:.3f} 1 {host} 1\n")

@@ -17,7 +17,8 @@ from stoker.launch.cli import main
 from stoker.launch.report.gather import gather
 from stoker.launch.report.other_forms import as_json, as_markdown
 from stoker.launch.report.page import page, segments
-from stoker.trainer.report.goodput import goodput
+from stoker.launch.report.tables import tables
+from stoker.trainer.report.goodput import BOOKS, goodput
 from tests.launch.report.fabricated import SECONDS, a_run
 
 VOID = {"meta", "br"}
@@ -85,11 +86,28 @@ def test_the_bars_of_an_attempt_are_the_seconds_of_the_books(tmp_path: Path) -> 
         assert bars[0][1] == account.began and bars[-1][2] == pytest.approx(account.ended, abs=0.5)
         assert sum(end - begin for _, begin, end in bars) == pytest.approx(sum(SECONDS.values()), abs=0.5)
         assert all(before[2] == after[1] for before, after in pairwise(bars))
-    parts = [{book: end - begin for book, begin, end in segments(account)} for account in run.accounts]
-    lost = [part.get("lost", 0.0) for part in parts]
+        assert len(bars) > 4 * 4, "the parts of each span"
+        assert len(segments(account, least=account.ended - account.began)) < 8
+    parts = [
+        {book: sum(end - begin for name, begin, end in segments(account) if name == book) for book in BOOKS}
+        for account in run.accounts
+    ]
+    lost = [part["lost"] for part in parts]
     of_steps = sum(seconds for book, seconds in SECONDS.items() if book != "startup")
     assert lost == pytest.approx([0.1 * of_steps] * 3 + [0.0]), "what came after the checkpoint that was resumed from"
     assert [account.down_before for account in run.accounts] == pytest.approx([0.0, 30.0, 30.0, 30.0])
+
+
+def test_phases_of_all_ranks_are_a_table(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", steps=20)
+    assert "Phases of all ranks" not in as_markdown([gather(str(run.path))])
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    for step, line in enumerate(lines[:10], 1):
+        line |= {"phase_forward_seconds": 0.2 + step, "phase_forward_seconds_min": 0.1, "phase_update_seconds": 1.0}
+        line |= {"phase_forward_seconds_median": 0.3, "phase_forward_seconds_max": 0.7}
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [table] = [table for table in tables([gather(str(run.path))]) if table.title == "Phases of all ranks"]
+    assert table.rows == [["forward", "0.1000", "0.3000", "0.7000", "10.2000"]], "those that all ranks have"
 
 
 def test_a_run_cut_at_any_byte_or_full_of_rubbish_has_a_report(tmp_path: Path) -> None:

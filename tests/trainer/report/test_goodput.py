@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from stoker.conf.rundir import RunDirectory
-from stoker.trainer.report.goodput import BOOK_OF, BOOKS, Booking, goodput
+from stoker.trainer.report.goodput import BOOK_OF, BOOKS, MOMENTS, Booking, accounts, goodput
 from stoker.trainer.runtime.outcome import Ending, Outcome, write_ending
 from stoker.trainer.runtime.process import Phase, Phases
 
@@ -132,6 +133,63 @@ def test_what_an_attempt_books_is_all_its_time_and_a_rollback_moves_some_to_lost
     assert sum(record["seconds"].values()) == pytest.approx(record["time"] - record["began"], abs=0.02)
     assert record["seconds"]["lost"] >= 0.04
     assert record["seconds"]["training"] == pytest.approx(marked) and marked >= 0.04
+
+
+def moments_of(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, seconds: int, save_at: int = -1) -> Booking:
+    """An attempt that books training for so many seconds of a clock, with a save of 10 s of them in between."""
+    run.attempt(1).mkdir(parents=True)
+    phase = Phases(run.attempt(1) / "rank-0.stamp")
+    now = began = float(int(time.time()) + 1)  # behind the stamp that `phase` has written
+    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr("stoker.trainer.report.goodput.process_start", lambda _: began)
+    monkeypatch.setattr("stoker.trainer.report.goodput.write_whole", lambda path, data: path.write_bytes(data))
+    spent = {Phase.UPDATE: 0.0, Phase.SAVE: 0.0}
+    monkeypatch.setattr(phase, "totals", lambda: dict(spent))
+    booking = Booking(run.seconds(1), phase, 0)
+    for second in range(seconds):
+        now += 1
+        spent[Phase.SAVE if save_at <= second < save_at + 10 else Phase.UPDATE] += 1
+        booking.write()
+    return booking
+
+
+def test_a_span_shows_when_a_save_was_and_the_spans_are_the_books(tmp_path: Path, monkeypatch) -> None:
+    run = RunDirectory(tmp_path)
+    moments_of(run, monkeypatch, 100, save_at=60)
+    [account] = accounts(run)
+    saves = [span for span in account.spans if "checkpoint" in span.seconds]
+    assert [span.began - account.began for span in saves] == [60.0 + second for second in range(10)]
+    for name in BOOKS:
+        assert sum(span.seconds.get(name, 0.0) for span in account.spans) == pytest.approx(account.seconds[name])
+
+
+def test_an_attempt_of_any_length_keeps_so_many_moments_over_all_of_it(tmp_path: Path, monkeypatch) -> None:
+    run = RunDirectory(tmp_path)
+    moments_of(run, monkeypatch, 600, save_at=300)
+    assert MOMENTS // 2 <= len(json.loads(run.seconds(1).read_text())["moments"]) <= MOMENTS
+    [account] = accounts(run)
+    assert max(sum(span.seconds.values()) for span in account.spans) < 600 / 30
+    saves = [span for span in account.spans if "checkpoint" in span.seconds]
+    assert all(285 <= span.began - account.began < 310 for span in saves)
+    assert sum(span.seconds["checkpoint"] for span in saves) == pytest.approx(10)
+
+
+def test_what_a_later_start_or_a_rollback_lost_is_at_its_time(tmp_path: Path, monkeypatch) -> None:
+    run = RunDirectory(tmp_path)
+    booking = moments_of(run, monkeypatch, 50)
+    booking.saving(7)
+    record = json.loads(run.seconds(1).read_text())
+    record["seconds"]["training"] += 30
+    record["time"] += 30
+    run.seconds(1).write_text(json.dumps(record))
+    later = record["began"] + 100
+    attempt(run, 2, later, {"training": 5.0}, resumed_from=7, ended=later + 5, outcome=Outcome.COMPLETED)
+    first, second = accounts(run)
+    assert [(span.began - first.began, span.seconds) for span in first.spans][-1] == (50.0, {"lost": 30.0})
+    assert not any("lost" in span.seconds for span in first.spans[:-1])
+    assert [span.seconds for span in second.spans] == [{"training": 5.0}], "a record without moments is one span"
+    booking.rolled_back(0)
+    assert json.loads(run.seconds(1).read_text())["moments"][20][1]["lost"] == 20.0
 
 
 def test_every_phase_is_booked() -> None:

@@ -130,6 +130,27 @@ def test_profiling_changes_nothing_that_is_computed(tmp_path):
         assert [path.name for path in (tmp_path / f"rank-{rank}").iterdir()] == ["t.json.gz"], "nothing half-written"
 
 
+def test_phases_of_all_ranks_are_least_median_and_largest(tmp_path):
+    file = tmp_path / "t"
+    given: list[str] = []
+
+    def gather(text: str) -> list[str]:
+        given.append(text)
+        own = json.loads(text)
+        return [text, *(json.dumps({name: own[name] + more for name in own}) for more in (8.0, 1.0, 3.0))]
+
+    profiling = Profiler(ProfileConfig(None, 2), CPU, file, file, gather=gather)
+    with profiling.step(1) as found:
+        pass
+    assert (found, given) == ({}, []), "only steps with phases exchange them"
+    with profiling.step(2) as found, record_function("stoker.forward"):
+        torch.ones(3).add(1)
+    own = found["phase_forward_seconds"]
+    over = [found[f"phase_forward_seconds_{kind}"] for kind in ("min", "median", "max")]
+    assert over == pytest.approx([own, own + 2.0, own + 8.0])
+    assert len(found) == 4 * 2, "the phase, and exposed communication"
+
+
 def run_steps(profiling: Profiler, *steps: int) -> None:
     for step in steps:
         with profiling.step(step), record_function("stoker.forward"):
@@ -213,4 +234,7 @@ def test_a_run_of_two_ranks_writes_a_trace_of_each_and_its_phases_into_the_metri
             assert phases == []
         else:
             assert len(phases) == len(PHASES) and all(seconds > 0 for seconds in phases)
+            for key in PHASES:
+                least, median, most = (line[f"{key}_{kind}"] for kind in ("min", "median", "max"))
+                assert least <= line[key] <= most and median == pytest.approx((least + most) / 2)
             assert sum(phases) <= line["step_seconds"]
