@@ -67,6 +67,55 @@ TOGETHER = {
             "parallel.tp=4 does not go with model.num_key_value_heads=6: parallel.tp=3 with launch.nproc=3, or ",
         ),
     ],
+    "settings of other objectives": [
+        (
+            ["objective.beta=0.2"],
+            1,
+            0,
+            "objective.beta=0.2 with objective=next_token, which does not use it: objective=dpo",
+        ),
+        (["objective.name=orpo", "objective.gamma=1.0"], 1, 0, "which does not use it: objective=simpo uses it"),
+        (["objective.args={a: 1}"], 1, 0, "objective.target=pkg.mod:function uses all"),
+    ],
+    "the reference of an objective": [
+        (
+            ["objective.name=dpo", "data.packing=best_fit"],
+            1,
+            0,
+            "and adapter=none: adapter=lora works, or an objective without a reference (simpo, orpo)",
+        ),
+        (
+            ["objective.name=ipo", "data.packing=padded", "adapter.name=lora", "adapter.modules_to_save=[norm]"],
+            1,
+            0,
+            "adapter.modules_to_save=['norm'] changes the model itself: adapter.modules_to_save=[] works",
+        ),
+    ],
+    "pairs of answers": [
+        (
+            ["objective.name=orpo", "data.document_mask=false"],
+            1,
+            0,
+            "need data.packing=best_fit and data.document_mask=true",
+        ),
+        (
+            ["objective.name=simpo", "data.packing=padded", "data.validation_by=position"],
+            1,
+            0,
+            "validation_by=documents",
+        ),
+        (
+            [
+                "objective.name=simpo",
+                "data.packing=padded",
+                "data.mode=streaming",
+                "data.splits=mine:splits",
+            ],
+            1,
+            0,
+            "objective=simpo with data.mode=streaming: pairs of answers need data.mode=indexed",
+        ),
+    ],
     "sequence parallelism": [
         (
             ["parallel.tp=8", "seq_len=250", "batch.micro_size=2"],
