@@ -129,9 +129,9 @@ LIMITS = (
     _above_zero("objective.beta", "rewards multiplied by 0 are equal"),
     Limit(
         "objective.label_smoothing",
-        "at least 0 and below 0.5",
+        "from 0 to 0.49",
         "at 0.5 neither answer of a pair is the better one",
-        lambda value: 0 <= value < 0.5,
+        lambda value: 0 <= value <= 0.49,
     ),
     _at_least("objective.gamma", 0, "a margin below 0 would let the rejected answer win"),
     _choice("data.packing", "concatenated", "best_fit", "padded"),

@@ -16,16 +16,18 @@ REFUSALS = Refusals()
 def _unused(start: Start) -> str | None:
     objective, default = start.config.objective, ObjectiveConfig()
     used = vars(objective) if objective.target is not None else ("name", *USES.get(objective.name, vars(objective)))
-    unused = [
-        f"objective.{key}={value}"
-        for key, value in vars(objective).items()
-        if key not in used and value != getattr(default, key)
-    ]
+    unused = [key for key, value in vars(objective).items() if key not in used and value != getattr(default, key)]
     if not unused:
         return None
-    others = [name for name, keys in USES.items() if all(word.split("=")[0].split(".")[1] in keys for word in unused)]
-    works = f"objective={', '.join(others)} uses it" if others else "objective.target=pkg.mod:function uses all"
-    return f"{', '.join(unused)} with objective={objective.name}, which does not use it: {works}"
+    others = [name for name, keys in USES.items() if set(unused) <= set(keys)]
+    return (
+        f"{_settings(unused, objective)} with objective={objective.name}, which does not use it: "
+        f"{_settings(unused, default)} works" + (f", or another objective ({', '.join(others)})" if others else "")
+    )
+
+
+def _settings(keys: list[str], objective: ObjectiveConfig) -> str:
+    return " and ".join(f"objective.{key}={getattr(objective, key)}" for key in keys)
 
 
 @REFUSALS.entry(

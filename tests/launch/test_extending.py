@@ -70,6 +70,11 @@ def test_a_source_reads_every_document(reader: Newcomer) -> None:
     assert status == 2 and "data.args.key: name the field" in output
 
 
+def test_an_objective_computes_the_same_where_the_vocabulary_is_divided(reader: Newcomer) -> None:
+    [output] = types(reader, "An objective")
+    assert "the same run, within the rounding of fp32" in output
+
+
 def test_an_optimizer_computes_the_same_where_parameters_are_divided(reader: Newcomer) -> None:
     [output] = types(reader, "An optimizer")
     assert "the same run, within the rounding of fp32" in output

@@ -72,10 +72,14 @@ TOGETHER = {
             ["objective.beta=0.2"],
             1,
             0,
-            "objective.beta=0.2 with objective=next_token, which does not use it: objective=dpo",
+            "which does not use it: objective.beta=0.1 works, or another objective (dpo, ipo, simpo, orpo)",
         ),
-        (["objective.name=orpo", "objective.gamma=1.0"], 1, 0, "which does not use it: objective=simpo uses it"),
-        (["objective.args={a: 1}"], 1, 0, "objective.target=pkg.mod:function uses all"),
+        (
+            ["objective.name=orpo", "objective.gamma=1.0", "objective.label_smoothing=0.1", "data.packing=padded"],
+            1,
+            0,
+            "which does not use it: objective.label_smoothing=0.0 and objective.gamma=0.0 works",
+        ),
     ],
     "the reference of an objective": [
         (
