@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
-    overrides = ["model=tiny", f"batch.size={options.ranks}", *options.overrides]
+    overrides = ["model=tiny", "data.validation=0", f"batch.size={options.ranks}", *options.overrides]
     prepare(compose(overrides))
     seconds: dict[str, list[float]] = {"stoker": [], "torchrun": []}
     phases: dict[str, list[float]] = {}
