@@ -243,8 +243,12 @@ def test_on_slurm_a_sweep_is_one_array_with_a_file_of_settings_for_each_task(
         run = RunDirectory(tmp_path / "all" / str(number))
         run.attempt(1).mkdir(parents=True)
         write_ending(run, 1, Ending(Outcome.COMPLETED, "", 3))
+    killed = RunDirectory(tmp_path / "all" / "1")  # before its first checkpoint
+    killed.attempt(1).mkdir(parents=True)
+    killed.metrics.write_text('{"step": 1, "loss": 9.0}\n')
     assert main(words) == 0
     assert "launch.array=1,3" in submitted[1], "what is done is not submitted again"
+    assert not killed.metrics.exists() and (killed.earlier(1) / killed.metrics.name).exists()
 
 
 def test_the_runs_of_a_sweep_are_those_of_the_same_settings_alone(
