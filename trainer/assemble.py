@@ -97,7 +97,7 @@ def assemble(
         run.trace(attempt, mesh.rank),
         run.memory_snapshot(attempt, mesh.rank),
         observers.message if observers is not None else log.info,
-        modules_to_mark(engine.modules(), opaque=compiles(config, mesh.device)),
+        modules_to_mark(engine.modules(), opaque=compiles(config, mesh.device)) if config.profile.steps else {},
         lambda: _held(engine, mesh.device),
     )
     faults = Faults(read_faults(config.faults), mesh.rank, run, checkpoints, mesh.device)
