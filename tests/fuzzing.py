@@ -14,6 +14,7 @@ import random
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -74,6 +75,7 @@ class _Watch:
     def __init__(self) -> None:
         self.folder: Path | None = None
         self.seen: list[str] = []
+        self.bystanders: set[int] = set()  # threads of tests before: not the reader's
         roots = {*sysconfig.get_paths().values(), *sys.path, sys.prefix, sys.base_prefix}
         roots |= {"/proc", "/sys", "/dev", "/usr", str(Path(__file__).parent.parent)}
         roots |= {os.path.realpath(root) for root in roots}
@@ -81,7 +83,7 @@ class _Watch:
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.folder is None:
+        if self.folder is None or threading.get_ident() in self.bystanders:
             return
         if event in ("exec", "compile") and self._is_import(event, arguments):
             return
@@ -153,6 +155,7 @@ def _read_one(folder: Path, subject: Subject, seed: str, memory: float) -> str:
     """Read the subject with one of its files mutated: was it accepted or refused? Raises AssertionError."""
     watch, chance = _watch[0], random.Random(seed)
     watch.seen = []
+    watch.bystanders = {thread.ident or 0 for thread in threading.enumerate()} - {threading.get_ident()}
     place = folder / subject.name
     files = [entry for entry in place.rglob("*") if entry.is_file() and "cache" not in entry.parts]
     path = chance.choice(sorted(files))

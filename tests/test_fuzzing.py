@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,43 @@ def test_what_a_reader_may_not_do_is_found(tmp_path: Path, monkeypatch: pytest.M
         if len(done) > 1:  # not with the sound file
             misdeed(place)
 
-    subject = fuzzing.Subject("one", lambda place: (place.mkdir(), (place / "a").write_text("x")), read)
-    (tmp_path / "files").mkdir()
     with pytest.raises(AssertionError, match=rf"0-0: one/a: .*{seen}"):
-        fuzzing.fuzz(tmp_path / "files", [subject], seed=0, numbers=range(1))
+        _fuzz(tmp_path, read)
+
+
+def test_threads_of_tests_before_are_not_the_readers(tmp_path: Path) -> None:
+    stop, opened = threading.Event(), threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            Path("/etc/hostname").read_text()
+            opened.set()
+
+    def read(place: Path) -> None:
+        opened.clear()
+        assert opened.wait(20)
+
+    bystander = threading.Thread(target=look)
+    bystander.start()
+    try:
+        _fuzz(tmp_path, read)
+    finally:
+        stop.set()
+        bystander.join()
+
+
+def test_a_thread_that_a_reader_starts_is_watched(tmp_path: Path) -> None:
+    def read(place: Path) -> None:
+        thread = threading.Thread(target=lambda: Path("/etc/hostname").read_text())
+        thread.start()
+        thread.join()
+
+    with pytest.raises(AssertionError, match="open /etc/hostname"):
+        _fuzz(tmp_path, read)
+
+
+def _fuzz(folder: Path, read: Callable[[Path], None]) -> None:
+    """One mutated file, in a folder of one."""
+    subject = fuzzing.Subject("one", lambda place: (place.mkdir(), (place / "a").write_text("x")), read)
+    (folder / "files").mkdir()
+    fuzzing.fuzz(folder / "files", [subject], seed=0, numbers=range(1))

@@ -17,6 +17,7 @@ from stoker.parallel.shards import Chunk, Shard, whole
 
 Tensors = dict[tuple[str, str], Tensor]  # by (kind, name)
 Ranks = list[list[Shard]]  # the shards of each rank
+STARTED: list[Checkpoints] = []  # by the test that runs; conftest.py ends their threads
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ def cut(tensors: Tensors, grid: Grid) -> Ranks:
 
 def start(directory: Path, world: int, *, attempt: int = 1, keep: int = 3, **options: Any) -> list[Checkpoints]:
     options = {"timeout_seconds": 20.0} | options
-    return [Checkpoints(directory, rank=r, world=world, attempt=attempt, keep=keep, **options) for r in range(world)]
+    writers = [Checkpoints(directory, rank=r, world=world, attempt=attempt, keep=keep, **options) for r in range(world)]
+    STARTED.extend(writers)
+    return writers
 
 
 def begin(writers: Sequence[Checkpoints], step: int, ranks: Ranks, state: dict[str, Any] | None = None) -> None:
