@@ -19,7 +19,7 @@ from stoker.conf.rundir import RunDirectory
 STEPS, MORE = 320, 20
 TARGET = 2.1  # nats per byte on the validation rows
 APART = 0.1  # nats per byte between validation and training sequences, which the run has hardly read
-TRAIN = ["model=tiny", "precision=bf16", "parallel.zero=3", "launch.nproc=2", f"steps={STEPS}"]
+TRAIN = ["model=tiny", "precision=fp32", "parallel.zero=3", "launch.nproc=2", f"steps={STEPS}"]
 SETTINGS = ["seq_len=256", "batch.size=16", "batch.micro_size=8", "optim.lr=4e-3", "schedule.warmup_steps=20"]
 CADENCE = ["checkpoint.every=40", "eval.every=80", "eval.sequences=64", "log.every=20"]
 
@@ -27,7 +27,7 @@ CADENCE = ["checkpoint.every=40", "eval.every=80", "eval.sequences=64", "log.eve
 def main() -> int:
     run = RunDirectory(Path(tempfile.mkdtemp(prefix="stoker-demo-")) / "run")
     began = time.monotonic()
-    _say(f"A small model learns to write Python from the standard library: 2 ranks, ZeRO 3, bf16, {STEPS} steps.")
+    _say(f"A small model learns to write Python from the standard library: 2 ranks, ZeRO 3, {STEPS} steps.")
     training = _start(["train", f"run.dir={run.path}", *TRAIN, *SETTINGS, *CADENCE])
     victim = _wait_for_step(run, training, STEPS // 2 + 5)
     _say(f"Half way. Now rank 1 (process {victim}) is killed with SIGKILL, as a failing machine would.")
