@@ -55,7 +55,7 @@ def _without_votes() -> Iterator[None]:
         return InferenceMode.STATIC
 
     before = _PipelineSchedule._warmup_p2p
-    _PipelineSchedule._warmup_p2p = known  # type: ignore[method-assign]
+    _PipelineSchedule._warmup_p2p = known  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -100,8 +100,8 @@ class MemoryLog(TorchDispatchMode):
             self._see(storage)
             return result
 
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
-        return super().__enter__()  # type: ignore[return-value]
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign,assignment]
+        return super().__enter__()
 
     def __exit__(self, *arguments: Any) -> None:
         super().__exit__(*arguments)
