@@ -62,7 +62,7 @@ def _remove_if_left(folder: Path, age: float) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         found = os.fstat(descriptor)
-        if found.st_uid != os.getuid() or time.time() - found.st_ctime < age:
+        if found.st_uid != os.getuid() or abs(time.time() - found.st_ctime) < age:  # also if the clock went back
             return
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else its process lives
         shutil.rmtree(folder, ignore_errors=True)

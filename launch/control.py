@@ -81,7 +81,7 @@ def living(run: RunDirectory) -> Stamp | None:
 def _is_alive(stamp: Stamp) -> bool:
     if stamp.host == socket.gethostname():
         return Path(f"/proc/{stamp.pid}").exists()
-    return time.time() - stamp.time < FRESH_SECONDS
+    return abs(time.time() - stamp.time) < FRESH_SECONDS  # a stamp of the future is no sign of life either
 
 
 def _failure(directory: Path, since: float) -> str | None:

@@ -30,6 +30,7 @@ def copied(name: str, tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path / "run")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(DATA))
 def test_a_run_stored_under_old_names_resumes(name: str, tmp_path: Path) -> None:
     run = copied(name, tmp_path)

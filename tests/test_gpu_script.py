@@ -65,6 +65,7 @@ def test_a_step_reports_what_it_found_or_why_it_failed(tmp_path: Path, capsys, m
     assert "1 passed, 2 failed, 1 absent" in shown and "nothing of a GPU" in shown
 
 
+@pytest.mark.long
 def test_a_step_is_killed_at_its_limit_with_all_that_it_started_and_the_rest_is_not_reached(
     tmp_path: Path, monkeypatch
 ) -> None:
@@ -118,6 +119,7 @@ print(steps.offload_and_staging("cpu", Path("."))["summary"])
 """
 
 
+@pytest.mark.long
 def test_steps_run_on_a_bare_machine_with_the_device_replaced() -> None:
     """Without pytest, DeepSpeed and all packages that only data and reports need."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -8,6 +8,7 @@ step, so a cause on one rank costs all of them as much:
     a slow rank     its work, less the median of the others'; not among the stages of a pipeline, which differ
     a slow module   its own seconds in the median step, less the median of its like in other layers
     communication   exposed on every rank: that of the rank with the least, because the rank others wait for waits least
+    bubble          of the stage of a pipeline that waits least for another
     launches        on GPUs: when the device idles, for no cause above
     recomputation   forwards amid the backward pass, each as long as the median of its like
 """
@@ -23,6 +24,7 @@ from stoker.conf.schema import Config
 from stoker.launch.profile.measure import RECOMPUTED, RankProfile
 
 LEAST_SHARE = 0.05  # of a step, for a cause to be named
+_TRANSFERS = ("send", "recv")  # between stages of a pipeline
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -68,6 +70,8 @@ def _causes(ranks: Sequence[RankProfile], config: Config) -> Iterator[Cause]:
         yield from _slow_rank(ranks)
     yield from _slow_module(ranks)
     yield _communication(ranks, config)
+    if all(rank.bubble_seconds is not None for rank in ranks):
+        yield _bubble(ranks)
     if all(rank.idle_seconds is not None for rank in ranks):
         yield _launches(ranks, config)
     yield _recomputation(ranks, config)
@@ -107,40 +111,39 @@ def _slow_rank(ranks: Sequence[RankProfile]) -> Iterator[Cause]:
 
 
 def _slow_module(ranks: Sequence[RankProfile]) -> Iterator[Cause]:
-    """The module that takes longest beside its like, on the rank where that is least: on one rank alone the rank is."""
-    excess: dict[str, list[float]] = {}
-    times: dict[str, float] = {}
+    """The module that takes longest beside its like, also on other stages of a pipeline.
+
+    It counts as on the rank where it takes least: if it is slow on one rank alone, the rank is.
+    """
+    like: dict[str, dict[str, float]] = {}
     for rank in ranks:
-        like: dict[str, dict[str, float]] = {}
         for name, seconds in rank.typical.items():
             if alike(name) != name:
-                like.setdefault(alike(name), {})[name] = seconds
-        for group in like.values():
-            for name, seconds in group.items():
-                others = [other for beside, other in group.items() if beside != name]
-                if others:
-                    median = statistics.median(others)
-                    excess.setdefault(name, []).append(seconds - median)
-                    times[name] = max(times.get(name, 0.0), seconds / max(median, 1e-9))
-    if not excess:
-        return
-    name = max(excess, key=lambda name: min(excess[name]))
-    text = (
-        f"a slow module: {name} takes {times[name]:.1f} times the median of {alike(name)}; no setting makes it faster: "
-        "look at its forward"
-    )
-    yield "a slow module", min(excess[name]), text, None
+                group = like.setdefault(alike(name), {})
+                group[name] = min(seconds, group.get(name, seconds))
+    found = []
+    for group in like.values():
+        for name, seconds in group.items():
+            others = [other for beside, other in group.items() if beside != name]
+            if others:
+                found.append(
+                    (seconds - statistics.median(others), name, seconds / max(statistics.median(others), 1e-9))
+                )
+    if found:
+        excess, name, times = max(found)
+        text = (
+            f"a slow module: {name} takes {times:.1f} times the median of {alike(name)}; no setting makes it faster: "
+            "look at its forward"
+        )
+        yield "a slow module", excess, text, None
 
 
 def _communication(ranks: Sequence[RankProfile], config: Config) -> Cause:
     """What helps depends on the group that communicates most, which NCCL's traces name."""
     least = min(ranks, key=lambda rank: rank.exposed_seconds)
-    longest = least.collectives[0] if least.collectives else None
-    wanted, kind = config.parallel, longest.kind.replace("_", "") if longest is not None else ""
-    group = longest.group.partition(".")[0] if longest is not None else ""
-    if wanted.pp > 1 and (group == "pp" or kind in ("send", "recv")):
-        setting, how = "batch.micro_size", "more micro-batches make the pipeline's bubble smaller: a smaller"
-    elif wanted.tp > 1 and group in ("tp", ""):
+    longest = next((each for each in least.collectives if each.kind not in _TRANSFERS), None)
+    wanted, group = config.parallel, longest.group.partition(".")[0] if longest is not None else ""
+    if wanted.tp > 1 and group in ("tp", ""):
         setting, how = f"parallel.tp={wanted.tp // 2}", "fewer ranks to a layer help:"
     elif wanted.zero == 3:
         setting, how = "parallel.zero=2", "parameters that stay gathered help, if they fit:"
@@ -151,6 +154,12 @@ def _communication(ranks: Sequence[RankProfile], config: Config) -> Cause:
     what = f", most of it {longest.kind}{f' of {longest.group}' if longest.group else ''}" if longest else ""
     text = f"communication-bound: every rank waits for collectives{what}; {how} {setting}"
     return "communication", least.exposed_seconds, text, setting
+
+
+def _bubble(ranks: Sequence[RankProfile]) -> Cause:
+    least = min(rank.bubble_seconds or 0.0 for rank in ranks)
+    setting, how = "batch.micro_size", "more micro-batches make the bubble smaller: a smaller"
+    return "bubble", least, f"pipeline: every stage waits for another; {how} {setting}", setting
 
 
 def _launches(ranks: Sequence[RankProfile], config: Config) -> Cause:

@@ -20,6 +20,7 @@ import numpy as np
 
 from stoker.launch.profile.trace import CALL, COPY, KERNEL, MEMSET, OPERATION, RANGE, Trace
 from stoker.trainer.report.breakdown import (
+    BUBBLE,
     CHECKPOINT,
     EXPOSED,
     MODULE,
@@ -31,6 +32,7 @@ from stoker.trainer.report.breakdown import (
     exposed_communication,
     minus,
     phase_seconds,
+    pipeline_bubble,
     seconds_of,
     union,
 )
@@ -62,7 +64,8 @@ class RankProfile:
     on_gpu: bool
     step_seconds: float
     phases: dict[str, float]  # seconds by phase, without exposed communication
-    exposed_seconds: float  # communication that is not hidden by computation
+    exposed_seconds: float  # communication that is not hidden by computation, without the bubble
+    bubble_seconds: float | None  # in which this stage of a pipeline waits for another; None without a pipeline
     checkpoint_seconds: float  # that saves held this rank up, within steps and between them
     held_seconds: float  # of these, within steps
     most_data_seconds: float  # the longest wait for rows
@@ -81,7 +84,8 @@ class RankProfile:
     @property
     def work_seconds(self) -> float:
         """Of a step, without communication and without waiting for rows or saves."""
-        return max(0.0, self.step_seconds - self.exposed_seconds - self.data_seconds - self.held_seconds)
+        waiting = self.exposed_seconds + (self.bubble_seconds or 0.0) + self.data_seconds + self.held_seconds
+        return max(0.0, self.step_seconds - waiting)
 
 
 def measure(trace: Trace, rank: int) -> RankProfile:
@@ -92,6 +96,7 @@ def measure(trace: Trace, rank: int) -> RankProfile:
     events = list(view.events())
     phases = phase_seconds(events)
     exposed = common(exposed_communication(events), view.windows)
+    bubble = pipeline_bubble(events, exposed)
     idle = None
     if view.on_gpu:
         idle = seconds_of(minus(view.windows, union(view.device_events()))) / steps
@@ -106,9 +111,10 @@ def measure(trace: Trace, rank: int) -> RankProfile:
         phases={
             name.removeprefix("phase_").removesuffix("_seconds"): seconds / steps
             for name, seconds in phases.items()
-            if name != EXPOSED
+            if name not in (EXPOSED, BUBBLE)
         },
-        exposed_seconds=seconds_of(exposed) / steps,
+        exposed_seconds=seconds_of(minus(exposed, bubble or [])) / steps,
+        bubble_seconds=None if bubble is None else seconds_of(bubble) / steps,
         checkpoint_seconds=seconds_of(union(saves)) / steps,
         held_seconds=seconds_of(common(union(saves), view.windows)) / steps,
         most_data_seconds=max((e.end - e.start for e in events if e.name == f"{PREFIX}data"), default=0) * 1e-9,

@@ -80,11 +80,12 @@ def _ranks(profile: Profile) -> Table:
     most = sorted(profile.ranks, key=lambda rank: -rank.work_seconds)[:MOST_RANKS]
     left_out = f", the {len(most)} of {len(profile.ranks):,} ranks that work longest" if most != profile.ranks else ""
     title = f"Seconds of a step{left_out if len(most) < len(profile.ranks) else ''}"
-    names = ["rank", "step", "work", *PHASES, "communication", "saves", "idle"]
+    names = ["rank", "step", "work", *PHASES, "communication", "bubble", "saves", "idle"]
     table = _table(title, names, texts=0)
     for rank in sorted(most, key=lambda rank: rank.rank):
         phases = [_seconds(rank.phases.get(phase)) for phase in PHASES]
-        rest = [_seconds(value) for value in (rank.exposed_seconds, rank.checkpoint_seconds, rank.idle_seconds)]
+        waiting = (rank.exposed_seconds, rank.bubble_seconds, rank.checkpoint_seconds, rank.idle_seconds)
+        rest = [_seconds(value) for value in waiting]
         table.add_row(
             str(rank.rank),
             _seconds(rank.step_seconds),

@@ -22,6 +22,7 @@ _PHASES = {  # of `profile.phases_every`: metric, label
     "phase_backward_seconds": "backward",
     "phase_update_seconds": "update",
     "phase_communication_exposed_seconds": "communication not hidden",
+    "phase_bubble_seconds": "pipeline bubble",
 }
 
 STYLE = """

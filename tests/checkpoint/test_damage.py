@@ -350,6 +350,7 @@ fuzzed = settings(
 )
 
 
+@pytest.mark.long
 @fuzzed
 @given(number=st.integers(0, 5), place=st.floats(0, 1), cut_out=st.integers(0, 40), put_in=st.binary(max_size=40))
 def test_a_checkpoint_with_any_bytes_changed_is_as_written_or_refused(number, place, cut_out, put_in):
@@ -367,6 +368,7 @@ def test_a_checkpoint_with_any_bytes_changed_is_as_written_or_refused(number, pl
                 read_everything(path.parent)
 
 
+@pytest.mark.long
 @fuzzed
 @given(
     name=st.sampled_from(["rank-00000.index.json", "rank-00001.index.json", "state.json"]),

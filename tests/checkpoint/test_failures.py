@@ -230,6 +230,7 @@ def save_with_small_files(directory: Path) -> list[str]:
     return errors(writers)
 
 
+@pytest.mark.long
 def test_a_limit_on_file_sizes_fails_the_save_and_keeps_the_checkpoint_before(tmp_path):
     saved(tmp_path, TENSORS, 1)
     for error in in_child(save_with_small_files, tmp_path):

@@ -114,6 +114,7 @@ def test_no_peers_name_is_a_key_of_ours() -> None:
     assert not set(ANSWERS) & {key for key, _, _ in leaves()}
 
 
+@pytest.mark.long
 def test_what_is_advised_is_accepted() -> None:
     """Composing takes a third of a second: settings of different keys are composed together."""
     starts: list[dict[str, str]] = []

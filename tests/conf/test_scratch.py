@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,15 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next_and_nothing_else(
         assert {path.name for path in tmp_path.glob("a-*")} == {living.path.name, folder.name, "a-link", "a-file"}
     assert not folder.exists() and living.path.exists()
     assert (other / "file").exists() and (elsewhere / "file").exists() and (tmp_path / ".a-new").exists()
+
+
+def test_it_is_removed_also_when_the_clock_has_gone_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a-left", ".a-left"):
+        (tmp_path / name).mkdir()
+    real = time.time()
+    monkeypatch.setattr(time, "time", lambda: real - 3600)
+    with Scratch("a-", tmp_path) as folder:
+        assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_what_is_kept_for_a_person_is_not_swept(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def batches_of_an_epoch(config: Config) -> int:
     return open_rows(config, "train").rows_per_epoch // BATCH
 
 
+@pytest.mark.long
 def test_every_split_into_resumes_reads_the_same_batches(config):
     edge = batches_of_an_epoch(config)  # the batch that spans two epochs
     starts = [(8, 0, 0), (6, 1, 2), (3, 0, edge), (3, 2, 0), (1, 3, 2), (4, 1, 1), (2, 4, 1)]
@@ -61,6 +62,7 @@ def test_every_split_into_resumes_reads_the_same_batches(config):
     assert len(set(expected)) == len(expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dp", [1, 2, 3, 4, 6, 8])
 def test_no_number_of_ranks_and_workers_changes_a_batch_of_a_mixture(tmp_path, dp):
     config = mixture(tmp_path)

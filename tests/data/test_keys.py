@@ -277,6 +277,7 @@ def body_of(values: dict[str, Any]) -> str:
     return values["body"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("mode", "what"), [(mode, what) for mode in CHANGES for what in CHANGES[mode]])
 def test_every_key_that_changes_sequences_changes_the_fingerprint(tmp_path, mode, what):
     config = MAKE[mode](tmp_path)

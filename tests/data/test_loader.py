@@ -52,6 +52,7 @@ def together(parts: list[Batch]) -> Batch:
     return Batch(*(torch.stack([getattr(part, name) for part in parts], 1).flatten(0, 1) for name in names))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dp", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize(("workers", "prefetch"), [(0, 1), (1, 1), (1, 4), (2, 3)])
 def test_every_layout_reads_the_same_batches(config: Config, dp, workers, prefetch):

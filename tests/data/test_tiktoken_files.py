@@ -40,6 +40,7 @@ def pattern_of(name: str) -> str:
         return openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", PUBLISHED)
 def test_a_published_file_has_its_split_pattern_and_end(count, tmp_path):
     known, name, end, number, vocabulary = PUBLISHED[count]

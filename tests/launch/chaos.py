@@ -163,9 +163,11 @@ class Chaos:
         least = 1 if kind == "reader" else 0
         self._words = [f"checkpoint.mode={self._random.choice(('async', 'sync'))}"]
         self._words += [f"data.workers={self._random.randrange(least, 3)}"]
+        full = ""
         if kind == "disk full":
             at, rank = last_step(self.run.path) + 2, self._random.randrange(self._layout[0])
-            self._words.append(f"faults=[{{at: {at}, rank: {rank}, do: disk_full}}]")
+            full = f"{{at: {at}, rank: {rank}, do: disk_full}}"
+        self._words.append(f"faults=[{full}]")  # a run keeps them, and not every layout has that rank
         place = {"TMPDIR": self.home / "tmp", "PYTHONPATH": self.home / "clock", CLOCK_VARIABLE: self._clock}
         place["TORCHINDUCTOR_CACHE_DIR"] = self.home / "cache" / "inductor"  # else in TMPDIR, to be kept
         words = self._settings(self.run.path, 100_000, self._layout, self._words)

@@ -179,6 +179,7 @@ def test_checkpoints_are_listed_and_proven_and_damage_is_found(home: Path, call:
     assert status == 1 and file.name in output
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(home: Path) -> None:
     run = home / "fallback"
     train_here(home, overrides(run, home / "text", "steps=10"))
@@ -193,6 +194,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(home: Pat
     assert steps_of(run)[:10] == before and len(steps_of(run)) == 11
 
 
+@pytest.mark.long
 def test_where_no_checkpoint_is_sound_the_run_ends_and_starts_over_only_on_request(home: Path, trained: Path) -> None:
     run = home / "all damaged"
     subprocess.run(["cp", "-r", trained, run], check=True)
@@ -243,6 +245,7 @@ def test_a_full_disk_fails_the_save_and_keeps_the_checkpoint_before(home: Path, 
     assert status == 0, output
 
 
+@pytest.mark.long
 def test_a_closed_terminal_does_not_end_a_run(home: Path) -> None:
     run = home / "closed"
     read_end, write_end = os.pipe()
@@ -256,6 +259,7 @@ def test_a_closed_terminal_does_not_end_a_run(home: Path) -> None:
     assert last_step(run) == 12 and len(read(RunDirectory(run).metrics)) == 12
 
 
+@pytest.mark.long
 def test_a_trained_tokenizer_outlives_the_texts(home: Path, call: Call) -> None:
     texts = write_text(home / "passing")
     more = ["data.tokenizer=bpe", "data.bpe_vocab=320", "steps=2"]
@@ -290,6 +294,7 @@ def test_a_model_that_no_longer_fits_its_checkpoints_is_named(home: Path, call: 
     assert "layers.0.mlp" in refused(call, "generate", str(run), "--prompt", "a")
 
 
+@pytest.mark.long
 def test_a_defect_in_a_users_model_is_located_and_not_retried(home: Path) -> None:
     (home / "mine.py").write_text("def build(config, part):\n    return config.args['reach']\n")
     run = home / "defect"

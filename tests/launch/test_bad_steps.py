@@ -48,6 +48,7 @@ def replayed(run: Path, step: int) -> tuple[int, str]:
 WORDS = ["steps=18", "checkpoint.every=5", "launch.max_restarts=1"]
 
 
+@pytest.mark.long
 def test_a_rolled_back_run_is_the_run_that_never_took_the_bad_step(home: Path) -> None:
     reference, run = home / "without", home / "rolled-back"
     train_here(home, overrides(reference, home / "text", *WORDS, "skip_steps=[[12,12]]"))
@@ -80,6 +81,7 @@ def test_rollbacks_have_a_budget_and_a_step_can_be_replayed(home: Path) -> None:
     assert f"(in the run: {loss})" in output and "every number is finite" in output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("layout", "poisoned"),
     [("parallel.zero=3", "embedding"), ("parallel.tp=2", "embedding"), ("parallel.pp=2", "layers.1.attention_norm")],

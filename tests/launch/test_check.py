@@ -39,6 +39,7 @@ def check(home: Path, *words: str) -> tuple[int, str]:
     return finish(home, command("check", *kept, f"data.path={home / 'text'}", *words))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "layout",
     [
@@ -76,6 +77,7 @@ def test_rounding_is_not_amplified_unless_that_is_asked_for(
     assert [(config.precision, config.optim.eps) for config in started] == [(precision, eps)]
 
 
+@pytest.mark.long
 def test_a_layout_that_computes_something_else_is_found_out_and_the_tensor_named(home: Path) -> None:
     status, output = check(home, "launch.nproc=2", "parallel.zero=2", "model.target=wrong:build")
     assert status == 1 and "not the same run" in output, output
@@ -95,6 +97,7 @@ def words(home: Path, folder: Path, *more: str) -> list[str]:
     return ["check", *small, "data=text", f"data.path={home / 'text'}", cache, f"model.init_from={folder}", *more]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("case", "layout"),
     [

@@ -71,6 +71,7 @@ def test_checkpoints_are_saved_by_time_as_well_by_all_ranks_after_the_same_step(
         assert verify(checkpoint) == [] and len(list(checkpoint.glob("rank-*.safetensors"))) == 2
 
 
+@pytest.mark.long
 def test_a_remote_that_cannot_be_written_ends_the_run_with_on_error_fail(home: Path) -> None:
     run = RunDirectory(home / "remote-failed")
     words = ["steps=3", "checkpoint.remote=file:///proc/nobody-writes-here", "checkpoint.on_error=fail"]
@@ -82,6 +83,7 @@ def test_a_remote_that_cannot_be_written_ends_the_run_with_on_error_fail(home: P
     assert [path.name for path in newest(run.checkpoints)] == ["step-00000003"], "what was computed is not lost"
 
 
+@pytest.mark.long
 def test_a_run_keeps_checkpoints_in_a_faster_place_and_resumes_from_the_remote_when_that_is_lost(home: Path) -> None:
     run, fast, remote = RunDirectory(home / "tiered"), home / "nvme", f"checkpoint.remote=file://{home}/tiered-remote"
     words = overrides(run.path, home / "text", f"checkpoint.dir={fast}", remote, "steps=3", "schedule.total_steps=9")
@@ -126,6 +128,7 @@ def finish_beside(home: Path, words: list[str]) -> tuple[int, str]:
     return ended.returncode, ended.stdout + ended.stderr
 
 
+@pytest.mark.long
 def test_a_running_job_saves_on_request(asked: tuple[RunDirectory, str, int]) -> None:
     run, said, before = asked
     found = [path.name for path in reversed(newest(run.checkpoints))]
@@ -176,6 +179,7 @@ def test_the_last_valid_checkpoint_is_never_removed(
     assert "no checkpoint of step 77" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_run_resumes_from_the_remote_only_without_a_difference(home: Path) -> None:
     remote = f"checkpoint.remote=file://{home}/remote"
     words = ("checkpoint.every=5", "eval.sequences=8", "eval.every=5", "checkpoint.keep=1", "checkpoint.keep_best=1")

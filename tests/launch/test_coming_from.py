@@ -184,6 +184,7 @@ def test_every_section_is_a_job() -> None:
     assert all(any(block.commands() for block in section(heading)) for heading in JOBS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("heading", JOBS)
 def test_its_commands_do_the_job(heading: str, newcomer: Newcomer) -> None:
     given, more, shows = JOBS[heading]

@@ -21,6 +21,7 @@ def stoker(home: Path, *words: str) -> tuple[int, str]:
     return ended.returncode, ended.stdout + ended.stderr
 
 
+@pytest.mark.long
 def test_status_logs_and_stop_work_from_outside(home: Path) -> None:
     run = home / "run"
     with started(home, command("train", *overrides(run, home / "text", *SLOW)), cwd=Path.cwd()) as process:
@@ -55,6 +56,7 @@ def test_status_logs_and_stop_work_from_outside(home: Path) -> None:
     assert status == 2 and "no attempt 7" in said
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_deadline_ends_a_run_that_then_resumes_without_it(home: Path) -> None:
     """On a busy machine only the start may take longer than the first deadline: then it ends in time, too."""

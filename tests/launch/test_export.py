@@ -43,6 +43,7 @@ def unchanged_run(tmp_path: Path, theirs: Path, *more: str) -> Path:
     return run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", FAMILIES)
 def test_what_came_in_goes_out_byte_for_byte_and_computes_the_same(case: str, tmp_path: Path) -> None:
     theirs, out = tmp_path / "theirs", tmp_path / "out"

@@ -49,6 +49,7 @@ def test_a_fault_twice_is_refused_as_it_strikes_once() -> None:
     assert read_faults([{"at": 7, "do": "slow"}]) == [Fault(7, "slow", steps=30)]
 
 
+@pytest.mark.long
 def test_faults_strike_once_over_all_restarts_and_leave_no_trace_in_what_is_computed(tmp_path: Path) -> None:
     write_text(tmp_path / "text")
     reference, run = tmp_path / "undisturbed", tmp_path / "struck"

@@ -114,6 +114,7 @@ def test_a_killed_rank_is_named_in_one_line_and_until_then_no_port_is_open_to_ot
     assert ending is not None and (ending.outcome, ending.rank) == (Outcome.FAILED, 1)
 
 
+@pytest.mark.long
 def test_kill_of_torchrun_leaves_no_rank_and_the_next_start_resumes(home: Path) -> None:
     run = home / "torchrun"
     words = overrides(run, home / "text", f"steps={STEPS}", "checkpoint.every=2")

@@ -23,6 +23,7 @@ def ignores_hangup(pid: int) -> bool:
     return bool(int(ignored, 16) & SIGHUP_BIT)
 
 
+@pytest.mark.long
 def test_a_hangup_that_is_ignored_stays_ignored_in_launcher_and_ranks(home: Path) -> None:
     run = RunDirectory(home / "nohup")
     words = overrides(

@@ -36,6 +36,7 @@ def stamps_of(run: RunDirectory) -> list[Stamp]:
     return list(read_stamps(run.attempt(1)).values())
 
 
+@pytest.mark.long
 def test_a_request_to_one_rank_during_an_evaluation_ends_it_on_all(home: Path) -> None:
     """The evaluation would take 40 s."""
     run = RunDirectory(home / "evaluating")
@@ -52,6 +53,7 @@ def test_a_request_to_one_rank_during_an_evaluation_ends_it_on_all(home: Path) -
     assert last_step(run.path) == 3 and (run.checkpoints / "step-00000003" / "MANIFEST.json").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_ranks_signalled_before_the_first_step_leave_at_once_even_from_c(home: Path, number: signal.Signals) -> None:
     run = RunDirectory(home / f"starting-{number.name}")
@@ -89,6 +91,7 @@ def reference(home: Path) -> list[tuple[Any, ...]]:
     return steps_of(run)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_run_that_is_started_twice_continues_once(
     home: Path, reference: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, killed: bool

@@ -83,6 +83,7 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file", FILES)
 def test_no_content_of_a_file_ends_a_command_in_a_traceback_or_is_sent_to_the_terminal(
     run: RunDirectory, capsys: pytest.CaptureFixture[str], file: str
@@ -139,6 +140,7 @@ def test_the_last_lines_of_a_log_are_shown_and_never_one_that_is_being_written(
     assert capsys.readouterr().out.splitlines() == (written[-int(lines) :] if int(lines) else written)
 
 
+@pytest.mark.long
 def test_a_long_history_is_read_in_memory_that_does_not_grow_with_it(run: RunDirectory) -> None:
     count = 3 * MOST_POINTS
     with run.metrics.open("w") as file:

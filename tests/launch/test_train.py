@@ -52,6 +52,7 @@ def test_a_run_leaves_everything_in_its_directory(undisturbed: Path) -> None:
     assert run.config.exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "layout",
     [
@@ -70,6 +71,7 @@ def test_another_layout_computes_the_same(home: Path, undisturbed: Path, layout:
         assert one["tokens"] == two["tokens"]
 
 
+@pytest.mark.long
 def test_torchrun_runs_the_same_program_bitwise(home: Path, undisturbed: Path) -> None:
     run = home / "torchrun"
     torchrun = [
@@ -89,6 +91,7 @@ def test_torchrun_runs_the_same_program_bitwise(home: Path, undisturbed: Path) -
     assert ending is not None and ending.outcome is Outcome.COMPLETED
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends_every_process_within_ten_seconds(
     home: Path, undisturbed: Path, number: signal.Signals
@@ -112,6 +115,7 @@ def test_a_signal_saves_and_ends_every_process_within_ten_seconds(
     assert steps_of(run)[:shorter] == steps_of(undisturbed)[:shorter]
 
 
+@pytest.mark.long
 def test_a_stop_file_ends_the_run_after_a_save_and_it_resumes(home: Path, undisturbed: Path) -> None:
     run = home / "stopped"
     words = overrides(run, home / "text", "steps=100000", "schedule.total_steps=30", "checkpoint.every=0")
@@ -126,6 +130,7 @@ def test_a_stop_file_ends_the_run_after_a_save_and_it_resumes(home: Path, undist
     assert [step[0] for step in steps_of(run)] == list(range(1, stopped_at + 5))
 
 
+@pytest.mark.long
 def test_a_finished_run_continues_elsewhere_with_more_steps(home: Path, undisturbed: Path) -> None:
     """8 -> 12 steps on other layouts, against an undisturbed run of 30 whose schedule it shares."""
     run = home / "moved"
@@ -141,6 +146,7 @@ def test_a_finished_run_continues_elsewhere_with_more_steps(home: Path, undistur
         assert (here["lr"], here["tokens"]) == (there["lr"], there["tokens"])
 
 
+@pytest.mark.long
 def test_a_resumed_run_keeps_its_number_of_ranks_by_default(home: Path) -> None:
     run = home / "three"
     three = ["launch.nproc=3", "batch.size=9", "batch.micro_size=3", "steps=2"]
@@ -163,6 +169,7 @@ def test_ranks_that_end_without_a_record_are_a_failure_even_after_a_success(undi
     assert status == 1 and "ended with status 1" in output and "giving up after 1 restarts" in output
 
 
+@pytest.mark.long
 def test_a_change_of_the_maths_is_shown_and_needs_consent(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +185,7 @@ def test_a_change_of_the_maths_is_shown_and_needs_consent(
     assert main(["train", f"run.dir={run}", "run.fresh=true"]) == 2
 
 
+@pytest.mark.long
 def test_a_run_that_is_not_finite_ends_and_is_not_retried(home: Path) -> None:
     run = home / "nonfinite"
     more = ["model.target=tests.launch.broken:build", "nonfinite.limit=3"]

@@ -64,6 +64,7 @@ def words() -> list[str]:
     return ["model.target=models.mine:build", "data.target=data.mine:open_source", "optim.target=trainer.mine:build"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["stoker train", "torchrun", "script"])
 def test_targets_in_folders_called_like_our_rooms_train(home: Path, project: Path, words: list[str], way: str) -> None:
     run = project / "runs" / way.replace(" ", "-")

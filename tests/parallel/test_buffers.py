@@ -76,6 +76,7 @@ def resumed(configs: list[Config]) -> list[tuple[list[float], list[float], list[
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layouts", [LAYOUTS, OF_DEEPSPEED], ids=["fsdp", "deepspeed"])
 def test_persistent_buffers_are_resumed_and_others_are_not_stored(layouts: list[Layout]) -> None:
     ranks = world.run(

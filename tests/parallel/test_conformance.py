@@ -40,6 +40,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize(("ranks", "zero", "replicas", "micro"), LAYOUTS)
 def test_every_layout_computes_what_one_process_computes(

@@ -80,6 +80,7 @@ ON_FOUR = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ranks", "cases"), [(1, [(Layout(zero=z), ADAM_OF_TWO) for z in range(4)]), (2, ON_TWO), (4, ON_FOUR)]
 )
@@ -93,6 +94,7 @@ def of_uneven_shares(config: Config) -> Config:
     return config
 
 
+@pytest.mark.long
 def test_ranks_with_shares_of_unequal_size_partition_alike_what_they_sum() -> None:
     layouts = [Layout(1, 2, 2, zero=zero) for zero in (1, 2, 3)]
     configs = [of_uneven_shares(config_of(layout, ADAM_OF_TWO)) for layout in layouts]
@@ -108,6 +110,7 @@ def test_offload_to_the_cpu_computes_the_same() -> None:
     assert_parity(2, [(layout, ADAM_OF_TWO) for layout in layouts], offload="cpu")
 
 
+@pytest.mark.long
 def test_settings_that_are_passed_on_reach_it_and_change_no_number() -> None:
     small = {"reduce_bucket_size": 1500, "stage3_param_persistence_threshold": 40}
     cases = [(Layout(1, 2, zero=zero), ADAM_OF_TWO) for zero in (1, 2, 3)]
@@ -126,6 +129,7 @@ def both_engines(configs: list[Config]) -> list[list[Measured]]:
     return found
 
 
+@pytest.mark.long
 def test_in_bf16_the_first_gradients_are_bitwise_those_of_the_other_engine() -> None:
     """Both sum in fp32 what autograd makes in bf16: every micro-batch's, and every rank's."""
     configs = [config_of(layout, Case(2, tied=True)) for layout in STAGES]
@@ -355,6 +359,7 @@ def test_optimizer_state_is_sharded_from_stage_one_on() -> None:
     assert [rank[0] for rank in ranks] == [(whole, whole)] * 2
 
 
+@pytest.mark.long
 def test_activations_can_be_recomputed() -> None:
     wanted = expected(True, "adamw")
     modes = [(1, "selective"), (2, "full"), (2, "selective"), (3, "full")]

@@ -40,6 +40,7 @@ def test_each_key_has_different_numbers_and_fewer_are_the_first_of_more() -> Non
     assert normal(0, 3).shape == (0,)
 
 
+@pytest.mark.long
 def test_they_are_normal() -> None:
     """Moments, the distribution function (Kolmogorov and Smirnov) and the tails, of sixteen million."""
     drawn = torch.cat([normal(1 << 20, key) for key in range(16)]).double()

@@ -107,6 +107,7 @@ def mapped_bytes(folder: Path) -> int:
     return sum(int(span[2], 16) - int(span[1], 16) for span in spans if span)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "layouts",
     [
@@ -139,6 +140,7 @@ def assert_bitwise(one: Found, other: Found) -> None:
     assert all(torch.equal(a.data, b.data) for a, b in zip(one.parameters, other.parameters, strict=True))
 
 
+@pytest.mark.long
 @needs_async_io
 def test_frozen_parameters_small_groups_and_bf16_train_as_in_memory(tmp_path: Path) -> None:
     frozen, grouped, bf16 = (config_of(tmp_path, Layout(1, 2, zero=3)) for _ in range(3))
@@ -155,6 +157,7 @@ def test_frozen_parameters_small_groups_and_bf16_train_as_in_memory(tmp_path: Pa
             assert nvme.swapped and not cpu.swapped
 
 
+@pytest.mark.long
 @needs_async_io
 def test_a_run_goes_to_nvme_and_away_and_back(tmp_path: Path) -> None:
     """DeepSpeed's ZeRO 3 on NVMe -> our own ZeRO 3 -> ZeRO 1 on NVMe: the losses of one process."""
@@ -187,6 +190,7 @@ def under_a_limit(config: Config, limit: int) -> None:
     look_at(config, 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("zero", [2, pytest.param(3, marks=needs_async_io)])
 def test_a_run_fits_where_offload_to_the_cpu_finds_too_little_memory(tmp_path: Path, zero: int) -> None:
     config = config_of(tmp_path, Layout(zero=zero))

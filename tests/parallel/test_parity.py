@@ -37,6 +37,7 @@ def test_every_layout_computes_what_one_process_computes(layout: Layout) -> None
     assert_every_case(layout)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "layout", [Layout(1, 1, 2), Layout(1, 2, 2, 1, 3), Layout(1, 1, 4), Layout(1, 1, 2, 2)], ids=str
 )
@@ -44,6 +45,7 @@ def test_tensor_parallelism_without_sequence_parallelism_computes_the_same(layou
     assert_parity(layout, [Case(4, tied=tied, sequence=False) for tied in (False, True)])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(1, 2, 2, 1, 3), Layout(tp=3), Layout(1, 1, 2, 2)], ids=str)
 @pytest.mark.parametrize("sequence", [True, False])
 def test_a_users_model_with_biases_everywhere_computes_the_same(layout: Layout, sequence: bool) -> None:
@@ -79,6 +81,7 @@ def test_a_stage_with_nothing_to_train_stays_as_it_is(layout: Layout, schedule: 
         assert normwise(parameters[name], value) < 1e-4, name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(1, 2, 2, 1, 3), Layout(1, 2, 1, 2, 1)], ids=str)
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(layout: Layout) -> None:
     case = Case(4, tied=True)
@@ -144,6 +147,7 @@ def test_no_two_layers_start_with_the_same_weights() -> None:
             assert not torch.equal(found[one], found[other]), (one, other)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", [Layout(1, 2, 2, 1, 3), Layout(1, 2, 1, 2, 2)], ids=str)
 def test_the_same_layout_twice_is_bitwise_equal(layout: Layout) -> None:
     config = Case(4, tied=True).config(layout)

@@ -112,6 +112,7 @@ def test_two_stages_compute_what_one_process_computes() -> None:
     assert_parity(configs, 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_two_stages_over_two_data_parallel_ranks_compute_what_one_process_computes(zero: int) -> None:
     configs = [
@@ -122,6 +123,7 @@ def test_two_stages_over_two_data_parallel_ranks_compute_what_one_process_comput
     assert_parity(configs, 4)
 
 
+@pytest.mark.long
 def test_four_stages_compute_what_one_process_computes() -> None:
     configs = [
         pipeline_config(schedule, micro, tied=tied, pp=4, layers=8)
@@ -144,6 +146,7 @@ def test_fewer_micro_batches_than_stages_compute_the_same_where_they_are_not_ref
     assert_parity([pipeline_config(name, 4, rows=4 * n, pp=4, layers=8) for name, n in counts], 4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_bf16_computes_about_the_same(zero: int) -> None:
     configs = [pipeline_config(schedule, zero=zero, precision="bf16") for schedule in SCHEDULES]

@@ -155,6 +155,7 @@ def tensors_alive(configs: list[Config]) -> list[int]:
     return most
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
 def test_memory_between_stages_does_not_grow_with_the_number_of_micro_batches(schedule: str) -> None:
     configs = [pipeline_config(schedule, rows=count, pp=4, layers=8) for count in (12, 24)]

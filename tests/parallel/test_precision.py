@@ -73,6 +73,7 @@ def on_one_rank(precision: str) -> Measured:
     return world.run(train, 1, [in_precision(Layout(), precision)])[0][0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layouts_differ_by_no_more_than_rounding_explains(layout: Layout, precision: str) -> None:
@@ -140,6 +141,7 @@ def overflowing(layout: Layout) -> tuple[list[StepMetrics], dict[str, float], bo
     return results, engine.state(), untouched
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "layout", [Layout(2), Layout(1, 2, zero=2), Layout(1, 2, 2, 1, 3), Layout(2, 1, 1, 2)], ids=str
 )
@@ -225,6 +227,7 @@ def test_a_parameter_that_is_shared_with_a_module_in_fewer_bits_is_refused() -> 
         compute_in_fp32(model, ["head"], torch.bfloat16)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", [Layout(2), Layout(1, 2, zero=1), Layout(1, 2, 2, 1, 3), Layout(pp=2)], ids=str)
 def test_fp32_modules_compute_the_same_on_every_layout(layout: Layout) -> None:
     def config(layout: Layout) -> Config:
@@ -245,6 +248,7 @@ BOTH = [(layout, precision) for precision in ("fp32", "bf16") for layout in OFFL
 
 
 # Of both precisions and six layouts every second pair, so that each occurs
+@pytest.mark.long
 @pytest.mark.parametrize(("layout", "precision"), BOTH if FULL else [*BOTH[:6:2], *BOTH[7::2]], ids=str)
 def test_offloaded_weights_compute_the_same_to_the_last_bit(layout: Layout, precision: str) -> None:
     here, away = in_precision(layout, precision), in_precision(layout, precision)

@@ -30,6 +30,7 @@ def refused(schedule: str, pp: int, stages_per_rank: int, micro_batches: int) ->
     return next((message for message in said if message), None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("schedule", "pp", "stages_per_rank"), GRID)
 def test_what_is_accepted_runs_and_what_is_refused_does_not(schedule: str, pp: int, stages_per_rank: int) -> None:
     for micro_batches in range(1, 17):

@@ -85,6 +85,7 @@ def under_ceilings(config: Config) -> dict[str, tuple[bool, bool, bool]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_step_above_its_ceiling_of_loss_or_norm_is_left_out_and_one_at_both_is_taken(layout: Layout) -> None:
     for found in run(under_ceilings, layout, config_of(layout)):
@@ -126,6 +127,7 @@ def overflowing_at(config: Config, scales: list[float]) -> list[tuple[StepMetric
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", OWN, ids=str)
 def test_fp16_gradients_that_are_infinite_are_an_overflow_above_the_least_scale_and_bad_at_it(layout: Layout) -> None:
     for (above, after_above), (least, after_least) in run(
@@ -182,6 +184,7 @@ def alone(config: Config) -> list[tuple[float, float]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_a_parameter_that_no_loss_reaches_has_a_gradient_of_zero(layout: Layout, offload: str) -> None:
@@ -203,6 +206,7 @@ def test_a_parameter_that_no_loss_reaches_has_a_gradient_of_zero(layout: Layout,
         ), number
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("decay_all", [False, True])
 @pytest.mark.parametrize("layout", [Layout(), *OWN[1:5], *DEEPSPEED], ids=str)
 def test_weight_decay_is_for_matrices_and_with_decay_all_for_everything(layout: Layout, decay_all: bool) -> None:

@@ -177,6 +177,7 @@ def whole_registry(name: str) -> tuple[Tensor, dict[str, Tensor], Tensor | None]
     return ran_uncut(CASES[name])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_outputs_and_all_gradients_are_those_of_the_uncut_model(ranks: int, sequence: bool) -> None:
@@ -239,6 +240,7 @@ def ran_compiled(case: Case, sequence: bool) -> tuple[Ran, list[list[str]]]:
     return ran, [re.findall(r"_c10d_functional\.((?!wait)\w+)", graph.code) for graph in graphs]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sequence", [False, True])
 def test_a_compiled_block_is_one_graph_that_sees_the_collectives(sequence: bool) -> None:
     (ran, graphs), _ = world.run(ran_compiled, 2, CASES["middle part"], sequence, timeout=200.0)

@@ -80,6 +80,7 @@ def seen() -> dict[str, list[Seen]]:
     return {name: list(ranks) for name, ranks in zip(STRATEGIES, zip(first, second, strict=True), strict=True)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_no_step_waits_for_the_device(name: str, seen: dict[str, list[Seen]]) -> None:
     for rank in seen[name]:

@@ -72,6 +72,7 @@ def test_the_tokens_a_run_reports_are_the_labels_it_learned(tmp_path: Path) -> N
         assert step["updates"] == steps.index(step) + 1
 
 
+@pytest.mark.long
 def test_a_run_that_passes_over_steps_and_resumes_reads_what_one_that_never_stopped_reads(tmp_path: Path) -> None:
     data = KINDS["mixture"](tmp_path).data
     sources = ",".join(

@@ -90,6 +90,7 @@ def pairs_of(heirs: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", sorted(set(RANKS.values())))
 def test_every_layout_resumes_from_one_of_each_engine(saved: Path, tmp_path: Path, size: int) -> None:
     pairs = pairs_of([name for name in PARTIES if RANKS[name] == size])
@@ -108,6 +109,7 @@ def test_every_layout_resumes_from_one_of_each_engine(saved: Path, tmp_path: Pat
             assert normwise(parameters[name], value) < 1e-4, f"{giver} -> {heir}: {name}"
 
 
+@pytest.mark.long
 def test_a_run_resumes_on_any_number_of_ranks(tmp_path: Path) -> None:
     """4 -> 2 -> 3 -> 1 ranks, DeepSpeed's ZeRO 3, 2 and 1 and our own in between."""
     rows = 12

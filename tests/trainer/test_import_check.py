@@ -171,6 +171,7 @@ def outcomes_of_edits(seeds: Any, plain: Config, tmp_path: Path) -> dict[str, in
     return counts
 
 
+@pytest.mark.long
 def test_edits_of_config_json_give_equal_logits_or_a_refusal(plain: Config, tmp_path: Path) -> None:
     counts = outcomes_of_edits(random.Random(0).sample(range(300), 60), plain, tmp_path)
     assert counts["equal"] > 15 and counts["refused by the mapping"] > 5, counts

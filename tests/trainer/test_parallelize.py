@@ -48,6 +48,7 @@ def decoder_config(tied: bool):  # type: ignore[no-untyped-def]
     return config
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("zero", [0, 3])
 @pytest.mark.parametrize("tied", [False, True])

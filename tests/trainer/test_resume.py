@@ -67,6 +67,7 @@ def expected(optimizer: str) -> Trace:
     return one_process(config_of(0, optimizer), 2 * HALF)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "optimizer"), [*((n, "adamw") for n in range(len(LAYOUTS))), (4, "sgd"), (8, "sgd")]
 )

@@ -114,6 +114,7 @@ def filled(value: Any, mark: Path) -> Any:
     return json.loads(json.dumps(value).replace("@mark", str(mark)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("said", list(STORED))
 def test_every_command_refuses_what_a_stored_config_would_run(
     stranger: Stranger, said: str, capsys: pytest.CaptureFixture

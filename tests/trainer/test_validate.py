@@ -166,6 +166,7 @@ def test_every_config_is_refused_with_a_message_or_has_a_layout_and_a_plan(
     assert plan.micro_batches * plan.micro_rows * layout.dp == rows
 
 
+@pytest.mark.long
 def test_every_choice_of_every_group_may_start():
     for group in GROUPS:
         assert choices(group)

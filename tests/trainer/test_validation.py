@@ -62,6 +62,7 @@ def loss_of(checkpoint: Path, config: Config) -> float:
     return total.item() / int(rows.valid_tokens())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_finds_the_validation_loss_of_one_process(runs: dict[str, RunDirectory], name: str) -> None:
     found, expected = validation_losses(runs[name]), validation_losses(runs["one process"])

@@ -12,9 +12,12 @@ A trace of a step holds ranges that the loop and the engine mark on the thread t
                On CPUs collectives run on gloo's threads, and no event says that the computing thread waits for one. But
                while it waits it computes nothing: if a collective ends between two of its operations, it was waiting
                from the first of these on, or from the collective's start, until that end.
+    bubble     The exposed part in which a transfer between stages of a pipeline is under way and no collective is: the
+               stage has nothing to compute until its neighbour is done. The transfer itself is in it.
 
-Exposed communication is taken off the phase into which it falls. So the phases and it add up to the step, from the
-first range to the end of the last, except for what lies between ranges (waiting for a snapshot's copy).
+Exposed communication is taken off the phase into which it falls, and the bubble is counted apart from it. So the
+phases and these two add up to the step, from the first range to the end of the last, except for what lies between
+ranges (waiting for a snapshot's copy).
 
 Not seen: the cost of a hidden collective to the computation beside it, in cores or memory bandwidth; on CPUs, the
 microseconds between two operations in which an unawaited collective happens to end, which count as waiting; other
@@ -37,7 +40,9 @@ MODULE = "module:"  # begins the names of the ranges that traces have of modules
 OVER_RANKS: dict[str, Callable[[Sequence[float]], float]] = {"min": min, "median": statistics.median, "max": max}
 CHECKPOINT = "stoker.checkpoint"  # marks what a save holds up: no phase of a step
 EXPOSED = "phase_communication_exposed_seconds"
+BUBBLE = "phase_bubble_seconds"  # only where ranks are stages of a pipeline
 _NOT_COMPUTING = ("autograd::", "torch::autograd::", "c10d::", "_c10d_functional::")  # they contain or start others
+_GLOO_TRANSFERS = ("gloo:send", "gloo:recv")
 _COMPILED = "## Call CompiledFxGraph"
 
 Interval = tuple[int, int]  # start and end in nanoseconds
@@ -75,7 +80,7 @@ def events_of(profile: torch.profiler.profile) -> list[Event]:
 
 
 def phase_seconds(events: Sequence[Event]) -> dict[str, float]:
-    """The metrics of one step: `phase_<name>_seconds` for each phase marked, and the communication exposed.
+    """The metrics of one step: `phase_<name>_seconds` for each phase marked, communication exposed, and a bubble.
 
     The events of several steps give the sums over all of them.
     """
@@ -91,7 +96,9 @@ def phase_seconds(events: Sequence[Event]) -> dict[str, float]:
         now = max(begin, marked.end, kernel_end)
         key = f"phase_{marked.name.removeprefix(PREFIX)}_seconds"
         seconds[key] = seconds.get(key, 0.0) + seconds_of(minus([(begin, now)], exposed))
-    return seconds | {EXPOSED: seconds_of(exposed)}
+    bubble = pipeline_bubble(events, exposed)
+    waiting = {EXPOSED: seconds_of(exposed if bubble is None else minus(exposed, bubble))}
+    return seconds | waiting | ({} if bubble is None else {BUBBLE: seconds_of(bubble)})
 
 
 def over_ranks(phases: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -119,6 +126,13 @@ def exposed_communication(events: Sequence[Event]) -> list[Interval]:
     return _waiting(ranges, events) if ranges else []
 
 
+def pipeline_bubble(events: Sequence[Event], exposed: Sequence[Interval]) -> list[Interval] | None:
+    """The parts of `exposed` in which a stage of a pipeline waits for another; None without transfers."""
+    communicating = [e for e in _kernels(events) if _communicates(e)] or [e for e in events if _of_gloo(e)]
+    transfers, collectives = (union(e for e in communicating if _transfers(e) is kind) for kind in (True, False))
+    return common(exposed, minus(transfers, collectives)) if transfers else None
+
+
 def _ranges(events: Iterable[Event]) -> list[Event]:
     found = (event for event in events if event.annotation and not event.on_device and event.name in RANGES)
     return sorted(found, key=lambda event: event.start)
@@ -130,6 +144,15 @@ def _kernels(events: Iterable[Event]) -> list[Event]:
 
 def _communicates(kernel: Event) -> bool:
     return kernel.name.startswith("nccl")
+
+
+def _of_gloo(event: Event) -> bool:
+    return event.annotation and event.name.startswith("gloo:")
+
+
+def _transfers(event: Event) -> bool:
+    """Whether a communication is one between two stages of a pipeline, the only ones that two ranks have alone."""
+    return event.name in _GLOO_TRANSFERS or "SendRecv" in event.name
 
 
 def _last_kernels(ranges: Sequence[Event], computing: Iterable[Event], events: Iterable[Event]) -> list[int]:
@@ -154,7 +177,7 @@ def _waiting(ranges: Sequence[Event], events: Iterable[Event]) -> list[Interval]
     thread, step = ranges[0].thread, (ranges[0].start, max(marked.end for marked in ranges))
     operations, collectives = [], []
     for event in events:
-        if event.annotation and event.name.startswith("gloo:"):
+        if _of_gloo(event):
             collectives.append(event)
         elif event.thread == thread and not event.annotation and computes(event.name):
             operations.append(event)

@@ -270,6 +270,7 @@ def test_text_files_are_splits_of_consecutive_files(config, tmp_path):
         read_all(config)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at", [10, 100_000])
 def test_going_on_reads_two_windows_of_each_lane_and_source_however_late_it_is(config, server, tmp_path, at):
     """Bytes counted by the server, and documents by the tokenizer."""

@@ -38,6 +38,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.long
 def test_every_layout_worker_count_and_prefetch_reads_the_same_batches(config, opener):
     config.data.streams, config.seq_len = 24, 16
     expected = digests(batches(opener, None))
@@ -46,6 +47,7 @@ def test_every_layout_worker_count_and_prefetch_reads_the_same_batches(config, o
         assert digests(batches(opener, None, [layout])) == expected, layout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packing", ["concatenated", "best_fit", "padded"])
 def test_any_split_into_resumes_reads_the_same_batches(config, packing):
     config.data.epochs = 2  # so that some split is at an epoch's edge

@@ -102,6 +102,7 @@ def test_a_source_that_ends_yields_every_token_once_and_the_others_keep_their_pr
     assert abs(between["a"] - between.total() * 5 / 8) <= 3
 
 
+@pytest.mark.long
 def test_where_and_how_often_a_run_is_started_does_not_show_where_its_sources_end(mixed):
     ended(mixed)
     opener = partial(open_stream, mixed)

@@ -233,6 +233,7 @@ def test_s3_is_read_by_range_and_what_is_missing_is_named(s3):
         Store(QUICK).read(shard, 5, 10)
 
 
+@pytest.mark.long
 def test_a_stream_from_s3_is_the_stream_of_the_same_files(s3, config, tmp_path):
     import fsspec
 

@@ -50,7 +50,8 @@ def gpu_step(kernels: list[tuple[float, float, float]], *more: dict[str, Any] | 
 
 def nccl(start: float, end: float, group: str, what: str = "all_gather") -> Events:
     args = {"Collective name": what, "Process Group Description": group, "Group size": 2}
-    return kernel("ncclDevKernel_AllGather_RING_LL(...)", start, start, end, **args)
+    name = "SendRecv" if what in ("send", "recv") else "AllGather_RING_LL"
+    return kernel(f"ncclDevKernel_{name}(...)", start, start, end, **args)
 
 
 BUSY = [(2.0, 2.0, 49.0), (50.0, 50.0, 99.0)]
@@ -73,7 +74,10 @@ CASES: list[tuple[str, list[Events], Callable[[Config], Any], str, str | None]] 
     ("sharding-beside-tp", [gpu_step(BUSY[:1], nccl(50, 99, "dp_shard"))], set_to(parallel__tp=4, parallel__zero=3),
      "communication", "parallel.zero=2"),
     ("pipeline", [gpu_step(BUSY[:1], nccl(50, 99, "pp.forward", "recv"))], set_to(parallel__pp=2),
-     "communication", "batch.micro_size"),
+     "bubble", "batch.micro_size"),
+    ("sums-beside-a-pipeline",
+     [gpu_step(BUSY[:1], nccl(50, 60, "pp.forward", "recv"), nccl(60, 99, "dp_shard", "all_reduce"))],
+     set_to(parallel__pp=2), "communication", "batch.size"),
     ("recomputation", [steps(again=10)], set_to(activation_checkpointing="full"), "recomputation",
      "activation_checkpointing=selective"),
     ("some-recomputation", [steps(again=8)], set_to(activation_checkpointing="selective"), "recomputation",

@@ -22,6 +22,7 @@ from stoker.models.decoder import Decoder
 from stoker.parallel.model import whole_model
 from stoker.trainer.report.module_ranges import modules_to_mark
 from stoker.trainer.report.profile import Profiler
+from tests.extent import FULL
 from tests.launch.profile.fabricated import GLOO, a_run, event, flat, kernel, marked, steps, write
 from tests.launch.runs import overrides, train_here, write_text
 
@@ -217,14 +218,34 @@ def test_late_rows_of_a_recorded_trace_are_named_first(tmp_path, capsys):
     assert found["findings"][0]["seconds"] >= 0.4
 
 
+PLANTED = {
+    "data": ["model.target=tests.launch.profile.planted:late"],
+    "a slow rank": ["faults=[{at: 2, rank: 1, do: slow, seconds: 1.0, steps: 5}]"],
+    "a slow module": ["model.target=tests.launch.profile.planted:build", "model.num_hidden_layers=4"],
+    "checkpoints": ["checkpoint.every=1", "observers=[tests.launch.profile.planted:Slow]"],
+}  # fmt: skip
+LAYOUTS = {
+    "one rank": ["launch.nproc=1"],
+    "ZeRO 0": ["parallel.zero=0"],
+    "ZeRO 3": ["parallel.zero=3"],
+    "tp": ["parallel.tp=2", "parallel.zero=0"],
+    "pp": ["parallel.pp=2", "parallel.zero=0"],
+}
+# A rank that is alone, or a stage of a pipeline, has none to compare it with.
+RUNS = [(c, w) for c in PLANTED for w in LAYOUTS if c != "a slow rank" or w not in ("one rank", "pp")]
+
+
 @pytest.mark.long
-def test_a_rank_that_is_slow_in_a_run_of_two_is_named_first(tmp_path, capsys):
-    words = ["steps=6", "profile.steps=[3,5]", "faults=[{at: 2, rank: 1, do: slow, seconds: 1.0, steps: 5}]"]
-    run = tmp_path / "run"
+@pytest.mark.parametrize(("cause", "layout"), RUNS if FULL else [(c, "ZeRO 3") for c in PLANTED])
+def test_what_slows_a_run_is_named_first(tmp_path, capsys, cause, layout):
+    run, words = tmp_path / "run", ["steps=6", "profile.steps=[3,5]", *LAYOUTS[layout], *PLANTED[cause]]
     train_here(tmp_path, overrides(run, write_text(tmp_path / "text"), *words))
     found = json.loads(shown(capsys, run, "--json"))
-    assert found["findings"][0]["cause"] == "a slow rank", found["findings"]
-    assert found["slowest_rank"] == 1
-    assert found["ranks"][0]["exposed_seconds"] > 0.5 > found["ranks"][1]["exposed_seconds"]
-    assert any(name.startswith("layers.1.mlp") for name in found["ranks"][0]["modules"])
-    assert found["ranks"][0]["memory"]["fp32 parameters"] > 0
+    assert found["findings"][0]["cause"] == cause, found["findings"]
+    for rank in found["ranks"]:
+        assert any(".mlp" in name for name in rank["modules"]) and rank["memory"]["fp32 parameters"] > 0
+    if cause == "a slow module":
+        assert "layers.3.mlp takes" in found["advice"]
+    elif cause == "a slow rank":
+        assert found["slowest_rank"] == 1
+        assert found["ranks"][0]["exposed_seconds"] > 0.5 > found["ranks"][1]["exposed_seconds"]

@@ -110,6 +110,7 @@ def test_phases_of_all_ranks_are_a_table(tmp_path: Path) -> None:
     assert table.rows == [["forward", "0.1000", "0.3000", "0.7000", "10.2000"]], "those that all ranks have"
 
 
+@pytest.mark.long
 def test_a_run_cut_at_any_byte_or_full_of_rubbish_has_a_report(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", steps=20, attempts=2)
     chance = random.Random(1)

@@ -251,6 +251,7 @@ def test_on_slurm_a_sweep_is_one_array_with_a_file_of_settings_for_each_task(
     assert not killed.metrics.exists() and (killed.earlier(1) / killed.metrics.name).exists()
 
 
+@pytest.mark.long
 def test_the_runs_of_a_sweep_are_those_of_the_same_settings_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

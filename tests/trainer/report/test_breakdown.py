@@ -25,6 +25,14 @@ def collective(start: int, end: int) -> Event:
     return Event("gloo:all_reduce", start, end, thread=7, annotation=True)
 
 
+def received(start: int, end: int) -> Event:
+    return collective(start, end)._replace(name="gloo:recv")
+
+
+def sent(start: int, end: int) -> Event:
+    return collective(start, end)._replace(name="gloo:send")
+
+
 def kernel(launched: int, start: int, end: int, name: str = "gemm", number: int = 0) -> list[Event]:
     """A kernel and the call on the host that launched it."""
     number = number or 1000 + launched
@@ -95,6 +103,33 @@ def test_a_collective_that_goes_on_after_a_wait_is_not_waited_for():
 def test_a_wait_may_run_over_from_one_phase_into_the_next():
     found = nanoseconds(marked("backward", 0, 50), marked("update", 50, 90), operation(0, 40), collective(5, 65))
     assert found == {"backward": 40, "update": 25, "communication_exposed": 25}
+
+
+def test_what_a_stage_waits_for_its_neighbour_is_the_bubble_and_not_communication():
+    found = nanoseconds(
+        marked("forward", 0, 100), marked("update", 100, 200),
+        operation(0, 20), received(5, 60), operation(60, 101), sent(101, 103), collective(110, 150),
+        operation(150, 199),
+    )  # fmt: skip
+    assert found == {"forward": 60, "update": 58, "communication_exposed": 40, "bubble": 42}
+
+
+def test_a_collective_during_a_transfer_is_communication():
+    found = nanoseconds(marked("forward", 0, 100), received(5, 90), operation(0, 20), collective(30, 60))
+    assert found == {"forward": 30, "communication_exposed": 30, "bubble": 40}
+
+
+def test_a_stage_that_never_waits_has_a_bubble_of_nothing():
+    found = nanoseconds(marked("forward", 0, 100), operation(0, 99), received(5, 60))
+    assert found == {"forward": 100, "communication_exposed": 0, "bubble": 0}
+
+
+def test_the_bubble_of_nccl_is_its_transfers_where_no_kernel_computes():
+    found = nanoseconds(
+        marked("forward", 0, 200), kernel(1, 2, 50), kernel(3, 40, 120, "ncclDevKernel_SendRecv(...)"),
+        kernel(4, 110, 150, "ncclDevKernel_AllReduce_Sum_f32_RING_LL(...)"), kernel(5, 150, 190),
+    )  # fmt: skip
+    assert found == {"forward": 100, "communication_exposed": 40, "bubble": 60}
 
 
 def test_waiting_between_ranges_is_exposed_too():

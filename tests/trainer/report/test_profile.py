@@ -76,6 +76,30 @@ def test_waiting_counts_as_communication_and_on_the_late_rank_as_computation():
     assert sum(waiting.values()) == pytest.approx(seconds, abs=0.2)
 
 
+def waits_for_the_first_stage() -> dict[str, float]:
+    """On a rank: the first one computes for 0.8 s and sends; the second one receives."""
+    row = torch.ones(10)
+    with profiler(Path("nowhere"), phases_every=1).step(1) as found:
+        dist.barrier()
+        with record_function("stoker.forward"):
+            if dist.get_rank() == 0:
+                compute(0.8)
+                transfer = dist.P2POp(dist.isend, row, 1)
+            else:
+                transfer = dist.P2POp(dist.irecv, row, 0)
+            for work in dist.batch_isend_irecv([transfer]):
+                work.wait()
+            compute(0.1)
+    return found
+
+
+def test_a_stage_that_waits_for_another_has_a_bubble():
+    first, second = world.run(waits_for_the_first_stage, 2)
+    assert first["phase_bubble_seconds"] < 0.1 and first["phase_forward_seconds"] > 0.8
+    assert second["phase_bubble_seconds"] > 0.7 and second["phase_forward_seconds"] < 0.5
+    assert max(rank["phase_communication_exposed_seconds"] for rank in (first, second)) < 0.1
+
+
 def hides_it_in_backward() -> dict[str, float]:
     """On a rank: an all-reduce beside 0.8 s of computation."""
     with profiler(Path("nowhere"), phases_every=1).step(1) as found:

@@ -127,6 +127,7 @@ def test_only_early_stopping_is_no_foreign_code() -> None:
     assert code_of(config, ("alerts.",)) == {"alerts.command": "rm -rf /"}
 
 
+@pytest.mark.long
 def test_a_run_ends_saves_and_resumes_as_its_observer_asks(tmp_path: Path) -> None:
     text, run = write_text(tmp_path / "text"), RunDirectory(tmp_path / "run")
     small = ["steps=12", "checkpoint.every=0", "checkpoint.minutes=null", "checkpoint.keep=9"]
