@@ -45,6 +45,15 @@ unless precision=... or optim.eps=... is given.
 The status is 0 if both are the same run.
 """
 
+PLAN_EXAMPLES = """\
+examples:
+  stoker plan model=small launch.nproc=2
+  stoker plan model=llama3_8b seq_len=8192 batch.micro_size=1 parallel.zero=3 \\
+      --gpu H100 --gpus 8
+
+The status is 0 if it fits, 1 if it does not, 2 for a start that is refused.
+"""
+
 COMPLETION = """\
 to have it in every shell:
   bash  echo 'eval "$(stoker completion bash)"' >> ~/.bashrc
@@ -167,6 +176,14 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_settings(config)
     config.add_argument("--layout", action="store_true", help="print the place of every rank instead")
 
+    plan = add("plan", _plan, "Show what a start would need of memory, before any rank is spawned.", PLAN_EXAMPLES)
+    arguments.add_settings(plan)
+    plan.add_argument(
+        "--gpu", metavar="NAME", help="device to plan for: H100, or a JSON file (default: this machine's)"
+    )
+    plan.add_argument("--gpus", metavar="N", type=int, help="how many ranks (default: those of a start)")
+    plan.add_argument("--json", action="store_true", help="everything, as JSON")
+
     check = add("check", _check, "Compare a layout with one process, or with transformers.", CHECK_EXAMPLES)
     arguments.add_settings(check)
     check.add_argument("--against", metavar='"OVERRIDES"', help="this layout, or transformers; default: one process")
@@ -270,6 +287,12 @@ def _config(options: argparse.Namespace) -> int:
     for line in lines_of(layout, batch_plan(config, layout), shutil.get_terminal_size((120, 24)).columns):
         print(line)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from stoker.launch.plan import plan
+
+    return plan(options.overrides, options.gpu, options.gpus, "json" if options.json else "text")
 
 
 def _check(options: argparse.Namespace) -> int:
