@@ -39,7 +39,7 @@ def part_by_position(whole: Tokens, split: str, share: float) -> Tokens:
         return View(values, begin, end)
 
     learned, weights = (None if values is None else part(values) for values in (whole.learned, whole.weights))
-    return Tokens(part(whole.ids), starts, learned, weights)
+    return Tokens(part(whole.ids), starts, learned, weights, whole.documents_together)
 
 
 def joined(parts: list[Tokens]) -> Tokens:

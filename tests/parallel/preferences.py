@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stoker.conf.schema import AdapterConfig, Config, ObjectiveConfig, OptimConfig
@@ -18,7 +19,9 @@ from tests.parallel.parity import Case
 from tests.parallel.reference import VOCABULARY, initial_value
 
 STEPS = 10
+# The first is the weighted mean of all labels' losses, with an adapter too.
 OBJECTIVES = {
+    "weights": ObjectiveConfig(),
     "dpo": ObjectiveConfig("dpo", beta=0.7, label_smoothing=0.1),
     "ipo": ObjectiveConfig("ipo", beta=0.3),
     "simpo": ObjectiveConfig("simpo", beta=2.0, gamma=0.5),
@@ -53,7 +56,10 @@ def pairs(config: Config, step: int) -> Batch:
             if number < len(sizes) and row % 4 != 3:
                 labels[row, at + prompt - 1 : at + size - 1] = tokens[row, at + prompt : at + size]
             at += size
-    return Batch(tokens, labels, positions, documents)
+    weights = None
+    if config.objective.name == "next_token":
+        weights = torch.randint(1, 4, (count, length), generator=generator) / 4
+    return Batch(tokens, labels, positions, documents, weights)
 
 
 @dataclass
@@ -76,23 +82,36 @@ def in_plain_torch(config: Config, steps: int = STEPS) -> Expected:
     found = Expected()
     for step in range(1, steps + 1):
         rows = pairs(config, step)
-        with torch.no_grad():
-            theirs = answers(reference, rows)
-        ours = answers(policy, rows)
-        formula = FORMULAS[config.objective.name]
-        losses, rewards = zip(
-            *(formula(config.objective, o, r) for o, r in zip(ours, theirs, strict=True)), strict=True
-        )
-        loss = torch.stack(losses).mean()
+        if rows.weights is None:
+            loss, count, scalars = preference(config.objective, policy, reference, rows)
+        else:
+            loss, count, scalars = weighted_mean(policy, rows, rows.weights)
         optimizer.zero_grad()
         loss.backward()
-        found.gradients = {name: len(losses) * p.grad for name, p in trained.items() if p.grad is not None}
+        found.gradients = {name: count * p.grad for name, p in trained.items() if p.grad is not None}
         found.norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), config.grad_clip_norm or 1e9)))
         optimizer.step()
         found.losses.append(loss.item())
-        found.scalars.append(scalars_of(rewards, ours))
+        found.scalars.append(scalars)
     found.trained = {name: parameter.detach() for name, parameter in trained.items()}
     return found
+
+
+def weighted_mean(policy: nn.Module, rows: Batch, weights: Tensor) -> tuple[Tensor, float, dict[str, float]]:
+    logits = policy(rows.tokens, rows.positions, rows.documents)
+    losses = F.cross_entropy(logits, rows.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    count = weights[rows.labels != IGNORE_INDEX].sum()
+    return (weights.flatten() * losses).sum() / count, float(count), {}
+
+
+def preference(
+    config: ObjectiveConfig, policy: nn.Module, reference: nn.Module, rows: Batch
+) -> tuple[Tensor, float, dict[str, float]]:
+    with torch.no_grad():
+        theirs = answers(reference, rows)
+    ours, formula = answers(policy, rows), FORMULAS[config.name]
+    losses, rewards = zip(*(formula(config, o, r) for o, r in zip(ours, theirs, strict=True)), strict=True)
+    return torch.stack(losses).mean(), len(losses), scalars_of(rewards, ours)
 
 
 def model_of(config: Config, adapted: bool) -> nn.Module:

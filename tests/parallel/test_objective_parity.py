@@ -77,7 +77,7 @@ def flat(tensors: dict[str, Tensor], names: Iterable[str] | None = None) -> Tens
     return torch.cat([tensors[name].double().flatten() for name in names or tensors])
 
 
-@pytest.mark.parametrize(("name", "layout"), [("dpo", Layout(pp=2)), ("orpo", Layout(tp=2))], ids=str)
+@pytest.mark.parametrize(("name", "layout"), [("dpo", Layout(pp=2)), ("weights", Layout(tp=2))], ids=str)
 def test_a_layout_trains_as_plain_torch_with_two_models(name: str, layout: Layout) -> None:
     assert_plain_torch(layout, [(name, Case(4))])
 
