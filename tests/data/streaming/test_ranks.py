@@ -37,7 +37,7 @@ def read_as_rank(config: Config, tp: int, pp: int, dp: int, count: int) -> list:
     return [
         mesh.dp_rank,
         mesh.coordinate.tp + mesh.coordinate.pp,
-        [[t.tolist() for t in vars(rows).values()] for rows in found],
+        [[field.tolist() for field in vars(rows).values() if field is not None] for rows in found],
         state,
     ]
 
@@ -56,9 +56,7 @@ def test_ranks_of_a_process_group_read_what_one_process_reads(config, opener, tp
         assert rank[2] == next(other[2] for other in ranks if other[0] == rank[0])
     readers = sorted(rank for rank in ranks if rank[1] == 0)
     found = [together([Batch(*map(torch.tensor, rank[2][n])) for rank in readers]) for n in range(len(readers[0][2]))]
-    assert [[part.tolist() for part in vars(rows).values()] for rows in found] == [
-        [part.tolist() for part in vars(rows).values()] for rows in expected
-    ]
+    assert list(map(digest, found)) == list(map(digest, expected))
 
 
 def read_counted(folder: str, differing: bool, tp: int, pp: int) -> str:
