@@ -87,8 +87,7 @@ def test_a_run_shows_rewards_and_resumes_to_the_bit(home: Path) -> None:
             (
                 "objective=simpo",
                 PAIRS,
-                "model.target=tests.trainer.test_preference_runs:with_own_loss",
-                "model.init_from=null",
+                *OWN_LOSS,
             ),
             "objective=simpo needs the log-probability of each token, and model.target=tests.trainer",
         ),
@@ -111,11 +110,6 @@ def test_weights_need_a_head_that_knows_them(home: Path) -> None:
     talks = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]] * 9
     lines = [{"messages": [{"role": "system", "content": str(n)}, *talk]} for n, talk in enumerate(talks)]
     write_lines(home / "weighed" / "a.jsonl", lines)
-    toy = [
-        "model.target=tests.trainer.test_preference_runs:with_own_loss",
-        "model.init_from=null",
-        "eval.sequences=0",
-        "data.validation=0",
-    ]
+    toy = [*OWN_LOSS, "eval.sequences=0", "data.validation=0"]
     with pytest.raises(ValueError, match="the weight of a message needs the log-probability of each token"):
         stoker.run(words(home, "weights", *toy, f"data.path={home / 'weighed'}", "seq_len=64", "batch.size=1"))
