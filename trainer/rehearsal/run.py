@@ -64,7 +64,7 @@ def rehearse(config: Config, layout: Layout, rank: int, kind: str = "cpu") -> Re
         build = log.peak()
         log.phase = "between passes"
         rows = _rows(plan, config.seq_len)
-        log.assign(Category.ROWS, vars(rows).values())
+        log.assign(Category.ROWS, (field for field in vars(rows).values() if field is not None))
         engine.forward_backward(rows)
         log.assign(Category.GRADIENTS, _gradients(engine))
         result = engine.update(config.optim.lr)
