@@ -6,10 +6,10 @@
 Both sides train the same model from the same weights in the same processes, in turns of some steps, and must compute
 the same losses first. The loop (peers.py) has bf16 parameters over fp32 masters, torch's embedding and cross entropy,
 fused AdamW, and with --compile it compiles per block as Stoker does, and its loss. Utilisation is that of
-`stoker.models.flops` (PaLM, appendix B) over the peak of the device: a published one, dense, where its name is known,
-and one measured here with matrix products. Choose --rows and --micro so that the GPU is full; both sides' parameters
-and optimizer states are in memory at the same time. Memory is measured in separate runs of each side (--no-memory
-leaves them out).
+`stoker.models.flops` (PaLM, appendix B) over the peak of the device: a published one, dense, where
+`conf/devices.yaml` has it, and one measured here with matrix products. Choose --rows and --micro so that the GPU is
+full; both sides' parameters and optimizer states are in memory at the same time. Memory is measured in separate runs
+of each side (--no-memory leaves them out).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from ranks import (
     turn_of,
 )
 
+from stoker.conf.devices import device_called
 from stoker.conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
 from stoker.models.family import build_on_meta
 from stoker.models.flops import flops_per_token
@@ -49,29 +50,6 @@ from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import whole_model
 from stoker.trainer.runtime.process import keep_freed_memory
 
-# Dense bf16 TFLOP/s by what torch calls the device; the first that its name contains counts. NVIDIA's data sheets
-# print most of them with 2:4 sparsity, which doubles them.
-PUBLISHED = {
-    "GB200": 2500.0,  # NVIDIA GB200 NVL72 page: 5,000 sparse per GPU
-    "B200": 2250.0,  # NVIDIA HGX page, HGX B200: 36 PFLOP/s sparse for 8
-    "GH200": 989.4,  # NVIDIA GH200 data sheet: 990
-    "H200 NVL": 835.5,  # NVIDIA H200 data sheet: 1,671 sparse
-    "H200": 989.4,  # NVIDIA H200 data sheet, SXM: 1,979 sparse
-    "H100 PCIe": 756.0,  # NVIDIA H100 PCIe data sheet: 1,513 sparse
-    "H100 NVL": 835.5,  # NVIDIA H100 NVL data sheet: 1,671 sparse
-    "H100": 989.4,  # NVIDIA H100 data sheet, SXM: 1,979 sparse
-    "H800": 989.4,  # an H100 SXM with slower NVLink
-    "A100": 312.0,  # NVIDIA A100 data sheet
-    "A800": 312.0,  # an A100 with slower NVLink
-    "L40S": 362.05,  # NVIDIA L40S data sheet: 733 sparse
-    "L40": 181.05,  # NVIDIA L40 data sheet: 362.1 sparse
-    "L4": 121.0,  # NVIDIA L4 data sheet: 242 sparse
-    "A10G": 70.0,  # AWS's variant; NVIDIA A10G data sheet
-    "A10": 125.0,  # NVIDIA A10 data sheet
-    "MI325X": 1307.4,  # AMD Instinct MI325X data sheet
-    "MI300X": 1307.4,  # AMD Instinct MI300X data sheet
-    "MI250X": 191.5,  # AMD Instinct MI250X data sheet: 383 for its two dies, and torch sees each as a device
-}
 MATRICES = {"cuda": (4096, 8192, 16384), "cpu": (1024, 2048, 4096)}
 MATRIX_SECONDS, MATRIX_TRIES = 1.0, 5  # for each size; the best of the tries counts
 
@@ -130,9 +108,9 @@ def main() -> None:
 
     measured: Measured = run(_measure, config, options.ranks, options.rounds, options.steps, options.patience)[0]
     peaks = {f"measured {dtype}": peak for dtype, peak in measured.peaks.items()}
-    published = next((peak for name, peak in PUBLISHED.items() if name in measured.device), None)
-    if published is not None:
-        peaks = {"published bf16": published * 1e12 * options.ranks, **peaks}
+    known = device_called(measured.device)
+    if known is not None:
+        peaks = {"published bf16": known.tflops["bf16"] * 1e12 * options.ranks, **peaks}
     print(f"{options.ranks} x {measured.device}, torch {torch.__version__}")
     print("peak: " + ", ".join(f"{name} {peak / 1e12:,.2f} TFLOP/s" for name, peak in peaks.items()) + "\n")
 

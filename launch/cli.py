@@ -45,6 +45,15 @@ unless precision=... or optim.eps=... is given.
 The status is 0 if both are the same run.
 """
 
+PLAN_EXAMPLES = """\
+examples:
+  stoker plan model=small launch.nproc=2
+  stoker plan model=llama3_8b seq_len=8192 batch.micro_size=1 parallel.zero=3 \\
+      --gpu H100 --gpus 8
+
+The status is 0 if it fits, 1 if it does not, 2 for a start that is refused.
+"""
+
 COMPLETION = """\
 to have it in every shell:
   bash  echo 'eval "$(stoker completion bash)"' >> ~/.bashrc
@@ -138,6 +147,9 @@ class _OneLineEach(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=16)
         self._action_max_length = 14
 
+    def format_help(self) -> str:
+        return super().format_help().replace("\n\n", "\n", 1)  # all commands are one screen
+
     def _format_action(self, action: argparse.Action) -> str:
         text = super()._format_action(action)
         return text.partition("\n")[2] if isinstance(action, argparse._SubParsersAction) else text  # less its own line
@@ -166,6 +178,14 @@ def parser() -> argparse.ArgumentParser:
     config = add("config", _config, "Print the composed, validated config and exit.", CONFIG_EXAMPLES)
     arguments.add_settings(config)
     config.add_argument("--layout", action="store_true", help="print the place of every rank instead")
+
+    plan = add("plan", _plan, "Show the memory that a start would need.", PLAN_EXAMPLES)
+    arguments.add_settings(plan)
+    plan.add_argument(
+        "--gpu", metavar="NAME", help="device to plan for: H100, or a JSON file (default: this machine's)"
+    )
+    plan.add_argument("--gpus", metavar="N", type=int, help="how many ranks (default: those of a start)")
+    plan.add_argument("--json", action="store_true", help="everything, as JSON")
 
     check = add("check", _check, "Compare a layout with one process, or with transformers.", CHECK_EXAMPLES)
     arguments.add_settings(check)
@@ -270,6 +290,12 @@ def _config(options: argparse.Namespace) -> int:
     for line in lines_of(layout, batch_plan(config, layout), shutil.get_terminal_size((120, 24)).columns):
         print(line)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from stoker.launch.plan import plan
+
+    return plan(options.overrides, options.gpu, options.gpus, "json" if options.json else "text")
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -119,6 +120,7 @@ class Mesh:
         gathered = zip(texts, lengths, strict=True)
         return [bytes(data[:length].numpy()).decode("utf-8", "surrogatepass") for data, length in gathered]
 
+    @functools.cached_property
     def sharding_mesh(self) -> DeviceMesh:
         """The torch device mesh that `fully_shard` takes: (dp_shard) or, hybrid, (dp_replicate, dp_shard)."""
         from torch.distributed.device_mesh import DeviceMesh

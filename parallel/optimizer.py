@@ -55,7 +55,7 @@ class LocalOptimizer:
                 parameter.zero_()
         zeros = {name: parameter.detach() for name, parameter in self._parameters.items()}
         self.step(zeros, lr, torch.ones((), device=self._device), torch.zeros((), device=self._device))
-        self.load_scalars(dict.fromkeys(self.scalars(), 0.0))
+        self.load_scalars(dict.fromkeys((key for _, key, _ in self._state() if key == "step"), 0.0))
 
     def step(self, gradients: dict[str, Tensor], lr: float, divisor: Tensor, found_inf: Tensor) -> None:
         """Update with `gradients / divisor` (float32, by name), or leave everything as it is where found_inf is 1."""

@@ -113,10 +113,9 @@ class PipelineSchedule:
         self._factor = factor
         self._sums = torch.zeros_like(self._sums)
         self._rows = rows.to(self._device)
-        # The schedule cuts what it is given into micro-batches: the rows' numbers stay on the host, where they are read
-        self._schedule.step(
-            target=torch.arange(len(rows)), return_outputs=False, **_inputs(self._rows, self._document_mask)
-        )
+        # The schedule cuts its target into micro-batches, whose places in it tell the rows; it has no values to read.
+        target = torch.empty(len(rows), device="meta")
+        self._schedule.step(target=target, return_outputs=False, **_inputs(self._rows, self._document_mask))
         self._outbox.wait()
         self._rows = None
         return self._sums
@@ -159,9 +158,10 @@ class PipelineSchedule:
                 work_in_flight.wait()
         return found
 
-    def _loss(self, output: Tensor, numbers: Tensor) -> Tensor:
+    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
         assert self._rows is not None
-        micro = self._rows[int(numbers[0]) : int(numbers[-1]) + 1]
+        first = int(target.storage_offset())
+        micro = self._rows[first : first + len(target)]
         loss = self._objective.loss(shaped(self._objective, output, micro.labels), micro)
         self._sums += loss.sums()
         return loss.sum * self._factor

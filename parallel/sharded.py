@@ -35,7 +35,7 @@ class ShardedStrategy:
         self._reshards_after_forward = stage == 3 and mesh.layout.pp == 1
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         home = torch.device("cpu") if offload else mesh.device
-        device_mesh = mesh.sharding_mesh()
+        device_mesh = mesh.sharding_mesh
         policy: OffloadPolicy = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
 
         def shard(modules: list[nn.Module], dtype: torch.dtype, stays: bool) -> None:

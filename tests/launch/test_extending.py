@@ -116,5 +116,5 @@ def test_an_engine_computes_what_one_process_computes() -> None:
 def test_every_block_is_a_file_or_commands() -> None:
     assert all(block.file or block.commands() for block in PAGE)
     assert {block.heading for block in PAGE} == {
-        "A model", "A source", "An optimizer", "A tracker", "An engine",
+        "A model", "A source", "An objective", "An optimizer", "A tracker", "An engine",
     }  # fmt: skip

@@ -1,0 +1,81 @@
+"""`stoker plan`: what a start would need, found by rehearsing it, before anything is spawned or paid for.
+
+`make`      which ranks need the same, and what each class of them needs
+`show`      tables for a terminal, and JSON
+
+The config is settled as `stoker train` settles it, so that what one refuses the other refuses too, in the same words.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from stoker.conf.devices import Device, device_called, device_named
+from stoker.conf.schema import Config
+from stoker.conf.values import ConfigError
+from stoker.launch.plan.make import Machine, make_plan
+from stoker.launch.plan.show import as_json, print_plan
+from stoker.launch.train import gpus as gpus_here
+from stoker.launch.train import ranks_for, refusing, say
+from stoker.launch.train import where as where_here
+from stoker.parallel.start import Ranks
+from stoker.trainer.facts import with_vocabulary
+from stoker.trainer.settle import settle_config
+
+
+def plan(overrides: Sequence[str], gpu: str | None, gpus: int | None, form: str) -> int:
+    """Print the plan in `form` (text or json); status 1 for one that does not fit.
+
+    `gpu` names a device of `stoker.conf.devices`, or a JSON file; by default it is this machine's. `gpus` is the number
+    of ranks, by default those that a start would have. Raises ConfigError for a start that is refused.
+    """
+    device = None if gpu is None else device_named(gpu)
+    if gpus is not None and gpus < 1:
+        raise ConfigError(f"--gpus {gpus}: at least one rank has to train")
+
+    def where(config: Config) -> Ranks:
+        return _where(config, device, gpus)
+
+    config, _ = settle_config(overrides, where, tell=say)
+    with refusing():
+        complete = with_vocabulary(config)
+        made = make_plan(complete, where(config).world, _machine(config, device))
+    if form == "json":
+        print(json.dumps(as_json(made), allow_nan=False))
+    else:
+        print_plan(made)
+    return 0 if made.fits is not False else 1
+
+
+def _where(config: Config, device: Device | None, gpus: int | None) -> Ranks:
+    """The ranks that are planned: those of the command line, else those that this start would have."""
+    if gpus is None and device is None and config.launch.name == "local":
+        return where_here(config)
+    if config.launch.name == "local":
+        world = gpus or ranks_for(config)
+        here = world
+    else:
+        from stoker.launch.slurm.submit import where as where_there  # a job's ranks are not those of this machine
+
+        world, _, each, _ = where_there(config)
+        world = gpus or world
+        here = min(world, each or world)
+    on_gpus = config.launch.device != "cpu" and (device is not None or config.launch.gpus or gpus_here(config))
+    return Ranks(world, here if on_gpus else 0, here)
+
+
+def _machine(config: Config, device: Device | None) -> Machine:
+    """What the ranks compute on."""
+    if config.launch.device == "cpu":
+        if device is not None:
+            raise ConfigError(f"launch.device=cpu with --gpu {device.name}: leave one of them out")
+        return Machine("cpu", None)
+    if device is not None:
+        return Machine("cuda", device)
+    if not gpus_here(config):
+        return Machine("cuda" if config.launch.gpus else "cpu", None)
+    import torch
+
+    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
+    return Machine("cuda", device_called(name) or Device(memory_gib=memory, name=name))

@@ -1,0 +1,97 @@
+"""`stoker plan`: the memory of a start, whether it fits, and the refusals of `stoker train`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stoker.launch.cli import main
+
+Printed = Callable[..., tuple[int, str, str]]
+SMALL = ["model.hidden_size=64", "model.intermediate_size=64", "model.num_hidden_layers=2", "seq_len=64"]
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Printed:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        status = main([*words])
+        seen = capsys.readouterr()
+        return status, seen.out, seen.err
+
+    return run
+
+
+def test_a_plan_has_a_line_for_the_ranks_of_each_stage_and_spawns_nothing(printed: Printed, tmp_path: Path) -> None:
+    status, out, _ = printed("plan", *SMALL, "launch.nproc=4", "parallel.pp=2", "parallel.zero=1")
+    lines = out.splitlines()
+    assert status == 0
+    assert "on 4 CPUs" in lines[0] and "pp 2 x dp_shard 2, ZeRO 1" in lines[1]
+    classes = {line.split()[0]: line for line in lines if line.startswith(("0-1", "2-3"))}
+    assert len(classes) == 2 and sum("*" in ranks for ranks in classes) == 1, "the worst is marked"
+    assert "fits" in lines[-2]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_for_gpus_says_whether_they_have_the_memory(printed: Printed, tmp_path: Path) -> None:
+    status, out, _ = printed("plan", *SMALL, "--gpu", "H100", "--gpus", "2", "--json")
+    plan = json.loads(out)
+    (ranks,) = plan["classes"]
+    assert status == 0 and plan["fits"] and plan["kind"] == "cuda" and plan["device"] == "H100"
+    assert plan["capacity_bytes"] == 80 * 2**30 and ranks["ranks"] == [0, 1]
+    assert ranks["peak"]["bytes"] == max(ranks[span]["bytes"] for span in ("build", "step", "evaluation"))
+    assert sum(ranks["peak"]["categories"].values()) == ranks["peak"]["bytes"] < plan["needed_bytes"]
+
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({"memory_gib": (plan["needed_bytes"] - 1) / 2**30}))
+    status, out, _ = printed("plan", *SMALL, "--gpu", str(small), "--gpus", "2")
+    assert status == 1 and "of one small: does not fit" in out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["launch.nproc=3", "parallel.tp=2"],
+        ["launch.nproc=2", "batch.size=7", "precision=fp16"],
+        ["model.num_key_value_heads=3", "steps=0"],
+        ["parallel.pp=2", "launch.nproc=2", "parallel.schedule=interleaved"],
+        ["modle=small"],
+    ],
+    ids=" ".join,
+)
+def test_what_train_refuses_plan_refuses_in_the_same_words(printed: Printed, words: list[str]) -> None:
+    refused = printed("train", *words)
+    assert refused[0] == 2 and printed("plan", *words) == refused
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpu", "H101"], "--gpu H101: no such device is known; known are GB200, B200"),
+        (["--gpu", "none.json"], "--gpu none.json: "),
+        (["--gpus", "0"], "--gpus 0: at least one rank"),
+        (["--gpu", "H100", "launch.device=cpu"], "launch.device=cpu with --gpu H100: leave one of them out"),
+        (["parallel.engine=deepspeed"], "parallel.engine=deepspeed cannot be rehearsed: parallel.engine=fsdp can"),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, list) else "",
+)
+def test_what_cannot_be_planned_is_one_line(printed: Printed, words: list[str], said: str) -> None:
+    status, _, err = printed("plan", *words)
+    assert status == 2 and err.startswith(f"stoker: {said}") and err.count("\n") == 1
+
+
+def test_a_description_of_a_device_names_its_file_and_what_is_wrong(printed: Printed, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    for text, said in (
+        ("{}", "expected an object with memory_gib"),
+        ('{"memory_gib": "80"}', "memory_gib='80'"),
+        ('{"memory_gib": 80, "memory": 1}', "unknown key 'memory'"),
+    ):
+        file.write_text(text)
+        status, _, err = printed("plan", "--gpu", str(file))
+        assert status == 2 and str(file) in err and said in err

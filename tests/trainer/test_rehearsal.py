@@ -1,0 +1,122 @@
+"""A rehearsal on fake tensors needs what a run needs: the memory of every rank, while building and at the peak."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from stoker.conf.schema import Config
+from stoker.parallel.layout import layout_of
+from stoker.trainer.rehearsal import Category, rehearse
+from stoker.trainer.rehearsal.fake_ranks import fake_tensors
+from stoker.trainer.rehearsal.memory import MemoryLog
+from tests import world
+from tests.trainer.rehearsed import config_of, growth
+
+MIB = 1 << 20
+SHARE, MORE = 0.05, 40 * MIB  # of the rehearsed bytes, and beyond that
+
+
+def off(config: Config, ranks: int) -> list[str]:
+    """The ranks whose real growth is not the rehearsed one."""
+    real = world.run(growth, ranks, config, fresh=True, timeout=200.0)
+    found = []
+    for rank, (built, most) in enumerate(real):
+        rehearsed = rehearse(config, layout_of(config, ranks), rank)
+        for name, seen, bytes_ in (("built", built, rehearsed.build.bytes), ("peak", most, rehearsed.peak.bytes)):
+            if abs(seen - bytes_) > SHARE * bytes_ + MORE:
+                found.append(f"rank {rank} {name}: {seen / MIB:.1f} MiB, rehearsed {bytes_ / MIB:.1f}")
+        assert rehearsed.peak.bytes > 2 * MORE, "too small to tell"
+    return found
+
+
+SHORT = {"ZeRO 3": (2, config_of(zero=3))}
+LONG = {
+    "one rank": (1, config_of(zero=0)),
+    "ZeRO 0": (2, config_of(zero=0)),
+    "ZeRO 1": (2, config_of(zero=1)),
+    "ZeRO 2": (2, config_of(zero=2)),
+    "hybrid": (4, config_of(zero=3, dp_replicate=2)),
+    "tp": (2, config_of(tp=2, zero=0)),
+    "tp whole": (2, config_of(tp=2, zero=0, sequence_parallel=False)),
+    "tp x ZeRO 1": (4, config_of(tp=2, zero=1)),
+    "1f1b": (2, config_of(pp=2, zero=0)),
+    "gpipe": (2, config_of(pp=2, zero=0, schedule="gpipe")),
+    "interleaved": (2, config_of(pp=2, zero=0, schedule="interleaved", stages_per_rank=2, layers=4)),
+    "offload": (1, config_of(zero=0, offload="cpu")),
+    "full": (2, config_of(zero=3, activation_checkpointing="full", layers=6)),
+    "selective": (2, config_of(zero=1, activation_checkpointing="selective", layers=3)),
+    "bf16": (1, config_of("bf16", zero=0, layers=3)),
+    "documents": (1, config_of(zero=0, document_mask=True)),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_every_ranks_memory_grows_as_rehearsed(name: str) -> None:
+    ranks, config = SHORT[name]
+    assert off(config, ranks) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", LONG)
+def test_every_ranks_memory_grows_as_rehearsed_in_every_layout(name: str) -> None:
+    ranks, config = LONG[name]
+    assert off(config, ranks) == []
+
+
+def test_storages_are_followed_from_their_first_operation_to_their_end() -> None:
+    with fake_tensors(), MemoryLog() as log:
+        log.phase = "first"
+        kept = torch.zeros(1000)
+        view = kept[:10]  # the same storage
+        log.phase = "second"
+        large = torch.zeros(3000)
+        del large
+        log.phase = "third"
+        del kept
+        assert log.now().bytes == 4000
+        peak = log.peak()
+        assert (peak.bytes, peak.phase) == (16_000, "second")
+        del view
+        gc.collect()
+        assert log.now().bytes == 0
+        assert log.peak().bytes == 4000, "what was live when the span began"
+    assert torch.UntypedStorage.resize_.__name__ == "resize_" and not dist.is_initialized()
+
+
+def test_a_storage_that_is_emptied_and_filled_again_counts_while_it_is_full() -> None:
+    with fake_tensors(), MemoryLog() as log:
+        tensor = torch.zeros(1000)
+        tensor.untyped_storage().resize_(0)
+        assert log.now().bytes == 0
+        tensor.untyped_storage().resize_(4000)
+        assert log.now().bytes == 4000
+        log.assign(Category.LOSS, [tensor])
+        assert log.peak().categories == {Category.LOSS: 4000}
+
+
+def test_states_are_counted_to_the_byte_on_each_layout() -> None:
+    """fp32 masters, two moments and gradients, a copy in bf16: 18 bytes a parameter, shared as the layout shares."""
+    config = config_of("bf16", seq_len=16, zero=0, layers=1)
+    numbers = 2 * 512 * 128 + 128 * (128 + 64 + 64 + 128) + 3 * 128 * 352 + 3 * 128  # parameters
+    states = rehearse(config, layout_of(config, 2), 1).held.categories
+    assert states[Category.MASTERS] == states[Category.GRADIENTS] == 4 * numbers
+    assert states[Category.OPTIMIZER] == pytest.approx(8 * numbers, abs=100)  # and a count of steps each
+    assert states[Category.COPIES] == 2 * numbers
+    config.parallel.zero = 3
+    states = rehearse(config, layout_of(config, 4), 3).held.categories
+    assert states[Category.MASTERS] == numbers
+    assert states[Category.OPTIMIZER] == pytest.approx(2 * numbers, abs=100)
+    assert not {Category.COPIES, Category.GRADIENTS, Category.GATHERED} & states.keys()
+
+
+def test_a_rehearsal_needs_a_process_without_a_process_group() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="already has a process group"):
+            rehearse(config_of(), layout_of(config_of(), 1), 0)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,15 @@
+"""A rehearsal: the whole step of one rank of any layout, on fake tensors over a process group that sends nothing.
+
+What runs is the product: the engine that `stoker.trainer.parallelize` builds, its forward and backward passes, its
+update, its evaluation. So what is counted of it is what a run needs, and no formula beside the code can be wrong.
+
+`fake_ranks`  a mesh of one rank without the others, and tensors without memory
+`memory`      storages over time, by category, and the peak
+`stand_ins`   kernels of which the real ones keep other tensors, or take too many operations
+`run`         building, a step and an evaluation, one after the other
+"""
+
+from stoker.trainer.rehearsal.memory import Category, Peak
+from stoker.trainer.rehearsal.run import Rehearsal, rehearse
+
+__all__ = ["Category", "Peak", "Rehearsal", "rehearse"]

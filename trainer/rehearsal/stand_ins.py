@@ -1,0 +1,104 @@
+"""Stand-ins for kernels in a rehearsal: they keep the memory that the real ones keep, in few operations.
+
+On CPUs attention in bf16 is a loop of hundreds of small operations (`stoker.models.cpu_attention`); its stand-in makes
+the buffers of the largest block once. As on CUDA, two kernels keep other tensors for backward than the operations that
+run on CPUs: a norm keeps one number a row instead of an fp32 copy of its input, and attention is fused, whatever its
+mask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stoker.models import attention, cpu_attention, decoder
+
+Counted = Callable[[int], None]  # takes floating-point operations that torch's counter does not see
+
+
+@contextlib.contextmanager
+def stand_ins(kind: str, selective: bool, counted: Counted) -> Iterator[None]:
+    """Kernels as on a device of this `kind`, cpu or cuda, in models that are rehearsed inside.
+
+    With `selective` recomputation the loop of CPUs stays as it is, because its single products are kept or not.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def replace(module: Any, name: str, function: Any) -> None:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, function)
+
+        if kind == "cuda":
+            replace(attention, "attend_in_blocks", lambda q, k, v, mask: _by_heads(q, k, v))
+            replace(F, "scaled_dot_product_attention", lambda q, k, v, *_, **__: _fused(q, k, v))
+            replace(decoder, "document_mask", lambda documents, dtype: documents)
+            replace(F, "rms_norm", lambda x, shape, weight=None, eps=None: _Norm.apply(x, weight))
+        elif not selective:
+            replace(attention, "attend_in_blocks", lambda q, k, v, mask: _Blocked.apply(q, k, v, mask, counted))
+        yield
+
+
+def _by_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`_fused` of `[rows, tokens, heads, head_dim]`."""
+    return _fused(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The kernels of CUDA for `[rows, heads, tokens, head_dim]`."""
+    if q.dtype != torch.float32:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # as `stoker.models.attention`
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)[0]
+
+
+class _Norm(torch.autograd.Function):
+    """RMSNorm in one kernel: its input as it is, and one fp32 number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+
+
+class _Blocked(torch.autograd.Function):
+    """`stoker.models.cpu_attention`: queries in blocks, the probabilities computed again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, counted: Counted) -> Tensor:
+        ctx.counted = counted
+        ctx.save_for_backward(q, k, v, mask)
+        counted(_flops(q, k))
+        out = torch.empty_like(q)
+        _ = [torch.empty_like(k[0]), torch.empty_like(v[0]), _scores(q), _scores(q)]  # before and after the softmax
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, _ = ctx.saved_tensors
+        ctx.counted(_flops(q, k) * 5 // 2)  # five products for forward's two
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _ = [torch.empty_like(k[0]), torch.empty_like(v[0]), _scores(q), _scores(q), _scores(q)]
+        _ = [*_, *(torch.empty_like(k[0], dtype=torch.float32) for _ in range(3))]  # two sums, and a product
+        return *grads, None, None
+
+
+def _flops(q: Tensor, k: Tensor) -> int:
+    """Of the products of scores and of values, as if attention were not causal."""
+    rows, queries, heads, head_dim = q.shape
+    return 4 * rows * heads * queries * k.shape[1] * head_dim
+
+
+def _scores(q: Tensor) -> Tensor:
+    """Of one row's last block, which is the largest."""
+    _, seq_len, heads, _ = q.shape
+    return q.new_empty(heads, min(cpu_attention.BLOCK, seq_len), seq_len)
