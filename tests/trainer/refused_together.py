@@ -95,6 +95,15 @@ TOGETHER = {
             "adapter.modules_to_save=['norm'] changes the model itself: adapter.modules_to_save=[] works",
         ),
     ],
+    "objectives under DeepSpeed": [
+        (
+            ["objective.name=simpo", "data.packing=padded", *DEEPSPEED],
+            1,
+            0,
+            "objective=simpo with parallel.engine=deepspeed: parallel.engine=fsdp works",
+        ),
+        (["objective.target=mine:build", *DEEPSPEED], 1, 0, "objective.target=mine:build with parallel.engine"),
+    ],
     "pairs of answers": [
         (
             ["objective.name=orpo", "data.document_mask=false"],
