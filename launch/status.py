@@ -12,10 +12,10 @@ from stoker.checkpoint import newest
 from stoker.checkpoint.names import MANIFEST, step_of
 from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory, read_config
+from stoker.conf.units import loss_unit
 from stoker.launch.control import living
 from stoker.launch.inspect import console_for_tables, run_at
 from stoker.launch.slurm.batch import read_notes
-from stoker.models.objectives import loss_unit
 from stoker.trainer.report.goodput import goodput
 from stoker.trainer.report.metrics import read_recent
 from stoker.trainer.report.progress import Pace, duration

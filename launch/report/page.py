@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator
 
 import stoker
+from stoker.conf.units import loss_unit
 from stoker.launch.report.escaping import text
 from stoker.launch.report.gather import Attempt, Gathered
 from stoker.launch.report.svg import COLOURS, Chart, Line
 from stoker.launch.report.tables import Table, facts, lasting, moment, percent, tables
-from stoker.models.objectives import loss_unit
 from stoker.trainer.report.curves import Curve
 from stoker.trainer.report.goodput import BOOKS, MOMENTS, Account, Span
 

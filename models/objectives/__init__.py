@@ -17,13 +17,6 @@ from stoker.parallel.objective import NEXT_TOKEN, Objective
 USES = {"next_token": (), **{name: formula.uses for name, formula in FORMULAS.items()}}
 
 
-def loss_unit(config: ObjectiveConfig) -> str:
-    """What a loss is a mean of, for people."""
-    if config.target is not None:
-        return f"as {config.target} counts"
-    return "nats per token" if config.name == "next_token" else f"{config.name}, per pair"
-
-
 def objective_of(config: ObjectiveConfig) -> Objective:
     """The objective that `config` names. Raises ValueError for an `objective.target` that cannot be imported."""
     if config.target is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
-from stoker.models.objectives import loss_unit
+from stoker.conf.units import loss_unit
 from stoker.trainer.report.goodput import goodput
 from stoker.trainer.report.metrics import steps
 from stoker.trainer.report.progress import duration, rate
