@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stoker.conf.schema import ObjectiveConfig
-from stoker.models.objectives import USES, loss_unit, objective_of
+from stoker.conf.units import loss_unit
+from stoker.models.objectives import USES, objective_of
 from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.layout import Layout
 from stoker.parallel.objective import NEXT_TOKEN
