@@ -36,7 +36,12 @@ def config_of(case: Case, layout: Layout, adapter: str) -> Config:
 
 def assert_one_run(layout: Layout, chosen: list[tuple[Case, str]]) -> None:
     """Each of `chosen` on `layout` and on one rank."""
-    alone = world.run(train, 1, [config_of(Case(4, tied=c.tied), Layout(), a) for c, a in chosen], timeout=240.0)[0]
+    alone = world.run(
+        train,
+        1,
+        [config_of(Case(4, tied=c.tied, optimizer=c.optimizer), Layout(), a) for c, a in chosen],
+        timeout=240.0,
+    )[0]
     ranks = world.run(train, layout.world, [config_of(c, layout, a) for c, a in chosen], timeout=240.0)
     for (case, adapter), wanted, *found in zip(chosen, alone, *ranks, strict=True):
         assert_same(f"{layout}, {case}, {adapter}", wanted, found)
