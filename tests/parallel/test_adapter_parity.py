@@ -68,7 +68,8 @@ def test_a_layout_trains_the_adapter_of_one_process(layout: Layout) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("layout", [*layouts(2), *list(layouts(4))[:: 1 if FULL else 3]], ids=str)
 def test_every_layout_trains_the_adapter_of_one_process(layout: Layout) -> None:
-    assert_one_run(layout, [(case, adapter) for case in cases(layout) for adapter in ADAPTERS])
+    shallow = [case for case in cases(layout) if layout.pp < 4 or case.schedule != "interleaved"]  # four layers
+    assert_one_run(layout, [(case, adapter) for case in shallow for adapter in ADAPTERS])
 
 
 @pytest.mark.parametrize("sequence", [True, False])
