@@ -72,7 +72,7 @@ def log_of(run: Path) -> str:
     return "\n".join(path.read_text() for path in RunDirectory(run).slurm.glob("*.log"))
 
 
-def come_to(run: Path, step: int, seconds: float = 60.0) -> None:
+def come_to(run: Path, step: int, seconds: float = 180.0) -> None:
     deadline = time.monotonic() + seconds
     while last_step(run) < step:
         assert time.monotonic() < deadline, f"at step {last_step(run)} after {seconds:.0f} s:\n{log_of(run)}"
