@@ -87,7 +87,7 @@ LIMITS = (
     _at_least("seq_len", 2, "one token has no other to predict"),
     _at_least("batch.size", 1, "an update needs rows"),
     _at_least("batch.micro_size", 1, "a micro-batch needs rows"),
-    _choice("model.family", "llama", "mistral", "qwen2", "qwen3"),
+    _choice("model.family", "llama", "mistral", "qwen2", "qwen3", "smollm3"),
     _at_least("parallel.tp", 1, "it counts ranks"),
     _at_least("parallel.pp", 1, "it counts stages"),
     Limit("parallel.zero", "0, 1, 2 or 3", "these are the stages of ZeRO", range(4).__contains__),

@@ -99,7 +99,7 @@ class RopeParameters:
 class ModelConfig:
     target: str = fixed("stoker.models.decoder:build")  # import path pkg.mod:function of the builder
     name: str = free("model")  # for run names and tables
-    family: str | None = free()  # of exports: llama | mistral | qwen2 | qwen3; default: by shape
+    family: str | None = free()  # of exports: llama | mistral | qwen2 | qwen3 | smollm3; default: by shape
     init_from: str | None = fixed()  # directory to take shape, weights and tokenizer from: Hugging Face's or a run's
     native: bool | None = fixed()  # with init_from: Stoker's own modules (true) or transformers'; default: where equal
     config: Any = fixed()  # for model=transformers: a config.json, its folder or its values; default: init_from's
@@ -113,6 +113,7 @@ class ModelConfig:
     intermediate_size: int = fixed(704)  # channels inside the SwiGLU MLP
     rms_norm_eps: float = fixed(1e-5)  # added to the mean square in RMSNorm
     rope_parameters: RopeParameters = fixed(RopeParameters)
+    nope_layers: list[int] = fixed([])  # numbers of the layers without rotary embedding (SmolLM3)
     qk_norm: bool = fixed(False)  # RMSNorm on queries and keys per head (Qwen3)
     qkv_bias: bool = fixed(False)  # biases on the query, key and value projections (Qwen2)
     tie_word_embeddings: bool = fixed(False)  # one matrix for the embedding and the head

@@ -52,8 +52,9 @@ def head_dim_of(config: ModelConfig) -> int:
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023). The number of heads follows from the weights' shapes."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.rotary = layer not in config.nope_layers
         head_dim = self.head_dim = head_dim_of(config)
         queries, keys = (
             config.num_attention_heads * head_dim,
@@ -71,8 +72,9 @@ class Attention(nn.Module):
         """Activations `[tokens, width]` to the same. With a cache, queries also attend to earlier tokens."""
         x = self.enter(x)
         by_head = (context.rows, context.seq_len, -1, self.head_dim)
-        q = rotate(self.q_norm(self.q(x).view(by_head)), context.cos, context.signed_sin)
-        k = rotate(self.k_norm(self.k(x).view(by_head)), context.cos, context.signed_sin)
+        q, k = self.q_norm(self.q(x).view(by_head)), self.k_norm(self.k(x).view(by_head))
+        if self.rotary:
+            q, k = (rotate(heads, context.cos, context.signed_sin) for heads in (q, k))
         v = self.v(x).view(by_head)
         if cache is not None:
             k, v = cache.extend(k, v)

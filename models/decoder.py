@@ -1,6 +1,6 @@
 """The decoder: pre-norm blocks of attention and a SwiGLU MLP, whole or the part of it that a pipeline stage holds.
 
-As a family it is Llama, Mistral, Qwen2 and Qwen3.
+As a family it is Llama, Mistral, Qwen2, Qwen3 and SmolLM3.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, number)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config.hidden_size, config.intermediate_size)
 
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         self.config, self.part = config, part
         if part.embedding or (part.head and config.tie_word_embeddings):
             self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleDict({str(number): Block(config) for number in part.layers})
+        self.layers = nn.ModuleDict({str(number): Block(config, number) for number in part.layers})
         if part.head:
             tied = config.tie_word_embeddings
             weight = self.embedding.weight if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))

@@ -7,7 +7,7 @@ keys and values are separate tensors on both sides.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from stoker.conf.schema import ModelConfig
@@ -41,18 +41,36 @@ ROPE_KEYS: dict[str, tuple[str, ...]] = {  # of each rope_type, beside rope_thet
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture of Hugging Face's that is a case of our decoder."""
+    """An architecture of Hugging Face's that is a case of our decoder.
+
+    Of the `SWITCHES` it has the values `always`, and any value of those that it `reads` from its config.json; all
+    others are off.
+    """
 
     architecture: str
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    always: Mapping[str, Any] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
+
+    def value(self, key: str, parsed: Any) -> Any:
+        """That of the switch `key` in a config of transformers'. Raises ValueError."""
+        if key not in self.reads:
+            return self.always.get(key, SWITCHES[key])
+        return _nope_layers(parsed) if key == "nope_layers" else getattr(parsed, key)
+
+    def fits(self, config: ModelConfig) -> bool:
+        return all(
+            getattr(config, key) == self.always.get(key, off) for key, off in SWITCHES.items() if key not in self.reads
+        )
 
 
+# Keys of ModelConfig in which the families differ, with the values of a Llama.
+SWITCHES = {key: getattr(ModelConfig(), key) for key in ("qkv_bias", "qk_norm", "nope_layers")}
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family("MistralForCausalLM"),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+    "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}),
+    "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}),
+    "smollm3": Family("SmolLM3ForCausalLM", reads=("nope_layers",)),
 }
 
 
@@ -70,17 +88,18 @@ def reference_name(name: str) -> str:
 
 
 def family_of(config: ModelConfig) -> str:
-    """The family that `config` belongs to: `model.family`, else the first that has its biases and norms.
+    """The family that `config` belongs to: `model.family`, else the first that has its switches.
 
     Raises ValueError when there is none, or when `model.family` has others.
     """
-    built = (config.qkv_bias, config.qk_norm)
-    fitting = [name for name, family in FAMILIES.items() if (family.qkv_bias, family.qk_norm) == built]
+    fitting = [name for name, family in FAMILIES.items() if family.fits(config)]
     if config.family is None and fitting:
         return fitting[0]
     if config.family in fitting:
         return config.family
-    what = f"model.qkv_bias={built[0]} with model.qk_norm={built[1]}"
+    on = {key: getattr(config, key) for key, off in SWITCHES.items() if getattr(config, key) != off}
+    shown = on or {key: SWITCHES[key] for key in FAMILIES[str(config.family)].always}
+    what = " with ".join(f"model.{key}={value}" for key, value in shown.items())
     if not fitting:
         raise ValueError(f"no architecture of Hugging Face's has {what}")
     raise ValueError(f"model.family={config.family} does not have {what}: {' and '.join(fitting)} do")
@@ -102,6 +121,7 @@ def config_json(config: ModelConfig, dtype: str, context: int, end_of_document: 
         "rope_theta": rope["rope_theta"],
         "rope_scaling": {key: value for key, value in rope.items() if key != "rope_theta"} if scaled else None,
         "bos_token_id": None,
+        "pad_token_id": None,
         "eos_token_id": end_of_document,
         "dtype": DTYPES[dtype],
         "torch_dtype": DTYPES[dtype],
@@ -123,6 +143,8 @@ def changed_config_json(
     for key, name in {**SHAPE, **_MORE}.items():
         if before[key] != _ours(config)[key]:
             values[name] = theirs[name]
+    if any(before[key] != getattr(config, key) for key in FAMILIES[theirs["model_type"]].reads):
+        values |= _switches(config)
     if before["family"] != theirs["model_type"]:
         values |= {"model_type": theirs["model_type"], "architectures": theirs["architectures"]}
     rope_before = {key.partition(".")[2]: value for key, value in base_shape.items() if key not in before}
@@ -157,7 +179,25 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
     return {name: values[key] for key, name in {**SHAPE, **_MORE}.items()} | {
         "architectures": [FAMILIES[family].architecture],
         "model_type": family,
+        **_switches(config),
     }
+
+
+def _switches(config: ModelConfig) -> dict[str, Any]:
+    """The switches of config.json that the family of `config` reads."""
+    values = {key: getattr(config, key) for key in FAMILIES[family_of(config)].reads}
+    if "nope_layers" in values:
+        nope = values.pop("nope_layers")
+        values["no_rope_layers"] = [int(number not in nope) for number in range(config.num_hidden_layers)]
+    return values
+
+
+def _nope_layers(parsed: Any) -> list[int]:
+    """Numbers of the layers without rotary embedding. Their list holds 1 for a layer with it."""
+    flags, layers = parsed.no_rope_layers, parsed.num_hidden_layers
+    if len(flags) < layers:
+        raise ValueError(f"config.json: no_rope_layers={flags} has {len(flags)} values for {layers} layers")
+    return [number for number in range(layers) if not flags[number]]
 
 
 def _ours(config: ModelConfig) -> dict[str, Any]:

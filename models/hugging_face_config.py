@@ -17,7 +17,7 @@ from typing import Any
 
 from stoker.conf.records import parse_json
 from stoker.conf.schema import RopeParameters
-from stoker.models.hugging_face import FAMILIES, ROPE_KEYS, SHAPE
+from stoker.models.hugging_face import FAMILIES, ROPE_KEYS, SHAPE, SWITCHES
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +112,7 @@ def shape_of(parsed: Any, seq_len: int) -> dict[str, Any]:
         "family": family,
         "num_key_value_heads": parsed.num_key_value_heads,
         "head_dim": getattr(parsed, "head_dim", None) or found["hidden_size"] // found["num_attention_heads"],
-        "qkv_bias": FAMILIES[family].qkv_bias,
-        "qk_norm": FAMILIES[family].qk_norm,
+        **{key: FAMILIES[family].value(key, parsed) for key in SWITCHES},
         "tie_word_embeddings": parsed.tie_word_embeddings,
         **{f"rope_parameters.{key}": value for key, value in vars(rope_of(parsed)).items()},
     }

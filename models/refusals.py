@@ -157,6 +157,20 @@ def _frequency_factors(start: Start) -> str | None:
     )
 
 
+@REFUSALS.entry(
+    "layers without rotary embedding", "model.nope_layers with a number that no layer has", "it would have no effect"
+)
+def _nope_layers(start: Start) -> str | None:
+    layers, nope = start.config.model.num_hidden_layers, start.config.model.nope_layers
+    foreign = [number for number in nope if not 0 <= number < layers]
+    if not foreign:
+        return None
+    return (
+        f"model.nope_layers={nope}: there is no layer {foreign[0]}, layers are 0 to {layers - 1}: "
+        f"model.nope_layers={[number for number in nope if number not in foreign]} works"
+    )
+
+
 @REFUSALS.entry("settings of no adapter", "keys of the adapter section with adapter=none", "they would have no effect")
 def _settings_of_no_adapter(start: Start) -> str | None:
     adapter, default = start.config.adapter, AdapterConfig()
