@@ -49,12 +49,18 @@ def head_dim_of(config: ModelConfig) -> int:
     return config.head_dim or config.hidden_size // config.num_attention_heads
 
 
+def scale_of(config: ModelConfig) -> float:
+    """The factor of the scores of attention."""
+    return head_dim_of(config) ** -0.5 if config.attention_multiplier is None else config.attention_multiplier
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023). The number of heads follows from the weights' shapes."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.rotary = layer not in config.nope_layers
+        self.scale = scale_of(config)
         head_dim = self.head_dim = head_dim_of(config)
         queries, keys = (
             config.num_attention_heads * head_dim,
@@ -78,21 +84,22 @@ class Attention(nn.Module):
         v = self.v(x).view(by_head)
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self.o(attention(q, k, v, context.mask).flatten(2).flatten(0, 1))
+        return self.o(attention(q, k, v, context.mask, self.scale).flatten(2).flatten(0, 1))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, scale: float | None = None) -> Tensor:
     """Softmax attention of queries `[rows, queries, heads, head_dim]`, in the same shape.
 
     `k` and `v` are `[rows, keys, kv_heads, head_dim]`; kv_heads divides heads; consecutive query heads share one.
-    `mask` as in `AttentionContext`; None means causal attention, where there are as many keys as queries.
+    `mask` as in `AttentionContext`; None means causal attention, where there are as many keys as queries. Scores are
+    multiplied by `scale`, by default 1 / sqrt(head_dim).
     """
     if mask is not None and not isinstance(mask, Tensor):
-        return _by_blocks(_flex_attention(), q, k, v, mask)
+        return _by_blocks(_flex_attention(), q, k, v, mask, scale)
     mask = None if mask is None else mask.to(q.dtype)  # a layer may compute in another dtype than the others
     in_blocks = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] == k.shape[1]
     if in_blocks and not torch.compiler.is_compiling():
-        return attend_in_blocks(q, k, v, mask)
+        return attend_in_blocks(q, k, v, mask, scale)
     if q.dtype == torch.float32 and q.device.type == "cuda":
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))  # no fused kernel has groups in fp32
     return F.scaled_dot_product_attention(
@@ -101,16 +108,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) 
         v.transpose(1, 2),
         attn_mask=mask,
         is_causal=mask is None,
+        scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     ).transpose(1, 2)
 
 
-def _by_blocks(flex_attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+def _by_blocks(
+    flex_attention: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    scale: float | None = None,
+) -> Tensor:
     """FlexAttention. Its kernels take heads of SMALLEST_HEAD channels at least: smaller ones are filled with zeros."""
     head_dim = q.shape[-1]
     missing = max(0, SMALLEST_HEAD - head_dim)
     by_head = (F.pad(x, (0, missing)).transpose(1, 2) if missing else x.transpose(1, 2) for x in (q, k, v))
-    scale = head_dim**-0.5
+    scale = head_dim**-0.5 if scale is None else scale
     return flex_attention(*by_head, block_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)[..., :head_dim]
 
 

@@ -14,30 +14,31 @@ from torch import Tensor
 BLOCK = 128  # queries
 
 
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     """`stoker.models.attention.attend` for as many keys as queries, and a mask that allows no key after its query."""
     if mask is not None:
         mask = mask.expand(len(q), -1, -1, -1)
-    return _BlockedAttention.apply(q, k, v, mask)
+    return _BlockedAttention.apply(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         ctx.save_for_backward(q, k, v, mask)
+        ctx.scale = scale
         out = torch.empty_like(q)
         for row in range(len(q)):
             keys, values = _by_head(k[row]), _by_head(v[row])
             for start, stop in _blocks(q):
                 queries = _by_group(q[row, start:stop], len(keys))
-                weights = _probabilities(queries, keys[:, :stop], _mask_block(q, mask, row, start, stop))
+                weights = _probabilities(queries, keys[:, :stop], _mask_block(q, mask, row, start, stop), scale)
                 out[row, start:stop] = _from_groups(torch.bmm(weights, values[:, :stop]), stop - start)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask = ctx.saved_tensors
-        scale = q.shape[-1] ** -0.5
+        scale = ctx.scale
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for row in range(len(q)):
             keys, values = _by_head(k[row]), _by_head(v[row])
@@ -45,7 +46,7 @@ class _BlockedAttention(torch.autograd.Function):
             for start, stop in _blocks(q):
                 queries = _by_group(q[row, start:stop], len(keys))
                 grad_block = _by_group(grad_out[row, start:stop], len(keys))
-                weights = _probabilities(queries, keys[:, :stop], _mask_block(q, mask, row, start, stop))
+                weights = _probabilities(queries, keys[:, :stop], _mask_block(q, mask, row, start, stop), scale)
                 grad_weights = torch.bmm(grad_block, values[:, :stop].mT)
                 grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
                 grad_queries = torch.bmm(grad_scores, keys[:, :stop])
@@ -54,7 +55,7 @@ class _BlockedAttention(torch.autograd.Function):
                 grad_values[:, :stop] += torch.bmm(weights.mT, grad_block)
             grad_k[row] = grad_keys.mul_(scale).transpose(0, 1)
             grad_v[row] = grad_values.transpose(0, 1)
-        return grad_q, grad_k, grad_v, None
+        return grad_q, grad_k, grad_v, None, None
 
 
 def _blocks(q: Tensor) -> list[tuple[int, int]]:
@@ -87,7 +88,7 @@ def _mask_block(q: Tensor, mask: Tensor | None, row: int, start: int, stop: int)
     return full.triu_(start + 1)
 
 
-def _probabilities(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+def _probabilities(queries: Tensor, keys: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Softmax, fp32 inside, over the keys for queries `[kv_heads, group * block, head_dim]`."""
     mask = mask.repeat(queries.shape[1] // len(mask), 1)
-    return torch.baddbmm(mask, queries, keys.mT, alpha=queries.shape[-1] ** -0.5).softmax(-1)
+    return torch.baddbmm(mask, queries, keys.mT, alpha=scale).softmax(-1)

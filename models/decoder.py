@@ -1,6 +1,6 @@
 """The decoder: pre-norm blocks of attention and a SwiGLU MLP, whole or the part of it that a pipeline stage holds.
 
-As a family it is Llama, Mistral, Qwen2, Qwen3 and SmolLM3.
+As a family it is Llama, Mistral, Qwen2, Qwen3, SmolLM3 and Granite.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ class Block(nn.Module):
         self.attention = Attention(config, number)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config.hidden_size, config.intermediate_size)
+        self.multiplier = config.residual_multiplier
 
     def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), context, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        x = torch.add(x, self.attention(self.attention_norm(x), context, cache), alpha=self.multiplier)
+        return torch.add(x, self.mlp(self.mlp_norm(x)), alpha=self.multiplier)
 
 
 class Decoder(nn.Module):
@@ -71,12 +72,14 @@ class Decoder(nn.Module):
             tied = config.tie_word_embeddings
             weight = self.embedding.weight if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
             self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.head = Head(weight, config.loss_chunk)
+            scaling = config.logits_scaling
+            rule = None if scaling == 1 else lambda logits: logits / scaling
+            self.head = Head(weight, config.loss_chunk, rule=rule)
 
     def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None) -> Tensor:
         """See `ParallelizableModel`. The part with the head returns fp32 logits `[tokens, vocab]` without labels."""
         if self.part.embedding:
-            x = self.embedding(x)
+            x = self._embedded(x)
         mask = None if documents is None else document_mask(documents, x.dtype)
         context = attention_context(self.config, positions, mask)
         for block in self.layers.values():
@@ -90,13 +93,17 @@ class Decoder(nn.Module):
         """
         rows, new = tokens.shape
         total = cache.length + new
-        x = self.embedding(tokens)
+        x = self._embedded(tokens)
         positions = torch.arange(cache.length, total, device=x.device).expand(rows, new)
         context = attention_context(self.config, positions, cached_mask(new, total, x.dtype, x.device))
         for number, block in self.layers.items():
             x = block(x, context, cache.layers[number])
         cache.length = total
         return self.head(self.norm(x.view(rows, new, -1)[:, -1]))
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        x, multiplier = self.embedding(tokens), self.config.embedding_multiplier
+        return x if multiplier == 1 else x * multiplier
 
     def blocks(self) -> dict[str, nn.Module]:
         return dict(self.layers.items())

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stoker.conf.schema import ModelConfig
-from stoker.models.attention import head_dim_of
+from stoker.models.attention import head_dim_of, scale_of
 from stoker.parallel.dtypes import PRECISIONS
 
 OWN_MODEL = "stoker"  # model_type of an exported model that is not one of Hugging Face's (`model.target`)
@@ -64,13 +64,15 @@ class Family:
 
 
 # Keys of ModelConfig in which the families differ, with the values of a Llama.
-SWITCHES = {key: getattr(ModelConfig(), key) for key in ("qkv_bias", "qk_norm", "nope_layers")}
+_MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+SWITCHES = {key: getattr(ModelConfig(), key) for key in ("qkv_bias", "qk_norm", "nope_layers", *_MULTIPLIERS)}
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family("MistralForCausalLM"),
     "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}),
     "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}),
     "smollm3": Family("SmolLM3ForCausalLM", reads=("nope_layers",)),
+    "granite": Family("GraniteForCausalLM", reads=_MULTIPLIERS),
 }
 
 
@@ -185,7 +187,8 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
 
 def _switches(config: ModelConfig) -> dict[str, Any]:
     """The switches of config.json that the family of `config` reads."""
-    values = {key: getattr(config, key) for key in FAMILIES[family_of(config)].reads}
+    own = vars(config) | {"attention_multiplier": scale_of(config)}
+    values = {key: own[key] for key in FAMILIES[family_of(config)].reads}
     if "nope_layers" in values:
         nope = values.pop("nope_layers")
         values["no_rope_layers"] = [int(number not in nope) for number in range(config.num_hidden_layers)]

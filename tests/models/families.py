@@ -22,6 +22,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16, "rms_norm_eps": 1e-5}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1], "pad_token_id": None}),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+        },
+    ),
     "tied qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
 }
 VOCABULARY = 320  # of the byte tokenizer

@@ -34,12 +34,14 @@ def stand_ins(kind: str, selective: bool, counted: Counted) -> Iterator[None]:
             setattr(module, name, function)
 
         if kind == "cuda":
-            replace(attention, "attend_in_blocks", lambda q, k, v, mask: _by_heads(q, k, v))
+            replace(attention, "attend_in_blocks", lambda q, k, v, mask, scale=None: _by_heads(q, k, v))
             replace(F, "scaled_dot_product_attention", lambda q, k, v, *_, **__: _fused(q, k, v))
             replace(decoder, "document_mask", lambda documents, dtype: documents)
             replace(F, "rms_norm", lambda x, shape, weight=None, eps=None: _Norm.apply(x, weight))
         elif not selective:
-            replace(attention, "attend_in_blocks", lambda q, k, v, mask: _Blocked.apply(q, k, v, mask, counted))
+            replace(
+                attention, "attend_in_blocks", lambda q, k, v, mask, scale=None: _Blocked.apply(q, k, v, mask, counted)
+            )
         yield
 
 
