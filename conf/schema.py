@@ -99,7 +99,7 @@ class RopeParameters:
 class ModelConfig:
     target: str = fixed("stoker.models.decoder:build")  # import path pkg.mod:function of the builder
     name: str = free("model")  # for run names and tables
-    family: str | None = free()  # of exports: llama | mistral | qwen2 | qwen3 | smollm3 | granite; default: by shape
+    family: str | None = free()  # of exports, such as mistral (see model.family in docs/refusals.md); default: by shape
     init_from: str | None = fixed()  # directory to take shape, weights and tokenizer from: Hugging Face's or a run's
     native: bool | None = fixed()  # with init_from: Stoker's own modules (true) or transformers'; default: where equal
     config: Any = fixed()  # for model=transformers: a config.json, its folder or its values; default: init_from's
@@ -115,6 +115,8 @@ class ModelConfig:
     rope_parameters: RopeParameters = fixed(RopeParameters)
     nope_layers: list[int] = fixed([])  # numbers of the layers without rotary embedding (SmolLM3)
     qk_norm: bool = fixed(False)  # RMSNorm on queries and keys per head (Qwen3)
+    qk_norm_over: str = fixed("head")  # head | projection: one mean square of all heads' channels (OLMo 2)
+    norm_placement: str = fixed("before")  # before | after: RMSNorm of what a sublayer takes or gives (OLMo 2)
     qkv_bias: bool = fixed(False)  # biases on the query, key and value projections (Qwen2)
     embedding_multiplier: float = fixed(1.0)  # of what the embedding gives (Granite, as the next three)
     attention_multiplier: float | None = fixed()  # of the scores of attention; default: 1 / sqrt(head_dim)

@@ -15,7 +15,7 @@ from stoker.conf.schema import ModelConfig
 from stoker.models.cache import LayerCache
 from stoker.models.cpu_attention import attend_in_blocks
 from stoker.models.rope import frequencies, rotary_tables, rotate
-from stoker.parallel.tensor.layers import ColumnLinear, CopyToTensorParallel, HeadNorm, RowLinear
+from stoker.parallel.tensor.layers import ColumnLinear, CopyToTensorParallel, HeadNorm, ProjectionNorm, RowLinear
 
 SMALLEST_HEAD = 16  # channels that a product of tensor cores takes
 
@@ -71,20 +71,32 @@ class Attention(nn.Module):
         self.k = ColumnLinear(config.hidden_size, keys, bias=config.qkv_bias, unit=head_dim)
         self.v = ColumnLinear(config.hidden_size, keys, bias=config.qkv_bias, unit=head_dim)
         self.o = RowLinear(queries, config.hidden_size, bias=False, unit=head_dim)
-        self.q_norm = HeadNorm(head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = _norm(config, queries), _norm(config, keys)
 
     def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
         """Activations `[tokens, width]` to the same. With a cache, queries also attend to earlier tokens."""
         x = self.enter(x)
         by_head = (context.rows, context.seq_len, -1, self.head_dim)
-        q, k = self.q_norm(self.q(x).view(by_head)), self.k_norm(self.k(x).view(by_head))
+        if isinstance(self.q_norm, ProjectionNorm):
+            q, k = self.q_norm(self.q(x)).view(by_head), self.k_norm(self.k(x)).view(by_head)
+        else:
+            q, k = self.q_norm(self.q(x).view(by_head)), self.k_norm(self.k(x).view(by_head))
         if self.rotary:
             q, k = (rotate(heads, context.cos, context.signed_sin) for heads in (q, k))
         v = self.v(x).view(by_head)
         if cache is not None:
             k, v = cache.extend(k, v)
         return self.o(attention(q, k, v, context.mask, self.scale).flatten(2).flatten(0, 1))
+
+
+def _norm(config: ModelConfig, channels: int) -> nn.Module:
+    """That of queries or keys with so many `channels` in all heads."""
+    if not config.qk_norm:
+        return nn.Identity()
+    head_dim = head_dim_of(config)
+    if config.qk_norm_over == "projection":
+        return ProjectionNorm(channels, config.rms_norm_eps, unit=head_dim)
+    return HeadNorm(head_dim, config.rms_norm_eps)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, scale: float | None = None) -> Tensor:

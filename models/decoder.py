@@ -1,6 +1,6 @@
-"""The decoder: pre-norm blocks of attention and a SwiGLU MLP, whole or the part of it that a pipeline stage holds.
+"""The decoder: blocks of attention and a SwiGLU MLP, whole or the part of it that a pipeline stage holds.
 
-As a family it is Llama, Mistral, Qwen2, Qwen3, SmolLM3 and Granite.
+As a family it is Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite and OLMo 2.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+    """A layer with norms of what attention and MLP take."""
+
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -58,6 +60,25 @@ class Block(nn.Module):
         return torch.add(x, self.mlp(self.mlp_norm(x)), alpha=self.multiplier)
 
 
+class PostNormBlock(nn.Module):
+    """A layer with norms of what attention and MLP give."""
+
+    def __init__(self, config: ModelConfig, number: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, number)
+        self.attention_post_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size)
+        self.mlp_post_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.multiplier = config.residual_multiplier
+
+    def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
+        x = torch.add(x, self.attention_post_norm(self.attention(x, context, cache)), alpha=self.multiplier)
+        return torch.add(x, self.mlp_post_norm(self.mlp(x)), alpha=self.multiplier)
+
+
+_BLOCKS: dict[str, type[Block | PostNormBlock]] = {"before": Block, "after": PostNormBlock}
+
+
 class Decoder(nn.Module):
     """A `stoker.parallel.model.ParallelizableModel`. Tied, it holds one matrix under the name `embedding.weight`."""
 
@@ -67,7 +88,8 @@ class Decoder(nn.Module):
         self.config, self.part = config, part
         if part.embedding or (part.head and config.tie_word_embeddings):
             self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleDict({str(number): Block(config, number) for number in part.layers})
+        block = _BLOCKS[config.norm_placement]
+        self.layers = nn.ModuleDict({str(number): block(config, number) for number in part.layers})
         if part.head:
             tied = config.tie_word_embeddings
             weight = self.embedding.weight if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))

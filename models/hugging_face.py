@@ -22,7 +22,13 @@ _OUTER = {
     "norm.weight": "model.norm.weight",
     "head.weight": "lm_head.weight",
 }
-_INNER = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attention": "self_attn"}
+_INNER = {
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attention_post_norm": "post_attention_layernorm",  # a layer has either this one or `mlp_norm`
+    "mlp_post_norm": "post_feedforward_layernorm",
+    "attention": "self_attn",
+}
 _PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 SHAPE = {  # ours -> theirs, where both mean the same number
     "vocab_size": "vocab_size",
@@ -55,7 +61,7 @@ class Family:
         """That of the switch `key` in a config of transformers'. Raises ValueError."""
         if key not in self.reads:
             return self.always.get(key, SWITCHES[key])
-        return _nope_layers(parsed) if key == "nope_layers" else getattr(parsed, key)
+        return _nope_layers(parsed) if key == "nope_layers" else float(getattr(parsed, key))
 
     def fits(self, config: ModelConfig) -> bool:
         return all(
@@ -65,7 +71,8 @@ class Family:
 
 # Keys of ModelConfig in which the families differ, with the values of a Llama.
 _MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
-SWITCHES = {key: getattr(ModelConfig(), key) for key in ("qkv_bias", "qk_norm", "nope_layers", *_MULTIPLIERS)}
+_SHAPES = ("qkv_bias", "qk_norm", "qk_norm_over", "norm_placement", "nope_layers")
+SWITCHES = {key: getattr(ModelConfig(), key) for key in (*_SHAPES, *_MULTIPLIERS)}
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family("MistralForCausalLM"),
@@ -73,6 +80,7 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}),
     "smollm3": Family("SmolLM3ForCausalLM", reads=("nope_layers",)),
     "granite": Family("GraniteForCausalLM", reads=_MULTIPLIERS),
+    "olmo2": Family("Olmo2ForCausalLM", {"qk_norm": True, "qk_norm_over": "projection", "norm_placement": "after"}),
 }
 
 
@@ -145,10 +153,11 @@ def changed_config_json(
     for key, name in {**SHAPE, **_MORE}.items():
         if before[key] != _ours(config)[key]:
             values[name] = theirs[name]
-    if any(before[key] != getattr(config, key) for key in FAMILIES[theirs["model_type"]].reads):
+    family = theirs["model_type"]
+    if before["family"] != family:
+        values |= {"model_type": family, "architectures": theirs["architectures"], **_switches(config)}
+    if any(before[key] != getattr(config, key) for key in FAMILIES[family].reads):
         values |= _switches(config)
-    if before["family"] != theirs["model_type"]:
-        values |= {"model_type": theirs["model_type"], "architectures": theirs["architectures"]}
     rope_before = {key.partition(".")[2]: value for key, value in base_shape.items() if key not in before}
     if rope_before != vars(config.rope_parameters):
         for old in ("rope_theta", "rope_scaling"):

@@ -171,6 +171,16 @@ def _nope_layers(start: Start) -> str | None:
     )
 
 
+@REFUSALS.entry(
+    "span of no norm", "model.qk_norm_over=projection with model.qk_norm=false", "there is no norm that it changes"
+)
+def _span_of_no_norm(start: Start) -> str | None:
+    model = start.config.model
+    if model.qk_norm or model.qk_norm_over == "head":
+        return None
+    return f"model.qk_norm_over={model.qk_norm_over} with model.qk_norm=false: model.qk_norm=true works"
+
+
 @REFUSALS.entry("settings of no adapter", "keys of the adapter section with adapter=none", "they would have no effect")
 def _settings_of_no_adapter(start: Start) -> str | None:
     adapter, default = start.config.adapter, AdapterConfig()

@@ -110,6 +110,35 @@ class HeadNorm(ReplicatedInTensorParallel, nn.RMSNorm):
     """RMSNorm over the channels of a head, one weight for all heads, of which a rank has a share."""
 
 
+class ProjectionNorm(TensorLayer, nn.RMSNorm):
+    """RMSNorm over all output features of a ColumnLinear of the same `unit`, of which a rank has a share.
+
+    The ranks sum their squares: one fp32 number a token.
+    """
+
+    axis: TensorAxis | None = None
+    replicas = 1  # ranks that hold the same units, whose squares are counted once
+
+    def __init__(self, features: int, eps: float, *, unit: int = 1) -> None:
+        super().__init__(features, eps)
+        self.features, self.unit = features, unit
+
+    def cut(self, axis: TensorAxis) -> list[Entry]:
+        share = axis.share(_units(self.features, self.unit))
+        self.axis, self.replicas = axis, share.replicas
+        return [sharded_entry("weight", (self.features,), 0, share, self.unit)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.axis is None:
+            return super().forward(x)
+        values = x.float()
+        squares = values.square().sum(-1, keepdim=True) / self.replicas
+        # Out of the region and in again: each rank's result depends on the squares of all, and so do gradients.
+        mean = enter(leave(squares, self.axis), self.axis) / self.features
+        assert self.eps is not None
+        return (values * torch.rsqrt(mean + self.eps) * self.weight).to(x.dtype)
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The tokens whose rows this rank holds."""

@@ -31,6 +31,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 2.0,
         },
     ),
+    "olmo2": ("Olmo2", {"pad_token_id": None}),
     "tied qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
 }
 VOCABULARY = 320  # of the byte tokenizer

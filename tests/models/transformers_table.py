@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stoker.conf.values import ConfigError
+from stoker.models.hugging_face import FAMILIES
 from stoker.models.transformers_family.anatomy import parsed_config
 from stoker.models.transformers_family.plans import OWN_PLANS
 from stoker.parallel.layout import Layout
@@ -12,7 +13,7 @@ from stoker.trainer.import_check import architecture
 from stoker.trainer.validate import validate
 from tests.models import transformers_classes as classes
 
-HEAD = ("`model_type`", "class", "ZeRO 0-3", "tensor parallel", "pipeline", "documents apart")
+HEAD = ("`model_type`", "class", "ZeRO 0-3", "tensor parallel", "pipeline", "documents apart", "decoder")
 
 
 def table_markdown() -> str:
@@ -30,6 +31,7 @@ def row(kind: str) -> tuple[str, ...]:
         _said(kind, classes.LAYOUTS["tp 2"], plan),
         _said(kind, classes.LAYOUTS["pp 2"], "yes"),
         _said(kind, classes.LAYOUTS["dp 2 ZeRO 3"], "yes", mask=True),
+        "yes" if kind in FAMILIES else "",
     )
 
 

@@ -79,11 +79,14 @@ class Case:
 
 
 ALL = {"tie_word_embeddings": True, "qkv_bias": True, "qk_norm": True}
+PROJECTION_NORMS = {"qk_norm": True, "qk_norm_over": "projection", "norm_placement": "after"}
 CASES = {
     "decoder": Case(),
     "one kv head": Case({"num_key_value_heads": 1, "qkv_bias": True}),
     "kv heads as many as heads": Case({"num_key_value_heads": 4, "qkv_bias": True, "qk_norm": True}),
     "tied": Case({"tie_word_embeddings": True, "vocab_size": 98}),
+    "norms over projections": Case(PROJECTION_NORMS),
+    "norms over projections, one kv head": Case({**PROJECTION_NORMS, "num_key_value_heads": 1}),
     "biases and norms": Case({"qkv_bias": True, "qk_norm": True}),
     "all": Case({**ALL, "num_key_value_heads": 1, "loss_chunk": 100}, masked=True),
     "documents": Case(masked=True),

@@ -139,6 +139,12 @@ TOGETHER = {
         ),
         (["parallel.tp=2", "seq_len=5", "batch.size=3"], 2, 0, "over parallel.tp=2: seq_len=4 or 6, or parallel.sequ"),
     ],
+    "layers without rotary embedding": [
+        (["model.num_hidden_layers=4", "model.nope_layers=[1,4]"], 1, 0, "there is no layer 4, layers are 0 to 3"),
+    ],
+    "span of no norm": [
+        (["model.qk_norm_over=projection"], 1, 0, "model.qk_norm=true works"),
+    ],
     "settings of no adapter": [
         (["adapter.rank=4"], 1, 0, "adapter.rank=4 with adapter=none: adapter=lora trains an adapter"),
     ],

@@ -1,0 +1,125 @@
+"""The decoder's families against transformers' own models: logits, gradients, files and generation.
+
+transformers' model is given one document at a time, so that it needs no mask.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from stoker.conf.schema import ModelConfig, RopeParameters
+from stoker.models.cache import Cache
+from stoker.models.decoder import Decoder, build
+from stoker.models.hugging_face_weights import open_weights
+from stoker.parallel.model import whole_model
+from stoker.parallel.shards import whole
+from tests.models.families import VOCABULARY, write_family
+from tests.models.tiny import gradients
+
+CASES = ["smollm3", "granite", "olmo2"]
+DOCUMENTS = [[7, 9, 4], [1, 12, 7], [20]]  # lengths, by row
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def imported(folder: Path) -> tuple[ModelConfig, Decoder]:
+    """The decoder of a model folder, as an import reads it."""
+    found = build.shape(folder, 64)
+    rope = {key.partition(".")[2]: found.pop(key) for key in list(found) if key.startswith("rope_parameters.")}
+    config = ModelConfig(**found, rope_parameters=RopeParameters(**rope), loss_chunk=7)
+    model = build(config, whole_model(config.num_hidden_layers))
+    assert isinstance(model, Decoder)
+    parameters = dict(model.named_parameters())
+    with open_weights(folder) as tensors, torch.no_grad():
+        stored = build.stored(config, tensors, parameters)
+        assert set(stored) == set(parameters)
+        for name, parameter in parameters.items():
+            assert stored[name].shape == tuple(parameter.shape), name
+            parameter.copy_(stored[name].read(whole(tuple(parameter.shape))))
+    return config, model
+
+
+def exported(config: ModelConfig, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`values` by our names as the tensors of a model folder."""
+    written: dict[str, Tensor] = {}
+    for group in build.exported(config, {name: tuple(value.shape) for name, value in values.items()}):
+        made = group.convert([values[name] for name in group.names])
+        assert {name: tuple(value.shape) for name, value in made.items()} == group.files
+        written |= made
+    return written
+
+
+def assert_close(ours: Tensor, reference: Tensor, what: str) -> None:
+    error = (ours - reference).norm() / reference.norm()
+    assert error < 1e-5, f"{what}: {error:.1e}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_are_those_of_transformers_on_each_document(case: str, tmp_path: Path) -> None:
+    reference = write_family(tmp_path, case)
+    config, model = imported(tmp_path)
+    tokens = torch.randint(VOCABULARY, (len(DOCUMENTS), 20), generator=torch.Generator().manual_seed(3))
+    labels = torch.randint(VOCABULARY, tokens.shape, generator=torch.Generator().manual_seed(4))
+    documents = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in DOCUMENTS]).int()
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in DOCUMENTS])
+    apart = [
+        reference(part[None]).logits[0] for row, ends in zip(tokens, DOCUMENTS, strict=True) for part in row.split(ends)
+    ]
+    wanted = torch.cat(apart)
+    with torch.no_grad():
+        assert_close(model(tokens, positions, documents), wanted, "logits")
+
+    loss = model(tokens, positions, documents, labels)
+    expected = torch.nn.functional.cross_entropy(wanted, labels.flatten(), reduction="sum")
+    assert_close(loss, expected, "loss")
+    loss.backward()
+    expected.backward()
+    theirs = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    found = exported(config, gradients(model))
+    assert found.keys() == theirs.keys()
+    for name, gradient in found.items():
+        assert_close(gradient, theirs[name], name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_comes_from_a_folder_goes_back_bit_for_bit(case: str, tmp_path: Path) -> None:
+    reference = write_family(tmp_path, case)
+    config, model = imported(tmp_path)
+    weights = exported(config, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    with open_weights(tmp_path) as found:
+        assert weights.keys() == found.keys()
+        for name, tensor in found.items():
+            assert torch.equal(weights[name], tensor.read(whole(tensor.shape))), name
+
+    values = build.config_json(config, "fp32", 64, None)
+    again = getattr(transformers, values["architectures"][0])(type(reference.config)(**values))
+    assert type(again) is type(reference)
+    again.load_state_dict(weights, strict=not config.tie_word_embeddings)
+    tokens = torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(again.eval()(tokens).logits, reference(tokens).logits)
+    assert build.changed_config_json(tmp_path, config, "fp32", True, 64) == json_of(tmp_path)
+
+
+def json_of(folder: Path) -> Any:
+    from stoker.models.hugging_face_config import read_json
+
+    return read_json(folder / "config.json")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_of_a_cache_are_those_of_the_whole_sequence(case: str, tmp_path: Path) -> None:
+    reference = write_family(tmp_path, case)
+    _, model = imported(tmp_path)
+    tokens = torch.arange(1, 21)[None]
+    cache = Cache(32)
+    with torch.no_grad():
+        model.next_logits(tokens[:, :9], cache)
+        for at in range(9, 20):
+            found = model.next_logits(tokens[:, at : at + 1], cache)
+        torch.testing.assert_close(found[0], reference(tokens).logits[0, -1], **CLOSE)

@@ -1,0 +1,57 @@
+"""Families of the decoder that compute other things than a Llama, on every kind of layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from stoker.conf.schema import Config
+from stoker.parallel.layout import Layout
+from stoker.parallel.shards import GRADIENT
+from tests import world
+from tests.parallel.parity import Case, train
+from tests.parallel.reference import Trace, assemble, normwise, one_process
+
+STEPS = 3
+FAMILIES: dict[str, dict[str, Any]] = {
+    "smollm3": {"nope_layers": [1, 3]},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.0,
+    },
+    "olmo2": {"qk_norm": True, "qk_norm_over": "projection", "norm_placement": "after"},
+}
+
+
+def config_of(family: str, case: Case, layout: Layout) -> Config:
+    config = case.config(layout)
+    config.model = replace(config.model, **FAMILIES[family])
+    return config
+
+
+@cache
+def alone(family: str) -> Trace:
+    return one_process(config_of(family, Case(1), Layout()), STEPS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", [Layout(dp_shard=2, zero=3), Layout(tp=2), Layout(pp=2)], ids=str)
+def test_every_family_computes_what_one_process_computes(layout: Layout) -> None:
+    kinds = [Case(4), Case(4, sequence=False)] if layout.tp > 1 else [Case(4)]
+    cases = [(family, case) for case in kinds for family in FAMILIES]
+    measured = world.run(train, layout.world, [config_of(*case, layout) for case in cases], STEPS, timeout=240.0)
+    for (family, case), ranks in zip(cases, zip(*measured, strict=True), strict=True):
+        where, wanted = f"{family}, {case}", alone(family)
+        assert ranks[0].trace.losses == pytest.approx(wanted.losses, rel=1e-5), where
+        assert ranks[0].trace.norms == pytest.approx(wanted.norms, rel=1e-5), where
+        gradients = assemble([rank.gradients for rank in ranks], GRADIENT)
+        parameters = assemble([rank.parameters for rank in ranks])
+        assert gradients.keys() == wanted.gradients.keys(), where
+        for name, value in wanted.parameters.items():
+            assert normwise(gradients[name], wanted.gradients[name]) < 1e-5, f"{where}: gradient of {name}"
+            assert normwise(parameters[name], value) < 1e-4, f"{where}: {name}"
