@@ -64,6 +64,7 @@ def test_the_tasks_of_an_array_are_separate_runs(home: Home) -> None:
     assert steps_of(run / "0") != steps_of(run / "1"), "they have different seeds"
 
 
+@pytest.mark.full
 def test_a_chain_continues_where_a_job_ends_and_ends_where_one_is_cancelled(home: Home) -> None:
     run = home.path / "chain"
     bare = home.path / "bin"  # the first job's own process finds srun, but no scontrol, as in a container
@@ -85,6 +86,7 @@ def test_a_chain_continues_where_a_job_ends_and_ends_where_one_is_cancelled(home
     assert steps_of(run) == home.undisturbed(last_step(run))
 
 
+@pytest.mark.full
 def test_jobs_that_wait_in_the_queue_are_shown_and_cancelled_all_of_them(home: Home) -> None:
     run = home.path / "waiting"
     jobs = home.submit(run, "launch.chain=2", "launch.sbatch_args=[--hold]")

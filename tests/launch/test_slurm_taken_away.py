@@ -17,7 +17,7 @@ from tests.launch.jobs import Home, at_home, come_to, ending_of, log_of
 from tests.launch.runs import last_step, steps_of
 
 pytestmark = [
-    pytest.mark.long,
+    pytest.mark.full,
     pytest.mark.skipif(cluster.missing() is not None, reason=str(cluster.missing())),
 ]
 

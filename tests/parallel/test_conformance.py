@@ -10,6 +10,7 @@ import torch
 from stoker.conf.schema import BatchConfig, OptimConfig, ParallelConfig
 from stoker.parallel.update import ControlFlag
 from tests import world
+from tests.extent import some
 from tests.parallel.conformance import (
     SGD,
     STEPS,
@@ -42,7 +43,7 @@ LAYOUTS = [
 
 @pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize(("ranks", "zero", "replicas", "micro"), LAYOUTS)
+@pytest.mark.parametrize(("ranks", "zero", "replicas", "micro"), some(LAYOUTS, 3))
 def test_every_layout_computes_what_one_process_computes(
     ranks: int, zero: int, replicas: int | None, micro: int, optimizer: str
 ) -> None:
