@@ -112,7 +112,8 @@ def family_of(config: ModelConfig) -> str:
     what = " with ".join(f"model.{key}={value}" for key, value in shown.items())
     if not fitting:
         raise ValueError(f"no architecture of Hugging Face's has {what}")
-    raise ValueError(f"model.family={config.family} does not have {what}: {' and '.join(fitting)} do")
+    verb = "does" if len(fitting) == 1 else "do"
+    raise ValueError(f"model.family={config.family} does not have {what}: {' and '.join(fitting)} {verb}")
 
 
 def config_json(config: ModelConfig, dtype: str, context: int, end_of_document: int | None) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from torch import Tensor
 from stoker.conf.schema import ModelConfig, RopeParameters
 from stoker.models.cache import Cache
 from stoker.models.decoder import Decoder, build
+from stoker.models.hugging_face import family_of
 from stoker.models.hugging_face_weights import open_weights
 from stoker.parallel.model import whole_model
 from stoker.parallel.shards import whole
 from tests.models.families import VOCABULARY, write_family
-from tests.models.tiny import gradients
+from tests.models.tiny import gradients, shape
 
 CASES = ["smollm3", "granite", "olmo2"]
 DOCUMENTS = [[7, 9, 4], [1, 12, 7], [20]]  # lengths, by row
@@ -104,6 +105,32 @@ def test_what_comes_from_a_folder_goes_back_bit_for_bit(case: str, tmp_path: Pat
     with torch.no_grad():
         assert torch.equal(again.eval()(tokens).logits, reference(tokens).logits)
     assert build.changed_config_json(tmp_path, config, "fp32", True, 64) == json_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "family"),
+    [
+        ({}, "llama"),
+        ({"nope_layers": [1]}, "smollm3"),
+        ({"logits_scaling": 2.0}, "granite"),
+        ({"qk_norm": True}, "qwen3"),
+        ({"qk_norm": True, "qk_norm_over": "projection", "norm_placement": "after"}, "olmo2"),
+        ({"family": "granite"}, "granite"),
+    ],
+)
+def test_a_model_from_scratch_is_exported_as_the_family_that_has_its_switches(
+    changes: dict[str, Any], family: str
+) -> None:
+    assert family_of(shape(**changes)) == family
+
+
+def test_a_mixture_that_no_architecture_has_is_not_exported() -> None:
+    with pytest.raises(ValueError, match=r"has model.nope_layers=\[1\] with model.logits_scaling=2.0"):
+        family_of(shape(nope_layers=[1], logits_scaling=2.0))
+    with pytest.raises(ValueError, match=r"model.family=qwen2 does not have model.nope_layers=\[1\]: smollm3 does"):
+        family_of(shape(family="qwen2", nope_layers=[1]))
+    with pytest.raises(ValueError, match=r"model.family=qwen2 does not have model.qkv_bias=False: llama"):
+        family_of(shape(family="qwen2"))
 
 
 def json_of(folder: Path) -> Any:

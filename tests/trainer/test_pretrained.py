@@ -134,6 +134,13 @@ def test_what_the_decoder_does_not_compute_is_trained_in_transformers_own_module
     assert asked(tmp_path, "model.native=false").model.target == TRANSFORMERS
 
 
+@pytest.mark.parametrize("case", ["smollm3", "granite", "olmo2"])
+def test_a_case_of_the_decoder_is_trained_in_transformers_own_modules_where_asked(case: str, tmp_path: Path) -> None:
+    write_family(tmp_path, case)
+    assert asked(tmp_path).model.target == ModelConfig().target
+    assert asked(tmp_path, "model.native=false").model.target == TRANSFORMERS
+
+
 def test_an_older_config_json_means_the_same(tmp_path: Path) -> None:
     write_family(tmp_path, "llama with scaled rotary")
     new = asked(tmp_path)
