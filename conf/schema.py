@@ -19,34 +19,11 @@ import difflib
 import functools
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from stoker.conf.fields import fixed, free, maths
 from stoker.conf.values import ConfigError, expected, fits, options
-
-
-def _kind(kind: str, default: Any) -> Any:
-    metadata = {"kind": kind}
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=metadata)
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def free(default: Any = None) -> Any:
-    """A field that may change at every start of a run."""
-    return _kind("free", default)
-
-
-def maths(default: Any = None) -> Any:
-    """A field that changes the run's numbers: needs `run.change=true` on resume."""
-    return _kind("maths", default)
-
-
-def fixed(default: Any = None) -> Any:
-    """A field that cannot change within a run."""
-    return _kind("fixed", default)
 
 
 @dataclass
