@@ -44,6 +44,7 @@ def test_a_run_leaves_everything_in_its_directory(undisturbed: Path) -> None:
     for key in ("loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "data_seconds"):
         assert all(key in step for step in steps), key
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert 1e8 < steps[-1]["memory_least_bytes"] <= steps[-1]["memory_peak_bytes"] < 1e10
     assert steps[-1]["tokens"] == 30 * 8 * 32
     ending = read_ending(run, 1)
     assert ending is not None and (ending.outcome, ending.step) == (Outcome.COMPLETED, 30)
