@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,24 @@ def import_checkpoint(options: argparse.Namespace) -> int:
     file_bytes = file_bytes_of(options.shard_size)
     with made_whole(options.out) as unfinished:
         source = _opened(folder, options.config, options.trust)
-        try:
-            _write_beside(folder, source, unfinished)
-            _write_weights(fitting(source, unfinished), unfinished, file_bytes)
+        _write_beside(folder, source, unfinished)
+        with _naming(folder):
+            tensors = fitting(source, unfinished)
+        _write_weights(tensors, unfinished, file_bytes)
+        with _naming(folder):
             proof = compare_logits(source, unfinished)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
     beside = f"; not imported: {', '.join(source.left_out)}" if source.left_out else ""
-    say(f"{source.what} in {options.out}: {len(source.tensors)} tensors, {proof}{beside}")
+    say(f"{source.what} in {options.out}: {len(tensors)} tensors, {proof}{beside}")
     return 0
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """ValueErrors inside begin with the source's folder."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def _opened(folder: Path, config: str | None, trust: bool) -> Source:

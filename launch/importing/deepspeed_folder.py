@@ -40,10 +40,10 @@ def open_deepspeed(folder: Path, config: str | None, trust: bool) -> Source:
             "unpickling that can run any code: --trust unpickles it"
         )
     values = config_of(folder if config is None and not (step / "config.json").is_file() else step, config)
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
             state = get_fp32_state_dict_from_zero_checkpoint(str(step.parent), tag=step.name)
     except OSError:
         raise

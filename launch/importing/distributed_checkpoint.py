@@ -124,7 +124,8 @@ def _file(folder: Path, name: Any) -> Path:
 
 def _numbers(size: Any) -> tuple[int, ...]:
     """The numbers of a torch.Size."""
-    assert isinstance(size, Record), "_Described makes nothing else"
+    if not isinstance(size, Record):
+        raise TypeError(f"{size!s:.80} is no torch.Size")
     return _numbers_of(*size.made_of[0])
 
 

@@ -47,17 +47,12 @@ def hugging_face_source(
 
 def _their_logits(parsed: Any, state: dict[str, Tensor], tokens: Tensor) -> Tensor:
     """Those of transformers' class, into which transformers itself loads `state`."""
-    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     with quiet_transformers():
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                None,  # type: ignore[arg-type]  (with a state dict)
-                config=parsed,
-                state_dict=state,
-                dtype=torch.float32,
-                trust_remote_code=False,
-            )
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
+            model = kind.from_pretrained(None, config=parsed, state_dict=state, dtype=torch.float32)
         except Exception as error:  # of many kinds, some of them transformers' own
             raise ValueError(f"transformers cannot load it: {in_one_line(error)}") from error
     return model.eval()(tokens).logits.flatten(0, 1)

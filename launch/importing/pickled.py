@@ -89,9 +89,7 @@ def description(path: Path) -> Any:
     try:
         return _Described(io.BytesIO(data)).load()
     except _Refused as error:
-        raise ValueError(
-            f"{path} holds {error}, which describes no tensors: it is not read, with --trust neither"
-        ) from None
+        raise ValueError(f"{path} holds {error}, which describes no tensors: it is never unpickled") from None
     except Exception as error:  # of many kinds: the bytes may be anything
         raise ValueError(f"{path} is damaged: {in_one_line(error)}") from error
 
@@ -149,7 +147,8 @@ def refuse_packed(file: Path | io.BytesIO, place: object = None) -> None:
 
 def refuse_strange(place: object, name: str, tensor: Tensor) -> None:
     """Raises ValueError for a tensor that is not a plain one: quantised, sparse, or repeating its memory."""
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized:
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    if not plain or tensor.is_quantized or tensor.is_neg() or tensor.is_conj():
         raise ValueError(f"{place}: {name} is not a plain tensor but {_kind(tensor)} ({tensor.layout})")
     if tensor.dtype not in DTYPE_NAMES:
         raise ValueError(f"{place}: {name} is {tensor.dtype}: quantised weights are not read")

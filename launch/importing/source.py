@@ -52,7 +52,8 @@ class Source:
 
 def of_tensor(file: Path, tensor: Tensor) -> SourceTensor:
     """A tensor in memory, or mapped into it."""
-    return SourceTensor(file, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], lambda: tensor)
+    value = tensor.detach()
+    return SourceTensor(file, tuple(value.shape), DTYPE_NAMES[value.dtype], lambda: value)
 
 
 def config_of(folder: Path, given: str | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -152,4 +153,40 @@ def write_torchtitan(folder: Path, case: str, below: str | None = None) -> Any:
     everything["dataloader"] = {"dp_rank_0": b"\x80\x04N."}
     dcp.save(everything, checkpoint_id=folder, no_dist=True)
     (folder / "config.json").write_bytes((theirs / "config.json").read_bytes())
+    return model
+
+
+def write_deepspeed(folder: Path, case: str, stage: int, ranks: int = 2) -> Any:
+    """A folder of DeepSpeed's `save_checkpoint` on so many ranks, with config.json in it; the model.
+
+    ZeRO 1 and 2 divide all parameters of a group in one row; ZeRO 3 divides each parameter.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler  # an object that its files hold
+
+    model = write_family(folder, case)
+    (folder / "model.safetensors").unlink()
+    step = folder / "global_step3"
+    step.mkdir()
+    (folder / "latest").write_text("global_step3")
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    shapes = [OrderedDict((name, value.shape) for name, value in parameters.items())]
+    states = {"module": {}, "buffer_names": [], "param_shapes": shapes, "shared_params": {}, "ds_version": "0.19.8"}
+
+    def divided(value: Tensor) -> tuple[Tensor, ...]:
+        row = value.flatten()
+        row = torch.cat((row, row.new_zeros(-len(row) % (2 * ranks if stage < 3 else ranks))))
+        return row.chunk(ranks)
+
+    if stage < 3:
+        parts = divided(torch.cat([value.flatten() for value in parameters.values()]))
+        torch.save(states, step / "mp_rank_00_model_states.pt")
+    else:
+        each = [divided(value) for value in parameters.values()]
+        parts = tuple(torch.cat([value[rank] for value in each]) for rank in range(ranks))
+    key = "single_partition_of_fp32_groups" if stage < 3 else "fp32_flat_groups"
+    for rank, part in enumerate(parts):
+        held = {"zero_stage": stage, "partition_count": ranks, key: [part], "loss_scaler": LossScaler(1.0)}
+        torch.save({"optimizer_state_dict": held}, step / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        if stage == 3:
+            torch.save(states, step / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
     return model

@@ -17,7 +17,7 @@ from stoker.launch.cli import main
 from stoker.models.hugging_face_config import parsed
 from stoker.trainer.import_check import compare_import, load_theirs
 from stoker.trainer.pretrained import adopt_shape
-from tests.launch.importing.sources import torchtitan_state, write_bin, write_litgpt, write_torchtitan
+from tests.launch.importing.sources import torchtitan_state, write_bin, write_deepspeed, write_litgpt, write_torchtitan
 from tests.test_golden_runs import copied
 
 WRITTEN: dict[str, Callable[[Path], Any]] = {
@@ -51,6 +51,19 @@ def test_what_comes_in_computes_what_the_source_computes_and_trains(
     for path in sorted((tmp_path / "out").glob("*.safetensors")):
         for name, value in load_file(path).items():
             assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_s_own_code_puts_its_files_together(
+    stage: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_deepspeed(tmp_path / "source", "qwen2", stage)
+    assert main(["import", str(tmp_path / "source"), str(tmp_path / "out"), "--trust"]) == 0
+    line = capsys.readouterr().err
+    assert "logits equal to the source's within" in line and "not imported: optimizer state" in line
+    state = model.state_dict()
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == state.keys() and all(torch.equal(value, state[name]) for name, value in found.items())
 
 
 def test_files_of_the_tokenizer_and_the_dtype_come_along(tmp_path: Path) -> None:

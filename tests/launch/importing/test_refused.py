@@ -248,5 +248,5 @@ def test_a_description_is_no_longer_than_its_limit(tmp_path: Path, monkeypatch: 
     with pytest.raises(ValueError, match="more than 100 bytes"):
         pickled.description(tmp_path / "m")
     torch.save({f"name {number}": torch.ones(1) for number in range(9)}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="its pickle has .* bytes; at most 100 are read"):
+    with pytest.raises(ValueError, match=r"its pickle has .* bytes; at most 100 are read"):
         pickled.tensors_of(tmp_path / "w.pth", trust=False)
