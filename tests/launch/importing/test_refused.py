@@ -19,7 +19,7 @@ import yaml
 
 from stoker.launch.cli import main
 from stoker.launch.importing import pickled
-from tests.launch.importing.sources import write_bin, write_litgpt, write_torchtitan
+from tests.launch.importing.sources import write_bin, write_deepspeed, write_litgpt, write_torchtitan
 
 
 class Runs:
@@ -250,3 +250,15 @@ def test_a_description_is_no_longer_than_its_limit(tmp_path: Path, monkeypatch: 
     torch.save({f"name {number}": torch.ones(1) for number in range(9)}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"its pickle has .* bytes; at most 100 are read"):
         pickled.tensors_of(tmp_path / "w.pth", trust=False)
+
+
+def test_a_deepspeed_folder_without_a_rank_s_file_or_step_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_deepspeed(tmp_path / "source", "llama", stage=2)
+    (tmp_path / "source" / "global_step3" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    line = refused(tmp_path / "source", tmp_path / "out", capsys, "--trust")
+    assert "global_step3: DeepSpeed cannot put its files together: Expected 2" in line
+    (tmp_path / "source" / "latest").write_text("../elsewhere")
+    line = refused(tmp_path / "source", tmp_path / "out", capsys, "--trust")
+    assert "latest names '../elsewhere', which is no folder beside it" in line
