@@ -58,7 +58,7 @@ IMPORT_EXAMPLES = """\
 examples:
   stoker import old/llama out/llama                  pytorch_model.bin, or litgpt
   stoker import outputs/checkpoint/step-1000 out/titan --config config.json
-  stoker train run.dir=runs/a model.init_from=out/llama data=text data.path=books
+  stoker train model.init_from=out/llama data=text data.path=books
 
 OUT is compared with SOURCE by the logits of both, or is not made.
 """
@@ -157,7 +157,7 @@ class _OneLineEach(argparse.HelpFormatter):
         self._action_max_length = 14
 
     def format_help(self) -> str:
-        return super().format_help().replace("\n\n", "\n", 1)  # all commands are one screen
+        return super().format_help().replace("\n\ncommands:\n", "\n", 1)  # all commands are one screen
 
     def _format_action(self, action: argparse.Action) -> str:
         text = super()._format_action(action)

@@ -133,7 +133,7 @@ CASES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "layers that litgpt's config does not have": (
         "litgpt",
         lambda f: settings(f / "model_config.yaml", n_layer=4),
-        "transformer.h.3.norm_1.weight is missing",
+        "transformer.h.3.attn.qkv.weight is missing",
     ),
     "another name of litgpt": (
         "litgpt",
