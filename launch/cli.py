@@ -56,7 +56,7 @@ The status is 0 if it fits, 1 if it does not, 2 for a start that is refused.
 
 IMPORT_EXAMPLES = """\
 examples:
-  stoker import old/llama out/llama                  pytorch_model.bin, or litgpt
+  stoker import old/llama out/llama      pytorch_model.bin, or litgpt
   stoker import outputs/checkpoint/step-1000 out/titan --config config.json
   stoker train model.init_from=out/llama data=text data.path=books
 

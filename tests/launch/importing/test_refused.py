@@ -256,6 +256,7 @@ def test_a_deepspeed_folder_without_a_rank_s_file_or_step_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_deepspeed(tmp_path / "source", "llama", stage=2)
+    capsys.readouterr()  # the bars of transformers
     (tmp_path / "source" / "global_step3" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     line = refused(tmp_path / "source", tmp_path / "out", capsys, "--trust")
     assert "global_step3: DeepSpeed cannot put its files together: Expected 2" in line
