@@ -290,7 +290,7 @@ def read_config(run: RunDirectory) -> Config:
             data = file.read(_MOST_CONFIG_BYTES + 1)
         if len(data) > _MOST_CONFIG_BYTES:
             raise ConfigError(f"{run.config} holds more than {_MOST_CONFIG_BYTES:,} bytes: it is no config of a run")
-        values = yaml.load(data.decode(), Loader=_Loader)
+        values = parse_yaml(data.decode())
     except FileNotFoundError:
         raise ConfigError(f"{run.path} is not a run directory: it has no {run.config.name}") from None
     except ConfigError:
@@ -304,6 +304,11 @@ def read_config(run: RunDirectory) -> Config:
     except ConfigError as error:
         raise ConfigError(f"{run.config}: {error}") from None
     return _with_kept_tokenizer(run, config)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value in `text`. Raises ValueError, OverflowError and yaml.YAMLError: also for aliases and deep nesting."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def _with_kept_tokenizer(run: RunDirectory, config: Config) -> Config:

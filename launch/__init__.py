@@ -6,6 +6,7 @@
 `status`, `logs`, `stopping`, `control`  watching and controlling a run, through files in its directory
 `generate`  text from a run's newest checkpoint
 `replay`    recomputes one step of a run
+`importing`  checkpoints of other programs as model folders
 `inspect`   tables of checkpoints
 
 `stoker train` settles the whole config first (`stoker.trainer.settle`), so that every error

@@ -54,6 +54,15 @@ examples:
 The status is 0 if it fits, 1 if it does not, 2 for a start that is refused.
 """
 
+IMPORT_EXAMPLES = """\
+examples:
+  stoker import old/llama out/llama      pytorch_model.bin, or litgpt
+  stoker import outputs/checkpoint/step-1000 out/titan --config config.json
+  stoker train model.init_from=out/llama data=text data.path=books
+
+OUT is compared with SOURCE by the logits of both, or is not made.
+"""
+
 COMPLETION = """\
 to have it in every shell:
   bash  echo 'eval "$(stoker completion bash)"' >> ~/.bashrc
@@ -148,7 +157,7 @@ class _OneLineEach(argparse.HelpFormatter):
         self._action_max_length = 14
 
     def format_help(self) -> str:
-        return super().format_help().replace("\n\n", "\n", 1)  # all commands are one screen
+        return super().format_help().replace("\n\ncommands:\n", "\n", 1)  # all commands are one screen
 
     def _format_action(self, action: argparse.Action) -> str:
         text = super()._format_action(action)
@@ -219,7 +228,9 @@ def parser() -> argparse.ArgumentParser:
     export = add("export", _export, "Write a checkpoint as a model for other libraries.")
     export.add_argument("run", help="run directory")
     export.add_argument("out", help="directory to make; must not exist, or be empty")
-    export.add_argument("--format", choices=("hf",), default="hf", help="hf: safetensors + config.json (default)")
+    export.add_argument(
+        "--format", choices=("hf", "dcp"), default="hf", help="hf: safetensors (default); dcp: torchtitan's"
+    )
     export.add_argument(
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
@@ -229,6 +240,13 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, help="of this step's checkpoint instead of the newest")
     export.add_argument("--shard-size", default="5GB", help="largest size of one file (default 5GB)")
     arguments.add_trust(export)
+
+    foreign = add("import", _import, "Make a model folder of another program's checkpoint.", IMPORT_EXAMPLES)
+    foreign.add_argument("source", metavar="SOURCE", help="folder of the checkpoint")
+    foreign.add_argument("out", metavar="OUT", help="directory to make; must not exist, or be empty")
+    foreign.add_argument("--config", metavar="FILE", help="config.json of the model, where SOURCE has none")
+    foreign.add_argument("--shard-size", default="5GB", help="largest size of one file (default 5GB)")
+    foreign.add_argument("--trust", action="store_true", help="unpickle more than tensors, which can run any code")
 
     arguments.add_runs(add)
     with_commands = (
@@ -335,6 +353,12 @@ def _export(options: argparse.Namespace) -> int:
     from stoker.launch.export import export
 
     return export(options)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from stoker.launch.importing.command import import_checkpoint
+
+    return import_checkpoint(options)
 
 
 if __name__ == "__main__":

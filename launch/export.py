@@ -1,4 +1,4 @@
-"""`stoker export`: a checkpoint as a directory that Hugging Face's libraries load."""
+"""`stoker export`: a checkpoint as a directory that Hugging Face's libraries, or torchtitan, load."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import argparse
 import itertools
 import json
 import math
-import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,16 +20,13 @@ from stoker.conf.values import ConfigError
 from stoker.launch.export_adapter import merged, write_adapter
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.launch.model_files import export_dtype, model_files
-from stoker.launch.tensor_files import Planned, TensorWriter, index_json, plan_files
+from stoker.launch.tensor_files import Planned, TensorWriter, file_bytes_of, index_json, made_whole, plan_files
 from stoker.launch.train import say
-from stoker.models.family import family_of
+from stoker.models.family import Exported, family_of
 from stoker.parallel.dtypes import DTYPES, PRECISIONS
 from stoker.parallel.shards import BUFFER, PARAMETER
 from stoker.trainer.facts import with_vocabulary
 from stoker.trainer.trust import DATA, MODEL, trusted_config
-
-_SIZE = re.compile(r"(\d+)\s*(KB|MB|GB)", re.IGNORECASE)
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def export(options: argparse.Namespace) -> int:
@@ -45,31 +40,52 @@ def export(options: argparse.Namespace) -> int:
     if options.merge and not adapted:
         raise ConfigError(f"--merge: {run.path} has no adapter to merge: leave --merge out")
     alone = adapted and not options.merge
+    if alone and options.format == "dcp":
+        raise ConfigError("--format dcp writes whole models: --merge adds the adapter to its base")
     dtype = options.dtype or ("fp32" if alone else export_dtype(run))
     if config.model.init_from is not None and not run.base_model.is_dir() and not alone:
         say(f"{run.base_model} does not exist: new files are made instead of those of {config.model.init_from}")
-    file_bytes = _bytes(options.shard_size)
-    out = Path(options.out).expanduser().absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty directory: name another")
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
-    unfinished.mkdir(parents=True)
+    file_bytes = file_bytes_of(options.shard_size)
     try:
-        if alone:
-            write_adapter(unfinished, summary.path, config, dtype)
-        else:
-            for name, content in model_files(run, config, dtype).items():
-                (unfinished / name).parent.mkdir(exist_ok=True)
-                (unfinished / name).write_bytes(content)
-            _write_weights(unfinished, summary.path, config, dtype, file_bytes)
-        unfinished.rename(out)  # replaces at most an empty directory
+        with made_whole(options.out) as unfinished:
+            if alone:
+                write_adapter(unfinished, summary.path, config, dtype)
+            else:
+                for name, content in model_files(run, config, dtype).items():
+                    (unfinished / name).parent.mkdir(exist_ok=True)
+                    (unfinished / name).write_bytes(content)
+                if options.format == "dcp":
+                    _write_dcp(unfinished, summary.path, config, dtype)
+                else:
+                    _write_weights(unfinished, summary.path, config, dtype, file_bytes)
     except DamagedCheckpoint as error:
         raise ValueError(f"{error}; --step takes another checkpoint") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    say(f"step {summary.step} as {dtype} in {out}")
+    say(f"step {summary.step} as {dtype} in {Path(options.out).expanduser().absolute()}")
     return 0
+
+
+def _write_dcp(folder: Path, checkpoint: Path, config: Config, dtype: str) -> None:
+    """Raises DamagedCheckpoint, and ValueError for a model that torchtitan does not have."""
+    from stoker.launch.export_dcp import write_dcp
+
+    with _opened(checkpoint, config) as (shapes, read):
+        planned: dict[str, Planned] = {}
+        groups: dict[str, Exported] = {}
+        for group in family_of(config.model).exported(config.model, shapes):
+            for file, shape in group.files.items():
+                planned[file], groups[file] = Planned(shape, PRECISIONS[dtype]), group
+
+        def converted(file: str) -> Tensor:
+            return groups[file].convert([read(name).to(PRECISIONS[dtype]) for name in groups[file].names])[file]
+
+        write_dcp(folder, planned, converted)
+
+
+@contextmanager
+def _opened(checkpoint: Path, config: Config) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]]:
+    """The shapes of the whole model's parameters, and a function that reads one."""
+    with _whole(checkpoint) if config.adapter.name == "none" else merged(checkpoint, config) as opened:
+        yield opened
 
 
 @contextmanager
@@ -87,8 +103,7 @@ def _write_weights(folder: Path, checkpoint: Path, config: Config, dtype: str, f
     """
     stored = open_checkpoint(checkpoint).tensors.values()
     buffers = {tensor.name: Planned(tensor.shape, DTYPES[tensor.dtype]) for tensor in stored if tensor.kind == BUFFER}
-    opened = _whole(checkpoint) if config.adapter.name == "none" else merged(checkpoint, config)
-    with opened as (of_parameters, read):
+    with _opened(checkpoint, config) as (of_parameters, read):
         parameters = {name: Planned(shape, PRECISIONS[dtype]) for name, shape in of_parameters.items()}
         tensors = parameters | buffers
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -119,10 +134,3 @@ def _write_weights(folder: Path, checkpoint: Path, config: Config, dtype: str, f
         count = sum(math.prod(tensor.shape) for tensor in parameters.values())
         index = json.dumps(index_json(files, count), indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
-
-
-def _bytes(size: str) -> int:
-    match = _SIZE.fullmatch(size)
-    if match is None:
-        raise ConfigError(f"--shard-size={size}: expected a size such as 500MB or 5GB")
-    return int(match[1]) * _UNITS[match[2].upper()]

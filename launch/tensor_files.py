@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,11 @@ import torch
 from torch import Tensor
 
 from stoker.checkpoint.format import safetensors_entries, safetensors_frame
+from stoker.conf.values import ConfigError
 from stoker.parallel.dtypes import DTYPE_NAMES
+
+_SIZE = re.compile(r"(\d+)\s*(KB|MB|GB)", re.IGNORECASE)
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 # The order of tensors in a file: first by dtype, as the library has it, then by name.
 _ORDER = (
@@ -88,6 +95,30 @@ def index_json(files: list[TensorFile], parameters: int) -> dict[str, Any]:
     where = {name: file.name for file in files for name in file.tensors}
     counts = {"total_parameters": parameters, "total_size": sum(file.data_bytes for file in files)}
     return {"metadata": counts, "weight_map": dict(sorted(where.items()))}
+
+
+def file_bytes_of(size: str) -> int:
+    """The bytes of `--shard-size`. Raises ConfigError."""
+    match = _SIZE.fullmatch(size)
+    if match is None:
+        raise ConfigError(f"--shard-size={size}: expected a size such as 500MB or 5GB")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+@contextmanager
+def made_whole(out: str) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` if nothing is raised. Raises ConfigError for one that is not empty."""
+    target = Path(out).expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists and is not an empty directory: name another")
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a command that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(target)  # replaces at most an empty directory
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 class TensorWriter:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def open_weights(folder: Path) -> Iterator[dict[str, StoredTensor]]:
                 part = opened.get_slice(name)
                 found[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype(), part)
         if index is not None:
-            _compare_with_index(index, found)
+            compare_with_index(INDEX, index, found)
         # Old files hold tables of the rotary embedding, which transformers does not read either.
         yield {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
@@ -92,25 +92,41 @@ def _files_of(folder: Path) -> tuple[list[Path], dict[str, Path] | None]:
         return [folder / SINGLE], None
     if not (folder / INDEX).is_file():
         others = sorted(path.name for path in folder.glob("*.safetensors"))
-        seen = f"; {', '.join(others[:_NAMED])} are not read" if others else "; weights in pickles are not read"
+        seen = f"; {', '.join(others[:_NAMED])} are not read" if others else ""
+        if not others and (any(folder.glob("*.bin")) or any(folder.glob("*.pth"))):
+            seen = "; weights in pickles are not read, `stoker import` makes a folder of them"
         raise ValueError(f"it has neither {SINGLE} nor {INDEX}{seen}")
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    index = indexed_files(folder, INDEX, ".safetensors")
+    return sorted(set(index.values())), index
+
+
+def indexed_files(folder: Path, name: str, suffix: str) -> dict[str, Path]:
+    """The file of each tensor by the index `name` of `folder`, all of them there. `suffix` is that of their names.
+
+    Raises ValueError, naming the index, for what is no index, for files elsewhere and for files that are missing.
+    """
+    weight_map = read_json(folder / name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{INDEX} has no weight_map")
+        raise ValueError(f"{name} has no weight_map")
     index: dict[str, Path] = {}
-    for name, file in weight_map.items():
+    for tensor, file in weight_map.items():
         path = PurePosixPath(file) if isinstance(file, str) else PurePosixPath("/")
-        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
-            raise ValueError(f"{INDEX}: the file of {name} is {file!r}: not a .safetensors file of this folder")
-        index[name] = folder / path
-    paths = sorted(set(index.values()))
-    missing = [path.name for path in paths if not path.is_file()]
+        if path.is_absolute() or ".." in path.parts or path.suffix != suffix:
+            raise ValueError(f"{name}: the file of {tensor} is {file!r}: not a {suffix} file of this folder")
+        index[tensor] = folder / path
+    missing = [path.name for path in sorted(set(index.values())) if not path.is_file()]
     if missing:
-        raise ValueError(f"{INDEX} names {', '.join(missing[:_NAMED])}, not there")
-    return paths, index
+        raise ValueError(f"{name} names {', '.join(missing[:_NAMED])}, not there")
+    return index
 
 
-def _compare_with_index(index: dict[str, Path], found: dict[str, StoredTensor]) -> None:
+class InFile(Protocol):
+    @property
+    def file(self) -> Path: ...
+
+
+def compare_with_index(title: str, index: Mapping[str, Path], found: Mapping[str, InFile]) -> None:
+    """Raises ValueError, naming the index by `title`, if the tensors `found` in files are not those that it lists."""
     problems = [f"{name} is not in {path.name}" for name, path in index.items() if name not in found]
     problems += [
         f"{name} is in {found[name].file.name}, not in {path.name}"
@@ -120,4 +136,4 @@ def _compare_with_index(index: dict[str, Path], found: dict[str, StoredTensor]) 
     problems += [f"{name} of {tensor.file.name} is not listed" for name, tensor in found.items() if name not in index]
     if problems:
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
-        raise ValueError(f"{INDEX} does not fit its files: {'; '.join(sorted(problems)[:_NAMED])}{more}")
+        raise ValueError(f"{title} does not fit its files: {'; '.join(sorted(problems)[:_NAMED])}{more}")

@@ -25,7 +25,13 @@ FREE = (
     "optim.args.",
     "parallel.deepspeed.",
 )  # keys below these are the user's
-OTHERS = {"key", "experiment", "last_call_timeout", "streaming"}  # not keys: placeholders, options of other programs
+OTHERS = {
+    "key",
+    "experiment",
+    "last_call_timeout",
+    "streaming",
+    "weights_only",
+}  # not keys: placeholders, options of other programs
 METRICS = {"data.bytes"}
 EXAMPLES = {"conf/model/mine.yaml", "conf/tracker/text.yaml"}  # of files that users make
 SECTIONS = sorted({key.partition(".")[0] for key in kinds() if "." in key})

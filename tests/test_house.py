@@ -12,6 +12,7 @@ from stoker.trainer.runtime.process import Phase
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("conf", "parallel", "data", "models", "checkpoint", "trainer", "launch")  # bottom first
 NAMELESS = {"utils.py", "helpers.py", "common.py", "misc.py"}
+UNPICKLES = ROOT / "launch" / "importing" / "pickled.py"  # foreign checkpoints, by restricted unpicklers
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 MOST_LINES = 400
 
@@ -247,7 +248,8 @@ def test_no_room_uses_private_names_of_another():
 
 
 def test_nothing_that_is_read_or_received_is_unpickled():
-    assert broken(files(*FLOORS), lambda _, source: pickles(source)) == []
+    assert pickles(UNPICKLES.read_text()), "it sees them"
+    assert broken(set(files(*FLOORS)) - {UNPICKLES}, lambda _, source: pickles(source)) == []
     for source in (
         "import pickle",
         "def f():\n    from pickle import loads",

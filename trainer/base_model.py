@@ -78,7 +78,7 @@ def keep_base(config: Config, run: RunDirectory) -> None:
     base = _base_of(config)
     same = base is not None and base.facts.same_tokenizer and _same_tokenizer(config.data, base.ids)
     source = _tokenizer_folder(config.data) or (base.tokenizer if base is not None and same else None)
-    files = _tokenizer_files(source) if source is not None else []
+    files = files_of_tokenizer(source) if source is not None else []
     if base is None and not files:
         return
 
@@ -125,7 +125,7 @@ def base_facts(run: RunDirectory) -> BaseFacts | None:
 def kept_tokenizer_files(run: RunDirectory) -> dict[str, bytes]:
     """The tokenizer's files, unchanged, by their paths within the folder of a model."""
     folder = run.base_model / TOKENIZER
-    return {str(file.relative_to(folder)): file.read_bytes() for file in _tokenizer_files(folder)}
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files_of_tokenizer(folder)}
 
 
 def _tokenizer_folder(data: DataConfig) -> Path | None:
@@ -144,7 +144,8 @@ def _copied(target: Path, fill: Callable[[Path], object]) -> None:
     unfinished.rename(target)
 
 
-def _tokenizer_files(folder: Path) -> list[Path]:
+def files_of_tokenizer(folder: Path) -> list[Path]:
+    """The files of a tokenizer of transformers in the folder of a model, or of the tokenizer alone."""
     return sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
 
 
@@ -154,7 +155,7 @@ def _same_tokenizer(data: DataConfig, base: Path) -> bool:
         ours = open_tokenizer(data)
     except NoTokenizer:
         return True
-    if not _tokenizer_files(base):
+    if not files_of_tokenizer(base):
         return False
     try:
         if load_tokenizer(base, data.end_of_document).fingerprint == ours.fingerprint:

@@ -43,7 +43,7 @@ def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_help_is_printed_when_nothing_is_asked_and_when_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     top = shown(capsys, "--help")
-    assert "commands:" in top and "train" in top
+    assert "stoker COMMAND" in top and "\n    train " in top
     assert shown(capsys) == shown(capsys, "help") == top
     assert shown(capsys, "help", "checkpoint", "diff") == shown(capsys, "checkpoint", "diff", "--help")
     assert shown(capsys, "checkpoint") == shown(capsys, "checkpoint", "--help")
