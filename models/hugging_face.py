@@ -56,6 +56,7 @@ class Family:
     architecture: str
     always: Mapping[str, Any] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
+    pads: bool = False  # by default with a token that small vocabularies lack
 
     def value(self, key: str, parsed: Any) -> Any:
         """That of the switch `key` in a config of transformers'. Raises ValueError."""
@@ -78,9 +79,11 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM"),
     "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}),
     "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}),
-    "smollm3": Family("SmolLM3ForCausalLM", reads=("nope_layers",)),
+    "smollm3": Family("SmolLM3ForCausalLM", reads=("nope_layers",), pads=True),
     "granite": Family("GraniteForCausalLM", reads=_MULTIPLIERS),
-    "olmo2": Family("Olmo2ForCausalLM", {"qk_norm": True, "qk_norm_over": "projection", "norm_placement": "after"}),
+    "olmo2": Family(
+        "Olmo2ForCausalLM", {"qk_norm": True, "qk_norm_over": "projection", "norm_placement": "after"}, pads=True
+    ),
 }
 
 
@@ -132,11 +135,12 @@ def config_json(config: ModelConfig, dtype: str, context: int, end_of_document: 
         "rope_theta": rope["rope_theta"],
         "rope_scaling": {key: value for key, value in rope.items() if key != "rope_theta"} if scaled else None,
         "bos_token_id": None,
-        "pad_token_id": None,
         "eos_token_id": end_of_document,
         "dtype": DTYPES[dtype],
         "torch_dtype": DTYPES[dtype],
     }
+    if FAMILIES[values["model_type"]].pads:
+        values["pad_token_id"] = None
     return dict(sorted(values.items()))
 
 
