@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from stoker.launch.cli import main
+from stoker.launch.plan.times import STORAGE, TO_HOST, failures
 
 Printed = Callable[..., tuple[int, str, str]]
 SMALL = ["model.hidden_size=64", "model.intermediate_size=64", "model.num_hidden_layers=2", "seq_len=64"]
@@ -53,6 +55,29 @@ def test_a_plan_for_gpus_says_whether_they_have_the_memory(printed: Printed, tmp
     assert status == 1 and "of one small: does not fit" in out
 
 
+def test_a_plan_gives_the_time_of_a_run_its_cost_and_how_often_to_save(printed: Printed, tmp_path: Path) -> None:
+    asked = ["--gpus", "2", "--tokens", "1e9", "--price", "2.5", "--mtbf", "100", "--json"]
+    plan = json.loads(printed("plan", *SMALL, "--gpu", "H100", *asked)[1])
+    times, failures = plan["times"], plan["failures"]
+    assert times["step"]["total"] == pytest.approx(sum(s for part, s in times["step"].items() if part != "total"))
+    assert times["seconds"] == pytest.approx(1e9 / times["tokens_per_second"])
+    assert plan["cost"] == pytest.approx(2 * 2.5 * times["seconds"] / 3600 / failures["goodput"])
+    assert 0 < times["mfu"] < 0.75 and 0.9 < failures["goodput"] < 1
+
+    unknown = tmp_path / "unknown.json"
+    unknown.write_text('{"memory_gib": 80}')
+    plan = json.loads(printed("plan", *SMALL, "--gpu", str(unknown), *asked)[1])
+    assert plan["times"] is None and plan["cost"] is None and plan["flops"] > 0, "no other device's rates"
+
+
+def test_saves_are_as_often_as_young_has_it_but_no_faster_than_they_are_written() -> None:
+    rare, often = failures(mtbf=1e6, staged=1e10), failures(mtbf=1e4, staged=1e10)
+    assert rare.interval == pytest.approx(math.sqrt(2 * 1e10 / TO_HOST * 1e6))
+    assert often.goodput < rare.goodput < 1
+    assert failures(mtbf=1e4, staged=1e13).interval == 1e13 / STORAGE
+    assert failures(mtbf=10.0, staged=1e10).goodput == 0, "it never gets to the next save"
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -74,6 +99,7 @@ def test_what_train_refuses_plan_refuses_in_the_same_words(printed: Printed, wor
     [
         (["--gpu", "H101"], "--gpu H101: no such device is known; known are GB200, B200"),
         (["--gpu", "none.json"], "--gpu none.json: "),
+        (["--price", "0"], "--price 0: a number above 0 works"),
         (["--gpus", "0"], "--gpus 0: at least one rank"),
         (["--gpu", "H100", "launch.device=cpu"], "launch.device=cpu with --gpu H100: leave one of them out"),
         (["parallel.engine=deepspeed"], "parallel.engine=deepspeed cannot be rehearsed: parallel.engine=fsdp can"),
