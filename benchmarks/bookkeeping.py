@@ -160,21 +160,22 @@ def _agree_on_the_norm(
     mesh: Mesh,
     gradients: Sequence[Tensor],
     loss_sum: Tensor,
-    valid_tokens: Tensor,
+    count: Tensor,
     flags: StepFlags,
     *,
     loss_scale: Tensor,
-    nominal_tokens: int,
+    nominal_count: int,
     grad_clip_norm: float | None,
+    **_: object,
 ) -> UpdateDecision:
     """`stoker.parallel.update.reduce_step` without flags and timings."""
     squares = torch.stack(list(torch._foreach_norm(list(gradients)))).double().square().sum()
-    message = torch.stack([squares, loss_sum, valid_tokens])
+    message = torch.stack([squares, loss_sum, count])
     mesh.all_reduce(message)
     tokens = message[2]
     counted = tokens.clamp(min=1.0)
     loss = message[1] / counted
-    divisor = loss_scale.double() * counted / nominal_tokens
+    divisor = loss_scale.double() * counted / nominal_count
     grad_norm = message[0].sqrt() / divisor
     sound = torch.isfinite(loss) & torch.isfinite(grad_norm) & (tokens > 0)
     if grad_clip_norm is not None:

@@ -138,6 +138,18 @@ class AdapterConfig:
 
 
 @dataclass
+class ObjectiveConfig:
+    """What is minimised. The preference objectives take pairs of answers (data.args.shape=preference)."""
+
+    name: str = maths("next_token")  # next_token | dpo | ipo | simpo | orpo
+    target: str | None = maths()  # import path pkg.mod:function of a user's objective
+    beta: float = maths(0.1)  # factor of rewards; ipo: the paper's tau; orpo: its lambda, weight of the odds ratio
+    label_smoothing: float = maths(0.0)  # dpo: probability that the answers of a pair are the wrong way round
+    gamma: float = maths(0.0)  # simpo: by how much the chosen reward is to exceed the rejected one
+    args: dict[str, Any] = maths({})  # for a user's objective.target
+
+
+@dataclass
 class DataConfig:
     target: str = fixed("stoker.data.stdlib:open_source")  # import path pkg.mod:function of the source
     splits: str | None = fixed()  # import path pkg.mod:function of the source as splits, for mode=streaming
@@ -303,6 +315,7 @@ class Config:
     parallel: ParallelConfig = free(ParallelConfig)
     model: ModelConfig = fixed(ModelConfig)
     adapter: AdapterConfig = fixed(AdapterConfig)
+    objective: ObjectiveConfig = maths(ObjectiveConfig)
     data: DataConfig = fixed(DataConfig)
     optim: OptimConfig = maths(OptimConfig)
     schedule: ScheduleConfig = maths(ScheduleConfig)
@@ -325,7 +338,7 @@ class Config:
     faults: list[dict[str, Any]] = free([])  # failures to inject, each once per run: [{at: 7, rank: 1, do: kill}]
 
 
-GROUPS = ("model", "adapter", "data", "optim", "schedule", "tracker", "launch")
+GROUPS = ("model", "adapter", "objective", "data", "optim", "schedule", "tracker", "launch")
 # Keys for one start, which a run does not keep.
 PER_START = ("run.fresh", "run.change", "run.trust", "run.adopt", "launch.deadline")
 

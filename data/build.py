@@ -43,9 +43,9 @@ class Recipe:
 
     @property
     def arrays(self) -> dict[str, str]:
-        """The files of a split, and their dtypes: kind by kind."""
-        learned = {"learned": "uint8"} if self.encoder is not None else {}
-        return {"tokens": self.dtype, "starts": "int64", **learned}
+        """The files of a part, and their dtypes: kind by kind."""
+        encoded = {"learned": "uint8", "weights": "float32"} if self.encoder is not None else {}
+        return {"tokens": self.dtype, "starts": "int64", **encoded}
 
 
 def write_splits(folder: Path, manifest: Manifest, recipe: Recipe) -> dict[str, Any]:
@@ -58,10 +58,13 @@ def write_splits(folder: Path, manifest: Manifest, recipe: Recipe) -> dict[str, 
     sizes = [part.size for part in manifest.parts]
     each(lambda number: _make_part(parts, number, manifest, recipe), sizes, "tokenising")
     notes = [_read_note(parts, number, recipe) for number in range(len(sizes))]
-    splits = {split: _put_together(folder, parts, split, notes, recipe) for split in SPLITS}
+    kinds = [kind for kind in recipe.arrays if kind != "weights" or any(note["weighted"] for note in notes)]
+    splits = {split: _put_together(folder, parts, split, notes, kinds) for split in SPLITS}
     shutil.rmtree(parts)
     found = {"tokenizer": recipe.tokenizer.fingerprint, "dtype": recipe.dtype, "splits": splits}
-    return {**found, "left_out": manifest.left_out}
+    together = recipe.encoder.documents_together if recipe.encoder is not None else 1
+    grouped = {"documents_together": together} if together > 1 else {}
+    return {**found, **grouped, "left_out": manifest.left_out}
 
 
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> int:
@@ -80,19 +83,22 @@ def _make_part(folder: Path, number: int, manifest: Manifest, recipe: Recipe) ->
     with suppress(OSError, ValueError, KeyError):  # with any fault in a note, the part is made again
         _read_note(folder, number, recipe)
         return
-    note = {split: {"tokens": 0, "documents": 0} for split in SPLITS}
+    note: dict[str, Any] = {split: {"tokens": 0, "documents": 0} for split in SPLITS}
+    note["weighted"] = False  # is there a weight other than 0 and 1?
     with ExitStack() as stack:
         files = {
             (split, kind): stack.enter_context(open(_part(folder, number, split, kind), "wb"))
             for split in SPLITS
             for kind in recipe.arrays
         }
-        for split, ids, learned in _encoded(manifest.texts(number), recipe):
+        for split, ids, weights in _encoded(manifest.texts(number), recipe):
             counts = note[split]
             files[split, "starts"].write(np.int64(counts["tokens"]).tobytes())
             files[split, "tokens"].write(ids.astype(recipe.dtype).tobytes())
-            if learned is not None:
-                files[split, "learned"].write(learned.tobytes())
+            if weights is not None:
+                files[split, "learned"].write((weights != 0).astype(np.uint8).tobytes())
+                files[split, "weights"].write(weights.astype(np.float32).tobytes())
+                note["weighted"] |= not np.isin(weights, (0, 1)).all()
             counts["tokens"] += len(ids)
             counts["documents"] += 1
     temporary = folder / f"{number}.note.{os.getpid()}"
@@ -100,7 +106,7 @@ def _make_part(folder: Path, number: int, manifest: Manifest, recipe: Recipe) ->
     temporary.replace(folder / f"{number}.note")
 
 
-def _read_note(folder: Path, number: int, recipe: Recipe) -> dict[str, dict[str, int]]:
+def _read_note(folder: Path, number: int, recipe: Recipe) -> dict[str, Any]:
     """The note of a part. Raises OSError, ValueError or KeyError when the part is not complete."""
     note = json.loads((folder / f"{number}.note").read_text())
     for split in SPLITS:
@@ -118,7 +124,7 @@ def _part(folder: Path, number: int, split: str, kind: str) -> Path:
 def _encoded(
     texts: Iterable[tuple[str, str, bytes]], recipe: Recipe
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
-    """Split, ids and loss mask of each text, closed by the end of a document."""
+    """Split, ids and weights of each document, closed by its end."""
     end = np.array([recipe.tokenizer.end_of_document], np.uint32)
     for batch in _batches(texts):
         if recipe.encoder is None:
@@ -127,8 +133,8 @@ def _encoded(
                 yield _split(digest, recipe), np.concatenate([ids, end]), None
             continue
         for name, text, digest in batch:
-            ids, learned = recipe.encoder.encode(recipe.tokenizer, name, text)
-            yield _split(digest, recipe), ids, learned
+            for ids, weights in recipe.encoder.encode(recipe.tokenizer, name, text):
+                yield _split(digest, recipe), ids, weights
 
 
 def _split(digest: bytes, recipe: Recipe) -> str:
@@ -149,13 +155,13 @@ def _batches(texts: Iterable[tuple[str, str, bytes]]) -> Iterator[list[tuple[str
 
 
 def _put_together(
-    folder: Path, parts: Path, split: str, notes: list[dict[str, dict[str, int]]], recipe: Recipe
+    folder: Path, parts: Path, split: str, notes: list[dict[str, Any]], kinds: Iterable[str]
 ) -> dict[str, Any]:
-    """The files of a split from those of the parts."""
+    """The files of a split from those of the parts, of these `kinds`."""
     counts = [note[split] for note in notes]
     firsts = np.cumsum([0, *(count["tokens"] for count in counts)])
     sums = {}
-    for kind in recipe.arrays:
+    for kind in kinds:
         files = [_part(parts, number, split, kind) for number in range(len(notes))]
         if kind == "starts":
             pieces: Iterator[bytes] = (

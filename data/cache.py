@@ -3,6 +3,7 @@
     <data.cache>/<key>/train.tokens        ids of all documents end to end, each closed by end_of_document
                        train.starts        int64 number of each document's first token
                        train.learned       uint8 for each token, 1 where it is trained on; only for conversations
+                       train.weights       float32 for each token; only where a message has another weight than 0 or 1
                        validation.*        the same for the documents kept for validation
                        tokenizer/          the files to load the tokenizer again
                        meta.json           counts and CRC-32s, by which damage is detected
@@ -85,7 +86,8 @@ class TokenCache:
         if split == "all":
             return joined([self.tokens(one) for one in SPLITS])
         found = {kind: _map(self.folder / name, dtype, count) for kind, name, dtype, count in _arrays(self.meta, split)}
-        return Tokens(found["tokens"], found["starts"], found.get("learned"))
+        together = self.meta.get("documents_together", 1)
+        return Tokens(found["tokens"], found["starts"], found.get("learned"), found.get("weights"), together)
 
 
 def open_cache(config: DataConfig, source: Source, given: Tokenizer | None = None) -> TokenCache:
@@ -213,7 +215,7 @@ def _arrays(meta: dict[str, Any], split: str) -> list[tuple[str, str, str, int]]
     """Kind, file name, dtype and number of elements of the files of `split`."""
     found = []
     for kind in meta["splits"][split]["crc32"]:
-        dtype = {"tokens": meta["dtype"], "starts": "int64", "learned": "uint8"}[kind]
+        dtype = {"tokens": meta["dtype"], "starts": "int64", "learned": "uint8", "weights": "float32"}[kind]
         count = meta["splits"][split]["documents" if kind == "starts" else "tokens"]
         found.append((kind, f"{split}.{kind}", dtype, count))
     return found

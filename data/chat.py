@@ -1,10 +1,8 @@
-"""Conversations: JSON lines of messages, rendered by a chat template; only the assistant's tokens are trained on."""
+"""Conversations: JSON lines, rendered by a chat template; only the assistant's tokens are trained on."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -18,11 +16,21 @@ from jinja2 import TemplateError
 from stoker.conf.records import parse_json
 from stoker.conf.schema import DataConfig
 from stoker.data.chat_limits import LimitReached, Limits
-from stoker.data.chat_refusals import Conversation, Message, refuse_template
+from stoker.data.chat_refusals import Conversation, refuse_template
+from stoker.data.chat_shapes import (
+    AUTO,
+    BESIDE,
+    PREFERENCE,
+    SHAPES,
+    conversation,
+    conversations,
+    keys_of,
+    refuse_parameters,
+    text_of,
+)
 from stoker.data.chat_template import ChatTemplate, TemplateSettings
 from stoker.data.documents import Source
 from stoker.data.hub_tokenizer import HubTokenizer
-from stoker.data.jsonl import field
 from stoker.data.sources import specs_of
 from stoker.data.text import json_documents, known_args
 from stoker.data.tokenizer import Tokenizer
@@ -43,23 +51,31 @@ CHATML = (
 
 _TARGET = "stoker.data.chat:open_source"
 
-# Further inputs of the template in a line, by key and type.
-_BESIDE = {"tools": list, "documents": list, "chat_template_kwargs": dict}
-
 
 def open_source(config: DataConfig) -> Source:
-    """The conversations under `data.path`: files of JSON lines, in the key `data.args.messages` (default `messages`).
+    """The conversations under `data.path`: files of JSON lines.
 
-    A line may hold `tools`, `documents` and `chat_template_kwargs` beside them. `settings_of` reads the other
-    `data.args`. Raises ValueError for a path without such files and for a template that cannot be used.
+    `data.args.shape` is the shape of the lines (`stoker.data.chat_shapes`), by default of each line on its own;
+    `data.args.messages` (default `messages`) the key of the messages in the shape of that name. A line may hold
+    `tools`, `documents` and `chat_template_kwargs` beside them. Pairs of answers that are longer than a row are an
+    error, or left out by `data.args.long_pairs=drop`. `settings_of` reads the other `data.args`. Raises
+    ValueError for a path without such files and for a template that cannot be used.
     """
-    key, tokenizer = _args(config)["messages"], named_tokenizer(config)
-    encoder = ChatEncoder(settings_of(config, tokenizer), tokenizer)
-    what = f"{key}, {', '.join(_BESIDE)} as a conversation"
-    collections = json_documents(
-        config, "data=chat", _args(config)["pattern"], key, lambda values: text_of(values, key), what
+    args = _args(config)
+    key, shape, tokenizer = args["messages"], args["shape"], named_tokenizer(config)
+    if shape not in SHAPES:
+        raise ValueError(f"data.args.shape={shape}: choose from {', '.join(SHAPES)}")
+    if args["long_pairs"] not in ("error", "drop"):
+        raise ValueError(f"data.args.long_pairs={args['long_pairs']}: choose from error, drop")
+    encoder = ChatEncoder(settings_of(config, tokenizer), tokenizer, pairs=shape == PREFERENCE)
+    what = f"{key}, {', '.join(BESIDE)} as a conversation"
+    if shape != "messages":
+        what = f"{shape}: {what}"
+    keys = keys_of(shape, key)
+    return Source(
+        json_documents(config, "data=chat", args["pattern"], keys, lambda values: text_of(values, key, shape), what),
+        encoder,
     )
-    return Source(collections, encoder)
 
 
 def settings_of(config: DataConfig, tokenizer: Tokenizer | None) -> TemplateSettings:
@@ -73,7 +89,7 @@ def settings_of(config: DataConfig, tokenizer: Tokenizer | None) -> TemplateSett
     variables = args["variables"]
     if not isinstance(variables, Mapping):
         raise ValueError(f"data.args.variables={variables}: expected the template's variables by name: {{name: value}}")
-    _refuse_parameters(variables, "data.args.variables")
+    refuse_parameters(variables, "data.args.variables")
     date = None
     if args["date"] is not None:
         try:
@@ -123,22 +139,31 @@ def _prompted(prompt: str) -> Conversation:
 class ChatEncoder:
     """See `stoker.data.documents.Encoder`."""
 
-    def __init__(self, settings: TemplateSettings, tokenizer: Tokenizer | None = None) -> None:
-        """`tokenizer`: its template is used where `settings` name none."""
+    def __init__(self, settings: TemplateSettings, tokenizer: Tokenizer | None = None, pairs: bool = False) -> None:
+        """`tokenizer`: its template is used where `settings` name none. `pairs`: texts are preferences."""
         self.settings = settings
+        self.documents_together = 2 if pairs else 1
         own = ""
         if isinstance(tokenizer, HubTokenizer):
             own = f"{tokenizer.renderer.fingerprint} {sorted(_own_templates(tokenizer).items())}"
         said = (settings.template, sorted(settings.variables.items()), str(settings.date), own)
         # transformers' code passes the messages to the template: another version may do so in another way.
         release = ".".join(version("transformers").split(".")[:2])
-        self.fingerprint = f"chat {hashlib.sha256(repr(said).encode()).hexdigest()[:16]} transformers {release}"
+        kind = "preferences" if pairs else "chat"
+        self.fingerprint = f"{kind} {hashlib.sha256(repr(said).encode()).hexdigest()[:16]} transformers {release}"
         self._bound: tuple[Tokenizer, ChatTemplate] | None = None
 
-    def encode(self, tokenizer: Tokenizer, name: str, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of the conversation `text` (JSON), and their loss mask. Raises ValueError naming it."""
+    def encode(self, tokenizer: Tokenizer, name: str, text: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids and weights of the conversation `text` (JSON), or of the two of a preference.
+
+        Raises ValueError naming it, also for an answer of a preference without a token that is trained on.
+        """
         try:
-            return self._template(tokenizer).encode(conversation(parse_json(text)))
+            template = self._template(tokenizer)
+            found = [template.encode(chat) for chat in conversations(parse_json(text))]
+            if len(found) > 1 and not all(weights.any() for _, weights in found):
+                raise ValueError("an answer of a preference has no token that is trained on")
+            return found
         except TemplateError as error:
             raise ValueError(f"{name}: the chat template refuses it: {error}") from error
         except LimitReached as error:
@@ -156,60 +181,13 @@ class ChatEncoder:
         return self._bound[1]
 
 
-def conversation(values: Any) -> Conversation:
-    """The conversation in a line's text: a list of messages, or an object with `messages` and further keys.
-
-    Raises ValueError for what is no conversation.
-    """
-    beside = values if isinstance(values, dict) else {"messages": values}
-    messages = beside["messages"]
-    if not messages:
-        raise ValueError("a conversation has at least one message")
-    if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
-        raise ValueError("messages are objects with a 'role' and a 'content'")
-    return Conversation(
-        messages=messages,
-        learned=[_is_learned(number, message) for number, message in enumerate(messages, 1)],
-        tools=beside.get("tools"),
-        documents=beside.get("documents"),
-        variables=beside.get("chat_template_kwargs") or {},
-    )
-
-
-def text_of(values: dict[str, Any], key: str) -> str:
-    """The text of a line's conversation. Raises ValueError for what is none."""
-    messages = field(key, list)(values)
-    beside = {}
-    for name, kind in _BESIDE.items():
-        if values.get(name) is not None:
-            beside[name] = field(name, kind)(values)
-    _refuse_parameters(beside.get("chat_template_kwargs", {}), "its 'chat_template_kwargs'")
-    try:
-        text = json.dumps({"messages": messages, **beside} if beside else messages, ensure_ascii=False)
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
-    text.encode()  # an unpaired surrogate is no text: UnicodeEncodeError is a ValueError
-    return text
-
-
-def _is_learned(number: int, message: Message) -> bool:
-    """By the role, and by `weight` and `train` where a message has them."""
-    wanted = [message[key] for key in ("weight", "train") if message.get(key) is not None]
-    for value in wanted:
-        if value not in (0, 1):
-            raise ValueError(f"message {number} has the weight {value!r}: 0, 1, true and false are supported")
-    if message["role"] == "assistant":
-        return all(wanted)
-    if any(wanted):
-        raise ValueError(f"message {number} is to be trained on, and its role is {message['role']!r}, not 'assistant'")
-    return False
-
-
 def _args(config: DataConfig) -> dict[str, Any]:
     return known_args(
         config,
         "data=chat",
+        shape=AUTO,
         messages="messages",
+        long_pairs="error",
         pattern="*",
         template=None,
         variables={},
@@ -224,18 +202,6 @@ def _positive(args: Mapping[str, Any], name: str) -> float:
     if not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise ValueError(f"data.args.{name}={value}: must be above 0")
     return float(value)
-
-
-def _refuse_parameters(variables: Mapping[str, Any], what: str) -> None:
-    """Refuse names that transformers takes as its own parameters instead of passing them to the template."""
-    if not variables:
-        return
-    from transformers import PreTrainedTokenizerBase  # takes seconds, only needed here
-
-    own = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-    taken = sorted(own & set(variables) | {name for name in variables if not isinstance(name, str)})
-    if taken:
-        raise ValueError(f"{what} names {', '.join(map(str, taken))}, which cannot be a variable of a template")
 
 
 def _template(given: str | None, own: Mapping[str, str]) -> str | None:

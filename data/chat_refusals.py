@@ -18,10 +18,10 @@ _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 @dataclass(frozen=True)
 class Conversation:
-    """The input of a template, and which of the messages are trained on."""
+    """The input of a template, and the weight of each message in the loss."""
 
     messages: Sequence[Message]
-    learned: Sequence[bool] = ()  # one for each message
+    weights: Sequence[float] = ()  # one for each message; 0: not trained on
     tools: list[Any] | None = None
     documents: list[Any] | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)

@@ -43,7 +43,7 @@ class ChatTemplate:
         self._renderer: Renderer = tokenizer.renderer
 
     def encode(self, chat: Conversation) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a conversation, uint32, and their loss mask, uint8.
+        """The ids of a conversation, uint32, and the weight of each in the loss, float32.
 
         The token that closes a document is appended where the template does not end the text with a special token.
         Raises TemplateError for a conversation that the template refuses or would write only in part, and for one whose
@@ -56,7 +56,8 @@ class ChatTemplate:
         refuse_what_is_misread(whole, chat)
         if chat.tools == [] and whole != self.text(replace(chat, tools=None)):
             raise TemplateError("the template renders an empty list of tools differently from no list: leave it out")
-        if _MARK.search(template):
+        marked = _MARK.search(template) is not None
+        if marked:
             ids, spans, mask = self._marked(chat, whole)
             mask &= ~_overlaps(spans, list(texts.not_learned()))
         else:
@@ -64,11 +65,14 @@ class ChatTemplate:
             replies = list(texts.learned())
             mask = _overlaps(spans, replies)
             self._learn_stops(ids, spans, mask, whole, replies)
+        weights = mask.astype(np.float32)
+        if set(chat.weights) - {0, 1}:
+            weights *= _of_replies(spans, texts.weighted(marked))
         last = texts.last_reply()
         if not self._closed(ids, spans, whole, last):
             ids = [*ids, self._tokenizer.end_of_document]
-            mask = np.append(mask, chat.messages[-1]["role"] == "assistant" and chat.learned[-1])
-        return np.array(ids, np.uint32), mask.astype(np.uint8)
+            weights = np.append(weights, np.float32(chat.weights[-1]))
+        return np.array(ids, np.uint32), weights
 
     def text(self, chat: Conversation, messages: Sequence[Message] | None = None, opening: bool = False) -> str:
         """The text of the conversation, or of `messages` in its place; with the `opening` of a reply."""
@@ -163,8 +167,8 @@ class _Texts:
 
     def learned(self) -> Iterator[Span]:
         """Positions of the trained replies in the text, each without its opening."""
-        for number, message in enumerate(self._chat.messages):
-            if message["role"] != "assistant" or not self._chat.learned[number]:
+        for number, weight in enumerate(self._chat.weights):
+            if not weight:
                 continue
             if not number:
                 raise TemplateError(
@@ -179,8 +183,15 @@ class _Texts:
     def not_learned(self) -> Iterator[Span]:
         """Positions of the replies in the text that are not trained on."""
         for number, message in enumerate(self._chat.messages):
-            if message["role"] == "assistant" and not self._chat.learned[number]:
+            if message["role"] == "assistant" and not self._chat.weights[number]:
                 yield len(self._up_to(number)) if number else 0, len(self._up_to(number + 1))
+
+    def weighted(self, marked: bool) -> list[tuple[int, float]]:
+        """Where each trained reply begins, with its opening if the template marks the text, and its weight."""
+        weights = [(number, weight) for number, weight in enumerate(self._chat.weights) if weight]
+        if not marked:
+            return [(begin, weight) for (begin, _), (_, weight) in zip(self.learned(), weights, strict=True)]
+        return [(len(self._up_to(number)) if number else 0, weight) for number, weight in weights]
 
     def last_reply(self) -> Span:
         """Position of the last message in the text, if it is the assistant's and can be found; else all of the text."""
@@ -221,6 +232,12 @@ class _Texts:
         if (count, opening) not in self._known:
             self._known[count, opening] = self._template.text(self._chat, self._chat.messages[:count], opening)
         return self._known[count, opening]
+
+
+def _of_replies(spans: Sequence[Span], replies: Sequence[tuple[int, float]]) -> np.ndarray:
+    """The weight of the last of `replies` (begin, weight) that each of `spans` reaches, 1 before the first: float32."""
+    before = np.searchsorted([begin for begin, _ in replies], [end for _, end in spans], side="left")
+    return np.array([1.0, *(weight for _, weight in replies)], np.float32)[before]
 
 
 def _rewritten(number: int) -> TemplateError:

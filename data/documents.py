@@ -56,8 +56,14 @@ class Encoder(Protocol):
         """Differs between two encoders that encode differently."""
         ...
 
-    def encode(self, tokenizer: Tokenizer, name: str, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of one text, and their loss mask, uint8. Raises ValueError naming the text."""
+    @property
+    def documents_together(self) -> int:
+        """How many documents each text makes, which stay in one row."""
+        ...
+
+    def encode(self, tokenizer: Tokenizer, name: str, text: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each document of a text its ids, and the weight of each in the loss, float32; one of weight 0 is not
+        trained on. Raises ValueError naming the text."""
         ...
 
 

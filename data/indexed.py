@@ -32,6 +32,14 @@ class IndexPlan:
     left_out: int | None = 0  # documents without text, which are in no row; None: not counted
 
     @property
+    def weighted(self) -> bool:
+        return self.tokens.weights is not None
+
+    @property
+    def documents_together(self) -> int:
+        return self.tokens.documents_together
+
+    @property
     def rows_per_epoch(self) -> int:
         if self.table is not None:
             return len(self.table)
@@ -58,7 +66,8 @@ class IndexPlan:
 
     def read(self, numbers: np.ndarray, out: np.ndarray) -> None:
         """See `RowPlan.read` and `stoker.data.packing.fill`."""
-        fill(out, self.tokens.ids, self.pieces(numbers), self.document_mask, self.tokens.learned)
+        tokens = self.tokens
+        fill(out, tokens.ids, self.pieces(numbers), self.document_mask, tokens.learned, tokens.weights)
 
     def pieces(self, numbers: np.ndarray) -> Pieces:
         """The pieces of the rows `numbers`."""

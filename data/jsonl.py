@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,17 @@ _COMPRESSION = 4  # bytes of text for a compressed one, about
 
 
 def json_collections(
-    name: str, path: Path, kind: Kind, limits: Limits, key: str, text_of: Callable[[dict[str, Any]], str], what: str
+    name: str,
+    path: Path,
+    kind: Kind,
+    limits: Limits,
+    keys: Sequence[str],
+    text_of: Callable[[dict[str, Any]], str],
+    what: str,
 ) -> list[Collection]:
     """The objects of a file, `text_of` each, in collections of some size. Blank lines are no texts.
 
-    `key` is the one that `text_of` reads, which no object may hold twice. `what` describes the result of `text_of`:
+    `keys` are those that `text_of` reads, which no object may hold twice. `what` describes the result of `text_of`:
     other texts of the same file are another version. Reading raises ValueError, naming file and line, for invalid JSON
     and for objects that `text_of` refuses by ValueError.
     """
@@ -32,12 +38,12 @@ def json_collections(
     if kind.format is JSON_ARRAY or kind.compression is not None:
         read = _read_array if kind.format is JSON_ARRAY else _read_compressed
         size *= _COMPRESSION if kind.compression is not None else 1
-        return [Collection(name, partial(read, path, kind, limits, key, text_of), version, size)]
+        return [Collection(name, partial(read, path, kind, limits, keys, text_of), version, size)]
     found = []
     for begin in range(0, max(size, 1), _RANGE_BYTES):
         end = min(begin + _RANGE_BYTES, size)
         part = None if version is None else f"{version} {begin}-{end}"
-        found.append(Collection(name, partial(_read_range, path, begin, end, key, text_of), part, end - begin))
+        found.append(Collection(name, partial(_read_range, path, begin, end, keys, text_of), part, end - begin))
     return found
 
 
@@ -61,7 +67,7 @@ def pieces_of(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def _read_range(path: Path, begin: int, end: int, key: str, text_of: Callable) -> Iterator[tuple[str, str]]:
+def _read_range(path: Path, begin: int, end: int, keys: Sequence[str], text_of: Callable) -> Iterator[tuple[str, str]]:
     """The lines that begin in `begin <= byte < end`."""
     try:
         with open(path, "rb") as file:
@@ -73,35 +79,39 @@ def _read_range(path: Path, begin: int, end: int, key: str, text_of: Callable) -
                 where = f"{path} (line at byte {at})"
                 at += len(line)
                 if line.strip():
-                    yield where, _text(line, where, key, text_of)
+                    yield where, _text(line, where, keys, text_of)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _read_compressed(path: Path, kind: Kind, limits: Limits, key: str, text_of: Callable) -> Iterator[tuple[str, str]]:
+def _read_compressed(
+    path: Path, kind: Kind, limits: Limits, keys: Sequence[str], text_of: Callable
+) -> Iterator[tuple[str, str]]:
     number = 0
     try:
         for number, line in enumerate(lines(decompressed(pieces_of(path), kind.compression, limits), limits), 1):
             where = f"{path} (line {number})"
             if line.strip():
-                yield where, _text(line, where, key, text_of)
+                yield where, _text(line, where, keys, text_of)
     except (OSError, EOFError, TooLarge) as error:
         raise ValueError(f"cannot read {path} after line {number}: {error}") from error
 
 
-def _read_array(path: Path, kind: Kind, limits: Limits, key: str, text_of: Callable) -> Iterator[tuple[str, str]]:
+def _read_array(
+    path: Path, kind: Kind, limits: Limits, keys: Sequence[str], text_of: Callable
+) -> Iterator[tuple[str, str]]:
     try:
-        found = elements(whole(decompressed(pieces_of(path), kind.compression, limits), limits), key)
+        found = elements(whole(decompressed(pieces_of(path), kind.compression, limits), limits), keys)
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"cannot read {path} as a JSON array: {error}") from error
     for number, values in enumerate(found):
         where = f"{path} (element {number})"
-        yield where, _text(values, where, key, text_of)
+        yield where, _text(values, where, keys, text_of)
 
 
-def _text(line: Any, where: str, key: str, text_of: Callable) -> str:
+def _text(line: Any, where: str, keys: Sequence[str], text_of: Callable) -> str:
     try:
-        values = parse(line, key) if isinstance(line, bytes) else line
+        values = parse(line, keys) if isinstance(line, bytes) else line
         if not isinstance(values, dict):
             raise ValueError(f"it is {type(values).__name__}, not an object")
         return text_of(values)

@@ -12,7 +12,7 @@ import numpy as np
 from stoker.data.keys import compare as compare_fingerprints
 from stoker.data.keys import described
 from stoker.data.readers import Readers
-from stoker.data.rows import RowPlan, unpack
+from stoker.data.rows import RowPlan, shape_of, unpack
 from stoker.parallel.batch import Batch
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,16 @@ class RowSource(Protocol):
     @property
     def document_mask(self) -> bool:
         """Whether attention is to be kept inside the documents of a row."""
+        ...
+
+    @property
+    def weighted(self) -> bool:
+        """Whether labels have weights."""
+        ...
+
+    @property
+    def documents_together(self) -> int:
+        """How many documents in turn belong together, and are whole in one row."""
         ...
 
     def pass_over(self, step: int) -> None:
@@ -103,7 +113,7 @@ class IndexedLoader:
         self._mine = np.arange(dp_rank, batch_rows, dp)  # places of this rank's rows in a global batch
         self._row = self._ask_from = row
         self._step = row // batch_rows
-        shape = (4, len(self._mine), plan.seq_len)
+        shape = shape_of(plan, len(self._mine))
         self._packed = np.empty(shape, np.int32)
         self._readers = Readers(self._read, shape, workers, prefetch) if workers else None
         self._ask()
@@ -120,6 +130,14 @@ class IndexedLoader:
     def document_mask(self) -> bool:
         """Whether attention is to be kept inside the documents of a row."""
         return self._plan.document_mask
+
+    @property
+    def weighted(self) -> bool:
+        return self._plan.weighted
+
+    @property
+    def documents_together(self) -> int:
+        return self._plan.documents_together
 
     @property
     def batches_left(self) -> int:

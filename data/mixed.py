@@ -13,6 +13,7 @@ import numpy as np
 from stoker.data.indexed import IndexPlan
 from stoker.data.mixture import Mixture, mix
 from stoker.data.packing import Pieces
+from stoker.data.rows import shape_of
 
 _HISTORY_BYTES = 16 << 20  # of the history of weights; untouched pages cost nothing
 _ROUNDING = 8  # units of weight in 2**30 by which two machines may differ over the same shares
@@ -39,6 +40,8 @@ class MixedPlan:
         self.plans, self._wanted, self._batch_rows = tuple(plans), tuple(wanted), batch_rows
         self.fingerprint = fingerprint
         self.seq_len, self.document_mask = plans[0].seq_len, plans[0].document_mask
+        self.weighted = any(plan.weighted for plan in plans)
+        self.documents_together = plans[0].documents_together
         self._shared = mmap.mmap(-1, _HISTORY_BYTES)
         self._seen = b""
         self._mixture: Mixture | None = None
@@ -89,7 +92,7 @@ class MixedPlan:
 
     def read(self, numbers: np.ndarray, out: np.ndarray) -> None:
         for number, places, rows in self._by_source(numbers):
-            part = np.empty((4, len(rows), self.seq_len), np.int32)
+            part = np.empty(shape_of(self, len(rows)), np.int32)
             self.plans[number].read(rows, part)
             out[:, places] = part
 

@@ -90,6 +90,7 @@ def open_plans(
     mask = config.data.document_mask
     if mask is None:
         mask = config.data.packing == "best_fit" or any(source.is_chat for source in opened)
+    _refuse_divided_pairs(config, opened, mask)
     fingerprint = _fingerprint(config, opened, split, mask).values()
     return [_plan(config, source, split, mask, fingerprint, shuffled) for source in opened]
 
@@ -230,6 +231,7 @@ def _plan(
     config: Config, source: Opened, split: str, mask: bool, fingerprint: dict[str, Any], shuffled: bool
 ) -> IndexPlan:
     root, packing = cache_root(config.data), config.data.packing
+    too_long = _too_long(config, source, split)
     return IndexPlan(
         name=source.spec.name,
         tokens=source.tokens,
@@ -239,8 +241,48 @@ def _plan(
         document_mask=mask,
         fingerprint=fingerprint,
         table=open_table(root, source.key, split, source.tokens, packing, config.seq_len),
-        left_out=source.left_out,
+        left_out=None if source.left_out is None else source.left_out + too_long * source.tokens.documents_together,
     )
+
+
+def _refuse_divided_pairs(config: Config, opened: list[Opened], mask: bool) -> None:
+    """Raises ValueError where documents that belong together would come apart, or see each other."""
+    together = {source.tokens.documents_together: source.spec.name for source in opened}
+    if len(together) > 1:
+        raise ValueError(f"data.sources: {together.pop(max(together))} has pairs of answers, and others have none")
+    if max(together) == 1:
+        return
+    if config.data.packing == "concatenated":
+        raise ValueError("data.packing=concatenated cuts the pairs of data.args.shape=preference: best_fit keeps them")
+    if not mask:
+        raise ValueError(
+            "data.document_mask=false lets one answer of a pair attend to the other: true keeps them apart"
+        )
+    for source in opened:
+        if source.by_position:
+            raise ValueError(
+                f"{source.spec.name}: data.validation_by=position cuts pairs of answers: documents does not"
+            )
+
+
+def _too_long(config: Config, source: Opened, split: str) -> int:
+    """How many groups of documents that belong together are longer than a row, and left out.
+
+    Raises ValueError for the first, unless data.args.long_pairs=drop.
+    """
+    count = source.tokens.documents_together
+    if count == 1:
+        return 0
+    lengths = source.tokens.lengths().reshape(-1, count).sum(1)
+    long = lengths > config.seq_len
+    if long.any() and source.spec.config.args.get("long_pairs", "error") != "drop":
+        drop = "" if source.folder is None else ", data.args.long_pairs=drop leaves the long ones out"  # data=tokens
+        raise ValueError(
+            f"{source.spec.name}: {int(long.sum())} of {len(lengths)} {split} pairs of answers are longer than "
+            f"seq_len={config.seq_len}, pair {int(long.argmax())} first; the longest has {int(lengths.max())} tokens: "
+            f"seq_len={int(lengths.max())} holds all{drop}"
+        )
+    return int(long.sum())
 
 
 def _fingerprint(config: Config, opened: list[Opened], split: str, mask: bool) -> IndexedFingerprint:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stoker.data.rows import DOCUMENTS, LABELS, POSITIONS, TOKENS
+from stoker.data.rows import DOCUMENTS, LABELS, POSITIONS, TOKENS, WEIGHTS
 from stoker.data.tokens import Array
 from stoker.parallel.batch import IGNORE_INDEX
 
@@ -55,17 +55,25 @@ class Table:
         )
 
 
-def fill(out: np.ndarray, tokens: Array, pieces: Pieces, document_mask: bool, learned: Array | None = None) -> None:
-    """Write rows to `out`, int32 `[4, rows, seq_len]` (the planes of `stoker.data.rows`), overwriting it.
+def fill(
+    out: np.ndarray,
+    tokens: Array,
+    pieces: Pieces,
+    document_mask: bool,
+    learned: Array | None = None,
+    weights: Array | None = None,
+) -> None:
+    """Write rows to `out`, int32 `[planes, rows, seq_len]` (see `stoker.data.rows`), overwriting it.
 
     `tokens` is the array of the pieces: anything that an int64 array can index, such as a mapped file. `learned`, of
-    the same length, marks the tokens that are trained on; without it all are. The label of a token is the one after it
-    in its row. With `document_mask`, positions begin at 0 with each piece, and the last token of a piece has no label,
-    unless the piece continues in the place after the row; without, the row is one run of text: positions run
-    through it, and the first token of a piece is a label like any other. Pieces are numbered from 0 in each row;
-    padding comes after them, with the next number and no label.
+    the same length, marks the tokens that are trained on; without it all are. `weights` (float32, of the same length)
+    are written where `out` has the plane; without them 1. The label of a token is the one after it in its row. With
+    `document_mask`, positions begin at 0 with each piece, and the last token of a piece has no label, unless the piece
+    continues in the place after the row; without, the row is one run of text: positions run through it, and the first
+    token of a piece is a label like any other. Pieces are numbered from 0 in each row; padding comes after them, with
+    the next number and no label.
     """
-    _, rows, seq_len = out.shape
+    planes, rows, seq_len = out.shape
     width = seq_len + 1
     held = np.bincount(pieces.rows, pieces.lengths, rows).astype(np.int64)
     assert held.max(initial=0) <= width
@@ -91,6 +99,11 @@ def fill(out: np.ndarray, tokens: Array, pieces: Pieces, document_mask: bool, le
     begun[:, 0] = 0
     out[TOKENS] = laid[:, :seq_len]
     out[LABELS] = labels[:, 1:]
+    if planes > WEIGHTS:
+        factors = np.ones((rows, width), np.float32)
+        if weights is not None:
+            factors.reshape(-1)[target] = weights[source]
+        out[WEIGHTS] = factors[:, 1:].view(np.int32)
     np.cumsum(begun[:, :seq_len], axis=1, out=out[DOCUMENTS])
     place = np.arange(seq_len, dtype=np.int32)
     out[POSITIONS] = place
@@ -115,6 +128,21 @@ def padded(begins: np.ndarray, lengths: np.ndarray, seq_len: int) -> Table:
     """A row for each document (int64 `[documents]`: first token, number of tokens), or for each part of a long one."""
     whole, rest = _cut(begins, lengths, seq_len)
     return _table(np.ones(len(whole[0]) + len(rest[0]), np.int64), whole, rest)
+
+
+def together(begins: np.ndarray, lengths: np.ndarray, seq_len: int, count: int, shared: bool) -> Table:
+    """Rows of whole groups of `count` documents in turn (int64 `[documents]`: first token, number of tokens).
+
+    Groups of more than `seq_len` tokens are left out. With `shared` a row has as many groups as best fit finds, else
+    one.
+    """
+    begins, lengths = (np.asarray(array, np.int64).reshape(-1, count) for array in (begins, lengths))
+    kept = lengths.sum(1) <= seq_len
+    begins, lengths = begins[kept], lengths[kept]
+    bins = fit(lengths.sum(1), seq_len) if shared else np.arange(len(begins))
+    order = np.argsort(bins, kind="stable")
+    counts = np.bincount(bins) * count if len(bins) else np.empty(0, np.int64)
+    return _table(counts, (begins[order].reshape(-1), lengths[order].reshape(-1)))
 
 
 def fit(lengths: np.ndarray, capacity: int) -> np.ndarray:

@@ -10,8 +10,9 @@ import torch
 
 from stoker.parallel.batch import Batch
 
-# Between processes rows are one int32 array [4, rows, seq_len] of these planes.
-TOKENS, LABELS, POSITIONS, DOCUMENTS = range(4)
+# Between processes rows are one int32 array [planes, rows, seq_len]. The last of these planes holds the bits of float32
+# numbers, and is there for weighted rows only.
+TOKENS, LABELS, POSITIONS, DOCUMENTS, WEIGHTS = range(5)
 
 
 class RowPlan(Protocol):
@@ -23,6 +24,16 @@ class RowPlan(Protocol):
     @property
     def document_mask(self) -> bool:
         """Whether attention is to be kept inside the documents of a row."""
+        ...
+
+    @property
+    def weighted(self) -> bool:
+        """Whether rows have the plane WEIGHTS."""
+        ...
+
+    @property
+    def documents_together(self) -> int:
+        """How many documents in turn belong together, and are whole in one row."""
         ...
 
     @property
@@ -39,9 +50,10 @@ class RowPlan(Protocol):
         ...
 
     def read(self, numbers: np.ndarray, out: np.ndarray) -> None:
-        """Write the rows `numbers` (int64 `[rows]`, each in `range(total_rows)`) to `out`, int32 `[4, rows, seq_len]`.
+        """Write the rows `numbers` (int64 `[rows]`, each in `range(total_rows)`) to `out`, int32 of `shape_of`.
 
-        The planes are TOKENS, LABELS (IGNORE_INDEX where no label is trained), POSITIONS and DOCUMENTS.
+        The planes are TOKENS, LABELS (IGNORE_INDEX where no label is trained), POSITIONS and DOCUMENTS; and WEIGHTS of
+        the labels if the plan is `weighted`.
         """
         ...
 
@@ -61,21 +73,28 @@ class RowPlan(Protocol):
 
 def read_rows(plan: RowPlan, numbers: Sequence[int], pin: bool = False) -> Batch:
     """The rows `numbers` of `plan`, read in this process; in page-locked memory if `pin`."""
-    packed = np.empty((4, len(numbers), plan.seq_len), np.int32)
+    packed = np.empty(shape_of(plan, len(numbers)), np.int32)
     plan.read(np.asarray(numbers, np.int64), packed)
     return unpack(packed, pin)
 
 
+def shape_of(plan: RowPlan, rows: int) -> tuple[int, int, int]:
+    """The shape of so many rows of `plan` between processes."""
+    return len((TOKENS, LABELS, POSITIONS, DOCUMENTS, WEIGHTS)) - (not plan.weighted), rows, plan.seq_len
+
+
 def unpack(packed: np.ndarray, pin: bool = False) -> Batch:
-    """A copy of `packed` (int32 `[4, rows, seq_len]`) as tensors; in page-locked memory if `pin`."""
+    """A copy of `packed` (int32 `[planes, rows, seq_len]`) as tensors; in page-locked memory if `pin`."""
     planes = torch.from_numpy(packed)
 
     def plane(number: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(planes.shape[1:], dtype=dtype, pin_memory=pin).copy_(planes[number])
+        found = planes[number] if dtype != torch.float32 else planes[number].view(dtype)
+        return torch.empty(planes.shape[1:], dtype=dtype, pin_memory=pin).copy_(found)
 
     return Batch(
         tokens=plane(TOKENS, torch.int64),
         labels=plane(LABELS, torch.int64),
         positions=plane(POSITIONS, torch.int64),
         documents=plane(DOCUMENTS, torch.int32),
+        weights=plane(WEIGHTS, torch.float32) if len(planes) > WEIGHTS else None,
     )

@@ -38,7 +38,8 @@ def part_by_position(whole: Tokens, split: str, share: float) -> Tokens:
     def part(values: Array) -> Array:
         return View(values, begin, end)
 
-    return Tokens(part(whole.ids), starts, None if whole.learned is None else part(whole.learned))
+    learned, weights = (None if values is None else part(values) for values in (whole.learned, whole.weights))
+    return Tokens(part(whole.ids), starts, learned, weights, whole.documents_together)
 
 
 def joined(parts: list[Tokens]) -> Tokens:
@@ -47,4 +48,11 @@ def joined(parts: list[Tokens]) -> Tokens:
     firsts = np.cumsum([0, *(len(part.ids) for part in held)])
     starts = np.concatenate([part.starts + first for part, first in zip(held, firsts, strict=False)])
     learned = [part.learned for part in held if part.learned is not None]
-    return Tokens(join([part.ids for part in held]), starts, join(learned) if learned else None)
+    weights = [part.weights for part in held if part.weights is not None]
+    return Tokens(
+        join([part.ids for part in held]),
+        starts,
+        join(learned) if learned else None,
+        join(weights) if weights else None,
+        parts[0].documents_together,
+    )

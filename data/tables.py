@@ -20,7 +20,7 @@ from stoker.conf.records import parse_json
 from stoker.data.build import write_file
 from stoker.data.cache import lock
 from stoker.data.keys import RowTableKey, SourceKey
-from stoker.data.packing import Table, best_fit, padded
+from stoker.data.packing import Table, best_fit, padded, together
 from stoker.data.tokens import Tokens
 
 log = logging.getLogger(__name__)
@@ -45,13 +45,19 @@ def open_table(root: Path, source: SourceKey, split: str, tokens: Tokens, packin
             with lock(folder.with_suffix(".lock")):
                 found = _read(folder)
                 if found is None:
-                    _write(folder, _BUILD[packing](tokens.starts, tokens.lengths(), seq_len))
+                    _write(folder, _made(tokens, packing, seq_len))
                     found = _read(folder)
         except OSError as error:
             problem = f"cannot keep rows in {root}: {error.strerror or error}"
             raise ValueError(f"{problem}; name another data.cache") from error
         assert found is not None
     return found
+
+
+def _made(tokens: Tokens, packing: str, seq_len: int) -> Table:
+    if tokens.documents_together == 1:
+        return _BUILD[packing](tokens.starts, tokens.lengths(), seq_len)
+    return together(tokens.starts, tokens.lengths(), seq_len, tokens.documents_together, packing == "best_fit")
 
 
 def verify_table(folder: Path) -> list[str]:

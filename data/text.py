@@ -36,24 +36,29 @@ def open_source(config: DataConfig) -> list[Document | Collection]:
         if kind.format in TABLES:
             found += table_collections(name, path, kind, column, limits)
         elif kind.format in JSON:
-            found += json_collections(name, path, kind, limits, column, _value_of(column), column)
+            found += json_collections(name, path, kind, limits, (column,), _value_of(column), column)
         else:
             found.append(file_document(name, path) if kind.compression is None else _unpacked(name, path, kind, limits))
     return found
 
 
 def json_documents(
-    config: DataConfig, what: str, pattern: str, key: str, text_of: Callable[[dict[str, Any]], str], version: str
+    config: DataConfig,
+    what: str,
+    pattern: str,
+    keys: Sequence[str],
+    text_of: Callable[[dict[str, Any]], str],
+    version: str,
 ) -> list[Collection]:
     """The objects of the files under `data.path`, `text_of` each, of a source `what` that reads only JSON.
 
-    `key` and `version` as in `json_collections`. Raises ValueError as `open_source` does.
+    `keys` and `version` as in `json_collections`. Raises ValueError as `open_source` does.
     """
     limits = limits_of(config)
     return [
         collection
         for name, path, kind in _kinds(config, what, pattern, JSON, "auto", None)
-        for collection in json_collections(name, path, kind, limits, key, text_of, version)
+        for collection in json_collections(name, path, kind, limits, keys, text_of, version)
     ]
 
 

@@ -104,6 +104,8 @@ class Tokens:
     ids: Array  # [tokens], unsigned
     starts: np.ndarray  # int64 [documents], the number of each document's first token; the first is 0
     learned: Array | None = None  # uint8 [tokens], 1 where a token is trained on; None: everywhere
+    weights: Array | None = None  # float32 [tokens], factors of their losses; None: 1 where they are trained on
+    documents_together: int = 1  # in turn, that are in one row
 
     def lengths(self) -> np.ndarray:
         """Tokens of each document: int64 `[documents]`."""

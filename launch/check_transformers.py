@@ -70,6 +70,13 @@ def _refuse_what_is_not_theirs(config: Config) -> None:
     changed = [f"model.{key}={value}" for key, value in vars(model).items() if value != as_it_is[key]]
     if changed:
         raise ConfigError(f"--against transformers: {', '.join(changed)} makes another model than {model.init_from}")
+    objective = config.objective
+    if objective.target is not None or objective.name != "next_token":
+        raise ConfigError(
+            f"--against transformers compares the loss of the next token, which objective="
+            f"{objective.target or objective.name} is not: objective=next_token works, and `stoker check` without "
+            "--against compares any objective with one process"
+        )
 
 
 def _compared(config: Config, run: RunDirectory) -> tuple[list[Difference], str]:

@@ -147,6 +147,9 @@ class _OneLineEach(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=16)
         self._action_max_length = 14
 
+    def format_help(self) -> str:
+        return super().format_help().replace("\n\n", "\n", 1)  # all commands are one screen
+
     def _format_action(self, action: argparse.Action) -> str:
         text = super()._format_action(action)
         return text.partition("\n")[2] if isinstance(action, argparse._SubParsersAction) else text  # less its own line
@@ -176,9 +179,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_settings(config)
     config.add_argument("--layout", action="store_true", help="print the place of every rank instead")
 
-    plan = add(
-        "plan", _plan, "Show what a start would need of memory and time, before any rank is spawned.", PLAN_EXAMPLES
-    )
+    plan = add("plan", _plan, "Show the memory and the time that a start would need.", PLAN_EXAMPLES)
     arguments.add_settings(plan)
     plan.add_argument(
         "--gpu", metavar="NAME", help="device to plan for: H100, or a JSON file (default: this machine's)"

@@ -12,6 +12,7 @@ from stoker.checkpoint import newest
 from stoker.checkpoint.names import MANIFEST, step_of
 from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory, read_config
+from stoker.conf.units import loss_unit
 from stoker.launch.control import living
 from stoker.launch.inspect import console_for_tables, run_at
 from stoker.launch.slurm.batch import read_notes
@@ -59,10 +60,11 @@ def facts(run: RunDirectory, attempts: list[Attempt], alive: Stamp | None) -> li
     steps = read_recent(run.metrics)
     if steps:
         last = steps[-1]
-        total = read_config(run).steps
+        config = read_config(run)
+        total = config.steps
         rows.append(("step", f"{last['step']:,} of {total:,}"))
         if last.get("loss") is not None:
-            rows.append(("loss", f"{last['loss']:.4f} nats per token"))
+            rows.append(("loss", f"{last['loss']:.4f} {loss_unit(config.objective)}"))
         began = (attempts[-1].from_step or 0) if attempts else 0
         pace = Pace.of([step for step in steps if step["step"] > began] or steps)  # as the live view of these ranks
         if pace.step_seconds:

@@ -10,7 +10,8 @@ the rank's sum of exponentials, and the logit of the label if it is among the ra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from stoker.parallel.batch import IGNORE_INDEX
 from stoker.parallel.model import Role
+from stoker.parallel.objective import Targets
 from stoker.parallel.registry import Entry
 from stoker.parallel.tensor.axis import TensorAxis, sharded_entry
 from stoker.parallel.tensor.layers import Vocabulary, VocabularyLayer
@@ -33,6 +35,7 @@ class Head(VocabularyLayer):
     """
 
     role = Role.HEAD
+    takes_targets = True
 
     def __init__(
         self, weight: nn.Parameter, chunk: int, bias: nn.Parameter | None = None, rule: Rule | None = None
@@ -50,17 +53,23 @@ class Head(VocabularyLayer):
             entries.append(sharded_entry("bias", tuple(self.bias.shape), 0, self.vocabulary.share))
         return entries
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The summed loss (fp32 scalar) of activations `[tokens, width]`; without labels the fp32 logits.
+    def forward(self, x: Tensor, labels: Tensor | Targets | None = None) -> Tensor:
+        """The summed loss (fp32 scalar) of activations `[tokens, width]`, or what `Targets` in the place of labels ask
+        for; without labels the fp32 logits.
 
-        A sharded head has a loss only.
+        A sharded head has no logits.
         """
         if self.vocabulary is not None:
             assert labels is not None, "tensor-parallel ranks hold no token's logits whole"
             x = enter(x, self.vocabulary.axis)
         if labels is None:
             return self.logits(x)
-        return summed_loss(x, self.weight, labels.flatten(), self.chunk, self.vocabulary, self.bias, self.rule)
+        targets = labels if isinstance(labels, Targets) else Targets(labels)
+        wanted, weights = targets.labels.flatten(), targets.weights
+        if targets.per_token:
+            return log_probabilities(x, self.weight, wanted, self.chunk, self.vocabulary, self.bias, self.rule)
+        weights = None if weights is None else weights.flatten()
+        return summed_loss(x, self.weight, wanted, self.chunk, self.vocabulary, self.bias, self.rule, weights)
 
     def logits(self, x: Tensor) -> Tensor:
         """The fp32 logits of activations `[tokens, width]`, of this rank's share of the vocabulary."""
@@ -75,8 +84,11 @@ def summed_loss(
     vocabulary: Vocabulary | None = None,
     bias: Tensor | None = None,
     rule: Rule | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The sum over tokens of the cross entropy of `rule(hidden @ weight.T + bias)`: fp32 scalar.
+
+    Each token's is multiplied by its number in `weights` (fp32 `[tokens]`).
 
     `hidden` is `[tokens, width]`, `weight` `[vocab, width]`, `labels` int64 `[tokens]`, those that are IGNORE_INDEX
              left
@@ -87,11 +99,31 @@ def summed_loss(
     labels, and get the same loss; the gradient of `hidden` is this rank's part of a sum over them.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _SummedLoss.apply(hidden, weight, bias, labels, chunk, vocabulary, rule)
+        return _SummedLoss.apply(hidden, weight, bias, labels, chunk, vocabulary, rule, weights)
     total = torch.zeros((), device=hidden.device)
-    for rows, wanted in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        total += _cross_entropy(_logits(rows, weight, bias, rule), wanted, vocabulary)[0]
+    for start in range(0, len(hidden), chunk):
+        span = slice(start, start + chunk)
+        logits = _logits(hidden[span], weight, bias, rule)
+        losses, _ = _losses(_Softmax.of(logits, labels[span], vocabulary), logits, vocabulary)
+        total += (losses if weights is None else losses * weights[span, None]).sum()
     return total
+
+
+def log_probabilities(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk: int,
+    vocabulary: Vocabulary | None = None,
+    bias: Tensor | None = None,
+    rule: Rule | None = None,
+) -> Tensor:
+    """The log-probability of each label under `rule(hidden @ weight.T + bias)`: fp32 `[tokens]`, 0 where it is ignored.
+
+    Arguments as those of `summed_loss`. Which gradient each token has is known only in backward, so that the logits of
+    each chunk are computed once more there; nothing of the size of a chunk's logits is held in between.
+    """
+    return _LogProbabilities.apply(hidden, weight, bias, labels, chunk, vocabulary, rule)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: Rule | None) -> Tensor:
@@ -111,24 +143,22 @@ class _SummedLoss(torch.autograd.Function):
         chunk: int,
         vocabulary: Vocabulary | None,
         rule: Rule | None,
+        weights: Tensor | None,
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         for start in range(0, len(hidden), chunk):
-            rows, wanted = hidden[start : start + chunk], labels[start : start + chunk]
-            raw = _logits(rows, weight, bias, None)
-            loss, grad_logits = _through(rule, raw, wanted, vocabulary)
-            total += loss
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
-            grad_logits = grad_logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[start : start + chunk])
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ rows
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            span = slice(start, start + chunk)
+            raw, logits = _ruled(rule, _logits(hidden[span], weight, bias, None))
+            softmax = _Softmax.of(logits.detach(), labels[span], vocabulary)
+            losses, log_sum = _losses(softmax, logits.detach(), vocabulary)
+            grad_logits = softmax.gradient(log_sum)
+            if weights is not None:
+                factors = weights[span, None]
+                losses, grad_logits = losses * factors, grad_logits.mul_(factors)
+            total += losses.sum()
+            gradients.add(span, _by_raw(rule, raw, logits, grad_logits))
+        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         ctx.dtype = weight.dtype
         ctx.border = None if vocabulary is None else LEAVES  # the ranks' results are summed in here
         return total
@@ -143,41 +173,120 @@ class _SummedLoss(torch.autograd.Function):
             None if gradient is None else (gradient * grad_output).to(ctx.dtype)
             for gradient in (grad_weight, grad_bias)
         )
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
-def _through(rule: Rule | None, raw: Tensor, labels: Tensor, vocabulary: Vocabulary | None) -> tuple[Tensor, Tensor]:
-    """`_cross_entropy` of `rule(raw)`, its gradient by `raw`."""
+class _LogProbabilities(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk: int,
+        vocabulary: Vocabulary | None,
+        rule: Rule | None,
+    ) -> Tensor:
+        found = torch.empty(len(hidden), device=hidden.device)
+        log_sums = torch.empty(len(hidden), 1, dtype=torch.float64, device=hidden.device)
+        for start in range(0, len(hidden), chunk):
+            span = slice(start, start + chunk)
+            logits = _logits(hidden[span], weight, bias, rule)
+            losses, log_sums[span] = _losses(_Softmax.of(logits, labels[span], vocabulary), logits, vocabulary)
+            found[span] = -losses[:, 0]
+        ctx.save_for_backward(hidden, weight, bias, labels, log_sums)
+        ctx.chunk, ctx.vocabulary, ctx.rule = chunk, vocabulary, rule
+        ctx.border = None if vocabulary is None else LEAVES
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, log_sums = ctx.saved_tensors
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        for start in range(0, len(hidden), ctx.chunk):
+            span = slice(start, start + ctx.chunk)
+            raw, logits = _ruled(ctx.rule, _logits(hidden[span], weight, bias, None))
+            softmax = _Softmax.of(logits.detach(), labels[span], ctx.vocabulary)
+            grad_logits = softmax.gradient(log_sums[span]).mul_(-grad_output[span, None])
+            gradients.add(span, _by_raw(ctx.rule, raw, logits, grad_logits))
+        grad_weight, grad_bias = (
+            None if gradient is None else gradient.to(weight.dtype) for gradient in (gradients.weight, gradients.bias)
+        )
+        return gradients.hidden, grad_weight, grad_bias, None, None, None, None
+
+
+class _Gradients:
+    """Of the inputs of a head, collected over chunks of tokens; None where there is none."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]) -> None:
+        self._rows, self._matrix = hidden, weight
+        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+        self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
+
+    def add(self, span: slice, grad_logits: Tensor) -> None:
+        """`grad_logits`: fp32 `[chunk, vocab]`, of the tokens in `span`."""
+        if self.bias is not None:
+            self.bias += grad_logits.sum(0)
+        grad_logits = grad_logits.to(self._rows.dtype)
+        if self.hidden is not None:
+            torch.mm(grad_logits, self._matrix, out=self.hidden[span])
+        if self.weight is not None:
+            self.weight += grad_logits.T @ self._rows[span]
+
+
+def _ruled(rule: Rule | None, raw: Tensor) -> tuple[Tensor, Tensor]:
+    """`raw` and `rule(raw)`, from which `_by_raw` finds the way back."""
     if rule is None:
-        return _cross_entropy(raw, labels, vocabulary)
+        return raw, raw
     with torch.enable_grad():
         raw = raw.detach().requires_grad_()
-        logits = rule(raw)
-    loss, gradient = _cross_entropy(logits.detach(), labels, vocabulary)
-    return loss, torch.autograd.grad(logits, raw, gradient.to(logits.dtype))[0].float()
+        return raw, rule(raw)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, vocabulary: Vocabulary | None) -> tuple[Tensor, Tensor]:
-    """The summed loss of `labels` `[chunk]` (fp64 scalar) and its gradient by `logits` (fp32 `[chunk, vocab]`).
+def _by_raw(rule: Rule | None, raw: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient by `raw`, fp32, of what has this `gradient` by the `logits`."""
+    return gradient if rule is None else torch.autograd.grad(logits, raw, gradient.to(logits.dtype))[0].float()
 
-    The gradient is softmax - onehot(labels), zero where the label is IGNORE_INDEX.
-    """
-    valid = (labels != IGNORE_INDEX)[:, None]
-    wanted = labels[:, None].masked_fill(~valid, 0)
-    wanted, mine = (wanted, valid) if vocabulary is None else vocabulary.own(wanted)
 
-    softmax = logits.softmax(-1, dtype=torch.float32)
-    largest, at = logits.max(-1, keepdim=True)
-    # fp64: a loss is the small difference of large logits
-    own_log_sum = largest.double() - softmax.gather(-1, at).double().log()
-    log_sum, target = own_log_sum, logits.gather(-1, wanted).double()
+@dataclass(frozen=True)
+class _Softmax:
+    """Of a chunk of tokens, over this rank's share of the vocabulary."""
+
+    values: Tensor  # fp32 [chunk, vocab]
+    log_sum: Tensor  # fp64 [chunk, 1], of the exponentials
+    wanted: Tensor  # int64 [chunk, 1], the labels by their places in the share
+    mine: Tensor  # bool [chunk, 1], whether the label is in it
+    valid: Tensor  # bool [chunk, 1], whether there is a label: not IGNORE_INDEX
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor, vocabulary: Vocabulary | None) -> _Softmax:
+        valid = (labels != IGNORE_INDEX)[:, None]
+        wanted = labels[:, None].masked_fill(~valid, 0)
+        wanted, mine = (wanted, valid) if vocabulary is None else vocabulary.own(wanted)
+        softmax = logits.softmax(-1, dtype=torch.float32)
+        largest, at = logits.max(-1, keepdim=True)
+        # fp64: a loss is the small difference of large logits
+        log_sum = largest.double() - softmax.gather(-1, at).double().log()
+        return cls(softmax, log_sum, wanted, mine, valid)
+
+    def gradient(self, log_sum: Tensor) -> Tensor:
+        """Of the loss by the logits: softmax - onehot(labels), zero without a label. It takes the place of `values`.
+
+        `log_sum` is that of the whole vocabulary.
+        """
+        share = (self.log_sum - log_sum).exp().where(self.valid, 0.0).float()  # of all probability; 1 for a whole one
+        return self.values.mul_(share).scatter_add_(-1, self.wanted, -(self.mine & self.valid).float())
+
+
+def _losses(softmax: _Softmax, logits: Tensor, vocabulary: Vocabulary | None) -> tuple[Tensor, Tensor]:
+    """The loss of each label, and the `log_sum` of the whole vocabulary: fp64 `[chunk, 1]` each."""
+    log_sum, target = softmax.log_sum, logits.gather(-1, softmax.wanted).double()
     if vocabulary is not None:
-        message = torch.cat([log_sum, target.where(mine, 0.0)], -1)
+        message = torch.cat([log_sum, target.where(softmax.mine, 0.0)], -1)
         axis = vocabulary.axis
         of_ranks = all_gather(message, axis.group_name, axis.size).view(axis.size, *message.shape)
         log_sum = of_ranks[:, :, :1].logsumexp(0)
         target = of_ranks[:, :, 1:].sum(0)
-
-    loss = (log_sum - target).where(valid, 0.0).sum()
-    share = (own_log_sum - log_sum).exp().where(valid, 0.0).float()  # of all probability; 1 for a whole vocabulary
-    return loss, softmax.mul_(share).scatter_add_(-1, wanted, -(mine & valid).float())
+    return (log_sum - target).where(softmax.valid, 0.0), log_sum

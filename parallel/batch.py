@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,37 +19,45 @@ class Batch:
     `tokens` and `labels` are int64; a label of IGNORE_INDEX is not trained on. `documents` (int32) numbers the
              documents of
     a row, so that attention can be kept inside them. `positions` (int64) counts from 0 within the row, or within each
-    document where attention is kept inside documents.
+    document where attention is kept inside documents. `weights` (float32) are factors of the labels' losses; None
+    where all are 1. `reference` (float32) holds the log-probability of each label under a reference model, for
+    objectives that need it.
     """
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
     documents: Tensor
+    weights: Tensor | None = None
+    reference: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
     def __getitem__(self, rows: slice) -> Batch:
-        return Batch(self.tokens[rows], self.labels[rows], self.positions[rows], self.documents[rows])
+        return self._each(lambda field: field[rows])
 
     def padded(self, multiple: int) -> Batch:
         """These rows and as many without a label as make their number a multiple."""
-        last = self[-1:]
-        unlabelled = Batch(last.tokens, torch.full_like(last.labels, IGNORE_INDEX), last.positions, last.documents)
-        pieces = [vars(self), *[vars(unlabelled)] * (-len(self) % multiple)]
-        return Batch(**{name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})
+        missing = -len(self) % multiple
+        if not missing:
+            return self
+        more = self._each(lambda field: torch.cat([field, *[field[-1:]] * missing]))
+        more.labels[len(self) :] = IGNORE_INDEX
+        return more
 
     def to(self, device: torch.device) -> Batch:
         """The same rows on `device`, copied without waiting where the memory is pinned."""
-        parts = (self.tokens, self.labels, self.positions, self.documents)
-        return Batch(*(part.to(device, non_blocking=True) for part in parts))
+        return self._each(lambda field: field.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
         """The same rows in page-locked memory."""
-        parts = (self.tokens, self.labels, self.positions, self.documents)
-        return Batch(*(part.pin_memory() for part in parts))
+        return self._each(lambda field: field.pin_memory())
 
     def valid_tokens(self) -> Tensor:
         """Number of labels that carry a loss: int64 scalar on the rows' device."""
         return (self.labels != IGNORE_INDEX).sum()
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        fields: dict[str, Any] = {name: None if field is None else change(field) for name, field in vars(self).items()}
+        return Batch(**fields)

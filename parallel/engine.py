@@ -33,7 +33,9 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, rows: Batch) -> Tensor:
-        """Sum of the token losses and number of valid tokens of this rank's rows: float64 `[2]`, no gradients kept."""
+        """Of this rank's rows the sum of the losses, what it is divided by (the number of valid tokens, or the
+        objective's count), and the sums of the objective's scalars: float64 `[2 + scalars]`, no gradients kept.
+        """
         ...
 
     def modules(self) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch.profiler import record_function
 
 from stoker.parallel.batch import Batch
 from stoker.parallel.layout import BatchPlan
+from stoker.parallel.objective import NEXT_TOKEN, Objective, shaped, targets_of
 from stoker.parallel.sharding import ShardingStrategy
 
 
@@ -19,12 +21,20 @@ class ForwardBackward(Protocol):
     def train(self, rows: Batch, factor: Tensor) -> Tensor:
         """Accumulate the gradients of `factor` (fp32 scalar) x the summed loss of `rows`, `[rank_rows, seq_len]`.
 
-        Returns the sum of the token losses, fp64 scalar on the device; zero on ranks that do not have the head.
+        Returns the sums of the losses and of the objective's scalars, fp64 `[1 + scalars]` on the device; zeros on
+        ranks that do not have the head.
         """
         ...
 
     def evaluate(self, rows: Batch) -> Tensor:
-        """The sum of the token losses as `train` returns it, for any number of rows, without gradients."""
+        """The sums as `train` returns them, for any number of rows, without gradients."""
+        ...
+
+    def log_probabilities(self, rows: Batch) -> Tensor | None:
+        """Of each label of any number of rows, without gradients: fp32 `[rows, seq_len]` on the device.
+
+        None on ranks that do not have the head. For an objective with `per_token`.
+        """
         ...
 
 
@@ -34,31 +44,53 @@ class GradientAccumulation:
     `document_mask`: keep attention inside documents.
     """
 
-    def __init__(self, weights: ShardingStrategy, plan: BatchPlan, device: torch.device, document_mask: bool) -> None:
-        self._model, self._weights = weights.module, weights
+    def __init__(
+        self,
+        weights: ShardingStrategy,
+        plan: BatchPlan,
+        device: torch.device,
+        document_mask: bool,
+        objective: Objective = NEXT_TOKEN,
+    ) -> None:
+        self._model, self._weights, self._objective = weights.module, weights, objective
         self._micro_rows = plan.micro_rows
         self._device, self._document_mask = device, document_mask
 
     def train(self, rows: Batch, factor: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        sums = self._zeros()
         for start in range(0, len(rows), self._micro_rows):
             self._weights.on_backward_start(is_last=start + self._micro_rows >= len(rows))
+            micro = rows[start : start + self._micro_rows].to(self._device)
             with record_function("stoker.forward"):
-                loss = self._loss(rows[start : start + self._micro_rows])
+                loss = self._objective.loss(self._given(micro), micro)
             with record_function("stoker.backward"):
-                (loss * factor).backward()
-            total += loss.detach()
-        return total
+                (loss.sum * factor).backward()
+            sums += loss.sums()
+        return sums
 
     def evaluate(self, rows: Batch) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        rows = rows.padded(self._micro_rows)  # sequence parallelism divides the tokens of a whole micro-batch
+        sums = self._zeros()
         with torch.no_grad():
-            for start in range(0, len(rows), self._micro_rows):
-                total += self._loss(rows[start : start + self._micro_rows])
-        return total
+            for micro in self._whole_micro_batches(rows):
+                sums += self._objective.loss(self._given(micro), micro).sums()
+        return sums
 
-    def _loss(self, micro: Batch) -> Tensor:
-        micro = micro.to(self._device)
+    def log_probabilities(self, rows: Batch) -> Tensor:
+        with torch.no_grad():
+            found = [self._given(micro) for micro in self._whole_micro_batches(rows)]
+        return torch.cat(found)[: len(rows)]
+
+    def _whole_micro_batches(self, rows: Batch) -> Iterator[Batch]:
+        rows = rows.padded(self._micro_rows)  # sequence parallelism divides the tokens of a whole micro-batch
+        for start in range(0, len(rows), self._micro_rows):
+            yield rows[start : start + self._micro_rows].to(self._device)
+
+    def _given(self, micro: Batch) -> Tensor:
+        """What the head returns for rows on the device."""
         documents = micro.documents if self._document_mask else None
-        return self._model(micro.tokens, micro.positions, documents, micro.labels)
+        targets = targets_of(self._objective, micro.labels, micro.weights)
+        given = self._model(micro.tokens, micro.positions, documents, targets)
+        return shaped(self._objective, given, micro.labels)
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(1 + len(self._objective.scalars), dtype=torch.float64, device=self._device)

@@ -25,6 +25,7 @@ from stoker.parallel.layout import BatchPlan
 from stoker.parallel.loss_scale import LossScale
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.mmap_offload import offloaded
+from stoker.parallel.objective import NEXT_TOKEN, Objective
 from stoker.parallel.optimizer import LocalOptimizer
 from stoker.parallel.optimizer_needs import undeclared
 from stoker.parallel.registry import LocalShard, Registry
@@ -32,6 +33,7 @@ from stoker.parallel.replicated import ReplicatedStrategy
 from stoker.parallel.sharding import Precision, ShardingStrategy
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.stages import stages_of
+from stoker.parallel.tensor.low_rank import adapters_off
 from stoker.parallel.update import NO_FLAGS, StepFlags, StepResult, reduce_step
 
 
@@ -47,12 +49,13 @@ class NativeEngine:
         weights: Sequence[ShardingStrategy],
         buffers: Buffers,
         clock: GpuClock,
+        objective: Objective = NEXT_TOKEN,
     ) -> None:
-        self._clock = clock
+        self._clock, self._objective = clock, objective
         self._mesh, self._passes, self._registry, self._weights = mesh, passes, registry, weights
         self._buffers = buffers
         self._clip_norm = config.grad_clip_norm
-        self._nominal_tokens = config.batch.size * config.seq_len
+        self._nominal_count = objective.nominal(config.batch.size, config.seq_len)
         self._held: dict[str, LocalShard] = {}
         self._tensors: dict[str, Tensor] = {}
         for stage in weights:
@@ -66,14 +69,28 @@ class NativeEngine:
         self._complete: dict[str, Tensor] | None = None  # gradients of this step after all sums, once computed
         # All ranks of a replica have the same rows; the first tensor-parallel rank of the last stage reports them.
         self._reports = mesh.coordinate.tp == 0 and mesh.coordinate.pp == mesh.layout.pp - 1
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        self._sums = torch.zeros(1 + len(objective.scalars), dtype=torch.float64, device=mesh.device)
+        self._count = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._tokens = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        self._counts_tokens = True  # is what the update divides by the number of valid tokens?
 
     def forward_backward(self, rows: Batch) -> None:
-        loss_sum = self._passes.train(rows, self._scale() / self._nominal_tokens)
+        sums = self._passes.train(self._with_reference(rows), self._scale() / self._nominal_count)
+        self._counts_tokens = self._objective is NEXT_TOKEN and rows.weights is None
         if self._reports:
-            self._loss_sum += loss_sum
+            self._sums += sums
+            self._count += self._objective.count(rows).to(self._mesh.device, non_blocking=True)
             self._tokens += rows.valid_tokens().to(self._mesh.device, non_blocking=True)
+
+    def _with_reference(self, rows: Batch) -> Batch:
+        """`rows` with the log-probabilities of the model without its adapter, if the objective needs them."""
+        if not self._objective.reference:
+            return rows
+        modules = [stage.module for stage in self._weights]
+        with _evaluating(modules), adapters_off(modules):
+            reference = self._passes.log_probabilities(rows)
+        self._buffers.restore()
+        return replace(rows, reference=reference)
 
     def update(self, lr: float, flags: StepFlags = NO_FLAGS) -> StepResult:
         with record_function("stoker.update"):
@@ -86,12 +103,14 @@ class NativeEngine:
             verdict = reduce_step(
                 self._mesh,
                 counted,
-                self._loss_sum,
-                self._tokens,
+                self._sums[0],
+                self._count,
                 flags,
                 loss_scale=self._scale(),
-                nominal_tokens=self._nominal_tokens,
+                nominal_count=self._nominal_count,
                 grad_clip_norm=self._clip_norm,
+                tokens=None if self._counts_tokens else self._tokens,
+                scalars=dict(zip(self._objective.scalars, self._sums[1:], strict=True)),
                 unequal_buffers=self._buffers.take_first(),
             )
             self._optimizer.step(gradients, lr, verdict.gradient_divisor, verdict.found_inf)
@@ -99,8 +118,8 @@ class NativeEngine:
             self._renew()
             if self._loss_scale is not None:
                 self._loss_scale.adjust(verdict.overflowed, verdict.found_inf)
-            self._loss_sum.zero_()
-            self._tokens.zero_()
+            for total in (self._sums, self._count, self._tokens):
+                total.zero_()
         return verdict.result
 
     def gpu_seconds(self) -> float:
@@ -108,11 +127,12 @@ class NativeEngine:
 
     def evaluate(self, rows: Batch) -> Tensor:
         with _evaluating([stage.module for stage in self._weights]):
-            loss_sum = self._passes.evaluate(rows)
+            sums = self._passes.evaluate(self._with_reference(rows))
         self._buffers.restore()
         if not self._reports:
-            return torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
-        return torch.stack([loss_sum, rows.valid_tokens().to(self._mesh.device).double()])
+            return torch.zeros(1 + len(sums), dtype=torch.float64, device=self._mesh.device)
+        count = self._objective.count(rows).to(self._mesh.device).double()
+        return torch.cat([sums[:1], count[None], sums[1:]])
 
     def modules(self) -> list[nn.Module]:
         stages = [stage.module for stage in self._weights]
@@ -146,7 +166,7 @@ class NativeEngine:
         return [
             shard
             for name, gradient in self._gradients().items()
-            for shard in self._described(name, GRADIENT, gradient * (self._nominal_tokens / scale))
+            for shard in self._described(name, GRADIENT, gradient * (self._nominal_count / scale))
         ]
 
     def state(self) -> dict[str, float]:
@@ -215,12 +235,13 @@ def build_native(
     registry: Registry,
     activations: Sequence[Tensor],
     clock: GpuClock,
+    objective: Objective = NEXT_TOKEN,
 ) -> NativeEngine:
     """The engine over `stages` (on the meta device), with memory for weights and optimizer but no values yet.
 
     Without a pipeline there is one stage, the whole model. `full` are those modules of each that compute in float32.
     `activations` are meta tensors like the outputs of every stage of the whole pipeline but the last; `clock` times
-    the blocks.
+    the blocks. `objective` is what is minimised.
     Raises ValueError for an optimizer that cannot work on what a rank holds, and for buffers without values.
     """
     problem = undeclared(config, mesh.layout)
@@ -234,14 +255,14 @@ def build_native(
     mask = bool(config.data.document_mask)
     passes: ForwardBackward
     if mesh.layout.pp == 1:
-        passes = GradientAccumulation(weights[0], plan, mesh.device, mask)
+        passes = GradientAccumulation(weights[0], plan, mesh.device, mask, objective)
     else:
         from stoker.parallel.pipeline import PipelineSchedule, Stage  # a second of imports that only pipelines need
 
         numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
         held = [Stage(number, stage.module, stage) for number, stage in zip(numbers, weights, strict=True)]
-        passes = PipelineSchedule(mesh, plan, held, config.parallel.schedule, mask, activations)
-    return NativeEngine(config, mesh, passes, registry, weights, Buffers(mesh, registry, stages), clock)
+        passes = PipelineSchedule(mesh, plan, held, config.parallel.schedule, mask, activations, objective)
+    return NativeEngine(config, mesh, passes, registry, weights, Buffers(mesh, registry, stages), clock, objective)
 
 
 def _store(

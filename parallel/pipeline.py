@@ -32,6 +32,7 @@ from torch.profiler import record_function
 from stoker.parallel.batch import Batch
 from stoker.parallel.layout import BatchPlan
 from stoker.parallel.mesh import Mesh
+from stoker.parallel.objective import NEXT_TOKEN, Objective, shaped, targets_of
 from stoker.parallel.sharding import ShardingStrategy
 
 WAYS = FORWARD, BACKWARD = "forward", "backward"
@@ -62,12 +63,13 @@ class PipelineSchedule:
         schedule: str,
         document_mask: bool,
         activations: Sequence[Tensor],
+        objective: Objective = NEXT_TOKEN,
     ) -> None:
         for way in WAYS:
             mesh.add_groups("pp", mesh.layout.groups("pp"), queue=way)
         ways = {way: mesh.group(f"pp.{way}") for way in WAYS}
         assert len(stages) == 1 or schedule == "interleaved"
-        self._device, self._document_mask = mesh.device, document_mask
+        self._device, self._document_mask, self._objective = mesh.device, document_mask, objective
         self._plan, self._stages = plan, stages
         self._group, self._at, self._size = ways[FORWARD], mesh.coordinate.pp, mesh.layout.pp
         self._count = self._size * len(stages)
@@ -77,8 +79,11 @@ class PipelineSchedule:
         self._takes: Sequence[Tensor | None] = [None, *activations]
         gives: Sequence[Tensor | None] = [*activations, None]
         self._factor = torch.ones((), device=mesh.device)
-        self._total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-        self._forwards = {stage.number: _Forward(stage.model, stage.number, gives[stage.number]) for stage in stages}
+        self._sums = torch.zeros(1 + len(objective.scalars), dtype=torch.float64, device=mesh.device)
+        self._rows: Batch | None = None  # of the step
+        self._forwards = {
+            stage.number: _Forward(stage.model, stage.number, gives[stage.number], objective) for stage in stages
+        }
         self._outbox = Outbox(self._size)
         held = [
             _TorchStage(
@@ -106,42 +111,60 @@ class PipelineSchedule:
     def train(self, rows: Batch, factor: Tensor) -> Tensor:
         assert len(rows) == self._plan.rank_rows, (len(rows), self._plan)
         self._factor = factor
-        self._total = torch.zeros_like(self._total)
-        inputs = _inputs(rows.to(self._device), self._document_mask)
-        self._schedule.step(target=inputs["labels"], return_outputs=False, **inputs)
+        self._sums = torch.zeros_like(self._sums)
+        self._rows = rows.to(self._device)
+        # The schedule cuts its target into micro-batches, whose places in it tell the rows; it has no values to read.
+        target = torch.empty(len(rows), device="meta")
+        self._schedule.step(target=target, return_outputs=False, **_inputs(self._rows, self._document_mask))
         self._outbox.wait()
-        return self._total
+        self._rows = None
+        return self._sums
 
     def evaluate(self, rows: Batch) -> Tensor:
+        sums = torch.zeros_like(self._sums)
+        for micro, given in self._evaluated(rows):
+            sums += self._objective.loss(given, micro).sums()
+        return sums
+
+    def log_probabilities(self, rows: Batch) -> Tensor | None:
+        found = [given for _, given in self._evaluated(rows)]
+        return torch.cat(found)[: len(rows)] if found else None
+
+    @torch.no_grad()
+    def _evaluated(self, rows: Batch) -> list[tuple[Batch, Tensor]]:
+        """Each micro-batch and what the head returned for it, on the rank that has the head."""
         size = self._plan.micro_rows
         rows = rows.padded(size).to(self._device)
         ring = Ring(self._at, self._size, self._count, len(rows) // size)
-        total = torch.zeros_like(self._total)
+        found = []
         received: Tensor | None = None
-        with torch.no_grad():
-            for tick in range(ring.ticks):
-                transfers = []
-                if work := ring.work(tick):
-                    number, micro = work
-                    inputs = _inputs(rows[micro * size : (micro + 1) * size], self._document_mask)
-                    output = self._forwards[number].compute(received, **inputs)
-                    if number == self._count - 1:
-                        total += output
-                    else:
-                        transfers.append(self._transfer(dist.isend, output, self._at + 1))
-                received = None
-                following = ring.work(tick + 1)
-                taken = self._takes[following[0]] if following else None
-                if taken is not None:
-                    received = torch.empty_like(taken, device=self._device)
-                    transfers.append(self._transfer(dist.irecv, received, self._at - 1))
-                for work_in_flight in dist.batch_isend_irecv(transfers) if transfers else ():
-                    work_in_flight.wait()
-        return total
+        for tick in range(ring.ticks):
+            transfers = []
+            if work := ring.work(tick):
+                number, place = work
+                micro = rows[place * size : (place + 1) * size]
+                output = self._forwards[number].compute(received, **_inputs(micro, self._document_mask))
+                if number == self._count - 1:
+                    found.append((micro, shaped(self._objective, output, micro.labels)))
+                else:
+                    transfers.append(self._transfer(dist.isend, output, self._at + 1))
+            received = None
+            following = ring.work(tick + 1)
+            taken = self._takes[following[0]] if following else None
+            if taken is not None:
+                received = torch.empty_like(taken, device=self._device)
+                transfers.append(self._transfer(dist.irecv, received, self._at - 1))
+            for work_in_flight in dist.batch_isend_irecv(transfers) if transfers else ():
+                work_in_flight.wait()
+        return found
 
-    def _loss(self, loss_sum: Tensor, _: Tensor) -> Tensor:
-        self._total += loss_sum.detach()
-        return loss_sum * self._factor
+    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
+        assert self._rows is not None
+        first = int(target.storage_offset())
+        micro = self._rows[first : first + len(target)]
+        loss = self._objective.loss(shaped(self._objective, output, micro.labels), micro)
+        self._sums += loss.sums()
+        return loss.sum * self._factor
 
     def _transfer(self, kind: Any, tensor: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(kind, tensor, group=self._group, group_peer=peer % self._size)
@@ -308,9 +331,9 @@ class _Forward(nn.Module):
     The output of stage `number` must be like `gives`; None where the output is the loss.
     """
 
-    def __init__(self, model: nn.Module, number: int, gives: Tensor | None) -> None:
+    def __init__(self, model: nn.Module, number: int, gives: Tensor | None, objective: Objective) -> None:
         super().__init__()
-        self._models, self._number = (model,), number
+        self._models, self._number, self._objective = (model,), number, objective
         self._expected = None if gives is None else (tuple(gives.shape), gives.dtype)
 
     def forward(self, *received: Tensor, **inputs: Tensor) -> Tensor:
@@ -324,8 +347,10 @@ class _Forward(nn.Module):
         positions: Tensor,
         labels: Tensor,
         documents: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        output = self._models[0](tokens if received is None else received, positions, documents, labels)
+        targets = targets_of(self._objective, labels, weights)
+        output = self._models[0](tokens if received is None else received, positions, documents, targets)
         found = (tuple(output.shape), output.dtype)
         if self._expected not in (None, found):  # the next stage would wait for another number of bytes
             raise ValueError(
@@ -337,4 +362,6 @@ class _Forward(nn.Module):
 
 def _inputs(rows: Batch, document_mask: bool) -> dict[str, Tensor]:
     inputs = {"tokens": rows.tokens, "positions": rows.positions, "labels": rows.labels}
+    if rows.weights is not None:
+        inputs["weights"] = rows.weights
     return inputs | {"documents": rows.documents} if document_mask else inputs

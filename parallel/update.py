@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,7 +42,7 @@ NO_FLAGS = StepFlags()
 class StepMetrics:
     """The result of a step on the host, equal on all ranks."""
 
-    loss: float  # mean over the valid tokens of the global batch, nats; nan if there is none
+    loss: float  # mean over what the objective counts in the global batch (tokens: nats); nan if there is none
     grad_norm: float  # L2 norm of that mean's gradient, before clipping
     tokens: int  # valid tokens of the global batch
     skipped: bool  # no update was made: loss or norm not finite, or not one valid token
@@ -51,12 +51,15 @@ class StepMetrics:
     work_seconds: tuple[float, ...] = field(default=(), kw_only=True)  # of each rank
     overflowed: bool = False  # skipped because the loss scale was too large: the scale is lowered
     unequal_buffers: bool = False  # ranks had different values of persistent buffers and took those of the first
+    scalars: Mapping[str, float] = field(default_factory=dict, kw_only=True)  # means of the objective's, by name
 
 
 class StepResult:
     """The result of a step, still on the device. Only `read` waits for it."""
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Tensor, scalars: Sequence[str] = ()) -> None:
+        """`scalars`: names of the last of the `values`."""
+        self._scalars = tuple(scalars)
         self._event: torch.cuda.Event | None = None
         if values.device.type == "cuda":
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -70,7 +73,8 @@ class StepResult:
         if self._event is not None:
             self._event.synchronize()
         loss, grad_norm, tokens, skipped, loss_scale, overflowed, unequal, *rest = self._values.tolist()
-        votes, seconds = rest[: len(ControlFlag)], tuple(rest[len(ControlFlag) :])
+        cut = len(rest) - len(self._scalars)
+        votes, seconds = rest[: len(ControlFlag)], tuple(rest[len(ControlFlag) : cut])
         cast = frozenset(flag for flag, count in zip(ControlFlag, votes, strict=True) if count > 0)
         return StepMetrics(
             loss,
@@ -82,6 +86,7 @@ class StepResult:
             bool(overflowed),
             unequal > 0,
             work_seconds=seconds,
+            scalars=dict(zip(self._scalars, rest[cut:], strict=True)),
         )
 
 
@@ -99,19 +104,22 @@ def reduce_step(
     mesh: Mesh,
     gradients: Sequence[Tensor],
     loss_sum: Tensor,
-    valid_tokens: Tensor,
+    count: Tensor,
     flags: StepFlags,
     *,
     loss_scale: Tensor,
-    nominal_tokens: int,
+    nominal_count: int,
     grad_clip_norm: float | None,
     unequal_buffers: Tensor | None = None,
+    tokens: Tensor | None = None,
+    scalars: Mapping[str, Tensor] | None = None,
 ) -> UpdateDecision:
     """Reduce one step's message over all ranks and compute the update's scalars from it.
 
     `gradients` are those this rank counts (each element of the global gradient is counted by exactly one rank),
-    accumulated from losses multiplied by `loss_scale` (fp32 scalar) / nominal_tokens; `loss_sum` and `valid_tokens`
-    are float64 scalars, zero on ranks whose numbers another rank of the same replica reports.
+    accumulated from losses multiplied by `loss_scale` (fp32 scalar) / nominal_count; `loss_sum` and `count`, which the
+    sums are divided by, are float64 scalars, zero on ranks whose numbers another rank of the same replica reports.
+    So are `tokens`, the number of valid tokens where that is not `count`, and the sums of the objective's `scalars`.
     `unequal_buffers` (float64 scalar) is 1 on a rank whose persistent buffers are not those of the first, else 0.
     Each rank writes its seconds to its own slot of the message and zeros to the other slots, so that a sum gathers all.
     """
@@ -122,23 +130,31 @@ def reduce_step(
     cast = torch.tensor([*(float(flag in flags.votes) for flag in ControlFlag), *seconds], dtype=torch.float64)
     squares, cast = squares.to(loss_sum.device), cast.to(loss_sum.device, non_blocking=True)
     unequal = torch.zeros_like(loss_sum) if unequal_buffers is None else unequal_buffers
-    message = torch.cat([torch.stack([squares, loss_sum, valid_tokens, unequal]), cast])
+    names = list(scalars or ())
+    own = [] if tokens is None else [tokens]
+    further = [*own, *(scalars or {}).values()]
+    message = torch.cat(
+        [torch.stack([squares, loss_sum, count, unequal]), cast, *([torch.stack(further)] if further else [])]
+    )
     mesh.all_reduce(message)
+    message, sums = message[: len(message) - len(further)], message[len(message) - len(further) :]
 
-    tokens = message[2]
-    counted = tokens.clamp(min=1.0)
-    loss = torch.where(tokens > 0, message[1] / counted, math.nan)
-    accumulated = loss_scale.double() * counted / nominal_tokens  # gradients are this times those of the mean loss
+    count = message[2]
+    any_counted = count > 0
+    counted = torch.where(any_counted, count, 1.0)
+    loss = torch.where(any_counted, message[1] / counted, math.nan)
+    accumulated = loss_scale.double() * counted / nominal_count  # gradients are this times those of the mean loss
     grad_norm = message[0].sqrt() / accumulated
-    sound = torch.isfinite(loss) & torch.isfinite(grad_norm) & (tokens > 0)
+    sound = torch.isfinite(loss) & torch.isfinite(grad_norm) & any_counted
     if min(flags.loss_ceiling, flags.norm_ceiling) < math.inf:
         sound &= (loss <= flags.loss_ceiling) & (grad_norm <= flags.norm_ceiling)
     divisor = accumulated
     if grad_clip_norm is not None:
         divisor = divisor / (grad_clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
     skipped = (~sound).double()
-    overflowed = skipped * (torch.isfinite(loss) & ~torch.isfinite(grad_norm) & (tokens > 0) & (loss_scale > FLOOR))
-    own = torch.stack([loss, grad_norm, tokens, skipped, loss_scale.double(), overflowed])
-    values = torch.cat([own, message[3:]])
+    overflowed = skipped * (torch.isfinite(loss) & ~torch.isfinite(grad_norm) & any_counted & (loss_scale > FLOOR))
+    shown = sums[0] if own else count
+    result = torch.stack([loss, grad_norm, shown, skipped, loss_scale.double(), overflowed])
+    values = torch.cat([result, message[3:], sums[len(own) :] / counted])
     divisor = torch.where(sound, divisor, torch.ones_like(divisor)).float()
-    return UpdateDecision(StepResult(values), divisor, skipped.float(), overflowed.float())
+    return UpdateDecision(StepResult(values, names), divisor, skipped.float(), overflowed.float())

@@ -18,7 +18,13 @@ from stoker.launch.cli import main
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LONGEST = 200  # lines
-FREE = ("data.args.", "model.args.", "optim.args.", "parallel.deepspeed.")  # keys below these are the user's
+FREE = (
+    "data.args.",
+    "model.args.",
+    "objective.args.",
+    "optim.args.",
+    "parallel.deepspeed.",
+)  # keys below these are the user's
 OTHERS = {"key", "experiment", "last_call_timeout", "streaming"}  # not keys: placeholders, options of other programs
 METRICS = {"data.bytes"}
 EXAMPLES = {"conf/model/mine.yaml", "conf/tracker/text.yaml"}  # of files that users make

@@ -12,18 +12,21 @@ from stoker.checkpoint import Checkpoints, Owner, Remote, resume
 from stoker.conf.faults import read_faults
 from stoker.conf.schema import Config
 from stoker.data import RowSource, Sample, open_samples, open_stream, prepare, read_rows
+from stoker.models.objectives import objective_of
 from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.engine import Engine
 from stoker.parallel.layout import batch_plan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.mmap_offload import offloaded
+from stoker.parallel.model import whole_model
+from stoker.parallel.objective import takes_targets
 from stoker.parallel.shards import BUFFER, PARAMETER
 from stoker.trainer.evaluation import Evaluation, Part
 from stoker.trainer.facts import Facts, vocabulary_of
 from stoker.trainer.frozen_base import FrozenBase, frozen_names
 from stoker.trainer.history import SavedOnce, has_saved, nothing_to_resume
 from stoker.trainer.loop import Trainer
-from stoker.trainer.parallelize import build_engine, compiles
+from stoker.trainer.parallelize import NO_HEAD, build_engine, compiles, part_builder
 from stoker.trainer.pretrained import load_pretrained
 from stoker.trainer.pretrained_adapter import load_adapter
 from stoker.trainer.report.goodput import Booking
@@ -71,9 +74,17 @@ def assemble(
     vocab_size = vocabulary_of(config)
     stream, evaluation = _open_data(config, mesh, place, closing)
     facts = Facts(vocab_size, stream.document_mask)
+    refuse_other_pairs(config, stream)
 
     phase(0, Phase.BUILD)
     complete = facts.complete(config)
+    if stream.weighted and config.parallel.engine == "deepspeed":
+        raise ValueError(
+            "the data weigh messages (a weight other than 0 and 1), which is not tested yet with "
+            "parallel.engine=deepspeed: parallel.engine=fsdp works"
+        )
+    if stream.weighted and not takes_targets(part_builder(complete)(whole_model(config.model.num_hidden_layers))):
+        raise ValueError(f"the weight of a message {NO_HEAD.format(config.model.target)}")
     engine, initialise = build_engine(complete, mesh, plan)
     observers = open_observers(config, start, screen, log_file) if mesh.rank == 0 else None
     if observers is not None:
@@ -170,6 +181,23 @@ def assemble(
     return trainer
 
 
+def refuse_other_pairs(config: Config, stream: RowSource) -> None:
+    """Raises ValueError where the data are pairs and the objective takes none, or the other way round."""
+    wanted, found = objective_of(config.objective).documents_together, stream.documents_together
+    if wanted == found:
+        return
+    name = config.objective.target or config.objective.name
+    if found == 1:
+        raise ValueError(
+            f"objective={name} takes pairs of answers, and the data have none: data=chat data.args.shape=preference "
+            "reads them"
+        )
+    raise ValueError(
+        f"the data are pairs of answers (data.args.shape=preference), which objective={name} does not take: "
+        "objective=dpo, ipo, simpo or orpo does"
+    )
+
+
 def _held(engine: Engine, device: torch.device) -> dict[str, int]:
     """Bytes on `device` of what an engine holds all the time, by category."""
     found: dict[str, int] = {}
@@ -189,7 +217,8 @@ def _open_data(config: Config, mesh: Mesh, place: Place, closing: ExitStack) -> 
     closing.callback(stream.close)
     parts = [Part(sample.source, sample.split, _rows_of(sample, mesh)) for sample in open_samples(config)]
     required = config.eval.sequences is not None
-    return stream, Evaluation(mesh, parts, batch_plan(config, mesh.layout).micro_rows, required)
+    micro_rows, scalars = batch_plan(config, mesh.layout).micro_rows, objective_of(config.objective).scalars
+    return stream, Evaluation(mesh, parts, micro_rows, required, scalars)
 
 
 def _rows_of(sample: Sample, mesh: Mesh) -> Batch:

@@ -8,6 +8,7 @@ and the logits of its first sequences.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def _measure(trainer: Trainer, with_logits: bool) -> Outcome:
     for step in range(1, trainer.config.steps + 1):
         rows = trainer.rows.next()
         if with_logits:
-            _keep_logits(trainer, rows)
+            _keep_logits(trainer, replace(rows, weights=None))  # transformers' loss has none
         else:
             trainer.engine.forward_backward(rows)
         if step == 1:

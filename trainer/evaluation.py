@@ -25,22 +25,32 @@ class Part:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Losses in nats per valid token."""
+    """Losses in nats per valid token, or per what the objective counts."""
 
     val_loss: float
-    extra: dict[str, float] = field(default_factory=dict)  # of training sequences, and of each source of several
+    extra: dict[str, float] = field(
+        default_factory=dict
+    )  # of training sequences, of each source of several, and scalars
 
 
 class Evaluation:
     """The losses of samples whose rows are divided over data-parallel ranks, which all make equally many passes."""
 
-    def __init__(self, mesh: Mesh, parts: Sequence[Part], per_pass: int, required: bool = True) -> None:
-        """`parts`: none for no evaluation; parts without a label on any rank are left out.
+    def __init__(
+        self,
+        mesh: Mesh,
+        parts: Sequence[Part],
+        per_pass: int,
+        required: bool = True,
+        scalars: Sequence[str] = (),
+    ) -> None:
+        """`parts`: none for no evaluation; parts without a label on any rank are left out. `scalars`: the names of the
+        objective's.
 
         A collective. If no validation row of any rank has a label, there is no loss: `required` raises ValueError then
         on all ranks, else there is no evaluation.
         """
-        self._mesh, self._per_pass = mesh, per_pass
+        self._mesh, self._per_pass, self._scalars = mesh, per_pass, scalars
         labelled = mesh.any([bool(part.rows.valid_tokens() > 0) for part in parts]) if parts else []
         self.parts = [part for part, held in zip(parts, labelled, strict=True) if held]
         if not any(part.split == "validation" for part in self.parts):
@@ -69,7 +79,10 @@ class Evaluation:
         for split, name in NAMES.items():
             own = [(part.source, *each) for part, each in zip(self.parts, found, strict=True) if part.split == split]
             if own:
-                values[name] = sum(loss for _, loss, _ in own) / sum(tokens for _, _, tokens in own)
+                count = sum(counted for _, _, counted, *_ in own)
+                values[name] = sum(loss for _, loss, *_ in own) / count
+                for place, scalar in enumerate(self._scalars, 3):
+                    values[name.replace("loss", scalar)] = sum(numbers[place] for numbers in own) / count
             if len({part.source for part in self.parts}) > 1:
-                values |= {f"{name}.{source}": loss / tokens for source, loss, tokens in own}
+                values |= {f"{name}.{source}": loss / counted for source, loss, counted, *_ in own}
         return Evaluated(values.pop(NAMES["validation"]), values)

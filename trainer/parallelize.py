@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from stoker.conf.schema import Config
 from stoker.models.adapters import apply, plan_of
 from stoker.models.family import build_on_meta, family_of
+from stoker.models.objectives import objective_of
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.engine import Engine
 from stoker.parallel.fp32_modules import compute_in_fp32
@@ -29,12 +30,19 @@ from stoker.parallel.layout import BatchPlan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import ParallelizableModel, Part, whole_model
 from stoker.parallel.native import build_native
+from stoker.parallel.objective import takes_targets
 from stoker.parallel.registry import Registry
 from stoker.parallel.stages import costs_of, parts, stages_of
 from stoker.parallel.tensor import enable_async_tensor_parallelism, parallelize_tensors
 from stoker.parallel.trial import Trial
 
 log = logging.getLogger(__name__)
+
+# Of an objective, or of weights, for a model that computes its loss on its own.
+NO_HEAD = (
+    "needs the log-probability of each token, and model.target={} computes its loss by itself: a model that ends in "
+    "stoker.models.loss.Head, as every built-in one does, returns them"
+)
 
 FUSED_ATTENTION = (
     "_scaled_dot_product_cudnn_attention",
@@ -68,6 +76,13 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
         log.info("adapter: %s, %s parameters are trained", config.adapter.name, f"{trained:,}")
     if not any(parameter.requires_grad for parameter in whole.parameters()):
         raise ValueError(f"model.target={config.model.target}: none of its parameters is trained")
+    objective = objective_of(config.objective)
+    if objective.per_token and not takes_targets(whole):
+        raise ValueError(f"objective={config.objective.name} {NO_HEAD.format(config.model.target)}")
+    if objective.reference and config.adapter.name == "none":
+        raise ValueError(
+            f"objective.target={config.objective.target} needs the model without its adapter: adapter=lora"
+        )
 
     every = _parts(config, mesh, whole, build)
     numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
@@ -102,7 +117,7 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
     if compiled:
         log.info("compile: per block")
 
-    engine = build_native(config, mesh, plan, stages, full, registry, activations, clock)
+    engine = build_native(config, mesh, plan, stages, full, registry, activations, clock, objective)
     log.info("layout: %s; %d micro-batches of %d rows per rank", mesh.layout, plan.micro_batches, plan.micro_rows)
 
     def initialise() -> None:

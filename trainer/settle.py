@@ -109,7 +109,11 @@ def targets(request: Request, draft: Draft) -> Draft:
     code = code_of(config, (MODEL, DATA, OPTIM))
     named = {key: path for key, path in code.items() if key.rpartition(".")[2] in ("target", "splits", "map")}
     named |= {f"observers[{at}]": target_and_arguments(entry)[0] for at, entry in enumerate(config.observers)}
-    own = ("model.target", config.model.target), ("optim.target", config.optim.target)  # Stoker's own may be misspelt
+    own = (
+        ("model.target", config.model.target),
+        ("objective.target", config.objective.target),
+        ("optim.target", config.optim.target),
+    )  # Stoker's own may be misspelt
     for key, path in dict(own, **named).items():
         if not isinstance(path, str) or path == ModelConfig().target:  # that of most runs
             continue

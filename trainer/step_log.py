@@ -156,7 +156,7 @@ class StepLog:
                     skipped=agreed.skipped,
                     empty=empty,
                     val_loss=entry.val_loss,
-                    extra={**entry.extra, **scale},
+                    extra={**entry.extra, **scale, **agreed.scalars},
                 )
             )
         return agreed.votes

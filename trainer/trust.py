@@ -3,7 +3,7 @@
 A run directory or a checkpoint may come from another user. Code that its config would execute is refused by every
 command, by key and value, unless this user has started the run before (a record beside the user's caches, of the run's
 id and a digest of all these keys), sets `run.trust=true` or `--trust`, or gives the key on the command line. Stoker's
-models, sources and optimizers are not foreign code; `data.args.map` has none of Stoker's.
+models, sources, objectives and optimizers are not foreign code; `data.args.map` has none of Stoker's.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 Code = dict[str, Any]  # dotted key -> value
 
-MODEL, DATA, OPTIM, ENGINE, SLURM = "model.", "data.", "optim.", "parallel.", "launch."
+MODEL, DATA, OBJECTIVE, OPTIM, ENGINE, SLURM = "model.", "data.", "objective.", "optim.", "parallel.", "launch."
 EARLY_STOPPING = "stoker.trainer.report.early_stopping:EarlyStopping"  # Stoker's own observer
 REPORTING = ("observers", "alerts.")
-TRAINING = (MODEL, DATA, OPTIM, ENGINE, *REPORTING)  # what ranks use
+TRAINING = (MODEL, DATA, OBJECTIVE, OPTIM, ENGINE, *REPORTING)  # what ranks use
 _LARGEST_SHOWN = 120  # characters of a value
 
 
@@ -51,6 +51,8 @@ def code_of(config: Config, uses: Sequence[str] = ("",)) -> Code:
     for name, source in data.sources.items():
         if isinstance(source, Mapping):
             found |= _data(f"data.sources.{name}", source)
+    objective = config.objective
+    found |= _target("objective.target", objective.target, "stoker.models.", {"objective.args": objective.args})
     found |= _target("optim.target", optim.target, "stoker.parallel.", {"optim.args": optim.args})
     if config.parallel.deepspeed:
         found["parallel.deepspeed"] = config.parallel.deepspeed  # it may name modules to import

@@ -14,11 +14,12 @@ from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.data.refusals import REFUSALS as OF_DATA
 from stoker.models.family import built_in, family_of
+from stoker.models.objectives.refusals import REFUSALS as OF_OBJECTIVES
 from stoker.parallel.refusals import REFUSALS as OF_LAYOUTS
 from stoker.parallel.start import Refusal, Start
 from stoker.trainer.refusals import REFUSALS as OF_RUNS
 
-OF_ROOMS = (*OF_LAYOUTS, *OF_DATA, *OF_RUNS)
+OF_ROOMS = (*OF_LAYOUTS, *OF_DATA, *OF_OBJECTIVES, *OF_RUNS)
 
 
 def entries_for(config: Config) -> tuple[Refusal, ...]:

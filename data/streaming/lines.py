@@ -80,7 +80,7 @@ class Lines:
         pieces = decompressed(shard_pieces(shard, store), kind.compression, self.limits)
         try:
             if kind.format is JSON_ARRAY:
-                found = elements(decompress.whole(pieces, self.limits), self.column)
+                found = elements(decompress.whole(pieces, self.limits), (self.column,))
                 yield from ((None, value) for value in found)
                 return
             byte = 0
@@ -98,7 +98,7 @@ class Lines:
         where = (shard.url, byte, f"line {number} of its split" if isinstance(value, bytes) else f"element {number}")
         if isinstance(value, bytes):
             try:
-                value = parse(value, self.column if self.map is None else None)
+                value = parse(value, (self.column,) if self.map is None else ())
             except ValueError as error:
                 raise Damaged(str(error), *where) from error
         if self.map is not None:

@@ -68,6 +68,7 @@ class StreamingLoader:
             raise ValueError(f"batch.size={batch_rows} is no multiple of data.streams={shape.streams}")
         self._sources, self._shape, self._batch_rows = sources, shape, batch_rows
         self.document_mask = document_mask
+        self.weighted, self.documents_together = False, 1  # it reads no conversations
         self._pin, self._prefetch, self._change = pin, prefetch, change
         self._exchange = exchange or Alone()
         self.fingerprint = StreamedFingerprint(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 import stoker
+from stoker.conf.units import loss_unit
 from stoker.launch.report.escaping import text
 from stoker.launch.report.gather import Attempt, Gathered
 from stoker.launch.report.svg import COLOURS, Chart, Line
@@ -99,7 +100,8 @@ def charts(runs: list[Gathered]) -> list[Chart]:
     """The charts of these runs; those without a curve are left out."""
     alone = len(runs) == 1
     marks = _marks(runs[0]) if alone else []
-    found = [Chart("Loss", "nats per token", _losses(runs), marks)]
+    units = {loss_unit(run.config.objective) for run in runs if run.config is not None}
+    found = [Chart("Loss", "; ".join(sorted(units)), _losses(runs), marks)]
     for metric, title, unit, from_zero in (
         ("grad_norm", "Gradient norm", "before clipping", False),
         ("lr", "Learning rate", "", True),

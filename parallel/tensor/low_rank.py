@@ -7,6 +7,8 @@ side is whole on every rank, whose gradient is a part of a sum: of the output fe
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,8 @@ SLOT = "lora"  # the name of a `LowRank` within its linear layer
 
 class LowRank(nn.Module):
     """`scale * B @ A`, added to the weight of a linear layer: `A` is `[rank, in]`, `B` `[out, rank]`, zero at first."""
+
+    enabled = True
 
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float) -> None:
         super().__init__()
@@ -55,7 +59,20 @@ def product(layer: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` of a linear layer, with what its adapter adds."""
     result = F.linear(x, layer.weight, bias)
     adapter = low_rank_of(layer)
-    return result if adapter is None else result + adapter(x)
+    return result + adapter(x) if adapter is not None and adapter.enabled else result
+
+
+@contextmanager
+def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """`modules` compute without their adapters."""
+    adapters = [adapter for module in modules for adapter in module.modules() if isinstance(adapter, LowRank)]
+    try:
+        for adapter in adapters:
+            adapter.enabled = False
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.enabled = True
 
 
 class AdaptedLinear(nn.Linear):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 
 import torch
@@ -11,11 +10,11 @@ from stoker.parallel.batch import Batch
 
 
 def digest(rows: Batch) -> str:
-    parts = (rows.tokens, rows.labels, rows.positions, rows.documents)
+    parts = (part for part in vars(rows).values() if part is not None)
     return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
 
 def together(parts: list[Batch]) -> Batch:
     """Row s of the global batch is on rank s mod dp."""
-    names = [field.name for field in dataclasses.fields(Batch)]
-    return Batch(*(torch.stack([getattr(part, name) for part in parts], 1).flatten(0, 1) for name in names))
+    held = [name for name, field in vars(parts[0]).items() if field is not None]
+    return Batch(**{name: torch.stack([vars(part)[name] for part in parts], 1).flatten(0, 1) for name in held})

@@ -20,6 +20,8 @@ class NumberPlan:
     seconds: float = 0.0
     fails_at: int | None = None
     document_mask: bool = False
+    weighted: bool = False
+    documents_together: int = 1
     fingerprint: Mapping[str, Any] = field(default_factory=lambda: {"content": "numbers", "seed": 0})
 
     def read(self, numbers: np.ndarray, out: np.ndarray) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import transformers
 
 from stoker.conf.schema import DataConfig
-from stoker.data.chat import ChatEncoder, settings_of, text_of
+from stoker.data.chat import ChatEncoder, settings_of
+from stoker.data.chat_shapes import text_of
 from stoker.data.tokenizer import ByteTokenizer, Tokenizer
 
 MARKED = (
@@ -29,7 +30,7 @@ def encoded(tokenizer: Tokenizer, line: Any, **args: Any) -> tuple[list[int], li
     """Ids and learned marks of a line of data; `args` are `data.args`."""
     line = line if isinstance(line, dict) else {"messages": line}
     encoder = ChatEncoder(settings_of(DataConfig(args=args), tokenizer), tokenizer)
-    ids, learned = encoder.encode(tokenizer, "line 1", text_of(line, "messages"))
+    ((ids, learned),) = encoder.encode(tokenizer, "line 1", text_of(line, "messages"))
     return ids.tolist(), learned.tolist()
 
 

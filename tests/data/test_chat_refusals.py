@@ -49,7 +49,11 @@ REFUSED = {
         "{{ tools }}",
         "renders an empty list of tools differently",
     ),
-    "weights between": ([HELLO, HI | {"weight": 0.5}], CHATML, "message 2 has the weight 0.5: 0, 1, true and false"),
+    "weights below 0": (
+        [HELLO, HI | {"weight": -0.5}],
+        CHATML,
+        "message 2 has the weight -0.5: expected a number from",
+    ),
     "users to learn": ([HELLO | {"train": True}, HI], CHATML, "message 1 is to be trained on, and its role is 'user'"),
     "what the template refuses": (TALK, "{{ raise_exception('no') }}", "the chat template refuses it: no"),
     "what it fails on": (TALK, "{{ 1 / 0 }}", "the chat template refuses it: ZeroDivisionError"),

@@ -18,7 +18,8 @@ import pytest
 import transformers
 
 from stoker.conf.schema import DataConfig
-from stoker.data.chat import ChatEncoder, settings_of, text_of
+from stoker.data.chat import ChatEncoder, settings_of
+from stoker.data.chat_shapes import text_of
 from stoker.data.hub_tokenizer import HubTokenizer
 from stoker.data.tokenizer_files import load_tokenizer
 from tests.data.chat_styles import STYLES, a_conversation, template
@@ -57,7 +58,7 @@ def compare(folder: Path, style: str, marked: bool, count: int, seed: int) -> Co
     for number in range(count):
         line = a_conversation(random.Random(f"{seed} {number}"))
         try:
-            ids, learned = encoder.encode(tokenizer, "line", text_of(line, "messages"))
+            ((ids, learned),) = encoder.encode(tokenizer, "line", text_of(line, "messages"))
         except ValueError as error:
             found["refused" if "line: the chat template refuses it: " in str(error) else str(error)] += 1
             continue

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import sys
@@ -17,6 +16,7 @@ from stoker.conf.schema import Config
 from stoker.data import EndOfData, IndexedLoader, RowPlan, open_rows, read_rows
 from stoker.parallel.batch import Batch
 from tests import world
+from tests.data.batches import together
 from tests.data.plans import NumberPlan
 
 
@@ -44,12 +44,6 @@ def global_batches(
         yield together(parts)
     for stream in streams:
         stream.close()
-
-
-def together(parts: list[Batch]) -> Batch:
-    """Row s of the global batch is on rank s mod dp."""
-    names = [field.name for field in dataclasses.fields(Batch)]
-    return Batch(*(torch.stack([getattr(part, name) for part in parts], 1).flatten(0, 1) for name in names))
 
 
 @pytest.mark.long
@@ -192,7 +186,8 @@ def test_all_ranks_end_at_the_same_batch(total, per_rank, dp, first):
 def test_the_last_partial_batch_is_left_out_and_logged(workers, caplog):
     caplog.set_level("INFO")
     with closing(IndexedLoader(NumberPlan(total_rows=22), 8, workers=workers)) as stream:
-        assert "22" not in caplog.text and "6 rows that fill no global batch of 8" in caplog.text
+        [message] = caplog.messages
+        assert "22" not in message and "6 rows that fill no global batch of 8" in message
         assert stream.batches_left == 2
         assert [stream.next().tokens[0, 0].item() for _ in range(2)] == [0, 8]
         with pytest.raises(EndOfData, match=r"end after 22 rows, and 6 are left at row 16: too few for batch.size=8"):

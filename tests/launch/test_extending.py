@@ -70,6 +70,11 @@ def test_a_source_reads_every_document(reader: Newcomer) -> None:
     assert status == 2 and "data.args.key: name the field" in output
 
 
+def test_an_objective_computes_the_same_where_the_vocabulary_is_divided(reader: Newcomer) -> None:
+    [output] = types(reader, "An objective")
+    assert "the same run, within the rounding of fp32" in output
+
+
 def test_an_optimizer_computes_the_same_where_parameters_are_divided(reader: Newcomer) -> None:
     [output] = types(reader, "An optimizer")
     assert "the same run, within the rounding of fp32" in output
@@ -111,5 +116,5 @@ def test_an_engine_computes_what_one_process_computes() -> None:
 def test_every_block_is_a_file_or_commands() -> None:
     assert all(block.file or block.commands() for block in PAGE)
     assert {block.heading for block in PAGE} == {
-        "A model", "A source", "An optimizer", "A tracker", "An engine",
+        "A model", "A source", "An objective", "An optimizer", "A tracker", "An engine",
     }  # fmt: skip

@@ -102,6 +102,10 @@ def test_what_train_refuses_plan_refuses_in_the_same_words(printed: Printed, wor
         (["--price", "0"], "--price 0: a number above 0 works"),
         (["--gpus", "0"], "--gpus 0: at least one rank"),
         (["--gpu", "H100", "launch.device=cpu"], "launch.device=cpu with --gpu H100: leave one of them out"),
+        (
+            [*SMALL, "optim.target=torch.optim:Adamax", "optim.needs=elementwise"],
+            "this start cannot be rehearsed: its step depends on the value of a tensor (aten._local_scalar_dense",
+        ),
         (["parallel.engine=deepspeed"], "parallel.engine=deepspeed cannot be rehearsed: parallel.engine=fsdp can"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, list) else "",

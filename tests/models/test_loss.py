@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stoker.models.loss import Head, summed_loss
+from stoker.models.loss import Head, log_probabilities, summed_loss
 from stoker.parallel.batch import IGNORE_INDEX
+from stoker.parallel.objective import Targets
 
 
 def inputs(tokens: int, ignored: float = 0.3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,3 +88,55 @@ def test_the_head_without_labels_gives_logits() -> None:
     hidden, weight, _ = inputs(5, dtype=torch.bfloat16)
     logits = Head(torch.nn.Parameter(weight), 8)(hidden)
     assert logits.shape == (5, 31) and logits.dtype == torch.float32
+
+
+def test_weights_of_1_change_no_bit_of_loss_and_gradients() -> None:
+    hidden, weight, labels = inputs(30, dtype=torch.float32)
+    losses = [summed_loss(hidden, weight, labels, 8, weights=weights) for weights in (None, torch.ones(30))]
+    first, second = ([loss, *torch.autograd.grad(loss, (hidden, weight))] for loss in losses)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_weights_are_factors_of_the_losses() -> None:
+    hidden, weight, labels = inputs(30, dtype=torch.float32)
+    weights = torch.linspace(0.0, 3.0, 30)
+    logits = hidden.double() @ weight.double().T
+    expected = (weights.double() * F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")).sum()
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    loss = summed_loss(hidden, weight, labels, 8, weights=weights)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), wanted, strict=True):
+        assert (a - b).norm() < 1e-6 * b.norm()
+    with torch.no_grad():
+        assert summed_loss(hidden, weight, labels, 8, weights=weights).item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("ruled", [False, True])
+def test_log_probabilities_have_any_gradient_for_each_token(ruled: bool) -> None:
+    hidden, weight, labels = inputs(30, dtype=torch.float32)
+    bias = torch.linspace(-1.0, 1.0, 31).requires_grad_()
+    gradient = torch.linspace(-2.0, 2.0, 30)
+    raw = hidden.double() @ weight.double().T + bias.double()
+    logits = 5 * torch.tanh(raw / 5) if ruled else raw
+    expected = -F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    wanted = torch.autograd.grad(expected, (hidden, weight, bias), gradient.double())
+    rule = (lambda logits: 5 * torch.tanh(logits / 5)) if ruled else None
+    found = log_probabilities(hidden, weight, labels, 8, bias=bias, rule=rule)
+    assert found.dtype == torch.float32 and not found[labels == IGNORE_INDEX].any()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(found, (hidden, weight, bias), gradient), wanted, strict=True):
+        assert (a - b).norm() < 1e-6 * b.norm()
+    with torch.no_grad():
+        assert torch.equal(log_probabilities(hidden, weight, labels, 8, bias=bias, rule=rule), found)
+
+
+def test_the_head_gives_what_targets_ask_for() -> None:
+    hidden, weight, labels = inputs(12, dtype=torch.float32)
+    head = Head(torch.nn.Parameter(weight.detach()), 8)
+    weights = torch.arange(12.0)
+    rows = labels.view(2, 6)
+    assert torch.equal(head(hidden, Targets(rows)), head(hidden, rows))
+    assert torch.equal(
+        head(hidden, Targets(rows, weights.view(2, 6))), summed_loss(hidden, head.weight, labels, 8, weights=weights)
+    )
+    assert torch.equal(head(hidden, Targets(rows, per_token=True)), log_probabilities(hidden, head.weight, labels, 8))

@@ -51,7 +51,7 @@ def measure(configs: list[Config]) -> list[Measured]:
             for one, other in zip(gradients[number], shards, strict=True):
                 assert torch.equal(one.data, other.data), f"{one.name} is another after an evaluation"
         assert torch.equal(first, again)
-        assert first.dtype == torch.float64 and first.shape == ()
+        assert first.dtype == torch.float64 and first.shape == (1,)
         found.append(Measured(first.item(), gradients, evaluated))
     return found
 

@@ -53,7 +53,7 @@ class ToyEngine:
             self.tokens,
             said,
             loss_scale=torch.ones(()),
-            nominal_tokens=1,
+            nominal_count=1,
             grad_clip_norm=self.config.grad_clip_norm,
         )
         self.optimizer.step(gradients, lr, verdict.gradient_divisor, verdict.found_inf)

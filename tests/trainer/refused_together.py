@@ -67,6 +67,68 @@ TOGETHER = {
             "parallel.tp=4 does not go with model.num_key_value_heads=6: parallel.tp=3 with launch.nproc=3, or ",
         ),
     ],
+    "settings of other objectives": [
+        (
+            ["objective.beta=0.2"],
+            1,
+            0,
+            "which does not use it: objective.beta=0.1 works, or another objective (dpo, ipo, simpo, orpo)",
+        ),
+        (
+            ["objective.name=orpo", "objective.gamma=1.0", "objective.label_smoothing=0.1", "data.packing=padded"],
+            1,
+            0,
+            "which does not use it: objective.label_smoothing=0.0 and objective.gamma=0.0 works",
+        ),
+    ],
+    "the reference of an objective": [
+        (
+            ["objective.name=dpo", "data.packing=best_fit"],
+            1,
+            0,
+            "and adapter=none: adapter=lora works, or an objective without a reference (simpo, orpo)",
+        ),
+        (
+            ["objective.name=ipo", "data.packing=padded", "adapter.name=lora", "adapter.modules_to_save=[norm]"],
+            1,
+            0,
+            "adapter.modules_to_save=['norm'] changes the model itself: adapter.modules_to_save=[] works",
+        ),
+    ],
+    "objectives under DeepSpeed": [
+        (
+            ["objective.name=simpo", "data.packing=padded", *DEEPSPEED],
+            1,
+            0,
+            "objective=simpo with parallel.engine=deepspeed: parallel.engine=fsdp works",
+        ),
+        (["objective.target=mine:build", *DEEPSPEED], 1, 0, "objective.target=mine:build with parallel.engine"),
+    ],
+    "pairs of answers": [
+        (
+            ["objective.name=orpo", "data.document_mask=false"],
+            1,
+            0,
+            "need data.packing=best_fit and data.document_mask=true",
+        ),
+        (
+            ["objective.name=simpo", "data.packing=padded", "data.validation_by=position"],
+            1,
+            0,
+            "validation_by=documents",
+        ),
+        (
+            [
+                "objective.name=simpo",
+                "data.packing=padded",
+                "data.mode=streaming",
+                "data.splits=mine:splits",
+            ],
+            1,
+            0,
+            "objective=simpo with data.mode=streaming: pairs of answers need data.mode=indexed",
+        ),
+    ],
     "sequence parallelism": [
         (
             ["parallel.tp=8", "seq_len=250", "batch.micro_size=2"],

@@ -85,13 +85,14 @@ STORED: dict[str, dict[str, Any]] = {
         "data__sources": {"web": {"target": "evil_stranger:open_source"}}
     },
     "data.splits=evil_stranger:open_source": {"data__splits": "evil_stranger:open_source"},
+    "objective.target=evil_stranger:build": {"objective__target": "evil_stranger:build"},
     "optim.target=evil_stranger:build": {"optim__target": "evil_stranger:build"},
     "parallel.deepspeed": {"parallel__deepspeed": {"compile": {"backend": "evil_stranger.build"}}},
 }
 USES = {
-    "train": ("model.", "data.", "optim.", "parallel."),
-    "submit": ("model.", "data.", "optim.", "parallel.", "launch."),
-    "replay": ("model.", "data.", "optim.", "parallel."),
+    "train": ("model.", "data.", "objective.", "optim.", "parallel."),
+    "submit": ("model.", "data.", "objective.", "optim.", "parallel.", "launch."),
+    "replay": ("model.", "data.", "objective.", "optim.", "parallel."),
     "generate": ("model.", "data."),
     "export": ("model.", "data."),
     "peek": ("data.",),

@@ -171,7 +171,10 @@ def test_every_choice_of_every_group_may_start():
     for group in GROUPS:
         assert choices(group)
         for name in choices(group):
-            needed = ["launch.image=stoker", "launch.volume=runs"] if group == "launch" else []
+            needed = {
+                "launch": ["launch.image=stoker", "launch.volume=runs"],
+                "objective": ["adapter=lora", "data=chat"],  # which those of preferences need
+            }.get(group, [])
             if name != "transformers":  # it needs a model.config
                 assert refusals_of(compose([f"{group}={name}", *needed]), 1, 0) == ""
 

@@ -91,5 +91,7 @@ def test_a_checkpoint_between_two_evaluations_has_no_validation_loss(step: int, 
     rows, engine = SimpleNamespace(state=dict), SimpleNamespace(state=dict)
     progress = Progress(step=step, val_loss=1.5, val_step=4)
     mesh = SimpleNamespace(layout=None)
-    trainer = SimpleNamespace(progress=progress, rows=rows, engine=engine, config=Config(), mesh=mesh, observers=None)
+    trainer = SimpleNamespace(
+        progress=progress, rows=rows, engine=engine, config=Config(), mesh=mesh, observers=None, base=None
+    )
     assert Trainer.state(trainer)[VALIDATION_LOSS] == expected  # type: ignore[arg-type]

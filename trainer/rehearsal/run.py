@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from stoker.checkpoint.plan import plan_file
 from stoker.conf.schema import Config
@@ -48,13 +49,15 @@ class Rehearsal:
 def rehearse(config: Config, layout: Layout, rank: int, kind: str = "cpu") -> Rehearsal:
     """What `rank` of `layout` needs, with the kernels of a device of this `kind`, cpu or cuda.
 
-    `config.model.vocab_size` must be set. Raises ValueError as building the engine does, and for an engine that cannot
-    run without the other ranks.
+    `config.model.vocab_size` must be set. Raises ValueError as building the engine does, and for what cannot run
+    without the other ranks, a disk, or the values of tensors.
     """
     if config.parallel.engine != "fsdp":
         raise ValueError(f"parallel.engine={config.parallel.engine} cannot be rehearsed: parallel.engine=fsdp can")
+    if config.parallel.offload == "nvme":
+        raise ValueError("parallel.offload=nvme cannot be rehearsed, as it writes to a disk: parallel.offload=cpu can")
     plan = batch_plan(config, layout)
-    with _quiet(), fake_mesh(layout, rank) as mesh:
+    with _quiet(), _without_values(), fake_mesh(layout, rank) as mesh:
         work = WorkLog(mesh)
         selective = config.activation_checkpointing == "selective"
         with fake_tensors(), stand_ins(kind, selective, work.count), MemoryLog(work.see) as log:
@@ -65,7 +68,7 @@ def rehearse(config: Config, layout: Layout, rank: int, kind: str = "cpu") -> Re
             work.take()
             log.phase = "between passes"
             rows = _rows(plan, config.seq_len)
-            log.assign(Category.ROWS, vars(rows).values())
+            log.assign(Category.ROWS, (field for field in vars(rows).values() if field is not None))
             passes, update = _step(engine, rows, config, plan, work, log)
             step, held = log.peak(), log.now()
             log.phase = "evaluation"
@@ -112,6 +115,18 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def _without_values() -> Iterator[None]:
+    """Raises ValueError where code inside takes the value of a tensor."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"this start cannot be rehearsed: its step depends on the value of a tensor ({error.func}), as optimizers "
+            "without fused kernels and some models do, and fake tensors have none"
+        ) from None
 
 
 def _rows(plan: BatchPlan, seq_len: int) -> Batch:

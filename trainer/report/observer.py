@@ -15,7 +15,7 @@ class StepRecord:
 
     step: int  # global batches attempted
     updates: int  # optimizer steps taken
-    loss: float | None  # nats per valid token
+    loss: float | None  # nats per valid token, or per what the objective counts
     grad_norm: float | None  # before clipping
     lr: float
     tokens: int  # valid tokens trained so far

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
+from stoker.conf.units import loss_unit
 from stoker.trainer.report.goodput import goodput
 from stoker.trainer.report.metrics import steps
 from stoker.trainer.report.progress import duration, rate
@@ -91,7 +92,7 @@ def summarize(run_dir: Path, config: Config, outcome: str) -> str:
     if history.count > 1:
         try:
             title, marks = config.run.name or run.path.name, marks_of(history, run, config)
-            rows.append(("picture", str(draw(history, run.loss_plot, title, marks))))
+            rows.append(("picture", str(draw(history, run.loss_plot, title, marks, loss_unit(config.objective)))))
         except Exception as error:
             rows.append(("picture", f"not drawn: {type(error).__name__}: {str(error).partition(chr(10))[0]}"))
     width = max(len(name) for name, _ in rows)
@@ -111,7 +112,7 @@ def table(history: History, run: RunDirectory, config: Config) -> list[tuple[str
             if key in history.finite:
                 step, value = history.finite[key]
                 when = "" if step == last["step"] else f" at step {step:,}"
-                rows.append((name, f"{value:.4f} nats per token{when}"))
+                rows.append((name, f"{value:.4f} {loss_unit(config.objective)}{when}"))
         if history.speeds.items:
             speed, training = statistics.median(history.speeds.items), duration(history.seconds)
             rows.append(("speed", f"{speed:,.0f} tokens/s (median), {training} in steps"))
@@ -154,18 +155,18 @@ def marks_of(history: History, run: RunDirectory, config: Config) -> Marks:
     return Marks(resumed, rolled_back)
 
 
-def draw(history: History, path: Path, title: str, marks: Marks) -> Path:
+def draw(history: History, path: Path, title: str, marks: Marks, unit: str) -> Path:
     """Draw `picture` as a PNG. Returns `path`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot: no window system, no global state
 
-    figure = picture(history, title, marks)
+    figure = picture(history, title, marks, unit)
     FigureCanvasAgg(figure)
     figure.savefig(path)
     return path
 
 
-def picture(history: History, title: str, marks: Marks) -> Figure:
-    """Loss, validation loss and learning rate over steps, with tokens along the top."""
+def picture(history: History, title: str, marks: Marks, unit: str = "nats per token") -> Figure:
+    """Loss, in `unit`, validation loss and learning rate over steps, with tokens along the top."""
     import numpy as np
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
@@ -205,7 +206,7 @@ def picture(history: History, title: str, marks: Marks) -> Figure:
     axes.margins(x=0.02)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#1f2937")
     axes.set_xlabel("step", color=grey)
-    axes.set_ylabel("loss (nats per token)", color=grey)
+    axes.set_ylabel(f"loss ({unit})", color=grey)
     axes.tick_params(which="both", colors=grey, labelsize=9)
     axes.grid(True, which="major", color="#e5e7eb", lw=0.8)
     axes.set_axisbelow(True)

@@ -1,0 +1,27 @@
+"""What a run minimises: `objective=NAME`, or a user's own (docs/extending.md).
+
+next_token          the cross entropy of each label                              stoker.parallel.objective
+dpo ipo simpo orpo  preferences, pairs of an answer chosen and one rejected       preference.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from stoker.conf.schema import ObjectiveConfig
+from stoker.conf.targets import import_target
+from stoker.models.objectives.preference import FORMULAS, Preference
+from stoker.parallel.objective import NEXT_TOKEN, Objective
+
+# The keys of the config that each uses.
+USES = {"next_token": (), **{name: formula.uses for name, formula in FORMULAS.items()}}
+
+
+def objective_of(config: ObjectiveConfig) -> Objective:
+    """The objective that `config` names. Raises ValueError for an `objective.target` that cannot be imported."""
+    if config.target is not None:
+        build: Callable[[ObjectiveConfig], Objective] = import_target(config.target)
+        return build(config)
+    if config.name == "next_token":
+        return NEXT_TOKEN
+    return Preference(FORMULAS[config.name], config)

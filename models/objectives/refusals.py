@@ -1,0 +1,92 @@
+"""Objectives whose settings, data or model do not go with them, with what works."""
+
+from __future__ import annotations
+
+from stoker.conf.schema import ObjectiveConfig
+from stoker.models.objectives import USES
+from stoker.models.objectives.preference import FORMULAS
+from stoker.parallel.start import Refusals, Start
+
+REFUSALS = Refusals()
+
+
+@REFUSALS.entry(
+    "settings of other objectives", "keys of the objective section that its objective does not use", "no effect"
+)
+def _unused(start: Start) -> str | None:
+    objective, default = start.config.objective, ObjectiveConfig()
+    used = vars(objective) if objective.target is not None else ("name", *USES.get(objective.name, vars(objective)))
+    unused = [key for key, value in vars(objective).items() if key not in used and value != getattr(default, key)]
+    if not unused:
+        return None
+    others = [name for name, keys in USES.items() if set(unused) <= set(keys)]
+    return (
+        f"{_settings(unused, objective)} with objective={objective.name}, which does not use it: "
+        f"{_settings(unused, default)} works" + (f", or another objective ({', '.join(others)})" if others else "")
+    )
+
+
+def _settings(keys: list[str], objective: ObjectiveConfig) -> str:
+    return " and ".join(f"objective.{key}={getattr(objective, key)}" for key in keys)
+
+
+@REFUSALS.entry(
+    "the reference of an objective",
+    "objective=dpo or ipo without an adapter, or with adapter.modules_to_save",
+    "the reference is the model with its adapter off: no second model is held",
+)
+def _reference(start: Start) -> str | None:
+    objective, adapter = start.config.objective, start.config.adapter
+    formula = FORMULAS.get(objective.name)
+    if objective.target is not None or formula is None or not formula.reference:
+        return None
+    free = ", ".join(name for name, other in FORMULAS.items() if not other.reference)
+    if adapter.name == "none":
+        return (
+            f"objective={objective.name} compares with the model without its adapter, and adapter=none: adapter=lora "
+            f"works, or an objective without a reference ({free})"
+        )
+    if adapter.modules_to_save:
+        return (
+            f"objective={objective.name} compares with the model without its adapter, and "
+            f"adapter.modules_to_save={adapter.modules_to_save} changes the model itself: adapter.modules_to_save=[] "
+            f"works, or an objective without a reference ({free})"
+        )
+    return None
+
+
+@REFUSALS.entry(
+    "pairs of answers",
+    "a preference objective with documents that are cut, or that attend to each other",
+    "the two answers of a pair are whole, in one row, and apart",
+)
+def _pairs(start: Start) -> str | None:
+    objective, data = start.config.objective, start.config.data
+    if objective.target is not None or objective.name not in FORMULAS:
+        return None
+    broken = [
+        ("data.mode=streaming", "data.mode=indexed", data.mode == "streaming"),
+        ("data.packing=concatenated", "data.packing=best_fit", data.packing == "concatenated"),
+        ("data.document_mask=false", "data.document_mask=true", data.document_mask is False),
+        ("data.validation_by=position", "data.validation_by=documents", data.validation_by == "position"),
+    ]
+    found = [(said, works) for said, works, is_so in broken if is_so]
+    if not found:
+        return None
+    return (
+        f"objective={objective.name} with {', '.join(said for said, _ in found)}: pairs of answers need "
+        f"{' and '.join(works for _, works in found)}"
+    )
+
+
+@REFUSALS.entry(
+    "objectives under DeepSpeed",
+    "another objective than next_token with parallel.engine=deepspeed",
+    "what it computes there is not tested yet",
+)
+def _under_deepspeed(start: Start) -> str | None:
+    objective = start.config.objective
+    if start.config.parallel.engine != "deepspeed" or (objective.target is None and objective.name == "next_token"):
+        return None
+    name = f"objective.target={objective.target}" if objective.target is not None else f"objective={objective.name}"
+    return f"{name} with parallel.engine=deepspeed: parallel.engine=fsdp works"

@@ -1,0 +1,126 @@
+"""What a step minimises: the seam between the head of a model and the update.
+
+    rows ──► model ──► head: the summed loss, or each label's log-probability ──► Objective.loss ──► backward
+                                                                            └──► sums in the step's all-reduce
+
+The gradient of a step, its loss and its scalars are the sums over all rows of the global batch over `count` of them:
+a mean over the tokens, or over the pairs, of all ranks and micro-batches. So an objective adds over the rows that it is
+given, and never averages over them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stoker.parallel.batch import IGNORE_INDEX, Batch
+
+
+@dataclass(frozen=True)
+class Targets:
+    """In the place of `labels` (int64 `[rows, seq_len]`) for a head that is to return more than the sum of its losses.
+
+    A model passes it on to its head unread.
+    """
+
+    labels: Tensor
+    weights: Tensor | None = None  # fp32 [rows, seq_len], factor of each label's loss in the sum
+    per_token: bool = False  # return the log-probability of each label, fp32 [rows x seq_len], 0 where there is none
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Of the rows of one micro-batch."""
+
+    sum: Tensor  # fp32 scalar, with a gradient
+    scalars: tuple[Tensor, ...] = ()  # sums of further numbers, one for each of `Objective.scalars`, without
+
+    def sums(self) -> Tensor:
+        """fp64 `[1 + scalars]`, without a gradient."""
+        return torch.stack([value.detach().double() for value in (self.sum, *self.scalars)])
+
+
+class Objective(Protocol):
+    """What is minimised, as a function of what the head returns.
+
+    A class may say `scalars = ()`, `per_token = False` and so on where the value is always the same.
+    """
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """Names, in metrics.jsonl, of further numbers that `loss` returns."""
+        ...
+
+    @property
+    def per_token(self) -> bool:
+        """Whether `loss` is given the log-probability of each label, in the place of the sum of the losses."""
+        ...
+
+    @property
+    def reference(self) -> bool:
+        """Whether `loss` needs `Batch.reference`: those of the model without its adapter."""
+        ...
+
+    @property
+    def documents_together(self) -> int:
+        """How many documents in turn belong together, and are in one row: 2 for pairs."""
+        ...
+
+    def nominal(self, rows: int, seq_len: int) -> int:
+        """What `count` of so many rows is, about: losses are divided by it before the backward pass."""
+        ...
+
+    def count(self, batch: Batch) -> Tensor:
+        """What the sums over these rows are divided by: a scalar on the rows' device."""
+        ...
+
+    def loss(self, given: Tensor, batch: Batch) -> Loss:
+        """The loss of `batch`, one micro-batch on the device, of which the head has `given` the result.
+
+        `given` is the summed loss (fp32 scalar), or with `per_token` fp32 `[rows, seq_len]`.
+        """
+        ...
+
+
+class NextToken:
+    """The cross entropy of each label, times its weight."""
+
+    scalars: tuple[str, ...] = ()
+    per_token = False
+    reference = False
+    documents_together = 1
+
+    def nominal(self, rows: int, seq_len: int) -> int:
+        return rows * seq_len
+
+    def count(self, batch: Batch) -> Tensor:
+        """The number of labels, or the sum of their weights."""
+        if batch.weights is None:
+            return batch.valid_tokens()
+        return batch.weights.double().where(batch.labels != IGNORE_INDEX, 0.0).sum()
+
+    def loss(self, given: Tensor, batch: Batch) -> Loss:
+        return Loss(given)
+
+
+NEXT_TOKEN = NextToken()
+
+
+def targets_of(objective: Objective, labels: Tensor, weights: Tensor | None) -> Tensor | Targets:
+    """What the model is given as `labels`."""
+    if weights is None and not objective.per_token:
+        return labels
+    return Targets(labels, weights, objective.per_token)
+
+
+def shaped(objective: Objective, given: Tensor, labels: Tensor) -> Tensor:
+    """What the head of a whole micro-batch returned, as `Objective.loss` is given it."""
+    return given.view(labels.shape) if objective.per_token else given
+
+
+def takes_targets(model: Any) -> bool:
+    """Whether the head of `model` can be given `Targets`: it declares it, by `takes_targets`."""
+    return any(getattr(module, "takes_targets", False) for module in model.modules())

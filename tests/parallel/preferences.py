@@ -1,0 +1,193 @@
+"""Pairs of answers, and what objectives are compared with: two whole models in float64, no line of an engine's code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stoker.conf.schema import AdapterConfig, Config, ObjectiveConfig, OptimConfig
+from stoker.models.adapters import apply, plan_of
+from stoker.models.decoder import Decoder
+from stoker.parallel.batch import IGNORE_INDEX, Batch
+from stoker.parallel.layout import Layout
+from stoker.parallel.model import whole_model
+from tests.parallel.parity import Case
+from tests.parallel.reference import VOCABULARY, initial_value
+
+STEPS = 10
+# The first is the weighted mean of all labels' losses, with an adapter too.
+OBJECTIVES = {
+    "weights": ObjectiveConfig(),
+    "dpo": ObjectiveConfig("dpo", beta=0.7, label_smoothing=0.1),
+    "ipo": ObjectiveConfig("ipo", beta=0.3),
+    "simpo": ObjectiveConfig("simpo", beta=2.0, gamma=0.5),
+    "orpo": ObjectiveConfig("orpo", beta=0.4),
+}
+
+
+def config_of(name: str, layout: Layout, case: Case) -> Config:
+    """Under SGD: AdamW divides a gradient that is only rounding by itself."""
+    config = case.config(layout)
+    config.seq_len = 16
+    config.optim = OptimConfig(name="sgd", lr=0.05, momentum=0.9, weight_decay=0.0)
+    config.model.initializer_range = 0.1  # RMSNorm magnifies the rounding of activations that are tiny
+    config.objective = OBJECTIVES[name]
+    config.adapter = AdapterConfig("lora", rank=4)
+    return config
+
+
+def pairs(config: Config, step: int) -> Batch:
+    """The rows of a global batch: one or two pairs of unequal answers, and padding. Every fourth row has no label."""
+    count, length = config.batch.size, config.seq_len
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(VOCABULARY, (count, length), generator=generator)
+    labels = torch.full((count, length), IGNORE_INDEX)
+    documents, positions = torch.zeros(count, length, dtype=torch.int32), torch.zeros(count, length, dtype=torch.int64)
+    for row in range(count):
+        sizes = [5, 4, 3, 3] if row % 2 else [6, 8]
+        at = 0
+        for number, size in enumerate([*sizes, length - sum(sizes)]):
+            documents[row, at : at + size], positions[row, at : at + size] = number, torch.arange(size)
+            prompt = int(torch.randint(1, size, (1,), generator=generator)) if size > 1 else 1
+            if number < len(sizes) and row % 4 != 3:
+                labels[row, at + prompt - 1 : at + size - 1] = tokens[row, at + prompt : at + size]
+            at += size
+    weights = None
+    if config.objective.name == "next_token":
+        weights = torch.randint(1, 4, (count, length), generator=generator) / 4
+    return Batch(tokens, labels, positions, documents, weights)
+
+
+@dataclass
+class Expected:
+    """What a run computes."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    scalars: list[dict[str, float]] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the last step's sum over pairs
+    trained: dict[str, Tensor] = field(default_factory=dict)
+
+
+def in_plain_torch(config: Config, steps: int = STEPS) -> Expected:
+    """Train with SGD, the reference being a second model that has no adapter."""
+    policy, reference = model_of(config, adapted=True), model_of(config, adapted=False)
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained and all("lora" in name for name in trained)
+    optimizer = torch.optim.SGD(trained.values(), lr=config.optim.lr, momentum=config.optim.momentum)
+    found = Expected()
+    for step in range(1, steps + 1):
+        rows = pairs(config, step)
+        if rows.weights is None:
+            loss, count, scalars = preference(config.objective, policy, reference, rows)
+        else:
+            loss, count, scalars = weighted_mean(policy, rows, rows.weights)
+        optimizer.zero_grad()
+        loss.backward()
+        found.gradients = {name: count * p.grad for name, p in trained.items() if p.grad is not None}
+        found.norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), config.grad_clip_norm or 1e9)))
+        optimizer.step()
+        found.losses.append(loss.item())
+        found.scalars.append(scalars)
+    found.trained = {name: parameter.detach() for name, parameter in trained.items()}
+    return found
+
+
+def weighted_mean(policy: nn.Module, rows: Batch, weights: Tensor) -> tuple[Tensor, float, dict[str, float]]:
+    logits = policy(rows.tokens, rows.positions, rows.documents)
+    losses = F.cross_entropy(logits, rows.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    count = weights[rows.labels != IGNORE_INDEX].sum()
+    return (weights.flatten() * losses).sum() / count, float(count), {}
+
+
+def preference(
+    config: ObjectiveConfig, policy: nn.Module, reference: nn.Module, rows: Batch
+) -> tuple[Tensor, float, dict[str, float]]:
+    with torch.no_grad():
+        theirs = answers(reference, rows)
+    ours, formula = answers(policy, rows), FORMULAS[config.name]
+    losses, rewards = zip(*(formula(config, o, r) for o, r in zip(ours, theirs, strict=True)), strict=True)
+    return torch.stack(losses).mean(), len(losses), scalars_of(rewards, ours)
+
+
+def model_of(config: Config, adapted: bool) -> nn.Module:
+    model: nn.Module = Decoder(config.model, whole_model(config.model.num_hidden_layers))
+    if adapted:
+        model = apply(model, plan_of(model, config), config.adapter)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora.A"):
+            std, shape = (3 * parameter.shape[1]) ** -0.5, tuple(parameter.shape)
+            parameter.data.copy_(initial_value(config, name, shape) / config.model.initializer_range * std)
+        elif name.endswith("lora.B"):
+            parameter.data.zero_()
+        else:
+            parameter.data.copy_(initial_value(config, name, tuple(parameter.shape)))
+    return model.double()
+
+
+def answers(model: nn.Module, rows: Batch) -> list[tuple[Tensor, Tensor]]:
+    """The log-probabilities of the labels of each pair: of the chosen answer and of the rejected one."""
+    logits = model(rows.tokens, rows.positions, rows.documents).view(*rows.tokens.shape, -1)
+    each = logits.log_softmax(-1).gather(-1, rows.labels.clamp(min=0)[..., None])[..., 0]
+    found = []
+    for row in range(len(rows)):
+        for chosen in range(0, int(rows.documents[row].max()), 2):
+            sides = [
+                each[row, (rows.documents[row] == number) & (rows.labels[row] != IGNORE_INDEX)]
+                for number in (chosen, chosen + 1)
+            ]
+            if all(len(side) for side in sides):
+                found.append((sides[0], sides[1]))
+    return found
+
+
+Sides = tuple[Tensor, Tensor]
+
+
+def _dpo(config: ObjectiveConfig, ours: Sides, theirs: Sides) -> tuple[Tensor, list[Tensor]]:
+    chosen, rejected = (config.beta * (o.sum() - t.sum()) for o, t in zip(ours, theirs, strict=True))
+    probability = torch.sigmoid(chosen - rejected)
+    e = config.label_smoothing
+    return -(1 - e) * probability.log() - e * (1 - probability).log(), [chosen, rejected]
+
+
+def _ipo(config: ObjectiveConfig, ours: Sides, theirs: Sides) -> tuple[Tensor, list[Tensor]]:
+    chosen, rejected = (o.mean() - t.mean() for o, t in zip(ours, theirs, strict=True))
+    return (chosen - rejected - 0.5 / config.beta) ** 2, [config.beta * chosen, config.beta * rejected]
+
+
+def _simpo(config: ObjectiveConfig, ours: Sides, theirs: Sides) -> tuple[Tensor, list[Tensor]]:
+    chosen, rejected = (config.beta * o.mean() for o in ours)
+    return -torch.sigmoid(chosen - rejected - config.gamma).log(), [chosen, rejected]
+
+
+def _orpo(config: ObjectiveConfig, ours: Sides, theirs: Sides) -> tuple[Tensor, list[Tensor]]:
+    chosen, rejected = (o.mean().exp() for o in ours)
+    ratio = (chosen / (1 - chosen)) / (rejected / (1 - rejected))
+    loss = -ours[0].mean() - config.beta * torch.sigmoid(ratio.log()).log()
+    return loss, [config.beta * o.mean() for o in ours]
+
+
+FORMULAS: dict[str, Callable[[ObjectiveConfig, Sides, Sides], tuple[Tensor, list[Tensor]]]] = {
+    "dpo": _dpo,
+    "ipo": _ipo,
+    "simpo": _simpo,
+    "orpo": _orpo,
+}
+
+
+def scalars_of(rewards: tuple[list[Tensor], ...], ours: list[Sides]) -> dict[str, float]:
+    chosen, rejected = (torch.stack(side).detach() for side in zip(*rewards, strict=True))
+    sums = [torch.stack([side.sum() for side in sides]).detach() for sides in zip(*ours, strict=True)]
+    return {
+        "rewards/chosen": float(chosen.mean()),
+        "rewards/rejected": float(rejected.mean()),
+        "rewards/margins": float((chosen - rejected).mean()),
+        "rewards/accuracies": float((chosen > rejected).float().mean()),
+        "logps/chosen": float(sums[0].mean()),
+        "logps/rejected": float(sums[1].mean()),
+    }

@@ -1,0 +1,89 @@
+"""Preference objectives on every layout: the losses, rewards, norms and adapters of plain torch with two models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stoker.conf.schema import Config
+from stoker.parallel.layout import Layout, batch_plan, layout_of
+from stoker.parallel.mesh import mesh_over_default_group
+from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
+from stoker.parallel.update import StepMetrics
+from stoker.trainer.parallelize import cut
+from tests import world
+from tests.parallel.parity import Case, cases, layouts
+from tests.parallel.preferences import OBJECTIVES, STEPS, Expected, config_of, in_plain_torch, pairs
+from tests.parallel.reference import assemble, normwise
+
+
+@dataclass(frozen=True)
+class Measured:
+    steps: list[StepMetrics]
+    evaluated: list[float]
+    gradients: list[Shard]  # of the last step
+    parameters: list[Shard]
+
+
+def train(configs: list[Config]) -> list[Measured]:
+    """On a rank: every config, all of the same layout, from the start."""
+    layout = layout_of(configs[0], dist.get_world_size())
+    mesh = mesh_over_default_group(layout, world.device(), 60.0)
+    found = []
+    for config in configs:
+        engine = cut(config, mesh, batch_plan(config, layout))
+        steps = []
+        for step in range(1, STEPS + 1):
+            engine.forward_backward(pairs(config, step)[mesh.dp_rank :: layout.dp])
+            gradients = engine.gradient_shards()
+            steps.append(engine.update(config.optim.lr).read())
+        # Three rows fill no micro-batch.
+        evaluated = mesh.all_reduce(engine.evaluate(pairs(config, STEPS)[mesh.dp_rank :: layout.dp][:3]))
+        parameters = [shard for shard in engine.shards() if shard.kind == PARAMETER]
+        found.append(Measured(steps, evaluated.tolist(), gradients, parameters))
+    return found
+
+
+@cache
+def expected(name: str, tied: bool) -> Expected:
+    return in_plain_torch(config_of(name, Layout(), Case(1, tied=tied)))
+
+
+def assert_plain_torch(layout: Layout, chosen: list[tuple[str, Case]]) -> None:
+    ranks = world.run(train, layout.world, [config_of(name, layout, case) for name, case in chosen], timeout=240.0)
+    for (name, case), *found in zip(chosen, *ranks, strict=True):
+        where, wanted = f"{name} on {layout}, {case}", expected(name, case.tied)
+        steps = found[0].steps
+        assert [step.loss for step in steps] == pytest.approx(wanted.losses, rel=1e-5), where
+        assert [step.grad_norm for step in steps] == pytest.approx(wanted.norms, rel=1e-5), where
+        for step, scalars in zip(steps, wanted.scalars, strict=True):
+            assert step.scalars == pytest.approx(scalars, rel=1e-5, abs=1e-6), where
+        numbers = [[replace(step, work_seconds=()) for step in rank.steps] for rank in found]
+        assert all(rank == numbers[0] for rank in numbers), f"{where}: ranks disagree about a step"
+        gradients = assemble([rank.gradients for rank in found], GRADIENT)
+        parameters = assemble([rank.parameters for rank in found])
+        # All together: the gradient of a tensor that hardly counts is rounding of the others.
+        assert normwise(flat(gradients, wanted.gradients), flat(wanted.gradients)) < 1e-5, where
+        assert normwise(flat(parameters, wanted.trained), flat(wanted.trained)) < 1e-5, where
+
+
+def flat(tensors: dict[str, Tensor], names: Iterable[str] | None = None) -> Tensor:
+    return torch.cat([tensors[name].double().flatten() for name in names or tensors])
+
+
+@pytest.mark.parametrize(("name", "layout"), [("dpo", Layout(pp=2)), ("weights", Layout(tp=2))], ids=str)
+def test_a_layout_trains_as_plain_torch_with_two_models(name: str, layout: Layout) -> None:
+    assert_plain_torch(layout, [(name, Case(4))])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", [Layout(), *layouts(2), Layout(1, 2, 2, 1, 3), Layout(1, 1, 2, 2, 0)], ids=str)
+def test_every_objective_trains_as_plain_torch_with_two_models(layout: Layout) -> None:
+    chosen = cases(layout)
+    assert_plain_torch(layout, [(name, chosen[n % len(chosen)]) for n, name in enumerate(OBJECTIVES, layout.zero)])
