@@ -34,9 +34,11 @@ def test_a_plan_has_a_line_for_the_ranks_of_each_stage_and_spawns_nothing(printe
     lines = out.splitlines()
     assert status == 0
     assert "on 4 CPUs" in lines[0] and "pp 2 x dp_shard 2, ZeRO 1" in lines[1]
-    classes = {line.split()[0]: line for line in lines if line.startswith(("0-1", "2-3"))}
-    assert len(classes) == 2 and sum("*" in ranks for ranks in classes) == 1, "the worst is marked"
-    assert "fits" in lines[-2]
+    memory, messages, verdict = out.split("\n\n")[1:]
+    classes = [line.split()[0] for line in memory.splitlines()[2:]]
+    assert len(classes) == 2 and classes[0].endswith("*") and not classes[1].endswith("*"), "the worst is marked"
+    assert "all_gather      dp_shard" in messages and "send            pp" in messages
+    assert ": fits, " in verdict
     assert list(tmp_path.iterdir()) == []
 
 
