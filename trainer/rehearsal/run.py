@@ -76,8 +76,8 @@ def rehearse(config: Config, layout: Layout, rank: int, kind: str = "cpu") -> Re
             evaluation = log.peak()
             staged = plan_file(engine.shards()).file_bytes
             del engine, rows
-        groups = {name: dist.get_process_group_ranks(group) for name, group in mesh.groups.items() if group is not None}
-    groups["world"] = range(layout.world)
+        groups: dict[str, Sequence[int]] = {"world": range(layout.world)}
+        groups |= {name: dist.get_process_group_ranks(group) for name, group in mesh.groups.items() if group}
     return Rehearsal(rank, kind, build, step, evaluation, held, staged, passes, update, groups)
 
 

@@ -54,7 +54,7 @@ class Messages:
     def __init__(self, mesh: Mesh) -> None:
         self.found: dict[tuple[str, str], Traffic] = {}
         self._mesh = mesh
-        self._names = {mesh.world.group_name: "world"}
+        self._names: dict[str, str] = {mesh.world.group_name: "world"}
 
     def see(self, function: Any, args: Sequence) -> bool:
         """Count an operation, if it is a message."""
