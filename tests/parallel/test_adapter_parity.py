@@ -8,6 +8,7 @@ import torch
 from stoker.conf.schema import AdapterConfig, Config
 from stoker.parallel.layout import Layout
 from tests import world
+from tests.extent import FULL
 from tests.parallel.parity import Case, Measured, cases, layouts, train
 from tests.parallel.reference import assemble, normwise
 
@@ -60,7 +61,7 @@ def test_a_layout_trains_the_adapter_of_one_process(layout: Layout) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layout", [*layouts(2), *layouts(4)], ids=str)
+@pytest.mark.parametrize("layout", [*layouts(2), *list(layouts(4))[:: 1 if FULL else 3]], ids=str)
 def test_every_layout_trains_the_adapter_of_one_process(layout: Layout) -> None:
     assert_one_run(layout, [(case, adapter) for case in cases(layout) for adapter in ADAPTERS])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from stoker.trainer.runtime.outcome import Outcome
 from tests import toy
 from tests.data.counted import write_lines
 from tests.models.families import write_family
+from tests.pages import ROOT
 
 WORDS = [
     "seq_len=192",
@@ -60,9 +62,16 @@ def words(home: Path, name: str, *more: str) -> list[str]:
     return list(chosen.values())
 
 
-def test_a_run_shows_rewards_and_resumes_to_the_bit(home: Path) -> None:
-    dpo = (PAIRS, "objective=dpo", "adapter=lora", "adapter.rank=4")
-    assert stoker.run(words(home, "whole", *dpo)).outcome is Outcome.COMPLETED
+def on_the_page() -> list[str]:
+    """The settings of the command in docs/preferences.md, without its places."""
+    text = (ROOT / "docs" / "preferences.md").read_text().replace("\\\n", "")
+    (command,) = re.findall(r"^    stoker train (.*)$", text, re.MULTILINE)
+    places = ("run.dir=", "model.init_from=", "data.path=", "optim.")
+    return [word for word in command.split() if not word.startswith(places)]
+
+
+def test_a_run_as_on_the_page_shows_its_rewards(home: Path) -> None:
+    assert stoker.run(words(home, "whole", *on_the_page())).outcome is Outcome.COMPLETED
     steps = read(RunDirectory(home / "whole").metrics)
     first, last = steps[0], steps[-1]
     assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)  # the adapter begins at zero
@@ -71,12 +80,16 @@ def test_a_run_shows_rewards_and_resumes_to_the_bit(home: Path) -> None:
     assert last["rewards/margins"] > 0 and last["rewards/accuracies"] == 1.0 and last["loss"] < first["loss"]
     assert last["val_rewards/accuracies"] == 1.0 and last["val_loss"] < math.log(2)
 
-    for steps_done in (2, 4):
-        ending = stoker.run(words(home, "parts", *dpo, f"steps={steps_done}", "schedule.total_steps=4"))
-        assert ending.outcome is Outcome.COMPLETED
-    shown = ("loss", "grad_norm", "tokens", "rewards/chosen", "rewards/rejected")
-    resumed = read(RunDirectory(home / "parts").metrics)
-    assert [[step[key] for key in shown] for step in resumed] == [[step[key] for key in shown] for step in steps]
+
+@pytest.mark.long
+def test_a_run_resumes_to_the_bit(home: Path) -> None:
+    for name, stops in (("at once", (4,)), ("parts", (2, 4))):
+        for steps in stops:
+            ending = stoker.run(words(home, name, *on_the_page(), f"steps={steps}", "schedule.total_steps=4"))
+            assert ending.outcome is Outcome.COMPLETED
+    shown = ("step", "loss", "grad_norm", "tokens", "rewards/chosen", "rewards/rejected")
+    whole, parts = (read(RunDirectory(home / name).metrics) for name in ("at once", "parts"))
+    assert [[step[key] for key in shown] for step in parts] == [[step[key] for key in shown] for step in whole]
 
 
 @pytest.mark.parametrize(
@@ -106,10 +119,17 @@ def test_conversations_are_no_pairs(home: Path) -> None:
         )
 
 
-def test_weights_need_a_head_that_knows_them(home: Path) -> None:
-    talks = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]] * 9
-    lines = [{"messages": [{"role": "system", "content": str(n)}, *talk]} for n, talk in enumerate(talks)]
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (OWN_LOSS, "the weight of a message needs the log-probability of each token"),
+        (("parallel.engine=deepspeed",), "not tested yet with parallel.engine=deepspeed"),
+    ],
+)
+def test_weights_need_an_engine_and_a_head_that_know_them(more: tuple[str, ...], reason: str, home: Path) -> None:
+    reply = {"role": "assistant", "content": "b", "weight": 0.5}
+    lines = [{"messages": [{"role": "user", "content": str(n)}, reply]} for n in range(9)]
     write_lines(home / "weighed" / "a.jsonl", lines)
-    toy = [*OWN_LOSS, "eval.sequences=0", "data.validation=0"]
-    with pytest.raises(ValueError, match="the weight of a message needs the log-probability of each token"):
-        stoker.run(words(home, "weights", *toy, f"data.path={home / 'weighed'}", "seq_len=64", "batch.size=1"))
+    small = ("eval.sequences=0", "data.validation=0", "seq_len=64", "batch.size=1", "run.fresh=true")
+    with pytest.raises(ValueError, match=reason):
+        stoker.run(words(home, "weights", f"data.path={home / 'weighed'}", *small, *more))

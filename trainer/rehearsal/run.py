@@ -77,7 +77,9 @@ def rehearse(config: Config, layout: Layout, rank: int, kind: str = "cpu") -> Re
             staged = plan_file(engine.shards()).file_bytes
             del engine, rows
         groups: dict[str, Sequence[int]] = {"world": range(layout.world)}
-        groups |= {name: dist.get_process_group_ranks(group) for name, group in mesh.groups.items() if group}
+        groups |= {
+            name: dist.get_process_group_ranks(group) for name, group in mesh.groups.items() if group is not None
+        }
     return Rehearsal(rank, kind, build, step, evaluation, held, staged, passes, update, groups)
 
 
