@@ -80,7 +80,7 @@ def read_rows(plan: RowPlan, numbers: Sequence[int], pin: bool = False) -> Batch
 
 def shape_of(plan: RowPlan, rows: int) -> tuple[int, int, int]:
     """The shape of so many rows of `plan` between processes."""
-    return len((TOKENS, LABELS, POSITIONS, DOCUMENTS, WEIGHTS)) - (not plan.weighted), rows, plan.seq_len
+    return WEIGHTS + plan.weighted, rows, plan.seq_len
 
 
 def unpack(packed: np.ndarray, pin: bool = False) -> Batch:

@@ -68,7 +68,8 @@ def facts(run: RunDirectory, attempts: list[Attempt], alive: Stamp | None) -> li
         began = (attempts[-1].from_step or 0) if attempts else 0
         pace = Pace.of([step for step in steps if step["step"] > began] or steps)  # as the live view of these ranks
         if pace.step_seconds:
-            rows.append(("speed", f"{pace.tokens_per_second:,.0f} tokens/s, {pace.step_seconds:.3g} s a step"))
+            used = f", MFU {pace.mfu:.1%}" if pace.mfu else ""
+            rows.append(("speed", f"{pace.tokens_per_second:,.0f} tokens/s, {pace.step_seconds:.3g} s a step{used}"))
             if alive is not None and last["step"] < total:
                 rows.append(("time left", pace.left(last["step"], total)))
     rows.append(("checkpoint", _checkpoint(run)))

@@ -7,6 +7,7 @@ A part of a model, with its initial values and buffers, is a `stoker.parallel.mo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,15 +62,15 @@ def renamed(name: str, file: str, shape: tuple[int, ...]) -> Exported:
     return Exported((name,), {file: shape}, lambda values: {file: values[0]})
 
 
-class Family:
+class Family(ABC):
     """A kind of model. Subclasses build it; what is not overridden holds for a model with names of its own."""
 
     refusals: Refusals = Refusals()  # what it cannot train, checked before a rank is spawned
     is_transformers = False  # whether transformers' own class of a model folder computes the same
 
+    @abstractmethod
     def __call__(self, config: ModelConfig, part: Part) -> nn.Module:
         """The `part` of the model, a `ParallelizableModel` without values, on torch's default device."""
-        raise NotImplementedError
 
     def layer_cost(self, config: ModelConfig, block: nn.Module) -> float:
         """The relative time of a layer: a pipeline is cut by it. By default its parameters, each used once a token."""

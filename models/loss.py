@@ -91,8 +91,7 @@ def summed_loss(
     Each token's is multiplied by its number in `weights` (fp32 `[tokens]`).
 
     `hidden` is `[tokens, width]`, `weight` `[vocab, width]`, `labels` int64 `[tokens]`, those that are IGNORE_INDEX
-             left
-    out. Softmax and sums are fp32 for every dtype; `chunk` tokens have logits at one time. Between forward and
+    left out. Softmax and sums are fp32 for every dtype; `chunk` tokens have logits at one time. Between forward and
     backward it holds the gradients: one of the size of `hidden`, and one of `weight` in fp32.
 
     With a `vocabulary` `weight` and `bias` are this rank's share of it. All its ranks call with the same hidden and

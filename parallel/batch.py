@@ -17,11 +17,10 @@ class Batch:
     """Training rows, all `[rows, seq_len]`.
 
     `tokens` and `labels` are int64; a label of IGNORE_INDEX is not trained on. `documents` (int32) numbers the
-             documents of
-    a row, so that attention can be kept inside them. `positions` (int64) counts from 0 within the row, or within each
-    document where attention is kept inside documents. `weights` (float32) are factors of the labels' losses; None
-    where all are 1. `reference` (float32) holds the log-probability of each label under a reference model, for
-    objectives that need it.
+    documents of a row, so that attention can be kept inside them. `positions` (int64) counts from 0 within the row, or
+    within each document where attention is kept inside documents. `weights` (float32) are factors of the labels'
+    losses; None where all are 1. `reference` (float32) holds the log-probability of each label under a reference
+    model, for objectives that need it.
     """
 
     tokens: Tensor

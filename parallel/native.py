@@ -71,7 +71,7 @@ class NativeEngine:
         self._reports = mesh.coordinate.tp == 0 and mesh.coordinate.pp == mesh.layout.pp - 1
         self._sums = torch.zeros(1 + len(objective.scalars), dtype=torch.float64, device=mesh.device)
         self._count = torch.zeros((), dtype=torch.float64, device=mesh.device)
-        self._tokens = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        self._tokens = torch.zeros((), dtype=torch.float64, device=mesh.device)  # where they are not the count
         self._counts_tokens = True  # is what the update divides by the number of valid tokens?
 
     def forward_backward(self, rows: Batch) -> None:
@@ -80,7 +80,8 @@ class NativeEngine:
         if self._reports:
             self._sums += sums
             self._count += self._objective.count(rows).to(self._mesh.device, non_blocking=True)
-            self._tokens += rows.valid_tokens().to(self._mesh.device, non_blocking=True)
+            if not self._counts_tokens:
+                self._tokens += rows.valid_tokens().to(self._mesh.device, non_blocking=True)
 
     def _with_reference(self, rows: Batch) -> Batch:
         """`rows` with the log-probabilities of the model without its adapter, if the objective needs them."""

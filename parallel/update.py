@@ -27,10 +27,11 @@ class ControlFlag(enum.StrEnum):
 
 @dataclass(frozen=True)
 class StepFlags:
-    """Flags and timings that this rank adds to the step's all-reduce."""
+    """Flags and measurements that this rank adds to the step's all-reduce."""
 
     votes: frozenset[ControlFlag] = frozenset()
     work_seconds: float = 0.0  # work of this rank, without waiting for other ranks
+    memory_bytes: float = field(default=0.0, kw_only=True)  # at most so far, of this rank on its device
     loss_ceiling: float = math.inf  # a step above either is skipped like one that is not finite; equal on all ranks
     norm_ceiling: float = math.inf
 
@@ -49,6 +50,7 @@ class StepMetrics:
     votes: frozenset[ControlFlag]  # set by at least one rank
     loss_scale: float = 1.0  # what the loss was multiplied by, other than 1 in fp16 only
     work_seconds: tuple[float, ...] = field(default=(), kw_only=True)  # of each rank
+    memory_bytes: tuple[float, ...] = field(default=(), kw_only=True)  # of each rank, at most so far
     overflowed: bool = False  # skipped because the loss scale was too large: the scale is lowered
     unequal_buffers: bool = False  # ranks had different values of persistent buffers and took those of the first
     scalars: Mapping[str, float] = field(default_factory=dict, kw_only=True)  # means of the objective's, by name
@@ -74,7 +76,8 @@ class StepResult:
             self._event.synchronize()
         loss, grad_norm, tokens, skipped, loss_scale, overflowed, unequal, *rest = self._values.tolist()
         cut = len(rest) - len(self._scalars)
-        votes, seconds = rest[: len(ControlFlag)], tuple(rest[len(ControlFlag) : cut])
+        votes, of_ranks = rest[: len(ControlFlag)], tuple(rest[len(ControlFlag) : cut])
+        world = len(of_ranks) // 2
         cast = frozenset(flag for flag, count in zip(ControlFlag, votes, strict=True) if count > 0)
         return StepMetrics(
             loss,
@@ -85,7 +88,8 @@ class StepResult:
             loss_scale,
             bool(overflowed),
             unequal > 0,
-            work_seconds=seconds,
+            work_seconds=of_ranks[:world],
+            memory_bytes=of_ranks[world:],
             scalars=dict(zip(self._scalars, rest[cut:], strict=True)),
         )
 
@@ -121,13 +125,15 @@ def reduce_step(
     sums are divided by, are float64 scalars, zero on ranks whose numbers another rank of the same replica reports.
     So are `tokens`, the number of valid tokens where that is not `count`, and the sums of the objective's `scalars`.
     `unequal_buffers` (float64 scalar) is 1 on a rank whose persistent buffers are not those of the first, else 0.
-    Each rank writes its seconds to its own slot of the message and zeros to the other slots, so that a sum gathers all.
+    Each rank writes its seconds and its bytes to its own slots of the message and zeros to the others, so that a sum
+    gathers all.
     """
     norms = torch._foreach_norm(list(gradients)) if gradients else []
     squares = torch.stack(list(norms)).double().square().sum() if norms else torch.zeros_like(loss_sum)
-    seconds = [0.0] * mesh.layout.world
-    seconds[mesh.rank] = flags.work_seconds
-    cast = torch.tensor([*(float(flag in flags.votes) for flag in ControlFlag), *seconds], dtype=torch.float64)
+    world = mesh.layout.world
+    of_ranks = [0.0] * (2 * world)
+    of_ranks[mesh.rank], of_ranks[world + mesh.rank] = flags.work_seconds, flags.memory_bytes
+    cast = torch.tensor([*(float(flag in flags.votes) for flag in ControlFlag), *of_ranks], dtype=torch.float64)
     squares, cast = squares.to(loss_sum.device), cast.to(loss_sum.device, non_blocking=True)
     unequal = torch.zeros_like(loss_sum) if unequal_buffers is None else unequal_buffers
     names = list(scalars or ())

@@ -13,6 +13,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.extent import FULL
+
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("stoker", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("stoker")
@@ -31,9 +33,12 @@ def _signals_as_they_were() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("full"):
+            item.add_marker(pytest.mark.long)
+            if not FULL:
+                item.add_marker(pytest.mark.skip(reason="takes a minute or more: STOKER_TESTS=full"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from tests.extent import FULL
 from tests.gpu.__main__ import ROOT, STEPS, Step, main
 from tests.gpu.report import Result, Status, as_json, table, verdict
 
@@ -130,7 +129,7 @@ def test_steps_run_on_a_bare_machine_with_the_device_replaced() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not FULL, reason="takes five minutes: STOKER_TESTS=full")
+@pytest.mark.full
 def test_the_whole_script_reports_every_step_on_a_cpu(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     words = ["-m", "tests.gpu", "--device", "cpu", "--seconds", "280", "--json", str(file)]

@@ -98,6 +98,7 @@ def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None
     assert imported() - needed == set()
 
 
+@pytest.mark.long
 def test_deepspeed_is_imported_only_for_its_engine(tmp_path: Path) -> None:
     write_text(tmp_path / "text")
     words = overrides(

@@ -40,6 +40,7 @@ from stoker.trainer.runtime.requests import Requests, deadline_of
 from stoker.trainer.runtime.shutdown_estimate import ShutdownEstimate
 from stoker.trainer.runtime.starts import Start
 from stoker.trainer.runtime.timeouts import Timeouts
+from stoker.trainer.utilisation import Arithmetic, arithmetic_of
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,7 @@ def assemble(
         timeouts=Timeouts(config.parallel.timeout_seconds, config.launch.hang_seconds),
         restore=restore,
         base=base,
+        arithmetic=_arithmetic(complete, mesh),
     )
     phase(0, Phase.RESUME)
     state = restore()
@@ -196,6 +198,12 @@ def refuse_other_pairs(config: Config, stream: RowSource) -> None:
         f"the data are pairs of answers (data.args.shape=preference), which objective={name} does not take: "
         "objective=dpo, ipo, simpo or orpo does"
     )
+
+
+def _arithmetic(config: Config, mesh: Mesh) -> Arithmetic | None:
+    if mesh.rank or mesh.device.type != "cuda":
+        return None
+    return arithmetic_of(config, torch.cuda.get_device_name(mesh.device), mesh.layout.world)
 
 
 def _held(engine: Engine, device: torch.device) -> dict[str, int]:

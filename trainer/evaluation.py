@@ -28,9 +28,8 @@ class Evaluated:
     """Losses in nats per valid token, or per what the objective counts."""
 
     val_loss: float
-    extra: dict[str, float] = field(
-        default_factory=dict
-    )  # of training sequences, of each source of several, and scalars
+    # Losses of training sequences and of each source of several, and the objective's scalars.
+    extra: dict[str, float] = field(default_factory=dict)
 
 
 class Evaluation:

@@ -21,6 +21,7 @@ from stoker.parallel.update import ControlFlag, StepFlags
 from stoker.trainer.evaluation import Evaluated, Evaluation
 from stoker.trainer.facts import Facts
 from stoker.trainer.frozen_base import STATE, FrozenBase
+from stoker.trainer.memory import peak_bytes
 from stoker.trainer.report.breakdown import CHECKPOINT
 from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.observers import Observers
@@ -35,6 +36,7 @@ from stoker.trainer.runtime.stragglers import Stragglers, WorkClock
 from stoker.trainer.runtime.timeouts import Timeouts
 from stoker.trainer.schedule import evaluation_every, learning_rate
 from stoker.trainer.step_log import Progress, StepLog
+from stoker.trainer.utilisation import Arithmetic
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class Trainer:
     timeouts: Timeouts
     restore: Callable[[], dict[str, Any] | None]  # load the newest checkpoint, all ranks together; its state
     base: FrozenBase | None = None  # of an adapter run: what its checkpoints leave out
+    arithmetic: Arithmetic | None = None  # of a step, on global rank 0, where the devices' peak is known
     progress: Progress = field(default_factory=Progress, init=False)
     booking: Booking | None = field(default=None, init=False)  # on global rank 0, once training
     failed_save: str | None = field(default=None, init=False)  # why a save failed, as this rank knows it
@@ -98,7 +101,8 @@ class Trainer:
                 self.phase(step, Phase.UPDATE)
                 lr = learning_rate(self.config.schedule, self.config.optim, step)
                 work_seconds = max(clock.take(), self.engine.gpu_seconds()) + self.phase.spent(Phase.DATA)
-                flags = StepFlags(self._votes(), work_seconds, *step_log.ceilings(step))
+                memory = peak_bytes(self.mesh.device)
+                flags = StepFlags(self._votes(), work_seconds, *step_log.ceilings(step), memory_bytes=memory)
                 result = self.engine.update(lr, flags)  # stays on the device
             self.phase(step, Phase.DATA)  # whether this was the last step may be known only when the next rows are
             last = self._is_last(step)
@@ -224,7 +228,7 @@ class Trainer:
 
     def step_log(self) -> StepLog:
         """A step log over the present progress, with nothing open."""
-        return StepLog(self.config, self.progress, self.observers, self.phase, self._stragglers)
+        return StepLog(self.config, self.progress, self.observers, self.phase, self._stragglers, self.arithmetic)
 
     def _roll_back(self, bad_step: int) -> bool:
         """Return to the newest checkpoint, to continue from there without `bad_step`; False where that is not possible.

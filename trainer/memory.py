@@ -1,10 +1,24 @@
-"""How much memory this process may still take."""
+"""How much memory this process has taken, and how much it may still take."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 _CGROUP = Path("/sys/fs/cgroup")
+_STATUS = Path("/proc/self/status")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has held so far: of torch's allocations on a GPU, else of resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        peak = _STATUS.read_bytes().partition(b"VmHWM:")[2].split(maxsplit=1)[0]
+    except (OSError, IndexError):  # not Linux
+        return 0
+    return int(peak) * 1024
 
 
 def available_bytes() -> int | None:

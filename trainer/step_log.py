@@ -21,6 +21,7 @@ from stoker.trainer.runtime.process import Phase, Phases, read_stamps
 from stoker.trainer.runtime.requests import ending_of
 from stoker.trainer.runtime.stragglers import STEPS, Stragglers
 from stoker.trainer.spikes import ceilings
+from stoker.trainer.utilisation import Arithmetic
 
 
 @dataclass
@@ -72,8 +73,9 @@ class StepLog:
         observers: Observers | None,
         phase: Phases,
         stragglers: Stragglers | None = None,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
-        self._stragglers = stragglers
+        self._stragglers, self._arithmetic = stragglers, arithmetic
         self._bad = config.nonfinite
         self._bad_step: int | None = None  # the first bad one
         self._seq_len = config.seq_len
@@ -142,6 +144,8 @@ class StepLog:
             if self._stragglers is not None:
                 self._name_stragglers(entry.step, agreed.work_seconds)
             scale = {"loss_scale": agreed.loss_scale} if self._scaled else {}
+            memory = _memory(agreed.memory_bytes)
+            used = {} if self._arithmetic is None else self._arithmetic.metrics(entry.step_seconds)
             self._observers.step(
                 StepRecord(
                     step=entry.step,
@@ -156,7 +160,7 @@ class StepLog:
                     skipped=agreed.skipped,
                     empty=empty,
                     val_loss=entry.val_loss,
-                    extra={**entry.extra, **scale, **agreed.scalars},
+                    extra={**entry.extra, **scale, **memory, **used, **agreed.scalars},
                 )
             )
         return agreed.votes
@@ -201,3 +205,12 @@ class StepLog:
             self._observers.message(
                 f"{where} is slow: {factor:.2f} times the median work of a rank, for {STEPS} steps up to step {step}"
             )
+
+
+def _memory(of_ranks: Sequence[float]) -> dict[str, float]:
+    """The most and the least that a rank has held so far, and which rank has held the most."""
+    if not any(of_ranks):  # not known
+        return {}
+    most = max(of_ranks)
+    rank = of_ranks.index(most)
+    return {"memory_peak_bytes": int(most), "memory_peak_rank": rank, "memory_least_bytes": int(min(of_ranks))}

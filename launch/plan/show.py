@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from stoker.conf.printable import printable
 from stoker.launch.inspect import console_for_tables
 from stoker.launch.layout import ranks_in_words
-from stoker.launch.plan.make import GIB, HOLES, RESERVED, Plan
+from stoker.launch.plan.make import GIB, HOLES, MALLOC_HOLES, RESERVED, Plan
 from stoker.launch.plan.times import ASSUMED, DAY, HOUR, RESTART_SECONDS, STORAGE
 from stoker.trainer.rehearsal import Category, Peak, Rehearsal, Work
 from stoker.trainer.report.progress import brief, size
@@ -120,7 +120,7 @@ def verdict(plan: Plan) -> list[str]:
     device, needed = plan.machine.device, _amount(plan.needed)
     lines = []
     if plan.machine.kind == "cpu":
-        what = f"{needed} for all ranks, with the programs and {HOLES - 1:.0%} for malloc's holes"
+        what = f"{needed} for all ranks, with the programs and {MALLOC_HOLES - 1:.0%} for malloc's holes"
         whose = "available here"
     else:
         what = f"{needed}, with {HOLES - 1:.0%} for the allocator's holes and {_amount(RESERVED)} for CUDA and NCCL"

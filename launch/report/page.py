@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import stoker
 from stoker.conf.units import loss_unit
@@ -106,11 +107,13 @@ def charts(runs: list[Gathered]) -> list[Chart]:
         ("grad_norm", "Gradient norm", "before clipping", False),
         ("lr", "Learning rate", "", True),
         ("tokens_per_second", "Speed", "valid tokens per second", True),
+        ("mfu", "Model FLOPs utilisation", "share of the published peak", True),
         ("step_seconds", "Step time", "seconds", True),
         ("loss_scale", "Loss scale", "fp16", False),
     ):
         if not (alone and metric == "step_seconds"):
             found.append(Chart(title, unit, _of_each(runs, metric), marks, from_zero=from_zero))
+    found.append(Chart("Memory", "bytes that a rank has held at most so far", _memory(runs), marks, from_zero=True))
     if alone:
         found += [_step_breakdown(runs[0], marks), _phases(runs[0])]
     dots = [Line(line.label, line.curve, line.colour, dots=True) for line in _of_each(runs, "checkpoint_seconds")]
@@ -125,6 +128,14 @@ def _of_each(runs: list[Gathered], metric: str) -> list[Line]:
         for place, run in enumerate(runs)
         if (curve := run.curves.of(metric)) is not None
     ]
+
+
+def _memory(runs: list[Gathered]) -> list[Line]:
+    """Of the rank with the most; for a run alone, also of that with the least."""
+    worst, least = _of_each(runs, "memory_peak_bytes"), _of_each(runs, "memory_least_bytes")
+    if len(runs) > 1 or not worst or not least:
+        return worst
+    return [replace(worst[0], label="most of a rank"), replace(least[0], label="least of a rank", colour=1)]
 
 
 def _losses(runs: list[Gathered]) -> list[Line]:

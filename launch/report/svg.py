@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from stoker.launch.report.escaping import text
 from stoker.trainer.report.curves import Curve, Point
@@ -98,14 +99,12 @@ class Chart:
 _Band = list[tuple[float, float, float]]  # step, lower edge, upper edge
 
 
-class _Scale:
+class _Scale(Protocol):
     """From values to places in the drawing."""
 
-    def __call__(self, value: float) -> float:
-        raise NotImplementedError
+    def __call__(self, value: float) -> float: ...
 
-    def ticks(self) -> list[float]:
-        raise NotImplementedError
+    def ticks(self) -> list[float]: ...
 
 
 class _Linear(_Scale):

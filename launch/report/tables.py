@@ -61,6 +61,8 @@ def facts(run: Gathered) -> list[tuple[str, str]]:
         rows += [("best val loss", f"{run.best[1]:.4f}")] if run.best is not None else []
         speed = run.median_speed
         rows += [("tokens/s, median", short(speed))] if speed is not None else []
+        memory = (history.last or {}).get("memory_peak_bytes")
+        rows += [("memory, most of a rank", size(memory))] if isinstance(memory, int | float) else []
         if history.skipped:
             rows.append(("skipped steps", f"{history.skipped:,}"))
     if run.total_seconds:

@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -215,8 +216,10 @@ def test_a_full_disk_fails_the_save_and_keeps_the_checkpoint_before(tmp_path, mo
         large = {("param", "w"): torch.zeros(300_000)}
         writers = start(disk, 2)
         begin(writers, 2, cut(large, Grid(rows=2)))
-        for error in errors(writers):
-            assert "No space left on device" in error and "\n" not in error
+        found = errors(writers)
+        assert any("No space left on device" in error for error in found)
+        for error in found:  # the rank that comes second may see that the save was given up
+            assert re.search("No space left on device|abandoned this save", error) and "\n" not in error
         only_first_is_left(disk)
         save(writers, 3, cut(TENSORS, Grid(rows=2)))
     finally:

@@ -130,13 +130,15 @@ def test_answers_of_a_preference_are_trained_on_whole(weight: float, reason: str
 # Weights.
 
 
-@pytest.mark.parametrize(("source", "ends"), [(CHATML, ["<|im_end|>\n", "<|im_end|>\n"]), (MARKED, [";", ";"])])
-def test_the_weight_of_a_message_is_that_of_its_tokens(source: str, ends: list[str]) -> None:
-    talk = [HELLO, HI | {"weight": 0.5}, MORE, NO | {"weight": 3}]
-    ids, weights = encoded(ByteTokenizer(), talk, template=source)
-    plain_ids, learned = encoded(ByteTokenizer(), [HELLO, HI, MORE, NO], template=source)
+@pytest.mark.parametrize("between", [[MORE], []])
+@pytest.mark.parametrize(("source", "end"), [(CHATML, "<|im_end|>\n"), (MARKED, ";")])
+def test_the_weight_of_a_message_is_that_of_its_tokens(source: str, end: str, between: list[dict[str, Any]]) -> None:
+    ids, weights = encoded(
+        ByteTokenizer(), [HELLO, HI | {"weight": 0.5}, *between, NO | {"weight": 3}], template=source
+    )
+    plain_ids, learned = encoded(ByteTokenizer(), [HELLO, HI, *between, NO], template=source)
     assert ids == plain_ids and [weight > 0 for weight in weights] == [mark > 0 for mark in learned]
-    for weight, text in ((0.5, "hi" + ends[0]), (3.0, "no" + ends[1])):
+    for weight, text in ((0.5, "hi" + end), (3.0, "no" + end)):
         assert ByteTokenizer().decode([n for n, w in zip(ids, weights, strict=True) if w == weight]) == text
     assert weights[-1] == 3.0  # the end of the document
 

@@ -72,7 +72,7 @@ def log_of(run: Path) -> str:
     return "\n".join(path.read_text() for path in RunDirectory(run).slurm.glob("*.log"))
 
 
-def come_to(run: Path, step: int, seconds: float = 60.0) -> None:
+def come_to(run: Path, step: int, seconds: float = cluster.PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while last_step(run) < step:
         assert time.monotonic() < deadline, f"at step {last_step(run)} after {seconds:.0f} s:\n{log_of(run)}"
@@ -82,6 +82,6 @@ def come_to(run: Path, step: int, seconds: float = 60.0) -> None:
 def ending_of(run: Path, attempt: int) -> Ending:
     """How the attempt of this number ends."""
     directory = RunDirectory(run)
-    cluster.wait(lambda: attempt in directory.attempt_numbers(), 60, f"no attempt {attempt}", lambda: log_of(run))
-    ending: Ending = cluster.wait(lambda: read_ending(directory, attempt), 80, "no outcome", lambda: log_of(run))
+    cluster.wait(lambda: attempt in directory.attempt_numbers(), f"no attempt {attempt}", lambda: log_of(run))
+    ending: Ending = cluster.wait(lambda: read_ending(directory, attempt), "no outcome", lambda: log_of(run))
     return ending

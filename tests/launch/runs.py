@@ -78,7 +78,7 @@ def started(home: Path, words: list[str], **options: Any) -> Iterator[subprocess
             process.communicate()
 
 
-def finish(home: Path, words: list[str], timeout: float = 240.0, **options: Any) -> tuple[int, str]:
+def finish(home: Path, words: list[str], timeout: float = 480.0, **options: Any) -> tuple[int, str]:
     """Run to the end; (exit status, all output)."""
     with started(home, words, **options) as process:
         output, _ = process.communicate(timeout=timeout)
@@ -155,7 +155,7 @@ def assert_same_state(run: Path, reference: Path) -> None:
     assert found.equal_tensors > 0 and not found.tensors, found.tensors[:5]
 
 
-def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60.0) -> Any:
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 240.0) -> Any:
     """What `condition` returns once it is true. Raises AssertionError when the process ends or the time is up first."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

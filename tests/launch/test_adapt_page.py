@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.launch.newcomer import SMALL, Newcomer
 from tests.launch.runs import write_text
 from tests.models.families import write_family
@@ -12,6 +14,7 @@ from tests.models.families import write_family
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adapt.md"
 
 
+@pytest.mark.long
 def test_the_commands_of_the_page_work(newcomer: Newcomer) -> None:
     write_family(newcomer.home / "models" / "base", "llama")
     write_text(newcomer.home / "books", 12)

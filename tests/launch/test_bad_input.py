@@ -138,6 +138,7 @@ def trained(home: Path) -> Path:
     return run
 
 
+@pytest.mark.long
 def test_fewer_steps_than_are_done_are_told(home: Path, trained: Path) -> None:
     run = home / "fewer"
     shutil.copytree(trained, run)
@@ -226,7 +227,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-@pytest.mark.long  # the last save is tried again for a minute
+@pytest.mark.full  # the last save is tried again for a minute
 def test_a_full_disk_fails_the_save_and_keeps_the_checkpoint_before(home: Path, call: Call, small_disk: Path) -> None:
     run = small_disk / "run"
     words = overrides(

@@ -26,6 +26,7 @@ def test_an_indexed_run_survives_a_few_disturbances_and_every_second_of_it_is_bo
     assert spent.seconds["down"] > chaos.HANG_SECONDS, "a rank that hangs does not train"
 
 
+@pytest.mark.full
 def test_a_streamed_run_survives_a_few_more(tmp_path: Path) -> None:
     kinds = ("reader", "clock", "damage", "copy", "disk full")
     found = chaos.Chaos(tmp_path, episodes=5, seed=1, data="tar", kinds=kinds)
@@ -34,6 +35,7 @@ def test_a_streamed_run_survives_a_few_more(tmp_path: Path) -> None:
     found.check()
 
 
+@pytest.mark.full
 def test_of_two_launchers_of_one_run_exactly_one_trains(tmp_path: Path) -> None:
     found = started_twice(tmp_path, [0.0, 1.0, 2.5])
     assert sum(found.values()) == 3 and found["the first had finished"] < 2, found

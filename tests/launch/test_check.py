@@ -43,10 +43,10 @@ def check(home: Path, *words: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     "layout",
     [
-        ["launch.nproc=2", "parallel.zero=3"],
+        pytest.param(["launch.nproc=2", "parallel.zero=3"], marks=pytest.mark.full),
         ["launch.nproc=4", "parallel.tp=2", "parallel.pp=2"],
         ["launch.nproc=2", "parallel.zero=3", "--against", "launch.nproc=2 parallel.zero=0"],
-        ["launch.nproc=2", "parallel.tp=2", "precision=bf16"],
+        pytest.param(["launch.nproc=2", "parallel.tp=2", "precision=bf16"], marks=pytest.mark.full),
     ],
     ids=" ".join,
 )
@@ -116,6 +116,7 @@ def test_an_imported_model_is_compared_with_transformers_on_any_layout(
         assert what in output
 
 
+@pytest.mark.long
 def test_a_model_that_is_not_transformers_is_found_out(
     home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

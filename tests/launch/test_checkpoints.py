@@ -61,6 +61,7 @@ def test_a_save_that_fails_ends_the_run_with_on_error_fail(home: Path) -> None:
     assert newest(run.checkpoints)[0].name == f"step-{ending.step:08d}", "what was computed until then is not lost"
 
 
+@pytest.mark.long
 def test_checkpoints_are_saved_by_time_as_well_by_all_ranks_after_the_same_step(home: Path) -> None:
     run = RunDirectory(home / "timed")
     words = overrides(run.path, home / "text", "steps=25", "checkpoint.every=0", "checkpoint.keep=50")
@@ -137,6 +138,7 @@ def test_a_running_job_saves_on_request(asked: tuple[RunDirectory, str, int]) ->
     assert not run.save.exists()
 
 
+@pytest.mark.long
 def test_a_request_to_save_fails_where_no_rank_runs(
     asked: tuple[RunDirectory, str, int], capsys: pytest.CaptureFixture
 ) -> None:

@@ -32,7 +32,7 @@ def undisturbed(words: list[str], port: int, store: str) -> str:
     return ending.outcome.value
 
 
-@pytest.mark.long
+@pytest.mark.full
 @pytest.mark.parametrize(
     "offload",
     [

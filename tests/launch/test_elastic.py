@@ -90,7 +90,7 @@ def test_under_elastic_torchrun_machines_join_and_are_lost_and_the_run_continues
         assert here[2] == pytest.approx(there[2], rel=1e-5) and here[5] == there[5]
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_the_restart_budget_counts_attempts_without_progress(home: Path) -> None:
     run = home / "budget"
     words = overrides(run, home / "text", "steps=24", "checkpoint.every=2", "launch.max_restarts=1")

@@ -58,7 +58,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_continues_bitwise(home: Path) ->
     assert steps_of(run) == steps_of(home / "undisturbed")
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_a_rank_stopped_by_a_signal_is_distinguished_from_a_hanging_one(home: Path) -> None:
     run = home / "stopped"
     words = [
@@ -80,7 +80,7 @@ def test_a_rank_stopped_by_a_signal_is_distinguished_from_a_hanging_one(home: Pa
     assert ending is not None and (ending.outcome, ending.rank) == (Outcome.HUNG, 0)
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_under_a_foreign_torchrun_a_process_beside_the_ranks_does_the_same(home: Path) -> None:
     run = home / "torchrun"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -68,9 +68,9 @@ class Killer:
 @pytest.mark.parametrize(
     ("layout", "starts"),
     [
-        ("parallel.zero=0", [["rank", "launcher"], ["all ranks", None]]),
-        pytest.param("parallel.zero=3", [["rank in mid-save", "launcher"], ["rank", None]], marks=pytest.mark.long),
-        pytest.param("parallel.pp=2", [["all ranks", "rank in mid-save", None]], marks=pytest.mark.long),
+        pytest.param("parallel.zero=0", [["rank", "launcher"], ["all ranks", None]], marks=pytest.mark.long),
+        pytest.param("parallel.zero=3", [["rank in mid-save", "launcher"], ["rank", None]], marks=pytest.mark.full),
+        pytest.param("parallel.pp=2", [["all ranks", "rank in mid-save", None]], marks=pytest.mark.full),
     ],
 )
 def test_a_run_killed_at_random_moments_is_bitwise_the_undisturbed_one(
@@ -114,7 +114,7 @@ def test_a_killed_rank_is_named_in_one_line_and_until_then_no_port_is_open_to_ot
     assert ending is not None and (ending.outcome, ending.rank) == (Outcome.FAILED, 1)
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_kill_of_torchrun_leaves_no_rank_and_the_next_start_resumes(home: Path) -> None:
     run = home / "torchrun"
     words = overrides(run, home / "text", f"steps={STEPS}", "checkpoint.every=2")

@@ -15,6 +15,7 @@ from stoker.launch import local
 from stoker.trainer.runtime.outcome import Ending, Outcome, read_ending, write_ending
 from stoker.trainer.runtime.process import Phase, Stamp, read_stamps
 from stoker.trainer.runtime.starts import begin_attempt
+from tests.extent import some
 from tests.launch.runs import (
     command,
     finish,
@@ -54,7 +55,7 @@ def test_a_request_to_one_rank_during_an_evaluation_ends_it_on_all(home: Path) -
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", some([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], 3))
 def test_ranks_signalled_before_the_first_step_leave_at_once_even_from_c(home: Path, number: signal.Signals) -> None:
     run = RunDirectory(home / f"starting-{number.name}")
     words = overrides(run.path, home / "text", "model.target=tests.launch.stuck:build")
@@ -92,7 +93,7 @@ def reference(home: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_a_run_that_is_started_twice_continues_once(
     home: Path, reference: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:

@@ -118,6 +118,7 @@ def test_an_outcome_is_shown_as_it_is_written_with_its_sequences_as_text(
     assert r"[bold]\x1b]0;owned\x07\x1b[2J\x9b1m\u202e\x0d[/x]" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_thousand_attempts_are_one_table(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(999):
         number = next_attempt(run)

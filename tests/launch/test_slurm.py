@@ -38,13 +38,13 @@ def test_the_plain_script_restarts_a_killed_rank_in_its_allocation_is_requeued_o
     job = job.strip()
     come_to(run, 7)
     kill(rank_pids(run)[3])
-    cluster.wait(lambda: len(RunDirectory(run).attempt_numbers()) == 2, 30, "not restarted", log.read_text)
+    cluster.wait(lambda: len(RunDirectory(run).attempt_numbers()) == 2, "not restarted", log.read_text)
     come_to(run, 12)
     status, said = home.call(*command("requeue", str(run)))
     assert status == 0 and f"job {job} goes back to the queue" in said, said
     assert ending_of(run, 2).message.endswith("saved (the file REQUEUE)")
     cluster.start_now(job)
-    cluster.wait(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), 60, "not done", log.read_text)
+    cluster.wait(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), "not done", log.read_text)
     said = log.read_text()
     assert cluster.state(job) == "COMPLETED", said
     assert "restarting: rank 3 was killed by SIGKILL" in said and "completed at step 60" in said
@@ -59,11 +59,12 @@ def test_the_tasks_of_an_array_are_separate_runs(home: Home) -> None:
     assert status == 0, output
     job = output.split(" as job ")[1].split(";")[0]
     for task in ("0", "1"):
-        cluster.wait(lambda: last_step(run / task) == 2, 60, f"task {task}", lambda: log_of(run))  # noqa: B023
-    cluster.wait(lambda: cluster.state(f"{job}_1") == "COMPLETED", 20, "not done", lambda: log_of(run))
+        cluster.wait(lambda: last_step(run / task) == 2, f"task {task}", lambda: log_of(run))  # noqa: B023
+    cluster.wait(lambda: cluster.state(f"{job}_1") == "COMPLETED", "not done", lambda: log_of(run))
     assert steps_of(run / "0") != steps_of(run / "1"), "they have different seeds"
 
 
+@pytest.mark.full
 def test_a_chain_continues_where_a_job_ends_and_ends_where_one_is_cancelled(home: Home) -> None:
     run = home.path / "chain"
     bare = home.path / "bin"  # the first job's own process finds srun, but no scontrol, as in a container
@@ -79,12 +80,13 @@ def test_a_chain_continues_where_a_job_ends_and_ends_where_one_is_cancelled(home
     assert cluster.state(jobs[0]) == "FAILED", "its status means that the run continues"
     commands.cancel(jobs[1])
     assert ending_of(run, 2).outcome is Outcome.PREEMPTED
-    cluster.wait(lambda: cluster.state(jobs[2]) == "COMPLETED", 60, "the chain goes on", lambda: log_of(run))
+    cluster.wait(lambda: cluster.state(jobs[2]) == "COMPLETED", "the chain goes on", lambda: log_of(run))
     assert "nothing to do for link 3 of 3: the job before was cancelled" in log_of(run)
     assert RunDirectory(run).attempt_numbers() == [1, 2]
     assert steps_of(run) == home.undisturbed(last_step(run))
 
 
+@pytest.mark.full
 def test_jobs_that_wait_in_the_queue_are_shown_and_cancelled_all_of_them(home: Home) -> None:
     run = home.path / "waiting"
     jobs = home.submit(run, "launch.chain=2", "launch.sbatch_args=[--hold]")

@@ -17,7 +17,7 @@ from tests.launch.jobs import Home, at_home, come_to, ending_of, log_of
 from tests.launch.runs import last_step, steps_of
 
 pytestmark = [
-    pytest.mark.long,
+    pytest.mark.full,
     pytest.mark.skipif(cluster.missing() is not None, reason=str(cluster.missing())),
 ]
 
@@ -41,7 +41,7 @@ def test_a_run_survives_time_limit_preemption_a_lost_node_and_a_cancel_bitwise(h
     assert ending_of(run, 1).outcome is Outcome.PREEMPTED, log_of(run)
     first = last_step(run)
     assert first > 0 and f"step-{first:08}" in {path.name for path in directory.checkpoints.iterdir()}
-    cluster.wait(lambda: cluster.state(job) == "PENDING", 30, "not requeued")
+    cluster.wait(lambda: cluster.state(job) == "PENDING", "not requeued")
     subprocess.run(["scontrol", "update", f"jobid={job}", "timelimit=10"], check=True)
     cluster.start_now(job)
 
@@ -59,7 +59,7 @@ def test_a_run_survives_time_limit_preemption_a_lost_node_and_a_cancel_bitwise(h
     assert lost == "n[1-2]"
     subprocess.run(["scontrol", "update", "nodename=n2", "state=down", "reason=test"], check=True)
     cluster.start_now(job)
-    cluster.wait(lambda: len(directory.attempt_numbers()) == 4, 60, "not resumed", lambda: log_of(run))
+    cluster.wait(lambda: len(directory.attempt_numbers()) == 4, "not resumed", lambda: log_of(run))
     third = last_step(run)
     come_to(run, third + 3)
     assert commands.facts_of_job(job)["NodeList"] == "n[1,3]"
@@ -69,8 +69,8 @@ def test_a_run_survives_time_limit_preemption_a_lost_node_and_a_cancel_bitwise(h
     commands.cancel(job)
     cancelled = ending_of(run, 4)
     assert cancelled.outcome is Outcome.PREEMPTED and cancelled.step == last_step(run)
-    cluster.wait(lambda: cluster.state(job) == "CANCELLED", 40, "not gone")
-    cluster.wait(lambda: len(read_notes(directory)) == 5, 20, "no last note", lambda: log_of(run))
+    cluster.wait(lambda: cluster.state(job) == "CANCELLED", "not gone")
+    cluster.wait(lambda: len(read_notes(directory)) == 5, "no last note", lambda: log_of(run))
     assert [note["move"] for note in read_notes(directory)] == ["submit", "requeue", "requeue", "end", "end"]
     assert (directory.checkpoints / f"step-{cancelled.step:08}" / "MANIFEST.json").exists()
 

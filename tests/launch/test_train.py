@@ -14,6 +14,7 @@ from stoker.conf.rundir import RunDirectory
 from stoker.launch.cli import main
 from stoker.trainer.report.metrics import read
 from stoker.trainer.runtime.outcome import Outcome, read_ending
+from tests.extent import some
 from tests.launch.runs import (
     command,
     finish,
@@ -43,6 +44,7 @@ def test_a_run_leaves_everything_in_its_directory(undisturbed: Path) -> None:
     for key in ("loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "data_seconds"):
         assert all(key in step for step in steps), key
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert 1e8 < steps[-1]["memory_least_bytes"] <= steps[-1]["memory_peak_bytes"] < 1e10
     assert steps[-1]["tokens"] == 30 * 8 * 32
     ending = read_ending(run, 1)
     assert ending is not None and (ending.outcome, ending.step) == (Outcome.COMPLETED, 30)
@@ -58,7 +60,10 @@ def test_a_run_leaves_everything_in_its_directory(undisturbed: Path) -> None:
     [
         ["launch.nproc=1", "batch.micro_size=8"],
         ["launch.nproc=4", "parallel.tp=2", "parallel.pp=2"],
-        ["launch.nproc=4", "parallel.tp=2", "parallel.zero=3", "activation_checkpointing=selective"],
+        pytest.param(
+            ["launch.nproc=4", "parallel.tp=2", "parallel.zero=3", "activation_checkpointing=selective"],
+            marks=pytest.mark.full,
+        ),
     ],
     ids=" ".join,
 )
@@ -92,7 +97,7 @@ def test_torchrun_runs_the_same_program_bitwise(home: Path, undisturbed: Path) -
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", some([signal.SIGTERM, signal.SIGINT], 2))
 def test_a_signal_saves_and_ends_every_process_within_ten_seconds(
     home: Path, undisturbed: Path, number: signal.Signals
 ) -> None:
@@ -115,7 +120,7 @@ def test_a_signal_saves_and_ends_every_process_within_ten_seconds(
     assert steps_of(run)[:shorter] == steps_of(undisturbed)[:shorter]
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_a_stop_file_ends_the_run_after_a_save_and_it_resumes(home: Path, undisturbed: Path) -> None:
     run = home / "stopped"
     words = overrides(run, home / "text", "steps=100000", "schedule.total_steps=30", "checkpoint.every=0")
@@ -146,7 +151,7 @@ def test_a_finished_run_continues_elsewhere_with_more_steps(home: Path, undistur
         assert (here["lr"], here["tokens"]) == (there["lr"], there["tokens"])
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_a_resumed_run_keeps_its_number_of_ranks_by_default(home: Path) -> None:
     run = home / "three"
     three = ["launch.nproc=3", "batch.size=9", "batch.micro_size=3", "steps=2"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.extent import some
 from tests.launch.newcomer import Newcomer
 from tests.pages import PAGES, ROOT, Block, blocks
 from tests.transcripts import GAP, difference, is_compared, is_long, is_replayed, same, unclear, varies
@@ -39,7 +40,7 @@ def test_a_page_prints_what_is_seen(page: Path, newcomer: Newcomer) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("page", pages(long=True), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", some(pages(long=True), 3), ids=lambda page: page.name)
 def test_a_page_prints_what_is_seen_in_a_minute(page: Path, newcomer: Newcomer) -> None:
     replay(newcomer, page, long=True)
 

@@ -73,6 +73,14 @@ def agreed_votes(engine_name: str = "fsdp") -> list[frozenset[ControlFlag]]:
     return found
 
 
+def gathered_measurements(engine_name: str = "fsdp") -> tuple[tuple[float, ...], tuple[float, ...]]:
+    engine, mesh = build(small_config(parallel=ParallelConfig(zero=0, engine=engine_name)))
+    engine.forward_backward(global_rows(small_config(), 1)[mesh.dp_rank :: mesh.layout.dp])
+    flags = StepFlags(frozenset(), 1.0 + mesh.rank, memory_bytes=1e12 + mesh.rank)
+    result = engine.update(1e-3, flags).read()
+    return result.work_seconds, result.memory_bytes
+
+
 def step_without_a_valid_token(zero: int = 1, engine_name: str = "fsdp") -> tuple[bool, int, bool]:
     config = small_config(parallel=ParallelConfig(zero=zero, engine=engine_name))
     engine, mesh = build(config)

@@ -10,11 +10,13 @@ import torch
 from stoker.conf.schema import BatchConfig, OptimConfig, ParallelConfig
 from stoker.parallel.update import ControlFlag
 from tests import world
+from tests.extent import some
 from tests.parallel.conformance import (
     SGD,
     STEPS,
     agreed_votes,
     evaluated,
+    gathered_measurements,
     initial_shards,
     moved_through_shards,
     reference,
@@ -42,7 +44,7 @@ LAYOUTS = [
 
 @pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize(("ranks", "zero", "replicas", "micro"), LAYOUTS)
+@pytest.mark.parametrize(("ranks", "zero", "replicas", "micro"), some(LAYOUTS, 3))
 def test_every_layout_computes_what_one_process_computes(
     ranks: int, zero: int, replicas: int | None, micro: int, optimizer: str
 ) -> None:
@@ -130,6 +132,11 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_by_all(ranks: int, ze
 def test_a_vote_of_one_rank_reaches_all() -> None:
     expected = [frozenset(), {ControlFlag.STOP}]
     assert world.run(agreed_votes, 2) == [expected, expected]
+
+
+def test_every_rank_reads_what_each_has_measured() -> None:
+    expected = ((1.0, 2.0), (1e12, 1e12 + 1))  # bytes to the last one
+    assert world.run(gathered_measurements, 2) == [expected, expected]
 
 
 def test_a_batch_without_a_valid_token_changes_nothing() -> None:

@@ -22,6 +22,7 @@ from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.update import ControlFlag
 from stoker.trainer.parallelize import cut
 from tests import world
+from tests.extent import some
 from tests.parallel import conformance
 from tests.parallel.parity import STEPS, Case, Measured, expected, train
 from tests.parallel.reference import Trace, assemble, global_rows, normwise, one_process, small_config
@@ -82,7 +83,7 @@ ON_FOUR = [
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("ranks", "cases"), [(1, [(Layout(zero=z), ADAM_OF_TWO) for z in range(4)]), (2, ON_TWO), (4, ON_FOUR)]
+    ("ranks", "cases"), [(1, [(Layout(zero=z), ADAM_OF_TWO) for z in range(4)]), (2, ON_TWO), (4, some(ON_FOUR, 3))]
 )
 def test_every_stage_computes_what_one_process_computes(ranks: int, cases: list[tuple[Layout, Case]]) -> None:
     assert_parity(ranks, cases)
@@ -94,7 +95,7 @@ def of_uneven_shares(config: Config) -> Config:
     return config
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_ranks_with_shares_of_unequal_size_partition_alike_what_they_sum() -> None:
     layouts = [Layout(1, 2, 2, zero=zero) for zero in (1, 2, 3)]
     configs = [of_uneven_shares(config_of(layout, ADAM_OF_TWO)) for layout in layouts]
@@ -105,12 +106,13 @@ def test_ranks_with_shares_of_unequal_size_partition_alike_what_they_sum() -> No
             assert found.trace.norms == pytest.approx(wanted.norms, rel=1e-5), config.parallel
 
 
+@pytest.mark.long
 def test_offload_to_the_cpu_computes_the_same() -> None:
     layouts = [*STAGES, Layout(pp=2)]
     assert_parity(2, [(layout, ADAM_OF_TWO) for layout in layouts], offload="cpu")
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_settings_that_are_passed_on_reach_it_and_change_no_number() -> None:
     small = {"reduce_bucket_size": 1500, "stage3_param_persistence_threshold": 40}
     cases = [(Layout(1, 2, zero=zero), ADAM_OF_TWO) for zero in (1, 2, 3)]
@@ -327,6 +329,7 @@ def test_a_parameter_that_a_loss_does_not_reach_has_no_gradient_of_the_step_befo
             assert not any(data.any() for data in second[1]), config.parallel
 
 
+@pytest.mark.long
 def test_compiled_blocks_compute_the_same() -> None:
     """ZeRO 0 to 2; at ZeRO 3 it is refused."""
     cases = [(layout, Case(4, tied=True)) for layout in STAGES[:3]]

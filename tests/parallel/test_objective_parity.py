@@ -18,6 +18,7 @@ from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.update import StepMetrics
 from stoker.trainer.parallelize import cut
 from tests import world
+from tests.extent import FULL
 from tests.parallel.parity import Case, cases, layouts
 from tests.parallel.preferences import OBJECTIVES, STEPS, Expected, config_of, in_plain_torch, pairs
 from tests.parallel.reference import assemble, normwise
@@ -82,8 +83,11 @@ def test_a_layout_trains_as_plain_torch_with_two_models(name: str, layout: Layou
     assert_plain_torch(layout, [(name, Case(4))])
 
 
+OF_FOUR = [Layout(1, 2, 2, 1, 3), Layout(1, 1, 2, 2, 0)]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("layout", [Layout(), *layouts(2), Layout(1, 2, 2, 1, 3), Layout(1, 1, 2, 2, 0)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(), *layouts(2), *(OF_FOUR if FULL else ())], ids=str)
 def test_every_objective_trains_as_plain_torch_with_two_models(layout: Layout) -> None:
     chosen = cases(layout)
     assert_plain_torch(layout, [(name, chosen[n % len(chosen)]) for n, name in enumerate(OBJECTIVES, layout.zero)])

@@ -18,6 +18,7 @@ from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.trainer.parallelize import cut
 from tests import world
+from tests.extent import some
 from tests.parallel.conformance import train as train_poisoned
 from tests.parallel.parity import (
     OF_EIGHT,
@@ -47,7 +48,7 @@ def test_tensor_parallelism_without_sequence_parallelism_computes_the_same(layou
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(1, 2, 2, 1, 3), Layout(tp=3), Layout(1, 1, 2, 2)], ids=str)
-@pytest.mark.parametrize("sequence", [True, False])
+@pytest.mark.parametrize("sequence", some([True, False], 2))
 def test_a_users_model_with_biases_everywhere_computes_the_same(layout: Layout, sequence: bool) -> None:
     def config(layout: Layout) -> Config:
         config = Case(4, sequence=sequence).config(layout)

@@ -22,7 +22,7 @@ from stoker.parallel.registry import whole_registry
 from stoker.parallel.sharding import ShardingStrategy
 from stoker.parallel.shards import GRADIENT, Shard
 from tests import world
-from tests.extent import FULL
+from tests.extent import FULL, some
 from tests.parallel.pipelines import FACTOR, SCHEDULES, Pipeline, Watched, build, fill, pipeline_config, uneven_rows
 from tests.parallel.reference import VOCABULARY, assemble, normwise
 
@@ -113,7 +113,7 @@ def test_two_stages_compute_what_one_process_computes() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", some([2, 3, 0, 1], 2))
 def test_two_stages_over_two_data_parallel_ranks_compute_what_one_process_computes(zero: int) -> None:
     configs = [
         pipeline_config(schedule, micro, zero=zero, tied=tied)
@@ -147,7 +147,7 @@ def test_fewer_micro_batches_than_stages_compute_the_same_where_they_are_not_ref
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", some([2, 3, 0, 1], 2))
 def test_bf16_computes_about_the_same(zero: int) -> None:
     configs = [pipeline_config(schedule, zero=zero, precision="bf16") for schedule in SCHEDULES]
     assert_parity(configs, 4, tolerance=3e-2)

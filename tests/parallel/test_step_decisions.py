@@ -22,6 +22,7 @@ from stoker.parallel.mesh import Mesh, mesh_over_default_group
 from stoker.parallel.update import StepFlags, StepMetrics
 from stoker.trainer.parallelize import cut
 from tests import world
+from tests.extent import some
 from tests.parallel.conformance import train
 from tests.parallel.parity import Case
 from tests.parallel.reference import assemble, global_rows, initial_value, normwise, one_process, small_config
@@ -86,7 +87,7 @@ def under_ceilings(config: Config) -> dict[str, tuple[bool, bool, bool]]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", some(LAYOUTS, 2), ids=str)
 def test_a_step_above_its_ceiling_of_loss_or_norm_is_left_out_and_one_at_both_is_taken(layout: Layout) -> None:
     for found in run(under_ceilings, layout, config_of(layout)):
         taken = found.pop("both at their ceilings")
@@ -128,7 +129,7 @@ def overflowing_at(config: Config, scales: list[float]) -> list[tuple[StepMetric
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layout", OWN, ids=str)
+@pytest.mark.parametrize("layout", some(OWN, 2), ids=str)
 def test_fp16_gradients_that_are_infinite_are_an_overflow_above_the_least_scale_and_bad_at_it(layout: Layout) -> None:
     for (above, after_above), (least, after_least) in run(
         overflowing_at, layout, config_of(layout, precision="fp16"), [2.0, 1.0]
@@ -185,7 +186,7 @@ def alone(config: Config) -> list[tuple[float, float]]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", some(LAYOUTS, 2), ids=str)
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_a_parameter_that_no_loss_reaches_has_a_gradient_of_zero(layout: Layout, offload: str) -> None:
     """In the first step, where there is no gradient yet, and after one that has reached it."""
@@ -208,7 +209,7 @@ def test_a_parameter_that_no_loss_reaches_has_a_gradient_of_zero(layout: Layout,
 
 @pytest.mark.long
 @pytest.mark.parametrize("decay_all", [False, True])
-@pytest.mark.parametrize("layout", [Layout(), *OWN[1:5], *DEEPSPEED], ids=str)
+@pytest.mark.parametrize("layout", some([Layout(), *OWN[1:5], *DEEPSPEED], 2), ids=str)
 def test_weight_decay_is_for_matrices_and_with_decay_all_for_everything(layout: Layout, decay_all: bool) -> None:
     config = small_config(batch=BatchConfig(size=8, micro_size=2))
     config.optim = OptimConfig(name="adamw", lr=1e-2, weight_decay=2.0, decay_all=decay_all)

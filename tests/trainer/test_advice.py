@@ -160,6 +160,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.long
 @settings(max_examples=200, deadline=None)
 @given(st.fixed_dictionaries({}, optional=CHOICES), st.integers(1, 16), st.integers(0, 4))
 def test_each_way_that_a_refusal_names_removes_it(tmp_path_factory, values, world, gpus):

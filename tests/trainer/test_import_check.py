@@ -177,7 +177,7 @@ def test_edits_of_config_json_give_equal_logits_or_a_refusal(plain: Config, tmp_
     assert counts["equal"] > 15 and counts["refused by the mapping"] > 5, counts
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_three_hundred_edits_of_config_json_give_equal_logits_or_a_refusal(plain: Config, tmp_path: Path) -> None:
     counts = outcomes_of_edits(range(300), plain, tmp_path)
     print(counts)

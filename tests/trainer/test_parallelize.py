@@ -63,6 +63,7 @@ def test_the_decoder_computes_the_same_with_any_activation_checkpointing(mode: s
         assert normwise(parameters[name], value) < 1e-4, name
 
 
+@pytest.mark.long
 def test_compiled_blocks_compute_the_same() -> None:
     expected = one_process(decoder_config(False), 5)
     for steps, _ in world.run(losses, 2, "none", True, 1, False, timeout=240.0):

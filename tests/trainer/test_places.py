@@ -185,6 +185,7 @@ def test_a_moved_run_directory_is_the_same_run(trained: RunDirectory, tmp_path: 
     settled([f"run.dir={tmp_path / 'restored'}", "steps=5", "run.adopt=true", *ONE], tell=told.append)
 
 
+@pytest.mark.long
 def test_a_run_directory_that_was_lost_gets_its_id_back_from_the_remote(
     home: Path, trained: RunDirectory, tmp_path: Path
 ) -> None:

@@ -290,6 +290,7 @@ def test_a_window_shorter_than_a_sequence_is_refused_wherever_it_is_used(tmp_pat
         asked(tmp_path, "model.native=true")
 
 
+@pytest.mark.long
 def test_a_run_begins_with_the_weights_of_another_run_and_then_needs_it_no_more(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.runtime.outcome import Outcome, read_ending
 from tests import world
@@ -86,6 +88,7 @@ def second_try(bad: list[str], good: list[str]) -> tuple[str, str, dict[str, tup
     return raised, stoker.run(good).outcome.value, differing
 
 
+@pytest.mark.long
 def test_after_a_run_that_failed_the_process_is_as_before_and_the_next_run_trains(tmp_path: Path) -> None:
     """With readers, a tracker and a checkpoint in flight when it fails."""
     write_text(tmp_path / "text")

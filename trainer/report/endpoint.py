@@ -21,7 +21,7 @@ GOODPUT_SECONDS = 10.0  # after which the books are read again
 _OF_STEPS = {  # metric of a step: name, help, counter or gauge
     "step": ("stoker_step", "Last step: global batches attempted.", "gauge"),
     "loss": ("stoker_loss", "Loss of the last step, nats per valid token or as the objective counts.", "gauge"),
-    "val_loss": ("stoker_val_loss", "Validation loss of the last evaluation, nats per valid token.", "gauge"),
+    "val_loss": ("stoker_val_loss", "Validation loss of the last evaluation, in the same unit.", "gauge"),
     "grad_norm": ("stoker_grad_norm", "Gradient norm of the last step, before clipping.", "gauge"),
     "lr": ("stoker_learning_rate", "Learning rate of the last step.", "gauge"),
     "tokens": ("stoker_tokens", "Valid tokens trained so far.", "gauge"),

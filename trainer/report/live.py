@@ -94,7 +94,7 @@ class LiveProgress(Observer):
         record, pace = self._record, self._pace
         left = pace.left(self._step, self._total_steps)
         loss, norm = (number(record.loss), number(record.grad_norm, 2)) if record else ("-", "-")
-        lr, speed = (rate(record.lr), f"{pace.tokens_per_second:,.0f} tok/s") if record else ("-", "-")
+        lr, speed = (rate(record.lr), pace.speed) if record else ("-", "-")
         memory = size(memory_bytes())
         lines = [
             self._bar(columns, f"step {self._step:,}/{self._total_steps:,}", f"   eta {left}"),

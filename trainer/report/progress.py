@@ -19,7 +19,7 @@ class Pace:
     """Speed over the most recent steps. A process's first step, which warms up, counts only until there is a second."""
 
     def __init__(self) -> None:
-        self._recent: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)  # tokens, seconds, data seconds
+        self._recent: deque[tuple[float, ...]] = deque(maxlen=WINDOW)  # tokens, seconds, data seconds, MFU x seconds
         self._warm = False
 
     @classmethod
@@ -27,17 +27,17 @@ class Pace:
         """The pace of a process whose steps these are, as metrics.jsonl has them."""
         pace = cls()
         for step in steps:
-            pace._add(*(step.get(key) or 0.0 for key in ("tokens_per_second", "step_seconds", "data_seconds")))
+            pace._add(*(step.get(key) or 0.0 for key in ("tokens_per_second", "step_seconds", "data_seconds", "mfu")))
         return pace
 
     def add(self, record: StepRecord) -> None:
-        self._add(record.tokens_per_second, record.step_seconds, record.data_seconds)
+        self._add(record.tokens_per_second, record.step_seconds, record.data_seconds, record.extra.get("mfu", 0.0))
 
-    def _add(self, tokens_per_second: float, seconds: float, data_seconds: float) -> None:
+    def _add(self, tokens_per_second: float, seconds: float, data_seconds: float, mfu: float) -> None:
         if not self._warm and self._recent:
             self._recent.clear()
             self._warm = True
-        self._recent.append((tokens_per_second * seconds, seconds, data_seconds))
+        self._recent.append((tokens_per_second * seconds, seconds, data_seconds, mfu * seconds))
 
     def left(self, step: int, total: int) -> str:
         """How long it will take from after `step` to the end of step `total`, evaluations and saves included."""
@@ -45,7 +45,7 @@ class Pace:
 
     @property
     def step_seconds(self) -> float:
-        return sum(seconds for _, seconds, _ in self._recent) / max(1, len(self._recent))
+        return sum(seconds for _, seconds, *_ in self._recent) / max(1, len(self._recent))
 
     @property
     def tokens_per_second(self) -> float:
@@ -55,6 +55,15 @@ class Pace:
     def data_share(self) -> float:
         """Share of the time that was spent waiting for rows."""
         return self._share(2)
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation; 0 where the peak of the devices is not known."""
+        return self._share(3)
+
+    @property
+    def speed(self) -> str:
+        return f"{self.tokens_per_second:,.0f} tok/s" + (f"  MFU {self.mfu:.1%}" if self.mfu else "")
 
     def _share(self, column: int) -> float:
         recent = tuple(self._recent)  # the live view reads from its own thread
@@ -101,7 +110,7 @@ class PlainProgress(Observer):
     def _line(self, record: StepRecord) -> str:
         return (
             f"step {record.step}/{self._total_steps}  loss {number(record.loss)}  norm {number(record.grad_norm, 2)}"
-            f"  lr {rate(record.lr)}  {self._pace.tokens_per_second:,.0f} tok/s  data {self._pace.data_share:.0%}"
+            f"  lr {rate(record.lr)}  {self._pace.speed}  data {self._pace.data_share:.0%}"
             f"  mem {size(memory_bytes())}  eta {self._pace.left(record.step, self._total_steps)}"
         )
 

@@ -48,7 +48,7 @@ def pod(index: int, key: str, restarts: int, words: list[str]) -> list[str]:
     return ["ip", "netns", "exec", host, "unshare", "--uts", "--mount", "sh", "-c", script, "sh", *program]
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_pods_meet_train_save_at_sigterm_and_resume_bit_equal(tmp_path: Path, hosts: None) -> None:  # noqa: F811
     write_text(tmp_path / "text")
     lines = [f"{HOSTS[FIRST]} {COORDINATOR} {FIRST}", f"{HOSTS[SECOND]} run-node-0-1.run {SECOND}"]

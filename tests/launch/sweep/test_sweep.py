@@ -105,6 +105,7 @@ def test_every_point_is_run_once_and_the_best_stands_first(
     assert trainers.started[4:] == ["4", "5"], "trials keep their numbers, and new ones follow"
 
 
+@pytest.mark.long
 def test_what_was_interrupted_goes_on_and_what_failed_is_tried_again(trainers: Trainers, tmp_path: Path) -> None:
     words = ["sweep", "run.dir=all", "optim.lr=1e-3,3e-4,1e-4"]
     trainers.ends = {"0": (Outcome.FAILED, 1), "1": (Outcome.STOPPED, 0)}
@@ -216,6 +217,7 @@ def test_a_list_of_trials_that_another_wrote_runs_no_code(
     assert "sweep.json is not the list of a sweep's trials" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_on_slurm_a_sweep_is_one_array_with_a_file_of_settings_for_each_task(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
