@@ -49,7 +49,7 @@ PLAN_EXAMPLES = """\
 examples:
   stoker plan model=small launch.nproc=2
   stoker plan model=llama3_8b seq_len=8192 batch.micro_size=1 parallel.zero=3 \\
-      --gpu H100 --gpus 8
+      --gpu H100 --gpus 8 --tokens 1e12 --price 2.5 --mtbf 200
 
 The status is 0 if it fits, 1 if it does not, 2 for a start that is refused.
 """
@@ -188,12 +188,15 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_settings(config)
     config.add_argument("--layout", action="store_true", help="print the place of every rank instead")
 
-    plan = add("plan", _plan, "Show the memory that a start would need.", PLAN_EXAMPLES)
+    plan = add("plan", _plan, "Show the memory and the time that a start would need.", PLAN_EXAMPLES)
     arguments.add_settings(plan)
     plan.add_argument(
         "--gpu", metavar="NAME", help="device to plan for: H100, or a JSON file (default: this machine's)"
     )
     plan.add_argument("--gpus", metavar="N", type=int, help="how many ranks (default: those of a start)")
+    plan.add_argument("--tokens", metavar="T", type=float, help="tokens of the run (default: those of its steps)")
+    plan.add_argument("--price", metavar="P", type=float, help="of a GPU for an hour: prints what the run costs")
+    plan.add_argument("--mtbf", metavar="H", type=float, help="hours between failures: prints how often to save")
     plan.add_argument("--json", action="store_true", help="everything, as JSON")
 
     check = add("check", _check, "Compare a layout with one process, or with transformers.", CHECK_EXAMPLES)
@@ -311,9 +314,10 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from stoker.launch.plan import plan
+    from stoker.launch.plan import Asked, plan
 
-    return plan(options.overrides, options.gpu, options.gpus, "json" if options.json else "text")
+    asked = Asked(options.tokens, options.price, options.mtbf)
+    return plan(options.overrides, options.gpu, options.gpus, asked, "json" if options.json else "text")
 
 
 def _check(options: argparse.Namespace) -> int:

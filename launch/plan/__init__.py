@@ -1,6 +1,7 @@
 """`stoker plan`: what a start would need, found by rehearsing it, before anything is spawned or paid for.
 
 `make`      which ranks need the same, and what each class of them needs
+`times`     from counts and a device's published rates to the time of a step and of a run
 `show`      tables for a terminal, and JSON
 
 The config is settled as `stoker train` settles it, so that what one refuses the other refuses too, in the same words.
@@ -9,12 +10,13 @@ The config is settled as `stoker train` settles it, so that what one refuses the
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 
 from stoker.conf.devices import Device, device_called, device_named
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
-from stoker.launch.plan.make import Machine, make_plan
+from stoker.launch.plan.make import Asked, Machine, make_plan
 from stoker.launch.plan.show import as_json, print_plan
 from stoker.launch.train import gpus as gpus_here
 from stoker.launch.train import ranks_for, refusing, say
@@ -24,7 +26,7 @@ from stoker.trainer.facts import with_vocabulary
 from stoker.trainer.settle import settle_config
 
 
-def plan(overrides: Sequence[str], gpu: str | None, gpus: int | None, form: str) -> int:
+def plan(overrides: Sequence[str], gpu: str | None, gpus: int | None, asked: Asked, form: str) -> int:
     """Print the plan in `form` (text or json); status 1 for one that does not fit.
 
     `gpu` names a device of `stoker.conf.devices`, or a JSON file; by default it is this machine's. `gpus` is the number
@@ -34,13 +36,17 @@ def plan(overrides: Sequence[str], gpu: str | None, gpus: int | None, form: str)
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus {gpus}: at least one rank has to train")
 
+    for option, value in vars(asked).items():
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{option} {value:g}: a number above 0 works")
+
     def where(config: Config) -> Ranks:
         return _where(config, device, gpus)
 
     config, _ = settle_config(overrides, where, tell=say)
     with refusing():
         complete = with_vocabulary(config)
-        made = make_plan(complete, where(config).world, _machine(config, device))
+        made = make_plan(complete, where(config).world, _machine(config, device), asked)
     if form == "json":
         print(json.dumps(as_json(made), allow_nan=False))
     else:

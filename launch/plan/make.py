@@ -1,4 +1,4 @@
-"""A plan: which ranks need the same, and what each class of them needs of memory."""
+"""A plan: which ranks need the same, what each class of them needs of memory, and how long a run takes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from stoker.conf.devices import Device
 from stoker.conf.schema import Config
+from stoker.launch.plan.times import HOUR, Failures, Times, failures, step_time, times
 from stoker.parallel.layout import BatchPlan, Coordinate, Layout, batch_plan, layout_of
 from stoker.trainer.memory import available_bytes
 from stoker.trainer.parallelize import parameters_of
@@ -26,6 +27,15 @@ class Machine:
 
     kind: str  # cpu | cuda
     device: Device | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked besides memory. `tokens`: of the run, default those of its steps."""
+
+    tokens: float | None = None
+    price: float | None = None  # of a device for an hour
+    mtbf: float | None = None  # hours between failures of the run
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,9 @@ class Plan:
     parameters: int
     classes: list[RankClass]  # the worst first
     capacity: float | None  # bytes of a device, or of this machine for all ranks; None where unknown
+    times: Times | None = None  # None where the device's rates are not known
+    failures: Failures | None = None
+    price: float | None = None  # of a device for an hour
 
     @property
     def needed(self) -> float:
@@ -57,11 +70,34 @@ class Plan:
         return sum(len(each.ranks) * (each.rehearsal.peak.bytes * MALLOC_HOLES + PROCESS) for each in self.classes)
 
     @property
+    def staged(self) -> float:
+        """Bytes of a snapshot of a rank, on average."""
+        return sum(len(each.ranks) * each.rehearsal.staged for each in self.classes) / self.layout.world
+
+    @property
+    def states(self) -> int:
+        """Bytes that all ranks hold between steps."""
+        return sum(len(each.ranks) * each.rehearsal.held.bytes for each in self.classes)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of a step on all ranks, as in `stoker.trainer.rehearsal.Work`."""
+        return sum(len(each.ranks) * each.rehearsal.passes.flops for each in self.classes)
+
+    @property
+    def cost(self) -> float | None:
+        """Of the whole run, in the unit of the price."""
+        if self.price is None or self.times is None:
+            return None
+        kept = self.failures.goodput if self.failures is not None else 1.0
+        return self.price * self.layout.world * self.times.seconds / HOUR / kept if kept else None
+
+    @property
     def fits(self) -> bool | None:
         return None if self.capacity is None else self.needed <= self.capacity
 
 
-def make_plan(config: Config, world: int, machine: Machine) -> Plan:
+def make_plan(config: Config, world: int, machine: Machine, asked: Asked) -> Plan:
     """The plan of `config`, with `model.vocab_size` set, on `world` ranks.
 
     Raises ValueError for a model that cannot be parallelized as configured.
@@ -70,15 +106,33 @@ def make_plan(config: Config, world: int, machine: Machine) -> Plan:
     if mask is None:  # the data are not opened: single files of chats with another packing are taken for texts
         mask = config.data.packing == "best_fit"
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=mask))
-    layout = layout_of(config, world)
+    layout, device = layout_of(config, world), machine.device
+    batch = batch_plan(config, layout)
     classes = [_class(config, layout, pp, machine.kind) for pp in range(layout.pp)]
     classes.sort(key=lambda each: each.rehearsal.peak.bytes, reverse=True)
     if machine.kind == "cpu":
         capacity: float | None = available_bytes()
     else:
-        capacity = machine.device.memory_gib * GIB if machine.device is not None else None
-    parameters = parameters_of(config)
-    return Plan(config, layout, batch_plan(config, layout), machine, parameters, classes, capacity)
+        capacity = device.memory_gib * GIB if device is not None else None
+    plan = Plan(config, layout, batch, machine, parameters_of(config), classes, capacity, price=asked.price)
+    if device is not None:
+        tokens = asked.tokens or float(config.steps * config.batch.size * config.seq_len)
+        plan = dataclasses.replace(plan, times=_times(plan, device, tokens))
+    if asked.mtbf is not None:
+        plan = dataclasses.replace(plan, failures=failures(asked.mtbf * HOUR, plan.staged))
+    return plan
+
+
+def _times(plan: Plan, device: Device, tokens: float) -> Times | None:
+    """Of the slowest class of ranks."""
+    found = []
+    for each in plan.classes:
+        step = step_time(plan.config, plan.layout, each.rehearsal, device, plan.batch)
+        if step is None:
+            return None
+        found.append(step)
+    slowest = max(found, key=lambda step: step.total)
+    return times(plan.config, plan.layout, slowest, device, plan.parameters, tokens)
 
 
 def _class(config: Config, layout: Layout, pp: int, kind: str) -> RankClass:

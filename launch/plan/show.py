@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 from rich.table import Column, Table
@@ -10,9 +12,12 @@ from stoker.conf.printable import printable
 from stoker.launch.inspect import console_for_tables
 from stoker.launch.layout import ranks_in_words
 from stoker.launch.plan.make import GIB, HOLES, MALLOC_HOLES, RESERVED, Plan
-from stoker.trainer.rehearsal import Category, Peak, Rehearsal
+from stoker.launch.plan.times import ASSUMED, DAY, HOUR, RESTART_SECONDS, STORAGE
+from stoker.trainer.rehearsal import Category, Peak, Rehearsal, Work
+from stoker.trainer.report.progress import brief, size
 
 MIB = 2**20
+RULE_BYTES, RULE_SHARE = 18, 0.8  # masters, two moments, gradients and a copy in 16 bits; of a device's memory
 LARGE = 8 * GIB  # from which on memory is shown in GiB
 
 
@@ -24,7 +29,9 @@ def print_plan(plan: Plan) -> None:
     console.print()
     console.print(memory_table(plan))
     console.print()
-    for line in verdict(plan):
+    console.print(message_table(plan))
+    console.print()
+    for line in [*verdict(plan), *time_lines(plan)]:
         console.print(printable(line), soft_wrap=True, markup=False)
 
 
@@ -32,7 +39,8 @@ def head(plan: Plan) -> list[str]:
     config, batch = plan.config, plan.batch
     device = plan.machine.device
     where = {"cpu": "CPUs"}.get(plan.machine.kind, device.name if device is not None else "GPUs")
-    rows = f"{batch.micro_batches} micro-batches of {batch.micro_rows} x {config.seq_len:,} tokens on each rank"
+    several = "es" if batch.micro_batches > 1 else ""
+    rows = f"{batch.micro_batches} micro-batch{several} of {batch.micro_rows} x {config.seq_len:,} tokens on each rank"
     recomputed = config.activation_checkpointing
     return [
         f"{config.model.name}: {plan.parameters:,} parameters, {config.precision}, on {plan.layout.world:,} {where}",
@@ -64,10 +72,52 @@ def memory_table(plan: Plan) -> Table:
     return table
 
 
+def message_table(plan: Plan) -> Table:
+    """The messages of a step of each class of ranks."""
+    columns = [Column("ranks"), Column("messages of a step"), Column("over"), Column("of ranks", justify="right")]
+    columns += [Column("number", justify="right"), Column("bytes together", justify="right")]
+    table = Table(*columns, box=None, pad_edge=False)
+    for each in plan.classes:
+        work = each.rehearsal.passes.plus(each.rehearsal.update)
+        for (kind, name), traffic in sorted(work.messages.items()):
+            ranks = f"{len(each.rehearsal.groups[name]):,}"
+            cells = [ranks_in_words(each.ranks), kind, name, ranks, f"{traffic.count:,}", size(traffic.bytes)]
+            table.add_row(*cells)
+    return table
+
+
+def time_lines(plan: Plan) -> list[str]:
+    """Operations, the time of a step by part, of a run, its cost, and how often to save."""
+    flops, times = f"{plan.flops / 1e12:,.2f} TFLOP a step on all ranks", plan.times
+    lines = [f"{flops}, attention as if it were not causal"]
+    if times is None:
+        if plan.machine.kind == "cuda":
+            lines.append("no times: the device's rates are not known")
+        return lines
+    step = times.step
+    parts = {part.replace("_", " "): seconds for part, seconds in vars(step).items() if seconds >= 5e-5}
+    listed = ", ".join(f"{part} {brief(seconds)}" for part, seconds in parts.items())
+    lines.append(f"estimated step of {brief(step.total)}: {listed}")
+    lines.append(
+        f"{times.tokens_per_second:,.0f} tokens/s, {times.tokens_per_second * DAY:.3g} a day, MFU {times.mfu:.0%}; "
+        f"{times.tokens:.3g} tokens take {times.seconds / DAY:,.2f} days"
+    )
+    lines.append(f"assumed: {ASSUMED}")
+    if plan.failures is not None:
+        found = plan.failures
+        lines.append(
+            f"with a failure every {found.mtbf / HOUR:g} hours: goodput {found.goodput:.1%}, saving every "
+            f"{found.interval / 60:,.1f} minutes (checkpoint.minutes={max(found.interval / 60, 0.1):.1f}), assumed "
+            f"{STORAGE / 1e9:g} GB/s a rank to storage and {RESTART_SECONDS / 60:g} minutes for a restart"
+        )
+    if plan.cost is not None:
+        lines.append(f"cost at {plan.price:g} a device and hour: {plan.cost:,.0f}")
+    return lines
+
+
 def verdict(plan: Plan) -> list[str]:
     """Whether it fits, and what is left; what a snapshot needs besides."""
     device, needed = plan.machine.device, _amount(plan.needed)
-    staged = sum(len(each.ranks) * each.rehearsal.staged for each in plan.classes) / plan.layout.world
     lines = []
     if plan.machine.kind == "cpu":
         what = f"{needed} for all ranks, with the programs and {MALLOC_HOLES - 1:.0%} for malloc's holes"
@@ -81,10 +131,21 @@ def verdict(plan: Plan) -> list[str]:
         left = plan.capacity - plan.needed
         fits = f"fits, {_amount(left)} to spare" if left >= 0 else f"does not fit, {_amount(-left)} too much"
         lines.append(f"{what}, of {_amount(plan.capacity)} {whose}: {fits}")
-    lines.append(f"a snapshot for a checkpoint: {_amount(staged)} of a rank on average, in the memory of the host")
+    lines.append(f"a snapshot for a checkpoint: {_amount(plan.staged)} of a rank on average, in the memory of the host")
+    lines.append(_rule_of_thumb(plan))
     if plan.machine.kind == "cuda":
         lines.append("rehearsed without compilation: compiled blocks keep less")
     return lines
+
+
+def _rule_of_thumb(plan: Plan) -> str:
+    """18 bytes a parameter, over 80% of a device's memory, beside what was counted."""
+    states, device = RULE_BYTES * plan.parameters, plan.machine.device
+    text = f"rule of thumb: {RULE_BYTES} bytes a parameter, {size(states)} of states"
+    if device is not None:
+        text += f", {math.ceil(states / (RULE_SHARE * device.memory_gib * 1e9)):,} devices"
+    text += f"; counted: {size(plan.states)} on all ranks between steps"
+    return text + " (replicas count each, gradients and copies only where they stay), and activations besides"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -103,6 +164,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "capacity_bytes": plan.capacity,
         "needed_bytes": plan.needed,
         "fits": plan.fits,
+        "states_bytes": plan.states,
+        "flops": plan.flops,
+        "times": _times(plan),
+        "failures": None if plan.failures is None else dataclasses.asdict(plan.failures),
+        "cost": plan.cost,
         "classes": [
             {"ranks": list(each.ranks), "stages": each.stages, **_rehearsal(each.rehearsal)} for each in plan.classes
         ],
@@ -111,7 +177,27 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def _rehearsal(rehearsal: Rehearsal) -> dict[str, Any]:
     names = ("build", "step", "held", "evaluation", "peak")
-    return {name: _peak(getattr(rehearsal, name)) for name in names} | {"staged_bytes": rehearsal.staged}
+    return {name: _peak(getattr(rehearsal, name)) for name in names} | {
+        "staged_bytes": rehearsal.staged,
+        "passes": _work(rehearsal.passes),
+        "update": _work(rehearsal.update),
+    }
+
+
+def _times(plan: Plan) -> dict[str, Any] | None:
+    """Seconds, but for shares and tokens."""
+    if plan.times is None:
+        return None
+    found = dataclasses.asdict(plan.times)
+    return found | {"step": found["step"] | {"total": plan.times.step.total}}
+
+
+def _work(work: Work) -> dict[str, Any]:
+    messages = [
+        {"kind": kind, "group": name, "count": traffic.count, "bytes": traffic.bytes}
+        for (kind, name), traffic in sorted(work.messages.items())
+    ]
+    return {"flops": work.flops, "moved_bytes": work.moved, "messages": messages}
 
 
 def _peak(peak: Peak) -> dict[str, Any]:

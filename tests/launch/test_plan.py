@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from stoker.launch.cli import main
+from stoker.launch.plan.times import STORAGE, TO_HOST, failures
 
 Printed = Callable[..., tuple[int, str, str]]
 SMALL = ["model.hidden_size=64", "model.intermediate_size=64", "model.num_hidden_layers=2", "seq_len=64"]
@@ -32,9 +35,11 @@ def test_a_plan_has_a_line_for_the_ranks_of_each_stage_and_spawns_nothing(printe
     lines = out.splitlines()
     assert status == 0
     assert "on 4 CPUs" in lines[0] and "pp 2 x dp_shard 2, ZeRO 1" in lines[1]
-    classes = {line.split()[0]: line for line in lines if line.startswith(("0-1", "2-3"))}
-    assert len(classes) == 2 and sum("*" in ranks for ranks in classes) == 1, "the worst is marked"
-    assert "fits" in lines[-2]
+    memory, messages, verdict = out.split("\n\n")[1:]
+    classes = [line.split()[0] for line in memory.splitlines()[2:]]
+    assert len(classes) == 2 and classes[0].endswith("*") and not classes[1].endswith("*"), "the worst is marked"
+    assert re.search(r"all_gather +dp_shard +2 ", messages) and re.search(r"send +pp +2 ", messages)
+    assert ": fits, " in verdict
     assert list(tmp_path.iterdir()) == []
 
 
@@ -51,6 +56,29 @@ def test_a_plan_for_gpus_says_whether_they_have_the_memory(printed: Printed, tmp
     small.write_text(json.dumps({"memory_gib": (plan["needed_bytes"] - 1) / 2**30}))
     status, out, _ = printed("plan", *SMALL, "--gpu", str(small), "--gpus", "2")
     assert status == 1 and "of one small: does not fit" in out
+
+
+def test_a_plan_gives_the_time_of_a_run_its_cost_and_how_often_to_save(printed: Printed, tmp_path: Path) -> None:
+    asked = ["--gpus", "2", "--tokens", "1e9", "--price", "2.5", "--mtbf", "100", "--json"]
+    plan = json.loads(printed("plan", *SMALL, "--gpu", "H100", *asked)[1])
+    times, failures = plan["times"], plan["failures"]
+    assert times["step"]["total"] == pytest.approx(sum(s for part, s in times["step"].items() if part != "total"))
+    assert times["seconds"] == pytest.approx(1e9 / times["tokens_per_second"])
+    assert plan["cost"] == pytest.approx(2 * 2.5 * times["seconds"] / 3600 / failures["goodput"])
+    assert 0 < times["mfu"] < 0.75 and 0.9 < failures["goodput"] < 1
+
+    unknown = tmp_path / "unknown.json"
+    unknown.write_text('{"memory_gib": 80}')
+    plan = json.loads(printed("plan", *SMALL, "--gpu", str(unknown), *asked)[1])
+    assert plan["times"] is None and plan["cost"] is None and plan["flops"] > 0, "no other device's rates"
+
+
+def test_saves_are_as_often_as_young_has_it_but_no_faster_than_they_are_written() -> None:
+    rare, often = failures(mtbf=1e6, staged=1e10), failures(mtbf=1e4, staged=1e10)
+    assert rare.interval == pytest.approx(math.sqrt(2 * 1e10 / TO_HOST * 1e6))
+    assert often.goodput < rare.goodput < 1
+    assert failures(mtbf=1e4, staged=1e13).interval == 1e13 / STORAGE
+    assert failures(mtbf=10.0, staged=1e10).goodput == 0, "it never gets to the next save"
 
 
 @pytest.mark.parametrize(
@@ -74,8 +102,13 @@ def test_what_train_refuses_plan_refuses_in_the_same_words(printed: Printed, wor
     [
         (["--gpu", "H101"], "--gpu H101: no such device is known; known are GB200, B200"),
         (["--gpu", "none.json"], "--gpu none.json: "),
+        (["--price", "0"], "--price 0: a number above 0 works"),
         (["--gpus", "0"], "--gpus 0: at least one rank"),
         (["--gpu", "H100", "launch.device=cpu"], "launch.device=cpu with --gpu H100: leave one of them out"),
+        (
+            [*SMALL, "optim.target=torch.optim:Adamax", "optim.needs=elementwise"],
+            "this start cannot be rehearsed: its step depends on the value of a tensor (aten._local_scalar_dense",
+        ),
         (["parallel.engine=deepspeed"], "parallel.engine=deepspeed cannot be rehearsed: parallel.engine=fsdp can"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, list) else "",

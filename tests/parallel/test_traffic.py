@@ -16,10 +16,11 @@ from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.model import whole_model
 from stoker.parallel.replicated import BUCKET_NUMEL
 from stoker.trainer.parallelize import cut
+from stoker.trainer.rehearsal import Traffic, rehearse
 from tests import world
 from tests.parallel.parity import Case
 from tests.parallel.reference import global_rows
-from tests.parallel.watching import Collectives, Syncs, Traffic
+from tests.parallel.watching import Collectives, Syncs
 
 MICRO, LAYERS = 2, 4  # micro-batches' rows, blocks
 
@@ -100,6 +101,14 @@ def test_what_waits_is_seen() -> None:
     with Syncs() as syncs:
         torch.where(x > 0, x, 0.0).sum()
     assert syncs.found == []
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_rehearsal_counts_the_messages_of_a_real_step(name: str, seen: dict[str, list[Seen]]) -> None:
+    config = STRATEGIES[name]
+    for rank, real in enumerate(seen[name]):
+        rehearsed = rehearse(config, layout_of(config, 2), rank)
+        assert rehearsed.passes.plus(rehearsed.update).messages == real.traffic
 
 
 def sizes(config: Config) -> dict[str, int]:

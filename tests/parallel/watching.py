@@ -6,18 +6,18 @@ On CPUs nothing waits, but the same calls are made: that is what is counted.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stoker.parallel.mesh import Mesh
+from stoker.trainer.rehearsal import Traffic
+from stoker.trainer.rehearsal.work import Messages
 
 aten = torch.ops.aten
 # These give the host a value, or need one to know the size of their result.
@@ -84,80 +84,17 @@ def _selects_by_mask(function: Any, args: Sequence) -> bool:
     return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
 
 
-@dataclass
-class Traffic:
-    """Messages of one kind over one group: how many, and bytes of this rank's tensors together."""
-
-    count: int = 0
-    bytes: int = 0
-
-
-@dataclass
 class Collectives(TorchDispatchMode):
-    """`with Collectives(mesh) as collectives:` counts by (kind, group): `found["all_gather", "dp_shard"]`.
+    """`with Collectives(mesh) as collectives:` counts messages in `found`, as a rehearsal does."""
 
-    Bytes are those of the whole that is gathered, scattered, reduced or sent.
-    """
-
-    mesh: Mesh
-    found: dict[tuple[str, str], Traffic] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, mesh: Mesh) -> None:
         super().__init__()
-        self._names = {self.mesh.world.group_name: "world"}
-        for name, group in self.mesh.groups.items():
-            if group is not None and group.group_name not in self._names:
-                self._names[group.group_name] = name
+        self._messages = Messages(mesh)
+
+    @property
+    def found(self) -> dict[tuple[str, str], Traffic]:
+        return self._messages.found
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Sequence = (), kwargs: dict | None = None) -> Any:
-        name = str(function).rpartition(".")[0].split("::")[-1].split(".")
-        if name[0] in ("c10d", "_c10d_functional") and name[1] in KINDS:
-            kind, sized = KINDS[name[1]]
-            group = next(self._group(argument) for argument in args if self._group(argument) is not None)
-            traffic = self.found.setdefault((kind, group or ""), Traffic())
-            traffic.count += 1
-            traffic.bytes += sized(args, self.mesh)
+        self._messages.see(function, args)
         return function(*args, **(kwargs or {}))
-
-    def _group(self, argument: Any) -> str | None:
-        if isinstance(argument, str):
-            return self._names.get(argument)
-        if isinstance(argument, torch.ScriptObject):
-            try:
-                return self._names.get(dist.ProcessGroup.unbox(argument).group_name)
-            except RuntimeError:  # an operation of a reduction
-                return None
-        return None
-
-
-def _bytes_of(argument: Any) -> int:
-    if isinstance(argument, Tensor):
-        return argument.nbytes
-    return sum(map(_bytes_of, argument)) if isinstance(argument, list | tuple) else 0
-
-
-def _first(args: Sequence, _: Mesh) -> int:
-    return _bytes_of(args[0])
-
-
-def _second(args: Sequence, _: Mesh) -> int:
-    return _bytes_of(args[1])
-
-
-def _times_size(args: Sequence, _: Mesh) -> int:
-    return _bytes_of(args[0]) * next(argument for argument in args[1:] if isinstance(argument, int))
-
-
-KINDS: dict[str, tuple[str, Callable[[Sequence, Mesh], int]]] = {
-    "allreduce_": ("all_reduce", _first),
-    "_allgather_base_": ("all_gather", _first),  # output, input, group
-    "_reduce_scatter_base_": ("reduce_scatter", _second),
-    "broadcast_": ("broadcast", _first),
-    "send": ("send", _first),
-    "recv_": ("receive", _first),
-    "alltoall_base_": ("reduce_scatter", _second),
-    "all_reduce": ("all_reduce", _first),
-    "all_gather_into_tensor": ("all_gather", _times_size),
-    "reduce_scatter_tensor": ("reduce_scatter", _first),
-    "all_to_all_single": ("reduce_scatter", _first),  # over gloo, by which `regions` scatters
-}

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 
 from stoker.conf.schema import Config
+from stoker.models.flops import flops_per_token
 from stoker.parallel.layout import layout_of
+from stoker.trainer.parallelize import parameters_of
 from stoker.trainer.rehearsal import Category, rehearse
 from stoker.trainer.rehearsal.fake_ranks import fake_tensors
 from stoker.trainer.rehearsal.memory import MemoryLog
@@ -112,6 +114,48 @@ def test_states_are_counted_to_the_byte_on_each_layout() -> None:
     assert states[Category.MASTERS] == numbers
     assert states[Category.OPTIMIZER] == pytest.approx(2 * numbers, abs=100)
     assert not {Category.COPIES, Category.GRADIENTS, Category.GATHERED} & states.keys()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rows", "changes"),
+    [
+        (1, 48, {"zero": 0}),
+        (2, 64, {"zero": 3}),
+        (2, 32, {"tp": 2, "zero": 0}),
+        (2, 32, {"pp": 2, "zero": 0}),
+    ],
+    ids=str,
+)
+def test_operations_are_those_of_the_closed_form(ranks: int, rows: int, changes: dict[str, object]) -> None:
+    config = config_of(seq_len=32, **changes)
+    config.batch.size = rows
+    layout = layout_of(config, ranks)
+    counted = sum(rehearse(config, layout, rank).passes.flops for rank in range(ranks))
+    per_token = flops_per_token(config.model, config.seq_len, parameters_of(config))
+    assert counted == pytest.approx(rows * config.seq_len * per_token, rel=5e-3)
+
+
+def test_recomputed_blocks_cost_another_forward_of_them_but_for_the_last_product() -> None:
+    config = config_of("bf16", seq_len=32, zero=0)
+    once = rehearse(config, layout_of(config, 1), 0, "cuda")
+    config.activation_checkpointing = "full"
+    again = rehearse(config, layout_of(config, 1), 0, "cuda")
+    tokens, width, hidden, layers = 64 * 32, 128, 352, 2
+    head, last = 6 * 512 * width * tokens, 2 * hidden * width * tokens * layers  # no backward needs its output
+    assert again.passes.flops - once.passes.flops == (once.passes.flops - head) / 3 - last
+    assert again.step.bytes < once.step.bytes
+
+
+def test_micro_batches_that_are_not_rehearsed_are_counted() -> None:
+    """Each but the last sends the same, and the last what two micro-batches send less that."""
+    config = config_of(seq_len=32, zero=3)
+    found = []
+    for rows in (32, 64, 160):  # 1, 2 and 5 micro-batches of each rank
+        config.batch.size = rows
+        found.append(rehearse(config, layout_of(config, 2), 0).passes)
+    one, two, five = found
+    assert five == two.plus(two.plus(one, -1), 3)
+    assert five.messages["reduce_scatter", "world"].count == 5 * one.messages["reduce_scatter", "world"].count
 
 
 def test_a_rehearsal_needs_a_process_without_a_process_group() -> None:

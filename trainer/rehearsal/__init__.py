@@ -5,11 +5,13 @@ update, its evaluation. So what is counted of it is what a run needs, and no for
 
 `fake_ranks`  a mesh of one rank without the others, and tensors without memory
 `memory`      storages over time, by category, and the peak
+`work`        floating-point operations, bytes that pass through memory, messages by kind and group
 `stand_ins`   kernels of which the real ones keep other tensors, or take too many operations
 `run`         building, a step and an evaluation, one after the other
 """
 
 from stoker.trainer.rehearsal.memory import Category, Peak
 from stoker.trainer.rehearsal.run import Rehearsal, rehearse
+from stoker.trainer.rehearsal.work import Traffic, Work
 
-__all__ = ["Category", "Peak", "Rehearsal", "rehearse"]
+__all__ = ["Category", "Peak", "Rehearsal", "Traffic", "Work", "rehearse"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from stoker.checkpoint.plan import plan_file
 from stoker.conf.schema import Config
@@ -20,8 +22,7 @@ from stoker.trainer.parallelize import build_engine
 from stoker.trainer.rehearsal.fake_ranks import fake_mesh, fake_tensors
 from stoker.trainer.rehearsal.memory import Category, MemoryLog, Peak
 from stoker.trainer.rehearsal.stand_ins import stand_ins
-
-ACCUMULATED = 2  # micro-batches without a pipeline that are rehearsed: a third needs no more memory
+from stoker.trainer.rehearsal.work import Work, WorkLog
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Rehearsal:
     evaluation: Peak
     held: Peak  # between two steps
     staged: int  # bytes of a snapshot of this rank, in the memory of the host
+    passes: Work  # forward and backward of all micro-batches of a step
+    update: Work
+    groups: Mapping[str, Sequence[int]]  # the ranks of this one's groups, by the names of messages
 
     @property
     def peak(self) -> Peak:
@@ -45,36 +49,62 @@ class Rehearsal:
 def rehearse(config: Config, layout: Layout, rank: int, kind: str = "cpu") -> Rehearsal:
     """What `rank` of `layout` needs, with the kernels of a device of this `kind`, cpu or cuda.
 
-    `config.model.vocab_size` must be set. Raises ValueError as building the engine does, and for an engine that cannot
-    run without the other ranks.
+    `config.model.vocab_size` must be set. Raises ValueError as building the engine does, and for what cannot run
+    without the other ranks, a disk, or the values of tensors.
     """
     if config.parallel.engine != "fsdp":
         raise ValueError(f"parallel.engine={config.parallel.engine} cannot be rehearsed: parallel.engine=fsdp can")
-    plan = _shortened(batch_plan(config, layout), layout)
-    with (
-        _quiet(),
-        fake_mesh(layout, rank) as mesh,
-        fake_tensors(),
-        stand_ins(kind, config.activation_checkpointing == "selective", lambda _: None),
-        MemoryLog() as log,
-    ):
-        log.phase = "building"
-        engine, _ = build_engine(dataclasses.replace(config, compile=False), mesh, plan)
-        _name(log, engine)
-        build = log.peak()
-        log.phase = "between passes"
-        rows = _rows(plan, config.seq_len)
-        log.assign(Category.ROWS, (field for field in vars(rows).values() if field is not None))
-        engine.forward_backward(rows)
+    if config.parallel.offload == "nvme":
+        raise ValueError("parallel.offload=nvme cannot be rehearsed, as it writes to a disk: parallel.offload=cpu can")
+    plan = batch_plan(config, layout)
+    with _quiet(), _without_values(), fake_mesh(layout, rank) as mesh:
+        work = WorkLog(mesh)
+        selective = config.activation_checkpointing == "selective"
+        with fake_tensors(), stand_ins(kind, selective, work.count), MemoryLog(work.see) as log:
+            log.phase = "building"
+            engine, _ = build_engine(dataclasses.replace(config, compile=False), mesh, plan)
+            _name(log, engine)
+            build = log.peak()
+            work.take()
+            log.phase = "between passes"
+            rows = _rows(plan, config.seq_len)
+            log.assign(Category.ROWS, (field for field in vars(rows).values() if field is not None))
+            passes, update = _step(engine, rows, config, plan, work, log)
+            step, held = log.peak(), log.now()
+            log.phase = "evaluation"
+            engine.evaluate(rows[: plan.micro_rows])
+            evaluation = log.peak()
+            staged = plan_file(engine.shards()).file_bytes
+            del engine, rows
+        groups: dict[str, Sequence[int]] = {"world": range(layout.world)}
+        groups |= {
+            name: dist.get_process_group_ranks(group) for name, group in mesh.groups.items() if group is not None
+        }
+    return Rehearsal(rank, kind, build, step, evaluation, held, staged, passes, update, groups)
+
+
+def _step(
+    engine: Engine, rows: Batch, config: Config, plan: BatchPlan, work: WorkLog, log: MemoryLog
+) -> tuple[Work, Work]:
+    """The work of a step's passes and of its update.
+
+    Without a pipeline a step of one micro-batch and a step of two are rehearsed: a third needs no more memory, and does
+    what the second does.
+    """
+    whole = plan.micro_batches == 1 or config.parallel.pp > 1
+    counts = [plan.micro_batches] if whole else [1, 2]
+    passes, update = [], Work()
+    for count in counts:
+        work.take()
+        engine.forward_backward(rows[: count * plan.micro_rows])
+        passes.append(work.take())
         log.assign(Category.GRADIENTS, _gradients(engine))
-        result = engine.update(config.optim.lr)
-        step, held = log.peak(), log.now()
-        log.phase = "evaluation"
-        engine.evaluate(rows[: plan.micro_rows])
-        evaluation = log.peak()
-        staged = plan_file(engine.shards()).file_bytes
-        del engine, rows, result
-    return Rehearsal(rank, kind, build, step, evaluation, held, staged)
+        engine.update(config.optim.lr)
+        update = work.take()
+    if whole:
+        return passes[0], update
+    more = passes[1].plus(passes[0], -1)
+    return passes[0].plus(more, plan.micro_batches - 1), update
 
 
 @contextlib.contextmanager
@@ -89,11 +119,16 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _shortened(plan: BatchPlan, layout: Layout) -> BatchPlan:
-    """Fewer micro-batches, with the same peak."""
-    if layout.pp > 1 or plan.micro_batches <= ACCUMULATED:
-        return plan
-    return dataclasses.replace(plan, rank_rows=ACCUMULATED * plan.micro_rows)
+@contextlib.contextmanager
+def _without_values() -> Iterator[None]:
+    """Raises ValueError where code inside takes the value of a tensor."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"this start cannot be rehearsed: its step depends on the value of a tensor ({error.func}), as optimizers "
+            "without fused kernels and some models do, and fake tensors have none"
+        ) from None
 
 
 def _rows(plan: BatchPlan, seq_len: int) -> Batch:

@@ -1,0 +1,142 @@
+"""How long a step takes, by what was counted and what makers publish of a device: an estimate, which names its parts.
+
+Counts are exact; rates are not. The shares of published rates that are reached, and what hides behind what, are
+assumptions, listed in `ASSUMED`. A device of unknown rates has no times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stoker.conf.devices import Device
+from stoker.conf.schema import Config
+from stoker.models.family import family_of
+from stoker.parallel.layout import BatchPlan, Layout
+from stoker.trainer.rehearsal import Rehearsal, Traffic, Work
+
+PRODUCTS = 0.75  # of the peak, by matrix products of a model's shapes
+MEMORY = 0.8  # of the bandwidth
+LINKS = 0.8
+MESSAGE_SECONDS = 20e-6  # to start a message
+MACHINE = 8  # devices of a machine
+COMPILED = 0.5  # of the passes over memory, when blocks are compiled
+STORAGE = 1e9  # bytes a second that a rank writes of a checkpoint
+TO_HOST = 20e9  # bytes a second of a snapshot
+RESTART_SECONDS = 300.0
+ASSUMED = (
+    f"{PRODUCTS:.0%} of the peak in products, {MEMORY:.0%} of memory's and {LINKS:.0%} of links' bandwidth, "
+    f"{MACHINE} devices a machine, {MESSAGE_SECONDS * 1e6:.0f} us a message, half of the passes over memory fused by "
+    "compilation"
+)
+HOUR, DAY = 3600.0, 86400.0
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, by part. Communication and the bubble are what is not hidden behind computing."""
+
+    products: float  # matrix products and attention
+    memory: float  # other operations, bound by memory
+    communication: float
+    bubble: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        return self.products + self.memory + self.communication + self.bubble + self.update
+
+
+@dataclass(frozen=True)
+class Times:
+    """What follows from a step's time."""
+
+    step: StepTime
+    tokens_per_second: float
+    mfu: float  # of the published peak, by the model's own operations (PaLM, appendix B)
+    tokens: float  # of the whole run
+    seconds: float  # for them, without failures
+
+
+@dataclass(frozen=True)
+class Failures:
+    """A run that fails every so often: what it keeps of its time, and how often it should save."""
+
+    goodput: float  # share of the time that brings the run further
+    interval: float  # seconds between saves that lose least
+    mtbf: float  # seconds between failures
+
+
+def step_time(
+    config: Config, layout: Layout, rehearsal: Rehearsal, device: Device, batch: BatchPlan
+) -> StepTime | None:
+    """The step of the ranks of `rehearsal`; None where the device's rates in the run's precision are not known."""
+    peak = device.tflops.get(config.precision)
+    if not peak or not device.hbm_gb_s:
+        return None
+    fused = COMPILED if config.compile is not False else 1.0
+    passes, update = rehearsal.passes, rehearsal.update
+    products = passes.flops / (peak * 1e12 * PRODUCTS)
+    memory = passes.moved * fused / (device.hbm_gb_s * 1e9 * MEMORY)
+    inside, between = _messages(passes, layout, rehearsal.groups, device)
+    if inside is None or between is None:
+        return None
+    computing = products + memory
+    # Reductions of ZeRO 0 and 1 wait for the last micro-batch's backward; those of 2 and 3, and their gathers, for any.
+    behind = computing if layout.zero >= 2 else computing * 2 / 3 / batch.micro_batches
+    communication = inside + max(0.0, between - behind)
+    bubble = 0.0
+    if layout.pp > 1:
+        bubble = (computing + inside) * (layout.pp - 1) / (batch.micro_batches * config.parallel.stages_per_rank)
+    _, last = _messages(update, layout, rehearsal.groups, device)
+    updating = update.moved / (device.hbm_gb_s * 1e9 * MEMORY) + (last or 0.0)
+    return StepTime(products, memory, communication, bubble, updating)
+
+
+def times(config: Config, layout: Layout, slowest: StepTime, device: Device, parameters: int, tokens: float) -> Times:
+    """Of a run of `tokens` in steps like `slowest`."""
+    per_step = config.batch.size * config.seq_len
+    flops = family_of(config.model).flops_per_token(config.model, config.seq_len, parameters) * per_step
+    mfu = flops / (slowest.total * layout.world * device.tflops[config.precision] * 1e12)
+    speed = per_step / slowest.total
+    return Times(slowest, speed, mfu, tokens, tokens / speed)
+
+
+def failures(mtbf: float, staged: float) -> Failures:
+    """With a failure every `mtbf` seconds, and snapshots of `staged` bytes of a rank.
+
+    A save takes the copy to the host from training, and is worth something only when it is written. The interval is
+    Young's (1974, "A first order approximation to the optimum checkpoint interval"), but at least the time of writing.
+    """
+    stands, written = staged / TO_HOST, staged / STORAGE
+    interval = max(math.sqrt(2 * stands * mtbf), written)
+    lost = (interval / 2 + written + RESTART_SECONDS) / mtbf
+    return Failures(max(0.0, (1 - lost) * interval / (interval + stands)), interval, mtbf)
+
+
+def _messages(
+    work: Work, layout: Layout, groups: Mapping[str, Sequence[int]], device: Device
+) -> tuple[float | None, float | None]:
+    """Seconds of messages that computing waits for (tensor parallelism), and of the others; None: no known rate."""
+    inside = between = 0.0
+    for (kind, name), traffic in work.messages.items():
+        seconds = _seconds(kind, traffic, groups[name], device)
+        if seconds is None:
+            return None, None
+        if name.startswith("tp") or (name == "world" and layout.tp == layout.world):
+            inside += seconds
+        elif kind != "receive":  # the same message as the other rank's send
+            between += seconds
+    return inside, between
+
+
+def _seconds(kind: str, traffic: Traffic, ranks: Sequence[int], device: Device) -> float | None:
+    """Of messages over a ring of `ranks`, as slow as its slowest link."""
+    here = len({rank // MACHINE for rank in ranks}) == 1
+    rate = device.link_gb_s if here else device.network_gb_s
+    if not rate:
+        return None
+    size = len(ranks)
+    share = {"all_reduce": 2 * (size - 1) / size, "all_gather": (size - 1) / size, "reduce_scatter": (size - 1) / size}
+    return traffic.bytes * share.get(kind, 1.0) / (rate * 1e9 * LINKS) + traffic.count * MESSAGE_SECONDS
