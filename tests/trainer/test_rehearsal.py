@@ -135,6 +135,7 @@ def test_operations_are_those_of_the_closed_form(ranks: int, rows: int, changes:
     assert counted == pytest.approx(rows * config.seq_len * per_token, rel=5e-3)
 
 
+@pytest.mark.long
 def test_recomputed_blocks_cost_another_forward_of_them_but_for_the_last_product() -> None:
     config = config_of("bf16", seq_len=32, zero=0)
     once = rehearse(config, layout_of(config, 1), 0, "cuda")
@@ -146,6 +147,7 @@ def test_recomputed_blocks_cost_another_forward_of_them_but_for_the_last_product
     assert again.step.bytes < once.step.bytes
 
 
+@pytest.mark.long
 def test_micro_batches_that_are_not_rehearsed_are_counted() -> None:
     """Each but the last sends the same, and the last what two micro-batches send less that."""
     config = config_of(seq_len=32, zero=3)
