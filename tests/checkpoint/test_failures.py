@@ -249,6 +249,7 @@ def save_without_rights(directory: Path) -> list[str]:
     return errors(writers)
 
 
+@pytest.mark.long
 def test_a_directory_that_cannot_be_written_fails_the_save(tmp_path):
     saved(tmp_path, TENSORS, 1)
     above = [path for path in tmp_path.parents if Path(tempfile.gettempdir()) in path.parents]

@@ -147,6 +147,7 @@ def test_a_request_to_save_fails_where_no_rank_runs(
     assert "no rank is training" in capsys.readouterr().err and not run.save.exists()
 
 
+@pytest.mark.long
 def test_two_checkpoints_are_compared(asked: tuple[RunDirectory, str, int], capsys: pytest.CaptureFixture) -> None:
     run, _, _ = asked
     new, old = (str(int(path.name.removeprefix("step-"))) for path in newest(run.checkpoints))
@@ -164,6 +165,7 @@ def test_two_checkpoints_are_compared(asked: tuple[RunDirectory, str, int], caps
     assert " 0 differ" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_last_valid_checkpoint_is_never_removed(
     asked: tuple[RunDirectory, str, int], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

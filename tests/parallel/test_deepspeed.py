@@ -230,6 +230,7 @@ def train_variants() -> dict[str, tuple[Trace, list[Shard]]]:
     }
 
 
+@pytest.mark.long
 def test_users_optimizers_and_frozen_parameters_train_as_in_one_process() -> None:
     ranks = world.run(train_variants, 2, timeout=200.0, fresh=True)
     skipping = one_process(small_config(), STEPS, poison=3)
@@ -281,6 +282,7 @@ def skipped_steps(configs: list[Config]) -> list[tuple[bool, bool, bool]]:
     return [skipped_step(config) for config in configs]
 
 
+@pytest.mark.long
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any() -> None:
     layouts = [Layout(2), Layout(1, 2, zero=1), Layout(1, 2, zero=2), Layout(tp=2, zero=1), Layout(pp=2)]
     configs = [config_of(layout, Case(2, tied=True)) for layout in layouts]

@@ -102,6 +102,7 @@ def assert_parity(configs: list[Config], ranks: int, tolerance: float = 1e-5) ->
                 assert rank.evaluated[index] == pytest.approx(expected, rel=tolerance), where
 
 
+@pytest.mark.long
 def test_two_stages_compute_what_one_process_computes() -> None:
     configs = [
         pipeline_config(schedule, micro, tied=tied)
@@ -141,6 +142,7 @@ def test_a_users_model_runs_in_a_pipeline() -> None:
     assert_parity(configs, 2)
 
 
+@pytest.mark.long
 def test_fewer_micro_batches_than_stages_compute_the_same_where_they_are_not_refused() -> None:
     counts = [("gpipe", 1), ("gpipe", 3), ("interleaved", 1), ("interleaved", 2), ("interleaved", 3)]
     assert_parity([pipeline_config(name, 4, rows=4 * n, pp=4, layers=8) for name, n in counts], 4)

@@ -239,6 +239,7 @@ def test_on_a_gpu_memory_is_recorded_over_the_traced_steps_and_phases_wait_for_t
         assert json.load(file)["stoker.memory"] == {"fp32 parameters": 300, "peak": 700}
 
 
+@pytest.mark.long
 def test_a_run_of_two_ranks_writes_a_trace_of_each_and_its_phases_into_the_metrics(tmp_path):
     run = RunDirectory(tmp_path / "run")
     asked = ["steps=5", "profile.steps=[4,9]", "profile.phases_every=2"]

@@ -71,6 +71,7 @@ def test_a_csv_file_gets_a_column_for_a_late_metric_and_no_step_twice_after_a_re
     ]
 
 
+@pytest.mark.long
 def test_mlflow_keeps_its_run_over_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: pip install 'stoker[mlflow]'")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
