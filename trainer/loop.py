@@ -21,7 +21,7 @@ from stoker.parallel.update import ControlFlag, StepFlags
 from stoker.trainer.evaluation import Evaluated, Evaluation
 from stoker.trainer.facts import Facts
 from stoker.trainer.frozen_base import STATE, FrozenBase
-from stoker.trainer.memory import peak_bytes
+from stoker.trainer.memory import PeakMemory
 from stoker.trainer.report.breakdown import CHECKPOINT
 from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.observers import Observers
@@ -77,7 +77,7 @@ class Trainer:
     def fit(self) -> Outcome:
         """Train until the last step, the end of the data, or a decision of all ranks. The state is saved at the end."""
         step_log = self.step_log()
-        clock, collections = WorkClock(), Collections()
+        clock, memory, collections = WorkClock(), PeakMemory(self.mesh.device), Collections()
         outcome = Outcome.COMPLETED
         last = self._is_last(self.progress.step)
         if last and self.observers is not None:
@@ -101,8 +101,7 @@ class Trainer:
                 self.phase(step, Phase.UPDATE)
                 lr = learning_rate(self.config.schedule, self.config.optim, step)
                 work_seconds = max(clock.take(), self.engine.gpu_seconds()) + self.phase.spent(Phase.DATA)
-                memory = peak_bytes(self.mesh.device)
-                flags = StepFlags(self._votes(), work_seconds, *step_log.ceilings(step), memory_bytes=memory)
+                flags = StepFlags(self._votes(), work_seconds, *step_log.ceilings(step), memory_bytes=memory.bytes())
                 result = self.engine.update(lr, flags)  # stays on the device
             self.phase(step, Phase.DATA)  # whether this was the last step may be known only when the next rows are
             last = self._is_last(step)

@@ -8,17 +8,23 @@ import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
 _STATUS = Path("/proc/self/status")
+_STATUS_BYTES = 16384  # all of it
 
 
-def peak_bytes(device: torch.device) -> int:
+class PeakMemory:
     """The most that this process has held so far: of torch's allocations on a GPU, else of resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        peak = _STATUS.read_bytes().partition(b"VmHWM:")[2].split(maxsplit=1)[0]
-    except (OSError, IndexError):  # not Linux
-        return 0
-    return int(peak) * 1024
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        read = device.type != "cuda" and _STATUS.exists()  # else not Linux
+        self._file = _STATUS.open("rb", buffering=0) if read else None  # kept open: asked in every step
+
+    def bytes(self) -> int:
+        """0 where it is not known."""
+        if self._file is None:
+            return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
+        self._file.seek(0)
+        return int(self._file.read(_STATUS_BYTES).partition(b"VmHWM:")[2].split(maxsplit=1)[0]) * 1024
 
 
 def available_bytes() -> int | None:

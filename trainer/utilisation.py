@@ -35,6 +35,10 @@ def arithmetic_of(config: Config, device: str, devices: int) -> Arithmetic | Non
     plain = config.objective.name == "next_token" and config.objective.target is None
     if peak is None or not plain or config.adapter.name != "none" or config.model.freeze:
         return None
-    family, parameters = family_of(config.model), parameters_of(config)
-    flops = family.flops_per_token(config.model, config.seq_len, parameters) * config.batch.size * config.seq_len
-    return Arithmetic(flops / devices, peak * 1e12)
+    return Arithmetic(step_flops(config, parameters_of(config)) / devices, peak * 1e12)
+
+
+def step_flops(config: Config, parameters: int) -> int:
+    """Those of a step of a model with so many `parameters` on all devices, as published utilisations count them."""
+    of_token = family_of(config.model).flops_per_token(config.model, config.seq_len, parameters)
+    return of_token * config.batch.size * config.seq_len

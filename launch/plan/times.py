@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from stoker.conf.devices import Device
 from stoker.conf.schema import Config
-from stoker.models.family import family_of
 from stoker.parallel.layout import BatchPlan, Layout
 from stoker.trainer.rehearsal import Rehearsal, Traffic, Work
+from stoker.trainer.utilisation import step_flops
 
 PRODUCTS = 0.75  # of the peak, by matrix products of a model's shapes
 MEMORY = 0.8  # of the bandwidth
@@ -97,8 +97,7 @@ def step_time(
 def times(config: Config, layout: Layout, slowest: StepTime, device: Device, parameters: int, tokens: float) -> Times:
     """Of a run of `tokens` in steps like `slowest`."""
     per_step = config.batch.size * config.seq_len
-    flops = family_of(config.model).flops_per_token(config.model, config.seq_len, parameters) * per_step
-    mfu = flops / (slowest.total * layout.world * device.tflops[config.precision] * 1e12)
+    mfu = step_flops(config, parameters) / (slowest.total * layout.world * device.tflops[config.precision] * 1e12)
     speed = per_step / slowest.total
     return Times(slowest, speed, mfu, tokens, tokens / speed)
 
