@@ -70,6 +70,7 @@ BEYOND = [
     "schedule.final=1.1",
     "grad_clip_norm=0",
     "precision=fp4",
+    "fp8.amax_floor=0",
     "activation_checkpointing=some",
     "nonfinite.action=stopp",
     "nonfinite.limit=0",
