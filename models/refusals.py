@@ -53,10 +53,10 @@ def _tensor_parallel(start: Start) -> str | None:
         uneven.append(f"model.num_key_value_heads={kv_heads}")
     if not uneven:
         return None
-    works, pp = [], start.config.parallel.pp
+    works, pp, cp = [], start.config.parallel.pp, start.config.parallel.cp
     for fitting in around(tp, filter(shares_kv_heads, divisors(math.gcd(heads, hidden)))):
-        ranks = start.world if start.dp is None else start.dp * pp * fitting  # as many replicas as now
-        whole = start.dp is None or start.world % (fitting * pp) == 0
+        ranks = start.world if start.dp is None else start.dp * pp * cp * fitting  # as many replicas as now
+        whole = start.dp is None or start.world % (fitting * pp * cp) == 0
         works.append(f"parallel.tp={fitting}" + ("" if whole else f" with launch.nproc={ranks}"))
     return f"parallel.tp={tp} does not go with {', '.join(uneven)}: {', or '.join(works)} does"
 

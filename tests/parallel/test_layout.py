@@ -87,7 +87,7 @@ def test_every_set_of_rows_is_read_by_one_replica_of_tp_and_pp_ranks(layout):
 
 def test_rank_order_is_the_documented_one():
     layout = Layout(dp_replicate=2, dp_shard=2, tp=2, pp=2)
-    assert layout.coordinate(11) == Coordinate(pp=1, dp_replicate=0, dp_shard=1, tp=1)
+    assert layout.coordinate(11) == Coordinate(pp=1, dp_replicate=0, dp_shard=1, cp=0, tp=1)
     assert layout.groups("tp")[0] == [0, 1]
     assert layout.groups("dp_shard")[0] == [0, 2]
     assert layout.groups("dp_replicate")[0] == [0, 4]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stoker.models import attention, cpu_attention, decoder
+from stoker.models import attention, cpu_attention
 
 Counted = Callable[[int], None]  # takes floating-point operations that torch's counter does not see
 
@@ -36,7 +36,7 @@ def stand_ins(kind: str, selective: bool, counted: Counted) -> Iterator[None]:
         if kind == "cuda":
             replace(attention, "attend_in_blocks", lambda q, k, v, mask, scale=None: _by_heads(q, k, v))
             replace(F, "scaled_dot_product_attention", lambda q, k, v, *_, **__: _fused(q, k, v))
-            replace(decoder, "document_mask", lambda documents, dtype: documents)
+            replace(attention, "document_mask", lambda documents, dtype: documents)
             replace(F, "rms_norm", lambda x, shape, weight=None, eps=None: _Norm.apply(x, weight))
         elif not selective:
             replace(
