@@ -87,9 +87,16 @@ def attend_gathered(
     """
     if q.device.type == "cpu":
         return _InBlocks.apply(q, k, v, spans, scale, axis)
+    return attend_to_all(q, k, v, spans.source, axis, kernel)
+
+
+def attend_to_all(
+    q: Tensor, k: Tensor, v: Tensor, source: Tensor, axis: SequenceAxis, kernel: Kernel, *others: Tensor
+) -> Tensor:
+    """`kernel(q, keys, values, *others)` with keys and values of all ranks in the order of `source`."""
     if axis.recomputed or not torch.is_grad_enabled():
-        return kernel(q, *gather_tokens(torch.cat([k, v], -1), spans.source, axis).chunk(2, -1))
-    return Regathered.apply(kernel, spans.source, axis, q, k, v)
+        return kernel(q, *gather_tokens(torch.cat([k, v], -1), source, axis).chunk(2, -1), *others)
+    return _Regathered.apply(kernel, source, axis, q, k, v, *others)
 
 
 def _all(k: Tensor, v: Tensor, source: Tensor, axis: SequenceAxis) -> tuple[Tensor, Tensor]:
@@ -104,8 +111,8 @@ def _shares(keys: Tensor, values: Tensor, source: Tensor, axis: SequenceAxis) ->
     return grad_k, grad_v
 
 
-class Regathered(torch.autograd.Function):
-    """`kernel(q, keys, values, *others)` over all ranks, computed again in backward from what this rank holds."""
+class _Regathered(torch.autograd.Function):
+    """`attend_to_all`, computed again in backward from what this rank holds."""
 
     @staticmethod
     def forward(

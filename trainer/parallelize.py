@@ -80,6 +80,11 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
     objective = objective_of(config.objective)
     if objective.per_token and not takes_targets(whole):
         raise ValueError(f"objective={config.objective.name} {NO_HEAD.format(config.model.target)}")
+    if objective.per_token and mesh.layout.cp > 1:
+        raise ValueError(
+            f"objective.target={config.objective.target} takes log-probabilities of whole sequences, which "
+            f"parallel.cp={mesh.layout.cp} divides: parallel.cp=1 works"
+        )
     if objective.reference and config.adapter.name == "none":
         raise ValueError(
             f"objective.target={config.objective.target} needs the model without its adapter: adapter=lora"

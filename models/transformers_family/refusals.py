@@ -205,6 +205,20 @@ def _tensor_parallel(start: Start) -> str | None:
     return None
 
 
+@REFUSALS.entry(
+    "context parallelism of a model of transformers",
+    "parallel.cp above 1",
+    "its attention is called with masks and positions of whole sequences",
+)
+def _context_parallel(start: Start) -> str | None:
+    if start.config.parallel.cp <= 1:
+        return None
+    return (
+        f"parallel.cp={start.config.parallel.cp}: modules of transformers attend over whole sequences: parallel.cp=1 "
+        "works, or a model that the decoder computes (model.native=true)"
+    )
+
+
 def _with_causal(values: dict[str, Any], use: Callable[[Any], Any]) -> str:
     with torch.device("meta"):
         causal = causal_model(values)
