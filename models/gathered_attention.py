@@ -47,24 +47,49 @@ class KeySpans:
         return allowed
 
 
-def key_spans(positions: Tensor, documents: Tensor | None, axis: SequenceAxis) -> KeySpans:
+@dataclass(frozen=True)
+class Places:
+    """Places of tokens in the order of documents, in which those of a document lie together: int64."""
+
+    every: Tensor  # [rows, keys], of the tokens of all ranks, rank after rank
+    order: Tensor  # [rows, keys], the inverse
+    own: Tensor  # [rows, queries], of this rank's tokens
+    first: Tensor  # [rows, queries], of the first tokens of their documents
+
+
+def places_of(positions: Tensor, documents: Tensor | None, axis: SequenceAxis) -> Places:
     """Of this rank's tokens at `positions` and of `documents`, `[rows, tokens]` each, as a model gets them.
 
     A message between the ranks.
     """
-    rows, tokens = positions.shape
+    tokens = positions.shape[1]
     numbers = torch.zeros_like(positions) if documents is None else documents.long()
     keys = gathered((numbers << 32) + positions, axis).transpose(0, 1).flatten(1)
     ordered, order = keys.sort(dim=1, stable=True)
     places = torch.arange(keys.shape[1], device=keys.device).expand_as(keys)
-    at = torch.empty_like(order).scatter_(1, order, places)
+    every = torch.empty_like(order).scatter_(1, order, places)
     begins = torch.ones_like(ordered, dtype=torch.bool)
     begins[:, 1:] = (ordered[:, 1:] >> 32) != (ordered[:, :-1] >> 32)
     begin = places.where(begins, 0).cummax(1).values
-    last = at[:, axis.rank * tokens : (axis.rank + 1) * tokens].contiguous()
-    row = torch.arange(rows, device=keys.device)[:, None]
-    source = order // tokens * (rows * tokens) + row * tokens + order % tokens
-    return KeySpans(source, begin.gather(1, last), last)
+    own = every[:, axis.rank * tokens : (axis.rank + 1) * tokens].contiguous()
+    return Places(every, order, own, begin.gather(1, own))
+
+
+def key_spans(positions: Tensor, documents: Tensor | None, axis: SequenceAxis) -> KeySpans:
+    """As `places_of`, from the same."""
+    places = places_of(positions, documents, axis)
+    return KeySpans(_numbered(places.order, positions.shape[1]), places.first, places.own)
+
+
+def rank_order(rows: int, tokens: int, axis: SequenceAxis, device: torch.device) -> Tensor:
+    """The source of `attend_to_all` for keys rank after rank, where each of them has `[rows, tokens]`."""
+    return _numbered(torch.arange(axis.size * tokens, device=device).expand(rows, -1), tokens)
+
+
+def _numbered(order: Tensor, tokens: int) -> Tensor:
+    """Of tokens by their numbers in the rows of all ranks, rank after rank, those in `KeySpans.source`."""
+    row = torch.arange(len(order), device=order.device)[:, None]
+    return order // tokens * (len(order) * tokens) + row * tokens + order % tokens
 
 
 def query_blocks(first: list[int], last: list[int]) -> list[tuple[int, int, int, int]]:
@@ -77,7 +102,6 @@ def query_blocks(first: list[int], last: list[int]) -> list[tuple[int, int, int,
     return found
 
 
-@torch.compiler.disable
 def attend_gathered(
     q: Tensor, k: Tensor, v: Tensor, spans: KeySpans, scale: float, axis: SequenceAxis, kernel: Kernel
 ) -> Tensor:
@@ -86,28 +110,36 @@ def attend_gathered(
     On CPUs in blocks of queries; elsewhere by `kernel`, which is given all keys in the order of `spans`.
     """
     if q.device.type == "cpu":
-        return _InBlocks.apply(q, k, v, spans, scale, axis)
+        return _attend_in_blocks(q, k, v, spans, scale, axis)
     return attend_to_all(q, k, v, spans.source, axis, kernel)
 
 
+@torch.compiler.disable
+def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, spans: KeySpans, scale: float, axis: SequenceAxis) -> Tensor:
+    return _InBlocks.apply(q, k, v, spans, scale, axis)
+
+
+@torch.compiler.disable
 def attend_to_all(
     q: Tensor, k: Tensor, v: Tensor, source: Tensor, axis: SequenceAxis, kernel: Kernel, *others: Tensor
 ) -> Tensor:
     """`kernel(q, keys, values, *others)` with keys and values of all ranks in the order of `source`."""
     if axis.recomputed or not torch.is_grad_enabled():
-        return kernel(q, *gather_tokens(torch.cat([k, v], -1), source, axis).chunk(2, -1), *others)
+        found = gather_tokens(torch.cat([k, v], -1), source, axis)
+        return kernel(q, *found.split([k.shape[-1], v.shape[-1]], -1), *others)
     return _Regathered.apply(kernel, source, axis, q, k, v, *others)
 
 
 def _all(k: Tensor, v: Tensor, source: Tensor, axis: SequenceAxis) -> tuple[Tensor, Tensor]:
     """Keys and values of all ranks, in one message."""
-    keys, values = gathered(torch.cat([k, v], -1), axis).flatten(0, 2)[source].chunk(2, -1)
+    found = gathered(torch.cat([k, v], -1), axis).flatten(0, 2)[source]
+    keys, values = found.split([k.shape[-1], v.shape[-1]], -1)
     return keys, values
 
 
 def _shares(keys: Tensor, values: Tensor, source: Tensor, axis: SequenceAxis) -> tuple[Tensor, Tensor]:
     """Gradients of this rank's keys and values."""
-    grad_k, grad_v = summed_share(torch.cat([keys, values], -1), source, axis).chunk(2, -1)
+    grad_k, grad_v = summed_share([keys, values], source, axis).split([keys.shape[-1], values.shape[-1]], -1)
     return grad_k, grad_v
 
 
@@ -129,6 +161,7 @@ class _Regathered(torch.autograd.Function):
         with torch.enable_grad():
             out = ctx.kernel(*inputs)
         grad_q, grad_keys, grad_values, *more = torch.autograd.grad(out, inputs, gradient)
+        del out, inputs
         return None, None, None, grad_q, *_shares(grad_keys, grad_values, source, ctx.axis), *more
 
 
@@ -167,6 +200,7 @@ class _InBlocks(torch.autograd.Function):
                 sum_values[:, first:end] += found[2]
             grad_keys[row] = sum_keys.mul_(scale).transpose(0, 1)
             grad_values[row] = sum_values.transpose(0, 1)
+        del keys, values
         return grad_q, *_shares(grad_keys, grad_values, spans.source, axis), None, None, None
 
 

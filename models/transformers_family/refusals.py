@@ -207,16 +207,24 @@ def _tensor_parallel(start: Start) -> str | None:
 
 @REFUSALS.entry(
     "context parallelism of a model of transformers",
-    "parallel.cp above 1",
-    "its attention is called with masks and positions of whole sequences",
+    "parallel.cp above 1 with layers that mix tokens by something else than the registered attention, with a body that "
+    "takes no positions, or with parallel.context=ulysses",
+    "tokens of a sequence are on several ranks, and meet in that attention only, which gathers keys and values",
 )
 def _context_parallel(start: Start) -> str | None:
-    if start.config.parallel.cp <= 1:
+    found, parallel = _found(start), start.config.parallel
+    if found is None or parallel.cp <= 1:
         return None
-    return (
-        f"parallel.cp={start.config.parallel.cp}: modules of transformers attend over whole sequences: parallel.cp=1 "
-        "works, or a model that the decoder computes (model.native=true)"
-    )
+    if found[1].mixers:
+        return f"parallel.cp={parallel.cp}: tokens meet in {found[1].mixers}: parallel.cp=1 works"
+    if not found[1].positions:
+        return f"parallel.cp={parallel.cp}: the model takes no positions of tokens: parallel.cp=1 works"
+    if parallel.context != "gather":
+        return (
+            f"parallel.context={parallel.context} with a model of transformers: parallel.context=gather works, or "
+            "parallel.cp=1"
+        )
+    return None
 
 
 def _with_causal(values: dict[str, Any], use: Callable[[Any], Any]) -> str:

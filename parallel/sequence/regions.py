@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,12 +25,19 @@ def gather_tokens(x: Tensor, source: Tensor, axis: SequenceAxis) -> Tensor:
     return _Gather.apply(x, source, axis)
 
 
-def summed_share(x: Tensor, source: Tensor, axis: SequenceAxis) -> Tensor:
-    """The gradient of `gather_tokens`: of `x` `[rows, all tokens, ...]` this rank's tokens, summed over the ranks."""
-    rows, tokens = source.shape[0], source.shape[1] // axis.size
-    spread = torch.empty_like(x, memory_format=torch.contiguous_format).view(-1, *x.shape[2:])
-    spread.index_copy_(0, source.flatten(), x.flatten(0, 1))
-    return reduce_scatter(spread.view(axis.size, rows, tokens, *x.shape[2:]), axis.group_name, axis.size)[0]
+def summed_share(parts: Sequence[Tensor], source: Tensor, axis: SequenceAxis) -> Tensor:
+    """The gradient of `gather_tokens`, summed over the ranks: of `[rows, all tokens, ...]` this rank's tokens.
+
+    `parts` lie beside each other along the last dim of the result.
+    """
+    rows, tokens, shape = source.shape[0], source.shape[1] // axis.size, parts[0].shape
+    width = sum(part.shape[-1] for part in parts)
+    spread = parts[0].new_empty(source.numel(), *shape[2:-1], width)
+    start = 0
+    for part in parts:
+        spread.narrow(-1, start, part.shape[-1]).index_copy_(0, source.flatten(), part.flatten(0, 1))
+        start += part.shape[-1]
+    return reduce_scatter(spread.view(axis.size, rows, tokens, *shape[2:-1], width), axis.group_name, axis.size)[0]
 
 
 def tokens_to_heads(x: Tensor, axis: SequenceAxis) -> Tensor:
@@ -72,7 +80,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (source,) = ctx.saved_tensors
-        return summed_share(gradient, source, ctx.axis), None, None
+        return summed_share([gradient], source, ctx.axis), None, None
 
 
 class _ToHeads(torch.autograd.Function):
