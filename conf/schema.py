@@ -49,6 +49,8 @@ class ParallelConfig:
     tp: int = free(1)  # ranks that share each layer
     sequence_parallel: bool = free(True)  # sequence parallelism: norms and residuals hold tokens / tp; with tp > 1
     pp: int = free(1)  # pipeline stages (times stages_per_rank)
+    cp: int = free(1)  # context parallelism: ranks that share the tokens of each sequence
+    context: str = free("gather")  # how their attention meets: gather (keys and values) | ulysses (heads for tokens)
     zero: int = free(1)  # 0 replicate | 1 shard optimizer state | 2 and gradients | 3 and parameters
     dp_replicate: int | None = free()  # copies of the shards (hybrid sharding); derived for ZeRO 0, else 1
     schedule: str = free("1f1b")  # pipeline schedule: 1f1b | gpipe | interleaved

@@ -89,7 +89,7 @@ def _divided(layout: Layout, needs: str | None) -> list[str]:
     if needs == ELEMENTWISE:
         return []
     divided = {
-        "parallel.zero": layout.zero > 0 and layout.dp_shard > 1,
+        "parallel.zero": layout.zero > 0 and layout.shards > 1,
         "parallel.tp": layout.tp > 1,
         "parallel.engine": layout.engine == "deepspeed" and needs != NORMS,  # it keeps flat vectors at every stage
         "parallel.pp": layout.pp > 1 and needs is None,

@@ -1,8 +1,8 @@
 """How a model is parallelized: from a config and a mesh to an engine with initialised weights.
 
-The order matters and is defined here only: adapters -> float8 -> stages (pipeline) -> tensor parallel -> fp32 modules
--> activation checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has sharded it, the model is on
-the meta device and takes no memory.
+The order matters and is defined here only: adapters -> float8 -> stages (pipeline) -> tensor parallel -> context
+parallel -> fp32 modules -> activation checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has
+sharded it, the model is on the meta device and takes no memory.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from stoker.parallel.model import ParallelizableModel, Part, whole_model
 from stoker.parallel.native import build_native
 from stoker.parallel.objective import takes_targets
 from stoker.parallel.registry import Registry
+from stoker.parallel.sequence import parallelize_sequence, sequence_axis
 from stoker.parallel.stages import costs_of, parts, stages_of
 from stoker.parallel.tensor import enable_async_tensor_parallelism, parallelize_tensors
 from stoker.parallel.tensor.float8 import float8_of, refuse_device
@@ -88,6 +89,11 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
     objective = objective_of(config.objective)
     if objective.per_token and not takes_targets(whole):
         raise ValueError(f"objective={config.objective.name} {NO_HEAD.format(config.model.target)}")
+    if objective.per_token and mesh.layout.cp > 1:
+        raise ValueError(
+            f"objective.target={config.objective.target} takes log-probabilities of whole sequences, which "
+            f"parallel.cp={mesh.layout.cp} divides: parallel.cp=1 works"
+        )
     if objective.reference and config.adapter.name == "none":
         raise ValueError(
             f"objective.target={config.objective.target} needs the model without its adapter: adapter=lora"
@@ -96,7 +102,7 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
     every = _parts(config, mesh, whole, build)
     numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
     stages = [build(every[n]) for n in numbers] if mesh.layout.pp > 1 else [whole]
-    trial = Trial(plan.micro_rows, config.seq_len, bool(config.data.document_mask))
+    trial = Trial(plan.micro_rows, config.seq_len // mesh.layout.cp, bool(config.data.document_mask))
     dtype = PRECISIONS[config.precision]
     activations = whole_activations = trial.activations(every, build, dtype)
     registry = _cut_tensors(config, mesh, stages)
@@ -109,6 +115,11 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
             trial.refuse_open_regions(stage, registry, received, rebuild, whole_received)
     if mesh.layout.pp > 1:
         registry = _tie_stages(config, mesh, registry, stages)
+
+    sequence = sequence_axis(config, mesh)
+    if sequence is not None:
+        parallelize_sequence(whole, stages, sequence)
+        log.info("context parallel over %d ranks: %s", sequence.size, sequence.exchange)
 
     full = [compute_in_fp32(stage, config.fp32_modules, dtype) if config.fp32_modules else () for stage in stages]
     if config.fp32_modules:

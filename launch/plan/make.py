@@ -137,7 +137,7 @@ def _times(plan: Plan, device: Device, tokens: float) -> Times | None:
 
 def _class(config: Config, layout: Layout, pp: int, kind: str) -> RankClass:
     """The ranks of a place in the pipeline. The first of them have the largest share of what does not divide."""
-    first = layout.rank(Coordinate(pp, 0, 0, 0))
-    ranks = range(first, first + layout.dp * layout.tp)
+    first = layout.rank(Coordinate(pp, 0, 0, 0, 0))
+    ranks = range(first, first + layout.world // layout.pp)
     numbers = range(pp, layout.pp * config.parallel.stages_per_rank, layout.pp)
     return RankClass(ranks, ", ".join(map(str, numbers)), rehearse(config, layout, first, kind))

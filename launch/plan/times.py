@@ -119,13 +119,16 @@ def failures(mtbf: float, staged: float) -> Failures:
 def _messages(
     work: Work, layout: Layout, groups: Mapping[str, Sequence[int]], device: Device
 ) -> tuple[float | None, float | None]:
-    """Seconds of messages that computing waits for (tensor parallelism), and of the others; None: no known rate."""
+    """Seconds of messages that computing waits for (tensor and context parallelism), and of the others.
+
+    None: no known rate.
+    """
     inside = between = 0.0
     for (kind, name), traffic in work.messages.items():
         seconds = _seconds(kind, traffic, groups[name], device)
         if seconds is None:
             return None, None
-        if name.startswith("tp") or (name == "world" and layout.tp == layout.world):
+        if name.startswith(("tp", "cp")) or (name == "world" and layout.tp == layout.world):
             inside += seconds
         elif kind != "receive":  # the same message as the other rank's send
             between += seconds
