@@ -62,6 +62,15 @@ def _are_spans(spans: list[list[int]]) -> bool:
     return whole and all(before[1] < after[0] for before, after in pairwise(spans))
 
 
+def _is_ramp(stages: list[Any]) -> bool:
+    for stage in stages:
+        if not isinstance(stage, list) or len(stage) != 2 or not all(type(one) in (int, float) for one in stage):
+            return False
+        if stage[0] < 1 or stage[0] != int(stage[0]) or not 0 < stage[1] < math.inf:
+            return False
+    return all(before[1] < after[1] for before, after in pairwise(stages))
+
+
 def _is_mount(value: str) -> bool:
     return value.startswith("/") and value.strip("/") != ""
 
@@ -88,6 +97,12 @@ LIMITS = (
     ),
     _at_least("seq_len", 2, "one token has no other to predict"),
     _at_least("batch.size", 1, "an update needs rows"),
+    Limit(
+        "batch.ramp",
+        "pairs of sequences per step and of tokens until which, rising, such as [[8,1e6],[16,4e6]]",
+        "a ramp follows the tokens read",
+        _is_ramp,
+    ),
     _at_least("batch.micro_size", 1, "a micro-batch needs rows"),
     _choice("model.family", "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2"),
     _at_least("parallel.tp", 1, "it counts ranks"),

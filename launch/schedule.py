@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+from stoker.conf.ramp import ramp_of
 from stoker.conf.schema import Config, ScheduleConfig
 from stoker.trainer.schedule import learning_rate
 
@@ -31,14 +33,15 @@ def lines_of(config: Config, width: int) -> Iterator[str]:
     yield f"{'step':>10}  1{steps:>{columns - 1},}"
     for step, rate in _turns(rates):
         yield f"step {step:,}: {rate:.4g}"
+    if config.batch.ramp:
+        for first, rows, size in ramp_of(config).starts:
+            yield f"batch of {size:,} sequences from step {first:,} on, after {rows * config.seq_len:,} tokens"
 
 
 def _pinned(config: Config) -> ScheduleConfig:
     """The schedule as the first start of the run pins it."""
-    import dataclasses
-
     total = config.steps if config.schedule.total_steps is None else config.schedule.total_steps
-    return dataclasses.replace(config.schedule, total_steps=total)
+    return replace(config.schedule, total_steps=total)
 
 
 def _turns(rates: list[float], most: int = 12) -> list[tuple[int, float]]:

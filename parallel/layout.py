@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import dataclass
 
+from stoker.conf.ramp import unit_rows
 from stoker.conf.schema import Config
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")  # outermost first: tp ranks are adjacent
@@ -118,15 +119,19 @@ class BatchPlan:
 
 
 def batch_plan(config: Config, layout: Layout) -> BatchPlan:
-    """The split of `batch.size` over `layout`. Raises ValueError when it does not divide."""
+    """The split of `batch.size` over `layout`; with `batch.ramp` micro-batches divide every step's rows.
+
+    Raises ValueError when they do not divide.
+    """
     rows = config.batch.size
-    rank_rows, rest = divmod(rows, layout.dp)
-    if rest or not rank_rows:
-        raise ValueError(f"batch.size={rows} does not divide over {layout.dp} data-parallel ranks")
-    micro = config.batch.micro_size or next(n for n in range(min(8, rank_rows), 0, -1) if rank_rows % n == 0)
-    if micro < 1 or rank_rows % micro:
-        raise ValueError(f"{rank_rows} rows per rank do not divide into micro-batches of {micro}")
-    return BatchPlan(rows, rank_rows, micro)
+    unit, rest = divmod(unit_rows(config), layout.dp)
+    if rest or not unit:
+        of = f"batch.size={rows}" if not config.batch.ramp else f"batch.ramp with batch.size={rows}"
+        raise ValueError(f"{of} does not divide over {layout.dp} data-parallel ranks")
+    micro = config.batch.micro_size or next(n for n in range(min(8, unit), 0, -1) if unit % n == 0)
+    if micro < 1 or unit % micro:
+        raise ValueError(f"{unit} rows per rank do not divide into micro-batches of {micro}")
+    return BatchPlan(rows, rows // layout.dp, micro)
 
 
 def fit(config: Config, world: int) -> Config:
@@ -136,9 +141,9 @@ def fit(config: Config, world: int) -> Config:
     does not fit (tp x pp, batch.size) is left for `stoker.trainer.validate`. None of this changes the maths.
     """
     dp, rest = divmod(world, config.parallel.tp * config.parallel.pp)
-    if rest or not dp or config.batch.size % dp:
+    if rest or not dp or unit_rows(config) % dp:
         return config
-    replicas, micro, rank_rows = config.parallel.dp_replicate, config.batch.micro_size, config.batch.size // dp
+    replicas, micro, rank_rows = config.parallel.dp_replicate, config.batch.micro_size, unit_rows(config) // dp
     if replicas is not None:
         replicas = dp if config.parallel.zero == 0 else _largest_divisor(dp, replicas)
     if micro is not None:

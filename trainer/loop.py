@@ -87,8 +87,8 @@ class Trainer:
             with self.profiler.step(step) as profiled:
                 self.phase(step, Phase.DATA)
                 with record_function("stoker.data"):
+                    first_row = self.rows.row
                     rows = self.rows.next()
-                    first_row = self.rows.row - self.config.batch.size
                 self.phase(step, Phase.FORWARD_BACKWARD)
                 self.faults.inject(step)
                 with self.faults.in_passes():

@@ -8,6 +8,7 @@ BEYOND = [
     "skip_steps=[[3,1]]",
     "seq_len=1",
     "batch.size=0",
+    "batch.ramp=[[8,100],[16,100]]",
     "batch.micro_size=0",
     "model.family=gpt",
     "parallel.tp=0",
