@@ -72,7 +72,7 @@ def step_time(
     config: Config, layout: Layout, rehearsal: Rehearsal, device: Device, batch: BatchPlan
 ) -> StepTime | None:
     """The step of the ranks of `rehearsal`; None where the device's rates in the run's precision are not known."""
-    peak = device.tflops.get(config.precision)
+    peak = device.peak(config.precision)
     if not peak or not device.hbm_gb_s:
         return None
     fused = COMPILED if config.compile is not False else 1.0
@@ -97,7 +97,9 @@ def step_time(
 def times(config: Config, layout: Layout, slowest: StepTime, device: Device, parameters: int, tokens: float) -> Times:
     """Of a run of `tokens` in steps like `slowest`."""
     per_step = config.batch.size * config.seq_len
-    mfu = step_flops(config, parameters) / (slowest.total * layout.world * device.tflops[config.precision] * 1e12)
+    peak = device.peak(config.precision)
+    assert peak is not None
+    mfu = step_flops(config, parameters) / (slowest.total * layout.world * peak * 1e12)
     speed = per_step / slowest.total
     return Times(slowest, speed, mfu, tokens, tokens / speed)
 
