@@ -187,6 +187,7 @@ def parser() -> argparse.ArgumentParser:
     config = add("config", _config, "Print the composed, validated config and exit.", CONFIG_EXAMPLES)
     arguments.add_settings(config)
     config.add_argument("--layout", action="store_true", help="print the place of every rank instead")
+    config.add_argument("--schedule", action="store_true", help="draw the learning rate over the steps instead")
 
     plan = add("plan", _plan, "Show the memory and the time that a start would need.", PLAN_EXAMPLES)
     arguments.add_settings(plan)
@@ -239,6 +240,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("fp32", "bf16", "fp16"),
         help="of the weights (default: the imported model's, else fp32)",
     )
+    export.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema)")
     export.add_argument("--merge", action="store_true", help="of a run with an adapter: the whole model with it added")
     export.add_argument("--step", type=int, help="of this step's checkpoint instead of the newest")
     export.add_argument("--shard-size", default="5GB", help="largest size of one file (default 5GB)")
@@ -299,6 +301,13 @@ def _config(options: argparse.Namespace) -> int:
     if config.tokens is not None:
         config = settle_steps(config, overrides, first=True, tell=say)
     world = ranks_for(config)
+    if options.schedule:
+        from stoker.launch import schedule
+
+        validate(config, *where(config))
+        for line in schedule.lines_of(config, shutil.get_terminal_size((120, 24)).columns):
+            print(line)
+        return 0
     if not options.layout:
         validate(config, *where(config))
         print(to_yaml(config), end="")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,3 +61,11 @@ class Batch:
         """Of each field what `change` makes of it."""
         fields: dict[str, Any] = {name: None if field is None else change(field) for name, field in vars(self).items()}
         return Batch(**fields)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of all, one batch after the other. They must have the same fields."""
+    fields: dict[str, Any] = {}
+    for name, first in vars(batches[0]).items():
+        fields[name] = None if first is None else torch.cat([getattr(batch, name) for batch in batches])
+    return Batch(**fields)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stoker.conf.ramp import unit_rows
 from stoker.conf.schema import Config
 
 
@@ -181,15 +182,19 @@ class BatchPlan:
 
 
 def batch_plan(config: Config, layout: Layout) -> BatchPlan:
-    """The split of `batch.size` over `layout`. Raises ValueError when it does not divide."""
+    """The split of `batch.size` over `layout`; with `batch.ramp` micro-batches divide every step's rows.
+
+    Raises ValueError when they do not divide.
+    """
     rows = config.batch.size
-    rank_rows, rest = divmod(rows, layout.dp)
-    if rest or not rank_rows:
-        raise ValueError(f"batch.size={rows} does not divide over {layout.dp} data-parallel ranks")
-    micro = config.batch.micro_size or next(n for n in range(min(8, rank_rows), 0, -1) if rank_rows % n == 0)
-    if micro < 1 or rank_rows % micro:
-        raise ValueError(f"{rank_rows} rows per rank do not divide into micro-batches of {micro}")
-    return BatchPlan(rows, rank_rows, micro)
+    unit, rest = divmod(unit_rows(config), layout.dp)
+    if rest or not unit:
+        of = f"batch.size={rows}" if not config.batch.ramp else f"batch.ramp with batch.size={rows}"
+        raise ValueError(f"{of} does not divide over {layout.dp} data-parallel ranks")
+    micro = config.batch.micro_size or next(n for n in range(min(8, unit), 0, -1) if unit % n == 0)
+    if micro < 1 or unit % micro:
+        raise ValueError(f"{unit} rows per rank do not divide into micro-batches of {micro}")
+    return BatchPlan(rows, rows // layout.dp, micro)
 
 
 def fit(config: Config, world: int) -> Config:
@@ -204,7 +209,7 @@ def fit(config: Config, world: int) -> Config:
     if cp is None:
         return config
     dp = blocks // cp
-    replicas, micro, rank_rows = config.parallel.dp_replicate, config.batch.micro_size, config.batch.size // dp
+    replicas, micro, rank_rows = config.parallel.dp_replicate, config.batch.micro_size, unit_rows(config) // dp
     if replicas is not None:
         replicas = dp if config.parallel.zero == 0 else _largest_divisor(dp, replicas)
     if micro is not None:
@@ -221,7 +226,7 @@ def _fitting_cp(config: Config, blocks: int) -> int | None:
     wanted = config.parallel.cp
 
     def fits(cp: int) -> bool:
-        return blocks % cp == 0 and config.batch.size % (blocks // cp) == 0 and config.seq_len % cp == 0
+        return blocks % cp == 0 and unit_rows(config) % (blocks // cp) == 0 and config.seq_len % cp == 0
 
     if wanted == 1:  # a run without context parallelism gets none
         return 1 if fits(1) else None

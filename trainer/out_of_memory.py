@@ -81,7 +81,8 @@ def need_of(config: Config, layout: Layout, parameters: int) -> Need:
     own = parameters / (layout.tp * layout.pp)  # of this rank's stages and shares of layers
     shards = layout.shards if layout.zero else 1
     compute = 4 if config.precision == "fp32" else 2
-    state = 8 if config.optim.name == "adamw" else 4
+    state = 8 if config.optim.name in ("adamw", "lamb") else 4
+    state += 4 if config.optim.ema is not None else 0
     block = own / max(1, model.num_hidden_layers // layout.pp)
     masters = 0.0 if config.parallel.offload != "none" else own / shards * (4 + state)
     copies = own * compute if layout.zero < 3 else 2 * block * compute  # gathered; under ZeRO 3 two blocks at a time

@@ -33,7 +33,8 @@ from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import ParallelizableModel, Part, whole_model
 from stoker.parallel.native import build_native
 from stoker.parallel.objective import takes_targets
-from stoker.parallel.registry import Registry
+from stoker.parallel.registry import Registry, entries_of
+from stoker.parallel.rules.settings import unused_group
 from stoker.parallel.sequence import parallelize_sequence, sequence_axis
 from stoker.parallel.stages import costs_of, parts, stages_of
 from stoker.parallel.tensor import enable_async_tensor_parallelism, parallelize_tensors
@@ -86,9 +87,13 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
         log.info("float8: %d linear layers, rowwise scales, %s", layers, _products(mesh.device))
     if not any(parameter.requires_grad for parameter in whole.parameters()):
         raise ValueError(f"model.target={config.model.target}: none of its parameters is trained")
+    trained_roles = {entry.name: entry.role for entry in entries_of(whole) if entry.trainable}
+    if (problem := unused_group(config.optim, trained_roles)) is not None:
+        raise ValueError(problem)
     objective = objective_of(config.objective)
-    if objective.per_token and not takes_targets(whole):
-        raise ValueError(f"objective={config.objective.name} {NO_HEAD.format(config.model.target)}")
+    if (objective.per_token or config.objective.z_loss) and not takes_targets(whole):
+        what = f"objective={config.objective.name}" if objective.per_token else "objective.z_loss"
+        raise ValueError(f"{what} {NO_HEAD.format(config.model.target)}")
     if objective.per_token and mesh.layout.cp > 1:
         raise ValueError(
             f"objective.target={config.objective.target} takes log-probabilities of whole sequences, which "

@@ -277,6 +277,17 @@ TOGETHER = {
         (["schedule.warmup_steps=51", "schedule.total_steps=50"], 1, 0, "do not fit into 50 steps"),
         (["schedule.name=wsd", "schedule.warmup_steps=161"], 1, 0, "and a decay of 40 steps do not fit"),
     ],
+    "batch ramp": [
+        (["batch.ramp=[[6,1e6]]"], 4, 0, "have the divisor 2 in common, which is no multiple of 4"),
+        (["batch.ramp=[[8,1e6]]", "data.phases=[{from_step: 5, weights: {a: 1}}]"], 1, 0, "leave one of them out"),
+    ],
+    "settings of other schedules": [
+        (["schedule.decays=[[10,20]]"], 1, 0, "schedule.decays with schedule=cosine: schedule=wsd has decays"),
+        (["schedule.name=linear", "schedule.decay_shape=sqrt"], 1, 0, "schedule.decay_shape with schedule=linear"),
+        (["schedule.name=wsd", "schedule.cycle_steps=20"], 1, 0, "schedule=cosine has cycles"),
+        (["schedule.cycle_growth=2"], 1, 0, "set the first cycle's steps"),
+        (["schedule.name=wsd", "schedule.decays=[[150,170]]"], 1, 0, "by step 160, such as [[1,160]]"),
+    ],
     "evaluation": [
         (
             ["eval.every=10", "eval.sequences=0"],
