@@ -97,7 +97,7 @@ def add_runs(add: Add) -> None:
     sweep.add_argument("--seed", type=int, default=0, help="of --random (default 0)")
     add_trust(sweep)
 
-    submit = add("submit", _submit, "Submit a run to Slurm or Kubernetes, or print its manifest.", SUBMIT_EXAMPLES)
+    submit = add("submit", _submit, "Submit a run to Slurm or Kubernetes, or print a manifest.", SUBMIT_EXAMPLES)
     add_settings(submit)
     submit.add_argument("--dry-run", action="store_true", help="print the script or manifest and submit nothing")
     add_trust(submit)

@@ -214,7 +214,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--mtbf", metavar="H", type=float, help="hours between failures: prints how often to save")
     plan.add_argument("--json", action="store_true", help="everything, as JSON")
 
-    probe = add("probe", _probe, "Measure machines: rates, links, storage; name what is slow.", PROBE_EXAMPLES)
+    probe = add("probe", _probe, "Measure machines, links and storage; name what is slow.", PROBE_EXAMPLES)
     arguments.add_settings(probe)
     arguments.add_probe(probe)
 

@@ -18,9 +18,9 @@ from stoker.trainer.probe.needs import Needs
 
 REFUSE, WARN = "refuse", "warn"
 SLOW = 0.7  # of the median rank's rate
-SLOW_LINK = 0.5
-LATE = 3.0  # times the median latency, and
-LATE_SECONDS = 1e-3  # by so much, at least
+SLOW_LINK = 0.5  # of the rate of the better links (the upper quartile), or of the median group
+LATE = 3.0  # times the better links' latency, and
+LATE_SECONDS = 2e-3  # by so much, at least
 FAR_SECONDS = 5e-3  # of latency between machines: not one cluster
 CLOCK_SECONDS = 0.5
 SHM_OF_RANK = 128 << 20  # bytes of /dev/shm: NCCL takes tens of MB for each pair of GPUs
@@ -90,13 +90,18 @@ def _links(facts: Sequence[Facts]) -> Iterator[Finding]:
     lines = {(each.rank, link.to): link.line for each in facts for link in each.links}
     if not lines:
         return
-    rate = statistics.median_high(line.rate for line in lines.values())
-    latency = statistics.median_low(line.latency for line in lines.values())
+    # An exchange goes both ways, whoever begins it: the faster of two measurements is less of a busy host's.
+    latencies = {way: min(line.latency, lines.get(way[::-1], line).latency) for way, line in lines.items()}
+    quarter = len(lines) // 4  # of three machines with a slow one four links of six are slow
+    rate = sorted((line.rate for line in lines.values()), reverse=True)[quarter]
+    latency = sorted(latencies.values())[quarter]
     slow = {way: line.rate / rate for way, line in lines.items() if line.rate < SLOW_LINK * rate}
-    late = {way: line.latency for way, line in lines.items() if line.latency > latency * LATE + LATE_SECONDS}
+    late = {way: found for way, found in latencies.items() if found > latency * LATE + LATE_SECONDS}
     if not late and latency > FAR_SECONDS:
-        late = {way: line.latency for way, line in lines.items() if line.latency > FAR_SECONDS}
-    yield from _by_machine(slow, lines, hosts, lambda share: f"go at {share:.0%} of the median rate, {_gb(rate)}")
+        late = {way: found for way, found in latencies.items() if found > FAR_SECONDS}
+    yield from _by_machine(
+        slow, lines, hosts, lambda share: f"go at {share:.0%} of the better links' rate, {_gb(rate)}"
+    )
     yield from _by_machine(late, lines, hosts, lambda late: f"take {late * 1e3:.1f} ms before the first byte")
     known = device_called(facts[0].device)
     if known is not None and known.network_gb_s and not slow and rate < SLOW_LINK * known.network_gb_s * 1e9:

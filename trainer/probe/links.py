@@ -21,6 +21,7 @@ KINDS = {"pp": "send", "dp_replicate": "all_reduce", "dp_shard": "all_gather", "
 REPEATS = 5
 PAIR_SIZES = (32 << 10, 1 << 20, 8 << 20, 64 << 20)
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.13
+_PING = 4  # bytes
 _SPAN = 0.02  # seconds of small messages in a row
 
 
@@ -151,14 +152,16 @@ def machine_links(
 
 
 def _send(mesh: Mesh, to: int, most_bytes: int, most_seconds: float) -> Line:
-    """Each message is answered by one number, whose way is half of the latency."""
+    """Each message is answered by one number. The latency is half of the fastest exchange of single numbers: what a fit
+    makes of larger messages on a busy host is less certain."""
     header, answer = torch.zeros(1, dtype=torch.int64, device=mesh.device), torch.zeros(1, device=mesh.device)
-    points, spent = [], 0.0
-    for size in (size for size in PAIR_SIZES if size <= most_bytes):
+    points: list[tuple[float, float]] = []
+    spent = 0.0
+    for size in (_PING, *(size for size in PAIR_SIZES if size <= most_bytes)):
         header.fill_(size)
         dist.send(header, to, group=mesh.world)
         data, best = torch.zeros(size // 4, device=mesh.device), float("inf")
-        for turn in range(1 + REPEATS):
+        for turn in range(1 + _turns(size)):
             began = time.perf_counter()
             dist.send(data, to, group=mesh.world)
             dist.recv(answer, to, group=mesh.world)
@@ -169,12 +172,15 @@ def _send(mesh: Mesh, to: int, most_bytes: int, most_seconds: float) -> Line:
             if turn:  # the first may have to connect
                 best = min(best, once)
         points.append((float(size), best))
-        if spent + best * 8 * REPEATS > most_seconds:
+        if len(points) > 1 and spent + best * 8 * REPEATS > most_seconds:
             break
     header.fill_(0)
     dist.send(header, to, group=mesh.world)
-    line = fit(points)
-    return Line(line.latency / 2, line.rate)
+    return Line(points[0][1] / 2, fit(points[1:]).rate)
+
+
+def _turns(size: int) -> int:
+    return 4 * REPEATS if size == _PING else REPEATS
 
 
 def _receive(mesh: Mesh, sender: int) -> None:
@@ -184,6 +190,6 @@ def _receive(mesh: Mesh, sender: int) -> None:
         if not (size := int(header)):
             return
         data = torch.zeros(size // 4, device=mesh.device)
-        for _ in range(1 + REPEATS):
+        for _ in range(1 + _turns(size)):
             dist.recv(data, sender, group=mesh.world)
             dist.send(answer, sender, group=mesh.world)
