@@ -47,6 +47,10 @@ class Device:
     kind: str = "cuda"  # cpu | cuda
     measured: Measured | None = None  # of `stoker probe`: what ranks reached of the rates above
 
+    def peak(self, precision: str) -> float | None:
+        """The dense peak by which a run in this precision is judged; in fp8 that of bf16, as published figures are."""
+        return self.tflops.get("bf16" if precision == "fp8" else precision)
+
 
 def device_called(name: str) -> Device | None:
     """The device of the table whose name `name` contains; None for an unknown one, which is no other's."""

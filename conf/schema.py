@@ -218,6 +218,12 @@ class EvalConfig:
 
 
 @dataclass
+class Float8Config:
+    filter_fqns: list[str] = maths(["router", "model.layers.*.gate"])  # linear layers to leave in bf16: of experts
+    amax_floor: float = maths(1e-12)  # least value that the scale of a row is taken from
+
+
+@dataclass
 class NonfiniteConfig:
     action: str = maths("skip")  # of a bad step: skip (leave its update out) | rollback (and train without it) | stop
     limit: int = free(10)  # the run ends after this many bad (skip) or unlabelled steps in a row, or one more rollback
@@ -305,7 +311,8 @@ class Config:
     optim: OptimConfig = maths(OptimConfig)
     schedule: ScheduleConfig = maths(ScheduleConfig)
     grad_clip_norm: float | None = maths(1.0)  # largest gradient norm; null: no clipping
-    precision: str = maths("bf16")  # fp32 | bf16 | fp16
+    precision: str = maths("bf16")  # fp32 | bf16 | fp16 | fp8: bf16, and products of linear layers in float8
+    fp8: Float8Config = maths(Float8Config)
     fp32_modules: list[str] = maths([])  # modules that compute in fp32; patterns of names: [layers.0, layers.*.mlp]
     activation_checkpointing: str = free("none")  # none | selective | full
     compile: bool | None = free()  # torch.compile per block; default: on GPUs, unless the engine forbids it

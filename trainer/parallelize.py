@@ -1,7 +1,7 @@
 """How a model is parallelized: from a config and a mesh to an engine with initialised weights.
 
-The order matters and is defined here only: adapters -> stages (pipeline) -> tensor parallel -> fp32 modules ->
-activation checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has sharded it, the model is on the
+The order matters and is defined here only: adapters -> float8 -> stages (pipeline) -> tensor parallel -> fp32 modules
+-> activation checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has sharded it, the model is on the
 meta device and takes no memory.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stoker.conf.schema import Config
-from stoker.models.adapters import apply, plan_of
+from stoker.models.adapters import Names, apply, plan_of
 from stoker.models.family import build_on_meta, family_of
 from stoker.models.objectives import objective_of
 from stoker.parallel.dtypes import PRECISIONS
@@ -34,6 +34,7 @@ from stoker.parallel.objective import takes_targets
 from stoker.parallel.registry import Registry
 from stoker.parallel.stages import costs_of, parts, stages_of
 from stoker.parallel.tensor import enable_async_tensor_parallelism, parallelize_tensors
+from stoker.parallel.tensor.float8 import float8_of, refuse_device, use_float8
 from stoker.parallel.trial import Trial
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,11 @@ log = logging.getLogger(__name__)
 NO_HEAD = (
     "needs the log-probability of each token, and model.target={} computes its loss by itself: a model that ends in "
     "stoker.models.loss.Head, as every built-in one does, returns them"
+)
+
+NO_FLOAT8 = (
+    "has no linear layer in its blocks that can compute in float8 (a multiple of 16 features, one that "
+    "adapters could take, and not in fp8.filter_fqns): precision=bf16 works"
 )
 
 FUSED_ATTENTION = (
@@ -74,6 +80,12 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
     if config.adapter.name != "none" or config.model.freeze:
         trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
         log.info("adapter: %s, %s parameters are trained", config.adapter.name, f"{trained:,}")
+    if config.precision == "fp8":
+        refuse_device(mesh.device)
+        layers = sum(float8_of(module) is not None for module in whole.modules())
+        if not layers:
+            raise ValueError(f"precision=fp8: {config.model.name} {NO_FLOAT8}")
+        log.info("float8: %d linear layers, rowwise scales, %s", layers, _products(mesh.device))
     if not any(parameter.requires_grad for parameter in whole.parameters()):
         raise ValueError(f"model.target={config.model.target}: none of its parameters is trained")
     objective = objective_of(config.objective)
@@ -136,6 +148,10 @@ def _count(model: nn.Module) -> int:
     return sum(math.prod(parameter.shape) for parameter in model.parameters())
 
 
+def _products(device: torch.device) -> str:
+    return "on tensor cores" if device.type == "cuda" else "emulated: rounded as on GPUs, multiplied in bf16"
+
+
 def compiles(config: Config, device: torch.device) -> bool:
     """Whether blocks are compiled: as `config.compile`, else on GPUs where nothing forbids it, which is logged."""
     if config.compile is not None or device.type != "cuda":
@@ -151,10 +167,28 @@ def part_builder(config: Config) -> Callable[[Part], nn.Module]:
 
     Raises ValueError for an adapter, or names in `model.freeze`, that do not fit the model.
     """
-    if config.adapter.name == "none" and not config.model.freeze:
-        return functools.partial(build_on_meta, config.model)
-    plan = plan_of(build_on_meta(config.model, whole_model(config.model.num_hidden_layers)), config)
-    return lambda part: apply(build_on_meta(config.model, part), plan, config.adapter)
+    build: Callable[[Part], nn.Module] = functools.partial(build_on_meta, config.model)
+    if config.adapter.name != "none" or config.model.freeze:
+        plan = plan_of(build(whole_model(config.model.num_hidden_layers)), config)
+        build = _then(build, lambda part: apply(part, plan, config.adapter))
+    return _then(build, functools.partial(_in_float8, config)) if config.precision == "fp8" else build
+
+
+def _then(build: Callable[[Part], nn.Module], change: Callable[[nn.Module], nn.Module]) -> Callable[[Part], nn.Module]:
+    return lambda part: change(build(part))
+
+
+def _in_float8(config: Config, part: nn.Module) -> nn.Module:
+    """`part` of a model, with the products of its blocks' linear layers in float8."""
+    names = Names(part, config)
+    inside = tuple(names.blocks.values())
+    patterns = config.fp8.filter_fqns
+    use_float8(
+        part,
+        lambda name: name.startswith(inside) and not any(names.matching(pattern, [name]) for pattern in patterns),
+        config.fp8.amax_floor,
+    )
+    return part
 
 
 def _parts(config: Config, mesh: Mesh, whole: nn.Module, build: Callable[[Part], nn.Module]) -> list[Part]:

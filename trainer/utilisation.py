@@ -31,7 +31,7 @@ def arithmetic_of(config: Config, device: str, devices: int) -> Arithmetic | Non
     than the next token) and where the peak of the device in the dtype of `precision` is not known.
     """
     known = device_called(device)
-    peak = None if known is None else known.tflops.get(config.precision)
+    peak = None if known is None else known.peak(config.precision)
     plain = config.objective.name == "next_token" and config.objective.target is None
     if peak is None or not plain or config.adapter.name != "none" or config.model.freeze:
         return None

@@ -62,7 +62,7 @@ def rates_of(device: Device, precision: str) -> Rates | None:
             found.devices_per_machine,
             MEASURED,
         )
-    peak = device.tflops.get(precision)
+    peak = device.peak(precision)
     if not peak or not device.hbm_gb_s:
         return None
     memory = device.hbm_gb_s * 1e9 * MEMORY
@@ -139,7 +139,9 @@ def step_time(
 def times(config: Config, layout: Layout, slowest: StepTime, device: Device, parameters: int, tokens: float) -> Times:
     """Of a run of `tokens` in steps like `slowest`."""
     per_step = config.batch.size * config.seq_len
-    mfu = step_flops(config, parameters) / (slowest.total * layout.world * device.tflops[config.precision] * 1e12)
+    peak = device.peak(config.precision)
+    assert peak is not None
+    mfu = step_flops(config, parameters) / (slowest.total * layout.world * peak * 1e12)
     speed = per_step / slowest.total
     return Times(slowest, speed, mfu, tokens, tokens / speed)
 

@@ -15,6 +15,7 @@ from stoker.launch.plan.times import StepTime
 from stoker.trainer.probe.facts import AxisLink, Facts
 from stoker.trainer.probe.judge import Finding
 from stoker.trainer.probe.needs import Needs
+from stoker.trainer.probe.products import dtype_of
 
 ADVICE = {  # by the largest part of a step
     "products": "matrix products",
@@ -57,9 +58,10 @@ def machine_of(facts: Sequence[Facts], config: Config) -> Device:
     on_machine = [each for each in facts if each.first == facts[0].first]
     here = [link for each in facts for link in each.axes if not _crosses(link, facts)]
     there = [link for each in facts for link in each.axes if _crosses(link, facts)]
-    own = [each.own or each.peaks.get(config.precision) for each in facts]
+    precision = dtype_of(config.precision)
+    own = [each.own or each.peaks.get(precision) for each in facts]
     measured = Measured(
-        precision=config.precision,
+        precision=precision,
         products_tflops=_round(min(rate for rate in own if rate) / 1e12),
         devices_per_machine=len(on_machine),
         memory_gb_s=_gb(each.memory for each in facts),
@@ -73,7 +75,7 @@ def machine_of(facts: Sequence[Facts], config: Config) -> Device:
     return Device(
         memory_gib=round(min(each.memory_gib for each in facts), 2),
         source="stoker probe",
-        tflops=known.tflops if known is not None else peaks,
+        tflops=peaks if known is None else {**peaks, **known.tflops},
         hbm_gb_s=known.hbm_gb_s if known is not None else measured.memory_gb_s,
         link_gb_s=known.link_gb_s if known is not None else measured.link_gb_s,
         network_gb_s=known.network_gb_s if known is not None else measured.network_gb_s,
@@ -98,8 +100,9 @@ def bottleneck(
     part, seconds = max(dataclasses.asdict(times).items(), key=lambda each: each[1])
     share = seconds / times.total
     rate = ""
-    if part == "products" and device.measured is not None and (best := facts[0].peaks.get(config.precision)):
-        rate = f", at {device.measured.products_tflops * 1e12 / best:.0%} of the best rate of any"
+    best = min((each.peaks.get(dtype_of(config.precision), 0.0) for each in facts), default=0.0)
+    if part == "products" and device.measured is not None and best:
+        rate = f", at {device.measured.products_tflops * 1e12 / best:.0%} of the rate of the best square ones"
     return f"bottleneck: {share:.0%} of an estimated step are {ADVICE[part]}{rate}", times
 
 

@@ -21,7 +21,7 @@ from stoker.trainer.probe.facts import Facts
 from stoker.trainer.probe.judge import REFUSE, judge
 from stoker.trainer.probe.measure import FULL, QUICK, measure
 from stoker.trainer.probe.needs import needs_of
-from stoker.trainer.probe.products import Product, model_products
+from stoker.trainer.probe.products import Product, dtype_of, model_products
 from stoker.trainer.rendezvous import config_of_rank, store_of_rank
 from stoker.trainer.runtime.gpus import take_device
 from stoker.trainer.runtime.process import keep_freed_memory, place_from_environment
@@ -91,7 +91,7 @@ def _report(config: Config, problem: str | None, facts: Sequence[Facts], options
     from stoker.launch.probe.machine import Report, bottleneck, machine_of  # they rehearse a step: seconds of imports
     from stoker.launch.probe.show import print_report
 
-    rates = [each.own or each.peaks[config.precision] for each in facts]
+    rates = [each.own or each.peaks[dtype_of(config.precision)] for each in facts]
     needs = needs_of(config, sum(rates)) if problem is None else None
     findings = judge(facts, config, needs)
     machine = machine_of(facts, config)

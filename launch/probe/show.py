@@ -12,6 +12,7 @@ from stoker.conf.printable import printable
 from stoker.launch.probe.machine import Report
 from stoker.trainer.probe.facts import Facts
 from stoker.trainer.probe.judge import machines
+from stoker.trainer.probe.products import dtype_of
 
 MOST_ROWS = 16
 
@@ -34,7 +35,7 @@ def print_report(report: Report) -> None:
 
 
 def _rates(report: Report) -> Table:
-    facts, precision = report.facts, report.config.precision
+    facts, precision = report.facts, dtype_of(report.config.precision)
     right = ("median", "least", "rank")
     heads = (Column(name, justify="right" if name in right else "left") for name in ("of a rank", *right, ""))
     table = Table(*heads, box=None, pad_edge=False)

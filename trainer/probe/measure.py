@@ -17,7 +17,15 @@ from stoker.trainer.probe.facts import AxisLink, Facts, FolderRate, Link, facts_
 from stoker.trainer.probe.host import clock_ahead, this_host, versions
 from stoker.trainer.probe.judge import slow_ranks
 from stoker.trainer.probe.links import axis_links, machine_links
-from stoker.trainer.probe.products import Product, best_rate, host_device_rates, memory_rate, own_rate, windows
+from stoker.trainer.probe.products import (
+    Product,
+    best_rate,
+    dtype_of,
+    host_device_rates,
+    memory_rate,
+    own_rate,
+    windows,
+)
 from stoker.trainer.probe.storage import rates_of
 from stoker.trainer.runtime.process import Place
 
@@ -62,7 +70,7 @@ def measure(
 
     `products` are those of the model; `repeats` stands for a slower rank in tests (`products.windows`).
     """
-    device, precision = mesh.device, config.precision
+    device, precision = mesh.device, dtype_of(config.precision)
     first = mesh.rank - place.local_rank
     is_first = place.local_rank == 0
     clock = clock_ahead(mesh)

@@ -39,6 +39,11 @@ class Product:
         return 6 * self.tokens * self.inputs * self.outputs
 
 
+def dtype_of(precision: str) -> str:
+    """The dtype whose products are measured for a run in `precision`."""
+    return "bf16" if precision == "fp8" else precision
+
+
 def model_products(config: Config, layout: Layout) -> list[Product]:
     """Those of a rank in one micro-batch of the whole model, by its linear layers, embedding and head aside.
 
