@@ -268,6 +268,7 @@ class LaunchConfig:
     nproc: int | None = free()  # ranks on each machine; default: its GPUs, else 2
     max_restarts: int = free(3)  # restarts in a row that may fail before a new checkpoint is reached
     hang_seconds: float | None = free()  # without progress is a hang; default: 30 median steps, 120 at least
+    preflight: bool = free(False)  # measure machines before training: warn of slow ones, refuse unequal versions
     threads: int | None = free()  # CPU threads per rank; default: cores / ranks
     device: str | None = free()  # cpu | cuda; default: cuda where there is one
     backend: str | None = free()  # of collectives: nccl | gloo; default: nccl on GPUs; gloo lets ranks share a GPU

@@ -54,6 +54,16 @@ examples:
 The status is 0 if it fits, 1 if it does not, 2 for a start that is refused.
 """
 
+PROBE_EXAMPLES = """\
+examples:
+  stoker probe model=small launch.nproc=2
+  stoker plan --gpu machine.json model=small launch.nproc=2
+  torchrun --nnodes 4 --nproc-per-node 8 ... -m stoker.launch.probe model=small
+
+The status is 0, 1 for a machine that launch.preflight would refuse, 2 for a start
+that is refused.
+"""
+
 IMPORT_EXAMPLES = """\
 examples:
   stoker import old/llama out/llama      pytorch_model.bin, or litgpt
@@ -62,6 +72,11 @@ examples:
 
 OUT is compared with SOURCE by the logits of both, or is not made.
 """
+
+TOGETHER = {  # in one line of the list of commands
+    "import": ("export", "Write a model for other libraries, or make one of theirs."),
+    "requeue": ("stop", "Make a run save and end, or go back to Slurm's queue."),
+}
 
 COMPLETION = """\
 to have it in every shell:
@@ -153,8 +168,8 @@ class _OneLineEach(argparse.HelpFormatter):
     """A line for each command: argparse leaves the indentation of commands out when it measures their names."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=16)
-        self._action_max_length = 14
+        super().__init__(prog, max_help_position=20)
+        self._action_max_length = 18
 
     def format_help(self) -> str:
         return super().format_help().replace("\n\ncommands:\n", "\n", 1)  # all commands are one screen
@@ -199,6 +214,10 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--price", metavar="P", type=float, help="of a GPU for an hour: prints what the run costs")
     plan.add_argument("--mtbf", metavar="H", type=float, help="hours between failures: prints how often to save")
     plan.add_argument("--json", action="store_true", help="everything, as JSON")
+
+    probe = add("probe", _probe, "Measure machines, links and storage; name what is slow.", PROBE_EXAMPLES)
+    arguments.add_settings(probe)
+    arguments.add_probe(probe)
 
     check = add("check", _check, "Compare a layout with one process, or with transformers.", CHECK_EXAMPLES)
     arguments.add_settings(check)
@@ -266,6 +285,10 @@ def parser() -> argparse.ArgumentParser:
     what = completion.add_mutually_exclusive_group(required=True)
     what.add_argument("shell", nargs="?", choices=("bash", "zsh", "fish"), help="whose script to print")
     what.add_argument("--line", help="print what can follow this line, as these scripts ask for it")
+    lines = {line.dest: line for line in commands._choices_actions}
+    for second, (first, text) in TOGETHER.items():  # the list of commands is one screen
+        lines[first].metavar, lines[first].help = f"{first}, {second}", text
+        commands._choices_actions.remove(lines[second])
     return top
 
 
@@ -320,6 +343,13 @@ def _config(options: argparse.Namespace) -> int:
     for line in lines_of(layout, batch_plan(config, layout), shutil.get_terminal_size((120, 24)).columns):
         print(line)
     return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from stoker.launch.probe.rank import Options
+    from stoker.launch.probe.start import probe
+
+    return probe(options.overrides, Options(options.quick, options.out, options.json).words())
 
 
 def _plan(options: argparse.Namespace) -> int:

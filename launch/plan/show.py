@@ -12,7 +12,7 @@ from stoker.conf.printable import printable
 from stoker.launch.inspect import console_for_tables
 from stoker.launch.layout import ranks_in_words
 from stoker.launch.plan.make import GIB, HOLES, MALLOC_HOLES, RESERVED, Plan
-from stoker.launch.plan.times import ASSUMED, DAY, HOUR, RESTART_SECONDS, STORAGE
+from stoker.launch.plan.times import DAY, HOUR, RESTART_SECONDS, STORAGE, rates_of
 from stoker.trainer.rehearsal import Category, Peak, Rehearsal, Work
 from stoker.trainer.report.progress import brief, size
 
@@ -102,7 +102,10 @@ def time_lines(plan: Plan) -> list[str]:
         f"{times.tokens_per_second:,.0f} tokens/s, {times.tokens_per_second * DAY:.3g} a day, MFU {times.mfu:.0%}; "
         f"{times.tokens:.3g} tokens take {times.seconds / DAY:,.2f} days"
     )
-    lines.append(f"assumed: {ASSUMED}")
+    device = plan.machine.device
+    rates = rates_of(device, plan.config.precision) if device is not None else None
+    if rates is not None:
+        lines.append(f"assumed: {rates.assumed}")
     if plan.failures is not None:
         found = plan.failures
         lines.append(
