@@ -213,6 +213,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", metavar="T", type=float, help="tokens of the run (default: those of its steps)")
     plan.add_argument("--price", metavar="P", type=float, help="of a GPU for an hour: prints what the run costs")
     plan.add_argument("--mtbf", metavar="H", type=float, help="hours between failures: prints how often to save")
+    plan.add_argument("--run", metavar="RUN", help="plan a run's newest attempt as stored, beside what it measured")
     plan.add_argument("--json", action="store_true", help="everything, as JSON")
 
     probe = add("probe", _probe, "Measure machines, links and storage; name what is slow.", PROBE_EXAMPLES)
@@ -353,10 +354,20 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from stoker.launch.plan import Asked, plan
+    from stoker.conf.values import ConfigError
+    from stoker.launch.plan import Asked, plan, plan_run
 
+    form = "json" if options.json else "text"
+    if options.run is not None:
+        given = [
+            *options.overrides,
+            *(f"--{name}" for name in ("gpus", "tokens", "price", "mtbf") if vars(options)[name]),
+        ]
+        if given:
+            raise ConfigError(f"--run {options.run}: it is planned as it is stored, without {' '.join(given)}")
+        return plan_run(options.run, options.gpu, form)
     asked = Asked(options.tokens, options.price, options.mtbf)
-    return plan(options.overrides, options.gpu, options.gpus, asked, "json" if options.json else "text")
+    return plan(options.overrides, options.gpu, options.gpus, asked, form)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from stoker.parallel.engine import Engine
 from stoker.parallel.fp32_modules import compute_in_fp32
 from stoker.parallel.gpu_clock import GpuClock
 from stoker.parallel.initialize import initialize
-from stoker.parallel.layout import BatchPlan
+from stoker.parallel.layout import BatchPlan, Layout
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import ParallelizableModel, Part, whole_model
 from stoker.parallel.native import build_native
@@ -68,10 +68,13 @@ def cut(config: Config, mesh: Mesh, plan: BatchPlan) -> Engine:
     return engine
 
 
-def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, Callable[[], None]]:
+def build_engine(
+    config: Config, mesh: Mesh, plan: BatchPlan, every: Sequence[Part] | None = None
+) -> tuple[Engine, Callable[[], None]]:
     """`parallelize` in two parts: an engine with uninitialised parameters, and a function that initialises them.
 
     A run that resumes from a checkpoint does not need them, and drawing them takes seconds per billion parameters.
+    `every` are the parts of all stages, in the order of the pipeline; a rehearsal leaves layers out of them.
     """
     build = part_builder(config)
     whole = build(whole_model(config.model.num_hidden_layers))
@@ -104,9 +107,10 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
             f"objective.target={config.objective.target} needs the model without its adapter: adapter=lora"
         )
 
-    every = _parts(config, mesh, whole, build)
+    shortened = every is not None
+    every = every or parts_of(config, mesh.layout, whole, build)
     numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
-    stages = [build(every[n]) for n in numbers] if mesh.layout.pp > 1 else [whole]
+    stages = [build(every[n]) for n in numbers] if mesh.layout.pp > 1 or shortened else [whole]
     trial = Trial(plan.micro_rows, config.seq_len // mesh.layout.cp, bool(config.data.document_mask))
     dtype = PRECISIONS[config.precision]
     activations = whole_activations = trial.activations(every, build, dtype)
@@ -191,13 +195,13 @@ def _then(build: Callable[[Part], nn.Module], change: Callable[[nn.Module], nn.M
     return lambda part: change(build(part))
 
 
-def _parts(config: Config, mesh: Mesh, whole: nn.Module, build: Callable[[Part], nn.Module]) -> list[Part]:
+def parts_of(config: Config, layout: Layout, whole: nn.Module, build: Callable[[Part], nn.Module]) -> list[Part]:
     """The parts of all stages, in the order of the pipeline."""
-    if mesh.layout.pp == 1:
+    if layout.pp == 1:
         return [whole_model(config.model.num_hidden_layers)]
     cost = functools.partial(family_of(config.model).layer_cost, config.model)
     costs = costs_of(_parallelizable(whole), build, cost)
-    every = parts(costs, mesh.layout.pp * config.parallel.stages_per_rank)
+    every = parts(costs, layout.pp * config.parallel.stages_per_rank)
     spans = ", ".join(f"{part.layers.start}-{part.layers.stop - 1}" for part in every)
     log.info("pipeline: %s, layers of the stages: %s", config.parallel.schedule, spans)
     return every

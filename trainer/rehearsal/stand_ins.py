@@ -25,10 +25,11 @@ Counted = Callable[[int], None]  # takes floating-point operations that torch's 
 
 
 @contextlib.contextmanager
-def stand_ins(kind: str, selective: bool, counted: Counted) -> Iterator[None]:
+def stand_ins(kind: str, selective: bool, sharded: bool, counted: Counted) -> Iterator[None]:
     """Kernels as on a device of this `kind`, cpu or cuda, in models that are rehearsed inside.
 
-    With `selective` recomputation the loop of CPUs stays as it is, because its single products are kept or not.
+    `sharded` parameters are cut into one shard, that of this rank, and not into those of all ranks. With `selective`
+    recomputation the loop of CPUs stays as it is, because its single products are kept or not.
     """
     with contextlib.ExitStack() as stack:
 
@@ -36,6 +37,10 @@ def stand_ins(kind: str, selective: bool, counted: Counted) -> Iterator[None]:
             stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, function)
 
+        if sharded:
+            from torch.distributed.fsdp._fully_shard import _fsdp_param  # half a second that others do not need
+
+            replace(_fsdp_param, "_chunk_with_empty", _Chunks)
         if kind == "cuda":
             replace(attention, "attend_in_blocks", lambda q, k, v, mask, scale=None: _by_heads(q, k, v))
             replace(F, "scaled_dot_product_attention", lambda q, k, v, *_, **__: _fused(q, k, v))
@@ -66,6 +71,18 @@ def _gathered(
     q: Tensor, k: Tensor, v: Tensor, spans: gathered_attention.KeySpans, scale: float, axis: SequenceAxis, kernel: Any
 ) -> Tensor:
     return gathered_attention.attend_to_all(q, k, v, spans.source, axis, _by_heads)
+
+
+class _Chunks:
+    """The `count` chunks of a tensor, as `torch.chunk` cuts it, of which only those are made that are asked for."""
+
+    def __init__(self, tensor: Tensor, count: int, dim: int) -> None:
+        self._tensor, self._dim, self._each = tensor, dim, -(-tensor.size(dim) // count)
+
+    def __getitem__(self, number: int) -> Tensor:
+        start = number * self._each
+        length = min(self._each, self._tensor.size(self._dim) - start)
+        return self._tensor.narrow(self._dim, start, length) if length > 0 else self._tensor.new_empty(0)
 
 
 def _by_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

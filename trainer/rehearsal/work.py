@@ -44,7 +44,7 @@ class Work:
         for key, traffic in other.messages.items():
             own = messages.get(key, Traffic())
             messages[key] = Traffic(own.count + times * traffic.count, own.bytes + times * traffic.bytes)
-        kept = {key: traffic for key, traffic in messages.items() if traffic.count}
+        kept = {key: traffic for key, traffic in messages.items() if traffic != Traffic()}
         return Work(self.flops + times * other.flops, self.moved + times * other.moved, kept)
 
 
