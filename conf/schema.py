@@ -343,8 +343,7 @@ class Config:
 
 
 GROUPS = ("model", "adapter", "objective", "data", "optim", "schedule", "tracker", "launch")
-# Keys for one start, which a run does not keep.
-PER_START = ("run.fresh", "run.change", "run.trust", "run.adopt", "launch.deadline")
+PER_START = ("run.fresh", "run.change", "run.trust", "run.adopt", "launch.deadline")  # keys that no run keeps
 
 
 def to_dict(config: Any) -> dict[str, Any]:
