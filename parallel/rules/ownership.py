@@ -90,7 +90,7 @@ class Ownership:
         cost: Callable[[tuple[int, ...]], float],
     ) -> None:
         layout = mesh.layout
-        mesh.add_groups(OWNERS, layout.groups("dp_shard" if layout.dp_shard > 1 else "dp_replicate", "tp"))
+        mesh.add_groups(OWNERS, layout.groups(*(layout.sharding if layout.shards > 1 else layout.replication), "tp"))
         self._group, self._device = mesh.group(OWNERS), mesh.device
         self._rank = dist.get_rank(self._group) if self._group is not None else 0
         self._registry, self._held = registry, held
