@@ -107,6 +107,8 @@ LIMITS = (
     _choice("model.family", "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2"),
     _at_least("parallel.tp", 1, "it counts ranks"),
     _at_least("parallel.pp", 1, "it counts stages"),
+    _at_least("parallel.cp", 1, "it counts ranks"),
+    _choice("parallel.context", "gather", "ulysses"),
     Limit("parallel.zero", "0, 1, 2 or 3", "these are the stages of ZeRO", range(4).__contains__),
     _at_least("parallel.dp_replicate", 1, "it counts copies of the shards"),
     _choice("parallel.schedule", "1f1b", "gpipe", "interleaved", judged_elsewhere=ZERO_BUBBLE),

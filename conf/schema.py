@@ -50,6 +50,8 @@ class ParallelConfig:
     tp: int = free(1)  # ranks that share each layer
     sequence_parallel: bool = free(True)  # sequence parallelism: norms and residuals hold tokens / tp; with tp > 1
     pp: int = free(1)  # pipeline stages (times stages_per_rank)
+    cp: int = free(1)  # context parallelism: ranks that share the tokens of each sequence
+    context: str = free("gather")  # how their attention meets: gather (keys and values) | ulysses (heads for tokens)
     zero: int = free(1)  # 0 replicate | 1 shard optimizer state | 2 and gradients | 3 and parameters
     dp_replicate: int | None = free()  # copies of the shards (hybrid sharding); derived for ZeRO 0, else 1
     schedule: str = free("1f1b")  # pipeline schedule: 1f1b | gpipe | interleaved
@@ -266,6 +268,7 @@ class LaunchConfig:
     nproc: int | None = free()  # ranks on each machine; default: its GPUs, else 2
     max_restarts: int = free(3)  # restarts in a row that may fail before a new checkpoint is reached
     hang_seconds: float | None = free()  # without progress is a hang; default: 30 median steps, 120 at least
+    preflight: bool = free(False)  # measure machines before training: warn of slow ones, refuse unequal versions
     threads: int | None = free()  # CPU threads per rank; default: cores / ranks
     device: str | None = free()  # cpu | cuda; default: cuda where there is one
     backend: str | None = free()  # of collectives: nccl | gloo; default: nccl on GPUs; gloo lets ranks share a GPU
@@ -340,8 +343,7 @@ class Config:
 
 
 GROUPS = ("model", "adapter", "objective", "data", "optim", "schedule", "tracker", "launch")
-# Keys for one start, which a run does not keep.
-PER_START = ("run.fresh", "run.change", "run.trust", "run.adopt", "launch.deadline")
+PER_START = ("run.fresh", "run.change", "run.trust", "run.adopt", "launch.deadline")  # keys that no run keeps
 
 
 def to_dict(config: Any) -> dict[str, Any]:

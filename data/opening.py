@@ -27,6 +27,7 @@ from stoker.data.token_files import TokenFiles
 from stoker.data.tokenizer import Tokenizer
 from stoker.data.tokenizer_files import load_kept, named_tokenizer
 from stoker.data.tokens import Tokens
+from stoker.parallel.layout import OF_ONE_MODEL
 from stoker.parallel.mesh import Mesh
 
 FORMAT = 2  # of the fingerprint; changes with the rows
@@ -112,7 +113,7 @@ def _open_stream(config: Config, mesh: Mesh) -> RowSource:
 
         return open_streams(config, mesh, open_tokenizer(config.data))
     compare = None
-    if mesh.layout.tp * mesh.layout.pp > 1:
+    if mesh.layout.size(OF_ONE_MODEL) > 1:
         from stoker.data.streaming.exchange import Ranks
 
         compare = Ranks(mesh).compare

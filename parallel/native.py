@@ -23,7 +23,7 @@ from stoker.parallel.buffers import Buffers, fill_buffers
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.forward_backward import ForwardBackward, GradientAccumulation
 from stoker.parallel.gpu_clock import GpuClock
-from stoker.parallel.layout import BatchPlan
+from stoker.parallel.layout import OF_TOKENS, BatchPlan
 from stoker.parallel.loss_scale import LossScale
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.mmap_offload import offloaded
@@ -33,6 +33,7 @@ from stoker.parallel.optimizer_needs import undeclared
 from stoker.parallel.registry import LocalShard, Registry
 from stoker.parallel.replicated import ReplicatedStrategy
 from stoker.parallel.rules.combined import Optimizer
+from stoker.parallel.sequence import SequenceAxis, own_tokens, sequence_axis
 from stoker.parallel.sharding import Precision, ShardingStrategy
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.stages import stages_of
@@ -53,7 +54,9 @@ class NativeEngine:
         buffers: Buffers,
         clock: GpuClock,
         objective: Objective = NEXT_TOKEN,
+        sequence: SequenceAxis | None = None,
     ) -> None:
+        self._sequence, self._document_mask = sequence, bool(config.data.document_mask)
         self._clock, self._objective = clock, objective
         self._mesh, self._passes, self._registry, self._weights = mesh, passes, registry, weights
         self._buffers = buffers
@@ -72,7 +75,8 @@ class NativeEngine:
         self._loss_scale = LossScale(mesh.device) if config.precision == "fp16" else None
         self._one = torch.ones((), device=mesh.device)
         self._complete: dict[str, Tensor] | None = None  # gradients of this step after all sums, once computed
-        # All ranks of a replica have the same rows; the first tensor-parallel rank of the last stage reports them.
+        # All ranks of a replica have the same rows; the first tensor-parallel rank of the last stage reports them, or
+        # its share of their tokens.
         self._reports = mesh.coordinate.tp == 0 and mesh.coordinate.pp == mesh.layout.pp - 1
         self._sums = torch.zeros(1 + len(objective.scalars), dtype=torch.float64, device=mesh.device)
         self._count = torch.zeros((), dtype=torch.float64, device=mesh.device)
@@ -80,6 +84,7 @@ class NativeEngine:
         self._counts_tokens = True  # is what the update divides by the number of valid tokens?
 
     def forward_backward(self, rows: Batch) -> None:
+        rows = self._own(rows)
         sums = self._passes.train(self._with_reference(rows), self._scale() / self._nominal_count)
         self._counts_tokens = isinstance(self._objective, NextToken) and rows.weights is None
         if self._reports:
@@ -87,6 +92,10 @@ class NativeEngine:
             self._count += self._objective.count(rows).to(self._mesh.device, non_blocking=True)
             if not self._counts_tokens:
                 self._tokens += rows.valid_tokens().to(self._mesh.device, non_blocking=True)
+
+    def _own(self, rows: Batch) -> Batch:
+        """This rank's tokens of `rows`."""
+        return rows if self._sequence is None else own_tokens(rows, self._sequence, self._document_mask)
 
     def _with_reference(self, rows: Batch) -> Batch:
         """`rows` with the log-probabilities of the model without its adapter, if the objective needs them."""
@@ -142,6 +151,7 @@ class NativeEngine:
         return self._clock.take()
 
     def evaluate(self, rows: Batch) -> Tensor:
+        rows = self._own(rows)
         with _evaluating([stage.module for stage in self._weights]):
             sums = self._passes.evaluate(self._with_reference(rows))
         self._buffers.restore()
@@ -294,7 +304,8 @@ def build_native(
         numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
         held = [Stage(number, stage.module, stage) for number, stage in zip(numbers, weights, strict=True)]
         passes = PipelineSchedule(mesh, plan, held, config.parallel.schedule, mask, activations, objective)
-    return NativeEngine(config, mesh, passes, registry, weights, Buffers(mesh, registry, stages), clock, objective)
+    buffers, sequence = Buffers(mesh, registry, stages), sequence_axis(config, mesh)
+    return NativeEngine(config, mesh, passes, registry, weights, buffers, clock, objective, sequence)
 
 
 def _store(
@@ -309,8 +320,8 @@ def _store(
 
         return DeepSpeedStrategy(config, mesh, plan, model, registry)
     offload = config.parallel.offload == "cpu"
-    if mesh.layout.dp_shard == 1:
-        return ReplicatedStrategy(model, mesh.device, precision, mesh.group("dp_replicate"), offload)
+    if mesh.layout.shards == 1:
+        return ReplicatedStrategy(model, mesh.device, precision, mesh.group("replicas"), offload)
     from stoker.parallel.sharded import ShardedStrategy  # half a second of imports that ZeRO 0 does not need
 
     return ShardedStrategy(model, mesh, precision, mesh.layout.zero, offload)
@@ -319,6 +330,6 @@ def _store(
 def _frozen_store(config: Config, mesh: Mesh, model: nn.Module, precision: Precision) -> ShardingStrategy:
     """For a pipeline stage without trained parameters, for which DeepSpeed makes no engine: every rank holds it."""
     store = ReplicatedStrategy(model, mesh.device, precision, None, config.parallel.offload == "cpu")
-    dp_rank, dp = mesh.dp_rank, mesh.layout.dp
-    store.held = {name: replace(held, replica=dp_rank, replicas=dp) for name, held in store.held.items()}
+    replica, replicas = mesh.layout.place(mesh.rank, OF_TOKENS), mesh.layout.size(OF_TOKENS)
+    store.held = {name: replace(held, replica=replica, replicas=replicas) for name, held in store.held.items()}
     return store

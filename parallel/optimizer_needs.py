@@ -90,7 +90,7 @@ def needs_wholes(config: OptimConfig, layout: Layout) -> bool:
 def _divided(layout: Layout) -> list[str]:
     """The keys by which `layout` divides the parameters of a model, or the set of them."""
     divided = {
-        "parallel.zero": layout.zero > 0 and layout.dp_shard > 1,
+        "parallel.zero": layout.zero > 0 and layout.shards > 1,
         "parallel.tp": layout.tp > 1,
         "parallel.engine": layout.engine == "deepspeed",  # it keeps flat vectors at every stage
         "parallel.pp": layout.pp > 1,

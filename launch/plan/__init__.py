@@ -14,15 +14,19 @@ import math
 from collections.abc import Sequence
 
 from stoker.conf.devices import Device, device_called, device_named
+from stoker.conf.rundir import read_config
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
-from stoker.launch.plan.make import Asked, Machine, make_plan
-from stoker.launch.plan.show import as_json, print_plan
+from stoker.launch.inspect import run_at
+from stoker.launch.plan.make import Asked, Machine, make_plan, predicted_of
+from stoker.launch.plan.show import as_json, print_measured, print_plan
 from stoker.launch.train import gpus as gpus_here
 from stoker.launch.train import ranks_for, refusing, say
 from stoker.launch.train import where as where_here
 from stoker.parallel.start import Ranks
 from stoker.trainer.facts import with_vocabulary
+from stoker.trainer.report.metrics import steps
+from stoker.trainer.report.predicted import Measured, beside, keep, newest_attempt
 from stoker.trainer.settle import settle_config
 
 
@@ -54,6 +58,30 @@ def plan(overrides: Sequence[str], gpu: str | None, gpus: int | None, asked: Ask
     return 0 if made.fits is not False else 1
 
 
+def plan_run(path: str, gpu: str | None, form: str) -> int:
+    """Plan the newest attempt of a run as it is stored, keep that in the run, and print it beside what was measured.
+
+    Raises ConfigError where `path` is no run directory, or holds no attempt that has begun.
+    """
+    device = None if gpu is None else device_named(gpu)
+    run = run_at(path)
+    attempt, beginning = newest_attempt(run)
+    with refusing():
+        config = with_vocabulary(read_config(run), run.tokenizer)
+        made = make_plan(config, beginning.ranks, _machine(config, device), Asked())
+    predicted = predicted_of(made)
+    keep(run, attempt, predicted)
+    measured = Measured(beginning.from_step)
+    for step in steps(run.metrics):
+        measured.add(step)
+    rows = beside(predicted, measured)
+    if form == "json":
+        print(json.dumps({"attempt": attempt, "rows": rows, "plan": as_json(made)}, allow_nan=False))
+    else:
+        print_measured(attempt, made, rows)
+    return 0
+
+
 def _where(config: Config, device: Device | None, gpus: int | None) -> Ranks:
     """The ranks that are planned: those of the command line, else those that this start would have."""
     if gpus is None and device is None and config.launch.name == "local":
@@ -67,18 +95,19 @@ def _where(config: Config, device: Device | None, gpus: int | None) -> Ranks:
         world, _, each, _ = where_there(config)
         world = gpus or world
         here = min(world, each or world)
-    on_gpus = config.launch.device != "cpu" and (device is not None or config.launch.gpus or gpus_here(config))
+    planned = device is not None and device.kind == "cuda"
+    on_gpus = config.launch.device != "cpu" and (planned or config.launch.gpus or gpus_here(config))
     return Ranks(world, here if on_gpus else 0, here)
 
 
 def _machine(config: Config, device: Device | None) -> Machine:
     """What the ranks compute on."""
     if config.launch.device == "cpu":
-        if device is not None:
+        if device is not None and device.kind != "cpu":
             raise ConfigError(f"launch.device=cpu with --gpu {device.name}: leave one of them out")
-        return Machine("cpu", None)
+        return Machine("cpu", device)
     if device is not None:
-        return Machine("cuda", device)
+        return Machine(device.kind, device)
     if not gpus_here(config):
         return Machine("cuda" if config.launch.gpus else "cpu", None)
     import torch

@@ -13,6 +13,7 @@ from stoker.parallel.layout import BatchPlan, Coordinate, Layout, batch_plan, la
 from stoker.trainer.memory import available_bytes
 from stoker.trainer.parallelize import parameters_of
 from stoker.trainer.rehearsal import Rehearsal, rehearse
+from stoker.trainer.report.predicted import Predicted
 
 GIB = 2**30
 RESERVED = 1.5 * GIB  # of a GPU: the context, the libraries' workspaces and NCCL's buffers
@@ -123,6 +124,21 @@ def make_plan(config: Config, world: int, machine: Machine, asked: Asked) -> Pla
     return plan
 
 
+def predicted_of(plan: Plan) -> Predicted:
+    """The figures of `plan`."""
+    worst, device, times = plan.classes[0], plan.machine.device, plan.times
+    peak = worst.rehearsal.peak.bytes
+    most = peak * HOLES if plan.machine.kind == "cuda" else peak * MALLOC_HOLES + PROCESS
+    figures: dict[str, float] = {}
+    if times is not None and device is not None:
+        figures = {"step_seconds": times.step.total, "tokens_per_second": times.tokens_per_second, "mfu": times.mfu}
+        figures["tflops"] = times.mfu * device.tflops[plan.config.precision]
+    name = None if device is None else device.name
+    return Predicted(
+        plan.machine.kind, str(plan.layout), plan.layout.world, name, worst.ranks[0], peak, round(most), **figures
+    )
+
+
 def _times(plan: Plan, device: Device, tokens: float) -> Times | None:
     """Of the slowest class of ranks."""
     found = []
@@ -137,7 +153,7 @@ def _times(plan: Plan, device: Device, tokens: float) -> Times | None:
 
 def _class(config: Config, layout: Layout, pp: int, kind: str) -> RankClass:
     """The ranks of a place in the pipeline. The first of them have the largest share of what does not divide."""
-    first = layout.rank(Coordinate(pp, 0, 0, 0))
-    ranks = range(first, first + layout.dp * layout.tp)
+    first = layout.rank(Coordinate(pp, 0, 0, 0, 0))
+    ranks = range(first, first + layout.world // layout.pp)
     numbers = range(pp, layout.pp * config.parallel.stages_per_rank, layout.pp)
     return RankClass(ranks, ", ".join(map(str, numbers)), rehearse(config, layout, first, kind))

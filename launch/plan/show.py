@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Column, Table
@@ -12,8 +13,9 @@ from stoker.conf.printable import printable
 from stoker.launch.inspect import console_for_tables
 from stoker.launch.layout import ranks_in_words
 from stoker.launch.plan.make import GIB, HOLES, MALLOC_HOLES, RESERVED, Plan
-from stoker.launch.plan.times import ASSUMED, DAY, HOUR, RESTART_SECONDS, STORAGE
+from stoker.launch.plan.times import DAY, HOUR, RESTART_SECONDS, STORAGE, rates_of
 from stoker.trainer.rehearsal import Category, Peak, Rehearsal, Work
+from stoker.trainer.report.predicted import COLUMNS, cells
 from stoker.trainer.report.progress import brief, size
 
 MIB = 2**20
@@ -33,6 +35,26 @@ def print_plan(plan: Plan) -> None:
     console.print()
     for line in [*verdict(plan), *time_lines(plan)]:
         console.print(printable(line), soft_wrap=True, markup=False)
+
+
+def print_measured(attempt: int, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the plan of an attempt beside what its steps measured."""
+    console = console_for_tables()
+    for line in head(plan):
+        console.print(printable(line), soft_wrap=True, markup=False)
+    console.print()
+    what, *figures = COLUMNS
+    title = f"plan of attempt {attempt} against measured"
+    columns = [Column(what), *(Column(name, justify="right") for name in figures)]
+    table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*cells(row))
+    console.print(table)
+    console.print()
+    peak = plan.classes[0].rehearsal.peak
+    with_ = "malloc's holes and the program" if plan.machine.kind == "cpu" else "the allocator's holes"
+    line = f"counted: {_amount(peak.bytes)} live at the peak of rank {plan.classes[0].ranks[0]}; predicted with {with_}"
+    console.print(line, soft_wrap=True, markup=False)
 
 
 def head(plan: Plan) -> list[str]:
@@ -102,7 +124,10 @@ def time_lines(plan: Plan) -> list[str]:
         f"{times.tokens_per_second:,.0f} tokens/s, {times.tokens_per_second * DAY:.3g} a day, MFU {times.mfu:.0%}; "
         f"{times.tokens:.3g} tokens take {times.seconds / DAY:,.2f} days"
     )
-    lines.append(f"assumed: {ASSUMED}")
+    device = plan.machine.device
+    rates = rates_of(device, plan.config.precision) if device is not None else None
+    if rates is not None:
+        lines.append(f"assumed: {rates.assumed}")
     if plan.failures is not None:
         found = plan.failures
         lines.append(

@@ -42,6 +42,7 @@ class Case:
     tied: bool = False
     optimizer: str = "adamw"
     sequence: bool = True
+    context: str = "gather"
 
     def config(self, layout: Layout, layers: int = 4) -> Config:
         model = ModelConfig(
@@ -66,6 +67,8 @@ class Case:
             schedule=self.schedule,
             stages_per_rank=2 if self.schedule == "interleaved" else 1,
             sequence_parallel=self.sequence,
+            cp=layout.cp,
+            context=self.context,
         )
         if self.optimizer == "sgd":
             config.optim = OptimConfig(name="sgd", lr=0.1, momentum=0.9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,14 @@ from stoker.conf.schema import Config
 from stoker.parallel.batch import Batch
 from stoker.parallel.engine import Engine
 from stoker.parallel.layout import BatchPlan, Layout, batch_plan
+from stoker.parallel.model import Part
 from stoker.parallel.shards import PARAMETER, Shard
 from stoker.trainer.parallelize import build_engine
+from stoker.trainer.rehearsal.extrapolate import NotAlikeError, line, more_layers, more_work
 from stoker.trainer.rehearsal.fake_ranks import fake_mesh, fake_tensors
-from stoker.trainer.rehearsal.memory import Category, MemoryLog, Peak
+from stoker.trainer.rehearsal.layers import Short, shortened
+from stoker.trainer.rehearsal.marks import mark_blocks
+from stoker.trainer.rehearsal.memory import Category, Mark, MemoryLog, Peak, Span, highest
 from stoker.trainer.rehearsal.stand_ins import stand_ins
 from stoker.trainer.rehearsal.work import Work, WorkLog
 
@@ -32,7 +37,7 @@ class Rehearsal:
     rank: int
     kind: str  # cpu | cuda: the device whose kernels it was rehearsed with
     build: Peak  # until the engine is built
-    step: Peak  # of forward, backward and update
+    spans: Sequence[Span]  # of forward, backward and update, in order
     evaluation: Peak
     held: Peak  # between two steps
     staged: int  # bytes of a snapshot of this rank, in the memory of the host
@@ -40,47 +45,111 @@ class Rehearsal:
     update: Work
     groups: Mapping[str, Sequence[int]]  # the ranks of this one's groups, by the names of messages
 
+    @functools.cached_property
+    def step(self) -> Peak:
+        """Of forward, backward and update."""
+        return highest(self.spans)
+
     @property
     def peak(self) -> Peak:
         """The largest of them."""
         return max(self.build, self.step, self.evaluation, key=lambda peak: peak.bytes)
 
 
-def rehearse(config: Config, layout: Layout, rank: int, kind: str = "cpu") -> Rehearsal:
+@dataclass(frozen=True)
+class _Record:
+    """Of a rank with the layers that were built."""
+
+    build: list[Span]
+    step: list[Span]
+    evaluation: list[Span]
+    held: Peak
+    staged: int
+    passes: Work
+    update: Work
+    groups: Mapping[str, Sequence[int]]
+
+
+def rehearse(config: Config, layout: Layout, rank: int, kind: str = "cpu", every_layer: bool = False) -> Rehearsal:
     """What `rank` of `layout` needs, with the kernels of a device of this `kind`, cpu or cuda.
 
-    `config.model.vocab_size` must be set. Raises ValueError as building the engine does, and for what cannot run
-    without the other ranks, a disk, or the values of tensors.
+    Of layers that are alike a few stand for all, unless `every_layer` is wanted. `config.model.vocab_size` must be set.
+    Raises ValueError as building the engine does, and for what cannot run without the other ranks, a disk, or the
+    values of tensors.
     """
     if config.parallel.engine != "fsdp":
         raise ValueError(f"parallel.engine={config.parallel.engine} cannot be rehearsed: parallel.engine=fsdp can")
     if config.parallel.offload == "nvme":
         raise ValueError("parallel.offload=nvme cannot be rehearsed, as it writes to a disk: parallel.offload=cpu can")
+    short = None if every_layer else shortened(config, layout, rank)
+    found = None
+    if short is not None:
+        shorter = _record(config, layout, rank, kind, short.shorter)
+        with contextlib.suppress(NotAlikeError):
+            found = _longer(shorter, _record(config, layout, rank, kind, short.longer), short)
+    if found is None:
+        found = _record(config, layout, rank, kind)
+    return Rehearsal(
+        rank,
+        kind,
+        highest(found.build),
+        found.step,
+        highest(found.evaluation),
+        found.held,
+        found.staged,
+        found.passes,
+        found.update,
+        found.groups,
+    )
+
+
+def _longer(shorter: _Record, longer: _Record, short: Short) -> _Record:
+    """Continues the line from one record to the other to all layers. Raises NotAlikeError."""
+
+    def spans(which: str) -> list[Span]:
+        pair = getattr(shorter, which), getattr(longer, which)
+        return more_layers(*pair, short.period, short.begins, short.missing)
+
+    return _Record(
+        spans("build"),
+        spans("step"),
+        spans("evaluation"),
+        line(shorter.held, longer.held, short.missing),
+        longer.staged + short.missing * (longer.staged - shorter.staged),
+        more_work(shorter.passes, longer.passes, short.missing),
+        more_work(shorter.update, longer.update, short.missing),
+        longer.groups,
+    )
+
+
+def _record(config: Config, layout: Layout, rank: int, kind: str, parts: Sequence[Part] | None = None) -> _Record:
     plan = batch_plan(config, layout)
     with _quiet(), _without_values(), fake_mesh(layout, rank) as mesh:
         work = WorkLog(mesh)
         selective = config.activation_checkpointing == "selective"
-        with fake_tensors(), stand_ins(kind, selective, work.count), MemoryLog(work.see) as log:
+        with fake_tensors(), stand_ins(kind, selective, layout.dp_shard > 1, work.count), MemoryLog(work.see) as log:
             log.phase = "building"
-            engine, _ = build_engine(dataclasses.replace(config, compile=False), mesh, plan)
+            engine, _ = build_engine(dataclasses.replace(config, compile=False), mesh, plan, parts)
             _name(log, engine)
-            build = log.peak()
+            log.mark(Mark("built"))
+            build = log.spans()
+            mark_blocks(engine, log)
             work.take()
             log.phase = "between passes"
             rows = _rows(plan, config.seq_len)
             log.assign(Category.ROWS, (field for field in vars(rows).values() if field is not None))
             passes, update = _step(engine, rows, config, plan, work, log)
-            step, held = log.peak(), log.now()
+            step, held = log.spans(), log.now()
             log.phase = "evaluation"
             engine.evaluate(rows[: plan.micro_rows])
-            evaluation = log.peak()
+            evaluation = log.spans()
             staged = plan_file(engine.shards()).file_bytes
             del engine, rows
         groups: dict[str, Sequence[int]] = {"world": range(layout.world)}
         groups |= {
             name: dist.get_process_group_ranks(group) for name, group in mesh.groups.items() if group is not None
         }
-    return Rehearsal(rank, kind, build, step, evaluation, held, staged, passes, update, groups)
+    return _Record(build, step, evaluation, held, staged, passes, update, groups)
 
 
 def _step(
