@@ -295,7 +295,7 @@ def test_a_run_resumes_on_another_cp(tmp_path: Path) -> None:
 def activations(kind: str, cp: int, exchange: str, layers: int) -> int:
     """Bytes at the peak of a step, rehearsed, with all that is sent and received."""
     config = rehearsed_config("bf16", 1024, layers, zero=0, cp=cp, context=exchange, document_mask=True)
-    config.batch = BatchConfig(2, 2)
+    config.batch = BatchConfig(2, micro_size=2)
     peak = rehearse(config, layout_of(config, cp), 0, kind).step
     return sum(peak.categories.get(each, 0) for each in (Category.ACTIVATIONS, Category.LOSS, Category.COMMUNICATION))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import time
@@ -35,8 +36,8 @@ LARGEST = example(Layout(dp_replicate=8, dp_shard=64, tp=8, pp=4))
 
 
 def grid(layout: Layout) -> np.ndarray:
-    """The ranks in the order of AXES, by numpy only: `[pp, dp_replicate, dp_shard, tp]`."""
-    return np.arange(layout.world).reshape(layout.pp, layout.dp_replicate, layout.dp_shard, layout.tp)
+    """The ranks in the order of AXES, by numpy only: `[pp, dp_replicate, dp_shard, cp, tp]`."""
+    return np.arange(layout.world).reshape(layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
 
 
 @UP_TO_MOST_RANKS
@@ -56,8 +57,9 @@ def test_tensor_parallel_ranks_are_adjacent_and_stages_are_far_apart(layout):
     tp, pp = np.array(layout.groups("tp")), np.array(layout.groups("pp"))
     assert (np.diff(tp) == 1).all() and (tp[:, 0] % layout.tp == 0).all()
     assert (np.diff(pp) == layout.world // layout.pp).all()
-    strides = [layout.stride(axis) for axis in ("tp", "dp_shard", "dp_replicate", "pp")]
-    assert strides == [1, layout.tp, layout.tp * layout.dp_shard, layout.tp * layout.dp]
+    strides = [layout.stride(axis) for axis in ("tp", "cp", "dp_shard", "dp_replicate", "pp")]
+    model = layout.tp * layout.cp
+    assert strides == [1, layout.tp, model, model * layout.dp_shard, model * layout.dp]
 
 
 @UP_TO_MOST_RANKS
@@ -76,14 +78,14 @@ def test_groups_partition_the_ranks_and_differ_only_along_their_axes(layout, axe
 @UP_TO_MOST_RANKS
 @LARGEST
 @given(layouts())
-def test_every_set_of_rows_is_read_by_one_replica_of_tp_and_pp_ranks(layout):
+def test_every_set_of_rows_is_read_by_one_replica_of_tp_cp_and_pp_ranks(layout):
     dp_rank = np.array([layout.dp_rank(rank) for rank in range(layout.world)])
-    assert np.array_equal(np.bincount(dp_rank), np.full(layout.dp, layout.tp * layout.pp))
+    assert np.array_equal(np.bincount(dp_rank), np.full(layout.dp, layout.tp * layout.cp * layout.pp))
     replicas = np.argsort(dp_rank, kind="stable").reshape(layout.dp, -1)  # the ranks of each set of rows, in order
-    assert np.array_equal(replicas, np.array(layout.groups("tp", "pp")))
-    parts = [(stage, part) for stage in range(layout.pp) for part in range(layout.tp)]
+    assert np.array_equal(replicas, np.array(layout.groups("tp", "cp", "pp")))
+    parts = list(itertools.product(range(layout.pp), range(layout.cp), range(layout.tp)))
     for ranks in replicas[[0, -1]].tolist():
-        assert [(at.pp, at.tp) for at in map(layout.coordinate, ranks)] == parts
+        assert [(at.pp, at.cp, at.tp) for at in map(layout.coordinate, ranks)] == parts
 
 
 def test_rank_order_is_the_documented_one():
