@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from stoker.conf.devices import Device
 from stoker.conf.schema import Config
 from stoker.parallel.layout import BatchPlan, Layout
-from stoker.trainer.rehearsal import Rehearsal, Traffic, Work
+from stoker.trainer.rehearsal import Traffic, Work
 from stoker.trainer.utilisation import step_flops
 
 PRODUCTS = 0.75  # of the peak, by matrix products of a model's shapes
@@ -68,18 +68,25 @@ class Failures:
     mtbf: float  # seconds between failures
 
 
-def step_time(
-    config: Config, layout: Layout, rehearsal: Rehearsal, device: Device, batch: BatchPlan
-) -> StepTime | None:
-    """The step of the ranks of `rehearsal`; None where the device's rates in the run's precision are not known."""
+@dataclass(frozen=True)
+class Counts:
+    """What a rank does in a step, and the ranks of its groups by the names of messages."""
+
+    passes: Work
+    update: Work
+    groups: Mapping[str, Sequence[int]]
+
+
+def step_time(config: Config, layout: Layout, counts: Counts, device: Device, batch: BatchPlan) -> StepTime | None:
+    """The step of ranks with these `counts`; None where the device's rates in the run's precision are not known."""
     peak = device.tflops.get(config.precision)
     if not peak or not device.hbm_gb_s:
         return None
     fused = COMPILED if config.compile is not False else 1.0
-    passes, update = rehearsal.passes, rehearsal.update
+    passes, update = counts.passes, counts.update
     products = passes.flops / (peak * 1e12 * PRODUCTS)
     memory = passes.moved * fused / (device.hbm_gb_s * 1e9 * MEMORY)
-    inside, between = _messages(passes, layout, rehearsal.groups, device)
+    inside, between = _messages(passes, layout, counts.groups, device)
     if inside is None or between is None:
         return None
     computing = products + memory
@@ -89,7 +96,7 @@ def step_time(
     bubble = 0.0
     if layout.pp > 1:
         bubble = (computing + inside) * (layout.pp - 1) / (batch.micro_batches * config.parallel.stages_per_rank)
-    _, last = _messages(update, layout, rehearsal.groups, device)
+    _, last = _messages(update, layout, counts.groups, device)
     updating = update.moved / (device.hbm_gb_s * 1e9 * MEMORY) + (last or 0.0)
     return StepTime(products, memory, communication, bubble, updating)
 
