@@ -18,6 +18,21 @@ TABLE = Path(__file__).with_name("devices.yaml")
 
 
 @dataclass
+class Measured:
+    """Rates that ranks of a model reached together on their machines. What is None was not measured."""
+
+    precision: str  # fp32 | bf16 | fp16, of the products
+    products_tflops: float  # over the model's own products, 1e12 operations a second
+    devices_per_machine: int = 1
+    memory_gb_s: float | None = None  # read and written by copies, 1e9 bytes a second
+    link_gb_s: float | None = None  # of a ring of one machine's ranks, as the next four
+    link_seconds: float | None = None  # to start a message
+    network_gb_s: float | None = None  # of a ring of several machines' ranks
+    network_seconds: float | None = None
+    from_device_gb_s: float | None = None  # to the memory of the host
+
+
+@dataclass
 class Device:
     """A device. What is None is not known, and nothing is derived from it."""
 
@@ -29,6 +44,12 @@ class Device:
     network_gb_s: float | None = None  # to other machines, one direction
     power_w: float | None = None
     name: str = ""
+    kind: str = "cuda"  # cpu | cuda
+    measured: Measured | None = None  # of `stoker probe`: what ranks reached of the rates above
+
+    def peak(self, precision: str) -> float | None:
+        """The dense peak by which a run in this precision is judged; in fp8 that of bf16, as published figures are."""
+        return self.tflops.get("bf16" if precision == "fp8" else precision)
 
 
 def device_called(name: str) -> Device | None:
@@ -58,6 +79,8 @@ def _of_file(path: Path) -> Device:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"--gpu {path}: {error}") from error
+    if isinstance(values, dict):
+        values.pop("probe", None)  # what `stoker probe` found besides
     if not isinstance(values, dict) or "memory_gib" not in values:
         raise ConfigError(f'--gpu {path}: expected an object with memory_gib, such as {{"memory_gib": 80}}')
     try:
@@ -72,4 +95,11 @@ def _table() -> dict[str, Device]:
 
 
 def _device(name: str, values: Mapping[str, Any]) -> Device:
-    return from_dict({"name": name, **values}, Device)
+    values = {"name": name, **values}
+    measured = values.pop("measured", None)
+    device: Device = from_dict(values, Device)
+    if measured is not None:
+        if not isinstance(measured, dict):
+            raise ConfigError(f"measured={measured!r}: expected a section of keys")
+        device.measured = from_dict(measured, Measured, "measured.")
+    return device

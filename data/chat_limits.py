@@ -66,11 +66,11 @@ def dated(date: datetime | None) -> Iterator[None]:
 
     with _CLOCK:
         before = chat_template_utils.datetime, _Clock.fixed
-        chat_template_utils.datetime, _Clock.fixed = _Clock, date  # type: ignore[misc]
+        chat_template_utils.datetime, _Clock.fixed = _Clock, date
         try:
             yield
         finally:
-            chat_template_utils.datetime, _Clock.fixed = before  # type: ignore[misc]
+            chat_template_utils.datetime, _Clock.fixed = before
 
 
 class _Clock(datetime):

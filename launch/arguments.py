@@ -54,6 +54,13 @@ The same command goes on with a sweep that was interrupted (docs/sweeps.md).
 """
 
 
+def add_probe(command: argparse.ArgumentParser) -> None:
+    """For `stoker probe` and for its ranks."""
+    command.add_argument("--quick", action="store_true", help="small sizes: under half a minute")
+    command.add_argument("--out", metavar="FILE", default="machine.json", help="what to write (default machine.json)")
+    command.add_argument("--json", action="store_true", help="print the contents of that file instead of tables")
+
+
 def add_trust(command: argparse.ArgumentParser) -> None:
     """For commands that may run code which a stored config names."""
     text = "run code that the stored config names, though this user has not started the run"
@@ -90,7 +97,7 @@ def add_runs(add: Add) -> None:
     sweep.add_argument("--seed", type=int, default=0, help="of --random (default 0)")
     add_trust(sweep)
 
-    submit = add("submit", _submit, "Submit a run to Slurm or Kubernetes, or print its manifest.", SUBMIT_EXAMPLES)
+    submit = add("submit", _submit, "Submit a run to Slurm or Kubernetes, or print a manifest.", SUBMIT_EXAMPLES)
     add_settings(submit)
     submit.add_argument("--dry-run", action="store_true", help="print the script or manifest and submit nothing")
     add_trust(submit)
@@ -98,7 +105,7 @@ def add_runs(add: Add) -> None:
     status = add("status", _status, "Show how a run is doing: attempts, step, speed, time left.")
     status.add_argument("run", help="run directory")
 
-    report = add("report", _report, "Write a page about a run, or about several beside each other.", REPORT_EXAMPLES)
+    report = add("report", _report, "Write a page about a run, or about several together.", REPORT_EXAMPLES)
     report.add_argument("run", nargs="+", help="run directory; several are drawn into the same charts")
     report.add_argument("-o", "--out", metavar="FILE", help="file to write (default: report.html)")
     form = report.add_mutually_exclusive_group()

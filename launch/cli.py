@@ -14,61 +14,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import stoker
-from stoker.launch import arguments
+from stoker.launch import arguments, examples
 
 DESCRIPTION = "Distributed training of language models, with one result on every layout."
 
-TRAIN_EXAMPLES = """\
-examples:
-  stoker train                             a tiny model on Python's own library
-  stoker train run.dir=runs/a steps=1000 eval.sequences=64
-  stoker train run.dir=runs/a launch.nproc=1            resume it, on one rank
-  stoker train data=text data.path=books model=small    your own text
-`stoker config` prints every key; conf/schema.py has a comment for each.
-"""
-
-CONFIG_EXAMPLES = """\
-examples:
-  stoker config model=small optim.lr=3e-4
-  stoker config --layout launch.nproc=4096 batch.size=4096 parallel.zero=3
-"""
-
-CHECK_EXAMPLES = """\
-examples:
-  stoker check launch.nproc=4 parallel.tp=2 parallel.zero=3  against one process
-  stoker check model.target=mine:build launch.nproc=2 parallel.pp=2
-  stoker check parallel.zero=3 --against "parallel.zero=0"   two layouts
-  stoker check model.init_from=DIR launch.nproc=2 --against transformers
-
-In fp32 and with optim.eps=1e-6, so that a difference is more than rounding,
-unless precision=... or optim.eps=... is given.
-The status is 0 if both are the same run.
-"""
-
-PLAN_EXAMPLES = """\
-examples:
-  stoker plan model=small launch.nproc=2
-  stoker plan model=llama3_8b seq_len=8192 batch.micro_size=1 parallel.zero=3 \\
-      --gpu H100 --gpus 8 --tokens 1e12 --price 2.5 --mtbf 200
-
-The status is 0 if it fits, 1 if it does not, 2 for a start that is refused.
-"""
-
-IMPORT_EXAMPLES = """\
-examples:
-  stoker import old/llama out/llama      pytorch_model.bin, or litgpt
-  stoker import outputs/checkpoint/step-1000 out/titan --config config.json
-  stoker train model.init_from=out/llama data=text data.path=books
-
-OUT is compared with SOURCE by the logits of both, or is not made.
-"""
-
-COMPLETION = """\
-to have it in every shell:
-  bash  echo 'eval "$(stoker completion bash)"' >> ~/.bashrc
-  zsh   echo 'eval "$(stoker completion zsh)"' >> ~/.zshrc    (after compinit)
-  fish  stoker completion fish > ~/.config/fish/completions/stoker.fish
-"""
+TOGETHER = {  # in one line of the list of commands
+    "import": ("export", "Write a model for other libraries, or make one of theirs."),
+    "requeue": ("stop", "Make a run save and end, or go back to Slurm's queue."),
+}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -153,8 +106,8 @@ class _OneLineEach(argparse.HelpFormatter):
     """A line for each command: argparse leaves the indentation of commands out when it measures their names."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=16)
-        self._action_max_length = 14
+        super().__init__(prog, max_help_position=20)
+        self._action_max_length = 18
 
     def format_help(self) -> str:
         return super().format_help().replace("\n\ncommands:\n", "\n", 1)  # all commands are one screen
@@ -179,16 +132,17 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(command=run)
         return command
 
-    train = add("train", _train, "Train on this machine, or resume the run in run.dir.", TRAIN_EXAMPLES)
+    train = add("train", _train, "Train on this machine, or resume the run in run.dir.", examples.TRAIN)
     arguments.add_settings(train)
     train.add_argument("-m", "--multirun", action="store_true", help="a run for each combination: `stoker sweep`")
     arguments.add_trust(train)
 
-    config = add("config", _config, "Print the composed, validated config and exit.", CONFIG_EXAMPLES)
+    config = add("config", _config, "Print the composed, validated config and exit.", examples.CONFIG)
     arguments.add_settings(config)
     config.add_argument("--layout", action="store_true", help="print the place of every rank instead")
+    config.add_argument("--schedule", action="store_true", help="draw the learning rate over the steps instead")
 
-    plan = add("plan", _plan, "Show the memory and the time that a start would need.", PLAN_EXAMPLES)
+    plan = add("plan", _plan, "Show the memory and the time that a start would need.", examples.PLAN)
     arguments.add_settings(plan)
     plan.add_argument(
         "--gpu", metavar="NAME", help="device to plan for: H100, or a JSON file (default: this machine's)"
@@ -201,7 +155,11 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--run", metavar="RUN", help="plan a run's newest attempt as stored, beside what it measured")
     plan.add_argument("--json", action="store_true", help="everything, as JSON")
 
-    check = add("check", _check, "Compare a layout with one process, or with transformers.", CHECK_EXAMPLES)
+    probe = add("probe", _probe, "Measure machines, links and storage; name what is slow.", examples.PROBE)
+    arguments.add_settings(probe)
+    arguments.add_probe(probe)
+
+    check = add("check", _check, "Compare a layout with one process, or with transformers.", examples.CHECK)
     arguments.add_settings(check)
     check.add_argument("--against", metavar='"OVERRIDES"', help="this layout, or transformers; default: one process")
     check.add_argument("--steps", type=int, default=5, help="how many steps (default 5; one against transformers)")
@@ -241,12 +199,13 @@ def parser() -> argparse.ArgumentParser:
         choices=("fp32", "bf16", "fp16"),
         help="of the weights (default: the imported model's, else fp32)",
     )
+    export.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema)")
     export.add_argument("--merge", action="store_true", help="of a run with an adapter: the whole model with it added")
     export.add_argument("--step", type=int, help="of this step's checkpoint instead of the newest")
     export.add_argument("--shard-size", default="5GB", help="largest size of one file (default 5GB)")
     arguments.add_trust(export)
 
-    foreign = add("import", _import, "Make a model folder of another program's checkpoint.", IMPORT_EXAMPLES)
+    foreign = add("import", _import, "Make a model folder of another program's checkpoint.", examples.IMPORT)
     foreign.add_argument("source", metavar="SOURCE", help="folder of the checkpoint")
     foreign.add_argument("out", metavar="OUT", help="directory to make; must not exist, or be empty")
     foreign.add_argument("--config", metavar="FILE", help="config.json of the model, where SOURCE has none")
@@ -262,10 +221,14 @@ def parser() -> argparse.ArgumentParser:
         command = add(name, lambda _: 0, text)
         command.set_defaults(command=functools.partial(_help, command))
         add_commands(command)
-    completion = add("completion", _completion, "Print a script for the completion of a shell.", COMPLETION)
+    completion = add("completion", _completion, "Print a script for the completion of a shell.", examples.COMPLETION)
     what = completion.add_mutually_exclusive_group(required=True)
     what.add_argument("shell", nargs="?", choices=("bash", "zsh", "fish"), help="whose script to print")
     what.add_argument("--line", help="print what can follow this line, as these scripts ask for it")
+    lines = {line.dest: line for line in commands._choices_actions}
+    for second, (first, text) in TOGETHER.items():  # the list of commands is one screen
+        lines[first].metavar, lines[first].help = f"{first}, {second}", text
+        commands._choices_actions.remove(lines[second])
     return top
 
 
@@ -301,6 +264,13 @@ def _config(options: argparse.Namespace) -> int:
     if config.tokens is not None:
         config = settle_steps(config, overrides, first=True, tell=say)
     world = ranks_for(config)
+    if options.schedule:
+        from stoker.launch import schedule
+
+        validate(config, *where(config))
+        for line in schedule.lines_of(config, shutil.get_terminal_size((120, 24)).columns):
+            print(line)
+        return 0
     if not options.layout:
         validate(config, *where(config))
         print(to_yaml(config), end="")
@@ -313,6 +283,13 @@ def _config(options: argparse.Namespace) -> int:
     for line in lines_of(layout, batch_plan(config, layout), shutil.get_terminal_size((120, 24)).columns):
         print(line)
     return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from stoker.launch.probe.rank import Options
+    from stoker.launch.probe.start import probe
+
+    return probe(options.overrides, Options(options.quick, options.out, options.json).words())
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -27,6 +27,7 @@ class Limits:
 LIMITS = {
     "fp32": Limits(1e-5, 1e-5, 1e-5, 1e-4),
     "bf16": Limits(2e-2, 5e-3, 2e-2, None),
+    "fp8": Limits(2e-2, 2e-2, 6e-2, None),
     "fp16": Limits(5e-3, 1e-3, 5e-3, None),
 }
 # A gradient that is zero in exact arithmetic is noise in floating point: below this share of the norm of all gradients

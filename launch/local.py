@@ -33,7 +33,7 @@ from stoker.conf.scratch import Scratch
 from stoker.launch.gate import Tunnel
 from stoker.parallel.layout import threads_per_rank
 from stoker.parallel.loopback import LOOPBACK, keep_on_loopback, loopback_store
-from stoker.trainer.main import CONFIG_VARIABLE
+from stoker.trainer.rendezvous import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import GOES_ON, Ending, Outcome, read_ending, write_ending
 from stoker.trainer.runtime.process import LAUNCH_VARIABLE, LAUNCHER_VARIABLE, launch_id
 from stoker.trainer.runtime.starts import attempt_of, is_superseded

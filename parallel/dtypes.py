@@ -15,4 +15,5 @@ DTYPES = {  # by their names in safetensors files
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by their names in configs
+# The compute dtypes by their names in configs. fp8 is bf16 with products of linear layers in float8.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}

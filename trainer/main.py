@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import socket
@@ -18,25 +17,25 @@ import torch.distributed as dist
 
 from stoker.checkpoint import Owner, fence, newest_step
 from stoker.conf.durable import ROOM_SECONDS
-from stoker.conf.files import expand
 from stoker.conf.identity import read_identity
 from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory, make_run_directory, run_directory, write_config
-from stoker.conf.schema import Config, from_dict
+from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.data import keep_tokenizer
 from stoker.parallel.devices import backend_of, exactness_now, set_exactness
 from stoker.parallel.layout import layout_of
-from stoker.parallel.loopback import is_loopback, loopback_store
 from stoker.parallel.mesh import start_mesh, stop_mesh, use_threads
 from stoker.trainer.assemble import assemble
 from stoker.trainer.base_model import keep_base
-from stoker.trainer.failure import Attempt, NotMet, fail, in_one_line
+from stoker.trainer.failure import Attempt, fail, in_one_line
 from stoker.trainer.history import begin_anew
 from stoker.trainer.loop import Trainer
 from stoker.trainer.places import claim_places
+from stoker.trainer.probe.preflight import preflight
+from stoker.trainer.rendezvous import CONFIG_VARIABLE, RENDEZVOUS_SECONDS, config_of_rank, store_of_rank
 from stoker.trainer.report.summary import summarize
-from stoker.trainer.runtime.gpus import ranks_of, set_environment, take_device
+from stoker.trainer.runtime.gpus import set_environment, take_device
 from stoker.trainer.runtime.outcome import (
     Beginning,
     Ending,
@@ -62,13 +61,10 @@ from stoker.trainer.runtime.signal_listener import SignalListener
 from stoker.trainer.runtime.stack_dump import StackDump
 from stoker.trainer.runtime.starts import Start, begin_attempt
 from stoker.trainer.runtime.timeouts import Timeouts
-from stoker.trainer.settle import settle_config
 from stoker.trainer.trust import remember
 
 log = logging.getLogger(__name__)
 
-CONFIG_VARIABLE = "STOKER_CONFIG"  # our launcher passes the settled config to ranks, as JSON
-RENDEZVOUS_SECONDS = 300.0
 UPLOAD_LOOK_SECONDS = 30.0  # interval of the ranks' checks at the end while the last checkpoint is uploaded
 
 
@@ -88,9 +84,9 @@ def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.
 
     requests.listen(leave, listener)
     try:
-        config = _config(overrides, place)
+        config = config_of_rank(overrides, place)
         run = run_directory(config)
-        store = _store(place)
+        store = store_of_rank(place)
         if place.rank == 0:
             make_run_directory(run, config.run.public)
         attempt = Attempt(run, _agree_on_attempt(store, run, place), place)
@@ -134,9 +130,9 @@ def run(overrides: Sequence[str]) -> Ending:
         raise ConfigError("this process already has a process group, and a run makes its own: destroy that one first")
     with _left_as_found(), ExitStack() as on_failure:
         place = place_from_environment()
-        config = _config(overrides, place)
+        config = config_of_rank(overrides, place)
         directory = run_directory(config)
-        store = _store(place)
+        store = store_of_rank(place)
         if place.rank == 0:
             make_run_directory(directory, config.run.public)
         attempt = Attempt(directory, _agree_on_attempt(store, directory, place), place)
@@ -170,54 +166,6 @@ def _left_as_found() -> Iterator[None]:
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
-
-
-def _config(overrides: Sequence[str], place: Place) -> Config:
-    given = os.environ.get(CONFIG_VARIABLE)
-    if given is not None:
-        return from_dict(json.loads(given))
-    say = Console().say if place.rank == 0 else (lambda _: None)
-    overrides = expand(overrides, say)
-    if place.world > 1 and not any(o.startswith(("run.dir=", "run.name=")) for o in overrides):
-        raise ConfigError("set run.dir=... or run.name=...: every rank must find the same run directory")
-    if place.world > 1 and "LOCAL_RANK" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
-        raise ConfigError(
-            "LOCAL_RANK is set and LOCAL_WORLD_SIZE is not: set it to the number of ranks on this machine"
-        )
-    config, _ = settle_config(
-        overrides,
-        lambda config: ranks_of(config, place),
-        refitted=say,
-        tell=say,
-        restarted=place.restart > 0,
-        check_import=place.rank == 0,  # the others wait for it in the preflight checks
-    )
-    return config
-
-
-def _store(place: Place) -> dist.Store:
-    """The launcher's store. torchrun keeps one over restarts, with the keys of earlier attempts."""
-    if place.world == 1 and "MASTER_ADDR" not in os.environ:
-        return dist.HashStore()
-    from datetime import timedelta
-
-    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    if place.rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ and is_loopback(address) and port.isdecimal():
-        with suppress(OSError):  # taken: by an earlier run of this process, which torch knows, or by another program
-            return loopback_store(int(port))
-    patience = timedelta(seconds=RENDEZVOUS_SECONDS)
-    try:
-        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=patience))
-        return store
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        if "EADDRINUSE" in str(error):
-            raise ConfigError(f"MASTER_PORT: another program listens on {where}; name a free port") from error
-        raise NotMet(
-            f"rank {place.rank} has not reached the other ranks at {where} within {RENDEZVOUS_SECONDS:.0f} s: is rank "
-            "0 running, "
-            "and may this machine connect to it?"
-        ) from error
 
 
 def _agree_on_attempt(store: dist.Store, run: RunDirectory, place: Place) -> int:
@@ -264,6 +212,8 @@ def _train(
     mesh = start_mesh(layout, device, store, rank, timeouts.at_start(), backend)
     if any(mesh.any([superseded])):  # all ranks end in the same way: a launcher must not start them again
         raise Superseded
+    if config.launch.preflight:
+        preflight(config, mesh, place, console.say)
     with console.echoing_warnings() if rank == 0 else nullcontext():
         trainer = assemble(config, mesh, place, start, requests, phase, console.screen, on_failure, owner, console.log)
     if place.local_rank == 0 and (identity := read_identity(run)) is not None:

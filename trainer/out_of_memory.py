@@ -18,7 +18,7 @@ import torch
 
 from stoker.conf.reasons import root_cause
 from stoker.conf.schema import Config, ModelConfig
-from stoker.parallel.layout import Layout, batch_plan, layout_of
+from stoker.parallel.layout import OF_TOKENS, Layout, batch_plan, layout_of
 from stoker.trainer.memory import available_bytes
 
 MARGIN = 0.85  # share of the memory that an estimate may take
@@ -79,14 +79,15 @@ def need_of(config: Config, layout: Layout, parameters: int) -> Need:
     """What a rank of `layout` needs of its device for so many parameters, in the shape of the built-in decoder."""
     model, plan = config.model, batch_plan(config, layout)
     own = parameters / (layout.tp * layout.pp)  # of this rank's stages and shares of layers
-    shards = layout.dp_shard if layout.zero else 1
+    shards = layout.shards if layout.zero else 1
     compute = 4 if config.precision == "fp32" else 2
-    state = 8 if config.optim.name == "adamw" else 4
+    state = 8 if config.optim.name in ("adamw", "lamb") else 4
+    state += 4 if config.optim.ema is not None else 0
     block = own / max(1, model.num_hidden_layers // layout.pp)
     masters = 0.0 if config.parallel.offload != "none" else own / shards * (4 + state)
     copies = own * compute if layout.zero < 3 else 2 * block * compute  # gathered; under ZeRO 3 two blocks at a time
-    gradients = own * 4 / (shards if layout.zero >= 2 or layout.dp_shard == 1 else 1)
-    tokens = plan.micro_rows * config.seq_len
+    gradients = own * 4 / (shards if layout.zero >= 2 or layout.shards == 1 else 1)
+    tokens = plan.micro_rows * config.seq_len // layout.cp
     in_flight = min(plan.micro_batches, layout.pp) if layout.pp > 1 else 1
     kept = kept_per_token(config, model, compute, layout.tp, config.activation_checkpointing)
     layers = max(1, model.num_hidden_layers // layout.pp)
@@ -134,7 +135,7 @@ def _changes(config: Config, world: int) -> Iterator[tuple[str, Config]]:
     plan = batch_plan(config, layout_of(config, world))
     smaller = [n for n in range(plan.micro_rows - 1, 0, -1) if plan.rank_rows % n == 0]
     modes = {"none": ("selective", "full"), "selective": ("full",)}.get(config.activation_checkpointing, ())
-    stages = range(config.parallel.zero + 1, 4) if layout_of(config, world).dp > 1 else ()
+    stages = range(config.parallel.zero + 1, 4) if layout_of(config, world).size(OF_TOKENS) > 1 else ()
 
     def with_(section: str | None, **values: object) -> Config:
         if section is None:

@@ -1,8 +1,8 @@
 """How a model is parallelized: from a config and a mesh to an engine with initialised weights.
 
-The order matters and is defined here only: adapters -> stages (pipeline) -> tensor parallel -> fp32 modules ->
-activation checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has sharded it, the model is on the
-meta device and takes no memory.
+The order matters and is defined here only: adapters -> float8 -> stages (pipeline) -> tensor parallel -> context
+parallel -> fp32 modules -> activation checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has
+sharded it, the model is on the meta device and takes no memory.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from stoker.conf.schema import Config
 from stoker.models.adapters import apply, plan_of
 from stoker.models.family import build_on_meta, family_of
+from stoker.models.float8 import NONE as NO_FLOAT8
+from stoker.models.float8 import compute_in_float8
 from stoker.models.objectives import objective_of
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.engine import Engine
@@ -31,9 +33,12 @@ from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import ParallelizableModel, Part, whole_model
 from stoker.parallel.native import build_native
 from stoker.parallel.objective import takes_targets
-from stoker.parallel.registry import Registry
+from stoker.parallel.registry import Registry, entries_of
+from stoker.parallel.rules.settings import unused_group
+from stoker.parallel.sequence import parallelize_sequence, sequence_axis
 from stoker.parallel.stages import costs_of, parts, stages_of
 from stoker.parallel.tensor import enable_async_tensor_parallelism, parallelize_tensors
+from stoker.parallel.tensor.float8 import float8_of, refuse_device
 from stoker.parallel.trial import Trial
 
 log = logging.getLogger(__name__)
@@ -77,11 +82,26 @@ def build_engine(
     if config.adapter.name != "none" or config.model.freeze:
         trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
         log.info("adapter: %s, %s parameters are trained", config.adapter.name, f"{trained:,}")
+    if config.precision == "fp8":
+        refuse_device(mesh.device)
+        layers = sum(float8_of(module) is not None for module in whole.modules())
+        if not layers:
+            raise ValueError(NO_FLOAT8.format(config.model.name))
+        log.info("float8: %d linear layers, rowwise scales, %s", layers, _products(mesh.device))
     if not any(parameter.requires_grad for parameter in whole.parameters()):
         raise ValueError(f"model.target={config.model.target}: none of its parameters is trained")
+    trained_roles = {entry.name: entry.role for entry in entries_of(whole) if entry.trainable}
+    if (problem := unused_group(config.optim, trained_roles)) is not None:
+        raise ValueError(problem)
     objective = objective_of(config.objective)
-    if objective.per_token and not takes_targets(whole):
-        raise ValueError(f"objective={config.objective.name} {NO_HEAD.format(config.model.target)}")
+    if (objective.per_token or config.objective.z_loss) and not takes_targets(whole):
+        what = f"objective={config.objective.name}" if objective.per_token else "objective.z_loss"
+        raise ValueError(f"{what} {NO_HEAD.format(config.model.target)}")
+    if objective.per_token and mesh.layout.cp > 1:
+        raise ValueError(
+            f"objective.target={config.objective.target} takes log-probabilities of whole sequences, which "
+            f"parallel.cp={mesh.layout.cp} divides: parallel.cp=1 works"
+        )
     if objective.reference and config.adapter.name == "none":
         raise ValueError(
             f"objective.target={config.objective.target} needs the model without its adapter: adapter=lora"
@@ -91,7 +111,7 @@ def build_engine(
     every = every or parts_of(config, mesh.layout, whole, build)
     numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
     stages = [build(every[n]) for n in numbers] if mesh.layout.pp > 1 or shortened else [whole]
-    trial = Trial(plan.micro_rows, config.seq_len, bool(config.data.document_mask))
+    trial = Trial(plan.micro_rows, config.seq_len // mesh.layout.cp, bool(config.data.document_mask))
     dtype = PRECISIONS[config.precision]
     activations = whole_activations = trial.activations(every, build, dtype)
     registry = _cut_tensors(config, mesh, stages)
@@ -104,6 +124,11 @@ def build_engine(
             trial.refuse_open_regions(stage, registry, received, rebuild, whole_received)
     if mesh.layout.pp > 1:
         registry = _tie_stages(config, mesh, registry, stages)
+
+    sequence = sequence_axis(config, mesh)
+    if sequence is not None:
+        parallelize_sequence(whole, stages, sequence)
+        log.info("context parallel over %d ranks: %s", sequence.size, sequence.exchange)
 
     full = [compute_in_fp32(stage, config.fp32_modules, dtype) if config.fp32_modules else () for stage in stages]
     if config.fp32_modules:
@@ -140,6 +165,10 @@ def _count(model: nn.Module) -> int:
     return sum(math.prod(parameter.shape) for parameter in model.parameters())
 
 
+def _products(device: torch.device) -> str:
+    return "on tensor cores" if device.type == "cuda" else "emulated: rounded as on GPUs, multiplied in bf16"
+
+
 def compiles(config: Config, device: torch.device) -> bool:
     """Whether blocks are compiled: as `config.compile`, else on GPUs where nothing forbids it, which is logged."""
     if config.compile is not None or device.type != "cuda":
@@ -155,10 +184,15 @@ def part_builder(config: Config) -> Callable[[Part], nn.Module]:
 
     Raises ValueError for an adapter, or names in `model.freeze`, that do not fit the model.
     """
-    if config.adapter.name == "none" and not config.model.freeze:
-        return functools.partial(build_on_meta, config.model)
-    plan = plan_of(build_on_meta(config.model, whole_model(config.model.num_hidden_layers)), config)
-    return lambda part: apply(build_on_meta(config.model, part), plan, config.adapter)
+    build: Callable[[Part], nn.Module] = functools.partial(build_on_meta, config.model)
+    if config.adapter.name != "none" or config.model.freeze:
+        plan = plan_of(build(whole_model(config.model.num_hidden_layers)), config)
+        build = _then(build, lambda part: apply(part, plan, config.adapter))
+    return _then(build, lambda part: compute_in_float8(part, config)) if config.precision == "fp8" else build
+
+
+def _then(build: Callable[[Part], nn.Module], change: Callable[[nn.Module], nn.Module]) -> Callable[[Part], nn.Module]:
+    return lambda part: change(build(part))
 
 
 def parts_of(config: Config, layout: Layout, whole: nn.Module, build: Callable[[Part], nn.Module]) -> list[Part]:

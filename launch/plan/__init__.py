@@ -119,18 +119,19 @@ def _where(config: Config, device: Device | None, gpus: int | None) -> Ranks:
         world, _, each, _ = where_there(config)
         world = gpus or world
         here = min(world, each or world)
-    on_gpus = config.launch.device != "cpu" and (device is not None or config.launch.gpus or gpus_here(config))
+    planned = device is not None and device.kind == "cuda"
+    on_gpus = config.launch.device != "cpu" and (planned or config.launch.gpus or gpus_here(config))
     return Ranks(world, here if on_gpus else 0, here)
 
 
 def _machine(config: Config, device: Device | None) -> Machine:
     """What the ranks compute on."""
     if config.launch.device == "cpu":
-        if device is not None:
+        if device is not None and device.kind != "cpu":
             raise ConfigError(f"launch.device=cpu with --gpu {device.name}: leave one of them out")
-        return Machine("cpu", None)
+        return Machine("cpu", device)
     if device is not None:
-        return Machine("cuda", device)
+        return Machine(device.kind, device)
     if not gpus_here(config):
         return Machine("cuda" if config.launch.gpus else "cpu", None)
     import torch

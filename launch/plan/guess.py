@@ -25,31 +25,31 @@ def _counts(config: Config, layout: Layout, parameters: int) -> Counts:
     batch = batch_plan(config, layout)
     model, compute = config.model, 4 if config.precision == "fp32" else 2
     layers = model.num_hidden_layers / layout.pp
-    tokens = batch.micro_rows * config.seq_len
+    tokens = batch.micro_rows * config.seq_len // layout.cp
     flops = step_flops(config, parameters) / layout.world * REPEATED[config.activation_checkpointing]
     kept = kept_per_token(config, model, compute, layout.tp, "none") * tokens * layers * batch.micro_batches
     own = parameters / (layout.tp * layout.pp)
-    messages, update = _of_data(own, layout, batch, compute), Work(0, round(30 * own / _shards(layout)))
+    messages, update = _of_data(own, layout, batch, compute), Work(0, round(30 * own / layout.shards))
     if layout.tp > 1:
         count = round(OF_TP * layers * batch.micro_batches)
         messages["all_gather", "tp"] = Traffic(count, count * tokens * model.hidden_size * compute)
     moved = round(PASSES * kept * REPEATED[config.activation_checkpointing])
-    groups = {axis: layout.groups(axis)[0] for axis in ("tp", "dp_shard", "dp_replicate")}
+    groups = {
+        "tp": layout.groups("tp")[0],
+        "shards": layout.groups(*layout.sharding)[0],
+        "replicas": layout.groups(*layout.replication)[0],
+    }
     return Counts(Work(round(flops), moved, messages), update, groups)
 
 
 def _of_data(own: float, layout: Layout, batch: BatchPlan, compute: int) -> dict[tuple[str, str], Traffic]:
     """Messages of parameters and gradients, `own` in number on this rank."""
     found = {}
-    if layout.dp_shard > 1:
+    if layout.shards > 1:
         gathers = 2 * batch.micro_batches if layout.zero == 3 and layout.pp == 1 else 1
         reductions = batch.micro_batches if layout.zero >= 2 else 1
-        found["all_gather", "dp_shard"] = Traffic(gathers, round(gathers * own * compute))
-        found["reduce_scatter", "dp_shard"] = Traffic(reductions, round(reductions * own * 4))
-    if layout.dp_replicate > 1:
-        found["all_reduce", "dp_replicate"] = Traffic(1, round(own * 4 / layout.dp_shard))
+        found["all_gather", "shards"] = Traffic(gathers, round(gathers * own * compute))
+        found["reduce_scatter", "shards"] = Traffic(reductions, round(reductions * own * 4))
+    if layout.replicas > 1:
+        found["all_reduce", "replicas"] = Traffic(1, round(own * 4 / layout.shards))
     return found
-
-
-def _shards(layout: Layout) -> int:
-    return layout.dp_shard if layout.zero else 1

@@ -135,7 +135,7 @@ def predicted_of(plan: Plan) -> Predicted:
     figures: dict[str, float] = {}
     if times is not None and device is not None:
         figures = {"step_seconds": times.step.total, "tokens_per_second": times.tokens_per_second, "mfu": times.mfu}
-        figures["tflops"] = times.mfu * device.tflops[plan.config.precision]
+        figures["tflops"] = times.mfu * (device.peak(plan.config.precision) or 0.0)
     name = None if device is None else device.name
     return Predicted(
         plan.machine.kind, str(plan.layout), plan.layout.world, name, worst.ranks[0], peak, round(most), **figures
@@ -158,7 +158,7 @@ def _times(plan: Plan, device: Device, tokens: float) -> Times | None:
 
 def _class(config: Config, layout: Layout, pp: int, kind: str) -> RankClass:
     """The ranks of a place in the pipeline. The first of them have the largest share of what does not divide."""
-    first = layout.rank(Coordinate(pp, 0, 0, 0))
-    ranks = range(first, first + layout.dp * layout.tp)
+    first = layout.rank(Coordinate(pp, 0, 0, 0, 0))
+    ranks = range(first, first + layout.world // layout.pp)
     numbers = range(pp, layout.pp * config.parallel.stages_per_rank, layout.pp)
     return RankClass(ranks, ", ".join(map(str, numbers)), rehearse(config, layout, first, kind))

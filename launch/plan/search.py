@@ -15,6 +15,7 @@ from stoker.conf.schema import Config, lookup
 from stoker.conf.values import ConfigError
 from stoker.launch.plan.guess import guessed_seconds
 from stoker.launch.plan.make import GIB, HOLES, RESERVED, Asked, Machine, Plan, make_plan
+from stoker.launch.plan.times import rates_of
 from stoker.parallel.layout import batch_plan, layout_of
 from stoker.parallel.start import Ranks
 from stoker.trainer.out_of_memory import need_of
@@ -52,7 +53,7 @@ def search(config: Config, ranks: Ranks, machine: Machine, given: Sequence[str])
     Raises ConfigError where the device's rates are not known, and where every layout is refused.
     """
     device = machine.device
-    if device is None or not device.tflops.get(config.precision):
+    if device is None or rates_of(device, config.precision) is None:
         raise ConfigError(f"--search ranks by time, and the rates of this device in {config.precision} are not known")
     parameters, capacity = parameters_of(config), device.memory_gib * GIB
     allowed = [each for each in layouts(config, ranks.world, given) if not _refused(each, ranks)]
@@ -87,8 +88,8 @@ def layouts(config: Config, world: int, given: Sequence[str]) -> Iterator[Config
     modes = values("activation_checkpointing", ("none", "selective", "full"))
     for zero, tp, pp in itertools.product(values("parallel.zero", range(4)), tps, pps):
         shared = values("parallel.sequence_parallel", (True, False) if tp > 1 else (config.parallel.sequence_parallel,))
-        dp, rest = divmod(world, tp * pp)
-        if rest or config.batch.size % dp or (zero and dp == 1):
+        dp, rest = divmod(world, tp * pp * config.parallel.cp)
+        if rest or not dp or config.batch.size % dp or (zero and dp * config.parallel.cp == 1):
             continue
         rows = config.batch.size // dp
         micros = values("batch.micro_size", [n for n in _divisors(rows, MOST_ROWS) if n & (n - 1) == 0])

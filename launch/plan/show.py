@@ -15,7 +15,7 @@ from stoker.launch.inspect import console_for_tables
 from stoker.launch.layout import ranks_in_words
 from stoker.launch.plan.make import GIB, HOLES, MALLOC_HOLES, RESERVED, Plan
 from stoker.launch.plan.search import Found, settings
-from stoker.launch.plan.times import ASSUMED, DAY, HOUR, RESTART_SECONDS, STORAGE
+from stoker.launch.plan.times import DAY, HOUR, RESTART_SECONDS, STORAGE, rates_of
 from stoker.trainer.rehearsal import Category, Peak, Rehearsal, Work
 from stoker.trainer.report.predicted import COLUMNS, cells
 from stoker.trainer.report.progress import brief, size
@@ -77,7 +77,10 @@ def print_search(found: Found, given: Sequence[str], best: str | None) -> None:
         table.add_row(brief(plan.times.step.total), *figures, " ".join(settings(plan.config, given)))
     console.print(table)
     console.print()
-    print_line(printable(f"assumed: {ASSUMED}"))
+    device = found.ranked[0].machine.device
+    rates = rates_of(device, found.ranked[0].config.precision) if device is not None else None
+    if rates is not None:
+        print_line(printable(f"assumed: {rates.assumed}"))
     print_line(printable(best))
 
 
@@ -148,7 +151,10 @@ def time_lines(plan: Plan) -> list[str]:
         f"{times.tokens_per_second:,.0f} tokens/s, {times.tokens_per_second * DAY:.3g} a day, MFU {times.mfu:.0%}; "
         f"{times.tokens:.3g} tokens take {times.seconds / DAY:,.2f} days"
     )
-    lines.append(f"assumed: {ASSUMED}")
+    device = plan.machine.device
+    rates = rates_of(device, plan.config.precision) if device is not None else None
+    if rates is not None:
+        lines.append(f"assumed: {rates.assumed}")
     if plan.failures is not None:
         found = plan.failures
         lines.append(

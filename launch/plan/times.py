@@ -30,7 +30,48 @@ ASSUMED = (
     f"{MACHINE} devices a machine, {MESSAGE_SECONDS * 1e6:.0f} us a message, half of the passes over memory fused by "
     "compilation"
 )
+MEASURED = "rates as measured by `stoker probe`; half of the passes over memory fused by compilation, where blocks are"
 HOUR, DAY = 3600.0, 86400.0
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device reaches, in operations or bytes a second: as measured, else the assumed shares of its rates."""
+
+    products: float
+    memory: float
+    link: float | None  # between devices of a machine
+    network: float | None  # between machines
+    link_seconds: float  # to start a message
+    network_seconds: float
+    machine: int  # devices of a machine
+    assumed: str  # what is assumed, in words
+
+
+def rates_of(device: Device, precision: str) -> Rates | None:
+    """None where the rates in this precision are not known."""
+    found = device.measured
+    if found is not None and found.precision == precision and found.memory_gb_s:
+        return Rates(
+            found.products_tflops * 1e12,
+            found.memory_gb_s * 1e9,
+            found.link_gb_s * 1e9 if found.link_gb_s else _share(device.link_gb_s),
+            found.network_gb_s * 1e9 if found.network_gb_s else _share(device.network_gb_s),
+            MESSAGE_SECONDS if found.link_seconds is None else found.link_seconds,
+            MESSAGE_SECONDS if found.network_seconds is None else found.network_seconds,
+            found.devices_per_machine,
+            MEASURED,
+        )
+    peak = device.peak(precision)
+    if not peak or not device.hbm_gb_s:
+        return None
+    memory = device.hbm_gb_s * 1e9 * MEMORY
+    links = _share(device.link_gb_s), _share(device.network_gb_s), MESSAGE_SECONDS, MESSAGE_SECONDS
+    return Rates(peak * 1e12 * PRODUCTS, memory, *links, MACHINE, ASSUMED)
+
+
+def _share(published: float | None) -> float | None:
+    return published * 1e9 * LINKS if published else None
 
 
 @dataclass(frozen=True)
@@ -79,14 +120,15 @@ class Counts:
 
 def step_time(config: Config, layout: Layout, counts: Counts, device: Device, batch: BatchPlan) -> StepTime | None:
     """The step of ranks with these `counts`; None where the device's rates in the run's precision are not known."""
-    peak = device.tflops.get(config.precision)
-    if not peak or not device.hbm_gb_s:
+    rates = rates_of(device, config.precision)
+    if rates is None:
         return None
-    fused = COMPILED if config.compile is not False else 1.0
+    compiled = config.compile or (config.compile is None and device.kind == "cuda")
+    fused = COMPILED if compiled else 1.0
     passes, update = counts.passes, counts.update
-    products = passes.flops / (peak * 1e12 * PRODUCTS)
-    memory = passes.moved * fused / (device.hbm_gb_s * 1e9 * MEMORY)
-    inside, between = _messages(passes, layout, counts.groups, device)
+    products = passes.flops / rates.products
+    memory = passes.moved * fused / rates.memory
+    inside, between = _messages(passes, layout, counts.groups, rates)
     if inside is None or between is None:
         return None
     computing = products + memory
@@ -96,15 +138,17 @@ def step_time(config: Config, layout: Layout, counts: Counts, device: Device, ba
     bubble = 0.0
     if layout.pp > 1:
         bubble = (computing + inside) * (layout.pp - 1) / (batch.micro_batches * config.parallel.stages_per_rank)
-    _, last = _messages(update, layout, counts.groups, device)
-    updating = update.moved / (device.hbm_gb_s * 1e9 * MEMORY) + (last or 0.0)
+    _, last = _messages(update, layout, counts.groups, rates)
+    updating = update.moved / rates.memory + (last or 0.0)
     return StepTime(products, memory, communication, bubble, updating)
 
 
 def times(config: Config, layout: Layout, slowest: StepTime, device: Device, parameters: int, tokens: float) -> Times:
     """Of a run of `tokens` in steps like `slowest`."""
     per_step = config.batch.size * config.seq_len
-    mfu = step_flops(config, parameters) / (slowest.total * layout.world * device.tflops[config.precision] * 1e12)
+    peak = device.peak(config.precision)
+    assert peak is not None
+    mfu = step_flops(config, parameters) / (slowest.total * layout.world * peak * 1e12)
     speed = per_step / slowest.total
     return Times(slowest, speed, mfu, tokens, tokens / speed)
 
@@ -122,27 +166,30 @@ def failures(mtbf: float, staged: float) -> Failures:
 
 
 def _messages(
-    work: Work, layout: Layout, groups: Mapping[str, Sequence[int]], device: Device
+    work: Work, layout: Layout, groups: Mapping[str, Sequence[int]], rates: Rates
 ) -> tuple[float | None, float | None]:
-    """Seconds of messages that computing waits for (tensor parallelism), and of the others; None: no known rate."""
+    """Seconds of messages that computing waits for (tensor and context parallelism), and of the others.
+
+    None: no known rate.
+    """
     inside = between = 0.0
     for (kind, name), traffic in work.messages.items():
-        seconds = _seconds(kind, traffic, groups[name], device)
+        seconds = _seconds(kind, traffic, groups[name], rates)
         if seconds is None:
             return None, None
-        if name.startswith("tp") or (name == "world" and layout.tp == layout.world):
+        if name.startswith(("tp", "cp")) or (name == "world" and layout.tp == layout.world):
             inside += seconds
         elif kind != "receive":  # the same message as the other rank's send
             between += seconds
     return inside, between
 
 
-def _seconds(kind: str, traffic: Traffic, ranks: Sequence[int], device: Device) -> float | None:
+def _seconds(kind: str, traffic: Traffic, ranks: Sequence[int], rates: Rates) -> float | None:
     """Of messages over a ring of `ranks`, as slow as its slowest link."""
-    here = len({rank // MACHINE for rank in ranks}) == 1
-    rate = device.link_gb_s if here else device.network_gb_s
+    here = len({rank // rates.machine for rank in ranks}) == 1
+    rate, start = (rates.link, rates.link_seconds) if here else (rates.network, rates.network_seconds)
     if not rate:
         return None
     size = len(ranks)
     share = {"all_reduce": 2 * (size - 1) / size, "all_gather": (size - 1) / size, "reduce_scatter": (size - 1) / size}
-    return traffic.bytes * share.get(kind, 1.0) / (rate * 1e9 * LINKS) + traffic.count * MESSAGE_SECONDS
+    return traffic.bytes * share.get(kind, 1.0) / rate + traffic.count * start

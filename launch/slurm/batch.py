@@ -25,7 +25,7 @@ from stoker.launch.slurm import commands
 from stoker.launch.slurm.verdict import Move, Situation, Verdict, judge
 from stoker.launch.train import say
 from stoker.parallel.start import Ranks
-from stoker.trainer.main import CONFIG_VARIABLE
+from stoker.trainer.rendezvous import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import Ending, Outcome, read_beginning, read_ending
 from stoker.trainer.runtime.process import LAUNCH_VARIABLE, RESTARTS_VARIABLE
 from stoker.trainer.runtime.requests import DEADLINE_VARIABLE

@@ -17,7 +17,7 @@ def main() -> int:
     from stoker.launch.local import Meeting, launch
     from stoker.launch.slurm.batch import KEY_VARIABLE, MEETING_VARIABLE
     from stoker.launch.train import say
-    from stoker.trainer.main import CONFIG_VARIABLE
+    from stoker.trainer.rendezvous import CONFIG_VARIABLE
     from stoker.trainer.runtime.process import LAUNCH_VARIABLE
 
     if not os.environ.keys() >= {MEETING_VARIABLE, KEY_VARIABLE, LAUNCH_VARIABLE}:

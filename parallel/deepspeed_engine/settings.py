@@ -156,7 +156,7 @@ def settings(config: Config, plan: BatchPlan, trained: int, cuda: bool, swap: Sw
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
-    if config.precision == "bf16":
+    if config.precision in ("bf16", "fp8"):
         found["bf16"] = {"enabled": True, "immediate_grad_update": True}
     if config.precision == "fp16":
         found["fp16"] = {"enabled": True, "loss_scale": 1.0}

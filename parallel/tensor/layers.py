@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stoker.parallel.registry import Entry, Piece
 from stoker.parallel.shards import whole
 from stoker.parallel.tensor.axis import Share, TensorAxis, sharded_entry
+from stoker.parallel.tensor.float8 import check_share
 from stoker.parallel.tensor.low_rank import low_rank_of, product
 from stoker.parallel.tensor.regions import enter, leave
 
@@ -57,6 +58,7 @@ class ColumnLinear(TensorLayer, nn.Linear):
         names = ("weight", "bias") if self.bias is not None else ("weight",)
         entries = [sharded_entry(name, tuple(getattr(self, name).shape), 0, share, self.unit) for name in names]
         self.out_features = len(share) * self.unit
+        check_share(self, self.out_features)
         adapter = low_rank_of(self)
         return entries if adapter is None else [*entries, *adapter.cut_columns(axis, share, self.unit)]
 
@@ -82,6 +84,7 @@ class RowLinear(TensorLayer, nn.Linear):
         share = axis.equal_share(_units(self.in_features, self.unit))
         entries = [sharded_entry("weight", tuple(self.weight.shape), 1, share, self.unit)]
         self.in_features = len(share) * self.unit
+        check_share(self, self.in_features)
         adapter = low_rank_of(self)
         return entries if adapter is None else [*entries, *adapter.cut_rows(axis, share, self.unit)]
 

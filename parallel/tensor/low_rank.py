@@ -18,6 +18,7 @@ from stoker.parallel.model import Constant, Normal
 from stoker.parallel.registry import Entry, Piece
 from stoker.parallel.shards import whole
 from stoker.parallel.tensor.axis import Share, TensorAxis, sharded_entry
+from stoker.parallel.tensor.float8 import linear
 
 SLOT = "lora"  # the name of a `LowRank` within its linear layer
 
@@ -57,7 +58,7 @@ def low_rank_of(layer: nn.Module) -> LowRank | None:
 
 def product(layer: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` of a linear layer, with what its adapter adds."""
-    result = F.linear(x, layer.weight, bias)
+    result = linear(layer, x, bias)
     adapter = low_rank_of(layer)
     return result + adapter(x) if adapter is not None and adapter.enabled else result
 
@@ -76,7 +77,7 @@ def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class AdaptedLinear(nn.Linear):
-    """torch's linear layer with an adapter: the class that such a layer is given."""
+    """torch's linear layer computing by `product`: the class that one with an adapter, or in float8, is given."""
 
     takes_adapters = True
 

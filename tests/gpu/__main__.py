@@ -43,7 +43,7 @@ STEPS = (
     Step("kernels", "tests.gpu.steps:kernels", 60),
     Step("offload and staging", "tests.gpu.steps:offload_and_staging", 60),
     Step("hang", "tests.gpu.commands:hang", 90),
-    Step("fp8", "", 0, absent="precision=fp8 does not exist"),
+    Step("float8", "tests.gpu.steps:products_in_float8", 60),
 )
 
 

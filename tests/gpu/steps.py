@@ -19,6 +19,8 @@ from stoker.parallel.engine import Engine
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import Mesh, start_mesh, stop_mesh
 from stoker.parallel.shards import GRADIENT
+from stoker.parallel.tensor.float8 import SLOT, Float8, refuse_device
+from stoker.parallel.tensor.layers import ColumnLinear
 from stoker.trainer.parallelize import cut
 from tests import world
 from tests.parallel.parity import Case, expected, train
@@ -235,6 +237,30 @@ def offload_and_staging(device: str, _: Path) -> dict[str, Any]:
     steps = [found[f"step, offload {offload}"] for offload in ("none", "cpu")]
     staging = found["staging, offload none"]
     return {"summary": f"a step {steps[0]:.3f} s, offloaded {steps[1]:.3f} s; staging {staging:.1f} GiB/s", **found}
+
+
+def products_in_float8(device: str, _: Path) -> dict[str, Any]:
+    """A product on tensor cores beside the emulated one, its time beside bf16's, and the first loss beside bf16's."""
+    place = pick_device(device, 0)
+    refuse_device(place)
+    size = 4096 if device == "cuda" else 256
+    x, weight = (torch.randn(size, size, generator=torch.Generator().manual_seed(n)).to(torch.bfloat16) for n in (1, 2))
+    layer = ColumnLinear(size, size, bias=False)
+    setattr(layer, SLOT, Float8(1e-12))
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    emulated = layer(x)
+    layer, x = layer.to(place), x.to(place)
+    differs = normwise(layer(x).cpu(), emulated)
+    assert differs < 1e-2, f"the product differs from the emulated one by {differs:.1e}"
+    times = [_seconds(lambda work=work: work(), place) for work in (lambda: layer(x), lambda: x @ layer.weight.t())]
+    losses = []
+    for precision in ("fp8", "bf16"):
+        with OneRank(_config(device, precision=precision), device) as rank:
+            losses.append(rank.step().read().loss)
+    loss = abs(losses[0] - losses[1]) / losses[1]
+    assert 0 < loss < 1e-3, f"the first loss differs from that of bf16 by {loss:.1e}"
+    summary = f"a product of {size} takes {times[0] / times[1]:.2f} of bf16's time, rounding included"
+    return {"summary": summary, "differs": differs, "first loss": loss, "float8": times[0], "bf16": times[1]}
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:

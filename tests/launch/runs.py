@@ -113,7 +113,8 @@ def _forked(home: Path, ranks: int, words: list[str], settled: str | None) -> tu
 def _train(environment: dict[str, str], home: Path, words: list[str], settled: str | None, output: str) -> None:
     from stoker.conf.values import ConfigError  # not at the top: tests that only start processes do not need these
     from stoker.trainer.checking import measure
-    from stoker.trainer.main import CONFIG_VARIABLE, main
+    from stoker.trainer.main import main
+    from stoker.trainer.rendezvous import CONFIG_VARIABLE
     from stoker.trainer.settle import settle_config
 
     os.environ |= environment

@@ -15,7 +15,7 @@ import pytest
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import to_dict
 from stoker.launch.slurm.batch import KEY_VARIABLE, MEETING_VARIABLE
-from stoker.trainer.main import CONFIG_VARIABLE
+from stoker.trainer.rendezvous import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import Outcome, read_ending
 from stoker.trainer.runtime.process import LAUNCH_VARIABLE
 from stoker.trainer.settle import settle_config

@@ -16,7 +16,7 @@ from stoker.conf.schema import to_dict
 from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
 from stoker.trainer.history import SavedOnce, begin_anew, has_saved
-from stoker.trainer.main import CONFIG_VARIABLE
+from stoker.trainer.rendezvous import CONFIG_VARIABLE
 from stoker.trainer.report.metrics import last_step
 from tests.launch.runs import steps_of, train_here
 from tests.trainer.lives import ONE, settled, trained_run, twin, words_of

@@ -53,6 +53,7 @@ OWNERS = {
     "stoker/parallel/forward_backward.py": {"*": Category.ACTIVATIONS},
     "stoker/parallel/pipeline.py": {"_allocate": Category.COMMUNICATION, "*": Category.ACTIVATIONS},
     "stoker/parallel/tensor/regions.py": {"*": Category.COMMUNICATION},
+    "stoker/parallel/sequence/regions.py": {"*": Category.COMMUNICATION},
     "stoker/models/loss.py": {"*": Category.LOSS},
     "fsdp/_fully_shard/_fsdp_collectives.py": {"*": Category.COMMUNICATION},
     "fsdp/_fully_shard/_fsdp_param.py": {

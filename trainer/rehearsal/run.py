@@ -169,7 +169,7 @@ def _record(
     with _quiet(), _without_values(), fake_mesh(layout, rank) as mesh:
         work = WorkLog(mesh)
         selective = config.activation_checkpointing == "selective"
-        with fake_tensors(), stand_ins(kind, selective, layout.dp_shard > 1, work.count), MemoryLog(work.see) as log:
+        with fake_tensors(), stand_ins(kind, selective, layout.shards > 1, work.count), MemoryLog(work.see) as log:
             log.phase = "building"
             engine, _ = build_engine(replace(config, compile=False), mesh, plan, parts)
             _name(log, engine)

@@ -163,5 +163,5 @@ KINDS: dict[str, tuple[str, Callable[[Sequence], int]]] = {
     "all_reduce": ("all_reduce", _first),
     "all_gather_into_tensor": ("all_gather", _times_size),
     "reduce_scatter_tensor": ("reduce_scatter", _first),
-    "all_to_all_single": ("reduce_scatter", _first),  # over gloo, by which `regions` scatters
+    "all_to_all_single": ("reduce_scatter", _first),  # over gloo, by which `regions` scatters; as much is exchanged
 }
