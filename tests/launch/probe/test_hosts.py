@@ -121,7 +121,7 @@ def restored() -> None:
 CASES = [(number, ends) for ends in (("own", "switch"), ("own",), ("switch",)) for number in (2, 1, 0)]
 
 
-@pytest.mark.parametrize(("number", "ends"), some(CASES, 2), ids=str)
+@pytest.mark.parametrize(("number", "ends"), some(CASES, 5), ids=str)
 def test_a_host_with_a_slow_link_is_named(tmp_path: Path, hosts: None, number: int, ends: tuple[str, ...]) -> None:
     try:
         host = shaped(number, ends)
