@@ -44,8 +44,8 @@ from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import batch_plan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import whole_model
-from stoker.parallel.optimizer import DECAYED
 from stoker.parallel.registry import LocalShard, whole_registry
+from stoker.parallel.rules.settings import DECAYED
 from stoker.parallel.shards import PARAMETER, whole
 from stoker.trainer.runtime.process import keep_freed_memory
 

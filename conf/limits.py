@@ -57,6 +57,20 @@ def _is_time(value: str) -> bool:
     return True
 
 
+def _are_spans(spans: list[list[int]]) -> bool:
+    whole = all(len(span) == 2 and 1 <= span[0] <= span[1] for span in spans)
+    return whole and all(before[1] < after[0] for before, after in pairwise(spans))
+
+
+def _is_ramp(stages: list[Any]) -> bool:
+    for stage in stages:
+        if not isinstance(stage, list) or len(stage) != 2 or not all(type(one) in (int, float) for one in stage):
+            return False
+        if stage[0] < 1 or stage[0] != int(stage[0]) or not 0 < stage[1] < math.inf:
+            return False
+    return all(before[1] < after[1] for before, after in pairwise(stages))
+
+
 def _is_mount(value: str) -> bool:
     return value.startswith("/") and value.strip("/") != ""
 
@@ -79,17 +93,22 @@ LIMITS = (
         "skip_steps",
         "pairs of a first and a last step, rising, such as [[100,120],[300,300]]",
         "a span is of steps in a row",
-        lambda spans: (
-            all(len(span) == 2 and 1 <= span[0] <= span[1] for span in spans)
-            and all(before[1] < after[0] for before, after in pairwise(spans))
-        ),
+        _are_spans,
     ),
     _at_least("seq_len", 2, "one token has no other to predict"),
     _at_least("batch.size", 1, "an update needs rows"),
+    Limit(
+        "batch.ramp",
+        "pairs of sequences per step and of tokens until which, rising, such as [[8,1e6],[16,4e6]]",
+        "a ramp follows the tokens read",
+        _is_ramp,
+    ),
     _at_least("batch.micro_size", 1, "a micro-batch needs rows"),
     _choice("model.family", "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2"),
     _at_least("parallel.tp", 1, "it counts ranks"),
     _at_least("parallel.pp", 1, "it counts stages"),
+    _at_least("parallel.cp", 1, "it counts ranks"),
+    _choice("parallel.context", "gather", "ulysses"),
     Limit("parallel.zero", "0, 1, 2 or 3", "these are the stages of ZeRO", range(4).__contains__),
     _at_least("parallel.dp_replicate", 1, "it counts copies of the shards"),
     _choice("parallel.schedule", "1f1b", "gpipe", "interleaved", judged_elsewhere=ZERO_BUBBLE),
@@ -140,6 +159,7 @@ LIMITS = (
         lambda value: 0 <= value <= 0.49,
     ),
     _at_least("objective.gamma", 0, "a margin below 0 would let the rejected answer win"),
+    _at_least("objective.z_loss", 0, "logits would grow without end"),
     _choice("data.packing", "concatenated", "best_fit", "padded"),
     _above_zero("data.temperature", "it divides"),
     _at_least("data.bpe_vocab", 257, "256 bytes and the end of a document come first"),
@@ -165,7 +185,7 @@ LIMITS = (
     _above_zero("data.block_cache_gib", "a cache holds something"),
     _at_least("data.workers", 0, "it counts processes"),
     _at_least("data.prefetch", 1, "the batch in use is read ahead too"),
-    _choice("optim.name", "adamw", "sgd"),
+    _choice("optim.name", "adamw", "sgd", "lion", "lamb", "muon"),
     _choice("optim.needs", "elementwise", "norms", "matrix"),
     _above_zero("optim.lr", "an update must go downhill"),
     _at_least("optim.weight_decay", 0, "weights would grow"),
@@ -182,10 +202,23 @@ LIMITS = (
         "the velocity would grow without end",
         lambda value: 0 <= value < 1,
     ),
-    _choice("schedule.name", "constant", "cosine", "wsd"),
+    Limit(
+        "optim.ema",
+        "above 0 and below 1",
+        "it is the share of the average that a step keeps",
+        lambda value: 0 < value < 1,
+    ),
+    _choice("optim.ns_dtype", "fp32", "bf16"),
+    _choice("schedule.name", "constant", "linear", "cosine", "inverse_sqrt", "wsd"),
     _at_least("schedule.warmup_steps", 0, "it counts steps"),
     _at_least("schedule.total_steps", 1, "it counts steps"),
     Limit("schedule.decay_fraction", "above 0 and at most 1", "it is a share", lambda value: 0 < value <= 1),
+    _choice("schedule.decay_shape", "linear", "cosine", "sqrt"),
+    Limit(
+        "schedule.decays", "pairs of a first and a last step, rising, such as [[80,100]]", "decays follow", _are_spans
+    ),
+    _at_least("schedule.cycle_steps", 1, "it counts steps"),
+    _at_least("schedule.cycle_growth", 1, "shrinking cycles would have no steps left"),
     Limit("schedule.final", "from 0 to 1", "it is a share of the peak", lambda value: 0 <= value <= 1),
     _above_zero("grad_clip_norm", "gradients clipped to 0 change nothing (null switches clipping off)"),
     _choice("precision", "fp32", "bf16", "fp16", "fp8"),

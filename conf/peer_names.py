@@ -21,7 +21,7 @@ class Answer:
 
 _OF_ALL_RANKS = "of all ranks and accumulation steps together"
 _ON_A_RANK = "sequences of one pass on a rank; batch.size counts those of all ranks"
-_DERIVED = "the data-parallel degree is what tp and pp leave of the ranks"
+_DERIVED = "the data-parallel degree is what tp, pp and cp leave of the ranks"
 _STARTS = "`stoker train` starts the ranks of a machine itself"
 _BETAS = "both in one list"
 
@@ -91,6 +91,8 @@ _NAMES: tuple[tuple[str, Answer], ...] = (
      Answer("parallel.tp={}", "2")),
     ("pipeline_parallel_degree pipeline_model_parallel_size pp_size pipeline_parallel_size pipeline_parallel",
      Answer("parallel.pp={}", "2")),
+    ("context_parallel_degree context_parallel_size cp_size sequence_parallel_size ulysses_degree",
+     Answer("parallel.cp={}", "2")),
     ("data_parallel_shard_degree dp_shard data_parallel_size dp_size dp", Answer("parallel.zero=3", note=_DERIVED)),
     ("data_parallel_replicate_degree", Answer("parallel.dp_replicate={}", "2")),
     ("ddp_backend distributed_backend dist_backend process_group_backend", Answer("launch.backend={}", "nccl")),

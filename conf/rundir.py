@@ -116,6 +116,10 @@ class RunDirectory:
         """How the seconds of an attempt were spent, as JSON."""
         return self.attempt(number) / "seconds.json"
 
+    def plan(self, number: int) -> Path:
+        """What `stoker plan` predicts of an attempt, as JSON."""
+        return self.attempt(number) / "plan.json"
+
     def stacks(self, number: int, rank: int) -> Path:
         """The stacks of all threads of a rank that made no progress."""
         return self.attempt(number) / f"rank-{rank}.stacks"

@@ -41,6 +41,7 @@ class RunConfig:
 @dataclass
 class BatchConfig:
     size: int = maths(32)  # sequences per optimizer step over all ranks (the global batch)
+    ramp: list[Any] = maths([])  # smaller batches before `size`, and the tokens until which: [[8,1e6],[16,4e6]]
     micro_size: int | None = free()  # sequences per micro-batch on a rank; default: as many as divide, at most 8
 
 
@@ -49,6 +50,8 @@ class ParallelConfig:
     tp: int = free(1)  # ranks that share each layer
     sequence_parallel: bool = free(True)  # sequence parallelism: norms and residuals hold tokens / tp; with tp > 1
     pp: int = free(1)  # pipeline stages (times stages_per_rank)
+    cp: int = free(1)  # context parallelism: ranks that share the tokens of each sequence
+    context: str = free("gather")  # how their attention meets: gather (keys and values) | ulysses (heads for tokens)
     zero: int = free(1)  # 0 replicate | 1 shard optimizer state | 2 and gradients | 3 and parameters
     dp_replicate: int | None = free()  # copies of the shards (hybrid sharding); derived for ZeRO 0, else 1
     schedule: str = free("1f1b")  # pipeline schedule: 1f1b | gpipe | interleaved
@@ -130,6 +133,7 @@ class ObjectiveConfig:
     beta: float = maths(0.1)  # factor of rewards; ipo: the paper's tau; orpo: its lambda, weight of the odds ratio
     label_smoothing: float = maths(0.0)  # dpo: probability that the answers of a pair are the wrong way round
     gamma: float = maths(0.0)  # simpo: by how much the chosen reward is to exceed the rejected one
+    z_loss: float = maths(0.0)  # next_token, in training: factor of the squared log of the softmax's normaliser
     args: dict[str, Any] = maths({})  # for a user's objective.target
 
 
@@ -175,24 +179,31 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = maths("adamw")  # adamw | sgd
+    name: str = maths("adamw")  # adamw | sgd | lion | lamb | muon (which leaves what is no matrix to adamw)
     target: str | None = maths()  # import path pkg.mod:function of a user's torch optimizer
     needs: str | None = free()  # optim.target: elementwise | norms | matrix, what it needs; default: its declaration
     lr: float = maths(1e-3)  # peak learning rate
     weight_decay: float = maths(0.1)  # decoupled: share of lr x weight taken off per step
-    betas: list[float] = maths([0.9, 0.95])  # adamw: decay per step of the two moments
-    eps: float = maths(1e-8)  # adamw: added to the root of the second moment
-    momentum: float = maths(0.0)  # sgd: decay per step of the velocity
+    betas: list[float] = maths([0.9, 0.95])  # adamw (also muon's), lion, lamb: decay per step of the two moments
+    eps: float = maths(1e-8)  # adamw (also muon's), lamb: added to the root of the second moment
+    momentum: float = maths(0.0)  # sgd, muon: decay per step of the velocity
+    ns_dtype: str = maths("fp32")  # muon: fp32 | bf16, of Newton-Schulz; in bf16 layouts differ (docs/optimizers.md)
+    ema: float | None = maths()  # decay per step of a moving average of the weights, such as 0.999; default: none
     decay_all: bool = maths(False)  # decay norms, biases and embeddings too
+    groups: list[dict[str, Any]] = maths([])  # own rule, rate and decay: [{role: head, name: adamw, lr: 1e-3}]
     args: dict[str, Any] = maths({})  # for a user's optim.target
 
 
 @dataclass
 class ScheduleConfig:
-    name: str = maths("cosine")  # constant | cosine | wsd (warmup-stable-decay)
+    name: str = maths("cosine")  # constant | linear | cosine | inverse_sqrt | wsd (warmup-stable-decay)
     warmup_steps: int = maths(0)  # steps of linear rise to the peak
     total_steps: int | None = maths()  # default: `steps` of the first start, then pinned
     decay_fraction: float = maths(0.2)  # wsd: share of total_steps in the final decay
+    decay_shape: str = maths("linear")  # wsd: linear | cosine | sqrt (1 - the root of the share that is done)
+    decays: list[list[int]] = maths([])  # wsd: first and last step of decays before the final one: [[800,1000]]
+    cycle_steps: int | None = maths()  # cosine, linear: steps of the first cycle; default: one cycle, to the end
+    cycle_growth: float = maths(1.0)  # cycle_steps: each cycle is so many times as long as the one before
     final: float = maths(0.1)  # learning rate at the end, as a share of the peak
 
 
@@ -286,6 +297,7 @@ class LaunchConfig:
 @dataclass
 class LogConfig:
     every: int = free(10)  # steps between plain progress lines
+    norms_by_role: bool = free(False)  # the gradient norm of matrices, vectors, embedding and head in metrics.jsonl
     progress: str = free("auto")  # auto (live on a terminal) | live | plain | none
 
 
@@ -331,8 +343,7 @@ class Config:
 
 
 GROUPS = ("model", "adapter", "objective", "data", "optim", "schedule", "tracker", "launch")
-# Keys for one start, which a run does not keep.
-PER_START = ("run.fresh", "run.change", "run.trust", "run.adopt", "launch.deadline")
+PER_START = ("run.fresh", "run.change", "run.trust", "run.adopt", "launch.deadline")  # keys that no run keeps
 
 
 def to_dict(config: Any) -> dict[str, Any]:

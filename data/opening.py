@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stoker.conf.ramp import ramp_of, unit_rows
 from stoker.conf.schema import Config, DataConfig
 from stoker.conf.targets import import_target
 from stoker.data.build import SPLITS
@@ -18,6 +19,7 @@ from stoker.data.keys import IndexedFingerprint, SourceKey
 from stoker.data.loader import IndexedLoader, RowSource
 from stoker.data.mixed import MixedPlan, Weights
 from stoker.data.mixture import WEIGHT_UNITS
+from stoker.data.ramp import RampedRows
 from stoker.data.sources import Spec, held_out_share, specs_of, validation_spec, wanted_weights
 from stoker.data.splitting import POSITION, by_position, part_by_position
 from stoker.data.tables import open_table
@@ -25,6 +27,7 @@ from stoker.data.token_files import TokenFiles
 from stoker.data.tokenizer import Tokenizer
 from stoker.data.tokenizer_files import load_kept, named_tokenizer
 from stoker.data.tokens import Tokens
+from stoker.parallel.layout import OF_ONE_MODEL
 from stoker.parallel.mesh import Mesh
 
 FORMAT = 2  # of the fingerprint; changes with the rows
@@ -69,7 +72,7 @@ def open_rows(config: Config, split: str) -> IndexPlan | MixedPlan:
         wanted = wanted_weights(config.data, specs, rows)
     else:
         wanted = [Weights(1, tuple(count * WEIGHT_UNITS // sum(rows) for count in rows))]
-    return MixedPlan(plans, wanted, config.batch.size, plans[0].fingerprint)
+    return MixedPlan(plans, wanted, unit_rows(config), plans[0].fingerprint)
 
 
 def open_plans(
@@ -96,22 +99,27 @@ def open_plans(
 
 
 def open_stream(config: Config, mesh: Mesh) -> RowSource:
-    """The rows that this rank trains on, under either mode. A collective.
+    """The rows that this rank trains on, under either mode and with `batch.ramp`. A collective.
 
     Raises ValueError for data that cannot be used.
     """
+    rows = _open_stream(config, mesh)
+    return RampedRows(rows, ramp_of(config), mesh.device.type == "cuda") if config.batch.ramp else rows
+
+
+def _open_stream(config: Config, mesh: Mesh) -> RowSource:
     if config.data.mode == "streaming":
         from stoker.data.streaming.opening import open_streams  # most runs do not need its imports
 
         return open_streams(config, mesh, open_tokenizer(config.data))
     compare = None
-    if mesh.layout.tp * mesh.layout.pp > 1:
+    if mesh.layout.size(OF_ONE_MODEL) > 1:
         from stoker.data.streaming.exchange import Ranks
 
         compare = Ranks(mesh).compare
     return IndexedLoader(
         open_rows(config, "train"),
-        config.batch.size,
+        unit_rows(config),
         mesh.dp_rank,
         mesh.layout.dp,
         workers=config.data.workers,

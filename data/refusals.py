@@ -1,7 +1,10 @@
-"""What does not go together with `data.mode=streaming`, with the nearest that works."""
+"""What does not go together with `data.mode=streaming`, or with `batch.ramp`, with the nearest that works."""
 
 from __future__ import annotations
 
+import math
+
+from stoker.conf.ramp import unit_rows
 from stoker.parallel.start import Refusals, Start
 from stoker.parallel.suggestions import around, divisors, either, multiples_around
 
@@ -36,6 +39,33 @@ def _rows(start: Start) -> str | None:
     return (
         f"batch.size={rows} does not divide over data.streams={data.streams}: "
         f"batch.size={either(multiples_around(rows, data.streams))} does"
+    )
+
+
+@REFUSALS.entry(
+    "batch ramp",
+    "batch.ramp with sizes that do not divide over dp, batch.micro_size or data.streams; with data.phases, or with "
+    "epochs of streams",
+    "every step is made of whole micro-batches, and what follows the number of sequences is known beforehand",
+)
+def _ramp(start: Start) -> str | None:
+    config, dp = start.config, start.dp
+    if not config.batch.ramp or not dp or min(size for size, _ in config.batch.ramp) < 1 or config.batch.size < 1:
+        return None
+    if config.data.phases:
+        return "batch.ramp with data.phases: the step of a phase would mean other sequences; leave one of them out"
+    epochs = [config.data.epochs, *(source.get("max_epochs") for source in config.data.sources.values())]
+    if config.data.mode == "streaming" and any(one is not None for one in epochs):
+        return "batch.ramp with epochs of data.mode=streaming, whose end is not known before: data.mode=indexed works"
+    unit = unit_rows(config)
+    streams = config.data.streams if config.data.mode == "streaming" else 1
+    least = math.lcm(dp * (config.batch.micro_size or 1), streams)
+    if unit % least == 0:
+        return None
+    sizes = sorted({int(size) for size, _ in config.batch.ramp} | {config.batch.size})
+    return (
+        f"batch.ramp: the sizes {', '.join(map(str, sizes))} have the divisor {unit} in common, which is no multiple "
+        f"of {least} (data-parallel ranks x batch.micro_size, or data.streams): multiples of {least} work"
     )
 
 

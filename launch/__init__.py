@@ -1,6 +1,6 @@
 """From a command line to running ranks.
 
-`cli`       the command `stoker`: parses its arguments (some in `arguments`), prints one line for a wrong one
+`cli`       the command `stoker`: parses its arguments (`arguments`, `examples`), prints one line for a wrong one
 `local`     ranks on this machine, through the elastic agent that torchrun uses
 `slurm`     the same on the machines of a job
 `status`, `logs`, `stopping`, `control`  watching and controlling a run, through files in its directory

@@ -40,6 +40,7 @@ ONE_PROCESS = [
     "launch.nproc=1",
     "parallel.tp=1",
     "parallel.pp=1",
+    "parallel.cp=1",
     "parallel.zero=0",
     "parallel.dp_replicate=null",
     "parallel.schedule=1f1b",

@@ -14,76 +14,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import stoker
-from stoker.launch import arguments
+from stoker.launch import arguments, examples
 
 DESCRIPTION = "Distributed training of language models, with one result on every layout."
-
-TRAIN_EXAMPLES = """\
-examples:
-  stoker train                             a tiny model on Python's own library
-  stoker train run.dir=runs/a steps=1000 eval.sequences=64
-  stoker train run.dir=runs/a launch.nproc=1            resume it, on one rank
-  stoker train data=text data.path=books model=small    your own text
-`stoker config` prints every key; conf/schema.py has a comment for each.
-"""
-
-CONFIG_EXAMPLES = """\
-examples:
-  stoker config model=small optim.lr=3e-4
-  stoker config --layout launch.nproc=4096 batch.size=4096 parallel.zero=3
-"""
-
-CHECK_EXAMPLES = """\
-examples:
-  stoker check launch.nproc=4 parallel.tp=2 parallel.zero=3  against one process
-  stoker check model.target=mine:build launch.nproc=2 parallel.pp=2
-  stoker check parallel.zero=3 --against "parallel.zero=0"   two layouts
-  stoker check model.init_from=DIR launch.nproc=2 --against transformers
-
-In fp32 and with optim.eps=1e-6, so that a difference is more than rounding,
-unless precision=... or optim.eps=... is given.
-The status is 0 if both are the same run.
-"""
-
-PLAN_EXAMPLES = """\
-examples:
-  stoker plan model=small launch.nproc=2
-  stoker plan model=llama3_8b seq_len=8192 batch.micro_size=1 parallel.zero=3 \\
-      --gpu H100 --gpus 8 --tokens 1e12 --price 2.5 --mtbf 200
-
-The status is 0 if it fits, 1 if it does not, 2 for a start that is refused.
-"""
-
-PROBE_EXAMPLES = """\
-examples:
-  stoker probe model=small launch.nproc=2
-  stoker plan --gpu machine.json model=small launch.nproc=2
-  torchrun --nnodes 4 --nproc-per-node 8 ... -m stoker.launch.probe model=small
-
-The status is 0, 1 for a machine that launch.preflight would refuse, and 2 for
-a start that is refused.
-"""
-
-IMPORT_EXAMPLES = """\
-examples:
-  stoker import old/llama out/llama      pytorch_model.bin, or litgpt
-  stoker import outputs/checkpoint/step-1000 out/titan --config config.json
-  stoker train model.init_from=out/llama data=text data.path=books
-
-OUT is compared with SOURCE by the logits of both, or is not made.
-"""
 
 TOGETHER = {  # in one line of the list of commands
     "import": ("export", "Write a model for other libraries, or make one of theirs."),
     "requeue": ("stop", "Make a run save and end, or go back to Slurm's queue."),
 }
-
-COMPLETION = """\
-to have it in every shell:
-  bash  echo 'eval "$(stoker completion bash)"' >> ~/.bashrc
-  zsh   echo 'eval "$(stoker completion zsh)"' >> ~/.zshrc    (after compinit)
-  fish  stoker completion fish > ~/.config/fish/completions/stoker.fish
-"""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -194,16 +132,17 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(command=run)
         return command
 
-    train = add("train", _train, "Train on this machine, or resume the run in run.dir.", TRAIN_EXAMPLES)
+    train = add("train", _train, "Train on this machine, or resume the run in run.dir.", examples.TRAIN)
     arguments.add_settings(train)
     train.add_argument("-m", "--multirun", action="store_true", help="a run for each combination: `stoker sweep`")
     arguments.add_trust(train)
 
-    config = add("config", _config, "Print the composed, validated config and exit.", CONFIG_EXAMPLES)
+    config = add("config", _config, "Print the composed, validated config and exit.", examples.CONFIG)
     arguments.add_settings(config)
     config.add_argument("--layout", action="store_true", help="print the place of every rank instead")
+    config.add_argument("--schedule", action="store_true", help="draw the learning rate over the steps instead")
 
-    plan = add("plan", _plan, "Show the memory and the time that a start would need.", PLAN_EXAMPLES)
+    plan = add("plan", _plan, "Show the memory and the time that a start would need.", examples.PLAN)
     arguments.add_settings(plan)
     plan.add_argument(
         "--gpu", metavar="NAME", help="device to plan for: H100, or a JSON file (default: this machine's)"
@@ -212,13 +151,15 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", metavar="T", type=float, help="tokens of the run (default: those of its steps)")
     plan.add_argument("--price", metavar="P", type=float, help="of a GPU for an hour: prints what the run costs")
     plan.add_argument("--mtbf", metavar="H", type=float, help="hours between failures: prints how often to save")
+    plan.add_argument("--search", action="store_true", help="rank the layouts; settings that are given stay")
+    plan.add_argument("--run", metavar="RUN", help="plan a run's newest attempt as stored, beside what it measured")
     plan.add_argument("--json", action="store_true", help="everything, as JSON")
 
-    probe = add("probe", _probe, "Measure machines, links and storage; name what is slow.", PROBE_EXAMPLES)
+    probe = add("probe", _probe, "Measure machines, links and storage; name what is slow.", examples.PROBE)
     arguments.add_settings(probe)
     arguments.add_probe(probe)
 
-    check = add("check", _check, "Compare a layout with one process, or with transformers.", CHECK_EXAMPLES)
+    check = add("check", _check, "Compare a layout with one process, or with transformers.", examples.CHECK)
     arguments.add_settings(check)
     check.add_argument("--against", metavar='"OVERRIDES"', help="this layout, or transformers; default: one process")
     check.add_argument("--steps", type=int, default=5, help="how many steps (default 5; one against transformers)")
@@ -258,12 +199,13 @@ def parser() -> argparse.ArgumentParser:
         choices=("fp32", "bf16", "fp16"),
         help="of the weights (default: the imported model's, else fp32)",
     )
+    export.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema)")
     export.add_argument("--merge", action="store_true", help="of a run with an adapter: the whole model with it added")
     export.add_argument("--step", type=int, help="of this step's checkpoint instead of the newest")
     export.add_argument("--shard-size", default="5GB", help="largest size of one file (default 5GB)")
     arguments.add_trust(export)
 
-    foreign = add("import", _import, "Make a model folder of another program's checkpoint.", IMPORT_EXAMPLES)
+    foreign = add("import", _import, "Make a model folder of another program's checkpoint.", examples.IMPORT)
     foreign.add_argument("source", metavar="SOURCE", help="folder of the checkpoint")
     foreign.add_argument("out", metavar="OUT", help="directory to make; must not exist, or be empty")
     foreign.add_argument("--config", metavar="FILE", help="config.json of the model, where SOURCE has none")
@@ -279,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
         command = add(name, lambda _: 0, text)
         command.set_defaults(command=functools.partial(_help, command))
         add_commands(command)
-    completion = add("completion", _completion, "Print a script for the completion of a shell.", COMPLETION)
+    completion = add("completion", _completion, "Print a script for the completion of a shell.", examples.COMPLETION)
     what = completion.add_mutually_exclusive_group(required=True)
     what.add_argument("shell", nargs="?", choices=("bash", "zsh", "fish"), help="whose script to print")
     what.add_argument("--line", help="print what can follow this line, as these scripts ask for it")
@@ -322,6 +264,13 @@ def _config(options: argparse.Namespace) -> int:
     if config.tokens is not None:
         config = settle_steps(config, overrides, first=True, tell=say)
     world = ranks_for(config)
+    if options.schedule:
+        from stoker.launch import schedule
+
+        validate(config, *where(config))
+        for line in schedule.lines_of(config, shutil.get_terminal_size((120, 24)).columns):
+            print(line)
+        return 0
     if not options.layout:
         validate(config, *where(config))
         print(to_yaml(config), end="")
@@ -344,10 +293,20 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from stoker.launch.plan import Asked, plan
+    from stoker.conf.values import ConfigError
+    from stoker.launch.plan import Asked, plan, plan_run
 
+    form = "json" if options.json else "text"
+    if options.run is not None:
+        given = [
+            *options.overrides,
+            *(f"--{name}" for name in ("gpus", "tokens", "price", "mtbf") if vars(options)[name]),
+        ]
+        if given:
+            raise ConfigError(f"--run {options.run}: it is planned as it is stored, without {' '.join(given)}")
+        return plan_run(options.run, options.gpu, form)
     asked = Asked(options.tokens, options.price, options.mtbf)
-    return plan(options.overrides, options.gpu, options.gpus, asked, "json" if options.json else "text")
+    return plan(options.overrides, options.gpu, options.gpus, asked, form, options.search)
 
 
 def _check(options: argparse.Namespace) -> int:

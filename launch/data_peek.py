@@ -11,6 +11,7 @@ import numpy as np
 from stoker.checkpoint import DamagedCheckpoint, read_state
 from stoker.checkpoint.names import committed
 from stoker.conf.printable import printable
+from stoker.conf.ramp import ramp_of
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
@@ -51,8 +52,9 @@ def peek(options: argparse.Namespace) -> int:
         say(
             f"step {options.step} is past the end: the run has steps={config.steps}; with more it would take these rows"
         )
-    chosen = min(options.rows, config.batch.size)
-    print(f"step {options.step}: rows {first:,} to {first + config.batch.size - 1:,} of the run; showing {chosen}")
+    size = ramp_of(config).size(options.step)
+    chosen = min(options.rows, size)
+    print(f"step {options.step}: rows {first:,} to {first + size - 1:,} of the run; showing {chosen}")
     for place, where, ids in found:
         text = tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
         shown = text if len(text) <= options.characters else text[: options.characters] + " ..."
@@ -62,7 +64,7 @@ def peek(options: argparse.Namespace) -> int:
 
 
 def _past_the_data(step: int, rows: int, config: Config) -> str:
-    return f"step {step} has no rows: the data end after {rows} rows, with step {rows // config.batch.size}"
+    return f"step {step} has no rows: the data end after {rows} rows, with step {ramp_of(config).steps_of(rows)}"
 
 
 def _states(run: RunDirectory) -> list[Mapping[str, Any]]:
@@ -82,7 +84,7 @@ def _of_rows(
     """The first row of a step, and the pieces of its first `most` rows, under data.mode=indexed."""
     rows = open_rows(config, "train")
     first = _first_row(run, rows, config, states, step)
-    last = first + config.batch.size
+    last = first + ramp_of(config).size(step)
     if first < 0 or (rows.total_rows is not None and last > rows.total_rows):
         raise ConfigError(_past_the_data(step, rows.total_rows or 0, config))
 
@@ -99,6 +101,8 @@ def _of_streams(
     config: Config, tokenizer: Tokenizer, states: list[Mapping[str, Any]], step: int, most: int
 ) -> tuple[int, Iterator[Piece]]:
     """The same under data.mode=streaming, read on from the nearest checkpoint before the step."""
+    if config.batch.ramp:
+        raise ConfigError("data peek reads no streams with batch.ramp: it needs data.mode=indexed, or batch.ramp=[]")
     stream, mixture = open_all_streams(config, tokenizer)
     try:
         for state in states[-1:]:
@@ -130,12 +134,13 @@ def _first_row(
     run: RunDirectory, rows: IndexPlan | MixedPlan, config: Config, states: list[Mapping[str, Any]], step: int
 ) -> int:
     """The row at which `step` of a run begins. `rows` get the run's history from its checkpoints."""
+    ramp = ramp_of(config)
     if not states:
-        return (step - 1) * config.batch.size
+        return ramp.rows_before(step)
     state = next((state for state in states if state["step"] >= step), states[-1])
     refuse_other_data(rows.fingerprint, state, change=True)
     rows.resume(state["weights"], state["row"], state["step"])
-    return state["row"] - (state["step"] - step + 1) * config.batch.size
+    return state["row"] - ramp.rows_before(state["step"] + 1) + ramp.rows_before(step)
 
 
 def _documents(rows: IndexPlan | MixedPlan, row: int) -> Iterator[tuple[str, int, np.ndarray, int | None]]:

@@ -9,6 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from stoker.conf.printable import printable
+from stoker.conf.ramp import ramp_of
 from stoker.data import open_rows
 from stoker.data.indexed import IndexPlan
 from stoker.data.mixed import MixedPlan
@@ -30,8 +31,9 @@ def plan(options: argparse.Namespace) -> int:
     config = settle_steps(config, options.overrides, first=True)
     rows = open_rows(config, "train")
     plans = rows.plans if isinstance(rows, MixedPlan) else (rows,)
-    wanted = config.steps * config.batch.size
-    last = wanted if rows.total_rows is None else min(wanted, rows.total_rows // config.batch.size * config.batch.size)
+    ramp = ramp_of(config)
+    steps = config.steps if rows.total_rows is None else min(config.steps, ramp.steps_of(rows.total_rows))
+    last = ramp.rows_before(steps + 1)
     counts = rows.counts(last)
     names = ("documents", "validation", "left out", "tokens", "rows", "full", "read", "share", "epochs")
     right = [Column(name, justify="right") for name in names]
@@ -52,9 +54,9 @@ def plan(options: argparse.Namespace) -> int:
             f"{read / one.rows_per_epoch:.2f}",
         )
     console_for_tables().print(table)
-    steps = last // config.batch.size
+    sizes = f"{ramp.size(1)} to {config.batch.size}" if config.batch.ramp else config.batch.size
     print(
-        f"{steps:,} steps of {config.batch.size} rows of {config.seq_len} tokens, packing {config.data.packing}: "
+        f"{steps:,} steps of {sizes} rows of {config.seq_len} tokens, packing {config.data.packing}: "
         f"{last:,} rows, {last * config.seq_len:,} tokens with padding"
     )
     for one in plans:
@@ -63,6 +65,7 @@ def plan(options: argparse.Namespace) -> int:
         if one.tokens_in_no_row:
             lost = f"the last {one.tokens_in_no_row:,} tokens of an epoch fill no row and are left out"
             print(printable(f"{one.name}: {lost}"))
+    wanted = ramp.rows_before(config.steps + 1)
     if last < wanted:
         print(f"the data end there: steps={config.steps} would need {wanted:,} rows")
     return 0

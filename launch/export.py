@@ -23,10 +23,13 @@ from stoker.launch.model_files import export_dtype, model_files
 from stoker.launch.tensor_files import Planned, TensorWriter, file_bytes_of, index_json, made_whole, plan_files
 from stoker.launch.train import say
 from stoker.models.family import Exported, family_of
+from stoker.parallel.average import AVERAGE
 from stoker.parallel.dtypes import DTYPES, PRECISIONS
 from stoker.parallel.shards import BUFFER, PARAMETER
 from stoker.trainer.facts import with_vocabulary
 from stoker.trainer.trust import DATA, MODEL, trusted_config
+
+AVERAGED = f"optim.{AVERAGE}"  # the kind of tensors of the average of the weights
 
 
 def export(options: argparse.Namespace) -> int:
@@ -39,6 +42,10 @@ def export(options: argparse.Namespace) -> int:
     adapted = config.adapter.name != "none"
     if options.merge and not adapted:
         raise ConfigError(f"--merge: {run.path} has no adapter to merge: leave --merge out")
+    if options.ema and (config.optim.ema is None or adapted):
+        why = "has an adapter, whose average is not exported" if adapted else "keeps no average (optim.ema)"
+        raise ConfigError(f"--ema: {run.path} {why}: leave --ema out")
+    kind = AVERAGED if options.ema else PARAMETER
     alone = adapted and not options.merge
     if alone and options.format == "dcp":
         raise ConfigError("--format dcp writes whole models: --merge adds the adapter to its base")
@@ -55,20 +62,20 @@ def export(options: argparse.Namespace) -> int:
                     (unfinished / name).parent.mkdir(exist_ok=True)
                     (unfinished / name).write_bytes(content)
                 if options.format == "dcp":
-                    _write_dcp(unfinished, summary.path, config, dtype)
+                    _write_dcp(unfinished, summary.path, config, dtype, kind)
                 else:
-                    _write_weights(unfinished, summary.path, config, dtype, file_bytes)
+                    _write_weights(unfinished, summary.path, config, dtype, file_bytes, kind)
     except DamagedCheckpoint as error:
         raise ValueError(f"{error}; --step takes another checkpoint") from error
     say(f"step {summary.step} as {dtype} in {Path(options.out).expanduser().absolute()}")
     return 0
 
 
-def _write_dcp(folder: Path, checkpoint: Path, config: Config, dtype: str) -> None:
+def _write_dcp(folder: Path, checkpoint: Path, config: Config, dtype: str, kind: str) -> None:
     """Raises DamagedCheckpoint, and ValueError for a model that torchtitan does not have."""
     from stoker.launch.export_dcp import write_dcp
 
-    with _opened(checkpoint, config) as (shapes, read):
+    with _opened(checkpoint, config, kind) as (shapes, read):
         planned: dict[str, Planned] = {}
         groups: dict[str, Exported] = {}
         for group in family_of(config.model).exported(config.model, shapes):
@@ -82,28 +89,34 @@ def _write_dcp(folder: Path, checkpoint: Path, config: Config, dtype: str) -> No
 
 
 @contextmanager
-def _opened(checkpoint: Path, config: Config) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]]:
+def _opened(
+    checkpoint: Path, config: Config, kind: str
+) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]]:
     """The shapes of the whole model's parameters, and a function that reads one."""
-    with _whole(checkpoint) if config.adapter.name == "none" else merged(checkpoint, config) as opened:
+    with _whole(checkpoint, kind) if config.adapter.name == "none" else merged(checkpoint, config) as opened:
         yield opened
 
 
 @contextmanager
-def _whole(checkpoint: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]]:
-    """The shapes of a checkpoint's parameters, and a function that reads one."""
+def _whole(checkpoint: Path, kind: str) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]]:
+    """The shapes of a checkpoint's parameters, and a function that reads one: its `kind`, where it has one."""
     with TensorReader(checkpoint) as reader:
-        tensors = reader.stored.tensors.values()
-        yield {tensor.name: tensor.shape for tensor in tensors if tensor.kind == PARAMETER}, reader.read
+        tensors = reader.stored.tensors
+
+        def read(name: str) -> Tensor:
+            return reader.read(name, kind if (kind, name) in tensors else PARAMETER)  # what is frozen has no average
+
+        yield {tensor.name: tensor.shape for tensor in tensors.values() if tensor.kind == PARAMETER}, read
 
 
-def _write_weights(folder: Path, checkpoint: Path, config: Config, dtype: str, file_bytes: int) -> None:
+def _write_weights(folder: Path, checkpoint: Path, config: Config, dtype: str, file_bytes: int, kind: str) -> None:
     """The parameters in `dtype` and the persistent buffers in their own, in the form of the model's family.
 
     What becomes tensors of the folder together is in memory at a time. Raises DamagedCheckpoint.
     """
     stored = open_checkpoint(checkpoint).tensors.values()
     buffers = {tensor.name: Planned(tensor.shape, DTYPES[tensor.dtype]) for tensor in stored if tensor.kind == BUFFER}
-    with _opened(checkpoint, config) as (of_parameters, read):
+    with _opened(checkpoint, config, kind) as (of_parameters, read):
         parameters = {name: Planned(shape, PRECISIONS[dtype]) for name, shape in of_parameters.items()}
         tensors = parameters | buffers
         shapes = {name: tensor.shape for name, tensor in tensors.items()}

@@ -10,6 +10,7 @@ TOGETHER = {
     "pp": "hold the stages of one model",
     "dp_replicate": "hold the same, and sum their gradients",
     "dp_shard": "hold one copy of what ZeRO shards",
+    "cp": "share the tokens of every row",
     "tp": "hold a part of every layer",
 }
 

@@ -8,6 +8,7 @@
 `embedding`   tokens to activations; its gradient is summed in fp32
 `loss`        activations to the summed loss, a chunk of tokens at a time, so that the logits never exist at once
 `adapters`    which parameters are trained, and low-rank layers beside the linear ones
+`float8`      which linear layers compute in float8
 `peft_folder` adapters in peft's files
 `generate`    sampling one token at a time over a cache of keys and values
 `flops`       the arithmetic of a token, for utilisation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from stoker.conf.schema import ModelConfig
 from stoker.models.cache import LayerCache
 from stoker.models.cpu_attention import attend_in_blocks
+from stoker.models.gathered_attention import KeySpans, attend_gathered, key_spans
 from stoker.models.rope import frequencies, rotary_tables, rotate
+from stoker.parallel.sequence import SequenceAxis, SequenceLayer
+from stoker.parallel.sequence.axis import ULYSSES
+from stoker.parallel.sequence.regions import gathered, heads_to_tokens, tokens_to_heads
 from stoker.parallel.tensor.layers import ColumnLinear, CopyToTensorParallel, HeadNorm, ProjectionNorm, RowLinear
 
 SMALLEST_HEAD = 16  # channels that a product of tensor cores takes
@@ -28,17 +32,17 @@ class AttentionContext:
     """The inputs of attention for a micro-batch, computed once and passed to every block.
 
     `cos` and `signed_sin` are the tables of `stoker.models.rope`. `mask` is None for causal attention within a row,
-    else what `document_mask` made, or a tensor that is added to the scores, `[rows or 1, 1, queries, keys]`.
+    else what `AttentionMask` made, or a tensor that is added to the scores, `[rows or 1, 1, queries, keys]`.
     """
 
     rows: int
     seq_len: int
     cos: Tensor
     signed_sin: Tensor
-    mask: Tensor | BlockMask | None
+    mask: Mask | None
 
 
-def attention_context(config: ModelConfig, positions: Tensor, mask: Tensor | BlockMask | None) -> AttentionContext:
+def attention_context(config: ModelConfig, positions: Tensor, mask: Mask | None) -> AttentionContext:
     """The context of tokens at `positions` `[rows, seq_len]`."""
     radians = frequencies(head_dim_of(config), config.rope_parameters, positions.device)
     rows, seq_len = positions.shape
@@ -72,6 +76,7 @@ class Attention(nn.Module):
         self.v = ColumnLinear(config.hidden_size, keys, bias=config.qkv_bias, unit=head_dim)
         self.o = RowLinear(queries, config.hidden_size, bias=False, unit=head_dim)
         self.q_norm, self.k_norm = _norm(config, queries), _norm(config, keys)
+        self.core = CoreAttention(self.scale)
 
     def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
         """Activations `[tokens, width]` to the same. With a cache, queries also attend to earlier tokens."""
@@ -86,7 +91,78 @@ class Attention(nn.Module):
         v = self.v(x).view(by_head)
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self.o(attention(q, k, v, context.mask, self.scale).flatten(2).flatten(0, 1))
+        return self.o(self.core(q, k, v, context.mask).flatten(2).flatten(0, 1))
+
+
+class AttentionMask(SequenceLayer):
+    """What a micro-batch's tokens may attend to, for `CoreAttention`: made once and used by every layer."""
+
+    def forward(self, positions: Tensor, documents: Tensor | None, dtype: torch.dtype) -> Mask | None:
+        """Causal attention, inside `documents` (int32) if there are any, for tokens at `positions`.
+
+        Both are `[rows, tokens]`, of this rank's share of each sequence where ranks share them. `dtype` is that of the
+        scores.
+        """
+        axis = self.sequence
+        if axis is None:
+            return None if documents is None else document_mask(documents, dtype)
+        if axis.exchange == ULYSSES:
+            if documents is None:
+                return None
+            return document_mask(gathered(documents, axis).transpose(0, 1).flatten(1), dtype)
+        spans = key_spans(positions, documents, axis)
+        if not positions.is_cuda:
+            return SharedMask(spans, None)
+        rows, tokens = positions.shape
+        sizes = (rows, None, tokens, spans.source.shape[1])
+        return SharedMask(spans, _create_block_mask()(spans.allowed(), *sizes, device=positions.device))
+
+
+class CoreAttention(SequenceLayer):
+    """Softmax attention, without projections: the layer in which tokens meet."""
+
+    def __init__(self, scale: float | None = None) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
+        """`attention` with what `AttentionMask` made, or a tensor as in `AttentionContext`.
+
+        Of this rank's tokens where ranks share sequences.
+        """
+        axis = self.sequence
+        if axis is None:
+            assert not isinstance(mask, SharedMask)
+            return attention(q, k, v, mask, self.scale)
+        if isinstance(mask, SharedMask):
+            scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+            blocks = mask.blocks
+
+            def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return attention(q, k, v, blocks, scale)
+
+            return attend_gathered(q, k, v, mask.spans, scale, axis, kernel)
+        assert axis.exchange == ULYSSES
+        k, v = (_for_each(x, axis) for x in (k, v))
+        q, k, v = (tokens_to_heads(x, axis) for x in (q, k, v))
+        return heads_to_tokens(attention(q, k, v, mask, self.scale), axis)
+
+
+@dataclass(frozen=True)
+class SharedMask:
+    """Which of all ranks' keys this rank's queries see; `blocks` for FlexAttention on CUDA."""
+
+    spans: KeySpans
+    blocks: BlockMask | None
+
+
+Mask: TypeAlias = "Tensor | BlockMask | SharedMask"
+
+
+def _for_each(x: Tensor, axis: SequenceAxis) -> Tensor:
+    """Kv heads, one at least for each rank: with fewer than ranks, neighbours get the same one."""
+    heads = x.shape[2]
+    return x if heads % axis.size == 0 else x.repeat_interleave(axis.size // heads, 2)
 
 
 def _norm(config: ModelConfig, channels: int) -> nn.Module:

@@ -6,6 +6,7 @@ touched, and backward computes the probabilities again instead of keeping them (
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,36 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     return _BlockedAttention.apply(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
+@dataclass(frozen=True)
+class Block:
+    """Queries of one row, `[block, heads, head_dim]`, and the keys and values that they may see.
+
+    `keys` and `values` are `[kv_heads, keys, head_dim]`; scores are multiplied by `scale`.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scale: float
+
+
+def attend_block(block: Block, mask: Tensor) -> Tensor:
+    """Attention of `block`, in the shape of its queries; `mask` `[block, keys]` is added to the scores."""
+    queries = _by_group(block.queries, len(block.keys))
+    weights = _probabilities(queries, block.keys, mask, block.scale)
+    return _from_groups(torch.bmm(weights, block.values), len(block.queries))
+
+
+def attend_block_backward(block: Block, mask: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys and values from that of `attend_block`; that of keys lacks the factor `scale`."""
+    queries, gradient = (_by_group(x, len(block.keys)) for x in (block.queries, grad_out))
+    weights = _probabilities(queries, block.keys, mask, block.scale)
+    grad_weights = torch.bmm(gradient, block.values.mT)
+    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    grad_queries = _from_groups(torch.bmm(grad_scores, block.keys), len(block.queries)) * block.scale
+    return grad_queries, torch.bmm(grad_scores.mT, queries), torch.bmm(weights.mT, gradient)
+
+
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -28,11 +59,10 @@ class _BlockedAttention(torch.autograd.Function):
         ctx.scale = scale
         out = torch.empty_like(q)
         for row in range(len(q)):
-            keys, values = _by_head(k[row]), _by_head(v[row])
+            keys, values = by_head(k[row]), by_head(v[row])
             for start, stop in _blocks(q):
-                queries = _by_group(q[row, start:stop], len(keys))
-                weights = _probabilities(queries, keys[:, :stop], _mask_block(q, mask, row, start, stop), scale)
-                out[row, start:stop] = _from_groups(torch.bmm(weights, values[:, :stop]), stop - start)
+                block = Block(q[row, start:stop], keys[:, :stop], values[:, :stop], scale)
+                out[row, start:stop] = attend_block(block, _mask_block(q, mask, row, start, stop))
         return out
 
     @staticmethod
@@ -41,18 +71,14 @@ class _BlockedAttention(torch.autograd.Function):
         scale = ctx.scale
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for row in range(len(q)):
-            keys, values = _by_head(k[row]), _by_head(v[row])
+            keys, values = by_head(k[row]), by_head(v[row])
             grad_keys, grad_values = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
             for start, stop in _blocks(q):
-                queries = _by_group(q[row, start:stop], len(keys))
-                grad_block = _by_group(grad_out[row, start:stop], len(keys))
-                weights = _probabilities(queries, keys[:, :stop], _mask_block(q, mask, row, start, stop), scale)
-                grad_weights = torch.bmm(grad_block, values[:, :stop].mT)
-                grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-                grad_queries = torch.bmm(grad_scores, keys[:, :stop])
-                grad_q[row, start:stop] = _from_groups(grad_queries, stop - start) * scale
-                grad_keys[:, :stop] += torch.bmm(grad_scores.mT, queries)
-                grad_values[:, :stop] += torch.bmm(weights.mT, grad_block)
+                block = Block(q[row, start:stop], keys[:, :stop], values[:, :stop], scale)
+                found = attend_block_backward(block, _mask_block(q, mask, row, start, stop), grad_out[row, start:stop])
+                grad_q[row, start:stop] = found[0]
+                grad_keys[:, :stop] += found[1]
+                grad_values[:, :stop] += found[2]
             grad_k[row] = grad_keys.mul_(scale).transpose(0, 1)
             grad_v[row] = grad_values.transpose(0, 1)
         return grad_q, grad_k, grad_v, None, None
@@ -63,7 +89,7 @@ def _blocks(q: Tensor) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, seq_len)) for start in range(0, seq_len, BLOCK)]
 
 
-def _by_head(x: Tensor) -> Tensor:
+def by_head(x: Tensor) -> Tensor:
     """`[seq_len, kv_heads, head_dim]` as `[kv_heads, seq_len, head_dim]`."""
     return x.transpose(0, 1).contiguous()
 

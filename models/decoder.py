@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stoker.conf.schema import ModelConfig
 from stoker.models import hugging_face_config as theirs
-from stoker.models.attention import Attention, AttentionContext, attention_context, cached_mask, document_mask
+from stoker.models.attention import Attention, AttentionContext, AttentionMask, attention_context, cached_mask
 from stoker.models.cache import Cache, LayerCache
 from stoker.models.embedding import Embedding
 from stoker.models.family import Exported, Family, renamed
@@ -88,6 +88,7 @@ class Decoder(nn.Module):
         self.config, self.part = config, part
         if part.embedding or (part.head and config.tie_word_embeddings):
             self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.mask = AttentionMask()
         block = _BLOCKS[config.norm_placement]
         self.layers = nn.ModuleDict({str(number): block(config, number) for number in part.layers})
         if part.head:
@@ -102,8 +103,7 @@ class Decoder(nn.Module):
         """See `ParallelizableModel`. The part with the head returns fp32 logits `[tokens, vocab]` without labels."""
         if self.part.embedding:
             x = self._embedded(x)
-        mask = None if documents is None else document_mask(documents, x.dtype)
-        context = attention_context(self.config, positions, mask)
+        context = attention_context(self.config, positions, self.mask(positions, documents, x.dtype))
         for block in self.layers.values():
             x = block(x, context)
         return self.head(self.norm(x), labels) if self.part.head else x

@@ -69,7 +69,8 @@ class Head(VocabularyLayer):
         if targets.per_token:
             return log_probabilities(x, self.weight, wanted, self.chunk, self.vocabulary, self.bias, self.rule)
         weights = None if weights is None else weights.flatten()
-        return summed_loss(x, self.weight, wanted, self.chunk, self.vocabulary, self.bias, self.rule, weights)
+        z_loss = targets.z_loss if self.training else 0.0
+        return summed_loss(x, self.weight, wanted, self.chunk, self.vocabulary, self.bias, self.rule, weights, z_loss)
 
     def logits(self, x: Tensor) -> Tensor:
         """The fp32 logits of activations `[tokens, width]`, of this rank's share of the vocabulary."""
@@ -85,10 +86,12 @@ def summed_loss(
     bias: Tensor | None = None,
     rule: Rule | None = None,
     weights: Tensor | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """The sum over tokens of the cross entropy of `rule(hidden @ weight.T + bias)`: fp32 scalar.
 
-    Each token's is multiplied by its number in `weights` (fp32 `[tokens]`).
+    Each token's has `z_loss` times the squared logarithm of the softmax's normaliser added (Chowdhery et al. 2022,
+    section 5), and is multiplied by its number in `weights` (fp32 `[tokens]`).
 
     `hidden` is `[tokens, width]`, `weight` `[vocab, width]`, `labels` int64 `[tokens]`, those that are IGNORE_INDEX
     left out. Softmax and sums are fp32 for every dtype; `chunk` tokens have logits at one time. Between forward and
@@ -98,12 +101,15 @@ def summed_loss(
     labels, and get the same loss; the gradient of `hidden` is this rank's part of a sum over them.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _SummedLoss.apply(hidden, weight, bias, labels, chunk, vocabulary, rule, weights)
+        return _SummedLoss.apply(hidden, weight, bias, labels, chunk, vocabulary, rule, weights, z_loss)
     total = torch.zeros((), device=hidden.device)
     for start in range(0, len(hidden), chunk):
         span = slice(start, start + chunk)
         logits = _logits(hidden[span], weight, bias, rule)
-        losses, _ = _losses(_Softmax.of(logits, labels[span], vocabulary), logits, vocabulary)
+        softmax = _Softmax.of(logits, labels[span], vocabulary)
+        losses, log_sum = _losses(softmax, logits, vocabulary)
+        if z_loss:
+            losses = losses + softmax.z_loss(log_sum, z_loss)
         total += (losses if weights is None else losses * weights[span, None]).sum()
     return total
 
@@ -143,6 +149,7 @@ class _SummedLoss(torch.autograd.Function):
         vocabulary: Vocabulary | None,
         rule: Rule | None,
         weights: Tensor | None,
+        z_loss: float,
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
@@ -151,7 +158,9 @@ class _SummedLoss(torch.autograd.Function):
             raw, logits = _ruled(rule, _logits(hidden[span], weight, bias, None))
             softmax = _Softmax.of(logits.detach(), labels[span], vocabulary)
             losses, log_sum = _losses(softmax, logits.detach(), vocabulary)
-            grad_logits = softmax.gradient(log_sum)
+            if z_loss:
+                losses = losses + softmax.z_loss(log_sum, z_loss)
+            grad_logits = softmax.gradient(log_sum, z_loss)
             if weights is not None:
                 factors = weights[span, None]
                 losses, grad_logits = losses * factors, grad_logits.mul_(factors)
@@ -172,7 +181,7 @@ class _SummedLoss(torch.autograd.Function):
             None if gradient is None else (gradient * grad_output).to(ctx.dtype)
             for gradient in (grad_weight, grad_bias)
         )
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 class _LogProbabilities(torch.autograd.Function):
@@ -270,12 +279,18 @@ class _Softmax:
         log_sum = largest.double() - softmax.gather(-1, at).double().log()
         return cls(softmax, log_sum, wanted, mine, valid)
 
-    def gradient(self, log_sum: Tensor) -> Tensor:
+    def z_loss(self, log_sum: Tensor, factor: float) -> Tensor:
+        """`factor` x the square of `log_sum`, that of the whole vocabulary: fp64 `[chunk, 1]`, zero without a label."""
+        return factor * log_sum.square().where(self.valid, 0.0)
+
+    def gradient(self, log_sum: Tensor, z_loss: float = 0.0) -> Tensor:
         """Of the loss by the logits: softmax - onehot(labels), zero without a label. It takes the place of `values`.
 
-        `log_sum` is that of the whole vocabulary.
+        `log_sum` is that of the whole vocabulary; `z_loss` the factor of its square in the loss.
         """
         share = (self.log_sum - log_sum).exp().where(self.valid, 0.0).float()  # of all probability; 1 for a whole one
+        if z_loss:
+            share = share * (1.0 + 2.0 * z_loss * log_sum).float()
         return self.values.mul_(share).scatter_add_(-1, self.wanted, -(self.mine & self.valid).float())
 
 

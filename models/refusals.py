@@ -53,12 +53,37 @@ def _tensor_parallel(start: Start) -> str | None:
         uneven.append(f"model.num_key_value_heads={kv_heads}")
     if not uneven:
         return None
-    works, pp = [], start.config.parallel.pp
+    works, pp, cp = [], start.config.parallel.pp, start.config.parallel.cp
     for fitting in around(tp, filter(shares_kv_heads, divisors(math.gcd(heads, hidden)))):
-        ranks = start.world if start.dp is None else start.dp * pp * fitting  # as many replicas as now
-        whole = start.dp is None or start.world % (fitting * pp) == 0
+        ranks = start.world if start.dp is None else start.dp * pp * cp * fitting  # as many replicas as now
+        whole = start.dp is None or start.world % (fitting * pp * cp) == 0
         works.append(f"parallel.tp={fitting}" + ("" if whole else f" with launch.nproc={ranks}"))
     return f"parallel.tp={tp} does not go with {', '.join(uneven)}: {', or '.join(works)} does"
+
+
+@REFUSALS.entry(
+    "context parallelism by heads",
+    "parallel.context=ulysses with parallel.cp that does not divide the query heads of a tensor-parallel rank, or that "
+    "neither divides its kv heads nor is a multiple of them",
+    "every rank takes equally many heads of all tokens",
+)
+def _ulysses(start: Start) -> str | None:
+    wanted, model = start.config.parallel, start.config.model
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
+    if wanted.context != "ulysses" or wanted.cp <= 1 or min(wanted.tp, heads, kv_heads) < 1 or heads % wanted.tp:
+        return None
+    heads, kv_heads = heads // wanted.tp, max(1, kv_heads // wanted.tp)
+
+    def fits(cp: int) -> bool:
+        return heads % cp == 0 and (kv_heads % cp == 0 or cp % kv_heads == 0)
+
+    if fits(wanted.cp):
+        return None
+    degrees = either(around(wanted.cp, [cp for cp in divisors(heads) if fits(cp)]))
+    return (
+        f"parallel.context=ulysses with parallel.cp={wanted.cp}: {heads} query heads and {kv_heads} kv heads of a rank "
+        f"do not divide: parallel.context=gather works, or parallel.cp={degrees}"
+    )
 
 
 @REFUSALS.entry("stages", "more pipeline stages than layers", "a stage holds at least one layer")

@@ -16,6 +16,7 @@
 `sharding`    the strategies, one object for each stage: `replicated` (ZeRO 0, or a single rank: flat buffers, one
               all-reduce overlapped with backward), `sharded` (ZeRO 1-3 through torch's `fully_shard`), or under
               `parallel.engine=deepspeed` the ZeRO of DeepSpeed (`deepspeed_engine`)
+`rules`       update rules: what each needs to see of a parameter, and how it gets that on every layout
 `optimizer`   torch optimizers on local shards as plain tensors; `loss_scale`: what fp16 needs besides
 `update`      the all-reduce of a step: gradient norm, loss, valid tokens, flags and timings in one message
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,29 +34,38 @@ class Batch:
         return self.tokens.shape[0]
 
     def __getitem__(self, rows: slice) -> Batch:
-        return self._each(lambda field: field[rows])
+        return self.map(lambda field: field[rows])
 
     def padded(self, multiple: int) -> Batch:
         """These rows and as many without a label as make their number a multiple."""
         missing = -len(self) % multiple
         if not missing:
             return self
-        more = self._each(lambda field: torch.cat([field, *[field[-1:]] * missing]))
+        more = self.map(lambda field: torch.cat([field, *[field[-1:]] * missing]))
         more.labels[len(self) :] = IGNORE_INDEX
         return more
 
     def to(self, device: torch.device) -> Batch:
         """The same rows on `device`, copied without waiting where the memory is pinned."""
-        return self._each(lambda field: field.to(device, non_blocking=True))
+        return self.map(lambda field: field.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
         """The same rows in page-locked memory."""
-        return self._each(lambda field: field.pin_memory())
+        return self.map(lambda field: field.pin_memory())
 
     def valid_tokens(self) -> Tensor:
         """Number of labels that carry a loss: int64 scalar on the rows' device."""
         return (self.labels != IGNORE_INDEX).sum()
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Of each field what `change` makes of it."""
         fields: dict[str, Any] = {name: None if field is None else change(field) for name, field in vars(self).items()}
         return Batch(**fields)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of all, one batch after the other. They must have the same fields."""
+    fields: dict[str, Any] = {}
+    for name, first in vars(batches[0]).items():
+        fields[name] = None if first is None else torch.cat([getattr(batch, name) for batch in batches])
+    return Batch(**fields)

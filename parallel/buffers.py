@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stoker.parallel.layout import OF_TOKENS, ROLES, AxisRole
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.registry import LocalShard, Registry
 from stoker.parallel.sharding import is_untouched
 from stoker.parallel.shards import BUFFER, Shard, whole
 
-_AXES = ("dp_replicate", "dp_shard", "tp")  # whose ranks hold the same stages
+_AXES = tuple(axis for axis, role in ROLES.items() if role != AxisRole.STAGE)  # whose ranks hold the same stages
 
 
 def fill_buffers(model: nn.Module, registry: Registry) -> None:
@@ -63,7 +64,11 @@ class Buffers:
             if registry.entries[name].saved
         }
         self._held = {
-            name: LocalShard((whole(registry.entries[name].shape),), mesh.dp_rank, mesh.layout.dp)
+            name: LocalShard(
+                (whole(registry.entries[name].shape),),
+                mesh.layout.place(mesh.rank, OF_TOKENS),
+                mesh.layout.size(OF_TOKENS),
+            )
             for name in self._live
         }
         self._saved = {name: self._value(name).clone() for name in self._live}

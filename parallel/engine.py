@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -50,6 +51,13 @@ class Engine(Protocol):
         """The data of `shards()` were changed from outside: update everything derived from them.
 
         A collective. Accumulated gradients are dropped.
+        """
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Between `update` and `forward_backward`, with `optim.ema`: inside, the parameters are their average.
+
+        A collective. No snapshot may be in flight.
         """
         ...
 

@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stoker.conf.ramp import unit_rows
 from stoker.conf.schema import Config
 
-AXES = ("pp", "dp_replicate", "dp_shard", "tp")  # outermost first: tp ranks are adjacent
+
+class AxisRole(enum.StrEnum):
+    """What the ranks along an axis share. Groups that reduce, and the rows of a rank, follow from it."""
+
+    STAGE = "stage"  # one model: each rank has some of its layers
+    REPLICA = "replica"  # nothing: each rank has other rows, and a copy of what ZeRO shards
+    SHARD = "shard"  # the copy that ZeRO shards; each rank has other rows
+    SEQUENCE = "sequence"  # their rows, of which each rank has some tokens, and what ZeRO shards
+    TENSOR = "tensor"  # their rows, and every layer
+
+
+# Outermost first: tp ranks are adjacent.
+ROLES = {
+    "pp": AxisRole.STAGE,
+    "dp_replicate": AxisRole.REPLICA,
+    "dp_shard": AxisRole.SHARD,
+    "cp": AxisRole.SEQUENCE,
+    "tp": AxisRole.TENSOR,
+}
+AXES = tuple(ROLES)
+
+
+def axes_of(*roles: AxisRole) -> tuple[str, ...]:
+    """The axes with one of these roles, outermost first."""
+    return tuple(axis for axis, role in ROLES.items() if role in roles)
+
+
+OF_ROWS = axes_of(AxisRole.REPLICA, AxisRole.SHARD)  # along which ranks read different rows
+OF_ONE_MODEL = axes_of(AxisRole.STAGE, AxisRole.SEQUENCE, AxisRole.TENSOR)  # along which they read the same
+OF_TOKENS = axes_of(AxisRole.REPLICA, AxisRole.SHARD, AxisRole.SEQUENCE)  # along which gradients are summed
 
 
 @dataclass(frozen=True)
@@ -19,6 +51,7 @@ class Coordinate:
     pp: int
     dp_replicate: int
     dp_shard: int
+    cp: int
     tp: int
 
 
@@ -32,15 +65,40 @@ class Layout:
     pp: int = 1
     zero: int = 0
     engine: str = "fsdp"
+    cp: int = 1
 
     @property
     def dp(self) -> int:
         """Data-parallel degree: how many different sets of rows a step reads."""
-        return self.dp_replicate * self.dp_shard
+        return self.size(OF_ROWS)
 
     @property
     def world(self) -> int:
-        return self.dp * self.tp * self.pp
+        return self.size(AXES)
+
+    @property
+    def sharding(self) -> tuple[str, ...]:
+        """The axes over which ZeRO shards."""
+        return axes_of(AxisRole.SHARD, AxisRole.SEQUENCE) if self.zero else axes_of(AxisRole.SHARD)
+
+    @property
+    def replication(self) -> tuple[str, ...]:
+        """The axes whose ranks hold the same shards and sum their gradients."""
+        return tuple(axis for axis in OF_TOKENS if axis not in self.sharding)
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts ZeRO shards what it shards."""
+        return self.size(self.sharding)
+
+    @property
+    def replicas(self) -> int:
+        """How many copies of the shards there are."""
+        return self.size(self.replication)
+
+    def size(self, axes: Sequence[str]) -> int:
+        """Ranks of a group along `axes`."""
+        return math.prod(getattr(self, axis) for axis in axes)
 
     def sizes(self) -> tuple[int, ...]:
         return tuple(getattr(self, axis) for axis in AXES)
@@ -61,10 +119,16 @@ class Layout:
             rank = rank * size + getattr(at, axis)
         return rank
 
+    def place(self, rank: int, axes: Sequence[str]) -> int:
+        """The number of `rank` in its group along `axes`, which are in the order of AXES."""
+        at, found = self.coordinate(rank), 0
+        for axis in axes:
+            found = found * getattr(self, axis) + getattr(at, axis)
+        return found
+
     def dp_rank(self, rank: int) -> int:
         """Which of the `dp` sets of rows `rank` reads."""
-        at = self.coordinate(rank)
-        return at.dp_replicate * self.dp_shard + at.dp_shard
+        return self.place(rank, OF_ROWS)
 
     def stride(self, axis: str) -> int:
         """Distance in rank numbers between adjacent ranks on `axis`."""
@@ -92,15 +156,15 @@ def layout_of(config: Config, world: int) -> Layout:
     Raises ValueError when the axes do not multiply to `world`; `stoker.trainer.validate` reports that in more detail.
     """
     wanted = config.parallel
-    dp, rest = divmod(world, wanted.tp * wanted.pp)
+    dp, rest = divmod(world, wanted.tp * wanted.pp * wanted.cp)
     if rest or not dp:
-        raise ValueError(f"{world} ranks do not divide into tp {wanted.tp} x pp {wanted.pp}")
+        raise ValueError(f"{world} ranks do not divide into tp {wanted.tp} x pp {wanted.pp} x cp {wanted.cp}")
     replicas = dp if wanted.zero == 0 else (wanted.dp_replicate or 1)
     if wanted.dp_replicate is not None and wanted.dp_replicate != replicas:
         raise ValueError(f"ZeRO 0 keeps a replica on each of the {dp} data-parallel ranks, not {wanted.dp_replicate}")
     if dp % replicas:
         raise ValueError(f"{dp} data-parallel ranks do not divide into {replicas} replicas")
-    return Layout(replicas, dp // replicas, wanted.tp, wanted.pp, wanted.zero, wanted.engine)
+    return Layout(replicas, dp // replicas, wanted.tp, wanted.pp, wanted.zero, wanted.engine, wanted.cp)
 
 
 @dataclass(frozen=True)
@@ -118,36 +182,57 @@ class BatchPlan:
 
 
 def batch_plan(config: Config, layout: Layout) -> BatchPlan:
-    """The split of `batch.size` over `layout`. Raises ValueError when it does not divide."""
+    """The split of `batch.size` over `layout`; with `batch.ramp` micro-batches divide every step's rows.
+
+    Raises ValueError when they do not divide.
+    """
     rows = config.batch.size
-    rank_rows, rest = divmod(rows, layout.dp)
-    if rest or not rank_rows:
-        raise ValueError(f"batch.size={rows} does not divide over {layout.dp} data-parallel ranks")
-    micro = config.batch.micro_size or next(n for n in range(min(8, rank_rows), 0, -1) if rank_rows % n == 0)
-    if micro < 1 or rank_rows % micro:
-        raise ValueError(f"{rank_rows} rows per rank do not divide into micro-batches of {micro}")
-    return BatchPlan(rows, rank_rows, micro)
+    unit, rest = divmod(unit_rows(config), layout.dp)
+    if rest or not unit:
+        of = f"batch.size={rows}" if not config.batch.ramp else f"batch.ramp with batch.size={rows}"
+        raise ValueError(f"{of} does not divide over {layout.dp} data-parallel ranks")
+    micro = config.batch.micro_size or next(n for n in range(min(8, unit), 0, -1) if unit % n == 0)
+    if micro < 1 or unit % micro:
+        raise ValueError(f"{unit} rows per rank do not divide into micro-batches of {micro}")
+    return BatchPlan(rows, rows // layout.dp, micro)
 
 
 def fit(config: Config, world: int) -> Config:
     """`config` for another number of ranks than it was made for: tp and pp stay, the data-parallel degree follows.
 
-    Where replicas or micro-batches no longer divide, the largest smaller number that does replaces them. What still
-    does not fit (tp x pp, batch.size) is left for `stoker.trainer.validate`. None of this changes the maths.
+    Where cp, replicas or micro-batches no longer divide, the largest smaller number that does replaces them; a larger
+    cp where there are more ranks than rows for them. What still does not fit (tp x pp, batch.size) is left for
+    `stoker.trainer.validate`. None of this changes the maths.
     """
-    dp, rest = divmod(world, config.parallel.tp * config.parallel.pp)
-    if rest or not dp or config.batch.size % dp:
+    blocks, rest = divmod(world, config.parallel.tp * config.parallel.pp)
+    cp = None if rest or not blocks else _fitting_cp(config, blocks)
+    if cp is None:
         return config
-    replicas, micro, rank_rows = config.parallel.dp_replicate, config.batch.micro_size, config.batch.size // dp
+    dp = blocks // cp
+    replicas, micro, rank_rows = config.parallel.dp_replicate, config.batch.micro_size, unit_rows(config) // dp
     if replicas is not None:
         replicas = dp if config.parallel.zero == 0 else _largest_divisor(dp, replicas)
     if micro is not None:
         micro = _largest_divisor(rank_rows, micro)
     return dataclasses.replace(
         config,
-        parallel=dataclasses.replace(config.parallel, dp_replicate=replicas),
+        parallel=dataclasses.replace(config.parallel, dp_replicate=replicas, cp=cp),
         batch=dataclasses.replace(config.batch, micro_size=micro),
     )
+
+
+def _fitting_cp(config: Config, blocks: int) -> int | None:
+    """The cp nearest to the config's, smaller first, that leaves of `blocks` ranks a dp that divides the rows."""
+    wanted = config.parallel.cp
+
+    def fits(cp: int) -> bool:
+        return blocks % cp == 0 and unit_rows(config) % (blocks // cp) == 0 and config.seq_len % cp == 0
+
+    if wanted == 1:  # a run without context parallelism gets none
+        return 1 if fits(1) else None
+    smaller = [cp for cp in range(wanted, 0, -1) if wanted % cp == 0]
+    larger = range(2 * wanted, blocks + 1, wanted)
+    return next((cp for cp in (*smaller, *larger) if fits(cp)), None)
 
 
 def _largest_divisor(number: int, most: int) -> int:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout  # no public function changes a timeout
 
-from stoker.parallel.layout import AXES, Coordinate, Layout, threads_per_rank
+from stoker.parallel.layout import AXES, AxisRole, Coordinate, Layout, axes_of, threads_per_rank
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -46,7 +46,8 @@ class Mesh:
     def group(self, name: str) -> dist.ProcessGroup | None:
         """The ranks that differ from this one only along the axis `name`, or the group that `add_groups` made.
 
-        With a queue the name is `NAME.QUEUE`.
+        With a queue the name is `NAME.QUEUE`. `shards` and `replicas` are those of `Layout.sharding` and
+        `Layout.replication`.
         """
         return self.groups[name]
 
@@ -122,17 +123,15 @@ class Mesh:
 
     @functools.cached_property
     def sharding_mesh(self) -> DeviceMesh:
-        """The torch device mesh that `fully_shard` takes: (dp_shard) or, hybrid, (dp_replicate, dp_shard)."""
+        """The torch device mesh that `fully_shard` takes: (shards) or, hybrid, (replicas, shards)."""
         from torch.distributed.device_mesh import DeviceMesh
 
-        at = self.coordinate
-        ranks = torch.tensor(
-            [
-                [self.layout.rank(Coordinate(at.pp, replica, shard, at.tp)) for shard in range(self.layout.dp_shard)]
-                for replica in range(self.layout.dp_replicate)
-            ]
-        )
-        groups = {axis: group for axis in ("dp_replicate", "dp_shard") if (group := self.groups[axis]) is not None}
+        layout = self.layout
+        replication, sharding = layout.replication, layout.sharding
+        own = next(ranks for ranks in layout.groups(*replication, *sharding) if self.rank in ranks)
+        own = sorted(own, key=lambda rank: (layout.place(rank, replication), layout.place(rank, sharding)))
+        ranks = torch.tensor(own).view(layout.replicas, layout.shards)
+        groups = {name: group for name in ("replicas", "shards") if (group := self.groups[name]) is not None}
         axes, found = tuple(groups), list(groups.values())
         if len(found) == 1:
             return DeviceMesh.from_group(found[0], self.device.type, ranks.flatten(), mesh_dim_names=axes)
@@ -167,6 +166,13 @@ def mesh_over_default_group(layout: Layout, device: torch.device, timeout_second
     mesh = Mesh(layout, rank, device, world, control, timeout, nccl=nccl)
     for axis in AXES:
         mesh.add_groups(axis, layout.groups(axis))
+    for name, axes in (("shards", layout.sharding), ("replicas", layout.replication)):
+        several = [axis for axis in axes if getattr(layout, axis) > 1]
+        if several and (len(several) > 1 or several[0] in axes_of(AxisRole.SEQUENCE)):
+            # Beside that of the axis: what is gathered for a layer and what ZeRO prefetches need not wait in one queue
+            mesh.add_groups(name, layout.groups(*several))
+        else:
+            mesh.groups[name] = mesh.groups[several[0]] if several else None
     return mesh
 
 

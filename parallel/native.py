@@ -5,8 +5,9 @@ Under `parallel.engine=fsdp` the strategies are Stoker's, on torch alone; under 
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -16,20 +17,23 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from stoker.conf.schema import Config
+from stoker.parallel.average import Average
 from stoker.parallel.batch import Batch
 from stoker.parallel.buffers import Buffers, fill_buffers
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.forward_backward import ForwardBackward, GradientAccumulation
 from stoker.parallel.gpu_clock import GpuClock
-from stoker.parallel.layout import BatchPlan
+from stoker.parallel.layout import OF_TOKENS, BatchPlan
 from stoker.parallel.loss_scale import LossScale
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.mmap_offload import offloaded
-from stoker.parallel.objective import NEXT_TOKEN, Objective
-from stoker.parallel.optimizer import LocalOptimizer
+from stoker.parallel.model import Role
+from stoker.parallel.objective import NEXT_TOKEN, NextToken, Objective
 from stoker.parallel.optimizer_needs import undeclared
 from stoker.parallel.registry import LocalShard, Registry
 from stoker.parallel.replicated import ReplicatedStrategy
+from stoker.parallel.rules.combined import Optimizer
+from stoker.parallel.sequence import SequenceAxis, own_tokens, sequence_axis
 from stoker.parallel.sharding import Precision, ShardingStrategy
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.stages import stages_of
@@ -50,11 +54,13 @@ class NativeEngine:
         buffers: Buffers,
         clock: GpuClock,
         objective: Objective = NEXT_TOKEN,
+        sequence: SequenceAxis | None = None,
     ) -> None:
+        self._sequence, self._document_mask = sequence, bool(config.data.document_mask)
         self._clock, self._objective = clock, objective
         self._mesh, self._passes, self._registry, self._weights = mesh, passes, registry, weights
         self._buffers = buffers
-        self._clip_norm = config.grad_clip_norm
+        self._clip_norm, self._norms_by_role = config.grad_clip_norm, config.log.norms_by_role
         self._nominal_count = objective.nominal(config.batch.size, config.seq_len)
         self._held: dict[str, LocalShard] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -63,11 +69,14 @@ class NativeEngine:
             self._tensors |= stage.tensors
         trained = {name: self._tensors[name] for name in registry.trainable()}
         with offloaded(config.parallel):
-            self._optimizer = LocalOptimizer(config.optim, trained, registry.roles())
+            self._optimizer = Optimizer(config.optim, mesh, registry, self._held, trained)
+            decay = config.optim.ema
+            self._average = None if decay is None else Average(decay, trained)
         self._loss_scale = LossScale(mesh.device) if config.precision == "fp16" else None
         self._one = torch.ones((), device=mesh.device)
         self._complete: dict[str, Tensor] | None = None  # gradients of this step after all sums, once computed
-        # All ranks of a replica have the same rows; the first tensor-parallel rank of the last stage reports them.
+        # All ranks of a replica have the same rows; the first tensor-parallel rank of the last stage reports them, or
+        # its share of their tokens.
         self._reports = mesh.coordinate.tp == 0 and mesh.coordinate.pp == mesh.layout.pp - 1
         self._sums = torch.zeros(1 + len(objective.scalars), dtype=torch.float64, device=mesh.device)
         self._count = torch.zeros((), dtype=torch.float64, device=mesh.device)
@@ -75,13 +84,18 @@ class NativeEngine:
         self._counts_tokens = True  # is what the update divides by the number of valid tokens?
 
     def forward_backward(self, rows: Batch) -> None:
+        rows = self._own(rows)
         sums = self._passes.train(self._with_reference(rows), self._scale() / self._nominal_count)
-        self._counts_tokens = self._objective is NEXT_TOKEN and rows.weights is None
+        self._counts_tokens = isinstance(self._objective, NextToken) and rows.weights is None
         if self._reports:
             self._sums += sums
             self._count += self._objective.count(rows).to(self._mesh.device, non_blocking=True)
             if not self._counts_tokens:
                 self._tokens += rows.valid_tokens().to(self._mesh.device, non_blocking=True)
+
+    def _own(self, rows: Batch) -> Batch:
+        """This rank's tokens of `rows`."""
+        return rows if self._sequence is None else own_tokens(rows, self._sequence, self._document_mask)
 
     def _with_reference(self, rows: Batch) -> Batch:
         """`rows` with the log-probabilities of the model without its adapter, if the objective needs them."""
@@ -96,14 +110,14 @@ class NativeEngine:
     def update(self, lr: float, flags: StepFlags = NO_FLAGS) -> StepResult:
         with record_function("stoker.update"):
             gradients = self._gradients()
-            counted = [
-                gradient
+            counted = {
+                name: gradient
                 for name, gradient in gradients.items()
                 if gradient.numel() and self._registry.counted(name, self._held[name])
-            ]
+            }
             verdict = reduce_step(
                 self._mesh,
-                counted,
+                list(counted.values()),
                 self._sums[0],
                 self._count,
                 flags,
@@ -113,8 +127,11 @@ class NativeEngine:
                 tokens=None if self._counts_tokens else self._tokens,
                 scalars=dict(zip(self._objective.scalars, self._sums[1:], strict=True)),
                 unequal_buffers=self._buffers.take_first(),
+                kinds=self._places_by_role(counted) if self._norms_by_role else None,
             )
             self._optimizer.step(gradients, lr, verdict.gradient_divisor, verdict.found_inf)
+            if self._average is not None:
+                self._average.update(verdict.found_inf)
             self._buffers.settle(verdict.found_inf)
             self._renew()
             if self._loss_scale is not None:
@@ -123,10 +140,18 @@ class NativeEngine:
                 total.zero_()
         return verdict.result
 
+    def _places_by_role(self, names: Iterable[str]) -> dict[str, list[int]]:
+        """For each role the places of its parameters in `names`."""
+        found: dict[str, list[int]] = {role: [] for role in Role}
+        for place, name in enumerate(names):
+            found[self._registry.entries[name].role].append(place)
+        return found
+
     def gpu_seconds(self) -> float:
         return self._clock.take()
 
     def evaluate(self, rows: Batch) -> Tensor:
+        rows = self._own(rows)
         with _evaluating([stage.module for stage in self._weights]):
             sums = self._passes.evaluate(self._with_reference(rows))
         self._buffers.restore()
@@ -142,12 +167,25 @@ class NativeEngine:
 
     def shards(self) -> list[Shard]:
         tensors = [(name, PARAMETER, tensor) for name, tensor in self._tensors.items()]
-        tensors += [(name, f"optim.{key}", state) for name, key, state in self._optimizer.tensors()]
-        return [*(shard for tensor in tensors for shard in self._described(*tensor)), *self._buffers.shards()]
+        kept = itertools.chain(self._optimizer.tensors(), self._average.tensors() if self._average is not None else ())
+        tensors += [(name, f"optim.{key}", state) for name, key, state in kept]
+        described = (shard for tensor in tensors for shard in self._described(*tensor))
+        return [*described, *self._optimizer.owned(), *self._buffers.shards()]
 
     def shards_written(self) -> None:
         self._buffers.restore()
         self._renew()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        assert self._average is not None, "optim.ema is set"
+        self._average.swap()
+        self._renew()
+        try:
+            yield
+        finally:
+            self._average.swap()
+            self._renew()
 
     def without_gradient(self) -> list[str]:
         zero = {name for name, gradient in self._gradients().items() if gradient.numel() and not gradient.any()}
@@ -172,10 +210,13 @@ class NativeEngine:
 
     def state(self) -> dict[str, float]:
         scale = self._loss_scale.state() if self._loss_scale is not None else {}
-        return self._optimizer.scalars() | scale
+        average = {} if self._average is None else self._average.scalars()
+        return self._optimizer.scalars() | average | scale
 
     def load_state(self, state: dict[str, float]) -> None:
         self._optimizer.load_scalars(state)
+        if self._average is not None:
+            self._average.load_scalars(state)
         if self._loss_scale is not None:
             self._loss_scale.load_state(state)
 
@@ -263,7 +304,8 @@ def build_native(
         numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
         held = [Stage(number, stage.module, stage) for number, stage in zip(numbers, weights, strict=True)]
         passes = PipelineSchedule(mesh, plan, held, config.parallel.schedule, mask, activations, objective)
-    return NativeEngine(config, mesh, passes, registry, weights, Buffers(mesh, registry, stages), clock, objective)
+    buffers, sequence = Buffers(mesh, registry, stages), sequence_axis(config, mesh)
+    return NativeEngine(config, mesh, passes, registry, weights, buffers, clock, objective, sequence)
 
 
 def _store(
@@ -278,8 +320,8 @@ def _store(
 
         return DeepSpeedStrategy(config, mesh, plan, model, registry)
     offload = config.parallel.offload == "cpu"
-    if mesh.layout.dp_shard == 1:
-        return ReplicatedStrategy(model, mesh.device, precision, mesh.group("dp_replicate"), offload)
+    if mesh.layout.shards == 1:
+        return ReplicatedStrategy(model, mesh.device, precision, mesh.group("replicas"), offload)
     from stoker.parallel.sharded import ShardedStrategy  # half a second of imports that ZeRO 0 does not need
 
     return ShardedStrategy(model, mesh, precision, mesh.layout.zero, offload)
@@ -288,6 +330,6 @@ def _store(
 def _frozen_store(config: Config, mesh: Mesh, model: nn.Module, precision: Precision) -> ShardingStrategy:
     """For a pipeline stage without trained parameters, for which DeepSpeed makes no engine: every rank holds it."""
     store = ReplicatedStrategy(model, mesh.device, precision, None, config.parallel.offload == "cpu")
-    dp_rank, dp = mesh.dp_rank, mesh.layout.dp
-    store.held = {name: replace(held, replica=dp_rank, replicas=dp) for name, held in store.held.items()}
+    replica, replicas = mesh.layout.place(mesh.rank, OF_TOKENS), mesh.layout.size(OF_TOKENS)
+    store.held = {name: replace(held, replica=replica, replicas=replicas) for name, held in store.held.items()}
     return store

@@ -29,6 +29,7 @@ class Targets:
     labels: Tensor
     weights: Tensor | None = None  # fp32 [rows, seq_len], factor of each label's loss in the sum
     per_token: bool = False  # return the log-probability of each label, fp32 [rows x seq_len], 0 where there is none
+    z_loss: float = 0.0  # in training: added to each label's loss, times the squared logarithm of the normaliser
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,16 @@ class Objective(Protocol):
 
 
 class NextToken:
-    """The cross entropy of each label, times its weight."""
+    """The cross entropy of each label, times its weight; in training with `z_loss` times a square that keeps logits
+    small (`Targets`)."""
 
     scalars: tuple[str, ...] = ()
     per_token = False
     reference = False
     documents_together = 1
+
+    def __init__(self, z_loss: float = 0.0) -> None:
+        self.z_loss = z_loss
 
     def nominal(self, rows: int, seq_len: int) -> int:
         return rows * seq_len
@@ -111,9 +116,10 @@ NEXT_TOKEN = NextToken()
 
 def targets_of(objective: Objective, labels: Tensor, weights: Tensor | None) -> Tensor | Targets:
     """What the model is given as `labels`."""
-    if weights is None and not objective.per_token:
+    z_loss = getattr(objective, "z_loss", 0.0)
+    if weights is None and not objective.per_token and not z_loss:
         return labels
-    return Targets(labels, weights, objective.per_token)
+    return Targets(labels, weights, objective.per_token, z_loss)
 
 
 def shaped(objective: Objective, given: Tensor, labels: Tensor) -> Tensor:

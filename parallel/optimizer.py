@@ -1,4 +1,4 @@
-"""torch optimizers on local shards.
+"""torch optimizers on local shards: AdamW, SGD, and a user's that treats each element separately.
 
 The optimizer sees plain tensors, one per parameter, at every ZeRO stage: on DTensors its host time is several
 times higher. The scale that clips and normalises is handed to the fused kernels, which skip the update on the device
@@ -16,31 +16,33 @@ from torch import Tensor, nn
 from stoker.conf.schema import OptimConfig
 from stoker.conf.targets import import_target
 from stoker.parallel.model import Role
+from stoker.parallel.rules.settings import TARGET, Settings, settings_of
 
-DECAYED = (Role.MATRIX, Role.HEAD)  # by default: not vectors (norms, biases) and embeddings
 _DECOUPLED = "decoupled_decay"  # of a group: the share of lr x weight that `LocalOptimizer` itself takes off per step
+_RATE = "rate"  # of a group: what the step's learning rate is multiplied by, if not 1
 
 
 class LocalOptimizer:
     """An optimizer over this rank's part of every parameter, its state made before the first step.
 
-    `tensors` are the float32 local parts by global name, updated in place; a part may be empty. `roles` decide on
-    weight decay.
+    `tensors` are the float32 local parts by global name, updated in place; a part may be empty. `settings` are theirs,
+    all of one rule of torch's; by default they follow from `roles` and the shapes of the parts.
     """
 
-    def __init__(self, config: OptimConfig, tensors: dict[str, Tensor], roles: Mapping[str, Role]) -> None:
+    def __init__(
+        self,
+        config: OptimConfig,
+        tensors: Mapping[str, Tensor],
+        roles: Mapping[str, Role],
+        settings: Mapping[str, Settings] | None = None,
+    ) -> None:
         self._parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items() if tensor.numel()}
-        decayed = [n for n in self._parameters if config.decay_all or roles[n] in DECAYED]
-        others = [n for n in self._parameters if n not in set(decayed)]
-        # torch's SGD has no decoupled decay: what it calls weight decay goes through the velocity.
-        own = config.target is None and config.name == "sgd"
-        groups = [
-            {"params": [self._parameters[n] for n in names]}
-            | ({"weight_decay": 0.0, _DECOUPLED: decay} if own else {"weight_decay": decay})
-            for names, decay in ((decayed, config.weight_decay), (others, 0.0))
-            if names
-        ]
-        self._optimizer = _builder(config)(groups) if groups else None
+        alike: dict[Settings, list[str]] = {}
+        for name, parameter in self._parameters.items():
+            own = settings[name] if settings is not None else settings_of(config, name, roles[name], parameter.dim())
+            alike.setdefault(own, []).append(name)
+        groups = [_group(own, [self._parameters[n] for n in names]) for own, names in alike.items()]
+        self._optimizer = _builder(config, next(iter(alike)).rule)(groups) if groups else None
         self._device = next(iter(self._parameters.values())).device if groups else torch.device("cpu")
         self._make_state(config.lr)
 
@@ -57,7 +59,14 @@ class LocalOptimizer:
         self.step(zeros, lr, torch.ones((), device=self._device), torch.zeros((), device=self._device))
         self.load_scalars(dict.fromkeys((key for _, key, _ in self._state() if key == "step"), 0.0))
 
-    def step(self, gradients: dict[str, Tensor], lr: float, divisor: Tensor, found_inf: Tensor) -> None:
+    def begin(self, gradients: Mapping[str, Tensor], lr: float, divisor: Tensor, found_inf: Tensor) -> None:
+        """See `step`, which is over at once: there is nothing to wait for."""
+        self.step(gradients, lr, divisor, found_inf)
+
+    def finish(self) -> None:
+        pass
+
+    def step(self, gradients: Mapping[str, Tensor], lr: float, divisor: Tensor, found_inf: Tensor) -> None:
         """Update with `gradients / divisor` (float32, by name), or leave everything as it is where found_inf is 1."""
         optimizer = self._optimizer
         if optimizer is None:
@@ -66,10 +75,10 @@ class LocalOptimizer:
             parameter.grad = gradients[name]
         divisor, found_inf = divisor.to(self._device), found_inf.to(self._device)  # waits if it is offloaded
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = rate = lr * group.get(_RATE, 1.0)
             if decay := group.get(_DECOUPLED):  # as AdamW: before the update, and not at all if that is left out
                 with torch.no_grad():
-                    torch._foreach_mul_(group["params"], 1.0 - lr * decay * (1.0 - found_inf))
+                    torch._foreach_mul_(group["params"], 1.0 - rate * decay * (1.0 - found_inf))
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.grad_scale, optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]
             optimizer.step()
@@ -114,12 +123,24 @@ class LocalOptimizer:
         ]
 
 
-def _builder(config: OptimConfig) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
-    if config.target is not None:
+def _group(own: Settings, parameters: list[nn.Parameter]) -> dict[str, Any]:
+    """A parameter group for torch."""
+    group: dict[str, Any] = {"params": parameters, "weight_decay": own.decay}
+    if own.rate != 1.0:
+        group[_RATE] = own.rate
+    if own.rule == "adamw":
+        group |= {"betas": own.betas, "eps": own.eps}
+    elif own.rule == "sgd":  # torch's has no decoupled decay: what it calls weight decay goes through the velocity
+        group |= {"weight_decay": 0.0, _DECOUPLED: own.decay, "momentum": own.momentum}
+    return group
+
+
+def _builder(config: OptimConfig, rule: str) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+    if rule == TARGET:
+        assert config.target is not None
         build = import_target(config.target)
         return lambda groups: build(groups, lr=config.lr, **config.args)
-    if config.name == "adamw":
-        beta1, beta2 = config.betas
-        return lambda groups: torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
-    assert config.name == "sgd", config.name  # `stoker.conf.limits` allows no other
-    return lambda groups: torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    if rule == "adamw":
+        return lambda groups: torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    assert rule == "sgd", rule
+    return lambda groups: torch.optim.SGD(groups, lr=config.lr, fused=True)

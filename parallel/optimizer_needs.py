@@ -2,7 +2,8 @@
 
 ZeRO and tensor parallelism divide parameters over ranks, and a pipeline divides the set of them; the optimizer of a
 rank gets what the rank holds. That is enough for one that treats each element separately. One that takes norms of whole
-tensors (LAMB, LARS) or multiplies whole matrices (Muon, Shampoo) would train another model without an error.
+tensors (LAMB, LARS) or multiplies whole matrices (Muon, Shampoo) would train another model without an error: if it
+declares that, it gets whole parameters (`stoker.parallel.rules.user_wholes`); if it declares nothing it is refused.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from stoker.conf.schema import Config, OptimConfig, lookup
 from stoker.conf.targets import import_target
 from stoker.conf.values import ConfigError
 from stoker.parallel.layout import Layout
+from stoker.parallel.rules.settings import groups_problem
 from stoker.parallel.start import Start
 
 ELEMENTWISE, NORMS, MATRIX = "elementwise", "norms", "matrix"
@@ -65,34 +67,33 @@ def undeclared(config: Config, layout: Layout) -> str | None:
 
     Raises ConfigError as `declared_needs`.
     """
-    if config.optim.target is None or not _divided(layout, None):
-        return None
-    needs = declared_needs(config.optim)
-    divided = _divided(layout, needs)
-    if not divided:
+    divided = _divided(layout)
+    if config.optim.target is None or not divided or declared_needs(config.optim) is not None:
         return None
     undivided = " ".join(_UNDIVIDED[axis] for axis in divided)
     where = " and ".join(f"{axis}={lookup(config, axis)}" for axis in divided)
     verb = "divides" if len(divided) == 1 else "divide"
-    what = f"optim.target={config.optim.target}"
-    if needs is not None:
-        return f"{what} {NEEDS[needs]} (needs={needs}), which {where} {verb}: {undivided} works"
     kinds = ", ".join(f"{name} ({meaning})" for name, meaning in NEEDS.items())
     return (
-        f"{what} does not declare what it needs, and {where} {verb} the parameters: {undivided} works; "
-        f"or declare it by optim.needs=..., or by an attribute `needs` of the class or function: {kinds}"
+        f"optim.target={config.optim.target} does not declare what it needs, and {where} {verb} the parameters: "
+        f"{undivided} works; or declare it by optim.needs=..., or by an attribute `needs` of the class or function: "
+        f"{kinds}"
     )
 
 
-def _divided(layout: Layout, needs: str | None) -> list[str]:
-    """The keys by which `layout` divides what an optimizer with these `needs` requires; None: its needs are unknown."""
-    if needs == ELEMENTWISE:
-        return []
+def needs_wholes(config: OptimConfig, layout: Layout) -> bool:
+    """Whether `optim.target` must be given whole parameters, because it declares so and `layout` divides them."""
+    divided = any(key != "parallel.pp" for key in _divided(layout))  # a stage has its parameters whole
+    return divided and config.target is not None and declared_needs(config) in (NORMS, MATRIX)
+
+
+def _divided(layout: Layout) -> list[str]:
+    """The keys by which `layout` divides the parameters of a model, or the set of them."""
     divided = {
-        "parallel.zero": layout.zero > 0 and layout.dp_shard > 1,
+        "parallel.zero": layout.zero > 0 and layout.shards > 1,
         "parallel.tp": layout.tp > 1,
-        "parallel.engine": layout.engine == "deepspeed" and needs != NORMS,  # it keeps flat vectors at every stage
-        "parallel.pp": layout.pp > 1 and needs is None,
+        "parallel.engine": layout.engine == "deepspeed",  # it keeps flat vectors at every stage
+        "parallel.pp": layout.pp > 1,
     }
     return [key for key, divides in divided.items() if divides]
 
@@ -116,26 +117,37 @@ def _is_known_elementwise(kind: type) -> bool:
 
 
 def _refused(start: Start) -> str | None:
-    layout = start.layout
-    if layout is None:
-        return None
-    if start.config.optim.needs is not None and start.config.optim.target is None:
+    optim = start.config.optim
+    if optim.needs is not None and optim.target is None:
         return (
-            f"optim.needs={start.config.optim.needs} with optim.name={start.config.optim.name}: the needs of that "
+            f"optim.needs={optim.needs} with optim.name={optim.name}: the needs of that "
             "optimizer are known; leave optim.needs out, it is for optim.target"
         )
+    if start.layout is None:
+        return None
     try:
-        return undeclared(start.config, layout)
+        return undeclared(start.config, start.layout)
     except ValueError as error:
         return str(error)
+
+
+def _refused_group(start: Start) -> str | None:
+    return groups_problem(start.config.optim)
 
 
 ENTRIES = (
     (
         "optimizer",
-        "an optim.target that declares nothing, or needs norms or matrices, where ZeRO, DeepSpeed or parallel.tp "
-        "divide parameters; one that declares nothing under parallel.pp; optim.needs without optim.target",
-        "the optimizer of a rank gets only what the rank holds",
+        "an optim.target that declares nothing where ZeRO, DeepSpeed, parallel.tp or parallel.pp divide parameters; "
+        "optim.needs without optim.target",
+        "the optimizer of a rank gets what it declares that it needs",
         _refused,
+    ),
+    (
+        "parameter groups",
+        "entries of optim.groups with unknown keys, without exactly one of role and pattern, with values outside "
+        "their limits, or with muon for other roles than matrix",
+        "a group that means nothing would leave its parameters to the run's own rule",
+        _refused_group,
     ),
 )

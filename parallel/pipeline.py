@@ -18,6 +18,7 @@ All ranks have the rows, so that only activations and their gradients are sent.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,24 +99,25 @@ class PipelineSchedule:
             )
             for stage in stages
         ]
-        self._schedule: Any = SCHEDULES[schedule](
-            held if schedule == "interleaved" else held[0],
-            plan.micro_batches,
-            loss_fn=self._loss,
-            scale_grads=False,
+        self._schedule_of = functools.cache(  # by the number of micro-batches, which grows with `batch.ramp`
+            lambda count: SCHEDULES[schedule](
+                held if schedule == "interleaved" else held[0], count, loss_fn=self._loss, scale_grads=False
+            )
         )
         if mesh.nccl:  # it connects on first use, for which all ranks of a group have to be there
             for group in ways.values():
                 dist.all_reduce(torch.zeros((), device=mesh.device), group=group)
 
     def train(self, rows: Batch, factor: Tensor) -> Tensor:
-        assert len(rows) == self._plan.rank_rows, (len(rows), self._plan)
+        assert len(rows) % self._plan.micro_rows == 0, (len(rows), self._plan)
         self._factor = factor
         self._sums = torch.zeros_like(self._sums)
         self._rows = rows.to(self._device)
         # The schedule cuts its target into micro-batches, whose places in it tell the rows; it has no values to read.
         target = torch.empty(len(rows), device="meta")
-        self._schedule.step(target=target, return_outputs=False, **_inputs(self._rows, self._document_mask))
+        self._schedule_of(len(rows) // self._plan.micro_rows).step(
+            target=target, return_outputs=False, **_inputs(self._rows, self._document_mask)
+        )
         self._outbox.wait()
         self._rows = None
         return self._sums

@@ -15,16 +15,17 @@ from stoker.parallel.suggestions import around, divisors, either, multiples_arou
 REFUSALS = Refusals()
 
 
-@REFUSALS.entry("axes", "ranks that are no multiple of tp x pp", "the grid of ranks must be full")
+@REFUSALS.entry("axes", "ranks that are no multiple of tp x pp x cp", "the grid of ranks must be full")
 def _axes(start: Start) -> str | None:
     wanted = start.config.parallel
-    block = wanted.tp * wanted.pp
+    block = wanted.tp * wanted.pp * wanted.cp
     if start.world < 1:
         return f"{start.world} ranks: launch.nproc=1 is the least"
     if block < 1 or start.world % block == 0:
         return None
     ranks = either(multiples_around(start.world, block))
-    return f"{start.world} ranks do not divide into tp {wanted.tp} x pp {wanted.pp}: launch.nproc={ranks} does"
+    cp = f" x cp {wanted.cp}" if wanted.cp > 1 else ""
+    return f"{start.world} ranks do not divide into tp {wanted.tp} x pp {wanted.pp}{cp}: launch.nproc={ranks} does"
 
 
 @REFUSALS.entry("replicas of ZeRO 0", "parallel.dp_replicate other than dp under ZeRO 0", "ZeRO 0 shards nothing")
@@ -84,20 +85,32 @@ def _micro(start: Start) -> str | None:
     "between regions every rank holds as many tokens",
 )
 def _sequence_parallel(start: Start) -> str | None:
-    tp, seq_len, plan = start.config.parallel.tp, start.config.seq_len, start.plan
-    if (
-        not start.config.parallel.sequence_parallel
-        or plan is None
-        or seq_len < 1
-        or plan.micro_rows * seq_len % tp == 0
-    ):
+    tp, cp, seq_len, plan = start.config.parallel.tp, start.config.parallel.cp, start.config.seq_len, start.plan
+    if not start.config.parallel.sequence_parallel or plan is None or seq_len < 1 or seq_len % cp:
         return None
-    micro = [n for n in divisors(plan.rank_rows) if n * seq_len % tp == 0]
+    if plan.micro_rows * (seq_len // cp) % tp == 0:
+        return None
+    micro = [n for n in divisors(plan.rank_rows) if n * (seq_len // cp) % tp == 0]
     rows = f"batch.micro_size={either(around(plan.micro_rows, micro))} does, or " if micro else ""
-    lengths = either(multiples_around(seq_len, tp // math.gcd(tp, plan.micro_rows)))
+    lengths = either(multiples_around(seq_len, cp * (tp // math.gcd(tp, plan.micro_rows))))
+    over = f"parallel.tp={tp}" + (f" and parallel.cp={cp}" if cp > 1 else "")
     return (
-        f"micro-batches of {plan.micro_rows} x seq_len={seq_len} tokens do not divide over parallel.tp={tp}: "
+        f"micro-batches of {plan.micro_rows} x seq_len={seq_len} tokens do not divide over {over}: "
         f"{rows}seq_len={lengths}, or parallel.sequence_parallel=false"
+    )
+
+
+@REFUSALS.entry(
+    "tokens over ranks", "seq_len that is no multiple of parallel.cp", "every rank holds as many tokens of a sequence"
+)
+def _context_parallel(start: Start) -> str | None:
+    cp, seq_len = start.config.parallel.cp, start.config.seq_len
+    if cp <= 1 or seq_len < 1 or seq_len % cp == 0:
+        return None
+    degrees = either(around(cp, divisors(seq_len)))
+    return (
+        f"seq_len={seq_len} does not divide over parallel.cp={cp}: "
+        f"seq_len={either(multiples_around(seq_len, cp))} does, or parallel.cp={degrees}"
     )
 
 

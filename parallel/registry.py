@@ -43,6 +43,19 @@ class Entry:
     dtype: torch.dtype = torch.float32  # as it is stored; what computes in fewer bits are copies
     buffer: bool = False
     saved: bool = True  # in checkpoints; not so only of buffers that are not persistent
+    fused: tuple[int, tuple[int, ...]] | None = None  # several matrices in one: the dim along which, and their sizes
+
+    def matrices(self) -> tuple[Chunk, ...]:
+        """The chunks of the global tensor that are matrices of their own, such as the projections of a fused one."""
+        if self.fused is None:
+            return (whole(self.shape),)
+        (dim, sizes), start, found = self.fused, 0, []
+        for size in sizes:
+            offsets, shape = [0] * len(self.shape), list(self.shape)
+            offsets[dim], shape[dim] = start, size
+            found.append(Chunk(tuple(offsets), tuple(shape)))
+            start += size
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,13 @@ class Registry:
         replica, replicas = self._replica(name, held)
         return zlib.crc32(name.encode()) % replicas == replica
 
+    def counted_in_stage(self, name: str, held: LocalShard) -> bool:
+        """As `counted`, in sums over the ranks of this rank's pipeline stages: of a tied parameter both stages count
+        it."""
+        replica, replicas = self._replica(name, held)
+        replicas //= 2 if "ends" in self.entries[name].partial else 1
+        return zlib.crc32(name.encode()) % replicas == replica % replicas
+
     def _replica(self, name: str, held: LocalShard) -> tuple[int, int]:
         entry = self.entries[name]
         return entry.replica * held.replicas + held.replica, entry.replicas * held.replicas
@@ -120,16 +140,19 @@ class Registry:
 def entries_of(model: nn.Module) -> list[Entry]:
     """Entries of a model whose tensors this rank holds whole: parameters, tied ones once, then buffers.
 
-    A module may give the initial values of its parameters itself (`own_initial`, by their names within it).
+    A module may give the initial values of its parameters itself (`own_initial`, by their names within it). One whose
+    weights hold several matrices says so in `fused`: by a weight's name within it, the dim and the matrices' sizes.
 
     Raises ValueError for parameters of another dtype than float32: what computes in fewer bits are copies.
     """
     initial = getattr(model, "initial", None)
     roles: dict[nn.Parameter, Role] = {}
     added: dict[nn.Parameter, Normal | Constant] = {}
+    fused: dict[nn.Parameter, tuple[int, tuple[int, ...]]] = {}
     for module in model.modules():
         if (rule_of := getattr(module, "own_initial", None)) is not None:
             added |= {parameter: rule_of(name) for name, parameter in module.named_parameters(recurse=False)}
+        fused |= {module.get_parameter(name): parts for name, parts in getattr(module, "fused", {}).items()}
         role = Role.EMBEDDING if isinstance(module, nn.Embedding) else getattr(module, "role", None)
         for parameter in module.parameters(recurse=False):
             if isinstance(role, Role) and parameter.dim() > 1:
@@ -144,7 +167,8 @@ def entries_of(model: nn.Module) -> list[Entry]:
         rule = added.get(parameter)
         if rule is None and initial is not None:
             rule = initial(name)
-        entries.append(_whole(name, parameter, trainable=parameter.requires_grad, role=role, initial=rule))
+        record = {"role": role, "initial": rule, "fused": fused.get(parameter)}
+        entries.append(_whole(name, parameter, trainable=parameter.requires_grad, **record))
     saved = model.state_dict(keep_vars=True)
     entries += [
         _whole(name, buffer, trainable=False, role=Role.VECTOR, dtype=buffer.dtype, buffer=True, saved=name in saved)

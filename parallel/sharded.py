@@ -1,10 +1,10 @@
-"""Weights that are sharded over `dp_shard` by torch's `fully_shard`: ZeRO 1, 2 and 3.
+"""Weights that are sharded over `Layout.sharding` by torch's `fully_shard`: ZeRO 1, 2 and 3.
 
 The three stages differ in two switches: when gradients are reduce-scattered (after the last micro-batch, or after
 each) and when gathered parameters are freed (after the step's last backward, or after every use). What is gathered and
 reduced together is a unit: the embedding, each block, the head, and what is left. The units of the head and of what is
 left are used last in forward and first in backward, so they stay gathered in between at every stage. With
-`dp_replicate` > 1 shards are summed over the replicas once, on the last micro-batch. In a pipeline several
+several replicas shards are summed over them once, on the last micro-batch. In a pipeline several
 micro-batches are in flight at once, so there gathered parameters are kept until the step's last backward.
 """
 
@@ -66,14 +66,15 @@ class ShardedStrategy:
 
         self._parameters = dict(model.named_parameters())
         self.tensors = {name: _local(parameter) for name, parameter in self._parameters.items()}
-        at, layout = mesh.coordinate, mesh.layout
+        layout = mesh.layout
+        shard_number, replica = (layout.place(mesh.rank, axes) for axes in (layout.sharding, layout.replication))
         self.held = {}
         for name, tensor in self.tensors.items():
             # `fully_shard` cuts dim 0 as torch.chunk does: equal chunks, the last ones short or empty
-            chunk = -(-shapes[name][0] // layout.dp_shard)
-            start = min(chunk * at.dp_shard, shapes[name][0])
+            chunk = -(-shapes[name][0] // layout.shards)
+            start = min(chunk * shard_number, shapes[name][0])
             box = Chunk((start, *(0 for _ in shapes[name][1:])), tuple(tensor.shape))
-            self.held[name] = LocalShard((box,), at.dp_replicate, layout.dp_replicate)
+            self.held[name] = LocalShard((box,), replica, layout.replicas)
 
     def _set_prefetch(self, units: list[nn.Module]) -> None:
         """Gather the next unit while this one computes, in both directions."""

@@ -49,9 +49,10 @@ class Start:
     def dp(self) -> int | None:
         """The data-parallel degree, or None where the axes do not fit the ranks, which is refused by its own entry."""
         wanted = self.config.parallel
-        if min(self.world, wanted.tp, wanted.pp) < 1 or self.world % (wanted.tp * wanted.pp):
+        block = wanted.tp * wanted.pp * wanted.cp
+        if min(self.world, wanted.tp, wanted.pp, wanted.cp) < 1 or self.world % block:
             return None
-        return self.world // (wanted.tp * wanted.pp)
+        return self.world // block
 
     @property
     def layout(self) -> Layout | None:

@@ -117,6 +117,7 @@ def reduce_step(
     unequal_buffers: Tensor | None = None,
     tokens: Tensor | None = None,
     scalars: Mapping[str, Tensor] | None = None,
+    kinds: Mapping[str, Sequence[int]] | None = None,
 ) -> UpdateDecision:
     """Reduce one step's message over all ranks and compute the update's scalars from it.
 
@@ -124,21 +125,24 @@ def reduce_step(
     accumulated from losses multiplied by `loss_scale` (fp32 scalar) / nominal_count; `loss_sum` and `count`, which the
     sums are divided by, are float64 scalars, zero on ranks whose numbers another rank of the same replica reports.
     So are `tokens`, the number of valid tokens where that is not `count`, and the sums of the objective's `scalars`.
+    `kinds` are places in `gradients`; the norm of those of each kind, before clipping, becomes a scalar
+    `grad_norm.KIND`. All ranks name the same kinds.
     `unequal_buffers` (float64 scalar) is 1 on a rank whose persistent buffers are not those of the first, else 0.
     Each rank writes its seconds and its bytes to its own slots of the message and zeros to the others, so that a sum
     gathers all.
     """
     norms = torch._foreach_norm(list(gradients)) if gradients else []
-    squares = torch.stack(list(norms)).double().square().sum() if norms else torch.zeros_like(loss_sum)
+    squares = _squares(norms, loss_sum)
     world = mesh.layout.world
     of_ranks = [0.0] * (2 * world)
     of_ranks[mesh.rank], of_ranks[world + mesh.rank] = flags.work_seconds, flags.memory_bytes
     cast = torch.tensor([*(float(flag in flags.votes) for flag in ControlFlag), *of_ranks], dtype=torch.float64)
-    squares, cast = squares.to(loss_sum.device), cast.to(loss_sum.device, non_blocking=True)
+    cast = cast.to(loss_sum.device, non_blocking=True)
     unequal = torch.zeros_like(loss_sum) if unequal_buffers is None else unequal_buffers
     names = list(scalars or ())
     own = [] if tokens is None else [tokens]
-    further = [*own, *(scalars or {}).values()]
+    of_kinds = [_squares([norms[place] for place in places], loss_sum) for places in (kinds or {}).values()]
+    further = [*own, *(scalars or {}).values(), *of_kinds]
     message = torch.cat(
         [torch.stack([squares, loss_sum, count, unequal]), cast, *([torch.stack(further)] if further else [])]
     )
@@ -161,6 +165,13 @@ def reduce_step(
     overflowed = skipped * (torch.isfinite(loss) & ~torch.isfinite(grad_norm) & any_counted & (loss_scale > FLOOR))
     shown = sums[0] if own else count
     result = torch.stack([loss, grad_norm, shown, skipped, loss_scale.double(), overflowed])
-    values = torch.cat([result, message[3:], sums[len(own) :] / counted])
+    of_objective, of_kind = sums[len(own) : len(own) + len(names)], sums[len(own) + len(names) :]
+    values = torch.cat([result, message[3:], of_objective / counted, of_kind.sqrt() / accumulated])
     divisor = torch.where(sound, divisor, torch.ones_like(divisor)).float()
+    names += [f"grad_norm.{kind}" for kind in kinds or ()]
     return UpdateDecision(StepResult(values, names), divisor, skipped.float(), overflowed.float())
+
+
+def _squares(norms: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The sum of the squares of `norms`: a scalar as `like`, float64."""
+    return torch.stack(list(norms)).double().square().sum().to(like.device) if norms else torch.zeros_like(like)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from stoker.conf.limits import LIMITS
 from stoker.conf.overrides import parse
+from stoker.conf.ramp import ramp_of
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 
@@ -33,9 +34,11 @@ def settle_steps(
         return dataclasses.replace(config, tokens=None)
     if any(limit.broken(config) for limit in LIMITS):
         return config  # `validate` says what is wrong
-    per_step = config.batch.size * config.seq_len
+    ramp = ramp_of(config)
     if config.tokens is not None and (first or "tokens" in given):
-        steps = math.ceil(config.tokens / per_step)
+        rows = math.ceil(config.tokens / config.seq_len)
+        steps = ramp.steps_of(rows)
+        steps += ramp.rows_before(steps + 1) < rows
         what = f"tokens={config.tokens:g}"
     elif config.tokens is None and config.data.epochs is not None and (first or "data.epochs" in given):
         steps = _steps_of_epochs(config)
@@ -43,7 +46,8 @@ def settle_steps(
     else:
         return config
     if tell is not None:
-        tell(f"{what} makes steps={steps} of {config.batch.size} x {config.seq_len} tokens")
+        before = f"{ramp.size(1)} to " if config.batch.ramp else ""
+        tell(f"{what} makes steps={steps} of {before}{config.batch.size} x {config.seq_len} tokens")
     return dataclasses.replace(config, steps=steps)
 
 
@@ -61,9 +65,10 @@ def _steps_of_epochs(config: Config) -> int:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     assert rows is not None, "data.epochs is set"
-    if rows < config.batch.size:
+    ramp = ramp_of(config)
+    if rows < ramp.size(1):
         raise ConfigError(
             f"data.epochs={config.data.epochs} makes {rows} sequences of {config.seq_len} tokens, fewer than "
-            f"batch.size={config.batch.size}: lower batch.size or seq_len, or raise data.epochs"
+            f"batch.size={ramp.size(1)}: lower batch.size or seq_len, or raise data.epochs"
         )
-    return rows // config.batch.size
+    return ramp.steps_of(rows)

@@ -12,6 +12,7 @@ from stoker.parallel.engine import Engine
 from stoker.parallel.mesh import Mesh
 
 NAMES = {"validation": "val_loss", "train": "train_loss"}  # of the losses by split, in metrics.jsonl
+AVERAGED = "ema_val_loss"  # of the average of the weights
 
 
 @dataclass(frozen=True)

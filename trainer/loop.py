@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch.profiler import record_function
@@ -18,7 +18,7 @@ from stoker.parallel.mesh import Mesh
 from stoker.parallel.shards import Shard
 from stoker.parallel.tensor.low_rank import SLOT
 from stoker.parallel.update import ControlFlag, StepFlags
-from stoker.trainer.evaluation import Evaluated, Evaluation
+from stoker.trainer.evaluation import AVERAGED, Evaluated, Evaluation
 from stoker.trainer.facts import Facts
 from stoker.trainer.frozen_base import STATE, FrozenBase
 from stoker.trainer.memory import PeakMemory
@@ -87,8 +87,8 @@ class Trainer:
             with self.profiler.step(step) as profiled:
                 self.phase(step, Phase.DATA)
                 with record_function("stoker.data"):
+                    first_row = self.rows.row
                     rows = self.rows.next()
-                    first_row = self.rows.row - self.config.batch.size
                 self.phase(step, Phase.FORWARD_BACKWARD)
                 self.faults.inject(step)
                 with self.faults.in_passes():
@@ -306,9 +306,17 @@ class Trainer:
         if not self.evaluation.parts or not (last or (every > 0 and step % every == 0)):
             return None
         self.phase(step, Phase.EVALUATE)
-        if last:  # the run ends with it
-            return self.evaluation.losses(self.engine)
-        return self.evaluation.losses(self.engine, self._gives_up)
+        gives_up = self._ends_anyway if last else self._gives_up
+        found = self.evaluation.losses(self.engine, gives_up)
+        if found is None or self.config.optim.ema is None:
+            return found
+        self.checkpoints.await_staged()  # a snapshot in flight must not see the average
+        with self.engine.averaged():
+            averaged = self.evaluation.losses(self.engine, gives_up)
+        return None if averaged is None else replace(found, extra={**found.extra, AVERAGED: averaged.val_loss})
+
+    def _ends_anyway(self) -> bool:
+        return False
 
     def _gives_up(self) -> bool:
         """Whether any rank has a request to end; equal on all ranks. A collective."""

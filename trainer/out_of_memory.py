@@ -18,7 +18,7 @@ import torch
 
 from stoker.conf.reasons import root_cause
 from stoker.conf.schema import Config, ModelConfig
-from stoker.parallel.layout import Layout, batch_plan, layout_of
+from stoker.parallel.layout import OF_TOKENS, Layout, batch_plan, layout_of
 from stoker.trainer.memory import available_bytes
 
 MARGIN = 0.85  # share of the memory that an estimate may take
@@ -79,34 +79,35 @@ def need_of(config: Config, layout: Layout, parameters: int) -> Need:
     """What a rank of `layout` needs of its device for so many parameters, in the shape of the built-in decoder."""
     model, plan = config.model, batch_plan(config, layout)
     own = parameters / (layout.tp * layout.pp)  # of this rank's stages and shares of layers
-    shards = layout.dp_shard if layout.zero else 1
+    shards = layout.shards if layout.zero else 1
     compute = 4 if config.precision == "fp32" else 2
-    state = 8 if config.optim.name == "adamw" else 4
+    state = 8 if config.optim.name in ("adamw", "lamb") else 4
+    state += 4 if config.optim.ema is not None else 0
     block = own / max(1, model.num_hidden_layers // layout.pp)
     masters = 0.0 if config.parallel.offload != "none" else own / shards * (4 + state)
     copies = own * compute if layout.zero < 3 else 2 * block * compute  # gathered; under ZeRO 3 two blocks at a time
-    gradients = own * 4 / (shards if layout.zero >= 2 or layout.dp_shard == 1 else 1)
-    tokens = plan.micro_rows * config.seq_len
+    gradients = own * 4 / (shards if layout.zero >= 2 or layout.shards == 1 else 1)
+    tokens = plan.micro_rows * config.seq_len // layout.cp
     in_flight = min(plan.micro_batches, layout.pp) if layout.pp > 1 else 1
-    kept = _kept_per_token(config, model, compute, layout.tp)
+    kept = kept_per_token(config, model, compute, layout.tp, config.activation_checkpointing)
     layers = max(1, model.num_hidden_layers // layout.pp)
-    whole = _kept_per_token(dataclasses.replace(config, activation_checkpointing="none"), model, compute, layout.tp)
+    whole = kept_per_token(config, model, compute, layout.tp, "none")
     recomputed = 0.0 if config.activation_checkpointing == "none" else whole * tokens  # of one block at a time
     vocabulary = (model.vocab_size or 0) / layout.tp
     loss = min(model.loss_chunk, tokens) * vocabulary * (8 + compute) + vocabulary * model.hidden_size * 4
     return Need(masters + copies + gradients, kept * tokens * layers * in_flight + recomputed + loss)
 
 
-def _kept_per_token(config: Config, model: ModelConfig, compute: int, tp: int) -> float:
-    """Bytes that one block keeps of a token for the backward pass."""
+def kept_per_token(config: Config, model: ModelConfig, compute: int, tp: int, mode: str) -> float:
+    """Bytes that one block keeps of a token for the backward pass, with activation checkpointing in this `mode`."""
     width, heads = model.hidden_size, model.num_attention_heads
     head = model.head_dim or width // heads
     queries, keys = heads * head / tp, (model.num_key_value_heads or heads) * head / tp
     stream = width / (tp if config.parallel.sequence_parallel else 1)  # residuals and norms
-    if config.activation_checkpointing == "full":
+    if mode == "full":
         return compute * stream
     products = queries * 2 + keys * 2 + stream * 2 + 2 * model.intermediate_size / tp
-    if config.activation_checkpointing == "selective":
+    if mode == "selective":
         return compute * (products + stream)
     return compute * (products + 3 * stream + queries + keys + 2 * model.intermediate_size / tp)
 
@@ -134,7 +135,7 @@ def _changes(config: Config, world: int) -> Iterator[tuple[str, Config]]:
     plan = batch_plan(config, layout_of(config, world))
     smaller = [n for n in range(plan.micro_rows - 1, 0, -1) if plan.rank_rows % n == 0]
     modes = {"none": ("selective", "full"), "selective": ("full",)}.get(config.activation_checkpointing, ())
-    stages = range(config.parallel.zero + 1, 4) if layout_of(config, world).dp > 1 else ()
+    stages = range(config.parallel.zero + 1, 4) if layout_of(config, world).size(OF_TOKENS) > 1 else ()
 
     def with_(section: str | None, **values: object) -> Config:
         if section is None:

@@ -1,8 +1,8 @@
 """How a model is parallelized: from a config and a mesh to an engine with initialised weights.
 
-The order matters and is defined here only: adapters -> float8 -> stages (pipeline) -> tensor parallel -> fp32 modules
--> activation checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has sharded it, the model is on the
-meta device and takes no memory.
+The order matters and is defined here only: adapters -> float8 -> stages (pipeline) -> tensor parallel -> context
+parallel -> fp32 modules -> activation checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has
+sharded it, the model is on the meta device and takes no memory.
 """
 
 from __future__ import annotations
@@ -11,30 +11,34 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stoker.conf.schema import Config
-from stoker.models.adapters import Names, apply, plan_of
+from stoker.models.adapters import apply, plan_of
 from stoker.models.family import build_on_meta, family_of
+from stoker.models.float8 import NONE as NO_FLOAT8
+from stoker.models.float8 import compute_in_float8
 from stoker.models.objectives import objective_of
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.engine import Engine
 from stoker.parallel.fp32_modules import compute_in_fp32
 from stoker.parallel.gpu_clock import GpuClock
 from stoker.parallel.initialize import initialize
-from stoker.parallel.layout import BatchPlan
+from stoker.parallel.layout import BatchPlan, Layout
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import ParallelizableModel, Part, whole_model
 from stoker.parallel.native import build_native
 from stoker.parallel.objective import takes_targets
-from stoker.parallel.registry import Registry
+from stoker.parallel.registry import Registry, entries_of
+from stoker.parallel.rules.settings import unused_group
+from stoker.parallel.sequence import parallelize_sequence, sequence_axis
 from stoker.parallel.stages import costs_of, parts, stages_of
 from stoker.parallel.tensor import enable_async_tensor_parallelism, parallelize_tensors
-from stoker.parallel.tensor.float8 import float8_of, refuse_device, use_float8
+from stoker.parallel.tensor.float8 import float8_of, refuse_device
 from stoker.parallel.trial import Trial
 
 log = logging.getLogger(__name__)
@@ -43,11 +47,6 @@ log = logging.getLogger(__name__)
 NO_HEAD = (
     "needs the log-probability of each token, and model.target={} computes its loss by itself: a model that ends in "
     "stoker.models.loss.Head, as every built-in one does, returns them"
-)
-
-NO_FLOAT8 = (
-    "has no linear layer in its blocks that can compute in float8 (a multiple of 16 features, one that "
-    "adapters could take, and not in fp8.filter_fqns): precision=bf16 works"
 )
 
 FUSED_ATTENTION = (
@@ -69,10 +68,13 @@ def cut(config: Config, mesh: Mesh, plan: BatchPlan) -> Engine:
     return engine
 
 
-def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, Callable[[], None]]:
+def build_engine(
+    config: Config, mesh: Mesh, plan: BatchPlan, every: Sequence[Part] | None = None
+) -> tuple[Engine, Callable[[], None]]:
     """`parallelize` in two parts: an engine with uninitialised parameters, and a function that initialises them.
 
     A run that resumes from a checkpoint does not need them, and drawing them takes seconds per billion parameters.
+    `every` are the parts of all stages, in the order of the pipeline; a rehearsal leaves layers out of them.
     """
     build = part_builder(config)
     whole = build(whole_model(config.model.num_hidden_layers))
@@ -84,22 +86,32 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
         refuse_device(mesh.device)
         layers = sum(float8_of(module) is not None for module in whole.modules())
         if not layers:
-            raise ValueError(f"precision=fp8: {config.model.name} {NO_FLOAT8}")
+            raise ValueError(NO_FLOAT8.format(config.model.name))
         log.info("float8: %d linear layers, rowwise scales, %s", layers, _products(mesh.device))
     if not any(parameter.requires_grad for parameter in whole.parameters()):
         raise ValueError(f"model.target={config.model.target}: none of its parameters is trained")
+    trained_roles = {entry.name: entry.role for entry in entries_of(whole) if entry.trainable}
+    if (problem := unused_group(config.optim, trained_roles)) is not None:
+        raise ValueError(problem)
     objective = objective_of(config.objective)
-    if objective.per_token and not takes_targets(whole):
-        raise ValueError(f"objective={config.objective.name} {NO_HEAD.format(config.model.target)}")
+    if (objective.per_token or config.objective.z_loss) and not takes_targets(whole):
+        what = f"objective={config.objective.name}" if objective.per_token else "objective.z_loss"
+        raise ValueError(f"{what} {NO_HEAD.format(config.model.target)}")
+    if objective.per_token and mesh.layout.cp > 1:
+        raise ValueError(
+            f"objective.target={config.objective.target} takes log-probabilities of whole sequences, which "
+            f"parallel.cp={mesh.layout.cp} divides: parallel.cp=1 works"
+        )
     if objective.reference and config.adapter.name == "none":
         raise ValueError(
             f"objective.target={config.objective.target} needs the model without its adapter: adapter=lora"
         )
 
-    every = _parts(config, mesh, whole, build)
+    shortened = every is not None
+    every = every or parts_of(config, mesh.layout, whole, build)
     numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
-    stages = [build(every[n]) for n in numbers] if mesh.layout.pp > 1 else [whole]
-    trial = Trial(plan.micro_rows, config.seq_len, bool(config.data.document_mask))
+    stages = [build(every[n]) for n in numbers] if mesh.layout.pp > 1 or shortened else [whole]
+    trial = Trial(plan.micro_rows, config.seq_len // mesh.layout.cp, bool(config.data.document_mask))
     dtype = PRECISIONS[config.precision]
     activations = whole_activations = trial.activations(every, build, dtype)
     registry = _cut_tensors(config, mesh, stages)
@@ -112,6 +124,11 @@ def build_engine(config: Config, mesh: Mesh, plan: BatchPlan) -> tuple[Engine, C
             trial.refuse_open_regions(stage, registry, received, rebuild, whole_received)
     if mesh.layout.pp > 1:
         registry = _tie_stages(config, mesh, registry, stages)
+
+    sequence = sequence_axis(config, mesh)
+    if sequence is not None:
+        parallelize_sequence(whole, stages, sequence)
+        log.info("context parallel over %d ranks: %s", sequence.size, sequence.exchange)
 
     full = [compute_in_fp32(stage, config.fp32_modules, dtype) if config.fp32_modules else () for stage in stages]
     if config.fp32_modules:
@@ -171,33 +188,20 @@ def part_builder(config: Config) -> Callable[[Part], nn.Module]:
     if config.adapter.name != "none" or config.model.freeze:
         plan = plan_of(build(whole_model(config.model.num_hidden_layers)), config)
         build = _then(build, lambda part: apply(part, plan, config.adapter))
-    return _then(build, functools.partial(_in_float8, config)) if config.precision == "fp8" else build
+    return _then(build, lambda part: compute_in_float8(part, config)) if config.precision == "fp8" else build
 
 
 def _then(build: Callable[[Part], nn.Module], change: Callable[[nn.Module], nn.Module]) -> Callable[[Part], nn.Module]:
     return lambda part: change(build(part))
 
 
-def _in_float8(config: Config, part: nn.Module) -> nn.Module:
-    """`part` of a model, with the products of its blocks' linear layers in float8."""
-    names = Names(part, config)
-    inside = tuple(names.blocks.values())
-    patterns = config.fp8.filter_fqns
-    use_float8(
-        part,
-        lambda name: name.startswith(inside) and not any(names.matching(pattern, [name]) for pattern in patterns),
-        config.fp8.amax_floor,
-    )
-    return part
-
-
-def _parts(config: Config, mesh: Mesh, whole: nn.Module, build: Callable[[Part], nn.Module]) -> list[Part]:
+def parts_of(config: Config, layout: Layout, whole: nn.Module, build: Callable[[Part], nn.Module]) -> list[Part]:
     """The parts of all stages, in the order of the pipeline."""
-    if mesh.layout.pp == 1:
+    if layout.pp == 1:
         return [whole_model(config.model.num_hidden_layers)]
     cost = functools.partial(family_of(config.model).layer_cost, config.model)
     costs = costs_of(_parallelizable(whole), build, cost)
-    every = parts(costs, mesh.layout.pp * config.parallel.stages_per_rank)
+    every = parts(costs, layout.pp * config.parallel.stages_per_rank)
     spans = ", ".join(f"{part.layers.start}-{part.layers.stop - 1}" for part in every)
     log.info("pipeline: %s, layers of the stages: %s", config.parallel.schedule, spans)
     return every

@@ -42,6 +42,33 @@ def _warmup(start: Start) -> str | None:
 
 
 @REFUSALS.entry(
+    "settings of other schedules",
+    "schedule.decays or decay_shape without wsd, decays outside its stable part, schedule.cycle_steps with other "
+    "schedules than cosine and linear, cycle_growth without cycle_steps",
+    "no effect",
+)
+def _of_other_schedules(start: Start) -> str | None:
+    schedule = start.config.schedule
+    total = start.config.steps if schedule.total_steps is None else schedule.total_steps
+    if schedule.name != "wsd" and (schedule.decays or schedule.decay_shape != "linear"):
+        key = "decays" if schedule.decays else "decay_shape"
+        return f"schedule.{key} with schedule={schedule.name}: schedule=wsd has decays"
+    if schedule.name not in ("cosine", "linear") and schedule.cycle_steps is not None:
+        return f"schedule.cycle_steps with schedule={schedule.name}: schedule=cosine has cycles, and schedule=linear"
+    if schedule.cycle_steps is None and schedule.cycle_growth != 1.0:
+        return (
+            f"schedule.cycle_growth={schedule.cycle_growth} without schedule.cycle_steps: set the first cycle's steps"
+        )
+    last = round(total * (1 - schedule.decay_fraction))
+    if schedule.decays and not schedule.warmup_steps < schedule.decays[0][0] <= schedule.decays[-1][1] <= last:
+        return (
+            f"schedule.decays={schedule.decays}: a decay before the final one is after the warmup and by step {last}, "
+            f"such as [[{schedule.warmup_steps + 1},{last}]]"
+        )
+    return None
+
+
+@REFUSALS.entry(
     "evaluation", "eval.every with eval.sequences=0, or eval.sequences with data.validation=0", "it evaluates nothing"
 )
 def _evaluation(start: Start) -> str | None:

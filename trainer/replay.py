@@ -122,8 +122,8 @@ def _replay(
     config, from_step, step_log = trainer.config, trainer.progress.step, trainer.step_log()
     progress(from_step, step)
     for number in trainer.steps(step):
+        first_row = trainer.rows.row
         rows = trainer.rows.next()
-        first_row = trainer.rows.row - config.batch.size
         wanted = number == step
         weights = _not_finite(trainer, gradients=False) if wanted else []
         watch = FirstNotFinite() if wanted else None
@@ -135,7 +135,7 @@ def _replay(
         if watch is not None:
             agreed = result.read()
             return Replayed(
-                step, from_step, first_row, config.batch.size, agreed.loss, agreed.grad_norm,
+                step, from_step, first_row, trainer.rows.row - first_row, agreed.loss, agreed.grad_norm,
                 weights, watch.output, watch.gradient, parameters,
             )  # fmt: skip
         step_log.enter(number, lr, result, None, {})

@@ -28,12 +28,12 @@ def arithmetic_of(config: Config, device: str, devices: int) -> Arithmetic | Non
 
     Operations are those that published utilisations count (`Family.flops_per_token`), of all positions of the rows:
     what is recomputed is not counted. None where the count does not hold (adapters, frozen parameters, objectives other
-    than the next token) and where the peak of the device in the dtype of `precision` is not known.
+    than the next token, a batch that grows) and where the peak of the device in the dtype of `precision` is not known.
     """
     known = device_called(device)
     peak = None if known is None else known.peak(config.precision)
     plain = config.objective.name == "next_token" and config.objective.target is None
-    if peak is None or not plain or config.adapter.name != "none" or config.model.freeze:
+    if peak is None or not plain or config.batch.ramp or config.adapter.name != "none" or config.model.freeze:
         return None
     return Arithmetic(step_flops(config, parameters_of(config)) / devices, peak * 1e12)
 

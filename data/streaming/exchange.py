@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from stoker.parallel.layout import OF_ONE_MODEL
 from stoker.parallel.mesh import Mesh
 
 
@@ -54,7 +55,7 @@ class Ranks:
     def __init__(self, mesh: Mesh) -> None:
         """A collective: it makes the groups."""
         layout = mesh.layout
-        self._peers = layout.groups("pp", "tp")  # each model-parallel group, in rank order; the first rank reads
+        self._peers = layout.groups(*OF_ONE_MODEL)  # each model-parallel group, in rank order; the first rank reads
         readers = sorted((peers[0] for peers in self._peers), key=layout.dp_rank)
         mine = next(peers for peers in self._peers if mesh.rank in peers)
         self.reads = mesh.rank == mine[0]

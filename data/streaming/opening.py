@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from stoker.conf.ramp import unit_rows
 from stoker.conf.schema import Config, DataConfig
 from stoker.conf.targets import import_target
 from stoker.data.cache import cache_root
@@ -64,7 +65,7 @@ def open_sources(config: Config, tokenizer: Tokenizer) -> tuple[list[ShuffleWind
             raise ValueError(f"data.sources.{spec.name} needs a weight: with data.mode=streaming its size is not known")
     windows = [open_windows(spec.config, seed, tokenizer, spec.epochs) for spec in specs]
     wanted = wanted_weights(data, specs, [1] * len(specs))
-    return windows, StreamMixture(wanted, config.batch.size)
+    return windows, StreamMixture(wanted, unit_rows(config))
 
 
 def open_streams(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> StreamingLoader:
@@ -97,7 +98,7 @@ def _stream(
     return StreamingLoader(
         windows,
         Shape(data.streams, data.assign_every, Packing(data.packing, config.seq_len)),
-        config.batch.size,
+        unit_rows(config),
         document_mask=data.packing == "best_fit" if data.document_mask is None else data.document_mask,
         store=open_store(data),
         mixture=mixture,

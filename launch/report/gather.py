@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from stoker.launch.inspect import run_at
 from stoker.trainer.report.curves import Curves
 from stoker.trainer.report.goodput import BOOKS, Account, accounts
 from stoker.trainer.report.metrics import steps
+from stoker.trainer.report.predicted import Measured, Predicted, beside, read_predicted
 from stoker.trainer.report.summary import History
 from stoker.trainer.runtime.outcome import Beginning, Ending, read_beginning, read_ending
 from stoker.trainer.runtime.process import Stamp, read_stamps
@@ -71,6 +73,7 @@ class Gathered:
     accounts: list[Account]
     checkpoints: list[Summary]
     alive: Stamp | None
+    planned: list[dict[str, Any]]  # of the newest attempt, if `stoker plan --run` was there: predicted and measured
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -119,11 +122,12 @@ def gather(path: str, now: float | None = None) -> Gathered:
             return otherwise
 
     config = reading("config", lambda: read_config(run), None)
-    watch = _Watch()
-    history = reading("metrics", lambda: History(watch.over(steps(run.metrics))), History([]))
-    alive = reading("progress stamps", lambda: living(run), None)
     none: list[int] = []
     numbers = reading("attempts", run.attempt_numbers, none)
+    predicted, measured = _predicted(run, numbers[-1], reading) if numbers else (None, Measured(0))
+    watch = _Watch(measured)
+    history = reading("metrics", lambda: History(watch.over(steps(run.metrics))), History([]))
+    alive = reading("progress stamps", lambda: living(run), None)
     attempts = [_attempt(run, number, reading, alive is not None and number == numbers[-1]) for number in numbers]
     moment = (time.time() if now is None else now) if alive is not None else None
     return Gathered(
@@ -138,8 +142,18 @@ def gather(path: str, now: float | None = None) -> Gathered:
         accounts=reading("books of seconds", lambda: accounts(run, moment), []),
         checkpoints=reading("checkpoints", lambda: describe(run.checkpoints), []),
         alive=alive,
+        planned=[] if predicted is None else beside(predicted, measured),
         problems=problems,
     )
+
+
+def _predicted(run: RunDirectory, number: int, reading: Callable[..., Any]) -> tuple[Predicted | None, Measured]:
+    """What was predicted of an attempt, and where its measured figures are to come."""
+    predicted: Predicted | None = reading(f"plan of attempt {number}", lambda: read_predicted(run, number), None)
+    beginning: Beginning | None = None
+    with suppress(ValueError, OSError):  # listed with the attempts
+        beginning = read_beginning(run, number)
+    return predicted, Measured(0 if beginning is None else beginning.from_step)
 
 
 def _attempt(run: RunDirectory, number: int, reading: Callable[..., Any], running: bool) -> Attempt:
@@ -158,7 +172,8 @@ def _attempt(run: RunDirectory, number: int, reading: Callable[..., Any], runnin
 class _Watch:
     """What a report needs of the steps beside `History`, taken as they pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, measured: Measured) -> None:
+        self._measured = measured
         self.curves = Curves()
         self.saves: list[dict[str, float]] = []
         self.best: tuple[int, float] | None = None
@@ -166,6 +181,7 @@ class _Watch:
     def over(self, steps: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for step in steps:
             self.curves.add(step)
+            self._measured.add(step)
             if type(step.get("checkpoint_step")) is int:
                 found = {key: step[key] for key in SAVE_METRICS if type(step.get(key)) in (int, float)}
                 self.saves.append(found)

@@ -73,6 +73,7 @@ def _run(run: Gathered) -> dict[str, Any]:
             for attempt in run.attempts
         ],
         "accounts": [dataclasses.asdict(account) for account in run.accounts],
+        "plan_against_measured": run.planned,
         "checkpoints": [dataclasses.asdict(summary) for summary in run.checkpoints],
         "saves": run.saves,
         "curves": {metric: _points(curve) for metric, curve in run.curves.by_metric.items()},

@@ -13,6 +13,7 @@ from stoker.launch.report.gather import Gathered, config_differences
 from stoker.launch.report.svg import short
 from stoker.trainer.report.breakdown import OVER_RANKS
 from stoker.trainer.report.goodput import BOOKS
+from stoker.trainer.report.predicted import COLUMNS, cells
 from stoker.trainer.report.progress import brief, duration, size
 from stoker.trainer.report.summary import marks_of
 
@@ -36,7 +37,7 @@ def tables(runs: list[Gathered]) -> list[Table]:
     found = [_results(runs), _config_table(runs)]
     for run in runs:
         of = f" of {run.name}" if len(runs) > 1 else ""
-        own = [_attempts(run), _seconds(run), _phases(run), _bad_steps(run)]
+        own = [_attempts(run), _planned(run), _seconds(run), _phases(run), _bad_steps(run)]
         own += [_checkpoints(run), _saves(run), _data(run), _whole(run)]
         for table in own:
             table.title += of
@@ -120,6 +121,11 @@ def _attempts(run: Gathered) -> Table:
         rows.append([*row, on, attempt.outcome, attempt.message])
     columns = ["attempt", "began", "from step", "ended", "step", "ranks", "on", "outcome", "why"]
     return Table("Attempts", columns, rows, numbers=False)
+
+
+def _planned(run: Gathered) -> Table:
+    note = "of the newest attempt, as `stoker plan --run` predicted it; medians of steps"
+    return Table("Plan against measured", [*COLUMNS], [cells(row) for row in run.planned], note)
 
 
 def _seconds(run: Gathered) -> Table:

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from stoker.conf.schema import ObjectiveConfig
 from stoker.conf.targets import import_target
 from stoker.models.objectives.preference import FORMULAS, Preference
-from stoker.parallel.objective import NEXT_TOKEN, Objective
+from stoker.parallel.objective import NEXT_TOKEN, NextToken, Objective
 
 # The keys of the config that each uses.
-USES = {"next_token": (), **{name: formula.uses for name, formula in FORMULAS.items()}}
+USES = {"next_token": ("z_loss",), **{name: formula.uses for name, formula in FORMULAS.items()}}
 
 
 def objective_of(config: ObjectiveConfig) -> Objective:
@@ -23,5 +23,5 @@ def objective_of(config: ObjectiveConfig) -> Objective:
         build: Callable[[ObjectiveConfig], Objective] = import_target(config.target)
         return build(config)
     if config.name == "next_token":
-        return NEXT_TOKEN
+        return NextToken(config.z_loss) if config.z_loss else NEXT_TOKEN
     return Preference(FORMULAS[config.name], config)

@@ -26,6 +26,21 @@ def _unused(start: Start) -> str | None:
     )
 
 
+@REFUSALS.entry(
+    "objectives of whole answers",
+    "parallel.cp above 1 with an objective that compares answers",
+    "an answer's tokens are on several ranks, and the objective needs their sum",
+)
+def _of_answers(start: Start) -> str | None:
+    objective, cp = start.config.objective, start.config.parallel.cp
+    if objective.target is not None or objective.name not in FORMULAS or cp <= 1:
+        return None
+    return (
+        f"objective={objective.name} with parallel.cp={cp}: answers are compared by the sum over all their tokens, "
+        "which several ranks hold: parallel.cp=1 works"
+    )
+
+
 def _settings(keys: list[str], objective: ObjectiveConfig) -> str:
     return " and ".join(f"objective.{key}={getattr(objective, key)}" for key in keys)
 

@@ -16,10 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stoker.models.gathered_attention import Places, attend_to_all, rank_order
+from stoker.parallel.sequence import SequenceAxis
+
 ATTENTION = EXPERTS = "stoker"  # their names in transformers' registries
 
 _documents: Tensor | None = None  # of the forward pass that runs now, int32 [rows, tokens]
 _called: Callable[[], None] | None = None
+_places: Places | None = None  # of its tokens, where ranks share sequences
+AXIS = "stoker_sequence"  # attribute of a module whose ranks share sequences: its axis
 
 # Keyword arguments of layers that reach the function and mean nothing to it
 _WITHOUT_MEANING = {
@@ -42,26 +47,29 @@ def registered() -> None:
 
 
 @contextlib.contextmanager
-def masks_of_documents(documents: Tensor | None, called: Callable[[], None] | None = None) -> Iterator[None]:
+def masks_of_documents(
+    documents: Tensor | None, called: Callable[[], None] | None = None, places: Places | None = None
+) -> Iterator[None]:
     """Masks that transformers' models make in here keep attention inside `documents`, int32 `[rows, tokens]`.
 
-    `called` is called at each use of `attend`.
+    `called` is called at each use of `attend`. Where ranks share sequences, the masks are of this rank's queries by the
+    keys of all ranks, rank after rank, at their `places`.
     """
     from transformers import masking_utils
 
-    global _documents, _called
-    before = _documents, _called
+    global _documents, _called, _places
+    before = _documents, _called, _places
     masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
     eager, packed = masks["eager"], masking_utils.find_packed_sequence_indices
     masks["eager"] = additive_mask  # for classes with attention of their own
     # transformers would infer documents from positions that start again, which it cannot do on the meta device
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    _documents, _called = documents, called
+    _documents, _called, _places = documents, called, places
     try:
         yield
     finally:
         masks["eager"], masking_utils.find_packed_sequence_indices = eager, packed
-        _documents, _called = before
+        _documents, _called, _places = before
 
 
 def compute_experts(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -96,6 +104,10 @@ def additive_mask(
     if attention_mask is not None or use_vmap:
         raise ValueError("attention by a padding mask, or by a mask rule of the model's own, is not supported")
     assert mask_function is not None
+    if _places is not None:
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        seen, keys = _places.own[:, :, None], _places.every[:, None]
+        return _added(mask_function(zero, zero, seen, keys) & (keys >= _places.first[:, :, None]), dtype)
     whole = local_size is None or local_size >= kv_length
     plain = getattr(mask_function, "__name__", "") == "causal_mask_function" or local_size is not None
     if (
@@ -113,7 +125,12 @@ def additive_mask(
     allowed = mask_function(zero, zero, queries, keys)[None]
     if _documents is not None:
         allowed = allowed & (_documents[:, :, None] == _documents[:, None, :])
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+    return _added(allowed, dtype)
+
+
+def _added(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores, from which queries see which keys: bool `[rows, queries, keys]`."""
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
@@ -138,6 +155,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: `[rows, heads, tokens, head_dim]` to `[rows, tokens, heads, head_dim]`.
 
+    Of this rank's tokens where ranks share sequences (the attribute AXIS of `module`).
+
     `key` and `value` have as many heads as this rank holds. `softcap` bounds the scores, `s_aux` (`[heads]`) are sinks:
     scores of keys without values. A window is in the mask already. Raises ValueError for what is none of these.
     """
@@ -148,6 +167,30 @@ def attend(
         what = strange[0] if strange else "dropout" if dropout else "attention that is not causal"
         raise ValueError(f"{type(module).__name__}: its attention takes {what}, which is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    axis: SequenceAxis | None = getattr(module, AXIS, None)
+    if axis is None:
+        return _attention(query, key, value, attention_mask, scale, softcap, s_aux), None
+    rows, _, tokens, _ = query.shape
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *sinks: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return _attention(q, k, v, attention_mask, scale, softcap, sinks[0] if sinks else None)
+
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    source = rank_order(rows, tokens, axis, query.device)
+    return attend_to_all(q, k, v, source, axis, kernel, *([] if s_aux is None else [s_aux])), None
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """`attend` over the keys it is given."""
     if softcap is None and s_aux is None:
         out = F.scaled_dot_product_attention(
             query,
@@ -158,7 +201,7 @@ def attend(
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return out.transpose(1, 2).contiguous(), None
+        return out.transpose(1, 2).contiguous()
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * scale
@@ -175,4 +218,4 @@ def attend(
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     if s_aux is not None:
         weights = weights[..., :-1]
-    return (weights @ value).transpose(1, 2).contiguous(), None
+    return (weights @ value).transpose(1, 2).contiguous()

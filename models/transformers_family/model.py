@@ -17,16 +17,21 @@ from torch import Tensor, nn
 
 from stoker.conf.schema import ModelConfig
 from stoker.models.cache import Cache
+from stoker.models.gathered_attention import places_of
 from stoker.models.loss import Head, Rule
 from stoker.models.transformers_family.anatomy import Anatomy, anatomy, causal_model
-from stoker.models.transformers_family.attention import masks_of_documents
+from stoker.models.transformers_family.attention import AXIS, masks_of_documents
 from stoker.models.transformers_family.initial import buffers_only, copy_buffers
 from stoker.models.transformers_family.tensors import prepare
 from stoker.parallel.model import Constant, Normal, Part, whole_model
+from stoker.parallel.sequence import SequenceLayer
 
 
-class TransformersModel(nn.Module):
-    """A `stoker.parallel.model.ParallelizableModel` whose parameters have transformers' names."""
+class TransformersModel(SequenceLayer):
+    """A `stoker.parallel.model.ParallelizableModel` whose parameters have transformers' names.
+
+    Its tokens meet in the attention that is registered with transformers: `refusals` leaves no other layer to them.
+    """
 
     def __init__(self, config: ModelConfig, part: Part, values: dict[str, Any]) -> None:
         super().__init__()
@@ -82,8 +87,12 @@ class TransformersModel(nn.Module):
             given["input_ids"] = x
         else:
             given["inputs_embeds"] = self._received.value = x.view(*positions.shape, -1)
+        axis = self.sequence
+        places = None if axis is None else places_of(positions, documents, axis)
+        for module in self.modules() if axis is not None else ():
+            setattr(module, AXIS, axis)  # where the registered attention finds it, in backward too
         try:
-            with masks_of_documents(documents):
+            with masks_of_documents(documents, places=places):
                 out = self.get_submodule(self.anatomy.base)(use_cache=False, **given)[0]
             if not self.part.head:
                 out = self._result.value

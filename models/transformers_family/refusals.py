@@ -205,6 +205,28 @@ def _tensor_parallel(start: Start) -> str | None:
     return None
 
 
+@REFUSALS.entry(
+    "context parallelism of a model of transformers",
+    "parallel.cp above 1 with layers that mix tokens by something else than the registered attention, with a body that "
+    "takes no positions, or with parallel.context=ulysses",
+    "tokens of a sequence are on several ranks, and meet in that attention only, which gathers keys and values",
+)
+def _context_parallel(start: Start) -> str | None:
+    found, parallel = _found(start), start.config.parallel
+    if found is None or parallel.cp <= 1:
+        return None
+    if found[1].mixers:
+        return f"parallel.cp={parallel.cp}: tokens meet in {found[1].mixers}: parallel.cp=1 works"
+    if not found[1].positions:
+        return f"parallel.cp={parallel.cp}: the model takes no positions of tokens: parallel.cp=1 works"
+    if parallel.context != "gather":
+        return (
+            f"parallel.context={parallel.context} with a model of transformers: parallel.context=gather works, or "
+            "parallel.cp=1"
+        )
+    return None
+
+
 def _with_causal(values: dict[str, Any], use: Callable[[Any], Any]) -> str:
     with torch.device("meta"):
         causal = causal_model(values)

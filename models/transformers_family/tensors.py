@@ -219,10 +219,14 @@ def _row(module: Any, name: str, config: Any, own: Mapping[str, str]) -> None:
 
 def _packed(module: Any, name: str, config: Any, own: Mapping[str, str]) -> None:
     _linear(_PackedColumn, module, name, 1)
+    module.fused = {"weight": (0, (module.out_features // module.packed,) * module.packed)}
 
 
 def _gathered(module: Any, name: str, config: Any, own: Mapping[str, str]) -> None:
     _linear(_GatheredColumn, module, name, 1)
+    sizes = _fused_sizes(name, config)
+    if sum(sizes) == module.out_features:
+        module.fused = {"weight": (0, sizes)}
 
 
 def _split(module: Any, name: str, config: Any, own: Mapping[str, str]) -> None:
@@ -249,6 +253,8 @@ def _column_conv1d(module: Any, name: str, config: Any, own: Mapping[str, str], 
     unit = _unit(name, module.nf // packed, config)
     _mix_in(module, ColumnConv1D)
     module.unit, module.packed = unit, packed
+    if packed > 1:
+        module.fused = {"weight": (1, (module.nf // packed,) * packed)}
 
 
 def _fused_conv1d(module: Any, name: str, config: Any, own: Mapping[str, str]) -> None:
@@ -287,6 +293,18 @@ _STYLES: dict[str, Callable[[Any, str, Any, Mapping[str, str]], None]] = {
     "counted_heads": _counted_heads,
     "fused_heads": _fused_heads,
 }
+
+
+def _fused_sizes(name: str, config: Any) -> tuple[int, ...]:
+    """The output features of each projection in a fused one that a model splits itself; none if it is not known."""
+    if name.endswith(".gate_up_proj"):
+        return (config.intermediate_size, config.intermediate_size)
+    if name.endswith(".qkv_proj"):
+        heads, width = config.num_attention_heads, config.hidden_size
+        head = getattr(config, "head_dim", None) or width // heads
+        kv = getattr(config, "num_key_value_heads", None) or heads
+        return (heads * head, kv * head, kv * head)
+    return ()
 
 
 def _unit(name: str, features: int, config: Any) -> int:

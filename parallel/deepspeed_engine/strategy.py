@@ -33,7 +33,7 @@ from stoker.parallel.deepspeed_engine.swapping import (
 )
 from stoker.parallel.deepspeed_engine.unit import MeshUnit
 from stoker.parallel.dtypes import PRECISIONS
-from stoker.parallel.layout import BatchPlan
+from stoker.parallel.layout import OF_TOKENS, BatchPlan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.mmap_offload import offloaded
 from stoker.parallel.model import ParallelizableModel
@@ -82,16 +82,17 @@ class DeepSpeedStrategy:
             self._partitions = FlatBf16Partitions(engine, ranks)
         else:
             self._partitions = FlatPartitions(engine.optimizer, reduces=not pipelined)
-        self._replicate = mesh.group("dp_replicate")
+        self._replicate = mesh.group("replicas")
 
-        at, layout = mesh.coordinate, mesh.layout
+        layout = mesh.layout
+        replica = layout.place(mesh.rank, layout.replication)
         self._names = {id(parameter): name for name, parameter in named.items()}
         fragments = {self._names[id(part.parameter)]: part for part in self._partitions.fragments()}
         self._frozen: list[tuple[Tensor, Tensor]] = []  # fp32 and what is computed with
         self.tensors: dict[str, Tensor] = {}
         self.held: dict[str, LocalShard] = {}
         for name, parameter in named.items():
-            part, copies, copy = fragments.get(name), layout.dp_replicate, at.dp_replicate
+            part, copies, copy = fragments.get(name), layout.replicas, replica
             if part is not None:
                 start, tensor = part.start, part.master
             elif parameter.requires_grad:  # all of it is on other ranks
@@ -103,7 +104,7 @@ class DeepSpeedStrategy:
                     tensor = self._keep_frozen(parameter.ds_tensor.data[:count])  # type: ignore[attr-defined]
             else:
                 start, tensor = 0, self._keep_frozen(parameter.detach().view(-1))
-                copies, copy = layout.dp, at.dp_replicate * layout.dp_shard + at.dp_shard
+                copies, copy = layout.size(OF_TOKENS), layout.place(mesh.rank, OF_TOKENS)
             self.tensors[name] = tensor
             self.held[name] = LocalShard(flat_range(shapes[name], start, start + tensor.numel()), copy, copies)
 

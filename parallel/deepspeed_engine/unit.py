@@ -30,13 +30,13 @@ class ModelParallelUnit(Protocol):
 
 
 class MeshUnit:
-    """`ModelParallelUnit` over a mesh: data parallel is the axis that ZeRO shards over, model parallel is tp.
+    """`ModelParallelUnit` over a mesh: data parallel are the axes that ZeRO shards over, model parallel is tp.
 
     A collective: an axis of size 1 gets a group too, because DeepSpeed takes None for all ranks.
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._shard = mesh.group("dp_shard") or mesh.self_group()
+        self._shard = mesh.group("shards") or mesh.self_group()
         self._tensor = mesh.group("tp") or mesh.self_group()
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:

@@ -1,18 +1,17 @@
 """Products of linear layers in float8, as a property of a layer: nothing is swapped, weights are stored as before.
 
 A row of each operand has a scale of its own, taken from the row as it is (dynamic scaling), so that no token and no
-output feature depends on another: rows of a batch, and ranks that share them, change nothing. The gradient of the weight is
-a sum over tokens and stays in the compute dtype (torchao's recipe `rowwise_with_gw_hp`; for the format: Micikevicius
-et al. 2022, FP8 formats for deep learning; e4m3 everywhere, as in DeepSeek-V3, section 3.3). Scales are powers of two:
-rounding is that of three bits of mantissa whatever the scale is, but for values 2^-14 of the largest of their row, so
-that a layout which cuts rows changes only these.
+output feature depends on another: rows of a batch, and ranks that share them, change nothing. The gradient of the
+weight is a sum over tokens and stays in the compute dtype (torchao's recipe `rowwise_with_gw_hp`; for the format:
+Micikevicius et al. 2022, FP8 formats for deep learning; e4m3 everywhere, as in DeepSeek-V3, section 3.3). Scales are
+powers of two: rounding is that of three bits of mantissa whatever the scale is, but for values 2^-14 of the largest of
+their row, so that a layout which cuts rows changes only these.
 
 CPUs have no such product: there the operands are rounded in the same way and multiplied in the compute dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 UNIT = 16  # features that the kernels take at a time
-SLOT = "float8"  # the attribute of a linear layer that computes in float8
+SLOT = "float8"  # the attribute of a linear layer that computes in float8: a `Float8`
 DTYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(DTYPE).max
 CAPABILITY = (8, 9)  # the least of a GPU whose tensor cores take float8
@@ -32,25 +31,6 @@ class Float8:
     """How a layer computes: `floor` is the least value that a row's scale is taken from."""
 
     floor: float
-
-
-def use_float8(model: nn.Module, wanted: Callable[[str], bool], floor: float) -> list[str]:
-    """Linear layers of `model` whose names are `wanted` compute in float8; the names of those that do.
-
-    Layers with a number of features that is no multiple of 16 stay as they are. Call it before the model is cut.
-    """
-    from stoker.parallel.tensor.low_rank import AdaptedLinear, takes_adapters
-
-    found = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear) or not wanted(name) or not takes_adapters(layer):
-            continue
-        if layer.in_features % UNIT == 0 and layer.out_features % UNIT == 0:
-            if type(layer) is nn.Linear:
-                layer.__class__ = AdaptedLinear
-            setattr(layer, SLOT, Float8(floor))
-            found.append(name)
-    return found
 
 
 def check_share(layer: nn.Linear, features: int) -> None:

@@ -68,7 +68,8 @@ def all_gather(x: Tensor, group_name: str, size: int) -> Tensor:
     return collectives.wait_tensor(collectives.all_gather_into_tensor(x.contiguous(), size, group_name))
 
 
-def _reduce_scatter(x: Tensor, group_name: str, size: int) -> Tensor:
+def reduce_scatter(x: Tensor, group_name: str, size: int) -> Tensor:
+    """This rank's part along dim 0 of the sum of `x` over the ranks."""
     collectives, x = torch.ops._c10d_functional, x.contiguous()
     if not x.is_cpu:
         return collectives.wait_tensor(collectives.reduce_scatter_tensor(x, "sum", size, group_name))
@@ -91,14 +92,14 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _reduce_scatter(gradient, ctx.group_name, ctx.size), None, None
+        return reduce_scatter(gradient, ctx.group_name, ctx.size), None, None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group_name: str, size: int) -> Tensor:
         ctx.group_name, ctx.size, ctx.border = group_name, size, LEAVES
-        return _reduce_scatter(x, group_name, size)
+        return reduce_scatter(x, group_name, size)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

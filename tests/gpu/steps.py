@@ -19,7 +19,7 @@ from stoker.parallel.engine import Engine
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import Mesh, start_mesh, stop_mesh
 from stoker.parallel.shards import GRADIENT
-from stoker.parallel.tensor.float8 import refuse_device, use_float8
+from stoker.parallel.tensor.float8 import SLOT, Float8, refuse_device
 from stoker.parallel.tensor.layers import ColumnLinear
 from stoker.trainer.parallelize import cut
 from tests import world
@@ -246,7 +246,7 @@ def products_in_float8(device: str, _: Path) -> dict[str, Any]:
     size = 4096 if device == "cuda" else 256
     x, weight = (torch.randn(size, size, generator=torch.Generator().manual_seed(n)).to(torch.bfloat16) for n in (1, 2))
     layer = ColumnLinear(size, size, bias=False)
-    use_float8(torch.nn.ModuleDict({"q": layer}), lambda _: True, 1e-12)
+    setattr(layer, SLOT, Float8(1e-12))
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     emulated = layer(x)
     layer, x = layer.to(place), x.to(place)

@@ -51,7 +51,7 @@ def test_the_mask_is_made_once_per_micro_batch(monkeypatch: pytest.MonkeyPatch) 
         made.append(1)
         return document_mask(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("stoker.models.decoder.document_mask", counting)
+    monkeypatch.setattr("stoker.models.attention.document_mask", counting)
     config = shape()
     tokens, positions, _ = rows(config)
     decoder(config)(tokens, positions, DOCUMENTS)

@@ -140,3 +140,22 @@ def test_the_head_gives_what_targets_ask_for() -> None:
         head(hidden, Targets(rows, weights.view(2, 6))), summed_loss(hidden, head.weight, labels, 8, weights=weights)
     )
     assert torch.equal(head(hidden, Targets(rows, per_token=True)), log_probabilities(hidden, head.weight, labels, 8))
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_the_square_of_the_normalisers_logarithm_is_added_to_each_labels_loss(chunk: int) -> None:
+    hidden, weight, labels = inputs(40, dtype=torch.float32)
+    squares = (hidden.double() @ weight.double().T).logsumexp(-1)[labels != IGNORE_INDEX].square()
+    expected = whole_loss(hidden, weight, labels) + 0.1 * squares.sum()
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    loss = summed_loss(hidden, weight, labels, chunk, z_loss=0.1)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(summed_loss(hidden, weight, labels, chunk, z_loss=0.1), loss.detach())
+    head = Head(torch.nn.Parameter(weight.detach()), chunk)
+    training = head(hidden.detach(), Targets(labels, z_loss=0.1)).detach()
+    assert training.item() > float(head.eval()(hidden.detach(), Targets(labels, z_loss=0.1)).detach()), (
+        "evaluation leaves it out"
+    )

@@ -23,7 +23,7 @@ from stoker.trainer.validate import validate
 from tests import world
 from tests.extent import some
 from tests.models import transformers_classes as classes
-from tests.models.transformers_classes import CLASSES, LAYOUTS, LENGTH
+from tests.models.transformers_classes import CLASSES, LAYOUTS, LENGTH, SHARING
 from tests.models.transformers_table import row, table_markdown
 
 SHARDED = LAYOUTS["dp 2 ZeRO 3"]
@@ -44,11 +44,11 @@ def refusal(kind: str, layout: Layout, mask: bool = True, **changes: Any) -> str
     return None
 
 
-def assert_the_same_training(kinds: list[str], folder: Path) -> None:
+def assert_the_same_training(kinds: list[str], folder: Path, layouts: dict[str, Layout] = LAYOUTS) -> None:
     masked = {kind: not (refusal(kind, SHARDED, mask=True) or "").startswith("documents see") for kind in kinds}
     expected = dict(ChainMap(*world.run(classes.write_references, 2, folder, masked, timeout=240.0)))
     problems = []
-    for name, layout in LAYOUTS.items():
+    for name, layout in layouts.items():
         for mask in (True, False):
             trained = [kind for kind in kinds if masked[kind] == mask and refusal(kind, layout, mask) is None]
             found = world.run(classes.train, 2, folder, trained, layout, mask, timeout=240.0) if trained else []
@@ -63,6 +63,20 @@ def assert_the_same_training(kinds: list[str], folder: Path) -> None:
 
 def test_a_model_of_transformers_trains_alike_on_every_layout(tmp_path: Path) -> None:
     assert_the_same_training(SOME, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("start", some(range(0, len(CLASSES), 6), 9))
+def test_ranks_that_share_sequences_train_a_model_of_transformers_alike(start: int, tmp_path: Path) -> None:
+    assert_the_same_training([*SOME, *OTHERS][start : start + 6], tmp_path, SHARING)
+
+
+def test_context_parallelism_is_refused_where_tokens_meet_in_other_layers_and_by_heads() -> None:
+    assert "takes no positions" in str(refusal("bloom", Layout(cp=2))) or "tokens meet" in str(
+        refusal("bloom", Layout(cp=2))
+    )
+    assert "parallel.context=gather works" in str(refusal("llama", Layout(cp=2), context="ulysses"))
+    assert refusal("llama", Layout(cp=2)) is None
 
 
 @pytest.mark.long

@@ -114,6 +114,12 @@ LAYOUTS = {
 }
 
 
+SHARING = {
+    "cp 2": Layout(cp=2, zero=3),
+    "cp 2 recomputed": Layout(cp=2),
+}  # sequences, by ranks
+
+
 def values_of(kind: str) -> dict[str, Any]:
     changes = {
         key: value for key, value in (_SHAPE | CLASSES[kind]).items() if value is not None or key.endswith("_id")
@@ -131,6 +137,9 @@ def config_of(kind: str, layout: Layout, **changes: Any) -> Config:
     config.parallel = ParallelConfig(
         tp=layout.tp, pp=layout.pp, zero=layout.zero, sequence_parallel=False, dp_replicate=layout.dp_replicate
     )
+    config.parallel.cp = layout.cp
+    if layout.cp > 1 and layout.zero == 0:
+        config.activation_checkpointing = "full"
     for key, value in changes.items():
         setattr(config.parallel, key, value)
     return config

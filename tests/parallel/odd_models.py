@@ -169,3 +169,27 @@ class Zeroed(Toy):
     def forward(self, x: Tensor, positions: Tensor, documents: Tensor | None, labels: Tensor | None = None) -> Tensor:
         assert self.embedding is not None and self.head is not None
         return self.head(0.0 * self.embedding(x), labels)
+
+
+class FusedColumn(ColumnLinear):
+    """Two projections of the same size in one weight, which tensor parallelism cuts as any other."""
+
+    @property
+    def fused(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        return {"weight": (0, (self.in_features, self.in_features))}
+
+
+class FusedLayer(Layer):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.inner = FusedColumn(width, 2 * width)
+
+
+class FusedToy(Toy):
+    def __init__(self, config: ModelConfig, part: Part) -> None:
+        super().__init__(config, part)
+        self.layers = nn.ModuleDict({str(n): FusedLayer(config.hidden_size) for n in part.layers})
+
+
+def build_fused(config: ModelConfig, part: Part) -> nn.Module:
+    return FusedToy(config, part)

@@ -88,7 +88,15 @@ def rprop(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
 OF_OPTIMIZERS = {
     "optimizer": [
         (["optim.target=tests.parallel.optimizers:Lamb"], 2, 0, "parallel.zero=1 divides the parameters"),
-        (["optim.target=tests.parallel.optimizers:DeclaredLamb", "parallel.zero=2"], 2, 0, "parallel.zero=0 works"),
+        (["optim.target=tests.parallel.optimizers:muon", "parallel.tp=2"], 2, 0, "parallel.tp=1 works"),
         (["optim.needs=norms"], 2, 0, "leave optim.needs out, it is for optim.target"),
+    ],
+    "parameter groups": [
+        (["optim.groups=[{role: head, rate: 1}]"], 1, 0, "unknown key 'rate'"),
+        (["optim.groups=[{lr: 1e-3}]"], 1, 0, "needs either role"),
+        (["optim.groups=[{role: heads}]"], 1, 0, "role=heads: choose from"),
+        (["optim.groups=[{pattern: '*', name: adam}]"], 1, 0, "name=adam: choose from"),
+        (["optim.groups=[{role: embedding, name: muon}]"], 1, 0, "muon orthogonalises matrices"),
+        (["optim.groups=[{pattern: '*', betas: [0.9]}]"], 1, 0, "betas are two numbers"),
     ],
 }

@@ -26,6 +26,13 @@ STEPS = 10
 ROWS = 16
 
 
+OPTIMIZERS = {
+    "muon": OptimConfig(name="muon", lr=1e-3, momentum=0.95, eps=1e-6),
+    "lamb": OptimConfig(name="lamb", lr=1e-3, betas=[0.9, 0.999], eps=1e-6),
+    "lion": OptimConfig(name="lion", lr=1e-4, betas=[0.9, 0.99], weight_decay=1.0),
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """What varies over a layout: micro-batches, the schedule of its pipeline, the model and the optimizer."""
@@ -35,6 +42,7 @@ class Case:
     tied: bool = False
     optimizer: str = "adamw"
     sequence: bool = True
+    context: str = "gather"
 
     def config(self, layout: Layout, layers: int = 4) -> Config:
         model = ModelConfig(
@@ -59,9 +67,13 @@ class Case:
             schedule=self.schedule,
             stages_per_rank=2 if self.schedule == "interleaved" else 1,
             sequence_parallel=self.sequence,
+            cp=layout.cp,
+            context=self.context,
         )
         if self.optimizer == "sgd":
             config.optim = OptimConfig(name="sgd", lr=0.1, momentum=0.9)
+        elif self.optimizer in OPTIMIZERS:
+            config.optim = replace(OPTIMIZERS[self.optimizer])
         return config
 
 
@@ -153,7 +165,7 @@ def assert_parity(layout: Layout, chosen: list[Case], layers: int = 4, device: s
         for name, value in wanted.gradients.items():
             assert normwise(gradients[name], value) < 1e-5, f"{where}: gradient of {name}"
         for name, value in wanted.parameters.items():
-            tolerance = 1e-6 if case.optimizer == "sgd" else 1e-4
+            tolerance = 1e-6 if case.optimizer in ("sgd", "lion") else 1e-4
             assert normwise(parameters[name], value) < tolerance, f"{where}: {name}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.model import whole_model
 from stoker.parallel.normal import normal
 from stoker.parallel.shards import PARAMETER, Shard, whole
+from tests.parallel.rules.plain import Plain
 
 VOCABULARY = 50
 
@@ -60,8 +62,17 @@ class Trace:
     gradients: dict[str, Tensor] = field(default_factory=dict)  # of the first step's summed loss
 
 
-def one_process(config: Config, steps: int, poison: int | None = None) -> Trace:
-    """Train for `steps` steps in plain torch; at step `poison` the loss is infinite and the step is left out."""
+def one_process(
+    config: Config,
+    steps: int,
+    poison: int | None = None,
+    plain: Plain | None = None,
+    matrices_of: Callable[[str, Tensor], list[Tensor]] | None = None,
+) -> Trace:
+    """Train for `steps` steps in plain torch; at step `poison` the loss is infinite and the step is left out.
+
+    `plain` updates instead of the rule of the config, `matrices_of` names the matrices that are fused in a parameter.
+    """
     model: nn.Module = import_target(config.model.target)(config.model, whole_model(config.model.num_hidden_layers))
     named = list(model.named_parameters())
     for name, parameter in named:
@@ -73,9 +84,11 @@ def one_process(config: Config, steps: int, poison: int | None = None) -> Trace:
         {"params": others, "weight_decay": 0.0},
     ]
     optimizer: torch.optim.Optimizer
+    if plain is None and config.optim.name in ("lion", "lamb", "muon"):
+        plain = Plain(config.optim, matrices_of=matrices_of)
     if config.optim.name == "sgd":
-        plain = [{"params": decayed}, {"params": others}]  # the decay is ours: torch's goes through the velocity
-        optimizer = torch.optim.SGD(plain, lr=config.optim.lr, momentum=config.optim.momentum)
+        bare = [{"params": decayed}, {"params": others}]  # the decay is ours: torch's goes through the velocity
+        optimizer = torch.optim.SGD(bare, lr=config.optim.lr, momentum=config.optim.momentum)
     else:
         betas = (config.optim.betas[0], config.optim.betas[1])
         optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=betas, eps=config.optim.eps, foreach=False)
@@ -103,7 +116,10 @@ def one_process(config: Config, steps: int, poison: int | None = None) -> Trace:
         if config.optim.name == "sgd":
             with torch.no_grad():
                 torch._foreach_mul_(decayed, 1.0 - config.optim.lr * config.optim.weight_decay)
-        optimizer.step()
+        if plain is not None:
+            plain.step(named, config.optim.lr)
+        else:
+            optimizer.step()
     trace.parameters = {name: parameter.detach().clone() for name, parameter in named}
     return trace
 

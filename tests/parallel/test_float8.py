@@ -6,7 +6,6 @@ from functools import cache
 
 import pytest
 import torch
-from torch import nn
 
 from stoker.conf.schema import Config, Float8Config, ModelConfig
 from stoker.models.family import build_on_meta
@@ -44,7 +43,7 @@ def in_float8(layout: Layout, precision: str = "fp8", **parallel: object) -> Con
 def layer(features_in: int = 32, features_out: int = 48) -> ColumnLinear:
     torch.manual_seed(1)
     made = ColumnLinear(features_in, features_out, bias=True).to(torch.bfloat16)
-    assert float8.use_float8(nn.ModuleDict({"q": made}), lambda name: name == "q", FLOOR) == ["q"]
+    setattr(made, float8.SLOT, float8.Float8(FLOOR))
     return made
 
 
@@ -167,7 +166,7 @@ def test_a_model_without_such_layers_and_a_gpu_without_float8_are_refused(monkey
         world.run(train, 1, [config])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(ValueError, match="NVIDIA A100-SXM4-80GB has no float8.*precision=bf16 works"):
+    with pytest.raises(ValueError, match=r"NVIDIA A100-SXM4-80GB has no float8.*precision=bf16 works"):
         float8.refuse_device(torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     float8.refuse_device(torch.device("cuda", 0))

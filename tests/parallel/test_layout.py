@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import os
 import time
@@ -10,7 +12,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from stoker.conf.schema import Config
-from stoker.parallel.layout import AXES, Coordinate, Layout, batch_plan, layout_of, threads_per_rank
+from stoker.parallel.layout import AXES, Coordinate, Layout, batch_plan, fit, layout_of, threads_per_rank
 
 SIZE = st.integers(1, 5)
 LAYOUTS = st.builds(Layout, SIZE, SIZE, SIZE, SIZE)
@@ -34,8 +36,8 @@ LARGEST = example(Layout(dp_replicate=8, dp_shard=64, tp=8, pp=4))
 
 
 def grid(layout: Layout) -> np.ndarray:
-    """The ranks in the order of AXES, by numpy only: `[pp, dp_replicate, dp_shard, tp]`."""
-    return np.arange(layout.world).reshape(layout.pp, layout.dp_replicate, layout.dp_shard, layout.tp)
+    """The ranks in the order of AXES, by numpy only: `[pp, dp_replicate, dp_shard, cp, tp]`."""
+    return np.arange(layout.world).reshape(layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
 
 
 @UP_TO_MOST_RANKS
@@ -55,8 +57,9 @@ def test_tensor_parallel_ranks_are_adjacent_and_stages_are_far_apart(layout):
     tp, pp = np.array(layout.groups("tp")), np.array(layout.groups("pp"))
     assert (np.diff(tp) == 1).all() and (tp[:, 0] % layout.tp == 0).all()
     assert (np.diff(pp) == layout.world // layout.pp).all()
-    strides = [layout.stride(axis) for axis in ("tp", "dp_shard", "dp_replicate", "pp")]
-    assert strides == [1, layout.tp, layout.tp * layout.dp_shard, layout.tp * layout.dp]
+    strides = [layout.stride(axis) for axis in ("tp", "cp", "dp_shard", "dp_replicate", "pp")]
+    model = layout.tp * layout.cp
+    assert strides == [1, layout.tp, model, model * layout.dp_shard, model * layout.dp]
 
 
 @UP_TO_MOST_RANKS
@@ -75,19 +78,19 @@ def test_groups_partition_the_ranks_and_differ_only_along_their_axes(layout, axe
 @UP_TO_MOST_RANKS
 @LARGEST
 @given(layouts())
-def test_every_set_of_rows_is_read_by_one_replica_of_tp_and_pp_ranks(layout):
+def test_every_set_of_rows_is_read_by_one_replica_of_tp_cp_and_pp_ranks(layout):
     dp_rank = np.array([layout.dp_rank(rank) for rank in range(layout.world)])
-    assert np.array_equal(np.bincount(dp_rank), np.full(layout.dp, layout.tp * layout.pp))
+    assert np.array_equal(np.bincount(dp_rank), np.full(layout.dp, layout.tp * layout.cp * layout.pp))
     replicas = np.argsort(dp_rank, kind="stable").reshape(layout.dp, -1)  # the ranks of each set of rows, in order
-    assert np.array_equal(replicas, np.array(layout.groups("tp", "pp")))
-    parts = [(stage, part) for stage in range(layout.pp) for part in range(layout.tp)]
+    assert np.array_equal(replicas, np.array(layout.groups("tp", "cp", "pp")))
+    parts = list(itertools.product(range(layout.pp), range(layout.cp), range(layout.tp)))
     for ranks in replicas[[0, -1]].tolist():
-        assert [(at.pp, at.tp) for at in map(layout.coordinate, ranks)] == parts
+        assert [(at.pp, at.cp, at.tp) for at in map(layout.coordinate, ranks)] == parts
 
 
 def test_rank_order_is_the_documented_one():
     layout = Layout(dp_replicate=2, dp_shard=2, tp=2, pp=2)
-    assert layout.coordinate(11) == Coordinate(pp=1, dp_replicate=0, dp_shard=1, tp=1)
+    assert layout.coordinate(11) == Coordinate(pp=1, dp_replicate=0, dp_shard=1, cp=0, tp=1)
     assert layout.groups("tp")[0] == [0, 1]
     assert layout.groups("dp_shard")[0] == [0, 2]
     assert layout.groups("dp_replicate")[0] == [0, 4]
@@ -176,3 +179,32 @@ def test_ranks_share_the_cores_they_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert [threads_per_rank(None, ranks) for ranks in (1, 3, 8, 16)] == [8, 2, 1, 1]
     assert threads_per_rank(5, 16) == 5
+
+
+@pytest.mark.parametrize(
+    ("cp", "world", "rows", "fitted"),
+    [
+        (4, 4, 32, 4),
+        (4, 1, 32, 1),  # as a replay or a smaller machine
+        (4, 2, 32, 2),
+        (4, 8, 32, 4),
+        (4, 8, 1, 8),  # more ranks than rows for them
+        (4, 6, 32, 4),  # refused: 6 is no multiple of 4, and 3 ranks do not divide the rows
+        (1, 4, 2, 1),  # refused: a run without it gets none
+    ],
+)
+def test_context_parallelism_fits_another_number_of_ranks(cp, world, rows, fitted):
+    config = asked(cp=cp)
+    config.batch.size = rows
+    assert fit(config, world).parallel.cp == fitted
+
+
+def test_ranks_that_share_sequences_read_the_same_rows_and_share_what_zero_shards():
+    layout = Layout(dp_replicate=2, dp_shard=2, cp=2, tp=2, zero=3)
+    assert (layout.world, layout.dp, layout.shards, layout.replicas) == (16, 4, 4, 2)
+    assert [layout.dp_rank(rank) for rank in range(16)] == [rank // 4 for rank in range(16)]
+    assert layout.groups("cp")[:2] == [[0, 2], [1, 3]]
+    assert layout.groups(*layout.sharding)[0] == [0, 2, 4, 6]
+    assert layout.groups(*layout.replication)[0] == [0, 8]
+    whole = dataclasses.replace(layout, dp_shard=1, zero=0)
+    assert (whole.shards, whole.replicas) == (1, 4) and whole.groups(*whole.replication)[0] == [0, 2, 4, 6]

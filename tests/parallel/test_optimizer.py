@@ -17,13 +17,14 @@ from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.model import Role
 from stoker.parallel.optimizer import LocalOptimizer
-from stoker.parallel.optimizer_needs import declared_needs, undeclared
+from stoker.parallel.optimizer_needs import declared_needs, needs_wholes, undeclared
+from stoker.parallel.shards import PARAMETER, Shard
 from stoker.parallel.update import StepFlags
 from stoker.trainer.parallelize import cut
 from stoker.trainer.validate import validate
 from tests import world
+from tests.parallel.conformance import train
 from tests.parallel.reference import assemble, global_rows, normwise, small_config
-from tests.parallel.test_conformance import train
 
 HERE = "tests.parallel.optimizers"
 ONE, NOT_FOUND = torch.ones(()), torch.zeros(())
@@ -134,23 +135,23 @@ def test_what_declares_nothing_is_refused_where_anything_is_divided(layout: Layo
 
 
 @pytest.mark.parametrize(
-    ("target", "layout", "works"),
+    ("target", "layout", "wholes"),
     [
-        ("DeclaredLamb", Layout(1, 2, zero=1), "parallel.zero=0"),
-        ("DeclaredLamb", Layout(1, 1, 2), "parallel.tp=1"),
-        ("declared_muon", Layout(1, 2, zero=2), "parallel.zero=0"),
-        ("declared_muon", Layout(2, engine="deepspeed"), "parallel.engine=fsdp"),
-        ("DeclaredLamb", Layout(2, engine="deepspeed"), None),
-        ("DeclaredLamb", Layout(1, 1, 1, 2), None),
-        ("declared_muon", Layout(2), None),
-        ("Lamb", Layout(2), None),
+        ("DeclaredLamb", Layout(1, 2, zero=1), True),
+        ("DeclaredLamb", Layout(1, 1, 2), True),
+        ("declared_muon", Layout(1, 2, zero=2), True),
+        ("declared_muon", Layout(2, engine="deepspeed"), True),
+        ("DeclaredLamb", Layout(1, 1, 1, 2), False),
+        ("declared_muon", Layout(2), False),
+        ("Lion", Layout(1, 2, zero=1), False),
+        ("Lamb", Layout(2), False),
     ],
 )
-def test_norms_and_matrices_are_refused_only_where_they_are_divided(
-    target: str, layout: Layout, works: str | None
+def test_norms_and_matrices_are_given_whole_only_where_they_are_divided(
+    target: str, layout: Layout, wholes: bool
 ) -> None:
-    found = undeclared(config_with(target, layout), layout)
-    assert found is None if works is None else found is not None and f"{works} works" in found
+    config = config_with(target, layout)
+    assert undeclared(config, layout) is None and needs_wholes(config.optim, layout) is wholes
 
 
 def test_declarations_that_are_none_are_refused() -> None:
@@ -171,18 +172,29 @@ def test_the_engine_refuses_what_the_launcher_did_not_check() -> None:
         world.run(train, 2, config_with("Lamb", Layout(1, 2, zero=1)))
 
 
+def kinds_of(ranks: list[list[Shard]]) -> set[str]:
+    return {shard.kind for shards in ranks for shard in shards}
+
+
 @pytest.mark.parametrize(
     ("target", "layouts"),
-    [("Lion", [Layout(1, 2, zero=3), Layout(tp=2)]), ("Lamb", [Layout(2)]), ("declared_muon", [Layout(2)])],
+    [
+        ("Lion", [Layout(1, 2, zero=3)]),
+        ("DeclaredLamb", [Layout(2), Layout(1, 2, zero=1), Layout(tp=2)]),
+        ("declared_muon", [Layout(1, 2, zero=2)]),
+    ],
 )
 def test_what_is_accepted_trains_as_one_process(target: str, layouts: list[Layout]) -> None:
     (_, alone) = world.run(train, 1, config_with(target, Layout()), "fsdp", 4)[0]
-    wanted = assemble([alone])
+    wanted = {kind: assemble([alone], kind) for kind in kinds_of([alone])}
     for layout in layouts:
-        found = assemble([shards for _, shards in world.run(train, 2, config_with(target, layout), "fsdp", 4)])
-        # Signs of gradients that are nearly zero differ, and Muon multiplies in bf16.
-        for name, value in wanted.items():
-            assert normwise(found[name], value) < (2e-3 if target == "Lion" else 1e-3), name
+        ranks = [shards for _, shards in world.run(train, 2, config_with(target, layout), "fsdp", 4)]
+        assert kinds_of(ranks) == wanted.keys()
+        for kind, tensors in wanted.items():
+            found = assemble(ranks, kind)
+            # Signs of gradients that are nearly zero differ, and Muon multiplies in bf16.
+            for name, value in tensors.items():
+                assert normwise(found[name], value) < (2e-3 if target == "Lion" or kind != PARAMETER else 1e-3), name
 
 
 class Allocated(TorchDispatchMode):

@@ -5,6 +5,8 @@ It exists to show that the conformance suite tests the protocol and not one impl
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -83,6 +85,9 @@ class ToyEngine:
         tensors = [(name, PARAMETER, parameter.data) for name, parameter in self.parameters.items()]
         tensors += [(name, f"optim.{key}", state) for name, key, state in self.optimizer.tensors()]
         return [shard for tensor in tensors for shard in self.described(*tensor)]
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def gradient_shards(self) -> list[Shard]:
         gradients = self.gradients()

@@ -14,6 +14,26 @@ TOGETHER = {
         (["parallel.tp=2"], 3, 0, "3 ranks do not divide into tp 2 x pp 1: launch.nproc=2 or 4 does"),
         (["parallel.tp=2", "parallel.pp=2"], 1, 0, "launch.nproc=4 does"),
         ([], 0, 0, "0 ranks: launch.nproc=1 is the least"),
+        (["parallel.cp=2"], 3, 0, "3 ranks do not divide into tp 1 x pp 1 x cp 2: launch.nproc=2 or 4 does"),
+    ],
+    "tokens over ranks": [
+        (["parallel.cp=2", "seq_len=511"], 2, 0, "seq_len=510 or 512 does, or parallel.cp=1 or 7"),
+    ],
+    "objectives of whole answers": [
+        (
+            ["parallel.cp=2", "objective.name=simpo", "data.packing=padded"],
+            2,
+            0,
+            "objective=simpo with parallel.cp=2: answers are compared by the sum over all their tokens",
+        ),
+    ],
+    "context parallelism by heads": [
+        (
+            ["parallel.cp=3", "parallel.context=ulysses", "seq_len=513", "batch.size=32"],
+            3,
+            0,
+            "8 query heads and 8 kv heads of a rank do not divide: parallel.context=gather works, or parallel.cp=2 or",
+        ),
     ],
     "replicas of ZeRO 0": [
         (["parallel.zero=0", "parallel.dp_replicate=2"], 4, 0, "ZeRO 0 keeps a replica on each of the 4"),
@@ -130,6 +150,12 @@ TOGETHER = {
         ),
     ],
     "sequence parallelism": [
+        (
+            ["parallel.tp=2", "parallel.cp=2", "seq_len=6", "batch.size=3"],
+            4,
+            0,
+            "micro-batches of 3 x seq_len=6 tokens do not divide over parallel.tp=2 and parallel.cp=2: seq_len=4 or 8",
+        ),
         (
             ["parallel.tp=8", "seq_len=250", "batch.micro_size=2"],
             8,
@@ -250,6 +276,17 @@ TOGETHER = {
         (["schedule.warmup_steps=201"], 1, 0, "do not fit into 200 steps: schedule.warmup_steps=200 does"),
         (["schedule.warmup_steps=51", "schedule.total_steps=50"], 1, 0, "do not fit into 50 steps"),
         (["schedule.name=wsd", "schedule.warmup_steps=161"], 1, 0, "and a decay of 40 steps do not fit"),
+    ],
+    "batch ramp": [
+        (["batch.ramp=[[6,1e6]]"], 4, 0, "have the divisor 2 in common, which is no multiple of 4"),
+        (["batch.ramp=[[8,1e6]]", "data.phases=[{from_step: 5, weights: {a: 1}}]"], 1, 0, "leave one of them out"),
+    ],
+    "settings of other schedules": [
+        (["schedule.decays=[[10,20]]"], 1, 0, "schedule.decays with schedule=cosine: schedule=wsd has decays"),
+        (["schedule.name=linear", "schedule.decay_shape=sqrt"], 1, 0, "schedule.decay_shape with schedule=linear"),
+        (["schedule.name=wsd", "schedule.cycle_steps=20"], 1, 0, "schedule=cosine has cycles"),
+        (["schedule.cycle_growth=2"], 1, 0, "set the first cycle's steps"),
+        (["schedule.name=wsd", "schedule.decays=[[150,170]]"], 1, 0, "by step 160, such as [[1,160]]"),
     ],
     "evaluation": [
         (

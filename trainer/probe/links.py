@@ -17,7 +17,7 @@ from stoker.parallel.mesh import Mesh
 from stoker.trainer.probe.facts import AxisLink, Line, Link
 
 SIZES = tuple(32 << 10 << 3 * power for power in range(6))  # 32 KiB to 1 GiB
-KINDS = {"pp": "send", "dp_replicate": "all_reduce", "dp_shard": "all_gather", "tp": "all_reduce"}
+KINDS = {"pp": "send", "dp_replicate": "all_reduce", "dp_shard": "all_gather", "cp": "all_gather", "tp": "all_reduce"}
 REPEATS = 5
 PAIR_SIZES = (32 << 10, 1 << 20, 8 << 20, 64 << 20)
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.13

@@ -7,6 +7,9 @@ update, its evaluation. So what is counted of it is what a run needs, and no for
 `memory`      storages over time, by category, and the peak
 `work`        floating-point operations, bytes that pass through memory, messages by kind and group
 `stand_ins`   kernels of which the real ones keep other tensors, or take too many operations
+`layers`      which layers are alike, so that a few of them stand for all
+`marks`       moments between two blocks
+`extrapolate` from two rehearsals with few layers to all
 `run`         building, a step and an evaluation, one after the other
 """
 

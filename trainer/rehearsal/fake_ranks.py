@@ -29,7 +29,7 @@ def fake_mesh(layout: Layout, rank: int) -> Iterator[Mesh]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
     try:
         mesh = mesh_over_default_group(layout, torch.device("cpu"), TIMEOUT_SECONDS)
-        if layout.dp_shard > 1:
+        if layout.shards > 1:
             _ = mesh.sharding_mesh  # of real tensors: made before there are fake ones only
         with _without_votes() if layout.pp > 1 else contextlib.nullcontext():
             yield mesh

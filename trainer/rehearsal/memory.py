@@ -8,9 +8,10 @@ what was live at it, are found afterwards, when the category of each storage is 
 from __future__ import annotations
 
 import enum
+import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,7 @@ OWNERS = {
     "stoker/parallel/forward_backward.py": {"*": Category.ACTIVATIONS},
     "stoker/parallel/pipeline.py": {"_allocate": Category.COMMUNICATION, "*": Category.ACTIVATIONS},
     "stoker/parallel/tensor/regions.py": {"*": Category.COMMUNICATION},
+    "stoker/parallel/sequence/regions.py": {"*": Category.COMMUNICATION},
     "stoker/models/loss.py": {"*": Category.LOSS},
     "fsdp/_fully_shard/_fsdp_collectives.py": {"*": Category.COMMUNICATION},
     "fsdp/_fully_shard/_fsdp_param.py": {
@@ -79,6 +81,23 @@ class Peak:
     categories: dict[Category, int] = field(default_factory=dict)  # the largest first
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Where a span begins: at a phase, or between blocks of a stage, of which `block` come before it."""
+
+    way: str  # a phase, or forward | backward of a block
+    stage: int = -1
+    block: int = -1
+
+
+@dataclass(frozen=True)
+class Span:
+    """From a mark to the next: what was live when most was."""
+
+    mark: Mark
+    peak: Peak
+
+
 Watcher = Callable[[Any, Any, Any, Any], None]  # takes each operation: function, args, kwargs and result
 
 
@@ -95,7 +114,7 @@ class MemoryLog(TorchDispatchMode):
         self._ranges: list[str] = []  # of the profiler, that are open
         self._live: dict[int, tuple[Storage, weakref.ref]] = {}
         self._changes: list[tuple[Storage, int, str]] = []
-        self._held = 0  # bytes at the beginning of what `_changes` lists
+        self._marks: list[tuple[int, Mark]] = []  # before the change of that number
         self._resize: Callable[..., Any] | None = None
         self._owners: dict[Any, Category | None] = {}  # by code object
 
@@ -137,18 +156,45 @@ class MemoryLog(TorchDispatchMode):
             if id(storage) in self._live:
                 self._live[id(storage)][0].category = category
 
+    def mark(self, mark: Mark) -> None:
+        """A span begins. Another does where the phase changes."""
+        self._marks.append((len(self._changes), mark))
+
     def peak(self) -> Peak:
-        """Since the last call, or the beginning."""
-        held, most, at, phase = self._held, self._held, 0, self._changes[0][2] if self._changes else self.phase
-        for number, (_, change, when) in enumerate(self._changes, start=1):
-            held += change
-            if held > most:
-                most, at, phase = held, number, when
+        """Since the last call of this or of `spans`, or the beginning."""
+        return highest(self.spans())
+
+    def spans(self) -> list[Span]:
+        """Since the last call, or the beginning: at least one."""
+        cuts = self._cuts()
         found = self._by_category()
-        for storage, change, _ in self._changes[at:]:  # back from now to then
+        for storage, change, _ in self._changes:  # back to the beginning
             found[storage.category] -= change
-        self._held, self._changes = held, []
-        return Peak(most, phase, _largest_first(found))
+        held, spans = sum(found.values()), []
+        for (begin, mark), (end, _) in itertools.pairwise([*cuts, (len(self._changes), Mark(""))]):
+            most, top = 0, begin
+            for at, grown in enumerate(itertools.accumulate(change for _, change, _ in self._changes[begin:end]), 1):
+                if grown > most:
+                    most, top = grown, begin + at
+            for storage, change, _ in self._changes[begin:top]:
+                found[storage.category] += change
+            phase = self._changes[top - 1][2] if top > begin else self._phase_at(begin)
+            spans.append(Span(mark, Peak(held + most, phase, _largest_first(found))))
+            for storage, change, _ in self._changes[top:end]:
+                found[storage.category] += change
+            held = sum(found.values())
+        self._changes, self._marks = [], []
+        return spans
+
+    def _cuts(self) -> list[tuple[int, Mark]]:
+        """Where spans begin, in order: at a mark, and where the phase changes."""
+        phases = [phase for _, _, phase in self._changes]
+        turns = [(0, Mark(self._phase_at(0)))]
+        turns += [(at, Mark(phase)) for at, (last, phase) in enumerate(itertools.pairwise(phases), 1) if phase != last]
+        return sorted([*turns, *self._marks], key=lambda cut: cut[0])
+
+    def _phase_at(self, number: int) -> str:
+        return self._changes[min(number, len(self._changes) - 1)][2] if self._changes else self.phase
 
     def now(self) -> Peak:
         """What is live at present."""
@@ -202,6 +248,11 @@ class MemoryLog(TorchDispatchMode):
 
 def _largest_first(found: dict[Category, int]) -> dict[Category, int]:
     return {category: size for category, size in sorted(found.items(), key=lambda item: -item[1]) if size}
+
+
+def highest(spans: Sequence[Span]) -> Peak:
+    """The largest peak, the first of those."""
+    return max((span.peak for span in spans), key=lambda peak: peak.bytes)
 
 
 def _local(tensor: Tensor) -> Tensor:

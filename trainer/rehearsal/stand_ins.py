@@ -16,16 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stoker.models import attention, cpu_attention, decoder
+from stoker.models import attention, cpu_attention, gathered_attention
+from stoker.parallel import native
+from stoker.parallel.batch import Batch
+from stoker.parallel.sequence import SequenceAxis
 
 Counted = Callable[[int], None]  # takes floating-point operations that torch's counter does not see
 
 
 @contextlib.contextmanager
-def stand_ins(kind: str, selective: bool, counted: Counted) -> Iterator[None]:
+def stand_ins(kind: str, selective: bool, sharded: bool, counted: Counted) -> Iterator[None]:
     """Kernels as on a device of this `kind`, cpu or cuda, in models that are rehearsed inside.
 
-    With `selective` recomputation the loop of CPUs stays as it is, because its single products are kept or not.
+    `sharded` parameters are cut into one shard, that of this rank, and not into those of all ranks. With `selective`
+    recomputation the loop of CPUs stays as it is, because its single products are kept or not.
     """
     with contextlib.ExitStack() as stack:
 
@@ -33,16 +37,52 @@ def stand_ins(kind: str, selective: bool, counted: Counted) -> Iterator[None]:
             stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, function)
 
+        if sharded:
+            from torch.distributed.fsdp._fully_shard import _fsdp_param  # half a second that others do not need
+
+            replace(_fsdp_param, "_chunk_with_empty", _Chunks)
         if kind == "cuda":
             replace(attention, "attend_in_blocks", lambda q, k, v, mask, scale=None: _by_heads(q, k, v))
             replace(F, "scaled_dot_product_attention", lambda q, k, v, *_, **__: _fused(q, k, v))
-            replace(decoder, "document_mask", lambda documents, dtype: documents)
+            replace(attention, "document_mask", lambda documents, dtype: documents)
+            replace(attention, "attend_gathered", _gathered)
             replace(F, "rms_norm", lambda x, shape, weight=None, eps=None: _Norm.apply(x, weight))
         elif not selective:
             replace(
                 attention, "attend_in_blocks", lambda q, k, v, mask, scale=None: _Blocked.apply(q, k, v, mask, counted)
             )
+        replace(native, "own_tokens", _first_tokens)
+        replace(gathered_attention.KeySpans, "blocks", property(_even_blocks))
         yield
+
+
+def _first_tokens(rows: Batch, axis: SequenceAxis, document_mask: bool) -> Batch:
+    """A context-parallel rank's tokens: as many as any other has."""
+    return rows.map(lambda field: field[:, : field.shape[1] // axis.size].contiguous())
+
+
+def _even_blocks(spans: gathered_attention.KeySpans) -> list[list[tuple[int, int, int, int]]]:
+    """Blocks of queries that all see every key."""
+    (rows, queries), keys, size = spans.last.shape, spans.source.shape[1], gathered_attention.BLOCK
+    return [[(start, min(start + size, queries), 0, keys) for start in range(0, queries, size)]] * rows
+
+
+def _gathered(
+    q: Tensor, k: Tensor, v: Tensor, spans: gathered_attention.KeySpans, scale: float, axis: SequenceAxis, kernel: Any
+) -> Tensor:
+    return gathered_attention.attend_to_all(q, k, v, spans.source, axis, _by_heads)
+
+
+class _Chunks:
+    """The `count` chunks of a tensor, as `torch.chunk` cuts it, of which only those are made that are asked for."""
+
+    def __init__(self, tensor: Tensor, count: int, dim: int) -> None:
+        self._tensor, self._dim, self._each = tensor, dim, -(-tensor.size(dim) // count)
+
+    def __getitem__(self, number: int) -> Tensor:
+        start = number * self._each
+        length = min(self._each, self._tensor.size(self._dim) - start)
+        return self._tensor.narrow(self._dim, start, length) if length > 0 else self._tensor.new_empty(0)
 
 
 def _by_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Work:
         for key, traffic in other.messages.items():
             own = messages.get(key, Traffic())
             messages[key] = Traffic(own.count + times * traffic.count, own.bytes + times * traffic.bytes)
-        kept = {key: traffic for key, traffic in messages.items() if traffic.count}
+        kept = {key: traffic for key, traffic in messages.items() if traffic != Traffic()}
         return Work(self.flops + times * other.flops, self.moved + times * other.moved, kept)
 
 
@@ -163,5 +163,5 @@ KINDS: dict[str, tuple[str, Callable[[Sequence], int]]] = {
     "all_reduce": ("all_reduce", _first),
     "all_gather_into_tensor": ("all_gather", _times_size),
     "reduce_scatter_tensor": ("reduce_scatter", _first),
-    "all_to_all_single": ("reduce_scatter", _first),  # over gloo, by which `regions` scatters
+    "all_to_all_single": ("reduce_scatter", _first),  # over gloo, by which `regions` scatters; as much is exchanged
 }
