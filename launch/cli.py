@@ -151,6 +151,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", metavar="T", type=float, help="tokens of the run (default: those of its steps)")
     plan.add_argument("--price", metavar="P", type=float, help="of a GPU for an hour: prints what the run costs")
     plan.add_argument("--mtbf", metavar="H", type=float, help="hours between failures: prints how often to save")
+    plan.add_argument("--search", action="store_true", help="rank the layouts; settings that are given stay")
     plan.add_argument("--run", metavar="RUN", help="plan a run's newest attempt as stored, beside what it measured")
     plan.add_argument("--json", action="store_true", help="everything, as JSON")
 
@@ -305,7 +306,7 @@ def _plan(options: argparse.Namespace) -> int:
             raise ConfigError(f"--run {options.run}: it is planned as it is stored, without {' '.join(given)}")
         return plan_run(options.run, options.gpu, form)
     asked = Asked(options.tokens, options.price, options.mtbf)
-    return plan(options.overrides, options.gpu, options.gpus, asked, form)
+    return plan(options.overrides, options.gpu, options.gpus, asked, form, options.search)
 
 
 def _check(options: argparse.Namespace) -> int:

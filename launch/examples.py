@@ -42,8 +42,8 @@ examples:
   stoker plan --gpu machine.json model=small launch.nproc=2
   torchrun --nnodes 4 --nproc-per-node 8 ... -m stoker.launch.probe model=small
 
-The status is 0, 1 for a machine that launch.preflight would refuse, 2 for a start
-that is refused.
+The status is 0, 1 for a machine that launch.preflight would refuse, and 2 for
+a start that is refused.
 """
 
 IMPORT = """\

@@ -17,7 +17,8 @@ from stoker.launch.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LONGEST = 200  # lines
+LONGEST = 200  # lines, of a page that is written by hand
+PRINTED = "refusals.md"  # by the code: as long as its table
 FREE = (
     "data.args.",
     "model.args.",
@@ -130,7 +131,7 @@ def test_a_page_names_only_what_exists_and_is_short(page: Path) -> None:
     assert not missing_files(page, text)
     assert not unknown_commands(text)
     assert not unknown_benchmark_options(text)
-    assert len(text.splitlines()) <= LONGEST
+    assert len(text.splitlines()) <= LONGEST or page.name == PRINTED
 
 
 def test_false_facts_are_found() -> None:

@@ -89,25 +89,25 @@ def need_of(config: Config, layout: Layout, parameters: int) -> Need:
     gradients = own * 4 / (shards if layout.zero >= 2 or layout.shards == 1 else 1)
     tokens = plan.micro_rows * config.seq_len // layout.cp
     in_flight = min(plan.micro_batches, layout.pp) if layout.pp > 1 else 1
-    kept = _kept_per_token(config, model, compute, layout.tp)
+    kept = kept_per_token(config, model, compute, layout.tp, config.activation_checkpointing)
     layers = max(1, model.num_hidden_layers // layout.pp)
-    whole = _kept_per_token(dataclasses.replace(config, activation_checkpointing="none"), model, compute, layout.tp)
+    whole = kept_per_token(config, model, compute, layout.tp, "none")
     recomputed = 0.0 if config.activation_checkpointing == "none" else whole * tokens  # of one block at a time
     vocabulary = (model.vocab_size or 0) / layout.tp
     loss = min(model.loss_chunk, tokens) * vocabulary * (8 + compute) + vocabulary * model.hidden_size * 4
     return Need(masters + copies + gradients, kept * tokens * layers * in_flight + recomputed + loss)
 
 
-def _kept_per_token(config: Config, model: ModelConfig, compute: int, tp: int) -> float:
-    """Bytes that one block keeps of a token for the backward pass."""
+def kept_per_token(config: Config, model: ModelConfig, compute: int, tp: int, mode: str) -> float:
+    """Bytes that one block keeps of a token for the backward pass, with activation checkpointing in this `mode`."""
     width, heads = model.hidden_size, model.num_attention_heads
     head = model.head_dim or width // heads
     queries, keys = heads * head / tp, (model.num_key_value_heads or heads) * head / tp
     stream = width / (tp if config.parallel.sequence_parallel else 1)  # residuals and norms
-    if config.activation_checkpointing == "full":
+    if mode == "full":
         return compute * stream
     products = queries * 2 + keys * 2 + stream * 2 + 2 * model.intermediate_size / tp
-    if config.activation_checkpointing == "selective":
+    if mode == "selective":
         return compute * (products + stream)
     return compute * (products + 3 * stream + queries + keys + 2 * model.intermediate_size / tp)
 

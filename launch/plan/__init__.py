@@ -2,6 +2,7 @@
 
 `make`      which ranks need the same, and what each class of them needs
 `times`     from counts and a device's published rates to the time of a step and of a run
+`search`    every layout of so many devices, and `guess`, which of them are worth a rehearsal
 `show`      tables for a terminal, and JSON
 
 The config is settled as `stoker train` settles it, so that what one refuses the other refuses too, in the same words.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 
 from stoker.conf.devices import Device, device_called, device_named
@@ -19,7 +21,7 @@ from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.launch.inspect import run_at
 from stoker.launch.plan.make import Asked, Machine, make_plan, predicted_of
-from stoker.launch.plan.show import as_json, print_measured, print_plan
+from stoker.launch.plan.show import as_json, print_measured, print_plan, print_search, ranked_as_json
 from stoker.launch.train import gpus as gpus_here
 from stoker.launch.train import ranks_for, refusing, say
 from stoker.launch.train import where as where_here
@@ -30,8 +32,12 @@ from stoker.trainer.report.predicted import Measured, beside, keep, newest_attem
 from stoker.trainer.settle import settle_config
 
 
-def plan(overrides: Sequence[str], gpu: str | None, gpus: int | None, asked: Asked, form: str) -> int:
+def plan(
+    overrides: Sequence[str], gpu: str | None, gpus: int | None, asked: Asked, form: str, searching: bool = False
+) -> int:
     """Print the plan in `form` (text or json); status 1 for one that does not fit.
+
+    When `searching`, layouts are ranked, with settings in `overrides` as they are; status 1 if none fits.
 
     `gpu` names a device of `stoker.conf.devices`, or a JSON file; by default it is this machine's. `gpus` is the number
     of ranks, by default those that a start would have. Raises ConfigError for a start that is refused.
@@ -50,12 +56,30 @@ def plan(overrides: Sequence[str], gpu: str | None, gpus: int | None, asked: Ask
     config, _ = settle_config(overrides, where, tell=say)
     with refusing():
         complete = with_vocabulary(config)
+        if searching:
+            return _search(complete, where(config), _machine(config, device), overrides, form)
         made = make_plan(complete, where(config).world, _machine(config, device), asked)
     if form == "json":
         print(json.dumps(as_json(made), allow_nan=False))
     else:
         print_plan(made)
     return 0 if made.fits is not False else 1
+
+
+def _search(config: Config, ranks: Ranks, machine: Machine, overrides: Sequence[str], form: str) -> int:
+    from stoker.launch.plan.search import search, settings
+
+    given = [word.partition("=")[0].lstrip("+") for word in overrides]
+    found = search(config, ranks, machine, given)
+    words = [word for word in overrides if not word.startswith("run.dir=")]
+    best = ["stoker", "train", *words, *settings(found.ranked[0].config, given)] if found.ranked else None
+    if form == "json":
+        plans = [{"settings": settings(plan.config, given), **ranked_as_json(plan)} for plan in found.ranked]
+        counts = {"layouts": found.layouts, "likely": found.likely, "rehearsed": found.rehearsed}
+        print(json.dumps(counts | {"best": best, "ranked": plans}, allow_nan=False))
+    else:
+        print_search(found, given, None if best is None else shlex.join(best))
+    return 0 if found.ranked else 1
 
 
 def plan_run(path: str, gpu: str | None, form: str) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from stoker.conf.devices import Device
 from stoker.conf.schema import Config
-from stoker.launch.plan.times import HOUR, Failures, Times, failures, step_time, times
+from stoker.launch.plan.times import HOUR, Counts, Failures, Times, failures, step_time, times
 from stoker.parallel.layout import BatchPlan, Coordinate, Layout, batch_plan, layout_of
 from stoker.trainer.memory import available_bytes
 from stoker.trainer.parallelize import parameters_of
@@ -98,9 +98,10 @@ class Plan:
         return None if self.capacity is None else self.needed <= self.capacity
 
 
-def make_plan(config: Config, world: int, machine: Machine, asked: Asked) -> Plan:
+def make_plan(config: Config, world: int, machine: Machine, asked: Asked, ends: bool = False) -> Plan:
     """The plan of `config`, with `model.vocab_size` set, on `world` ranks.
 
+    With `ends` only the first and the last ranks of a pipeline are rehearsed: of the others none holds more, or does.
     Raises ValueError for a model that cannot be parallelized as configured.
     """
     mask = config.data.document_mask
@@ -109,7 +110,9 @@ def make_plan(config: Config, world: int, machine: Machine, asked: Asked) -> Pla
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=mask))
     layout, device = layout_of(config, world), machine.device
     batch = batch_plan(config, layout)
-    classes = [_class(config, layout, pp, machine.kind) for pp in range(layout.pp)]
+    classes = [
+        _class(config, layout, pp, machine.kind) for pp in sorted({0, layout.pp - 1} if ends else range(layout.pp))
+    ]
     classes.sort(key=lambda each: each.rehearsal.peak.bytes, reverse=True)
     if machine.kind == "cpu":
         capacity: float | None = available_bytes()
@@ -132,7 +135,7 @@ def predicted_of(plan: Plan) -> Predicted:
     figures: dict[str, float] = {}
     if times is not None and device is not None:
         figures = {"step_seconds": times.step.total, "tokens_per_second": times.tokens_per_second, "mfu": times.mfu}
-        figures["tflops"] = times.mfu * device.tflops[plan.config.precision]
+        figures["tflops"] = times.mfu * (device.peak(plan.config.precision) or 0.0)
     name = None if device is None else device.name
     return Predicted(
         plan.machine.kind, str(plan.layout), plan.layout.world, name, worst.ranks[0], peak, round(most), **figures
@@ -143,7 +146,9 @@ def _times(plan: Plan, device: Device, tokens: float) -> Times | None:
     """Of the slowest class of ranks."""
     found = []
     for each in plan.classes:
-        step = step_time(plan.config, plan.layout, each.rehearsal, device, plan.batch)
+        rehearsed = each.rehearsal
+        counts = Counts(rehearsed.passes, rehearsed.update, rehearsed.groups)
+        step = step_time(plan.config, plan.layout, counts, device, plan.batch)
         if step is None:
             return None
         found.append(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from stoker.conf.printable import printable
 from stoker.launch.inspect import console_for_tables
 from stoker.launch.layout import ranks_in_words
 from stoker.launch.plan.make import GIB, HOLES, MALLOC_HOLES, RESERVED, Plan
+from stoker.launch.plan.search import Found, settings
 from stoker.launch.plan.times import DAY, HOUR, RESTART_SECONDS, STORAGE, rates_of
 from stoker.trainer.rehearsal import Category, Peak, Rehearsal, Work
 from stoker.trainer.report.predicted import COLUMNS, cells
@@ -55,6 +57,31 @@ def print_measured(attempt: int, plan: Plan, rows: Sequence[Mapping[str, Any]]) 
     with_ = "malloc's holes and the program" if plan.machine.kind == "cpu" else "the allocator's holes"
     line = f"counted: {_amount(peak.bytes)} live at the peak of rank {plan.classes[0].ranks[0]}; predicted with {with_}"
     console.print(line, soft_wrap=True, markup=False)
+
+
+def print_search(found: Found, given: Sequence[str], best: str | None) -> None:
+    """Print the ranked layouts, and the line that starts the best."""
+    console = console_for_tables()
+    counts = f"{found.layouts:,} layouts are not refused, {found.likely:,} of them could fit by a guess"
+    print_line = functools.partial(console.print, soft_wrap=True, markup=False)
+    print_line(f"{counts}; {found.rehearsed} rehearsed in the order of their guessed step, {len(found.ranked)} fit")
+    if best is None:
+        print_line("none of them fits: more devices, or larger ones, or a smaller batch.micro_size or seq_len")
+        return
+    console.print()
+    right = [Column(name, justify="right") for name in ("step", "tokens/s", "MFU", "of a device")]
+    table = Table(*right, "settings", box=None, pad_edge=False)
+    for plan in found.ranked:
+        assert plan.times is not None
+        figures = f"{plan.times.tokens_per_second:,.0f}", f"{plan.times.mfu:.0%}", _amount(plan.needed)
+        table.add_row(brief(plan.times.step.total), *figures, " ".join(settings(plan.config, given)))
+    console.print(table)
+    console.print()
+    device = found.ranked[0].machine.device
+    rates = rates_of(device, found.ranked[0].config.precision) if device is not None else None
+    if rates is not None:
+        print_line(printable(f"assumed: {rates.assumed}"))
+    print_line(printable(best))
 
 
 def head(plan: Plan) -> list[str]:
@@ -198,6 +225,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
             {"ranks": list(each.ranks), "stages": each.stages, **_rehearsal(each.rehearsal)} for each in plan.classes
         ],
     }
+
+
+def ranked_as_json(plan: Plan) -> dict[str, Any]:
+    """A layout that a search rehearsed: of a pipeline only its first and last ranks."""
+    return {"layout": str(plan.layout), "needed_bytes": plan.needed, "fits": plan.fits, "times": _times(plan)}
 
 
 def _rehearsal(rehearsal: Rehearsal) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from stoker.conf.devices import Device
 from stoker.conf.schema import Config
 from stoker.parallel.layout import BatchPlan, Layout
-from stoker.trainer.rehearsal import Rehearsal, Traffic, Work
+from stoker.trainer.rehearsal import Traffic, Work
 from stoker.trainer.utilisation import step_flops
 
 PRODUCTS = 0.75  # of the peak, by matrix products of a model's shapes
@@ -109,19 +109,26 @@ class Failures:
     mtbf: float  # seconds between failures
 
 
-def step_time(
-    config: Config, layout: Layout, rehearsal: Rehearsal, device: Device, batch: BatchPlan
-) -> StepTime | None:
-    """The step of the ranks of `rehearsal`; None where the device's rates in the run's precision are not known."""
+@dataclass(frozen=True)
+class Counts:
+    """What a rank does in a step, and the ranks of its groups by the names of messages."""
+
+    passes: Work
+    update: Work
+    groups: Mapping[str, Sequence[int]]
+
+
+def step_time(config: Config, layout: Layout, counts: Counts, device: Device, batch: BatchPlan) -> StepTime | None:
+    """The step of ranks with these `counts`; None where the device's rates in the run's precision are not known."""
     rates = rates_of(device, config.precision)
     if rates is None:
         return None
     compiled = config.compile or (config.compile is None and device.kind == "cuda")
     fused = COMPILED if compiled else 1.0
-    passes, update = rehearsal.passes, rehearsal.update
+    passes, update = counts.passes, counts.update
     products = passes.flops / rates.products
     memory = passes.moved * fused / rates.memory
-    inside, between = _messages(passes, layout, rehearsal.groups, rates)
+    inside, between = _messages(passes, layout, counts.groups, rates)
     if inside is None or between is None:
         return None
     computing = products + memory
@@ -131,7 +138,7 @@ def step_time(
     bubble = 0.0
     if layout.pp > 1:
         bubble = (computing + inside) * (layout.pp - 1) / (batch.micro_batches * config.parallel.stages_per_rank)
-    _, last = _messages(update, layout, rehearsal.groups, rates)
+    _, last = _messages(update, layout, counts.groups, rates)
     updating = update.moved / rates.memory + (last or 0.0)
     return StepTime(products, memory, communication, bubble, updating)
 

@@ -46,12 +46,12 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="stoker.launch.probe")
     add_probe(parser)
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args(words)
-    options = Options(given.quick, given.out, given.json)
+    given, more = parser.parse_known_args(words)
+    options, overrides = Options(given.quick, given.out, given.json), [*given.overrides, *more]
     place = place_from_environment()
     try:
-        named = any(word.startswith(("run.dir=", "run.name=")) for word in given.overrides)
-        config = config_of_rank([*given.overrides, *([] if named else [f"run.name={RUN_NAME}"])], place)
+        named = any(word.startswith(("run.dir=", "run.name=")) for word in overrides)
+        config = config_of_rank([*overrides, *([] if named else [f"run.name={RUN_NAME}"])], place)
         store = store_of_rank(place)
         device, _ = take_device(config, place, store)
         use_threads(config.launch.threads, place.local_world)

@@ -100,6 +100,7 @@ class Ownership:
         self._all = self._exchanged(own)
         found = routes(len(self.units), self._all, [cost(unit.chunk.sizes) for unit in self.units])
         self._owners, self._sent = found.owners, found.sent
+        _refuse_holes(self.units, self._all)
         self.owned = [number for number, owner in enumerate(self._owners) if owner == self._rank]
         others = [(rank, n) for rank, numbers in enumerate(self._sent) for n in numbers]
         self._gathers = any(self._owners[self._all[rank][n].unit] != rank for rank, n in others)
@@ -244,6 +245,15 @@ class Ownership:
         counts = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
         work = dist.all_to_all_single(received, message, sizes, counts, group=self._group, async_op=True)
         return received, work
+
+
+def _refuse_holes(units: Sequence[Unit], held: Sequence[Sequence[Rectangle]]) -> None:
+    """An owner would update a unit that no rank of the group holds whole as if the rest of it were zero."""
+    found = [0] * len(units)
+    for rectangle in {rectangle for rectangles in held for rectangle in rectangles}:
+        found[rectangle.unit] += rectangle.chunk.numel
+    for unit, elements in zip(units, found, strict=True):
+        assert elements >= unit.chunk.numel, f"{elements} elements of {unit} are held by these ranks"
 
 
 def parameter(shape: tuple[int, ...]) -> tuple[Chunk, ...]:

@@ -87,8 +87,8 @@ def one_process(
     if plain is None and config.optim.name in ("lion", "lamb", "muon"):
         plain = Plain(config.optim, matrices_of=matrices_of)
     if config.optim.name == "sgd":
-        plain = [{"params": decayed}, {"params": others}]  # the decay is ours: torch's goes through the velocity
-        optimizer = torch.optim.SGD(plain, lr=config.optim.lr, momentum=config.optim.momentum)
+        bare = [{"params": decayed}, {"params": others}]  # the decay is ours: torch's goes through the velocity
+        optimizer = torch.optim.SGD(bare, lr=config.optim.lr, momentum=config.optim.momentum)
     else:
         betas = (config.optim.betas[0], config.optim.betas[1])
         optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=betas, eps=config.optim.eps, foreach=False)

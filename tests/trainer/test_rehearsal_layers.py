@@ -1,4 +1,4 @@
-"""Few layers stand for all: what is extrapolated from two short rehearsals is what a rehearsal of every layer finds."""
+"""Few layers and micro-batches stand for all: what is extrapolated is what a rehearsal of every one finds."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from tests.extent import some
 from tests.trainer.rehearsed import config_of
 
 
-def deep(layers: int, **changes: object) -> Config:
+def deep(layers: int, rows: int = 32, **changes: object) -> Config:
     config = config_of("bf16", seq_len=32, layers=layers, **changes)
-    config.batch = BatchConfig(32, 16)
+    config.batch = BatchConfig(rows, 16)
     return config
 
 
 def unlike(config: Config, ranks: int, rank: int) -> list[str]:
     """What the two kinds of rehearsal of a rank do not agree on."""
     layout = layout_of(config, ranks)
-    assert shortened(config, layout, rank) is not None
-    few, every = (rehearse(config, layout, rank, "cuda", every_layer=every) for every in (False, True))
+    few, every = (rehearse(config, layout, rank, "cuda", every=every) for every in (False, True))
     found = [name for name in ("step", "evaluation", "held", "passes", "update") if not _same(few, every, name)]
     if abs(few.build.bytes / every.build.bytes - 1) > 0.005:
         found.append(f"build {few.build.bytes:,} of {every.build.bytes:,}")
@@ -58,7 +57,10 @@ LONG = [
     (2, 0, {"pp": 2, "zero": 0, "layers": 13}),
     (2, 1, {"pp": 2, "zero": 0, "schedule": "gpipe", "layers": 13}),
     (2, 1, {"pp": 2, "zero": 0, "schedule": "interleaved", "stages_per_rank": 2, "layers": 25}),
+    (2, 0, {"pp": 2, "zero": 0, "rows": 144}),
     (1, 0, {"zero": 0, "offload": "cpu"}),
+    (2, 0, {"pp": 2, "zero": 0, "schedule": "gpipe", "rows": 144}),
+    (2, 1, {"pp": 2, "zero": 0, "schedule": "interleaved", "stages_per_rank": 2, "layers": 4, "rows": 192}),
     (1, 0, {"zero": 0, "document_mask": True}),
 ]
 
@@ -67,9 +69,9 @@ LONG = [
 @pytest.mark.parametrize(("ranks", "rank", "changes"), some(LONG, 6), ids=str)
 def test_extrapolated_is_rehearsed_on_every_layout(ranks: int, rank: int, changes: dict[str, object]) -> None:
     changes = dict(changes)
-    layers = changes.pop("layers", 7)
-    assert isinstance(layers, int)
-    assert unlike(deep(layers, **changes), ranks, rank) == []
+    layers, rows = changes.pop("layers", 3 if "rows" in changes else 7), changes.pop("rows", 32)
+    assert isinstance(layers, int) and isinstance(rows, int)
+    assert unlike(deep(layers, rows, **changes), ranks, rank) == []
 
 
 def test_layers_of_a_pattern_are_left_out_by_whole_periods_and_odd_ones_at_the_beginning_stay() -> None:

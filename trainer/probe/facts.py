@@ -23,6 +23,10 @@ class Link:
     to: int
     line: Line
 
+    def better(self, other: Link) -> Link:
+        """The best of two measurements of a link: what else a machine does only makes them worse."""
+        return Link(self.to, Line(min(self.line.latency, other.line.latency), max(self.line.rate, other.line.rate)))
+
 
 @dataclass(frozen=True)
 class AxisLink:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from stoker.conf.devices import device_called
 from stoker.conf.schema import Config
-from stoker.trainer.probe.facts import Facts, Host
+from stoker.trainer.probe.facts import Facts, Host, Line
 from stoker.trainer.probe.needs import Needs
 
 REFUSE, WARN = "refuse", "warn"
@@ -62,6 +62,24 @@ def slow_ranks(facts: Sequence[Facts]) -> dict[int, float]:
     return dict(sorted(found.items()))
 
 
+Way = tuple[int, int]  # from a first rank to another
+
+
+def unusual_links(lines: Mapping[Way, Line]) -> tuple[float, dict[Way, float], dict[Way, float]]:
+    """The rate of the better links, the ways slower than SLOW_LINK of it with their share, and the late ones with their
+    seconds. `lines` must not be empty."""
+    # An exchange goes both ways, whoever begins it: the faster of two measurements is less of a busy host's.
+    latencies = {way: min(line.latency, lines.get(way[::-1], line).latency) for way, line in lines.items()}
+    quarter = len(lines) // 4  # of three machines with a slow one four links of six are slow
+    rate = sorted((line.rate for line in lines.values()), reverse=True)[quarter]
+    latency = sorted(latencies.values())[quarter]
+    slow = {way: line.rate / rate for way, line in lines.items() if line.rate < SLOW_LINK * rate}
+    late = {way: found for way, found in latencies.items() if found > latency * LATE + LATE_SECONDS}
+    if not late and latency > FAR_SECONDS:
+        late = {way: found for way, found in latencies.items() if found > FAR_SECONDS}
+    return rate, slow, late
+
+
 def machines(facts: Sequence[Facts]) -> dict[int, list[Facts]]:
     """The ranks of each machine, by its first."""
     found: dict[int, list[Facts]] = {}
@@ -90,18 +108,9 @@ def _links(facts: Sequence[Facts]) -> Iterator[Finding]:
     lines = {(each.rank, link.to): link.line for each in facts for link in each.links}
     if not lines:
         return
-    # An exchange goes both ways, whoever begins it: the faster of two measurements is less of a busy host's.
-    latencies = {way: min(line.latency, lines.get(way[::-1], line).latency) for way, line in lines.items()}
-    quarter = len(lines) // 4  # of three machines with a slow one four links of six are slow
-    rate = sorted((line.rate for line in lines.values()), reverse=True)[quarter]
-    latency = sorted(latencies.values())[quarter]
-    slow = {way: line.rate / rate for way, line in lines.items() if line.rate < SLOW_LINK * rate}
-    late = {way: found for way, found in latencies.items() if found > latency * LATE + LATE_SECONDS}
-    if not late and latency > FAR_SECONDS:
-        late = {way: found for way, found in latencies.items() if found > FAR_SECONDS}
-    yield from _by_machine(
-        slow, lines, hosts, lambda share: f"go at {share:.0%} of the better links' rate, {_gb(rate)}"
-    )
+    rate, slow, late = unusual_links(lines)
+    better = f"of the better links' rate, {_gb(rate)}"
+    yield from _by_machine(slow, lines, hosts, lambda share: f"go at {share:.0%} {better}")
     yield from _by_machine(late, lines, hosts, lambda late: f"take {late * 1e3:.1f} ms before the first byte")
     known = device_called(facts[0].device)
     if known is not None and known.network_gb_s and not slow and rate < SLOW_LINK * known.network_gb_s * 1e9:
@@ -110,8 +119,8 @@ def _links(facts: Sequence[Facts]) -> Iterator[Finding]:
 
 
 def _by_machine(
-    ways: Mapping[tuple[int, int], float],
-    lines: Mapping[tuple[int, int], object],
+    ways: Mapping[Way, float],
+    lines: Mapping[Way, Line],
     hosts: Mapping[int, str],
     how: Callable[[float], str],
 ) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from stoker.conf.schema import Config
 from stoker.data.cache import cache_root
 from stoker.parallel.mesh import Mesh
 from stoker.trainer.memory import available_bytes
-from stoker.trainer.probe.facts import AxisLink, Facts, FolderRate, Link, facts_of
+from stoker.trainer.probe.facts import AxisLink, Facts, FolderRate, Line, Link, facts_of
 from stoker.trainer.probe.host import clock_ahead, this_host, versions
-from stoker.trainer.probe.judge import slow_ranks
+from stoker.trainer.probe.judge import slow_ranks, unusual_links
 from stoker.trainer.probe.links import axis_links, machine_links
 from stoker.trainer.probe.products import (
     Product,
@@ -98,7 +99,10 @@ def measure(
     firsts = sorted({int(text) for text in mesh.all_gather_text(str(first))})
     links: list[Link] = []
     if len(firsts) > 1:
-        links = machine_links(mesh, firsts, effort.pair_bytes, effort.pair_seconds, effort.pair_rounds)
+        pairs = effort.pair_bytes, effort.pair_seconds, effort.pair_rounds
+        links = machine_links(mesh, firsts, *pairs)
+        if _any_slow_link(mesh, links):
+            links = [one.better(other) for one, other in zip(links, machine_links(mesh, firsts, *pairs), strict=True)]
     folders: list[FolderRate] = []
     if effort.folder_seconds and is_first:
         folders = folder_rates(config, effort)
@@ -169,6 +173,13 @@ def _any_slow(mesh: Mesh, own: Sequence[float]) -> bool:
         for rank, text in enumerate(texts)
     ]
     return bool(slow_ranks(facts))
+
+
+def _any_slow_link(mesh: Mesh, own: Sequence[Link]) -> bool:
+    texts = mesh.all_gather_text(json.dumps([(link.to, link.line.latency, link.line.rate) for link in own]))
+    lines = {(rank, to): Line(*line) for rank, text in enumerate(texts) for to, *line in json.loads(text)}
+    _, slow, late = unusual_links(lines)
+    return bool(slow or late)
 
 
 def _memory_gib(device: torch.device, place: Place) -> float:

@@ -50,7 +50,7 @@ def model_products(config: Config, layout: Layout) -> list[Product]:
     `config.model.vocab_size` must be set. Layers that tensor parallelism divides are a rank's share.
     """
     whole = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
-    tokens = batch_plan(config, layout).micro_rows * config.seq_len
+    tokens = batch_plan(config, layout).micro_rows * config.seq_len // layout.cp
     found: dict[tuple[int, int], int] = {}
     for module in whole.modules():
         if isinstance(module, nn.Linear):

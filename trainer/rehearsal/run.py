@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -70,25 +69,24 @@ class _Record:
     groups: Mapping[str, Sequence[int]]
 
 
-def rehearse(config: Config, layout: Layout, rank: int, kind: str = "cpu", every_layer: bool = False) -> Rehearsal:
+def rehearse(config: Config, layout: Layout, rank: int, kind: str = "cpu", every: bool = False) -> Rehearsal:
     """What `rank` of `layout` needs, with the kernels of a device of this `kind`, cpu or cuda.
 
-    Of layers that are alike a few stand for all, unless `every_layer` is wanted. `config.model.vocab_size` must be set.
-    Raises ValueError as building the engine does, and for what cannot run without the other ranks, a disk, or the
-    values of tensors.
+    Of layers that are alike a few stand for all, and of a pipeline's micro-batches, unless `every` one is wanted.
+    `config.model.vocab_size` must be set. Raises ValueError as building the engine does, and for what cannot run
+    without the other ranks, a disk, or the values of tensors.
     """
     if config.parallel.engine != "fsdp":
         raise ValueError(f"parallel.engine={config.parallel.engine} cannot be rehearsed: parallel.engine=fsdp can")
     if config.parallel.offload == "nvme":
         raise ValueError("parallel.offload=nvme cannot be rehearsed, as it writes to a disk: parallel.offload=cpu can")
-    short = None if every_layer else shortened(config, layout, rank)
-    found = None
-    if short is not None:
-        shorter = _record(config, layout, rank, kind, short.shorter)
-        with contextlib.suppress(NotAlikeError):
-            found = _longer(shorter, _record(config, layout, rank, kind, short.longer), short)
-    if found is None:
-        found = _record(config, layout, rank, kind)
+    plan = batch_plan(config, layout)
+    fewer = None if every else _fewer_micro_batches(config, layout, plan)
+    if fewer is None:
+        found = _few_layers(config, layout, rank, kind, plan, every)
+    else:
+        less, more = (_few_layers(config, layout, rank, kind, fewer_plan, every) for fewer_plan in fewer.plans)
+        found = _more_micro_batches(less, more, fewer.missing)
     return Rehearsal(
         rank,
         kind,
@@ -101,6 +99,49 @@ def rehearse(config: Config, layout: Layout, rank: int, kind: str = "cpu", every
         found.update,
         found.groups,
     )
+
+
+@dataclass(frozen=True)
+class _Fewer:
+    """Plans with fewer micro-batches than a step has, for two rehearsals of a rank of a pipeline."""
+
+    plans: tuple[BatchPlan, BatchPlan]
+    missing: int  # how often the second lacks what it has more than the first
+
+
+def _fewer_micro_batches(config: Config, layout: Layout, plan: BatchPlan) -> _Fewer | None:
+    """As many as fill the pipeline, from where on each adds the same. None where a step has hardly more."""
+    if layout.pp == 1:  # `_step` leaves them out
+        return None
+    first, more = layout.pp + 1, 1
+    if config.parallel.schedule == "interleaved":  # it takes whole rounds
+        first, more = 2 * layout.pp, layout.pp
+    missing = (plan.micro_batches - first) // more - 1
+    if missing < 2 or (plan.micro_batches - first) % more:
+        return None
+    each = plan.micro_rows
+    less, same = (BatchPlan(count * each * layout.dp, count * each, each) for count in (first, first + more))
+    return _Fewer((less, same), missing)
+
+
+def _more_micro_batches(less: _Record, more: _Record, missing: int) -> _Record:
+    """Continues the line from one record to the other to all micro-batches."""
+
+    def one(which: str) -> list[Span]:
+        return [Span(Mark(which), line(highest(getattr(less, which)), highest(getattr(more, which)), missing))]
+
+    held, passes = line(less.held, more.held, missing), more_work(less.passes, more.passes, missing)
+    return replace(more, step=one("step"), evaluation=one("evaluation"), held=held, passes=passes)
+
+
+def _few_layers(config: Config, layout: Layout, rank: int, kind: str, plan: BatchPlan, every: bool) -> _Record:
+    """Of all layers, by rehearsing few of them where that will do."""
+    short = None if every else shortened(config, layout, rank)
+    if short is not None:
+        shorter = _record(config, layout, rank, kind, plan, short.shorter)
+        with contextlib.suppress(NotAlikeError):
+            return _longer(shorter, _record(config, layout, rank, kind, plan, short.longer), short)
+    return _record(config, layout, rank, kind, plan)
 
 
 def _longer(shorter: _Record, longer: _Record, short: Short) -> _Record:
@@ -122,14 +163,15 @@ def _longer(shorter: _Record, longer: _Record, short: Short) -> _Record:
     )
 
 
-def _record(config: Config, layout: Layout, rank: int, kind: str, parts: Sequence[Part] | None = None) -> _Record:
-    plan = batch_plan(config, layout)
+def _record(
+    config: Config, layout: Layout, rank: int, kind: str, plan: BatchPlan, parts: Sequence[Part] | None = None
+) -> _Record:
     with _quiet(), _without_values(), fake_mesh(layout, rank) as mesh:
         work = WorkLog(mesh)
         selective = config.activation_checkpointing == "selective"
         with fake_tensors(), stand_ins(kind, selective, layout.shards > 1, work.count), MemoryLog(work.see) as log:
             log.phase = "building"
-            engine, _ = build_engine(dataclasses.replace(config, compile=False), mesh, plan, parts)
+            engine, _ = build_engine(replace(config, compile=False), mesh, plan, parts)
             _name(log, engine)
             log.mark(Mark("built"))
             build = log.spans()

@@ -20,6 +20,8 @@ LAYOUTS = [
     (Layout(pp=2), Case(4, tied=True)),
     (Layout(1, 2, zero=2), Case(4)),
     (Layout(tp=2), Case(4, tied=True, sequence=False)),
+    (Layout(cp=2, zero=3), Case(4)),  # ZeRO shards over cp
+    (Layout(cp=2), Case(4, tied=True)),
 ]
 OF_FOUR = [
     (Layout(2, 2, zero=2), Case(4)),
