@@ -15,10 +15,10 @@ the norm, clips, scales the loss and steps the optimizer on DeepSpeed's fp32 par
 device, counts replicated parameters by attributes that do not survive, and its overflow flag is not reduced over all
 ranks.
 
-DeepSpeed's data-parallel group is our axis `dp_shard`; sums over other axes follow
-its reduction, on this rank's partition: `dp_replicate` here, the model-parallel groups in the engine. That is exact as
-long as the partitions coincide, so parameters that are partial over the same groups are partitioned together. ZeRO 0 is
-ZeRO 1 over `dp_shard` of one rank, and `parallel.dp_replicate` works at every stage.
+DeepSpeed's data-parallel group is that of `Layout.sharding`; sums over other axes follow its reduction, on this rank's
+partition: `Layout.replication` here, the model-parallel groups in the engine. That is exact as long as the partitions
+coincide, so parameters that are partial over the same groups are partitioned together. ZeRO 0 is ZeRO 1 over a single
+rank, and `parallel.dp_replicate` works at every stage.
 
 DeepSpeed keeps `mpu`, persistence thresholds and a patched `F.linear` (ZeRO 3) in module globals: one mesh per process.
 """

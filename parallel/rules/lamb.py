@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stoker.parallel.layout import OF_TOKENS
+from stoker.parallel.layout import ROLES, AxisRole
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.registry import LocalShard, Registry
 from stoker.parallel.rules.settings import Settings
 from stoker.parallel.rules.skipping import Gate
 
 STAGE = "stage"  # the group of the ranks that hold parts of the same pipeline stages
-_AXES = (*OF_TOKENS, "tp")
+_AXES = tuple(axis for axis, role in ROLES.items() if role != AxisRole.STAGE)
 
 
 class Lamb:

@@ -71,9 +71,9 @@ class UserWholes:
     def shards(self) -> list[Shard]:
         """The state of the parameters that this rank owns, each as one chunk."""
         layout, at = self._mesh.layout, self._mesh.coordinate
-        replica, replicas = (
-            (layout.place(self._mesh.rank, layout.replication), layout.replicas) if layout.shards > 1 else (0, 1)
-        )
+        replica, replicas = 0, 1
+        if layout.shards > 1:
+            replica, replicas = layout.place(self._mesh.rank, layout.replication), layout.replicas
         found = []
         for name, key, value in self._inner.tensors():
             if name != _NONE:

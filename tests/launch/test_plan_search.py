@@ -19,7 +19,7 @@ SMALL = ["model.hidden_size=64", "model.intermediate_size=64", "model.num_hidden
 
 def test_every_combination_that_divides_is_a_layout_once_and_settings_that_are_given_stay() -> None:
     config = config_of()
-    config.batch = BatchConfig(8)
+    config.batch = BatchConfig(size=8)
     found = list(search.layouts(config, 4, []))
     assert len({str(each) for each in found}) == len(found) > 100
     for each in found:

@@ -24,7 +24,7 @@ from stoker.trainer.parallelize import cut
 from stoker.trainer.rehearsal import Category, rehearse
 from tests import world
 from tests.extent import some
-from tests.parallel.parity import Case, assert_parity
+from tests.parallel.parity import Case, assert_parity, train
 from tests.parallel.reference import assemble, global_rows, normwise, one_process, small_config
 from tests.trainer.rehearsed import config_of as rehearsed_config
 from tests.trainer.test_resume import HALF, half
@@ -273,6 +273,27 @@ def test_a_model_whose_tokens_meet_in_no_declared_layer_is_refused() -> None:
         assert "Toy cannot share sequences over 2 context-parallel ranks" in message
         assert "parallel.cp=1 works" in message
     assert one_process(of_case(Layout(), model=small_config().model), 1).losses
+
+
+@pytest.mark.long
+def test_rules_that_need_norms_or_whole_matrices_get_them() -> None:
+    """Of parameters that ZeRO shards over the ranks of a sequence."""
+
+    def configs(layout: Layout) -> list[Config]:
+        found = [Case(4, tied=True).config(layout) for _ in range(2)]
+        for config, name in zip(found, ("muon", "lamb"), strict=True):
+            config.optim.name = name
+        return found
+
+    for layout in (Layout(cp=2, zero=2), Layout(cp=2)):
+        alone = world.run(train, 1, configs(Layout()), 5)[0]
+        ranks = world.run(train, 2, configs(layout), 5)
+        for number, expected in enumerate(alone):
+            assert ranks[0][number].trace.losses == pytest.approx(expected.trace.losses, rel=1e-5)
+            assert ranks[0][number].trace.norms == pytest.approx(expected.trace.norms, rel=1e-5)
+            parameters = assemble([rank[number].parameters for rank in ranks])
+            for name, value in assemble([expected.parameters]).items():
+                assert normwise(parameters[name], value) < 1e-4, name
 
 
 @pytest.mark.long

@@ -20,7 +20,7 @@ from tests.trainer.rehearsed import config_of
 
 def deep(layers: int, rows: int = 32, **changes: object) -> Config:
     config = config_of("bf16", seq_len=32, layers=layers, **changes)
-    config.batch = BatchConfig(rows, 16)
+    config.batch = BatchConfig(size=rows, micro_size=16)
     return config
 
 
