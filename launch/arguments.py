@@ -56,7 +56,7 @@ The same command goes on with a sweep that was interrupted (docs/sweeps.md).
 
 def add_probe(command: argparse.ArgumentParser) -> None:
     """For `stoker probe` and for its ranks."""
-    command.add_argument("--quick", action="store_true", help="small sizes: under half a minute")
+    command.add_argument("--quick", action="store_true", help="smaller sizes, for less time")
     command.add_argument("--out", metavar="FILE", default="machine.json", help="what to write (default machine.json)")
     command.add_argument("--json", action="store_true", help="print the contents of that file instead of tables")
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 
@@ -43,15 +44,20 @@ def probe(overrides: Sequence[str], options: Sequence[str]) -> int:
     keep_on_loopback(environment)
     program = [sys.executable, "-P", "-m", "stoker.launch.probe", *options]
     processes: list[subprocess.Popen] = []
-    try:
-        for rank in range(ranks):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(program, env={**environment, **place}, stdin=subprocess.DEVNULL))
-        return _ended(processes)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:  # by the first rank, at its end
+        try:
+            for rank in range(ranks):
+                place, output = {"RANK": str(rank), "LOCAL_RANK": str(rank)}, printed if rank == 0 else None
+                processes.append(
+                    subprocess.Popen(program, env={**environment, **place}, stdin=subprocess.DEVNULL, stdout=output)
+                )
+            return _ended(processes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+            printed.seek(0)
+            sys.stdout.write(printed.read())
 
 
 def _ended(processes: Sequence[subprocess.Popen]) -> int:

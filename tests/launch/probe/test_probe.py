@@ -53,6 +53,22 @@ def test_a_start_that_is_refused_is_not_measured(capsys: pytest.CaptureFixture[s
     assert "3 ranks" in capsys.readouterr().err
 
 
+def test_what_the_first_rank_prints_is_printed_and_a_failed_rank_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "rank"
+    monkeypatch.setattr("stoker.launch.probe.start.sys.executable", str(program))
+    for script, expected in (
+        ('echo "$@" of $RANK', (0, "-P -m stoker.launch.probe --quick --out a.json of 0\n", "")),
+        ("[ $RANK = 0 ] && exec sleep 60; exit 3", (1, "", "stoker: rank 1 ended with status 3\n")),
+    ):
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        status = main(["probe", "launch.nproc=2", "launch.device=cpu", "--quick", "--out", "a.json"])
+        seen = capsys.readouterr()
+        assert (status, seen.out.splitlines()[:1], seen.err) == (expected[0], expected[1].splitlines()[:1], expected[2])
+
+
 def test_machine_json_is_a_device_with_measured_rates(tmp_path: Path) -> None:
     facts, config = measured(), small()
     sentence, times = bottleneck(facts, config, [], machine_of(facts, config))
