@@ -54,7 +54,7 @@ class Partitions(Protocol):
         ...
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """After the last backward, for each fragment in order: its fp32 gradient, summed over `Layout.sharding`, live."""
+        """After the last backward, each fragment's fp32 gradient in order, reduced over `Layout.sharding`, live."""
         ...
 
     def renew(self) -> None:
