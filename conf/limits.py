@@ -97,13 +97,13 @@ LIMITS = (
     ),
     _at_least("seq_len", 2, "one token has no other to predict"),
     _at_least("batch.size", 1, "an update needs rows"),
+    _at_least("batch.micro_size", 1, "a micro-batch needs rows"),
     Limit(
         "batch.ramp",
         "pairs of sequences per step and of tokens until which, rising, such as [[8,1e6],[16,4e6]]",
         "a ramp follows the tokens read",
         _is_ramp,
     ),
-    _at_least("batch.micro_size", 1, "a micro-batch needs rows"),
     _choice("model.family", "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2"),
     _at_least("parallel.tp", 1, "it counts ranks"),
     _at_least("parallel.pp", 1, "it counts stages"),
@@ -215,7 +215,10 @@ LIMITS = (
     Limit("schedule.decay_fraction", "above 0 and at most 1", "it is a share", lambda value: 0 < value <= 1),
     _choice("schedule.decay_shape", "linear", "cosine", "sqrt"),
     Limit(
-        "schedule.decays", "pairs of a first and a last step, rising, such as [[80,100]]", "decays follow", _are_spans
+        "schedule.decays",
+        "pairs of a first and a last step, rising, such as [[100,120],[300,300]]",
+        "decays follow",
+        _are_spans,
     ),
     _at_least("schedule.cycle_steps", 1, "it counts steps"),
     _at_least("schedule.cycle_growth", 1, "shrinking cycles would have no steps left"),

@@ -41,8 +41,8 @@ class RunConfig:
 @dataclass
 class BatchConfig:
     size: int = maths(32)  # sequences per optimizer step over all ranks (the global batch)
-    ramp: list[Any] = maths([])  # smaller batches before `size`, and the tokens until which: [[8,1e6],[16,4e6]]
     micro_size: int | None = free()  # sequences per micro-batch on a rank; default: as many as divide, at most 8
+    ramp: list[Any] = maths([])  # smaller batches before `size`, and the tokens until which: [[8,1e6],[16,4e6]]
 
 
 @dataclass

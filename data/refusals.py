@@ -53,7 +53,7 @@ def _ramp(start: Start) -> str | None:
     if not config.batch.ramp or not dp or min(size for size, _ in config.batch.ramp) < 1 or config.batch.size < 1:
         return None
     if config.data.phases:
-        return "batch.ramp with data.phases: the step of a phase would mean other sequences; leave one of them out"
+        return "batch.ramp with data.phases: a phase would begin elsewhere: batch.ramp=[] works, or data.phases=[]"
     epochs = [config.data.epochs, *(source.get("max_epochs") for source in config.data.sources.values())]
     if config.data.mode == "streaming" and any(one is not None for one in epochs):
         return "batch.ramp with epochs of data.mode=streaming, whose end is not known before: data.mode=indexed works"
@@ -65,7 +65,8 @@ def _ramp(start: Start) -> str | None:
     sizes = sorted({int(size) for size, _ in config.batch.ramp} | {config.batch.size})
     return (
         f"batch.ramp: the sizes {', '.join(map(str, sizes))} have the divisor {unit} in common, which is no multiple "
-        f"of {least} (data-parallel ranks x batch.micro_size, or data.streams): multiples of {least} work"
+        f"of {least} (data-parallel ranks x batch.micro_size, or data.streams): multiples of {least} work, or "
+        "batch.ramp=[]"
     )
 
 

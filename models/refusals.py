@@ -73,16 +73,11 @@ def _ulysses(start: Start) -> str | None:
     if wanted.context != "ulysses" or wanted.cp <= 1 or min(wanted.tp, heads, kv_heads) < 1 or heads % wanted.tp:
         return None
     heads, kv_heads = heads // wanted.tp, max(1, kv_heads // wanted.tp)
-
-    def fits(cp: int) -> bool:
-        return heads % cp == 0 and (kv_heads % cp == 0 or cp % kv_heads == 0)
-
-    if fits(wanted.cp):
+    if heads % wanted.cp == 0 and (kv_heads % wanted.cp == 0 or wanted.cp % kv_heads == 0):
         return None
-    degrees = either(around(wanted.cp, [cp for cp in divisors(heads) if fits(cp)]))
     return (
         f"parallel.context=ulysses with parallel.cp={wanted.cp}: {heads} query heads and {kv_heads} kv heads of a rank "
-        f"do not divide: parallel.context=gather works, or parallel.cp={degrees}"
+        "do not divide: parallel.context=gather works"
     )
 
 

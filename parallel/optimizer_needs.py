@@ -70,7 +70,8 @@ def undeclared(config: Config, layout: Layout) -> str | None:
     divided = _divided(layout)
     if config.optim.target is None or not divided or declared_needs(config.optim) is not None:
         return None
-    undivided = " ".join(_UNDIVIDED[axis] for axis in divided)
+    more = layout.zero > 0 and layout.shards == 1 and layout.world > 1  # ranks that shard once they share no layers
+    undivided = " ".join(_UNDIVIDED[axis] for axis in (["parallel.zero"] if more else []) + divided)
     where = " and ".join(f"{axis}={lookup(config, axis)}" for axis in divided)
     verb = "divides" if len(divided) == 1 else "divide"
     kinds = ", ".join(f"{name} ({meaning})" for name, meaning in NEEDS.items())

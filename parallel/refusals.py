@@ -107,7 +107,9 @@ def _context_parallel(start: Start) -> str | None:
     cp, seq_len = start.config.parallel.cp, start.config.seq_len
     if cp <= 1 or seq_len < 1 or seq_len % cp == 0:
         return None
-    degrees = either(around(cp, divisors(seq_len)))
+    wanted = start.config.parallel
+    ranks = start.world // max(1, wanted.tp * wanted.pp)
+    degrees = either(around(cp, divisors(math.gcd(seq_len, max(1, ranks)))))
     return (
         f"seq_len={seq_len} does not divide over parallel.cp={cp}: "
         f"seq_len={either(multiples_around(seq_len, cp))} does, or parallel.cp={degrees}"

@@ -57,13 +57,14 @@ def _of_other_schedules(start: Start) -> str | None:
         return f"schedule.cycle_steps with schedule={schedule.name}: schedule=cosine has cycles, and schedule=linear"
     if schedule.cycle_steps is None and schedule.cycle_growth != 1.0:
         return (
-            f"schedule.cycle_growth={schedule.cycle_growth} without schedule.cycle_steps: set the first cycle's steps"
+            f"schedule.cycle_growth={schedule.cycle_growth} without schedule.cycle_steps: "
+            f"schedule.cycle_growth=1 works, or schedule.cycle_steps={max(1, total // 2)}, the first cycle's"
         )
     last = round(total * (1 - schedule.decay_fraction))
     if schedule.decays and not schedule.warmup_steps < schedule.decays[0][0] <= schedule.decays[-1][1] <= last:
         return (
-            f"schedule.decays={schedule.decays}: a decay before the final one is after the warmup and by step {last}, "
-            f"such as [[{schedule.warmup_steps + 1},{last}]]"
+            f"schedule.decays: {schedule.decays} are not after the warmup and by step {last}, where the final decay "
+            "begins: schedule.decays=[] works"
         )
     return None
 

@@ -45,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("stoker train steps=3 optim.b", "optim.betas="),
         ("stoker train model.rope_parameters.f", "model.rope_parameters.factor="),
         ("stoker train model=m", "model=mine"),
-        ("stoker train optim=", "optim=adamw optim=sgd"),
+        ("stoker train optim=", "optim=adamw optim=lamb optim=lion optim=muon optim=sgd"),
         ("stoker train exp", "experiment="),
         ("stoker train +experiment=", "+experiment=big"),
         ("stoker train compile=", "compile=false compile=true"),

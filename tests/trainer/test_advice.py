@@ -35,6 +35,12 @@ WORDS = {
     "these settings are for parallel.engine=deepspeed": "parallel.engine=deepspeed",
     "name a variable in an http(s) address ($STOKER_SECRET_NAME)": "model.args={from: 'https://$STOKER_SECRET_ME@h/a'}",
     "shell of pipe: and launch.setup read one ($NAME)": "launch.setup='export WANDB_API_KEY=$KEY'",
+    "choose from role, pattern, name": "optim.groups=[{role: matrix, lr: 1e-4}]",
+    "needs either role (one of": "optim.groups=[{role: matrix, lr: 1e-4}]",
+    "role=heads: choose from matrix": "optim.groups=[{role: matrix, lr: 1e-4}]",
+    "name=adam: choose from adamw": "optim.groups=[{role: matrix, name: adamw}]",
+    "muon orthogonalises matrices": "optim.groups=[{role: embedding, name: adamw}]",
+    "betas are two numbers": "optim.groups=[{role: matrix, betas: [0.9, 0.99]}]",
     "where its library looks (~/.netrc, AWS_ACCESS_KEY_ID, ...)": "model.args={}",
 }
 
@@ -101,6 +107,8 @@ def test_what_a_refusal_advises_is_accepted(name, overrides, world, gpus, words,
 
 RULES = {
     "pairs of a first and a last step, rising, such as": "[[100,120],[300,300]]",
+    "pairs of sequences per step and of tokens until which, rising, such as": "[[8,1e6],[16,4e6]]",
+    "above 0 and below 1": "0.999",
     "two numbers from 0 up to but not including 1": "[0,0.999]",
     "an even number above 0": "2",
     "0, 1, 2 or 3": "3",

@@ -12,15 +12,15 @@ RULES = ("muon", "lamb", "lion")
 # Of four rows of queries and two kv heads: tp 4 shares kv heads between neighbours, and the vocabulary of 50 is divided
 # by no tp.
 LAYOUTS = [
+    (Layout(1, 2, zero=3), Case(8)),
     (Layout(), Case(4)),
     (Layout(2), Case(2)),
-    (Layout(1, 2, zero=1), Case(4, tied=True)),
-    (Layout(1, 2, zero=3), Case(8)),
     (Layout(tp=2), Case(4)),
+    (Layout(1, 2, zero=1), Case(4, tied=True)),
     (Layout(pp=2), Case(4, tied=True)),
+    (Layout(cp=2, zero=3), Case(4)),  # ZeRO shards over cp
     (Layout(1, 2, zero=2), Case(4)),
     (Layout(tp=2), Case(4, tied=True, sequence=False)),
-    (Layout(cp=2, zero=3), Case(4)),  # ZeRO shards over cp
     (Layout(cp=2), Case(4, tied=True)),
 ]
 OF_FOUR = [
@@ -38,7 +38,7 @@ def cases(case: Case) -> list[Case]:
     return [Case(case.micro, case.schedule, case.tied, rule, case.sequence) for rule in RULES]
 
 
-@pytest.mark.parametrize(("layout", "case"), some(LAYOUTS, 2), ids=str)
+@pytest.mark.parametrize(("layout", "case"), some(LAYOUTS, 3), ids=str)
 def test_rules_on_one_and_two_ranks(layout: Layout, case: Case) -> None:
     assert_parity(layout, cases(case))
 
