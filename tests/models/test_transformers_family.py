@@ -61,6 +61,13 @@ def assert_the_same_training(kinds: list[str], folder: Path, layouts: dict[str, 
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_model_of_transformers_trains_alike_on_a_layout(name: str, tmp_path: Path) -> None:
+    """Each of the dozen on one of the layouts, and each layout with several."""
+    assert_the_same_training(SOME[list(LAYOUTS).index(name) :: len(LAYOUTS)], tmp_path, {name: LAYOUTS[name]})
+
+
+@pytest.mark.long
 def test_a_model_of_transformers_trains_alike_on_every_layout(tmp_path: Path) -> None:
     assert_the_same_training(SOME, tmp_path)
 

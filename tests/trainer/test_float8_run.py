@@ -44,6 +44,7 @@ def test_three_hundred_steps_end_within_a_percent_of_bf16(tmp_path: Path, words:
     assert last["fp8"] == pytest.approx(last["bf16"], rel=1e-2)
 
 
+@pytest.mark.long
 def test_a_run_that_is_interrupted_is_the_same_to_the_last_bit(tmp_path: Path, words: list[str]) -> None:
     words = ["precision=fp8", "schedule.total_steps=4", *words, "schedule.warmup_steps=1"]
     train_here(tmp_path, [f"run.dir={tmp_path / 'whole'}", "steps=4", *words])

@@ -13,15 +13,15 @@ RULES = ("muon", "lamb", "lion")
 # by no tp.
 LAYOUTS = [
     (Layout(1, 2, zero=3), Case(8)),
-    (Layout(), Case(4)),
     (Layout(2), Case(2)),
+    (Layout(cp=2), Case(4, tied=True)),
     (Layout(tp=2), Case(4)),
     (Layout(1, 2, zero=1), Case(4, tied=True)),
     (Layout(pp=2), Case(4, tied=True)),
     (Layout(cp=2, zero=3), Case(4)),  # ZeRO shards over cp
     (Layout(1, 2, zero=2), Case(4)),
     (Layout(tp=2), Case(4, tied=True, sequence=False)),
-    (Layout(cp=2), Case(4, tied=True)),
+    (Layout(), Case(4)),
 ]
 OF_FOUR = [
     (Layout(2, 2, zero=2), Case(4)),
