@@ -153,6 +153,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--mtbf", metavar="H", type=float, help="hours between failures: prints how often to save")
     plan.add_argument("--search", action="store_true", help="rank the layouts; settings that are given stay")
     plan.add_argument("--run", metavar="RUN", help="plan a run's newest attempt as stored, beside what it measured")
+    plan.add_argument("--png", metavar="FILE", help="draw the memory of a rank over a step")
     plan.add_argument("--json", action="store_true", help="everything, as JSON")
 
     probe = add("probe", _probe, "Measure machines, links and storage; name what is slow.", examples.PROBE)
@@ -300,13 +301,13 @@ def _plan(options: argparse.Namespace) -> int:
     if options.run is not None:
         given = [
             *options.overrides,
-            *(f"--{name}" for name in ("gpus", "tokens", "price", "mtbf") if vars(options)[name]),
+            *(f"--{name}" for name in ("gpus", "tokens", "price", "mtbf", "png") if vars(options)[name]),
         ]
         if given:
             raise ConfigError(f"--run {options.run}: it is planned as it is stored, without {' '.join(given)}")
         return plan_run(options.run, options.gpu, form)
     asked = Asked(options.tokens, options.price, options.mtbf)
-    return plan(options.overrides, options.gpu, options.gpus, asked, form, options.search)
+    return plan(options.overrides, options.gpu, options.gpus, asked, form, options.search, options.png)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 `make`      which ranks need the same, and what each class of them needs
 `times`     from counts and a device's published rates to the time of a step and of a run
 `search`    every layout of so many devices, and `guess`, which of them are worth a rehearsal
-`show`      tables for a terminal, and JSON
+`show`      tables for a terminal, and JSON; `picture`, the memory over a step as a PNG
 
 The config is settled as `stoker train` settles it, so that what one refuses the other refuses too, in the same words.
 """
@@ -14,6 +14,7 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from stoker.conf.devices import Device, device_called, device_named
 from stoker.conf.rundir import read_config
@@ -33,9 +34,15 @@ from stoker.trainer.settle import settle_config
 
 
 def plan(
-    overrides: Sequence[str], gpu: str | None, gpus: int | None, asked: Asked, form: str, searching: bool = False
+    overrides: Sequence[str],
+    gpu: str | None,
+    gpus: int | None,
+    asked: Asked,
+    form: str,
+    searching: bool = False,
+    png: str | None = None,
 ) -> int:
-    """Print the plan in `form` (text or json); status 1 for one that does not fit.
+    """Print the plan in `form` (text or json), and draw it into the file `png`; status 1 for one that does not fit.
 
     When `searching`, layouts are ranked, with settings in `overrides` as they are; status 1 if none fits.
 
@@ -45,7 +52,8 @@ def plan(
     device = None if gpu is None else device_named(gpu)
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus {gpus}: at least one rank has to train")
-
+    if searching and png is not None:
+        raise ConfigError(f"--png {png} with --search: a picture is of one layout; leave one of them out")
     for option, value in vars(asked).items():
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"--{option} {value:g}: a number above 0 works")
@@ -63,6 +71,11 @@ def plan(
         print(json.dumps(as_json(made), allow_nan=False))
     else:
         print_plan(made)
+    if png is not None:
+        from stoker.launch.plan.picture import draw  # matplotlib takes a second
+
+        draw(made, Path(png))
+        say(f"picture {png}")
     return 0 if made.fits is not False else 1
 
 

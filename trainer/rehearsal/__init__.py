@@ -13,8 +13,8 @@ update, its evaluation. So what is counted of it is what a run needs, and no for
 `run`         building, a step and an evaluation, one after the other
 """
 
-from stoker.trainer.rehearsal.memory import Category, Peak
+from stoker.trainer.rehearsal.memory import Category, Mark, Peak, Span
 from stoker.trainer.rehearsal.run import Rehearsal, rehearse
 from stoker.trainer.rehearsal.work import Traffic, Work
 
-__all__ = ["Category", "Peak", "Rehearsal", "Traffic", "Work", "rehearse"]
+__all__ = ["Category", "Mark", "Peak", "Rehearsal", "Span", "Traffic", "Work", "rehearse"]
