@@ -8,6 +8,7 @@ again.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -110,20 +111,34 @@ def attend_gathered(
     On CPUs in blocks of queries; elsewhere by `kernel`, which is given all keys in the order of `spans`.
     """
     if q.device.type == "cpu":
-        return _attend_in_blocks(q, k, v, spans, scale, axis)
+        return _apart(_attend_in_blocks)(q, k, v, spans, scale, axis)
     return attend_to_all(q, k, v, spans.source, axis, kernel)
 
 
-@torch.compiler.disable
+def _apart(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function`, left out of compiled graphs. Where nothing is compiled, what compiles is not loaded: seconds."""
+    return _disabled(function) if "torch._dynamo" in sys.modules else function
+
+
+@functools.cache
+def _disabled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compiler.disable(function)
+
+
 def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, spans: KeySpans, scale: float, axis: SequenceAxis) -> Tensor:
     return _InBlocks.apply(q, k, v, spans, scale, axis)
 
 
-@torch.compiler.disable
 def attend_to_all(
     q: Tensor, k: Tensor, v: Tensor, source: Tensor, axis: SequenceAxis, kernel: Kernel, *others: Tensor
 ) -> Tensor:
     """`kernel(q, keys, values, *others)` with keys and values of all ranks in the order of `source`."""
+    return _apart(_attend_to_all)(q, k, v, source, axis, kernel, *others)
+
+
+def _attend_to_all(
+    q: Tensor, k: Tensor, v: Tensor, source: Tensor, axis: SequenceAxis, kernel: Kernel, *others: Tensor
+) -> Tensor:
     if axis.recomputed or not torch.is_grad_enabled():
         found = gather_tokens(torch.cat([k, v], -1), source, axis)
         return kernel(q, *found.split([k.shape[-1], v.shape[-1]], -1), *others)

@@ -98,6 +98,12 @@ def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None
     assert imported() - needed == set()
 
 
+def test_a_rank_loads_no_compiler_before_it_compiles() -> None:
+    """It is 800 modules and more than a second of every start."""
+    program = "import sys, stoker.trainer.main; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", program]).returncode == 0
+
+
 @pytest.mark.long
 def test_deepspeed_is_imported_only_for_its_engine(tmp_path: Path) -> None:
     write_text(tmp_path / "text")
