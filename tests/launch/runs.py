@@ -105,7 +105,8 @@ def _forked(home: Path, ranks: int, words: list[str], settled: str | None) -> tu
     meeting = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     meeting[LAUNCH_VARIABLE] = secrets.token_hex(8)
     with tempfile.NamedTemporaryFile() as output:
-        statuses = world.exit_statuses(_train, ranks, environment(home) | meeting, home, words, settled, output.name)
+        given = environment(home) | meeting, home, words, settled, output.name
+        statuses = world.exit_statuses(_train, ranks, *given, timeout=500.0)
         own = [status for status in statuses if status >= 0]  # the others were killed when a rank had ended
         return max(own, default=0) or max(map(abs, statuses)), Path(output.name).read_text()
 
