@@ -28,7 +28,7 @@ def words(tmp_path: Path) -> list[str]:
     return [*WORDS, f"data.path={tmp_path / 'text.txt'}"]
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_three_hundred_steps_end_within_a_percent_of_bf16(tmp_path: Path, words: list[str]) -> None:
     losses = {}
     for precision in ("fp8", "bf16"):
