@@ -3,9 +3,6 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-# Tests start hundreds of Python processes: what they import is compiled once.
-unexport PYTHONDONTWRITEBYTECODE
-
 .PHONY: demo test test-short test-long gpu lint format install docs dist
 
 install: .venv/installed
