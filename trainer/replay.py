@@ -155,8 +155,16 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 class FirstNotFinite:
-    """While entered: checks the outputs of all modules and their gradients, on any model."""
+    """While entered: checks the outputs of all modules and their gradients, on any model.
+
+    Not those of modules that have no parameters and are given no floating-point tensor: they compute with integers, and
+    an infinity is meant, as in a mask of attention scores.
+    """
 
     def __init__(self) -> None:
         self.output: str | None = None
@@ -172,8 +180,10 @@ class FirstNotFinite:
         self._hook.remove()
         self._names.__exit__()
 
-    def _leave(self, module: nn.Module, _arguments: Any, output: Any) -> None:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+    def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        if not _is_floating(output):
+            return
+        if not any(map(_is_floating, arguments)) and next(module.parameters(), None) is None:
             return
         where = f"{self._names[module]} (micro-batch {self._names.calls})"
         if self.output is None and not _finite(output):
