@@ -13,7 +13,7 @@ from stoker.parallel.layout import ROLES, AxisRole
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.registry import LocalShard, Registry
 from stoker.parallel.rules.settings import Settings
-from stoker.parallel.rules.skipping import Gate
+from stoker.parallel.rules.skipping import Gate, Gates
 
 STAGE = "stage"  # the group of the ranks that hold parts of the same pipeline stages
 _AXES = tuple(axis for axis, role in ROLES.items() if role != AxisRole.STAGE)
@@ -49,9 +49,10 @@ class Lamb:
     @torch.no_grad()
     def begin(self, gradients: Mapping[str, Tensor], lr: float, divisor: Tensor, found_inf: Tensor) -> None:
         """Update the moments, and start the all-reduce of the squared norms: fp64 `[2, parameters]`."""
-        here = Gate.of(divisor, found_inf, self._device)
+        gates = Gates(divisor, found_inf)
+        here = gates.on(self._device)
         self._step += here.taken
-        directions = {name: self._direction(name, gradients[name], divisor, found_inf) for name in self._parts}
+        directions = {name: self._direction(name, gradients[name], gates) for name in self._parts}
         message = torch.zeros(2, len(self._places), dtype=torch.float64, device=self._device)
         for row, values in enumerate((self._parts, directions)):
             if self._counted:
@@ -60,9 +61,9 @@ class Lamb:
         work = dist.all_reduce(message, group=self._group, async_op=True) if self._group is not None else None
         self._pending = message, work, directions, here, lr
 
-    def _direction(self, name: str, gradient: Tensor, divisor: Tensor, found_inf: Tensor) -> Tensor:
+    def _direction(self, name: str, gradient: Tensor, gates: Gates) -> Tensor:
         part, own = self._parts[name], self._settings[name]
-        gate, step, (beta1, beta2) = Gate.of(divisor, found_inf, part.device), self._step.to(part.device), own.betas
+        gate, step, (beta1, beta2) = gates.on(part.device), self._step.to(part.device), own.betas
         gradient = gate.gradient(gradient)
         moment = self._moments[name].mul_(gate.factor(beta1)).add_(gradient, alpha=1 - beta1)
         square = self._squares[name].mul_(gate.factor(beta2)).addcmul_(gradient, gradient, value=1 - beta2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stoker.parallel.rules.settings import Settings
-from stoker.parallel.rules.skipping import Gate
+from stoker.parallel.rules.skipping import Gates
 
 
 class Lion:
@@ -20,8 +20,9 @@ class Lion:
 
     @torch.no_grad()
     def begin(self, gradients: Mapping[str, Tensor], lr: float, divisor: Tensor, found_inf: Tensor) -> None:
+        gates = Gates(divisor, found_inf)
         for name, part in self._parts.items():
-            gate, own, moment = Gate.of(divisor, found_inf, part.device), self._settings[name], self._moments[name]
+            gate, own, moment = gates.on(part.device), self._settings[name], self._moments[name]
             (beta1, beta2), rate = own.betas, lr * own.rate
             gradient = gate.gradient(gradients[name])
             direction = (moment * beta1).add_(gradient, alpha=1 - beta1).sign_()

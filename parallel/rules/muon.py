@@ -16,7 +16,7 @@ from stoker.parallel.mesh import Mesh
 from stoker.parallel.registry import LocalShard, Registry
 from stoker.parallel.rules.ownership import Ownership
 from stoker.parallel.rules.settings import Settings
-from stoker.parallel.rules.skipping import Gate
+from stoker.parallel.rules.skipping import Gates
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3 and x^5; Jordan et al. 2024
 STEPS = 5
@@ -64,33 +64,32 @@ class Muon:
         self._device = mesh.device
         self._moments = {name: torch.zeros_like(part) for name, part in parts.items() if part.numel()}
         self._owners = Ownership(mesh, registry, held, parts, lambda name: registry.entries[name].matrices(), cost)
-        self._pending: tuple[Callable[[], list[Tensor]], Tensor, Tensor, float] | None = None
+        self._pending: tuple[Callable[[], list[Tensor]], Gates, float] | None = None
 
     @torch.no_grad()
     def begin(self, gradients: Mapping[str, Tensor], lr: float, divisor: Tensor, found_inf: Tensor) -> None:
         """Update the moments, and start bringing the matrices to their owners."""
-        directions = dict(self._parts)  # of empty parts
+        gates, directions = Gates(divisor, found_inf), dict(self._parts)  # of empty parts
         for name, moment in self._moments.items():
-            gate, momentum = Gate.of(divisor, found_inf, moment.device), self._settings[name].momentum
+            gate, momentum = gates.on(moment.device), self._settings[name].momentum
             gradient = gate.gradient(gradients[name])
             moment.mul_(gate.factor(momentum)).add_(gradient)
             directions[name] = gradient.add_(moment, alpha=momentum)
-        self._pending = self._owners.gather(directions), divisor, found_inf, lr
+        self._pending = self._owners.gather(directions), gates, lr
 
     @torch.no_grad()
     def finish(self) -> None:
         assert self._pending is not None, "begun"
-        (gathered, divisor, found_inf, lr), self._pending = self._pending, None
+        (gathered, gates, lr), self._pending = self._pending, None
         updates = self._owners.scatter([orthogonalized(matrix, self._dtype) for matrix in gathered()])
         for name in self._moments:
             part, own = self._parts[name], self._settings[name]
             if own.decay:
-                part.mul_(1.0 - lr * own.rate * own.decay * Gate.of(divisor, found_inf, part.device).taken)
+                part.mul_(1.0 - lr * own.rate * own.decay * gates.on(part.device).taken)
         for (number, view), update in zip(self._owners.views(self._parts), updates, strict=True):
             unit = self._owners.units[number]
             length = lr * self._settings[unit.name].rate * RMS * math.sqrt(max(unit.chunk.sizes))
-            taken = Gate.of(divisor, found_inf, view.device).taken
-            view.sub_(update.to(view.device) * (length * taken))
+            view.sub_(update.to(view.device) * (length * gates.on(view.device).taken))
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         for name, moment in self._moments.items():
