@@ -94,7 +94,18 @@ def head(plan: Plan) -> list[str]:
     return [
         f"{config.model.name}: {plan.parameters:,} parameters, {config.precision}, on {plan.layout.world:,} {where}",
         f"layout: {plan.layout}; {rows}; activation checkpointing: {recomputed}",
+        *([f"batch.ramp: {_ramp(plan)}"] if plan.sizes else []),
     ]
+
+
+def _ramp(plan: Plan) -> str:
+    """The sizes of steps; all else that is shown is of the largest."""
+    listed = []
+    for each in plan.sizes:
+        of = f"{each.micro_batches} micro-batch{'es' if each.micro_batches > 1 else ''}"
+        takes = "" if each.step_seconds is None else f", {brief(each.step_seconds)} each"
+        listed.append(f"{each.rows:,} sequences from step {each.first:,} ({of}{takes})")
+    return ", ".join(listed) + "; below, those of the largest"
 
 
 def memory_table(plan: Plan) -> Table:
@@ -221,6 +232,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "times": _times(plan),
         "failures": None if plan.failures is None else dataclasses.asdict(plan.failures),
         "cost": plan.cost,
+        "sizes": [dataclasses.asdict(each) for each in plan.sizes],
         "classes": [
             {"ranks": list(each.ranks), "stages": each.stages, **_rehearsal(each.rehearsal)} for each in plan.classes
         ],

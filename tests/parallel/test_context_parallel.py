@@ -209,7 +209,8 @@ OF_EIGHT = [
     (Layout(2, 2, cp=2, zero=2), Case(2, context=GATHER)),
     (Layout(cp=4, tp=2, zero=3), Case(4, tied=True, context=GATHER)),
     (Layout(cp=4, pp=2, zero=1), Case(2, "interleaved", context=GATHER)),
-    (Layout(cp=4, tp=2, zero=0), Case(4, optimizer="sgd", context=ULYSSES)),
+    (Layout(cp=4, tp=2, zero=0), Case(4, optimizer="sgd", context=GATHER)),
+    (Layout(1, 2, cp=4, zero=3), Case(2, tied=True, context=ULYSSES)),
 ]
 
 

@@ -9,6 +9,7 @@ from tests.trainer.refused_streaming import OF_STREAMS
 DEEPSPEED = ["parallel.engine=deepspeed"]
 
 # entry -> (overrides, world, gpus, a part of the message), each at the edge of what is refused
+INTERLEAVED = ["parallel.pp=2", "parallel.stages_per_rank=2", "parallel.schedule=interleaved"]
 TOGETHER = {
     "axes": [
         (["parallel.tp=2"], 3, 0, "3 ranks do not divide into tp 2 x pp 1: launch.nproc=2 or 4 does"),
@@ -227,6 +228,19 @@ TOGETHER = {
             0,
             "1 micro-batches do not fill 4 pipeline stages: batch.size=12 with batch.micro_size=3",
         ),
+        (
+            ["parallel.pp=4", "batch.ramp=[[8,1e6]]", "batch.micro_size=4"],
+            4,
+            0,
+            "2 micro-batches of the steps of 8 sequences (batch.ramp) do not fill 4 pipeline stages: "
+            "batch.micro_size=2 does",
+        ),
+        (
+            ["parallel.pp=4", "batch.ramp=[[2,1e6],[6,2e6]]", "batch.micro_size=2"],
+            4,
+            0,
+            "batch.ramp=[[4,1e+06],[6,2e+06]] with batch.size=32 and batch.micro_size=1 does",
+        ),
     ],
     "interleaved rounds": [
         (
@@ -240,6 +254,19 @@ TOGETHER = {
             2,
             0,
             "5 micro-batches do not split into rounds over parallel.pp=2: batch.micro_size=10 or 5 does",
+        ),
+        (
+            [*INTERLEAVED, "batch.ramp=[[20,1e6]]", "batch.size=40", "batch.micro_size=4"],
+            2,
+            0,
+            "5 micro-batches of the steps of 20 sequences (batch.ramp) do not split into rounds over parallel.pp=2: "
+            "batch.micro_size=2 or 5 does",
+        ),
+        (
+            [*INTERLEAVED, "batch.ramp=[[5,1e6]]", "batch.size=8", "batch.micro_size=1"],
+            2,
+            0,
+            "batch.ramp=[] with batch.micro_size=1 does",
         ),
     ],
     "NCCL on CPUs": [(["launch.backend=nccl"], 2, 0, "launch.backend=nccl on CPUs: leave launch.backend out")],
