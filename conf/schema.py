@@ -6,8 +6,7 @@ Each field is of one of three kinds, which decide what may change when a run is 
 - `maths`: what the run computes from here on. Shown as a difference, allowed with `run.change=true`.
 - `fixed`: what the run *is* (model shape, tokenizer, seed). Refused.
 
-`Config` is composed from the YAML groups beside this file by `stoker.conf.compose`; ranks that our own launcher starts
-receive it ready-made as JSON (`to_dict` / `from_dict`), so that they need no Hydra.
+`stoker.conf.compose` makes `Config` from the YAML groups beside this file; our launcher's ranks get it as JSON.
 """
 
 # ruff: noqa: RUF009 (free, maths and fixed return dataclasses.field)
@@ -298,6 +297,7 @@ class LaunchConfig:
 class LogConfig:
     every: int = free(10)  # steps between plain progress lines
     norms_by_role: bool = free(False)  # the gradient norm of matrices, vectors, embedding and head in metrics.jsonl
+    plan: bool | None = free()  # write attempts/K/plan.json where processors idle; default: on GPUs
     progress: str = free("auto")  # auto (live on a terminal) | live | plain | none
 
 

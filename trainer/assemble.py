@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -30,6 +31,7 @@ from stoker.trainer.parallelize import NO_HEAD, build_engine, compiles, part_bui
 from stoker.trainer.pretrained import load_pretrained
 from stoker.trainer.pretrained_adapter import load_adapter
 from stoker.trainer.report.goodput import Booking
+from stoker.trainer.report.messages import StepMessages
 from stoker.trainer.report.metrics import read_recent
 from stoker.trainer.report.module_ranges import modules_to_mark
 from stoker.trainer.report.observers import open_observers
@@ -151,6 +153,7 @@ def assemble(
         restore=restore,
         base=base,
         arithmetic=_arithmetic(complete, mesh),
+        messages=_messages(config, mesh, run.messages(attempt)),
     )
     phase(0, Phase.RESUME)
     state = restore()
@@ -204,6 +207,12 @@ def _arithmetic(config: Config, mesh: Mesh) -> Arithmetic | None:
     if mesh.rank or mesh.device.type != "cuda":
         return None
     return arithmetic_of(config, torch.cuda.get_device_name(mesh.device), mesh.layout.world)
+
+
+def _messages(config: Config, mesh: Mesh, path: Path) -> StepMessages:
+    if not config.log.plan or mesh.rank or compiles(config, mesh.device):  # compiled code would be left for the step
+        return StepMessages()
+    return StepMessages(path, mesh)
 
 
 def _held(engine: Engine, device: torch.device) -> dict[str, int]:

@@ -15,6 +15,7 @@ from stoker.parallel.layout import BatchPlan, Coordinate, Layout, batch_plan, la
 from stoker.trainer.memory import available_bytes
 from stoker.trainer.parallelize import parameters_of
 from stoker.trainer.rehearsal import Rehearsal, rehearse
+from stoker.trainer.report.messages import as_list
 from stoker.trainer.report.predicted import Predicted
 
 GIB = 2**30
@@ -159,8 +160,18 @@ def predicted_of(plan: Plan) -> Predicted:
         figures = {"step_seconds": times.step.total, "tokens_per_second": times.tokens_per_second, "mfu": times.mfu}
         figures["tflops"] = times.mfu * (device.peak(plan.config.precision) or 0.0)
     name = None if device is None else device.name
+    first = next(each.rehearsal for each in plan.classes if 0 in each.ranks)
+    messages = as_list(first.passes.plus(first.update).messages)
     return Predicted(
-        plan.machine.kind, str(plan.layout), plan.layout.world, name, worst.ranks[0], peak, round(most), **figures
+        plan.machine.kind,
+        str(plan.layout),
+        plan.layout.world,
+        name,
+        worst.ranks[0],
+        peak,
+        round(most),
+        **figures,
+        messages=messages,
     )
 
 

@@ -59,6 +59,20 @@ def print_measured(attempt: int, plan: Plan, rows: Sequence[Mapping[str, Any]]) 
     console.print(line, soft_wrap=True, markup=False)
 
 
+def print_messages(step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the messages that were predicted of rank 0 beside those that it counted in a step."""
+    columns = [Column(f"messages of rank 0, step {step}"), Column("over")]
+    names = ("predicted", "counted", "bytes predicted", "bytes counted")
+    columns += [Column(name, justify="right") for name in names]
+    table = Table(*columns, Column(""), box=None, pad_edge=False)
+    for row in rows:
+        numbers = [f"{number:,}" for number in (*row["count"], *row["bytes"])]
+        table.add_row(row["kind"], row["group"], *numbers, "equal" if row["equal"] else "differ")
+    console = console_for_tables()
+    console.print()
+    console.print(table)
+
+
 def print_search(found: Found, given: Sequence[str], best: str | None) -> None:
     """Print the ranked layouts, and the line that starts the best."""
     console = console_for_tables()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from tests.parallel.optimizers import OF_OPTIMIZERS
+from tests.trainer.refused_ramps import OF_RAMPS
 from tests.trainer.refused_rope import OF_ROPE
 from tests.trainer.refused_streaming import OF_STREAMS
 
 DEEPSPEED = ["parallel.engine=deepspeed"]
 
 # entry -> (overrides, world, gpus, a part of the message), each at the edge of what is refused
-INTERLEAVED = ["parallel.pp=2", "parallel.stages_per_rank=2", "parallel.schedule=interleaved"]
 TOGETHER = {
     "axes": [
         (["parallel.tp=2"], 3, 0, "3 ranks do not divide into tp 2 x pp 1: launch.nproc=2 or 4 does"),
@@ -228,19 +228,7 @@ TOGETHER = {
             0,
             "1 micro-batches do not fill 4 pipeline stages: batch.size=12 with batch.micro_size=3",
         ),
-        (
-            ["parallel.pp=4", "batch.ramp=[[8,1e6]]", "batch.micro_size=4"],
-            4,
-            0,
-            "2 micro-batches of the steps of 8 sequences (batch.ramp) do not fill 4 pipeline stages: "
-            "batch.micro_size=2 does",
-        ),
-        (
-            ["parallel.pp=4", "batch.ramp=[[2,1e6],[6,2e6]]", "batch.micro_size=2"],
-            4,
-            0,
-            "batch.ramp=[[4,1e+06],[6,2e+06]] with batch.size=32 and batch.micro_size=1 does",
-        ),
+        *OF_RAMPS["full pipeline"],
     ],
     "interleaved rounds": [
         (
@@ -255,19 +243,7 @@ TOGETHER = {
             0,
             "5 micro-batches do not split into rounds over parallel.pp=2: batch.micro_size=10 or 5 does",
         ),
-        (
-            [*INTERLEAVED, "batch.ramp=[[20,1e6]]", "batch.size=40", "batch.micro_size=4"],
-            2,
-            0,
-            "5 micro-batches of the steps of 20 sequences (batch.ramp) do not split into rounds over parallel.pp=2: "
-            "batch.micro_size=2 or 5 does",
-        ),
-        (
-            [*INTERLEAVED, "batch.ramp=[[5,1e6]]", "batch.size=8", "batch.micro_size=1"],
-            2,
-            0,
-            "batch.ramp=[] with batch.micro_size=1 does",
-        ),
+        *OF_RAMPS["interleaved rounds"],
     ],
     "NCCL on CPUs": [(["launch.backend=nccl"], 2, 0, "launch.backend=nccl on CPUs: leave launch.backend out")],
     "pipelines over gloo on GPUs": [
@@ -304,15 +280,7 @@ TOGETHER = {
         (["schedule.warmup_steps=51", "schedule.total_steps=50"], 1, 0, "do not fit into 50 steps"),
         (["schedule.name=wsd", "schedule.warmup_steps=161"], 1, 0, "and a decay of 40 steps do not fit"),
     ],
-    "batch ramp": [
-        (["batch.ramp=[[6,1e6]]"], 4, 0, "have the divisor 2 in common, which is no multiple of 4"),
-        (
-            ["batch.ramp=[[8,1e6]]", "data.phases=[{from_step: 5, weights: {a: 1}}]"],
-            1,
-            0,
-            "batch.ramp=[] works, or data.phases=[]",
-        ),
-    ],
+    "batch ramp": OF_RAMPS["batch ramp"],
     "settings of other schedules": [
         (["schedule.decays=[[10,20]]"], 1, 0, "schedule.decays with schedule=cosine: schedule=wsd has decays"),
         (["schedule.name=linear", "schedule.decay_shape=sqrt"], 1, 0, "schedule.decay_shape with schedule=linear"),
