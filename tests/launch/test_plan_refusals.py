@@ -80,4 +80,5 @@ def test_plan_and_train_refuse_the_same_settings_in_the_same_words(
         planned = said("plan", words)
         assert planned == said("train", words), words
         refused += planned[0] == 2
-    assert 0 < refused < len(numbers), "some of them start"
+    assert refused > 0
+    assert numbers.start or refused < len(numbers), "some of them start"
