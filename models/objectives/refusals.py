@@ -78,8 +78,8 @@ def _teacher(start: Start) -> str | None:
     if objective.target is not None or objective.name != "distill" or objective.teacher is not None:
         return None
     return (
-        "objective=distill learns a teacher's predictions, and objective.teacher names none: the folder that "
-        "`stoker teach` wrote for these data, or objective=next_token works"
+        "objective=distill learns a teacher's predictions, and objective.teacher names none: objective=next_token "
+        "works, or objective.teacher=FOLDER that `stoker teach` wrote for these data"
     )
 
 
