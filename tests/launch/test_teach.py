@@ -116,7 +116,8 @@ def test_predictions_are_those_of_transformers_and_a_copy_of_the_teacher_learns_
 @pytest.mark.usefixtures("forked")
 def test_any_layout_stores_the_same_and_any_layout_learns_the_same(home: Path) -> None:
     folders = []
-    layouts = ["launch.nproc=1"], ["launch.nproc=2", "parallel.zero=3"], ["launch.nproc=2", "parallel.pp=2"]
+    pipeline = ["launch.nproc=2", "parallel.pp=2", "batch.micro_size=2"]
+    layouts = ["launch.nproc=1"], ["launch.nproc=2", "parallel.zero=3"], pipeline
     for n, layout in enumerate(layouts):
         folders.append(home / f"lessons-{n}")
         assert main(["teach", str(folders[-1]), *words(home, TEXTS, *layout), "--top-k", str(TOP_K)]) == 0
@@ -135,7 +136,7 @@ def test_any_layout_stores_the_same_and_any_layout_learns_the_same(home: Path) -
             (
                 ["launch.nproc=1"],
                 ["launch.nproc=2", "parallel.tp=2", "batch.micro_size=2"],
-                ["launch.nproc=2", "parallel.pp=2"],
+                pipeline,
                 ["launch.nproc=2", "parallel.cp=2"],
             )
         )
