@@ -127,11 +127,14 @@ class AdapterConfig:
 class ObjectiveConfig:
     """What is minimised. The preference objectives take pairs of answers (data.args.shape=preference)."""
 
-    name: str = maths("next_token")  # next_token | dpo | ipo | simpo | orpo
+    name: str = maths("next_token")  # next_token | distill | dpo | ipo | simpo | orpo
     target: str | None = maths()  # import path pkg.mod:function of a user's objective
     beta: float = maths(0.1)  # factor of rewards; ipo: the paper's tau; orpo: its lambda, weight of the odds ratio
     label_smoothing: float = maths(0.0)  # dpo: probability that the answers of a pair are the wrong way round
     gamma: float = maths(0.0)  # simpo: by how much the chosen reward is to exceed the rejected one
+    teacher: str | None = fixed()  # folder of `stoker teach`: a teacher's predictions, or a reference's for dpo and ipo
+    temperature: float = maths(1.0)  # distill: of both distributions
+    mix: float = maths(1.0)  # distill: share of the distance from the teacher; the rest is cross entropy
     z_loss: float = maths(0.0)  # next_token, in training: factor of the squared log of the softmax's normaliser
     args: dict[str, Any] = maths({})  # for a user's objective.target
 

@@ -13,7 +13,9 @@ from stoker.checkpoint import Checkpoints, Owner, Remote, resume
 from stoker.conf.faults import read_faults
 from stoker.conf.schema import Config
 from stoker.data import RowSource, Sample, open_samples, open_stream, prepare, read_rows
+from stoker.data.taught import open_lessons
 from stoker.models.objectives import objective_of
+from stoker.models.objectives.teaching import TARGET
 from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.engine import Engine
 from stoker.parallel.layout import batch_plan
@@ -78,6 +80,7 @@ def assemble(
     stream, evaluation = _open_data(config, mesh, place, closing)
     facts = Facts(vocab_size, stream.document_mask)
     refuse_other_pairs(config, stream)
+    refuse_other_lessons(config, vocab_size)
 
     phase(0, Phase.BUILD)
     complete = facts.complete(config)
@@ -189,7 +192,7 @@ def assemble(
 def refuse_other_pairs(config: Config, stream: RowSource) -> None:
     """Raises ValueError where the data are pairs and the objective takes none, or the other way round."""
     wanted, found = objective_of(config.objective).documents_together, stream.documents_together
-    if wanted == found:
+    if wanted == found or config.objective.target == TARGET:
         return
     name = config.objective.target or config.objective.name
     if found == 1:
@@ -201,6 +204,24 @@ def refuse_other_pairs(config: Config, stream: RowSource) -> None:
         f"the data are pairs of answers (data.args.shape=preference), which objective={name} does not take: "
         "objective=dpo, ipo, simpo or orpo does"
     )
+
+
+def refuse_other_lessons(config: Config, vocab_size: int) -> None:
+    """Raises ValueError where `objective.teacher` holds what the objective does not use, or tokens the model lacks."""
+    folder, name = config.objective.teacher, config.objective.name
+    if folder is None or config.objective.target is not None:
+        return
+    lessons = open_lessons(Path(folder))
+    if (lessons.k > 0) != (name == "distill"):
+        held = f"the {lessons.k} most probable tokens" if lessons.k else "the log-probabilities of labels alone"
+        needed = "needs the most probable tokens (`stoker teach`)"
+        needed = needed if name == "distill" else "needs those of the labels (`stoker teach --labels`)"
+        raise ValueError(f"objective.teacher={folder} holds {held}, and objective={name} {needed}")
+    if lessons.k and lessons.vocab_size > vocab_size:
+        raise ValueError(
+            f"objective.teacher={folder}: {lessons.teacher} predicts token {lessons.vocab_size - 1}, and the model has "
+            f"{vocab_size} tokens"
+        )
 
 
 def _arithmetic(config: Config, mesh: Mesh) -> Arithmetic | None:

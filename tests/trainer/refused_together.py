@@ -107,13 +107,24 @@ TOGETHER = {
             ["objective.name=dpo", "data.packing=best_fit"],
             1,
             0,
-            "and adapter=none: adapter=lora works, or an objective without a reference (simpo, orpo)",
+            "and adapter=none: adapter=lora works, or objective.teacher=FOLDER of `stoker teach`, or an objective",
         ),
         (
             ["objective.name=ipo", "data.packing=padded", "adapter.name=lora", "adapter.modules_to_save=[norm]"],
             1,
             0,
             "adapter.modules_to_save=['norm'] changes the model itself: adapter.modules_to_save=[] works",
+        ),
+    ],
+    "distillation without a teacher": [
+        (["objective.name=distill"], 1, 0, "and objective.teacher names none: objective=next_token works, or"),
+    ],
+    "predictions of a teacher for a stream": [
+        (
+            ["objective.name=distill", "objective.teacher=lessons", "data.mode=streaming", "data.splits=mine:splits"],
+            1,
+            0,
+            "predictions are stored by the numbers of rows: data.mode=indexed works",
         ),
     ],
     "objectives under DeepSpeed": [
