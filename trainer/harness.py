@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from stoker.conf.schema import Config
 from stoker.parallel.batch import IGNORE_INDEX, Batch
-from stoker.trainer.tasks import Predictions
+from stoker.trainer.predictions import Predictions
 
 _RESAMPLES = 200  # for standard errors of what is no mean
 _LIMIT = 256  # tokens that a generation has at most, where its task does not say
