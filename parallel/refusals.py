@@ -117,6 +117,22 @@ def _context_parallel(start: Start) -> str | None:
 
 
 @REFUSALS.entry(
+    "experts over ranks",
+    "parallel.ep that does not divide the ranks that ZeRO shards over; with ZeRO 0 those that read different tokens",
+    "expert groups are equally large, and ZeRO shards and copies each part of the experts like any other parameter",
+)
+def _expert_parallel(start: Start) -> str | None:
+    ep, layout = start.config.parallel.ep, start.without_ep
+    if ep <= 1 or layout is None or layout.most_ep % ep == 0:
+        return None
+    kind = "shard one copy of the parameters" if layout.shards > 1 else "read different tokens"
+    return (
+        f"parallel.ep={ep} does not divide the {layout.most_ep} ranks that {kind}: "
+        f"parallel.ep={either(around(ep, divisors(layout.most_ep)))} does"
+    )
+
+
+@REFUSALS.entry(
     "interleaving",
     "stages_per_rank > 1 without schedule=interleaved, or the reverse, or either without a pipeline",
     "interleaving and several stages on a rank go together",

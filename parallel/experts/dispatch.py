@@ -53,8 +53,8 @@ def by_all_to_all(x: Tensor, chosen: Tensor, weights: Tensor, num: int, compute:
     rows = _Exchange.apply(spread(x, order, back), from_each, to_each, axis)
 
     # from (source, expert, token) to (expert, source, token)
-    experts = torch.arange(num // axis.size, device=x.device).repeat(axis.size)
-    to = experts.repeat_interleave(received, output_size=rows.shape[0]).argsort(stable=True)
+    runs = torch.searchsorted(received.cumsum(0), torch.arange(rows.shape[0], device=x.device), right=True)
+    to = (runs % (num // axis.size)).argsort(stable=True)
     there = inverse(to)
     results = compute(permuted(rows, to, there), received.view(axis.size, -1).sum(0))
     results = _Exchange.apply(permuted(results, there, to), to_each, from_each, axis)

@@ -61,8 +61,18 @@ class Experts(TensorLayer):
     def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
         """The results for `rows`, `[rows, width]`: `counts` of them for each expert of this rank, in order (int64)."""
         ends = counts.cumsum(0).to(torch.int32)
-        gate, up = F.grouped_mm(rows, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
+        gate, up = grouped_product(rows, self.gate_up_proj.transpose(1, 2), ends).chunk(2, dim=-1)
+        return grouped_product(F.silu(gate) * up, self.down_proj.transpose(1, 2), ends)
+
+
+def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """`rows` `[rows, in]`, those of group g up to `ends[g]` (int32), times `matrices[g]`, `[groups, in, out]`.
+
+    Rows behind the last group hold anything.
+    """
+    if rows.is_meta:  # of torch's kernel the shapes are known in bf16 only
+        return rows @ matrices[0]
+    return F.grouped_mm(rows, matrices, offs=ends)
 
 
 def _gate_and_up(shape: tuple[int, ...], share: Share) -> Entry:

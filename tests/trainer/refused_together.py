@@ -7,6 +7,7 @@ from tests.trainer.refused_rope import OF_ROPE
 from tests.trainer.refused_streaming import OF_STREAMS
 
 DEEPSPEED = ["parallel.engine=deepspeed"]
+SPARSE = "model.target=tests.parallel.experts.sparse:build"  # a user's model with experts
 
 # entry -> (overrides, world, gpus, a part of the message), each at the edge of what is refused
 TOGETHER = {
@@ -18,6 +19,19 @@ TOGETHER = {
     ],
     "tokens over ranks": [
         (["parallel.cp=2", "seq_len=511"], 2, 0, "seq_len=510 or 512 does, or parallel.cp=1"),
+    ],
+    "experts over ranks": [
+        (
+            ["parallel.ep=3", SPARSE],
+            4,
+            0,
+            "parallel.ep=3 does not divide the 4 ranks that shard one copy of the parameters: parallel.ep=2 or 4 does",
+        ),
+        (["parallel.ep=4", "parallel.dp_replicate=2", SPARSE], 4, 0, "the 2 ranks that shard one copy"),
+        (["parallel.ep=4", "parallel.cp=2", "parallel.tp=2", "parallel.zero=0", SPARSE], 4, 0, "the 2 ranks that read"),
+    ],
+    "DeepSpeed and expert parallelism": [
+        (["parallel.ep=2", SPARSE, *DEEPSPEED], 2, 0, "parallel.ep=2 with parallel.engine=deepspeed"),
     ],
     "objectives of whole answers": [
         (
