@@ -36,8 +36,15 @@ class Experts(nn.Module):
     def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
         """The experts' results for `rows`, `[rows, width]`: `counts` of them for each expert, in order (int64)."""
         ends = counts.cumsum(0).to(torch.int32)
-        gate, up = F.grouped_mm(rows, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
+        gate, up = grouped_product(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
+        return grouped_product(F.silu(gate) * up, self.down_proj, ends)
+
+
+def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """`rows` `[rows, in]` times the `weights` `[num, out, in]` of their experts; `ends` (int32) is where each ends."""
+    if rows.is_meta and rows.dtype != torch.bfloat16:  # where torch has this product in bf16 only: shape and graph
+        return rows @ weights[0].T
+    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
 
 
 def tokens_per_expert(chosen: Tensor, num: int) -> Tensor:
