@@ -33,6 +33,7 @@ class Experts(TensorLayer):
         self.num, self.hidden = num, hidden
         self.gate_up_proj = nn.Parameter(torch.empty(num, 2 * hidden, width))  # gate, then up
         self.down_proj = nn.Parameter(torch.empty(num, width, hidden))
+        self.fused = {"gate_up_proj": (1, (hidden, hidden)), "down_proj": (1, (width,))}  # matrices of an expert
 
     def cut(self, axis: TensorAxis) -> list[Entry]:
         if not axis.experts:  # each rank computes whole experts: of its tokens, or the same as the others
@@ -61,18 +62,18 @@ class Experts(TensorLayer):
     def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
         """The results for `rows`, `[rows, width]`: `counts` of them for each expert of this rank, in order (int64)."""
         ends = counts.cumsum(0).to(torch.int32)
-        gate, up = grouped_product(rows, self.gate_up_proj.transpose(1, 2), ends).chunk(2, dim=-1)
-        return grouped_product(F.silu(gate) * up, self.down_proj.transpose(1, 2), ends)
+        gate, up = grouped_product(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
+        return grouped_product(F.silu(gate) * up, self.down_proj, ends)
 
 
-def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """`rows` `[rows, in]`, those of group g up to `ends[g]` (int32), times `matrices[g]`, `[groups, in, out]`.
+def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """`rows` `[rows, in]` times the `weights` `[num, out, in]` of their experts; `ends` (int32) is where each ends.
 
-    Rows behind the last group hold anything.
+    Rows behind the last end hold anything afterwards.
     """
-    if rows.is_meta:  # of torch's kernel the shapes are known in bf16 only
-        return rows @ matrices[0]
-    return F.grouped_mm(rows, matrices, offs=ends)
+    if rows.is_meta and rows.dtype != torch.bfloat16:  # where torch has this product in bf16 only: shape and graph
+        return rows @ weights[0].T
+    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
 
 
 def _gate_and_up(shape: tuple[int, ...], share: Share) -> Entry:

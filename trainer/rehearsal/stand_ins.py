@@ -75,9 +75,11 @@ def _gathered(
     return gathered_attention.attend_to_all(q, k, v, spans.source, axis, _by_heads)
 
 
-def _grouped(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+def _grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """As much work, and as large a result; torch knows shapes of the kernel in bf16 only."""
-    return F.grouped_mm(rows, matrices, offs=ends) if rows.dtype == torch.bfloat16 else rows @ matrices[0]
+    if rows.dtype == torch.bfloat16:
+        return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
+    return rows @ weights[0].T
 
 
 class _Chunks:

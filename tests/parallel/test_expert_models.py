@@ -1,0 +1,69 @@
+"""Models with experts, whole on every rank, on every kind of layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from stoker.conf.schema import Config
+from stoker.parallel.layout import Layout
+from stoker.parallel.shards import GRADIENT
+from tests import world
+from tests.extent import some
+from tests.parallel.parity import Case, Measured, train
+from tests.parallel.reference import Trace, assemble, normwise, one_process
+
+STEPS = 10
+MODELS: dict[str, dict[str, Any]] = {
+    "softmax": {"num_experts": 6, "moe_intermediate_size": 24},
+    "sigmoid": {
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 2,
+        "moe_intermediate_size": 12,
+        "first_dense_layers": 1,
+        "router": "sigmoid",
+    },
+}
+LAYOUTS = [
+    Layout(dp_replicate=2),
+    *(Layout(dp_shard=2, zero=zero) for zero in (1, 2, 3)),
+    Layout(tp=2),
+    Layout(pp=2),
+]
+CASES = [Case(1), Case(2), Case(4), Case(2, sequence=False)]
+
+
+def config_of(model: str, case: Case, layout: Layout) -> Config:
+    config = case.config(layout)
+    config.model = replace(config.model, **MODELS[model])
+    return config
+
+
+@cache
+def alone(model: str, optimizer: str = "adamw") -> Trace:
+    return one_process(config_of(model, Case(1, optimizer=optimizer), Layout()), STEPS)
+
+
+def assert_same(ranks: tuple[Measured, ...], wanted: Trace, where: str) -> None:
+    assert all(rank.trace == ranks[0].trace for rank in ranks), f"{where}: ranks disagree about a step"
+    assert ranks[0].trace.losses == pytest.approx(wanted.losses, rel=1e-5), where
+    assert ranks[0].trace.norms == pytest.approx(wanted.norms, rel=1e-5), where
+    gradients = assemble([rank.gradients for rank in ranks], GRADIENT)
+    parameters = assemble([rank.parameters for rank in ranks])
+    assert gradients.keys() == wanted.gradients.keys(), where
+    for name, value in wanted.parameters.items():
+        assert normwise(gradients[name], wanted.gradients[name]) < 1e-5, f"{where}: gradient of {name}"
+        assert normwise(parameters[name], value) < 1e-4, f"{where}: {name}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_experts_compute_on_every_layout_what_one_process_computes(layout: Layout) -> None:
+    chosen = [case for case in CASES if case.sequence or layout.tp > 1]
+    cases = some([(model, case) for model in MODELS for case in chosen], 3)
+    measured = world.run(train, layout.world, [config_of(*case, layout) for case in cases], STEPS, timeout=240.0)
+    for (model, case), ranks in zip(cases, zip(*measured, strict=True), strict=True):
+        assert_same(ranks, alone(model), f"{layout}, {model}, {case}")
