@@ -223,7 +223,7 @@ def layout_of(config: Config, world: int) -> Layout:
     if dp % replicas:
         raise ValueError(f"{dp} data-parallel ranks do not divide into {replicas} replicas")
     layout = Layout(replicas, dp // replicas, wanted.tp, wanted.pp, wanted.zero, wanted.engine, wanted.cp, wanted.ep)
-    if layout.most_ep % wanted.ep:
+    if wanted.ep < 1 or layout.most_ep % wanted.ep:
         raise ValueError(f"ep {wanted.ep} does not divide the {layout.most_ep} ranks that hold experts")
     return layout
 
