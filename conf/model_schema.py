@@ -1,13 +1,13 @@
-"""The `model` section of the config: the shape of a model, and where it comes from. `stoker.conf.schema` explains kinds."""
+"""The `model` section of the config: the shape of a model, and where it comes from. Kinds: `stoker.conf.schema`."""
 
-# ruff: noqa: RUF009 (free, maths and fixed return dataclasses.field)
+# ruff: noqa: RUF009 (free and fixed return dataclasses.field)
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from stoker.conf.fields import fixed, free, maths
+from stoker.conf.fields import fixed, free
 
 
 @dataclass

@@ -19,13 +19,13 @@ from stoker.models import hugging_face_experts as experts
 from stoker.models.attention import Attention, AttentionContext, AttentionMask, attention_context, cached_mask
 from stoker.models.cache import Cache, LayerCache
 from stoker.models.embedding import Embedding
+from stoker.models.expert_refusals import REFUSALS
 from stoker.models.family import Exported, Family, renamed
 from stoker.models.feed_forward import feed_forward
 from stoker.models.flops import flops_per_token
 from stoker.models.hugging_face import changed_config_json, config_json, family_of, reference_name, tensor_name
 from stoker.models.hugging_face_weights import HEAD, StoredTensor, has_own_head, open_weights
 from stoker.models.loss import Head
-from stoker.models.refusals import REFUSALS
 from stoker.parallel.experts import Experts
 from stoker.parallel.model import Constant, Normal, Part
 

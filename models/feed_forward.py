@@ -80,6 +80,11 @@ def is_sparse(config: ModelConfig, layer: int) -> bool:
     return config.num_experts > 0 and layer >= config.first_dense_layers
 
 
+def all_sparse(config: ModelConfig) -> bool:
+    """Whether no layer has one MLP for all tokens."""
+    return config.num_experts > 0 and config.first_dense_layers == 0
+
+
 def feed_forward(config: ModelConfig, layer: int) -> Mlp | SparseMlp:
     """That of the layer of this number."""
     return SparseMlp(config) if is_sparse(config, layer) else Mlp(config.hidden_size, config.intermediate_size)

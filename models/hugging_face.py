@@ -1,7 +1,7 @@
 """The decoder family in Hugging Face's format: the names of tensors, and config.json for export.
 
-No weight but those of experts (`stoker.models.hugging_face_experts`) changes its layout: `stoker.models.rope` pairs channels as Hugging Face's models do, and queries,
-keys and values are separate tensors on both sides.
+Of weights only those of experts change their layout (`stoker.models.hugging_face_experts`): `stoker.models.rope` pairs
+channels as Hugging Face's models do, and queries, keys and values are separate tensors on both sides.
 """
 
 from __future__ import annotations

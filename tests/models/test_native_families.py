@@ -65,7 +65,7 @@ def assert_close(ours: Tensor, reference: Tensor, what: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_are_those_of_transformers_on_each_document(case: str, tmp_path: Path) -> None:
     reference = write_family(tmp_path, case)
-    config, model = imported(tmp_path)
+    _, model = imported(tmp_path)
     tokens = torch.randint(VOCABULARY, (len(DOCUMENTS), 20), generator=torch.Generator().manual_seed(3))
     labels = torch.randint(VOCABULARY, tokens.shape, generator=torch.Generator().manual_seed(4))
     documents = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in DOCUMENTS]).int()
@@ -103,7 +103,9 @@ def test_what_comes_from_a_folder_goes_back_bit_for_bit(case: str, tmp_path: Pat
     folder = tmp_path / "again"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(values))
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     again, loading = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert type(again) is type(reference) and not any(loading.values()), loading
     tokens = torch.arange(30)[None]

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from stoker.conf.schema import Config
 from stoker.parallel.layout import Layout
@@ -67,3 +68,20 @@ def test_experts_compute_on_every_layout_what_one_process_computes(layout: Layou
     measured = world.run(train, layout.world, [config_of(*case, layout) for case in cases], STEPS, timeout=240.0)
     for (model, case), ranks in zip(cases, zip(*measured, strict=True), strict=True):
         assert_same(ranks, alone(model), f"{layout}, {model}, {case}")
+
+
+def matrices(name: str, tensor: Tensor) -> list[Tensor]:
+    """Those of a stack, one by one."""
+    if tensor.dim() != 3:
+        return [tensor]
+    return [part for one in tensor for part in (one.chunk(2) if name.endswith("gate_up_proj") else [one])]
+
+
+@pytest.mark.parametrize("layout", [Layout(dp_shard=2, zero=3), Layout(tp=2)], ids=str)
+def test_muon_orthogonalises_the_matrices_of_each_expert(layout: Layout) -> None:
+    case = Case(4, optimizer="muon")
+    wanted = one_process(config_of("sigmoid", case, Layout()), 3, matrices_of=matrices)
+    measured = world.run(train, layout.world, [config_of("sigmoid", case, layout)], 3)
+    parameters = assemble([rank[0].parameters for rank in measured])
+    for name, value in wanted.parameters.items():
+        assert normwise(parameters[name], value) < 1e-4, name
