@@ -30,6 +30,18 @@ TOGETHER = {
         (["parallel.ep=4", "parallel.dp_replicate=2", SPARSE], 4, 0, "the 2 ranks that shard one copy"),
         (["parallel.ep=4", "parallel.cp=2", "parallel.tp=2", "parallel.zero=0", SPARSE], 4, 0, "the 2 ranks that read"),
     ],
+    "experts of a rank": [
+        (["parallel.ep=2"], 2, 0, "parallel.ep=2 with model.num_experts=0: parallel.ep=1 works"),
+        (["parallel.ep=4", "model.num_experts=6"], 4, 0, "parallel.ep=2 works"),
+    ],
+    "channels of experts": [
+        (
+            ["model.num_experts=4", "model.moe_intermediate_size=33", "parallel.tp=2", "parallel.expert_tp=true"],
+            2,
+            0,
+            "the 33 channels of an expert do not divide; parallel.expert_tp=false works",
+        ),
+    ],
     "DeepSpeed and expert parallelism": [
         (["parallel.ep=2", SPARSE, *DEEPSPEED], 2, 0, "parallel.ep=2 with parallel.engine=deepspeed"),
     ],
