@@ -189,7 +189,8 @@ def mesh_over_default_group(layout: Layout, device: torch.device, timeout_second
         else:
             mesh.groups[name] = mesh.groups[several[0]] if several else None
     if layout.ep > 1:
-        mesh.add_groups("ep", layout.expert_groups())
+        # Beside all others: tokens on their way to experts wait for nothing that ZeRO prefetches
+        mesh.groups["ep"] = mesh._make(layout.expert_groups(), apart=True, name="ep")
         mesh.add_groups("expert_shards", layout.expert_shard_groups())
         if layout.shards > 1:
             mesh.groups["expert_replicas"] = mesh.groups["replicas"]
