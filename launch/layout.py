@@ -32,7 +32,7 @@ def lines_of(layout: Layout, plan: BatchPlan, width: int) -> Iterator[str]:
     if layout.ep > 1:
         groups = layout.expert_groups()
         yield ""
-        yield f"ep: {_counted(len(groups), 'group')} of {layout.ep:,}, which hold the experts together; no axis of its own"
+        yield f"ep: {_counted(len(groups), 'group')} of {layout.ep:,}, which hold the experts together; no axis"
         yield from _table("  ", [ranks_in_words(group) for group in groups], width)
 
 

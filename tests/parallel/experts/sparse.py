@@ -17,16 +17,16 @@ EXPERTS, CHOICES, HIDDEN = 8, 2, 24
 class Sparse(nn.Module):
     """`skew` is added to the scores of the first experts, which then take every token."""
 
-    def __init__(self, width: int, skew: float) -> None:
+    def __init__(self, width: int, skew: float, experts: int) -> None:
         super().__init__()
-        self.router = nn.Linear(width, EXPERTS, bias=False)
-        self.experts = Experts(EXPERTS, width, HIDDEN)
+        self.router = nn.Linear(width, experts, bias=False)
+        self.experts = Experts(experts, width, HIDDEN)
         self.skew = skew
 
     def forward(self, x: Tensor) -> Tensor:
         logits = F.linear(x.float(), self.router.weight.float())
         if self.skew:
-            logits = logits + self.skew * (torch.arange(EXPERTS, device=x.device) < CHOICES)
+            logits = logits + self.skew * (torch.arange(logits.shape[1], device=x.device) < CHOICES)
         weights, chosen = logits.softmax(-1).topk(CHOICES)
         return self.experts(x, chosen, weights / weights.sum(-1, keepdim=True))
 
@@ -38,7 +38,8 @@ class SparseDecoder(Decoder):
         super().__init__(config, part)
         for number, block in self.layers.items():
             if number != "0" or not config.args.get("dense"):
-                block.mlp = Sparse(config.hidden_size, config.args.get("skew", 0.0))
+                experts = config.args.get("experts", EXPERTS)
+                block.mlp = Sparse(config.hidden_size, config.args.get("skew", 0.0), experts)
 
 
 def build(config: ModelConfig, part: Part) -> nn.Module:

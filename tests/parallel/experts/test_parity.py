@@ -12,8 +12,10 @@ from stoker.conf.schema import Config
 from stoker.parallel.layout import Layout
 from tests import world
 from tests.extent import some
+from tests.parallel.experts.sparse import EXPERTS
 from tests.parallel.parity import ROWS, STEPS, Case, assert_same, train
 from tests.parallel.reference import Trace, one_process
+from tests.parallel.test_expert_models import matrices
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,14 @@ class Sparse:
     expert_tp: bool = False
     recomputed: str = "none"
     dense: bool = False  # the first layer
+    experts: int = EXPERTS
+    compiled: bool = False
 
     def config(self, layout: Layout) -> Config:
         config = self.case.config(layout)
         config.model.target = "tests.parallel.experts.sparse:build"
-        config.model.args = {"skew": self.skew, "dense": self.dense}
+        config.model.args = {"skew": self.skew, "dense": self.dense, "experts": self.experts}
+        config.compile = self.compiled
         config.parallel.ep, config.parallel.token_dispatcher = layout.ep, self.dispatcher
         config.parallel.expert_tp = self.expert_tp
         config.activation_checkpointing = self.recomputed
@@ -38,14 +43,15 @@ class Sparse:
 
 
 @cache
-def expected(skew: float, dense: bool, optimizer: str) -> Trace:
-    return one_process(Sparse(Case(1, optimizer=optimizer), skew=skew, dense=dense).config(Layout()), STEPS)
+def expected(skew: float, dense: bool, experts: int, optimizer: str) -> Trace:
+    alone = Sparse(Case(1, optimizer=optimizer), skew=skew, dense=dense, experts=experts)
+    return one_process(alone.config(Layout()), STEPS)
 
 
 def assert_parity(layout: Layout, chosen: list[Sparse]) -> None:
     measured = world.run(train, layout.world, [sparse.config(layout) for sparse in chosen], timeout=240.0)
     for sparse, ranks in zip(chosen, zip(*measured, strict=True), strict=True):
-        wanted = expected(sparse.skew, sparse.dense, sparse.case.optimizer)
+        wanted = expected(sparse.skew, sparse.dense, sparse.experts, sparse.case.optimizer)
         assert_same(f"{layout}, {sparse}", ranks, wanted, 1e-6 if sparse.case.optimizer == "sgd" else 1e-4)
 
 
@@ -102,3 +108,25 @@ def test_every_layout_computes_what_one_process_computes(layout: Layout, turn: i
 @pytest.mark.parametrize(("layout", "turn"), [turn for turn in TURNS if turn[0].world == 8], ids=str)
 def test_eight_ranks_compute_what_one_process_computes(layout: Layout, turn: int) -> None:
     assert_parity(layout, cases(layout, turn))
+
+
+@pytest.mark.long
+def test_experts_that_are_fewer_than_the_ranks_that_shard_them_are_cut_by_rows() -> None:
+    assert_parity(Layout(1, 4, zero=3, ep=2), [Sparse(Case(2), experts=2)])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_compiled_blocks_compute_the_same(dispatcher: str) -> None:
+    modes = ("none", "full", "selective")
+    assert_parity(Layout(2, ep=2), [Sparse(Case(8), dispatcher, recomputed=mode, compiled=True) for mode in modes])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rule", some(["muon", "lamb", "lion"], 2))
+def test_rules_that_look_at_whole_matrices(rule: str) -> None:
+    for layout in some([Layout(1, 2, zero=3, ep=2), Layout(2, ep=2), Layout(2, 2, zero=1, ep=2)], 2):
+        sparse = Sparse(Case(4, optimizer=rule))
+        wanted = one_process(sparse.config(Layout()), 4, matrices_of=matrices)
+        ranks = [found[0] for found in world.run(train, layout.world, [sparse.config(layout)], 4)]
+        assert_same(f"{layout}, {rule}", ranks, wanted, 1e-6 if rule == "lion" else 1e-4)
