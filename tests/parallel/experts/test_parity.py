@@ -57,7 +57,7 @@ def assert_parity(layout: Layout, chosen: list[Sparse]) -> None:
 
 def layouts() -> Iterator[Layout]:
     """Every degree at every ZeRO stage, alone and with each other axis, on as few ranks as it takes."""
-    for ep in (1, 2, 4):
+    for ep in (2, 4, 1):
         for axis in ("tp", "pp", "cp", ""):
             ranks = max(2, ep) // (2 if axis == "cp" else 1)  # that read different rows
             for zero in range(4):
@@ -99,7 +99,7 @@ TURNS = [(layout, turn) for turn, layout in enumerate(layouts())]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("layout", "turn"), some([turn for turn in TURNS if turn[0].world <= 4], 8), ids=str)
+@pytest.mark.parametrize(("layout", "turn"), some([turn for turn in TURNS if turn[0].world <= 4], 7), ids=str)
 def test_every_layout_computes_what_one_process_computes(layout: Layout, turn: int) -> None:
     assert_parity(layout, cases(layout, turn))
 
