@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stoker.parallel.experts.product import grouped_product
+
 
 class Experts(nn.Module):
     """`num` experts of `width` features and `hidden` channels, stacked as Hugging Face's files of today hold them."""
@@ -38,13 +40,6 @@ class Experts(nn.Module):
         ends = counts.cumsum(0).to(torch.int32)
         gate, up = grouped_product(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
         return grouped_product(F.silu(gate) * up, self.down_proj, ends)
-
-
-def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """`rows` `[rows, in]` times the `weights` `[num, out, in]` of their experts; `ends` (int32) is where each ends."""
-    if rows.is_meta and rows.dtype != torch.bfloat16:  # where torch has this product in bf16 only: shape and graph
-        return rows @ weights[0].T
-    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
 
 
 def tokens_per_expert(chosen: Tensor, num: int) -> Tensor:
