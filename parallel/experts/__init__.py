@@ -1,6 +1,7 @@
 """Mixture of experts: feed-forward networks of which each token uses a few.
 
 `layer`        all experts of a layer, as stacked matrices: the tokens sorted by expert, two grouped matrix products
+`product`      such a product
 `axis`         this rank's place among the ranks that hold the experts together
 `dispatch`     tokens to the ranks of their experts and back, by all-to-all or by all-gather
 `permutation`  rows in another order, forward and backward

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stoker.parallel.experts.axis import ALL_TO_ALL, ExpertAxis
 from stoker.parallel.experts.dispatch import at_home, by_all_gather, by_all_to_all
+from stoker.parallel.experts.product import grouped_product
 from stoker.parallel.registry import Entry, Piece
 from stoker.parallel.shards import Chunk
 from stoker.parallel.tensor.axis import Share, TensorAxis, sharded_entry
@@ -64,16 +65,6 @@ class Experts(TensorLayer):
         ends = counts.cumsum(0).to(torch.int32)
         gate, up = grouped_product(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
         return grouped_product(F.silu(gate) * up, self.down_proj, ends)
-
-
-def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """`rows` `[rows, in]` times the `weights` `[num, out, in]` of their experts; `ends` (int32) is where each ends.
-
-    Rows behind the last end hold anything afterwards.
-    """
-    if rows.is_meta and rows.dtype != torch.bfloat16:  # where torch has this product in bf16 only: shape and graph
-        return rows @ weights[0].T
-    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
 
 
 def _gate_and_up(shape: tuple[int, ...], share: Share) -> Entry:

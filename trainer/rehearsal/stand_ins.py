@@ -19,7 +19,6 @@ from torch import Tensor
 from stoker.models import attention, cpu_attention, gathered_attention
 from stoker.parallel import native
 from stoker.parallel.batch import Batch
-from stoker.parallel.experts import layer as experts
 from stoker.parallel.sequence import SequenceAxis
 
 Counted = Callable[[int], None]  # takes floating-point operations that torch's counter does not see
@@ -53,7 +52,6 @@ def stand_ins(kind: str, selective: bool, sharded: bool, counted: Counted) -> It
                 attention, "attend_in_blocks", lambda q, k, v, mask, scale=None: _Blocked.apply(q, k, v, mask, counted)
             )
         replace(native, "own_tokens", _first_tokens)
-        replace(experts, "grouped_product", _grouped)
         replace(gathered_attention.KeySpans, "blocks", property(_even_blocks))
         yield
 
@@ -73,13 +71,6 @@ def _gathered(
     q: Tensor, k: Tensor, v: Tensor, spans: gathered_attention.KeySpans, scale: float, axis: SequenceAxis, kernel: Any
 ) -> Tensor:
     return gathered_attention.attend_to_all(q, k, v, spans.source, axis, _by_heads)
-
-
-def _grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """As much work, and as large a result; torch knows shapes of the kernel in bf16 only."""
-    if rows.dtype == torch.bfloat16:
-        return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
-    return rows @ weights[0].T
 
 
 class _Chunks:
