@@ -85,11 +85,17 @@ def test_messages_are_those_of_the_tokens_choices_and_only_counts_are_waited_for
     ranks = world.run(seen, layout.world, configs)
     passes, tokens = LAYERS * 2, MICRO * LENGTH  # of 16 rows each of 4 ranks has two micro-batches
     exchanged = [rank[0][1]["reduce_scatter", "ep"] for rank in ranks]
-    for syncs, _ in (rank[0] for rank in ranks):
+    for rank in ranks:
+        syncs, _ = rank[0]
         assert len(syncs) == passes and all("dispatch" in place for place in syncs)
     assert {traffic.count for traffic in exchanged} == {5 * passes}  # counts; tokens and results, there and back
     rows = 4 * tokens * CHOICES * WIDTH * 4 * passes
     assert sum(traffic.bytes for traffic in exchanged) == layout.world * (rows + passes * EXPERTS * 8)
+    of_experts = 4 * LAYERS * EXPERTS * 3 * WIDTH * HIDDEN // layout.ep
+    for _, messages in (rank[0] for rank in ranks):
+        dense = messages["reduce_scatter", "dp_shard"].bytes // layout.shards
+        found = messages["all_reduce", "dp_replicate"].bytes
+        assert found == dense + of_experts, "replicas of an expert sum its gradient, no others"
     for rank in ranks:
         syncs, messages = rank[1]
         assert syncs == [], "gathered tokens need no counts"
