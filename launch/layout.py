@@ -30,10 +30,10 @@ def lines_of(layout: Layout, plan: BatchPlan, width: int) -> Iterator[str]:
         yield ""
         yield from _groups_of(axis, layout, width)
     if layout.ep > 1:
-        groups = layout.expert_groups()
+        together = layout.expert_groups()
         yield ""
-        yield f"ep: {_counted(len(groups), 'group')} of {layout.ep:,}, which hold the experts together; no axis"
-        yield from _table("  ", [ranks_in_words(group) for group in groups], width)
+        yield f"ep: {_counted(len(together), 'group')} of {layout.ep:,}, which hold the experts together; no axis"
+        yield from _table("  ", [ranks_in_words(group) for group in together], width)
 
 
 def _groups_of(axis: str, layout: Layout, width: int) -> Iterator[str]:

@@ -104,7 +104,8 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _all_to_all(gradients[0], *ctx.splits, ctx.axis), None, None, None
+        from_each, to_each = ctx.splits
+        return _all_to_all(gradients[0], from_each, to_each, ctx.axis), None, None, None
 
 
 class _Gather(torch.autograd.Function):
