@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.parallel.optimizers import OF_OPTIMIZERS
+from tests.trainer.refused_experts import OF_EXPERTS
 from tests.trainer.refused_rope import OF_ROPE
 from tests.trainer.refused_streaming import OF_STREAMS
 
@@ -170,23 +171,6 @@ TOGETHER = {
     ],
     "span of no norm": [
         (["model.qk_norm_over=projection"], 1, 0, "model.qk_norm=true works"),
-    ],
-    "settings of no experts": [
-        (["model.router=sigmoid", "model.num_shared_experts=1"], 1, 0, "model.num_experts=8 has experts"),
-    ],
-    "experts of a token": [
-        (["model.num_experts=4", "model.num_experts_per_tok=5"], 1, 0, "model.num_experts_per_tok=4 works"),
-    ],
-    "layers with experts": [
-        (
-            ["model.num_experts=4", "model.num_hidden_layers=2", "model.first_dense_layers=2"],
-            1,
-            0,
-            "model.first_dense_layers=1 works",
-        ),
-    ],
-    "float8 experts": [
-        (["model.num_experts=4", "precision=fp8"], 1, 0, "which compute in bf16: precision=bf16 works"),
     ],
     "settings of no adapter": [
         (["adapter.rank=4"], 1, 0, "adapter.rank=4 with adapter=none: adapter=lora trains an adapter"),
@@ -379,6 +363,7 @@ TOGETHER = {
     ],
     **OF_STREAMS,
     **OF_ROPE,
+    **OF_EXPERTS,
     **OF_OPTIMIZERS,
     "containers": [
         (
