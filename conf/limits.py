@@ -110,6 +110,8 @@ LIMITS = (
     _at_least("parallel.pp", 1, "it counts stages"),
     _at_least("parallel.cp", 1, "it counts ranks"),
     _choice("parallel.context", "gather", "ulysses"),
+    _at_least("parallel.ep", 1, "it counts ranks"),
+    _choice("parallel.token_dispatcher", "alltoall", "allgather"),
     Limit("parallel.zero", "0, 1, 2 or 3", "these are the stages of ZeRO", range(4).__contains__),
     _at_least("parallel.dp_replicate", 1, "it counts copies of the shards"),
     _choice("parallel.schedule", "1f1b", "gpipe", "interleaved", judged_elsewhere=ZERO_BUBBLE),

@@ -53,6 +53,9 @@ class ParallelConfig:
     pp: int = free(1)  # pipeline stages (times stages_per_rank)
     cp: int = free(1)  # context parallelism: ranks that share the tokens of each sequence
     context: str = free("gather")  # how their attention meets: gather (keys and values) | ulysses (heads for tokens)
+    ep: int = free(1)  # expert parallelism: of the ranks that read different tokens, so many hold the experts together
+    token_dispatcher: str = free("alltoall")  # how tokens reach experts on other ranks: alltoall | allgather
+    expert_tp: bool = free(False)  # with tp > 1: each rank has a share of every expert's channels, not whole experts
     zero: int = free(1)  # 0 replicate | 1 shard optimizer state | 2 and gradients | 3 and parameters
     dp_replicate: int | None = free()  # copies of the shards (hybrid sharding); derived for ZeRO 0, else 1
     schedule: str = free("1f1b")  # pipeline schedule: 1f1b | gpipe | interleaved

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stoker.parallel.layout import View
 from stoker.parallel.model import Constant, Normal, Role
 from stoker.parallel.shards import Chunk, Shard, whole
 
@@ -44,6 +45,7 @@ class Entry:
     dtype: torch.dtype = torch.float32  # as it is stored; what computes in fewer bits are copies
     buffer: bool = False
     saved: bool = True  # in checkpoints; not so only of buffers that are not persistent
+    view: View = View.DATA  # the ranks that hold its copies and shards
     fused: tuple[int, tuple[int, ...]] | None = None  # several matrices in one: the dim along which, and their sizes
 
     @property

@@ -108,7 +108,8 @@ def keys_without_comment(source: str) -> list[str]:
         f"{name}.{ast.unparse(field.target)}"
         for name, node in classes.items()
         for field in node.body
-        if isinstance(field, ast.AnnAssign) and ast.unparse(field.annotation) not in classes
+        if isinstance(field, ast.AnnAssign)
+        and not (ast.unparse(field.annotation) in classes or ast.unparse(field.annotation).endswith("Config"))
         if "# " not in lines[field.lineno - 1]
     ]
 

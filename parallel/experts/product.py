@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """`rows` `[rows, in]` times the `weights` `[num, out, in]` of their experts: `[rows, out]`.
 
-    The rows of an expert stand together; `ends` (int32 `[num]`) is where those of each end.
+    The rows of an expert stand together; `ends` (int32 `[num]`) is where those of each end. What is given for rows
+    behind the last end is whatever the memory held.
     """
     if rows.dtype == torch.bfloat16:
         return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)

@@ -1,6 +1,33 @@
-"""Configs of models with experts that are refused, by the entry of the table that refuses them."""
+"""Settings of experts that are refused together: see `tests.trainer.refused_together`."""
 
-OF_EXPERTS: dict[str, list[tuple[list[str], int, int, str]]] = {
+SPARSE = "model.target=tests.parallel.experts.sparse:build"  # a user's model with experts
+
+OF_EXPERTS = {
+    "experts over ranks": [
+        (
+            ["parallel.ep=3", SPARSE],
+            4,
+            0,
+            "parallel.ep=3 does not divide the 4 ranks that shard one copy of the parameters: parallel.ep=2 or 4 does",
+        ),
+        (["parallel.ep=4", "parallel.dp_replicate=2", SPARSE], 4, 0, "the 2 ranks that shard one copy"),
+        (["parallel.ep=4", "parallel.cp=2", "parallel.tp=2", "parallel.zero=0", SPARSE], 4, 0, "the 2 ranks that read"),
+    ],
+    "experts of a rank": [
+        (["parallel.ep=2"], 2, 0, "parallel.ep=2 with model.num_experts=0: parallel.ep=1 works"),
+        (["parallel.ep=4", "model.num_experts=6"], 4, 0, "parallel.ep=2 works"),
+    ],
+    "channels of experts": [
+        (
+            ["model.num_experts=4", "model.moe_intermediate_size=33", "parallel.tp=2", "parallel.expert_tp=true"],
+            2,
+            0,
+            "the 33 channels of an expert do not divide; parallel.expert_tp=false works",
+        ),
+    ],
+    "DeepSpeed and expert parallelism": [
+        (["parallel.ep=2", SPARSE, "parallel.engine=deepspeed"], 2, 0, "parallel.ep=2 with parallel.engine=deepspeed"),
+    ],
     "settings of no experts": [
         (["model.router=sigmoid", "model.num_shared_experts=1"], 1, 0, "model.num_experts=8 has experts"),
     ],
