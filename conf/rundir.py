@@ -120,6 +120,10 @@ class RunDirectory:
         """What `stoker plan` predicts of an attempt, as JSON."""
         return self.attempt(number) / "plan.json"
 
+    def messages(self, number: int) -> Path:
+        """The messages of one step of an attempt, as JSON."""
+        return self.attempt(number) / "messages.json"
+
     def stacks(self, number: int, rank: int) -> Path:
         """The stacks of all threads of a rank that made no progress."""
         return self.attempt(number) / f"rank-{rank}.stacks"

@@ -59,7 +59,8 @@ class SparseMlp(nn.Module):
         width, hidden = config.hidden_size, expert_width(config)
         self.router = Router(config)
         self.experts = Experts(config.num_experts, width, hidden)
-        self.experts.fused = {"gate_up_proj": (1, (hidden, hidden)), "down_proj": (1, (width,))}
+        matrices = {"gate_up_proj": (1, (hidden, hidden)), "down_proj": (1, (width,))}
+        self.experts.fused = matrices  # type: ignore[assignment]
         shared = config.num_shared_experts
         self.shared = Mlp(width, hidden * shared) if shared else None
 

@@ -90,8 +90,10 @@ class Family:
 # Keys of ModelConfig in which the families differ, with the values of a Llama.
 _MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 _SHAPES = ("qkv_bias", "qk_norm", "qk_norm_over", "norm_placement", "nope_layers")
-_EXPERTS = ("num_experts", "num_experts_per_tok", "num_shared_experts", "first_dense_layers", "router")
-_EXPERTS += ("norm_topk_prob", "moe_intermediate_size")
+_EXPERTS = (
+    *("num_experts", "num_experts_per_tok", "num_shared_experts", "first_dense_layers", "router"),
+    *("norm_topk_prob", "moe_intermediate_size"),
+)
 SWITCHES = {key: getattr(ModelConfig(), key) for key in (*_SHAPES, *_MULTIPLIERS, *_EXPERTS)}
 _CHOICE = ("num_experts", "num_experts_per_tok")
 FAMILIES = {

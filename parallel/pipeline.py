@@ -349,9 +349,9 @@ class _Forward(nn.Module):
         positions: Tensor,
         labels: Tensor,
         documents: Tensor | None = None,
-        weights: Tensor | None = None,
+        **targeted: Tensor,
     ) -> Tensor:
-        targets = targets_of(self._objective, labels, weights)
+        targets = targets_of(self._objective, labels, **targeted)
         output = self._models[0](tokens if received is None else received, positions, documents, targets)
         found = (tuple(output.shape), output.dtype)
         if self._expected not in (None, found):  # the next stage would wait for another number of bytes
@@ -364,6 +364,7 @@ class _Forward(nn.Module):
 
 def _inputs(rows: Batch, document_mask: bool) -> dict[str, Tensor]:
     inputs = {"tokens": rows.tokens, "positions": rows.positions, "labels": rows.labels}
-    if rows.weights is not None:
-        inputs["weights"] = rows.weights
+    for name in ("weights", "teacher_tokens", "teacher_log_probabilities"):
+        if (field := getattr(rows, name)) is not None:
+            inputs[name] = field
     return inputs | {"documents": rows.documents} if document_mask else inputs
