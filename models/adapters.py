@@ -34,7 +34,7 @@ class AdapterPlan:
     ranks: Mapping[str, int]
     trained: frozenset[str]
     saved_whole: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()  # linear layers of all-linear that take no adapter
+    left_out: tuple[str, ...] = ()  # linear layers, and experts, that all-linear leaves without an adapter
 
 
 def scale_of(adapter: AdapterConfig, rank: int) -> float:
@@ -157,7 +157,9 @@ def _of_adapter(whole: nn.Module, adapter: AdapterConfig, names: Names) -> Adapt
             )
     once = {id(parameter): name for name, parameter in reversed(list(whole.named_parameters()))}
     trained = {once[id(parameter)] for name in saved for parameter in modules[name].parameters()}
-    left_out = tuple(name for name in inside if name not in targets) if ALL_LINEAR in adapter.target_modules else ()
+    stacks = [name for name in names.modules if any(p.dim() == 3 for p in modules[name].parameters(recurse=False))]
+    without = [name for name in (*inside, *_in_blocks(adapter, names, stacks)) if name not in targets]
+    left_out = tuple(without) if ALL_LINEAR in adapter.target_modules else ()
     return AdapterPlan(ranks, frozenset(trained), tuple(saved), left_out)
 
 

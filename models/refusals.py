@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from stoker.conf.schema import AdapterConfig, RopeParameters
+from stoker.models.feed_forward import all_sparse, expert_width
 from stoker.parallel.start import Refusals, Start
 from stoker.parallel.suggestions import around, divisors, either, multiples_around
 
@@ -26,35 +27,29 @@ _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_posit
 
 @REFUSALS.entry(
     "tensor parallelism",
-    "parallel.tp that does not divide model.num_attention_heads and model.intermediate_size, or that neither divides "
-    "model.num_key_value_heads nor is a multiple of it",
+    "parallel.tp that does not divide model.num_attention_heads, model.intermediate_size and the channels of shared "
+    "experts, or that neither divides model.num_key_value_heads nor is a multiple of it",
     "every rank holds equally many heads and channels, or one kv head that other ranks hold too; "
     "model.hidden_size and model.vocab_size may be of any size",
 )
 def _tensor_parallel(start: Start) -> str | None:
     tp, model = start.config.parallel.tp, start.config.model
-    heads, kv_heads, hidden = (
-        model.num_attention_heads,
-        model.num_key_value_heads or model.num_attention_heads,
-        model.intermediate_size,
-    )
-    if min(tp, heads, kv_heads, hidden) < 1:
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
+    if min(tp, heads, kv_heads, model.intermediate_size, model.moe_intermediate_size or 1) < 1:
         return None
+    shared = {"moe_intermediate_size": expert_width(model)} if model.num_experts and model.num_shared_experts else {}
+    channels = shared if all_sparse(model) else {"intermediate_size": model.intermediate_size, **shared}
 
     def shares_kv_heads(ranks: int) -> bool:
         return kv_heads % ranks == 0 or ranks % kv_heads == 0
 
-    uneven = [
-        f"model.{name}={size}"
-        for name, size in (("num_attention_heads", heads), ("intermediate_size", hidden))
-        if size % tp
-    ]
+    uneven = [f"model.{name}={size}" for name, size in {"num_attention_heads": heads, **channels}.items() if size % tp]
     if model.num_key_value_heads and not shares_kv_heads(tp):
         uneven.append(f"model.num_key_value_heads={kv_heads}")
     if not uneven:
         return None
     works, pp, cp = [], start.config.parallel.pp, start.config.parallel.cp
-    for fitting in around(tp, filter(shares_kv_heads, divisors(math.gcd(heads, hidden)))):
+    for fitting in around(tp, filter(shares_kv_heads, divisors(math.gcd(heads, *channels.values())))):
         ranks = start.world if start.dp is None else start.dp * pp * cp * fitting  # as many replicas as now
         whole = start.dp is None or start.world % (fitting * pp * cp) == 0
         works.append(f"parallel.tp={fitting}" + ("" if whole else f" with launch.nproc={ranks}"))

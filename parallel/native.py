@@ -23,7 +23,7 @@ from stoker.parallel.buffers import Buffers, fill_buffers
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.forward_backward import ForwardBackward, GradientAccumulation
 from stoker.parallel.gpu_clock import GpuClock
-from stoker.parallel.layout import OF_TOKENS, BatchPlan
+from stoker.parallel.layout import OF_TOKENS, BatchPlan, View
 from stoker.parallel.loss_scale import LossScale
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.mmap_offload import offloaded
@@ -327,7 +327,9 @@ def _store(
         return DeepSpeedStrategy(config, mesh, plan, model, registry)
     offload = config.parallel.offload == "cpu"
     if mesh.layout.shards == 1:
-        return ReplicatedStrategy(model, mesh.device, precision, mesh.group("replicas"), offload)
+        experts = {name for name, entry in registry.entries.items() if entry.view is View.EXPERTS}
+        alike = mesh.group("expert_replicas") if experts else None
+        return ReplicatedStrategy(model, mesh.device, precision, mesh.group("replicas"), offload, alike, experts)
     from stoker.parallel.sharded import ShardedStrategy  # half a second of imports that ZeRO 0 does not need
 
     return ShardedStrategy(model, mesh, precision, mesh.layout.zero, offload)

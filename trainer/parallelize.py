@@ -1,8 +1,8 @@
 """How a model is parallelized: from a config and a mesh to an engine with initialised weights.
 
 The order matters and is defined here only: adapters -> float8 -> stages (pipeline) -> tensor parallel -> context
-parallel -> fp32 modules -> activation checkpointing -> compile -> ZeRO -> memory -> initial values. Until ZeRO has
-sharded it, the model is on the meta device and takes no memory.
+parallel -> expert parallel -> fp32 modules -> activation checkpointing -> compile -> ZeRO -> memory -> initial values.
+Until ZeRO has sharded it, the model is on the meta device and takes no memory.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from stoker.models.objectives import objective_of
 from stoker.models.objectives.teaching import TARGET
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.engine import Engine
+from stoker.parallel.experts import expert_axis, parallelize_experts
 from stoker.parallel.fp32_modules import compute_in_fp32
 from stoker.parallel.gpu_clock import GpuClock
 from stoker.parallel.initialize import initialize
@@ -132,6 +133,11 @@ def build_engine(
         parallelize_sequence(whole, stages, sequence)
         log.info("context parallel over %d ranks: %s", sequence.size, sequence.exchange)
 
+    experts = expert_axis(config, mesh)
+    if experts is not None:
+        registry = parallelize_experts(whole, stages, registry, experts)
+        log.info("expert parallel over %d ranks: %s", experts.size, experts.dispatcher)
+
     full = [compute_in_fp32(stage, config.fp32_modules, dtype) if config.fp32_modules else () for stage in stages]
     if config.fp32_modules:
         log.info("fp32 modules: %s", ", ".join(config.fp32_modules))
@@ -211,14 +217,15 @@ def parts_of(config: Config, layout: Layout, whole: nn.Module, build: Callable[[
 
 def _cut_tensors(config: Config, mesh: Mesh, stages: list[nn.Module]) -> Registry:
     """Shard the layers of all stages over tp; their registries name the groups that still sum each gradient."""
+    wanted = config.parallel
     entries = [
         entry
         for stage in stages
-        for entry in parallelize_tensors(stage, mesh, config.parallel.sequence_parallel).entries.values()
+        for entry in parallelize_tensors(stage, mesh, wanted.sequence_parallel, wanted.expert_tp).entries.values()
     ]
     group = mesh.group("tp")
     if group is not None:
-        kind = "tensor and sequence parallel" if config.parallel.sequence_parallel else "tensor parallel"
+        kind = "tensor and sequence parallel" if wanted.sequence_parallel else "tensor parallel"
         log.info("%s over %d ranks", kind, mesh.layout.tp)
         if compiles(config, mesh.device) and mesh.device.type == "cuda":
             enable_async_tensor_parallelism(group)

@@ -15,13 +15,14 @@ from stoker.parallel.tensor.axis import tensor_axis
 from stoker.parallel.tensor.layers import TensorLayer
 
 
-def parallelize_tensors(model: nn.Module, mesh: Mesh, sequence: bool) -> Registry:
+def parallelize_tensors(model: nn.Module, mesh: Mesh, sequence: bool, experts: bool = False) -> Registry:
     """Cut `model`, whole or one stage of it, over the tp axis of `mesh`; what this rank holds of each parameter.
 
-    `sequence`: share the tokens too, wherever a rank is not inside a region. Values, if the parameters have any, are
+    `sequence`: share the tokens too, wherever a rank is not inside a region. `experts`: share the channels of experts,
+    which are whole on every rank otherwise. Values, if the parameters have any, are
     kept; what is tied stays tied. Raises ValueError for a model that cannot be shared by so many ranks.
     """
-    axis = tensor_axis(mesh, sequence)
+    axis = tensor_axis(mesh, sequence, experts)
     if axis is None:
         return whole_registry(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TensorLayer)}

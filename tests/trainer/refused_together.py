@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.parallel.optimizers import OF_OPTIMIZERS
+from tests.trainer.refused_experts import OF_EXPERTS
 from tests.trainer.refused_ramps import OF_RAMPS
 from tests.trainer.refused_rope import OF_ROPE
 from tests.trainer.refused_streaming import OF_STREAMS
@@ -368,6 +369,7 @@ TOGETHER = {
     ],
     **OF_STREAMS,
     **OF_ROPE,
+    **OF_EXPERTS,
     **OF_OPTIMIZERS,
     "containers": [
         (
