@@ -59,8 +59,6 @@ class SparseMlp(nn.Module):
         width, hidden = config.hidden_size, expert_width(config)
         self.router = Router(config)
         self.experts = Experts(config.num_experts, width, hidden)
-        matrices = {"gate_up_proj": (1, (hidden, hidden)), "down_proj": (1, (width,))}
-        self.experts.fused = matrices  # type: ignore[assignment]
         shared = config.num_shared_experts
         self.shared = Mlp(width, hidden * shared) if shared else None
 
