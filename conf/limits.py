@@ -145,6 +145,12 @@ LIMITS = (
     _at_least("adapter.rank", 1, "it counts columns and rows"),
     _above_zero("adapter.alpha", "an adapter multiplied by 0 changes nothing"),
     Limit(
+        "adapter.dropout",
+        "0, or from 0.00002 to 0.99998",
+        "probabilities are multiples of 2^-16",
+        lambda value: value == 0 or 0.00002 <= value <= 0.99998,
+    ),
+    Limit(
         "adapter.rank_pattern",
         "ranks of at least 1 by name or pattern, such as {q_proj: 16}",
         "it counts columns and rows",

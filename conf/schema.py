@@ -6,8 +6,7 @@ Each field is of one of three kinds, which decide what may change when a run is 
 - `maths`: what the run computes from here on. Shown as a difference, allowed with `run.change=true`.
 - `fixed`: what the run *is* (model shape, tokenizer, seed). Refused.
 
-`Config` is composed from the YAML groups beside this file by `stoker.conf.compose`; ranks that our own launcher starts
-receive it ready-made as JSON (`to_dict` / `from_dict`), so that they need no Hydra.
+`stoker.conf.compose` composes `Config`; ranks that our launcher starts get it as JSON, so that they need no Hydra.
 """
 
 # ruff: noqa: RUF009 (free, maths and fixed return dataclasses.field)
@@ -121,6 +120,7 @@ class AdapterConfig:
     layers_to_transform: list[int] = fixed([])  # numbers of the blocks whose linear layers are targets; default: all
     rank_pattern: dict[str, Any] = fixed({})  # another rank for targets by name or pattern: {q_proj: 16}
     modules_to_save: list[str] = fixed([])  # modules of the base that are trained whole, such as [embedding, head]
+    dropout: float = maths(0.0)  # share of each adapter's inputs that is left out in training, drawn anew each time
     init_from: str | None = fixed()  # folder of an adapter in peft's format, whose shape and values the run begins with
 
 

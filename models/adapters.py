@@ -18,6 +18,7 @@ from stoker.conf.schema import AdapterConfig, Config
 from stoker.models.family import family_of
 from stoker.parallel.model import ParallelizableModel
 from stoker.parallel.suggestions import shortened
+from stoker.parallel.tensor.dropout import Dropout, TokenNumbers
 from stoker.parallel.tensor.low_rank import SLOT, AdaptedLinear, LowRank, takes_adapters
 
 ALL_LINEAR = "all-linear"
@@ -68,8 +69,9 @@ def plan_of(whole: nn.Module, config: Config) -> AdapterPlan | None:
     return AdapterPlan({}, trained)
 
 
-def apply(part: nn.Module, plan: AdapterPlan | None, adapter: AdapterConfig) -> nn.Module:
+def apply(part: nn.Module, plan: AdapterPlan | None, config: Config) -> nn.Module:
     """`part` of the model, changed in place: only what `plan` names is trained, and its adapters are there."""
+    adapter, tokens = config.adapter, TokenNumbers()
     if plan is None:
         return part
     for name, parameter in part.named_parameters():
@@ -79,7 +81,10 @@ def apply(part: nn.Module, plan: AdapterPlan | None, adapter: AdapterConfig) -> 
             assert isinstance(module, nn.Linear)
             if type(module) is nn.Linear:
                 module.__class__ = AdaptedLinear
-            low_rank = LowRank(module.in_features, module.out_features, rank, scale_of(adapter, rank))
+            dropout = None
+            if adapter.dropout:
+                dropout = Dropout(adapter.dropout, config.run.seed, name, tokens, range(module.in_features))
+            low_rank = LowRank(module.in_features, module.out_features, rank, scale_of(adapter, rank), dropout)
             module.add_module(SLOT, low_rank.to(module.weight.device))
     return part
 

@@ -71,7 +71,7 @@ def config_json(config: Config, plan: AdapterPlan, names: Names) -> dict[str, An
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.dropout,
         "modules_to_save": saved or None,
         "peft_type": "LORA",
         "r": adapter.rank,
@@ -95,10 +95,8 @@ def shared_ends(chosen: Iterable[str], known: Collection[str]) -> list[str]:
     return sorted(word for end in ends for word in ([end] if by_end[end] <= chosen else sorted(by_end[end] & chosen)))
 
 
-def adopted(folder: Path, whole: nn.Module, names: Names) -> tuple[dict[str, Any], float]:
-    """The adapter in `folder` as values of the config's adapter section, and the dropout that it was trained with.
-
-    `whole` is the model without an adapter.
+def adopted(folder: Path, whole: nn.Module, names: Names) -> dict[str, Any]:
+    """The adapter in `folder` as values of the config's adapter section. `whole` is the model without an adapter.
 
     Raises ValueError, naming the file and what is in it, for another kind of adapter and for one of another model.
     """
@@ -127,7 +125,7 @@ def adopted(folder: Path, whole: nn.Module, names: Names) -> tuple[dict[str, Any
     rank = int(values.get("r", 8))
     known = list(theirs)
     others = sorted({own for own in ranks.values() if own != rank})
-    section = {
+    return {
         "name": "lora",
         "rank": rank,
         "alpha": float(values.get("lora_alpha", 8)),
@@ -138,8 +136,8 @@ def adopted(folder: Path, whole: nn.Module, names: Names) -> tuple[dict[str, Any
             end: own for own in others for end in shared_ends([m for m in ranks if ranks[m] == own], known)
         },
         "modules_to_save": list(saved),
+        "dropout": float(values.get("lora_dropout") or 0.0),
     }
-    return section, float(values.get("lora_dropout") or 0.0)
 
 
 def refuse_unsupported(values: Mapping[str, Any]) -> None:

@@ -38,6 +38,7 @@ from stoker.parallel.rules.settings import unused_group
 from stoker.parallel.sequence import parallelize_sequence, sequence_axis
 from stoker.parallel.stages import costs_of, parts, stages_of
 from stoker.parallel.tensor import enable_async_tensor_parallelism, parallelize_tensors
+from stoker.parallel.tensor.dropout import TokenNumbers, token_numbers
 from stoker.parallel.tensor.float8 import float8_of, refuse_device
 from stoker.parallel.trial import Trial
 
@@ -136,8 +137,9 @@ def build_engine(
     compiled = compiles(config, mesh.device)
     clock = GpuClock(mesh.device)
     for stage in stages:
+        tokens = token_numbers(stage)
         for block in _parallelizable(stage).blocks().values():
-            _checkpoint_activations(block, config.activation_checkpointing)
+            _checkpoint_activations(block, config.activation_checkpointing, tokens)
             if compiled:
                 block.forward = torch.compile(block.forward)
             clock.time(block)
@@ -187,7 +189,7 @@ def part_builder(config: Config) -> Callable[[Part], nn.Module]:
     build: Callable[[Part], nn.Module] = functools.partial(build_on_meta, config.model)
     if config.adapter.name != "none" or config.model.freeze:
         plan = plan_of(build(whole_model(config.model.num_hidden_layers)), config)
-        build = _then(build, lambda part: apply(part, plan, config.adapter))
+        build = _then(build, lambda part: apply(part, plan, config))
     return _then(build, lambda part: compute_in_float8(part, config)) if config.precision == "fp8" else build
 
 
@@ -260,18 +262,31 @@ def _parallelizable(model: nn.Module) -> ParallelizableModel:
     return model  # type: ignore[return-value]
 
 
-def _checkpoint_activations(block: nn.Module, mode: str) -> None:
+def _checkpoint_activations(block: nn.Module, mode: str, tokens: TokenNumbers | None) -> None:
     """Recompute a block's activations in backward: all of them (full), or those that are cheap (selective).
 
     Selective keeps the output of attention, of every second matrix product, and of collectives, so that no
-    communication is repeated.
+    communication is repeated. `tokens` are those of the block's stage, if it has dropout: what is recomputed has those
+    of its forward pass, though other micro-batches may have come in between.
     """
     if mode == "none":
         return
     from torch.utils import checkpoint
 
     options: dict[str, Any] = {"context_fn": _selective} if mode == "selective" else {}
-    block.forward = functools.partial(checkpoint.checkpoint, block.forward, use_reentrant=False, **options)
+    forward = block.forward
+    if tokens is None:
+        block.forward = functools.partial(checkpoint.checkpoint, forward, use_reentrant=False, **options)
+        return
+
+    def numbered(numbers: Tensor | None, *args: Any, **named: Any) -> Any:
+        with tokens.of(numbers):
+            return forward(*args, **named)
+
+    def checkpointed(*args: Any, **named: Any) -> Any:
+        return checkpoint.checkpoint(numbered, tokens.current, *args, use_reentrant=False, **options, **named)
+
+    block.forward = checkpointed
 
 
 def _selective() -> tuple[Any, Any]:

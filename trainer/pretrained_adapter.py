@@ -28,6 +28,7 @@ from stoker.trainer.parallelize import part_builder
 
 log = logging.getLogger(__name__)
 
+DROPOUT = "adapter.dropout"
 _NAMED = 5  # tensors that a message names
 
 
@@ -44,13 +45,15 @@ def adopt_adapter(config: Config, overrides: Sequence[str], tell: Callable[[str]
             raise ValueError("there is no such directory")
         if not (folder / peft_folder.CONFIG).is_file():
             raise ValueError(f"it has no {peft_folder.CONFIG}: it is no adapter in peft's format")
-        section, dropout = peft_folder.adopted(folder, *_base(config))
+        section = peft_folder.adopted(folder, *_base(config))
+        if DROPOUT in given:  # it is no part of the adapter's shape
+            section["dropout"] = config.adapter.dropout
         config = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **section))
         for key, value in asked.items():
             if lookup(config, key) != value:
                 raise ValueError(f"{key}={value}, and the adapter has {lookup(config, key)}: leave {key} out")
-        if dropout:
-            tell(f"adapter.init_from={folder}: it was trained with lora_dropout={dropout}; here there is no dropout")
+        if config.adapter.dropout and DROPOUT not in given:
+            tell(f"adapter.init_from={folder}: {DROPOUT}={config.adapter.dropout}, as it was trained before")
         _refuse_other_tensors(config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"adapter.init_from={folder}: {error}") from error

@@ -18,19 +18,25 @@ from stoker.parallel.model import Constant, Normal
 from stoker.parallel.registry import Entry, Piece
 from stoker.parallel.shards import whole
 from stoker.parallel.tensor.axis import Share, TensorAxis, sharded_entry
+from stoker.parallel.tensor.dropout import Dropout
 from stoker.parallel.tensor.float8 import linear
 
 SLOT = "lora"  # the name of a `LowRank` within its linear layer
 
 
 class LowRank(nn.Module):
-    """`scale * B @ A`, added to the weight of a linear layer: `A` is `[rank, in]`, `B` `[out, rank]`, zero at first."""
+    """`scale * B @ A`, added to the weight of a linear layer: `A` is `[rank, in]`, `B` `[out, rank]`, zero at first.
+
+    In training it takes the layer's input after `dropout`.
+    """
 
     enabled = True
 
-    def __init__(self, in_features: int, out_features: int, rank: int, scale: float) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, scale: float, dropout: Dropout | None = None
+    ) -> None:
         super().__init__()
-        self.in_features, self.scale = in_features, scale
+        self.in_features, self.scale, self.dropout = in_features, scale, dropout
         self.A = nn.Parameter(torch.empty(rank, in_features))
         self.B = nn.Parameter(torch.empty(out_features, rank))
 
@@ -40,7 +46,10 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What is added to the layer's output for `x` `[..., in]`: `[..., out]`."""
-        return self.scale * F.linear(F.linear(x, self.A), self.B)
+        scale = self.scale
+        if self.training and self.dropout is not None:
+            x, scale = self.dropout(x), scale * self.dropout.scale
+        return scale * F.linear(F.linear(x, self.A), self.B)
 
     def cut_columns(self, axis: TensorAxis, share: Share, unit: int) -> list[Entry]:
         """For a layer of which a rank has the output features of `share`."""
@@ -48,6 +57,8 @@ class LowRank(nn.Module):
 
     def cut_rows(self, axis: TensorAxis, share: Share, unit: int) -> list[Entry]:
         """For a layer of which a rank has the input features of `share`."""
+        if self.dropout is not None:
+            self.dropout.share = range(share.start * unit, share.stop * unit)
         return [sharded_entry(f"{SLOT}.A", tuple(self.A.shape), 1, share, unit), _partial("B", self.B, axis)]
 
 

@@ -25,12 +25,15 @@ ADAPTERS = {
         rank_pattern={"down": 6},
         modules_to_save=["norm", "embedding"],
     ),
+    "dropout": AdapterConfig("lora", rank=4, dropout=0.3),
 }
 
 
 def config_of(case: Case, layout: Layout, adapter: str) -> Config:
     config = case.config(layout)
     config.adapter = ADAPTERS[adapter]
+    if config.adapter.dropout and layout.world > 1:  # which one process does without
+        config.activation_checkpointing = "selective" if layout.zero % 2 else "full"
     return config
 
 
@@ -62,7 +65,8 @@ def assert_same(where: str, wanted: Measured, found: list[Measured]) -> None:
 
 @pytest.mark.parametrize("layout", [Layout(dp_shard=2, zero=3), Layout(tp=2), Layout(pp=2)], ids=str)
 def test_a_layout_trains_the_adapter_of_one_process(layout: Layout) -> None:
-    assert_one_run(layout, [(Case(4), "all linear"), (Case(4, tied=True), "some")])
+    micro = 1 if layout.tp == 1 else 2
+    assert_one_run(layout, [(Case(4), "all linear"), (Case(4, tied=True), "some"), (Case(micro), "dropout")])
 
 
 @pytest.mark.long

@@ -45,6 +45,7 @@ BEYOND = [
     "adapter.name=lore",
     "adapter.rank=0",
     "adapter.alpha=0",
+    "adapter.dropout=1",
     "adapter.rank_pattern={q_proj: 0}",
     "objective.name=dpi",
     "objective.beta=0",

@@ -22,6 +22,11 @@ from tests.launch.runs import assert_same_state, steps_of
 from tests.models.families import write_family
 
 STEPS = 4
+DROPOUTS = {
+    "theirs": [],
+    "recomputed": ["activation_checkpointing=full", "batch.micro_size=2"],
+    "none": ["adapter.dropout=0"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +151,20 @@ def test_an_exported_adapter_comes_in_again_to_the_last_bit(home: Path, tmp_path
     assert main(["export", str(run.path), str(tmp_path / "out")]) == 0
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes(), name
+
+
+def test_an_adapter_trained_with_dropout_goes_on_with_it(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    shutil.copytree(exported(home, "adapter"), out)
+    config = json.loads((out / "adapter_config.json").read_text()) | {"lora_dropout": 0.25}
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    words = ["adapter=-", "adapter.rank=-", "adapter.target_modules=-", f"adapter.init_from={out}", "steps=2"]
+    runs = {name: adapter_run(tmp_path, name, home / "base", *words, *more) for name, more in DROPOUTS.items()}
+    assert [read_config(run).adapter.dropout for run in runs.values()] == [0.25, 0.25, 0.0]
+    losses = [steps_of(run.path) for run in runs.values()]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[2] != pytest.approx(losses[0], rel=1e-4)
+    assert main(["export", str(runs["theirs"].path), str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_dropout"] == 0.25
 
 
 @pytest.mark.parametrize(
