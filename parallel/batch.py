@@ -20,8 +20,8 @@ class Batch:
     documents of a row, so that attention can be kept inside them. `positions` (int64) counts from 0 within the row, or
     within each document where attention is kept inside documents. `weights` (float32) are factors of the labels'
     losses; None where all are 1. `reference` (float32) holds the log-probability of each label under a reference
-    model, for objectives that need it. `numbers` (int64), where there is dropout, are the tokens' in the run: that of the
-    sequence times seq_len, plus the place in it.
+    model, for objectives that need it. `numbers` (int64), where there is dropout, are the tokens' in the run: that of
+    the sequence times seq_len, plus the place in it.
     """
 
     tokens: Tensor
