@@ -1,6 +1,6 @@
 """Context parallelism beside what one does without it, on this machine's ranks: tokens per second and memory.
 
-    python benchmarks/long_context.py [--ranks 2] [--seq-len 4096] [--rounds 5] [--steps 1] [--documents 500] ...
+    python benchmarks/long_context.py [--ranks 2] [--seq-len 2048] [--rounds 5] [--steps 1] [--documents 500] ...
 
 The peer has the same ranks, each with whole sequences (cp 1), and `activation_checkpointing=full`. Both sides run in
 the same processes, in turn, from the same weights over the same rows, and must compute the same losses and gradient
@@ -39,6 +39,7 @@ SMALL = ModelConfig(
     num_key_value_heads=2,
     intermediate_size=704,
 )
+NATIVE = "bf16" if torch.cuda.is_available() else "fp32"  # CPUs without units for bf16 emulate it, far slower
 COLUMNS = ("ranks", "context", "checkpointing", "tokens/s", "cp 1, full: tokens/s", "ratio (range)", "of CPU seconds")
 COLUMNS += ("others' cores", "MiB per rank", "cp 1, full: MiB")
 
@@ -46,11 +47,11 @@ COLUMNS += ("others' cores", "MiB per rank", "cp 1, full: MiB")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2])
-    parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--documents", type=int, help="tokens of a document on average; default: one a sequence")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1, help="steps of a turn")
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--precision", default=NATIVE, choices=["bf16", "fp32"])
     parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait, per row, for quiet CPUs")
     options = parser.parse_args()
     documents = f"documents of {options.documents}" if options.documents else "one document a sequence"

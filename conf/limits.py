@@ -156,7 +156,7 @@ LIMITS = (
         "it counts columns and rows",
         lambda ranks: all(type(rank) is int and rank >= 1 for rank in ranks.values()),
     ),
-    _choice("objective.name", "next_token", "dpo", "ipo", "simpo", "orpo"),
+    _choice("objective.name", "next_token", "distill", "dpo", "ipo", "simpo", "orpo"),
     _above_zero("objective.beta", "rewards multiplied by 0 are equal"),
     Limit(
         "objective.label_smoothing",
@@ -165,6 +165,8 @@ LIMITS = (
         lambda value: 0 <= value <= 0.49,
     ),
     _at_least("objective.gamma", 0, "a margin below 0 would let the rejected answer win"),
+    _above_zero("objective.temperature", "it divides"),
+    Limit("objective.mix", "from 0 to 1", "it is a share", lambda value: 0 <= value <= 1),
     _at_least("objective.z_loss", 0, "logits would grow without end"),
     _choice("data.packing", "concatenated", "best_fit", "padded"),
     _above_zero("data.temperature", "it divides"),

@@ -58,6 +58,11 @@ def ramp_of(config: Config) -> Ramp:
     return Ramp((*stages, (config.batch.size, math.inf)), config.seq_len)
 
 
+def sizes_of(config: Config) -> list[int]:
+    """The sequences that steps of `config` have, each number once, the smallest first."""
+    return sorted({size for size, _ in ramp_of(config).stages})
+
+
 def unit_rows(config: Config) -> int:
     """Sequences of which every step of `config` has a multiple."""
     return ramp_of(config).unit if config.batch.ramp else config.batch.size

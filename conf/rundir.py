@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from stoker.conf.durable import write_durably
+from stoker.conf.lasting import lasting
 from stoker.conf.migrations import migrate
-from stoker.conf.schema import Config, from_dict, lasting, to_dict
+from stoker.conf.schema import Config, from_dict, to_dict
 from stoker.conf.values import ConfigError
 
 
@@ -119,6 +120,10 @@ class RunDirectory:
     def plan(self, number: int) -> Path:
         """What `stoker plan` predicts of an attempt, as JSON."""
         return self.attempt(number) / "plan.json"
+
+    def messages(self, number: int) -> Path:
+        """The messages of one step of an attempt, as JSON."""
+        return self.attempt(number) / "messages.json"
 
     def stacks(self, number: int, rank: int) -> Path:
         """The stacks of all threads of a rank that made no progress."""

@@ -6,7 +6,7 @@ Each field is of one of three kinds, which decide what may change when a run is 
 - `maths`: what the run computes from here on. Shown as a difference, allowed with `run.change=true`.
 - `fixed`: what the run *is* (model shape, tokenizer, seed). Refused.
 
-`stoker.conf.compose` composes `Config`; ranks that our launcher starts get it as JSON, so that they need no Hydra.
+`stoker.conf.compose` makes `Config` from the YAML groups beside this file; our launcher's ranks get it as JSON.
 """
 
 # ruff: noqa: RUF009 (free, maths and fixed return dataclasses.field)
@@ -128,11 +128,14 @@ class AdapterConfig:
 class ObjectiveConfig:
     """What is minimised. The preference objectives take pairs of answers (data.args.shape=preference)."""
 
-    name: str = maths("next_token")  # next_token | dpo | ipo | simpo | orpo
+    name: str = maths("next_token")  # next_token | distill | dpo | ipo | simpo | orpo
     target: str | None = maths()  # import path pkg.mod:function of a user's objective
     beta: float = maths(0.1)  # factor of rewards; ipo: the paper's tau; orpo: its lambda, weight of the odds ratio
     label_smoothing: float = maths(0.0)  # dpo: probability that the answers of a pair are the wrong way round
     gamma: float = maths(0.0)  # simpo: by how much the chosen reward is to exceed the rejected one
+    teacher: str | None = fixed()  # folder of `stoker teach`: a teacher's predictions, or a reference's for dpo and ipo
+    temperature: float = maths(1.0)  # distill: of both distributions
+    mix: float = maths(1.0)  # distill: share of the distance from the teacher; the rest is cross entropy
     z_loss: float = maths(0.0)  # next_token, in training: factor of the squared log of the softmax's normaliser
     args: dict[str, Any] = maths({})  # for a user's objective.target
 
@@ -298,6 +301,7 @@ class LaunchConfig:
 class LogConfig:
     every: int = free(10)  # steps between plain progress lines
     norms_by_role: bool = free(False)  # the gradient norm of matrices, vectors, embedding and head in metrics.jsonl
+    plan: bool | None = free()  # write attempts/K/plan.json where processors idle; default: on GPUs
     progress: str = free("auto")  # auto (live on a terminal) | live | plain | none
 
 
@@ -343,7 +347,6 @@ class Config:
 
 
 GROUPS = ("model", "adapter", "objective", "data", "optim", "schedule", "tracker", "launch")
-PER_START = ("run.fresh", "run.change", "run.trust", "run.adopt", "launch.deadline")  # keys that no run keeps
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -371,12 +374,6 @@ def from_dict(values: dict[str, Any], kind: type = Config, prefix: str = "") -> 
             value = float(value)
         arguments[name] = value
     return kind(**arguments)
-
-
-def lasting(config: Config) -> Config:
-    """`config` without the keys for one start: the form in which a run keeps it."""
-    run = dataclasses.replace(config.run, fresh=False, change=False, trust=False, adopt=False)
-    return dataclasses.replace(config, run=run, launch=dataclasses.replace(config.launch, deadline=None))
 
 
 def leaves(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:

@@ -9,4 +9,6 @@ def loss_unit(config: ObjectiveConfig) -> str:
     """What a loss is a mean of, for people."""
     if config.target is not None:
         return f"as {config.target} counts"
-    return "nats per token" if config.name == "next_token" else f"{config.name}, per pair"
+    if config.name == "next_token":
+        return "nats per token"
+    return f"{config.name}, per {'token' if config.name == 'distill' else 'pair'}"

@@ -10,6 +10,7 @@ import numpy as np
 
 from stoker.data.packing import Pieces, Table, fill, ranges
 from stoker.data.shuffle import permute
+from stoker.data.taught import TaughtRows
 from stoker.data.tokens import Tokens
 
 
@@ -30,10 +31,15 @@ class IndexPlan:
     fingerprint: Mapping[str, Any]
     table: Table | None = None
     left_out: int | None = 0  # documents without text, which are in no row; None: not counted
+    teacher: TaughtRows | None = None  # its predictions
 
     @property
     def weighted(self) -> bool:
         return self.tokens.weights is not None
+
+    @property
+    def taught(self) -> int:
+        return 0 if self.teacher is None else self.teacher.planes
 
     @property
     def documents_together(self) -> int:
@@ -66,8 +72,10 @@ class IndexPlan:
 
     def read(self, numbers: np.ndarray, out: np.ndarray) -> None:
         """See `RowPlan.read` and `stoker.data.packing.fill`."""
-        tokens = self.tokens
-        fill(out, tokens.ids, self.pieces(numbers), self.document_mask, tokens.learned, tokens.weights)
+        tokens, own = self.tokens, len(out) - self.taught
+        if self.teacher is not None:
+            self.teacher.read(self._shuffled(numbers), out[own:])
+        fill(out[:own], tokens.ids, self.pieces(numbers), self.document_mask, tokens.learned, tokens.weights)
 
     def pieces(self, numbers: np.ndarray) -> Pieces:
         """The pieces of the rows `numbers`."""

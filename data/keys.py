@@ -6,6 +6,7 @@ with other sequences. So everything that changes sequences is a field of one of 
     MemoKey              which texts some versions of files had             manifest.py
     TokensKey            the tokens of a source                             cache.py
     RowTableKey          the rows that a packing makes of them              tables.py
+    TaughtKey            the rows for which a teacher's predictions are stored  taught.py
     IndexedFingerprint   the sequences of an indexed run                    opening.py
     SplitsKey            the position of each document in a streamed source     streaming/
     WindowsKey           the windows of a streamed source
@@ -92,6 +93,21 @@ class RowTableKey(_Ingredients):
     split: str
     packing: str
     seq_len: int
+
+
+@dataclass(frozen=True)
+class TaughtKey(_Ingredients):
+    """The rows of one epoch of a source, unshuffled, and what a token of them may attend to."""
+
+    source: SourceKey
+    split: str
+    packing: str
+    document_mask: bool
+    seq_len: int
+
+    def values(self) -> dict[str, Any]:
+        own = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        return {**self.source.values(), **own}
 
 
 @dataclass(frozen=True)

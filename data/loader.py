@@ -176,7 +176,7 @@ class IndexedLoader:
         if self._compare is not None and self._handed_out % COMPARED_EVERY == 0:
             self._compare(packed)
         self._handed_out += 1
-        rows = unpack(packed, self._pin)
+        rows = unpack(packed, self._pin, self._plan.taught)
         self._row += self._batch_rows
         self._step += 1
         self._ask()

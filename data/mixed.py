@@ -41,7 +41,7 @@ class MixedPlan:
         self.fingerprint = fingerprint
         self.seq_len, self.document_mask = plans[0].seq_len, plans[0].document_mask
         self.weighted = any(plan.weighted for plan in plans)
-        self.documents_together = plans[0].documents_together
+        self.documents_together, self.taught = plans[0].documents_together, plans[0].taught
         self._shared = mmap.mmap(-1, _HISTORY_BYTES)
         self._seen = b""
         self._mixture: Mixture | None = None

@@ -15,7 +15,7 @@ from stoker.data.build import SPLITS
 from stoker.data.cache import cache_root, open_cache, open_folder, write_tokenizer
 from stoker.data.documents import documents_of
 from stoker.data.indexed import IndexPlan
-from stoker.data.keys import IndexedFingerprint, SourceKey
+from stoker.data.keys import IndexedFingerprint, SourceKey, TaughtKey
 from stoker.data.loader import IndexedLoader, RowSource
 from stoker.data.mixed import MixedPlan, Weights
 from stoker.data.mixture import WEIGHT_UNITS
@@ -23,6 +23,7 @@ from stoker.data.ramp import RampedRows
 from stoker.data.sources import Spec, held_out_share, specs_of, validation_spec, wanted_weights
 from stoker.data.splitting import POSITION, by_position, part_by_position
 from stoker.data.tables import open_table
+from stoker.data.taught import open_lessons
 from stoker.data.token_files import TokenFiles
 from stoker.data.tokenizer import Tokenizer
 from stoker.data.tokenizer_files import load_kept, named_tokenizer
@@ -83,6 +84,20 @@ def open_plans(
     For data.mode=streaming, `streamed` gives the rows to read of each source; they are made of documents from all over
     it. Raises ValueError when the documents cannot be read.
     """
+    keyed = open_keyed_plans(config, split, streamed, shuffled=shuffled)
+    if config.objective.teacher is None:
+        return [plan for plan, _ in keyed]
+    lessons = open_lessons(Path(config.objective.teacher))
+    return [
+        dataclasses.replace(plan, teacher=lessons.rows(split, number, key, plan.rows_per_epoch))
+        for number, (plan, key) in enumerate(keyed)
+    ]
+
+
+def open_keyed_plans(
+    config: Config, split: str, streamed: Sequence[int] | None = None, *, shuffled: bool = False
+) -> list[tuple[IndexPlan, TaughtKey]]:
+    """`open_plans` without a teacher's predictions, and for each what those depend on beside the teacher."""
     assert split in SPLITS
     specs = specs_of(config.data)
     if config.data.mode == "streaming":
@@ -95,7 +110,14 @@ def open_plans(
         mask = config.data.packing == "best_fit" or any(source.is_chat for source in opened)
     _refuse_divided_pairs(config, opened, mask)
     fingerprint = _fingerprint(config, opened, split, mask).values()
-    return [_plan(config, source, split, mask, fingerprint, shuffled) for source in opened]
+    packing, seq_len = config.data.packing, config.seq_len
+    return [
+        (
+            _plan(config, source, split, mask, fingerprint, shuffled),
+            TaughtKey(source.key, split, packing, mask, seq_len),
+        )
+        for source in opened
+    ]
 
 
 def open_stream(config: Config, mesh: Mesh) -> RowSource:

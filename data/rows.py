@@ -10,8 +10,8 @@ import torch
 
 from stoker.parallel.batch import Batch
 
-# Between processes rows are one int32 array [planes, rows, seq_len]. The last of these planes holds the bits of float32
-# numbers, and is there for weighted rows only.
+# Between processes rows are one int32 array [planes, rows, seq_len]. WEIGHTS, the bits of float32 numbers, is there for
+# weighted rows only. After it come `RowPlan.taught` planes of a teacher's predictions (`stoker.data.taught`).
 TOKENS, LABELS, POSITIONS, DOCUMENTS, WEIGHTS = range(5)
 
 
@@ -29,6 +29,11 @@ class RowPlan(Protocol):
     @property
     def weighted(self) -> bool:
         """Whether rows have the plane WEIGHTS."""
+        ...
+
+    @property
+    def taught(self) -> int:
+        """How many planes of a teacher's predictions rows have."""
         ...
 
     @property
@@ -53,7 +58,7 @@ class RowPlan(Protocol):
         """Write the rows `numbers` (int64 `[rows]`, each in `range(total_rows)`) to `out`, int32 of `shape_of`.
 
         The planes are TOKENS, LABELS (IGNORE_INDEX where no label is trained), POSITIONS and DOCUMENTS; and WEIGHTS of
-        the labels if the plan is `weighted`.
+        the labels if the plan is `weighted`; then those of a teacher.
         """
         ...
 
@@ -75,26 +80,38 @@ def read_rows(plan: RowPlan, numbers: Sequence[int], pin: bool = False) -> Batch
     """The rows `numbers` of `plan`, read in this process; in page-locked memory if `pin`."""
     packed = np.empty(shape_of(plan, len(numbers)), np.int32)
     plan.read(np.asarray(numbers, np.int64), packed)
-    return unpack(packed, pin)
+    return unpack(packed, pin, plan.taught)
 
 
 def shape_of(plan: RowPlan, rows: int) -> tuple[int, int, int]:
     """The shape of so many rows of `plan` between processes."""
-    return WEIGHTS + plan.weighted, rows, plan.seq_len
+    return WEIGHTS + plan.weighted + plan.taught, rows, plan.seq_len
 
 
-def unpack(packed: np.ndarray, pin: bool = False) -> Batch:
-    """A copy of `packed` (int32 `[planes, rows, seq_len]`) as tensors; in page-locked memory if `pin`."""
+def unpack(packed: np.ndarray, pin: bool = False, taught: int = 0) -> Batch:
+    """A copy of `packed` (int32 `[planes, rows, seq_len]`) as tensors; in page-locked memory if `pin`.
+
+    `taught` of its planes are a teacher's.
+    """
     planes = torch.from_numpy(packed)
 
     def plane(number: int, dtype: torch.dtype) -> torch.Tensor:
         found = planes[number] if dtype != torch.float32 else planes[number].view(dtype)
         return torch.empty(planes.shape[1:], dtype=dtype, pin_memory=pin).copy_(found)
 
+    def last(numbers: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Some planes as `[rows, seq_len, planes]`."""
+        found = planes[numbers].view(dtype).movedim(0, -1)
+        return torch.empty(found.shape, dtype=dtype, pin_memory=pin).copy_(found)
+
+    own, k = len(planes) - taught, taught // 2
     return Batch(
         tokens=plane(TOKENS, torch.int64),
         labels=plane(LABELS, torch.int64),
         positions=plane(POSITIONS, torch.int64),
         documents=plane(DOCUMENTS, torch.int32),
-        weights=plane(WEIGHTS, torch.float32) if len(planes) > WEIGHTS else None,
+        weights=plane(WEIGHTS, torch.float32) if own > WEIGHTS else None,
+        reference=plane(own, torch.float32) if taught == 1 else None,
+        teacher_tokens=last(slice(own, own + k), torch.int32) if k else None,
+        teacher_log_probabilities=last(slice(own + k, None), torch.float32) if k else None,
     )

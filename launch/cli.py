@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import stoker
@@ -170,6 +171,13 @@ def parser() -> argparse.ArgumentParser:
     replay.add_argument("run", help="run directory")
     replay.add_argument("--step", type=int, required=True, help="which step")
     arguments.add_trust(replay)
+
+    teach = add("teach", _teach, "Store what a teacher predicts for each label of the data.", examples.TEACH)
+    teach.add_argument("folder", type=Path, help="where; `objective.teacher` of the runs that learn from it")
+    arguments.add_settings(teach)
+    teach.add_argument("--top-k", type=int, default=32, help="how many tokens for each label (default 32)")
+    teach.add_argument("--labels", action="store_true", help="of the labels alone: the reference of dpo and ipo")
+    arguments.add_trust(teach)
 
     generate = add("generate", _generate, "Continue a text with a run's newest checkpoint.")
     generate.add_argument("run", help="run directory")
@@ -335,6 +343,12 @@ def _completion(options: argparse.Namespace) -> int:
         for candidate in candidates(parser(), options.line):
             print(candidate)
     return 0
+
+
+def _teach(options: argparse.Namespace) -> int:
+    from stoker.launch.teach import teach
+
+    return teach(options.folder, options.overrides, 0 if options.labels else options.top_k)
 
 
 def _generate(options: argparse.Namespace) -> int:

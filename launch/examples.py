@@ -27,6 +27,16 @@ unless precision=... or optim.eps=... is given.
 The status is 0 if both are the same run.
 """
 
+TEACH = """\
+examples:
+  stoker teach lessons model.init_from=TEACHER data=text data.path=books \\
+      seq_len=1024 precision=bf16 parallel.tp=2
+  stoker train run.dir=runs/student model=small data=text data.path=books \\
+      seq_len=1024 objective=distill objective.teacher=lessons
+
+Data, tokenizer, packing and seq_len have to be those of the run that learns.
+"""
+
 PLAN = """\
 examples:
   stoker plan model=small launch.nproc=2

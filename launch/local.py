@@ -31,6 +31,7 @@ from stoker.conf.rundir import RunDirectory, run_directory
 from stoker.conf.schema import Config, to_dict
 from stoker.conf.scratch import Scratch
 from stoker.launch.gate import Tunnel
+from stoker.launch.plan_record import PlanRecord, wants_plan
 from stoker.parallel.layout import threads_per_rank
 from stoker.parallel.loopback import LOOPBACK, keep_on_loopback, loopback_store
 from stoker.trainer.rendezvous import CONFIG_VARIABLE
@@ -97,6 +98,8 @@ def launch(
         agent = _Agent(
             spec, DefaultLogsSpecs(log_dir=str(folder)), run, config.launch.hang_seconds, say, alone=meeting is None
         )
+        if wants_plan(config) and (meeting is None or meeting.node == 0):
+            agent.planned_ranks = ranks * (1 if meeting is None else meeting.nodes)
         try:
             agent.run()
         except SignalException as interrupt:
@@ -185,6 +188,8 @@ class _Agent(LocalElasticAgent):
         super().__init__(spec, logs, exit_barrier_timeout=EXIT_BARRIER_SECONDS)
         self._run, self._hang_seconds, self._say, self._alone = run, hang_seconds, say, alone
         self._watchdog: Watchdog | None = None  # of the present ranks, once there is an attempt
+        self.planned_ranks: int | None = None  # of all machines, where each attempt gets a plan
+        self._plan: PlanRecord | None = None
         self._launch = launch_id()
         self._attempts_before = 0
         self._step_before = 0
@@ -251,6 +256,9 @@ class _Agent(LocalElasticAgent):
             workers = self._worker_group.workers
             ranks = range(workers[0].global_rank, workers[-1].global_rank + 1)
             self._watchdog = Watchdog(self._run, number, ranks, self._hang_seconds, self._say)
+            self._end_plan()
+            if self.planned_ranks is not None:
+                self._plan = PlanRecord(self._run, number, self.planned_ranks)
         if self._watchdog is not None:
             self._watchdog.look()
 
@@ -307,8 +315,13 @@ class _Agent(LocalElasticAgent):
         number = self._attempt()
         return read_ending(self._run, number) if number is not None else None
 
+    def _end_plan(self) -> None:
+        if self._plan is not None:
+            self._plan.end()
+
     def kill(self) -> None:
         """Make sure that no rank is left, on every path."""
+        self._end_plan()
         if self._pcontext is not None:
             self._pcontext.close(signal.SIGKILL)
 

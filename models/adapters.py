@@ -16,6 +16,7 @@ from torch import nn
 
 from stoker.conf.schema import AdapterConfig, Config
 from stoker.models.family import family_of
+from stoker.models.objectives.teaching import TARGET
 from stoker.parallel.model import ParallelizableModel
 from stoker.parallel.suggestions import shortened
 from stoker.parallel.tensor.dropout import Dropout, TokenNumbers
@@ -64,7 +65,7 @@ def plan_of(whole: nn.Module, config: Config) -> AdapterPlan | None:
         for name, parameter in whole.named_parameters()
         if parameter.requires_grad and name not in frozen and not name.startswith(modules)
     )
-    if not trained:
+    if not trained and config.objective.target != TARGET:
         raise ValueError(f"model.freeze={config.model.freeze} leaves nothing to train: name fewer")
     return AdapterPlan({}, trained)
 

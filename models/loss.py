@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stoker.parallel.batch import IGNORE_INDEX
+from stoker.models.softmax import Softmax, top_log_probabilities
 from stoker.parallel.model import Role
-from stoker.parallel.objective import Targets
+from stoker.parallel.objective import Targets, Teacher
 from stoker.parallel.registry import Entry
 from stoker.parallel.tensor.axis import TensorAxis, sharded_entry
 from stoker.parallel.tensor.layers import Vocabulary, VocabularyLayer
-from stoker.parallel.tensor.regions import LEAVES, all_gather, enter
+from stoker.parallel.tensor.regions import LEAVES, enter
 
 Rule = Callable[[Tensor], Tensor]  # what a model does to logits, each by itself: a scale, a softcap
 
@@ -66,51 +66,104 @@ class Head(VocabularyLayer):
             return self.logits(x)
         targets = labels if isinstance(labels, Targets) else Targets(labels)
         wanted, weights = targets.labels.flatten(), targets.weights
+        if targets.top_k:
+            return self._most_probable(x, targets.top_k)
         if targets.per_token:
             return log_probabilities(x, self.weight, wanted, self.chunk, self.vocabulary, self.bias, self.rule)
-        weights = None if weights is None else weights.flatten()
-        z_loss = targets.z_loss if self.training else 0.0
-        return summed_loss(x, self.weight, wanted, self.chunk, self.vocabulary, self.bias, self.rule, weights, z_loss)
+        aim = Aim(
+            wanted,
+            None if weights is None else weights.flatten(),
+            targets.z_loss if self.training else 0.0,
+            targets.teacher,
+        )
+        return summed_loss(x, self.weight, aim, self.chunk, self.vocabulary, self.bias, self.rule)
+
+    def _most_probable(self, x: Tensor, k: int) -> Tensor:
+        """See `Targets.top_k`."""
+        found = torch.empty(len(x), 2 * k, dtype=torch.float64, device=x.device)
+        for start in range(0, len(x), self.chunk):
+            span = slice(start, start + self.chunk)
+            logits = _logits(x[span], self.weight, self.bias, self.rule)
+            found[span] = torch.cat(top_log_probabilities(logits, k, self.vocabulary), -1)
+        return found
 
     def logits(self, x: Tensor) -> Tensor:
         """The fp32 logits of activations `[tokens, width]`, of this rank's share of the vocabulary."""
         return _logits(x, self.weight, self.bias, self.rule).float()
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What the loss of a token is."""
+
+    labels: Tensor  # int64 [tokens]; those that are IGNORE_INDEX are left out
+    weights: Tensor | None = None  # fp32 [tokens], factors of the losses
+    z_loss: float = 0.0  # factor of the squared log of the normaliser, added (Chowdhery et al. 2022, section 5)
+    teacher: Teacher | None = None
+
+    def losses(
+        self, logits: Tensor, span: slice, vocabulary: Vocabulary | None, gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of the tokens in `span`: losses, fp64 `[chunk, 1]`, and gradients by the logits, fp32 `[chunk, vocab]`."""
+        softmax = Softmax.of(logits, self.labels[span], vocabulary)
+        losses, log_sum = softmax.losses(logits, vocabulary)
+        if self.z_loss:
+            losses = losses + softmax.z_loss(log_sum, self.z_loss)
+        slopes = softmax.gradient(log_sum, self.z_loss) if gradient else None
+        if self.teacher is not None:
+            mix = self.teacher.mix
+            distances, towards = _distances(self.teacher, logits, self.labels[span], span, vocabulary, gradient)
+            losses = losses.lerp_(distances, mix)
+            slopes = None if slopes is None or towards is None else slopes.lerp_(towards, mix)
+        if self.weights is not None:
+            factors = self.weights[span, None]
+            losses = losses * factors
+            slopes = slopes if slopes is None else slopes.mul_(factors)
+        return losses, slopes
+
+
+def _distances(
+    teacher: Teacher, logits: Tensor, labels: Tensor, span: slice, vocabulary: Vocabulary | None, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """temperature^2 x KL(teacher, student) of each token with a label, and its gradient by the logits."""
+    temperature = teacher.temperature
+    given = teacher.log_probabilities.flatten(0, 1)[span].double() / temperature
+    logs = given - given.logsumexp(-1, keepdim=True)  # of the k tokens alone
+    shares = logs.exp()
+    tokens = teacher.tokens.flatten(0, 1)[span].long()
+    scaled = logits if temperature == 1 else logits.float() / temperature
+    softmax = Softmax.of(scaled, labels, vocabulary, tokens, shares.float())
+    cross, log_sum = softmax.losses(scaled, vocabulary)
+    entropy = torch.where(shares > 0, shares * logs, 0.0).sum(-1, keepdim=True)
+    distances = (cross + entropy.where(softmax.valid, 0.0)) * temperature**2
+    return distances, softmax.gradient(log_sum).mul_(temperature) if gradient else None
+
+
 def summed_loss(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
+    aim: Aim,
     chunk: int,
     vocabulary: Vocabulary | None = None,
     bias: Tensor | None = None,
     rule: Rule | None = None,
-    weights: Tensor | None = None,
-    z_loss: float = 0.0,
 ) -> Tensor:
-    """The sum over tokens of the cross entropy of `rule(hidden @ weight.T + bias)`: fp32 scalar.
+    """The sum over tokens of the losses of `rule(hidden @ weight.T + bias)` that `aim` says: fp32 scalar.
 
-    Each token's has `z_loss` times the squared logarithm of the softmax's normaliser added (Chowdhery et al. 2022,
-    section 5), and is multiplied by its number in `weights` (fp32 `[tokens]`).
-
-    `hidden` is `[tokens, width]`, `weight` `[vocab, width]`, `labels` int64 `[tokens]`, those that are IGNORE_INDEX
-    left out. Softmax and sums are fp32 for every dtype; `chunk` tokens have logits at one time. Between forward and
-    backward it holds the gradients: one of the size of `hidden`, and one of `weight` in fp32.
+    `hidden` is `[tokens, width]`, `weight` `[vocab, width]`. Softmax and sums are fp32 for every dtype; `chunk` tokens
+    have logits at one time. Between forward and backward it holds the gradients: one of the size of `hidden`, and one
+    of `weight` in fp32.
 
     With a `vocabulary` `weight` and `bias` are this rank's share of it. All its ranks call with the same hidden and
     labels, and get the same loss; the gradient of `hidden` is this rank's part of a sum over them.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _SummedLoss.apply(hidden, weight, bias, labels, chunk, vocabulary, rule, weights, z_loss)
+        return _SummedLoss.apply(hidden, weight, bias, aim, chunk, vocabulary, rule)
     total = torch.zeros((), device=hidden.device)
     for start in range(0, len(hidden), chunk):
         span = slice(start, start + chunk)
-        logits = _logits(hidden[span], weight, bias, rule)
-        softmax = _Softmax.of(logits, labels[span], vocabulary)
-        losses, log_sum = _losses(softmax, logits, vocabulary)
-        if z_loss:
-            losses = losses + softmax.z_loss(log_sum, z_loss)
-        total += (losses if weights is None else losses * weights[span, None]).sum()
+        losses, _ = aim.losses(_logits(hidden[span], weight, bias, rule), span, vocabulary, gradient=False)
+        total += losses.sum()
     return total
 
 
@@ -144,28 +197,20 @@ class _SummedLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        labels: Tensor,
+        aim: Aim,
         chunk: int,
         vocabulary: Vocabulary | None,
         rule: Rule | None,
-        weights: Tensor | None,
-        z_loss: float,
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         for start in range(0, len(hidden), chunk):
             span = slice(start, start + chunk)
             raw, logits = _ruled(rule, _logits(hidden[span], weight, bias, None))
-            softmax = _Softmax.of(logits.detach(), labels[span], vocabulary)
-            losses, log_sum = _losses(softmax, logits.detach(), vocabulary)
-            if z_loss:
-                losses = losses + softmax.z_loss(log_sum, z_loss)
-            grad_logits = softmax.gradient(log_sum, z_loss)
-            if weights is not None:
-                factors = weights[span, None]
-                losses, grad_logits = losses * factors, grad_logits.mul_(factors)
+            losses, slopes = aim.losses(logits.detach(), span, vocabulary, gradient=True)
+            assert slopes is not None
             total += losses.sum()
-            gradients.add(span, _by_raw(rule, raw, logits, grad_logits))
+            gradients.add(span, _by_raw(rule, raw, logits, slopes))
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         ctx.dtype = weight.dtype
         ctx.border = None if vocabulary is None else LEAVES  # the ranks' results are summed in here
@@ -181,7 +226,7 @@ class _SummedLoss(torch.autograd.Function):
             None if gradient is None else (gradient * grad_output).to(ctx.dtype)
             for gradient in (grad_weight, grad_bias)
         )
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 class _LogProbabilities(torch.autograd.Function):
@@ -201,7 +246,7 @@ class _LogProbabilities(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             span = slice(start, start + chunk)
             logits = _logits(hidden[span], weight, bias, rule)
-            losses, log_sums[span] = _losses(_Softmax.of(logits, labels[span], vocabulary), logits, vocabulary)
+            losses, log_sums[span] = Softmax.of(logits, labels[span], vocabulary).losses(logits, vocabulary)
             found[span] = -losses[:, 0]
         ctx.save_for_backward(hidden, weight, bias, labels, log_sums)
         ctx.chunk, ctx.vocabulary, ctx.rule = chunk, vocabulary, rule
@@ -215,7 +260,7 @@ class _LogProbabilities(torch.autograd.Function):
         for start in range(0, len(hidden), ctx.chunk):
             span = slice(start, start + ctx.chunk)
             raw, logits = _ruled(ctx.rule, _logits(hidden[span], weight, bias, None))
-            softmax = _Softmax.of(logits.detach(), labels[span], ctx.vocabulary)
+            softmax = Softmax.of(logits.detach(), labels[span], ctx.vocabulary)
             grad_logits = softmax.gradient(log_sums[span]).mul_(-grad_output[span, None])
             gradients.add(span, _by_raw(ctx.rule, raw, logits, grad_logits))
         grad_weight, grad_bias = (
@@ -256,51 +301,3 @@ def _ruled(rule: Rule | None, raw: Tensor) -> tuple[Tensor, Tensor]:
 def _by_raw(rule: Rule | None, raw: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
     """The gradient by `raw`, fp32, of what has this `gradient` by the `logits`."""
     return gradient if rule is None else torch.autograd.grad(logits, raw, gradient.to(logits.dtype))[0].float()
-
-
-@dataclass(frozen=True)
-class _Softmax:
-    """Of a chunk of tokens, over this rank's share of the vocabulary."""
-
-    values: Tensor  # fp32 [chunk, vocab]
-    log_sum: Tensor  # fp64 [chunk, 1], of the exponentials
-    wanted: Tensor  # int64 [chunk, 1], the labels by their places in the share
-    mine: Tensor  # bool [chunk, 1], whether the label is in it
-    valid: Tensor  # bool [chunk, 1], whether there is a label: not IGNORE_INDEX
-
-    @classmethod
-    def of(cls, logits: Tensor, labels: Tensor, vocabulary: Vocabulary | None) -> _Softmax:
-        valid = (labels != IGNORE_INDEX)[:, None]
-        wanted = labels[:, None].masked_fill(~valid, 0)
-        wanted, mine = (wanted, valid) if vocabulary is None else vocabulary.own(wanted)
-        softmax = logits.softmax(-1, dtype=torch.float32)
-        largest, at = logits.max(-1, keepdim=True)
-        # fp64: a loss is the small difference of large logits
-        log_sum = largest.double() - softmax.gather(-1, at).double().log()
-        return cls(softmax, log_sum, wanted, mine, valid)
-
-    def z_loss(self, log_sum: Tensor, factor: float) -> Tensor:
-        """`factor` x the square of `log_sum`, that of the whole vocabulary: fp64 `[chunk, 1]`, zero without a label."""
-        return factor * log_sum.square().where(self.valid, 0.0)
-
-    def gradient(self, log_sum: Tensor, z_loss: float = 0.0) -> Tensor:
-        """Of the loss by the logits: softmax - onehot(labels), zero without a label. It takes the place of `values`.
-
-        `log_sum` is that of the whole vocabulary; `z_loss` the factor of its square in the loss.
-        """
-        share = (self.log_sum - log_sum).exp().where(self.valid, 0.0).float()  # of all probability; 1 for a whole one
-        if z_loss:
-            share = share * (1.0 + 2.0 * z_loss * log_sum).float()
-        return self.values.mul_(share).scatter_add_(-1, self.wanted, -(self.mine & self.valid).float())
-
-
-def _losses(softmax: _Softmax, logits: Tensor, vocabulary: Vocabulary | None) -> tuple[Tensor, Tensor]:
-    """The loss of each label, and the `log_sum` of the whole vocabulary: fp64 `[chunk, 1]` each."""
-    log_sum, target = softmax.log_sum, logits.gather(-1, softmax.wanted).double()
-    if vocabulary is not None:
-        message = torch.cat([log_sum, target.where(softmax.mine, 0.0)], -1)
-        axis = vocabulary.axis
-        of_ranks = all_gather(message, axis.group_name, axis.size).view(axis.size, *message.shape)
-        log_sum = of_ranks[:, :, :1].logsumexp(0)
-        target = of_ranks[:, :, 1:].sum(0)
-    return (log_sum - target).where(softmax.valid, 0.0), log_sum

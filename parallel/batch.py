@@ -14,14 +14,15 @@ IGNORE_INDEX = -100  # a label that carries no loss
 
 @dataclass(frozen=True)
 class Batch:
-    """Training rows, all `[rows, seq_len]`.
+    """Training rows, `[rows, seq_len]` unless said otherwise.
 
     `tokens` and `labels` are int64; a label of IGNORE_INDEX is not trained on. `documents` (int32) numbers the
     documents of a row, so that attention can be kept inside them. `positions` (int64) counts from 0 within the row, or
     within each document where attention is kept inside documents. `weights` (float32) are factors of the labels'
     losses; None where all are 1. `reference` (float32) holds the log-probability of each label under a reference
-    model, for objectives that need it. `numbers` (int64), where there is dropout, are the tokens' in the run: that of
-    the sequence times seq_len, plus the place in it.
+    model, for objectives that need it. `teacher_tokens` (int32) and `teacher_log_probabilities` (float32), both
+    `[rows, seq_len, k]`, are what a teacher predicts for each label. `numbers` (int64), where there is dropout, are the
+    tokens' in the run: that of the sequence times seq_len, plus the place in it.
     """
 
     tokens: Tensor
@@ -30,6 +31,8 @@ class Batch:
     documents: Tensor
     weights: Tensor | None = None
     reference: Tensor | None = None
+    teacher_tokens: Tensor | None = None
+    teacher_log_probabilities: Tensor | None = None
     numbers: Tensor | None = None
 
     def __len__(self) -> int:

@@ -43,6 +43,12 @@ class Engine(Protocol):
         """
         ...
 
+    def predict(self, rows: Batch) -> Tensor | None:
+        """What the head returns for each label of any number of rows, `[rows, seq_len]` or `[rows, seq_len, 2 k]`, no
+        gradients kept, with an objective of `per_token`. One rank of each replica has it, the others get None.
+        """
+        ...
+
     def modules(self) -> list[nn.Module]:
         """The stages of this rank, for hooks: their modules have the global names of the model."""
         ...

@@ -35,7 +35,8 @@ class ForwardBackward(Protocol):
     def log_probabilities(self, rows: Batch) -> Tensor | None:
         """Of each label of any number of rows, without gradients: fp32 `[rows, seq_len]` on the device.
 
-        None on ranks that do not have the head. For an objective with `per_token`.
+        None on ranks that do not have the head. For an objective with `per_token`; with `top_k` it is what
+        `Targets.top_k` asks for, `[rows, seq_len, 2 k]`.
         """
         ...
 
@@ -90,7 +91,9 @@ class GradientAccumulation:
     def _given(self, micro: Batch) -> Tensor:
         """What the head returns for rows on the device."""
         documents = micro.documents if self._document_mask else None
-        targets = targets_of(self._objective, micro.labels, micro.weights)
+        targets = targets_of(
+            self._objective, micro.labels, micro.weights, micro.teacher_tokens, micro.teacher_log_probabilities
+        )
         with self._tokens.of(micro.numbers) if self._tokens is not None else nullcontext():
             given = self._model(micro.tokens, micro.positions, documents, targets)
         return shaped(self._objective, given, micro.labels)

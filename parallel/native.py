@@ -103,7 +103,7 @@ class NativeEngine:
 
     def _with_reference(self, rows: Batch) -> Batch:
         """`rows` with the log-probabilities of the model without its adapter, if the objective needs them."""
-        if not self._objective.reference:
+        if not self._objective.reference or rows.reference is not None:
             return rows
         modules = [stage.module for stage in self._weights]
         with _evaluating(modules), adapters_off(modules):
@@ -163,6 +163,12 @@ class NativeEngine:
             return torch.zeros(1 + len(sums), dtype=torch.float64, device=self._mesh.device)
         count = self._objective.count(rows).to(self._mesh.device).double()
         return torch.cat([sums[:1], count[None], sums[1:]])
+
+    def predict(self, rows: Batch) -> Tensor | None:
+        with _evaluating([stage.module for stage in self._weights]):
+            found = self._passes.log_probabilities(self._own(rows))
+        self._buffers.restore()
+        return found if self._reports else None
 
     def modules(self) -> list[nn.Module]:
         stages = [stage.module for stage in self._weights]

@@ -11,12 +11,26 @@ given, and never averages over them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from stoker.parallel.batch import IGNORE_INDEX, Batch
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What another model predicts for each label: its `k` most probable tokens there, from `stoker teach`.
+
+    The loss of a label is mix x temperature^2 x KL(teacher, student) + (1 - mix) x cross entropy, both distributions at
+    that temperature, and the teacher's over its `k` tokens alone (Hinton et al. 2015, section 2).
+    """
+
+    tokens: Tensor  # int32 [rows, seq_len, k]
+    log_probabilities: Tensor  # fp32 [rows, seq_len, k]
+    temperature: float = 1.0
+    mix: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,8 @@ class Targets:
     weights: Tensor | None = None  # fp32 [rows, seq_len], factor of each label's loss in the sum
     per_token: bool = False  # return the log-probability of each label, fp32 [rows x seq_len], 0 where there is none
     z_loss: float = 0.0  # in training: added to each label's loss, times the squared logarithm of the normaliser
+    teacher: Teacher | None = None  # a part of the loss is the distance from it
+    top_k: int = 0  # return fp64 [rows x seq_len, 2 k]: the most probable tokens, then their log-probabilities
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,14 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class Taught(Protocol):
+    """An objective that makes use of `Batch.teacher_tokens`: see `Teacher`."""
+
+    temperature: float
+    mix: float
+
+
 class NextToken:
     """The cross entropy of each label, times its weight; in training with `z_loss` times a square that keeps logits
     small (`Targets`)."""
@@ -114,16 +138,28 @@ class NextToken:
 NEXT_TOKEN = NextToken()
 
 
-def targets_of(objective: Objective, labels: Tensor, weights: Tensor | None) -> Tensor | Targets:
-    """What the model is given as `labels`."""
-    z_loss = getattr(objective, "z_loss", 0.0)
-    if weights is None and not objective.per_token and not z_loss:
+def targets_of(
+    objective: Objective,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    teacher_tokens: Tensor | None = None,
+    teacher_log_probabilities: Tensor | None = None,
+) -> Tensor | Targets:
+    """What the model is given as `labels`: the fields of a batch that concern its head."""
+    z_loss, top_k = getattr(objective, "z_loss", 0.0), getattr(objective, "top_k", 0)
+    teacher = None
+    if teacher_tokens is not None and isinstance(objective, Taught):
+        assert teacher_log_probabilities is not None
+        teacher = Teacher(teacher_tokens, teacher_log_probabilities, objective.temperature, objective.mix)
+    if weights is None and not objective.per_token and not z_loss and not top_k and teacher is None:
         return labels
-    return Targets(labels, weights, objective.per_token, z_loss)
+    return Targets(labels, weights, objective.per_token, z_loss, teacher, top_k)
 
 
 def shaped(objective: Objective, given: Tensor, labels: Tensor) -> Tensor:
     """What the head of a whole micro-batch returned, as `Objective.loss` is given it."""
+    if getattr(objective, "top_k", 0):
+        return given.view(*labels.shape, -1)
     return given.view(labels.shape) if objective.per_token else given
 
 

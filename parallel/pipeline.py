@@ -352,10 +352,10 @@ class _Forward(nn.Module):
         positions: Tensor,
         labels: Tensor,
         documents: Tensor | None = None,
-        weights: Tensor | None = None,
         numbers: Tensor | None = None,
+        **targeted: Tensor,
     ) -> Tensor:
-        targets = targets_of(self._objective, labels, weights)
+        targets = targets_of(self._objective, labels, **targeted)
         with self._tokens.of(numbers) if self._tokens is not None else nullcontext():
             output = self._models[0](tokens if received is None else received, positions, documents, targets)
         found = (tuple(output.shape), output.dtype)
@@ -369,7 +369,7 @@ class _Forward(nn.Module):
 
 def _inputs(rows: Batch, document_mask: bool) -> dict[str, Tensor]:
     inputs = {"tokens": rows.tokens, "positions": rows.positions, "labels": rows.labels}
-    for name in ("weights", "numbers"):
+    for name in ("weights", "teacher_tokens", "teacher_log_probabilities", "numbers"):
         if (field := getattr(rows, name)) is not None:
             inputs[name] = field
     return inputs | {"documents": rows.documents} if document_mask else inputs

@@ -8,6 +8,7 @@ import torch
 
 from stoker.conf.limits import ZERO_BUBBLE
 from stoker.parallel.deepspeed_engine.refused import ENTRIES as OF_DEEPSPEED
+from stoker.parallel.of_ramps import no_rounds, not_filling, whole_rounds
 from stoker.parallel.optimizer_needs import ENTRIES as OF_OPTIMIZERS
 from stoker.parallel.start import Refusal, Refusals, Start
 from stoker.parallel.suggestions import around, divisors, either, multiples_around
@@ -160,10 +161,12 @@ def _zero_bubble(start: Start) -> str | None:
     "full pipeline", "fewer micro-batches than stages under schedule=1f1b", "it begins with one in each stage"
 )
 def _full_pipeline(start: Start) -> str | None:
-    wanted, plan = start.config.parallel, start.plan
-    if plan is None or wanted.schedule != "1f1b" or wanted.pp == 1 or plan.micro_batches >= wanted.pp:
+    wanted, plans = start.config.parallel, start.plans
+    if not plans or wanted.schedule != "1f1b" or wanted.pp == 1 or plans[0].micro_batches >= wanted.pp:
         return None
-    stages = wanted.pp
+    stages, plan = wanted.pp, plans[0]
+    if len(plans) > 1:
+        return not_filling(start.config, plans, stages)
     advice = f"batch.micro_size={plan.rank_rows // stages}" if plan.rank_rows % stages == 0 else None
     rows = stages * plan.micro_rows * plan.rows // plan.rank_rows
     advice = advice or f"batch.size={rows} with batch.micro_size={plan.micro_rows}"
@@ -176,10 +179,15 @@ def _full_pipeline(start: Start) -> str | None:
     "the schedule visits all stages of a rank once a round",
 )
 def _interleaved_rounds(start: Start) -> str | None:
-    wanted, plan = start.config.parallel, start.plan
-    if plan is None or wanted.schedule != "interleaved" or _whole_rounds(plan.micro_batches, wanted.pp):
+    wanted = start.config.parallel
+    if wanted.schedule != "interleaved":
         return None
-    counts = [n for n in divisors(plan.rank_rows) if _whole_rounds(n, wanted.pp)]
+    plan = next((plan for plan in start.plans if not whole_rounds(plan.micro_batches, wanted.pp)), None)
+    if plan is None:
+        return None
+    if start.config.batch.ramp:
+        return no_rounds(start.config, start.plans, plan, wanted.pp)
+    counts = [n for n in divisors(plan.rank_rows) if whole_rounds(n, wanted.pp)]
     micro = either(plan.rank_rows // n for n in around(plan.micro_batches, counts))
     return (
         f"{plan.micro_batches} micro-batches do not split into rounds over parallel.pp={wanted.pp}: "
@@ -257,7 +265,3 @@ def pipelines_work(torch_version: str) -> bool:
     """Whether this version of torch has what `stoker.parallel.pipeline` builds on."""
     major, minor = (int(part) for part in torch_version.split(".")[:2])
     return (major, minor) >= (2, 13)
-
-
-def _whole_rounds(micro_batches: int, pp: int) -> bool:
-    return micro_batches % max(1, micro_batches // pp) == 0

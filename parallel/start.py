@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from stoker.conf.ramp import sizes_of
 from stoker.conf.schema import Config
 from stoker.parallel.layout import BatchPlan, Layout, batch_plan, layout_of
 
@@ -74,6 +75,14 @@ class Start:
             return batch_plan(self.config, Layout(dp_replicate=self.dp))
         except ValueError:
             return None
+
+    @property
+    def plans(self) -> list[BatchPlan]:
+        """`plan` for each size that steps have with `batch.ramp`, the smallest first; without it the one."""
+        plan, dp = self.plan, self.dp
+        if plan is None or not dp:
+            return []
+        return [replace(plan, rows=size, rank_rows=size // dp) for size in sizes_of(self.config)]
 
 
 @dataclass(frozen=True)

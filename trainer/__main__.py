@@ -1,6 +1,7 @@
 """`python -m stoker.trainer [overrides]`: one rank of a run, under torchrun or any launcher that sets its variables.
 
-With `--measure` or `--measure-logits` instead of overrides it does a rank's part of `stoker check`.
+With `--measure` or `--measure-logits` instead of overrides it does a rank's part of `stoker check`, with `--teach` of
+`stoker teach`.
 """
 
 import gc
@@ -24,6 +25,10 @@ if __name__ == "__main__":
         from stoker.trainer.checking import measure, measure_logits
 
         status = main([], measure if sys.argv[1] == "--measure" else measure_logits)
+    elif sys.argv[1:] == ["--teach"]:
+        from stoker.trainer.teaching import teach
+
+        status = main([], teach)
     else:
         status = main(sys.argv[1:])
     sys.stdout.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -12,7 +13,9 @@ from stoker.checkpoint import Checkpoints, Owner, Remote, resume
 from stoker.conf.faults import read_faults
 from stoker.conf.schema import Config
 from stoker.data import RowSource, Sample, open_samples, open_stream, prepare, read_rows
+from stoker.data.taught import open_lessons
 from stoker.models.objectives import objective_of
+from stoker.models.objectives.teaching import TARGET
 from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.engine import Engine
 from stoker.parallel.layout import batch_plan
@@ -30,6 +33,7 @@ from stoker.trainer.parallelize import NO_HEAD, build_engine, compiles, part_bui
 from stoker.trainer.pretrained import load_pretrained
 from stoker.trainer.pretrained_adapter import load_adapter
 from stoker.trainer.report.goodput import Booking
+from stoker.trainer.report.messages import StepMessages
 from stoker.trainer.report.metrics import read_recent
 from stoker.trainer.report.module_ranges import modules_to_mark
 from stoker.trainer.report.observers import open_observers
@@ -76,6 +80,7 @@ def assemble(
     stream, evaluation = _open_data(config, mesh, place, closing)
     facts = Facts(vocab_size, stream.document_mask)
     refuse_other_pairs(config, stream)
+    refuse_other_lessons(config, vocab_size)
 
     phase(0, Phase.BUILD)
     complete = facts.complete(config)
@@ -151,6 +156,7 @@ def assemble(
         restore=restore,
         base=base,
         arithmetic=_arithmetic(complete, mesh),
+        messages=_messages(config, mesh, run.messages(attempt)),
     )
     phase(0, Phase.RESUME)
     state = restore()
@@ -186,7 +192,7 @@ def assemble(
 def refuse_other_pairs(config: Config, stream: RowSource) -> None:
     """Raises ValueError where the data are pairs and the objective takes none, or the other way round."""
     wanted, found = objective_of(config.objective).documents_together, stream.documents_together
-    if wanted == found:
+    if wanted == found or config.objective.target == TARGET:
         return
     name = config.objective.target or config.objective.name
     if found == 1:
@@ -200,10 +206,34 @@ def refuse_other_pairs(config: Config, stream: RowSource) -> None:
     )
 
 
+def refuse_other_lessons(config: Config, vocab_size: int) -> None:
+    """Raises ValueError where `objective.teacher` holds what the objective does not use, or tokens the model lacks."""
+    folder, name = config.objective.teacher, config.objective.name
+    if folder is None or config.objective.target is not None:
+        return
+    lessons = open_lessons(Path(folder))
+    if (lessons.k > 0) != (name == "distill"):
+        held = f"the {lessons.k} most probable tokens" if lessons.k else "the log-probabilities of labels alone"
+        needed = "needs the most probable tokens (`stoker teach`)"
+        needed = needed if name == "distill" else "needs those of the labels (`stoker teach --labels`)"
+        raise ValueError(f"objective.teacher={folder} holds {held}, and objective={name} {needed}")
+    if lessons.k and lessons.vocab_size > vocab_size:
+        raise ValueError(
+            f"objective.teacher={folder}: {lessons.teacher} predicts token {lessons.vocab_size - 1}, and the model has "
+            f"{vocab_size} tokens"
+        )
+
+
 def _arithmetic(config: Config, mesh: Mesh) -> Arithmetic | None:
     if mesh.rank or mesh.device.type != "cuda":
         return None
     return arithmetic_of(config, torch.cuda.get_device_name(mesh.device), mesh.layout.world)
+
+
+def _messages(config: Config, mesh: Mesh, path: Path) -> StepMessages:
+    if not config.log.plan or mesh.rank or compiles(config, mesh.device):  # compiled code would be left for the step
+        return StepMessages()
+    return StepMessages(path, mesh)
 
 
 def _held(engine: Engine, device: torch.device) -> dict[str, int]:

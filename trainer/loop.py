@@ -24,6 +24,7 @@ from stoker.trainer.frozen_base import STATE, FrozenBase
 from stoker.trainer.memory import PeakMemory
 from stoker.trainer.report.breakdown import CHECKPOINT
 from stoker.trainer.report.goodput import Booking
+from stoker.trainer.report.messages import StepMessages
 from stoker.trainer.report.observers import Observers
 from stoker.trainer.report.profile import Profiler
 from stoker.trainer.runtime.faults import Faults
@@ -61,6 +62,7 @@ class Trainer:
     restore: Callable[[], dict[str, Any] | None]  # load the newest checkpoint, all ranks together; its state
     base: FrozenBase | None = None  # of an adapter run: what its checkpoints leave out
     arithmetic: Arithmetic | None = None  # of a step, on global rank 0, where the devices' peak is known
+    messages: StepMessages = field(default_factory=StepMessages)  # counts those of one step, on global rank 0
     progress: Progress = field(default_factory=Progress, init=False)
     booking: Booking | None = field(default=None, init=False)  # on global rank 0, once training
     failed_save: str | None = field(default=None, init=False)  # why a save failed, as this rank knows it
@@ -91,7 +93,7 @@ class Trainer:
                     rows = self.rows.next()
                 self.phase(step, Phase.FORWARD_BACKWARD)
                 self.faults.inject(step)
-                with self.faults.in_passes():
+                with self.faults.in_passes(), self.messages.of(step):
                     self.engine.forward_backward(rows, first_row)
                 if not self._seen_gradients:
                     self._look_at_gradients(step, rows)
@@ -102,7 +104,8 @@ class Trainer:
                 lr = learning_rate(self.config.schedule, self.config.optim, step)
                 work_seconds = max(clock.take(), self.engine.gpu_seconds()) + self.phase.spent(Phase.DATA)
                 flags = StepFlags(self._votes(), work_seconds, *step_log.ceilings(step), memory_bytes=memory.bytes())
-                result = self.engine.update(lr, flags)  # stays on the device
+                with self.messages.of(step, len(rows)):
+                    result = self.engine.update(lr, flags)  # stays on the device
             self.phase(step, Phase.DATA)  # whether this was the last step may be known only when the next rows are
             last = self._is_last(step)
             found = self._evaluate(step, last)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from stoker.conf.ramp import unit_rows
 from stoker.conf.reasons import root_cause
 from stoker.conf.schema import Config, ModelConfig
 from stoker.parallel.layout import OF_TOKENS, Layout, batch_plan, layout_of
@@ -132,10 +133,11 @@ def nearest_that_fit(config: Config, world: int, parameters: int, capacity: floa
 
 def _changes(config: Config, world: int) -> Iterator[tuple[str, Config]]:
     """Settings that need less memory than the present ones, the least intrusive first."""
-    plan = batch_plan(config, layout_of(config, world))
-    smaller = [n for n in range(plan.micro_rows - 1, 0, -1) if plan.rank_rows % n == 0]
+    layout = layout_of(config, world)
+    plan, rows = batch_plan(config, layout), unit_rows(config) // layout.dp
+    smaller = [n for n in range(plan.micro_rows - 1, 0, -1) if rows % n == 0]
     modes = {"none": ("selective", "full"), "selective": ("full",)}.get(config.activation_checkpointing, ())
-    stages = range(config.parallel.zero + 1, 4) if layout_of(config, world).size(OF_TOKENS) > 1 else ()
+    stages = range(config.parallel.zero + 1, 4) if layout.size(OF_TOKENS) > 1 else ()
 
     def with_(section: str | None, **values: object) -> Config:
         if section is None:

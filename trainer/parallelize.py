@@ -23,6 +23,7 @@ from stoker.models.family import build_on_meta, family_of
 from stoker.models.float8 import NONE as NO_FLOAT8
 from stoker.models.float8 import compute_in_float8
 from stoker.models.objectives import objective_of
+from stoker.models.objectives.teaching import TARGET
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.engine import Engine
 from stoker.parallel.fp32_modules import compute_in_fp32
@@ -32,7 +33,7 @@ from stoker.parallel.layout import BatchPlan, Layout
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import ParallelizableModel, Part, whole_model
 from stoker.parallel.native import build_native
-from stoker.parallel.objective import takes_targets
+from stoker.parallel.objective import Taught, takes_targets
 from stoker.parallel.registry import Registry, entries_of
 from stoker.parallel.rules.settings import unused_group
 from stoker.parallel.sequence import parallelize_sequence, sequence_axis
@@ -89,21 +90,22 @@ def build_engine(
         if not layers:
             raise ValueError(NO_FLOAT8.format(config.model.name))
         log.info("float8: %d linear layers, rowwise scales, %s", layers, _products(mesh.device))
-    if not any(parameter.requires_grad for parameter in whole.parameters()):
+    if config.objective.target != TARGET and not any(parameter.requires_grad for parameter in whole.parameters()):
         raise ValueError(f"model.target={config.model.target}: none of its parameters is trained")
     trained_roles = {entry.name: entry.role for entry in entries_of(whole) if entry.trainable}
     if (problem := unused_group(config.optim, trained_roles)) is not None:
         raise ValueError(problem)
     objective = objective_of(config.objective)
-    if (objective.per_token or config.objective.z_loss) and not takes_targets(whole):
-        what = f"objective={config.objective.name}" if objective.per_token else "objective.z_loss"
+    extended = objective.per_token or isinstance(objective, Taught)
+    if (extended or config.objective.z_loss) and not takes_targets(whole):
+        what = f"objective={config.objective.name}" if extended else "objective.z_loss"
         raise ValueError(f"{what} {NO_HEAD.format(config.model.target)}")
     if objective.per_token and mesh.layout.cp > 1:
         raise ValueError(
             f"objective.target={config.objective.target} takes log-probabilities of whole sequences, which "
             f"parallel.cp={mesh.layout.cp} divides: parallel.cp=1 works"
         )
-    if objective.reference and config.adapter.name == "none":
+    if objective.reference and config.objective.teacher is None and config.adapter.name == "none":
         raise ValueError(
             f"objective.target={config.objective.target} needs the model without its adapter: adapter=lora"
         )

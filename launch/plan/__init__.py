@@ -22,12 +22,14 @@ from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.launch.inspect import run_at
 from stoker.launch.plan.make import Asked, Machine, make_plan, predicted_of
-from stoker.launch.plan.show import as_json, print_measured, print_plan, print_search, ranked_as_json
+from stoker.launch.plan.show import as_json, print_measured, print_messages, print_plan, print_search, ranked_as_json
 from stoker.launch.train import gpus as gpus_here
 from stoker.launch.train import ranks_for, refusing, say
 from stoker.launch.train import where as where_here
 from stoker.parallel.start import Ranks
 from stoker.trainer.facts import with_vocabulary
+from stoker.trainer.report.messages import beside as messages_beside
+from stoker.trainer.report.messages import read_counted
 from stoker.trainer.report.metrics import steps
 from stoker.trainer.report.predicted import Measured, beside, keep, newest_attempt
 from stoker.trainer.settle import settle_config
@@ -112,10 +114,17 @@ def plan_run(path: str, gpu: str | None, form: str) -> int:
     for step in steps(run.metrics):
         measured.add(step)
     rows = beside(predicted, measured)
+    counted = read_counted(run, attempt)
+    same = counted is not None and counted.rows == made.batch.rank_rows  # with batch.ramp steps differ
+    messages = messages_beside(predicted.messages or [], counted) if counted is not None and same else None
     if form == "json":
-        print(json.dumps({"attempt": attempt, "rows": rows, "plan": as_json(made)}, allow_nan=False))
+        print(
+            json.dumps({"attempt": attempt, "rows": rows, "messages": messages, "plan": as_json(made)}, allow_nan=False)
+        )
     else:
         print_measured(attempt, made, rows)
+        if counted is not None and messages is not None:
+            print_messages(counted.step, messages)
     return 0
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stoker.conf.devices import Device
+from stoker.conf.ramp import Ramp, ramp_of, sizes_of
 from stoker.conf.schema import Config
-from stoker.launch.plan.times import HOUR, Counts, Failures, Times, failures, step_time, times
+from stoker.launch.plan.times import HOUR, Counts, Failures, StepTime, Times, failures, step_time, times
 from stoker.parallel.layout import BatchPlan, Coordinate, Layout, batch_plan, layout_of
 from stoker.trainer.memory import available_bytes
 from stoker.trainer.parallelize import parameters_of
 from stoker.trainer.rehearsal import Rehearsal, rehearse
+from stoker.trainer.report.messages import as_list
 from stoker.trainer.report.predicted import Predicted
 
 GIB = 2**30
@@ -40,6 +43,16 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Steps of one size of `batch.ramp`."""
+
+    first: int  # step
+    rows: int  # sequences of a step
+    micro_batches: int
+    step_seconds: float | None  # None where the device's rates are not known
+
+
+@dataclass(frozen=True)
 class RankClass:
     """Ranks that need the same. `rehearsal` is of the one that needs most: others can hold a shorter share."""
 
@@ -50,7 +63,7 @@ class RankClass:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a start would need."""
+    """What a start would need. With `batch.ramp` all but `times.seconds` and `sizes` is of its largest steps."""
 
     config: Config
     layout: Layout
@@ -62,6 +75,7 @@ class Plan:
     times: Times | None = None  # None where the device's rates are not known
     failures: Failures | None = None
     price: float | None = None  # of a device for an hour
+    sizes: Sequence[Stretch] = ()  # with `batch.ramp`
 
     @property
     def needed(self) -> float:
@@ -108,20 +122,29 @@ def make_plan(config: Config, world: int, machine: Machine, asked: Asked, ends: 
     if mask is None:  # the data are not opened: single files of chats with another packing are taken for texts
         mask = config.data.packing == "best_fit"
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=mask))
-    layout, device = layout_of(config, world), machine.device
+    layout, device, ramped = layout_of(config, world), machine.device, config
+    config = _with_rows(ramped, layout, sizes_of(ramped)[-1])
     batch = batch_plan(config, layout)
-    classes = [
-        _class(config, layout, pp, machine.kind) for pp in sorted({0, layout.pp - 1} if ends else range(layout.pp))
-    ]
-    classes.sort(key=lambda each: each.rehearsal.peak.bytes, reverse=True)
+    places = sorted({0, layout.pp - 1} if ends else range(layout.pp))
+    classes = _classes(config, layout, places, machine.kind)
     if machine.kind == "cpu":
         capacity: float | None = available_bytes()
     else:
         capacity = device.memory_gib * GIB if device is not None else None
     plan = Plan(config, layout, batch, machine, parameters_of(config), classes, capacity, price=asked.price)
-    if device is not None:
-        tokens = asked.tokens or float(config.steps * config.batch.size * config.seq_len)
-        plan = dataclasses.replace(plan, times=_times(plan, device, tokens))
+    steps = {config.batch.size: _step(config, layout, classes, device)}
+    for rows in sizes_of(ramped)[:-1] if steps[config.batch.size] is not None else ():
+        smaller = _with_rows(ramped, layout, rows)
+        steps[rows] = _step(smaller, layout, _classes(smaller, layout, places, machine.kind), device)
+    if ramped.batch.ramp:
+        plan = dataclasses.replace(plan, sizes=_stretches(ramped, batch, layout, steps))
+    slowest = steps[config.batch.size]
+    if slowest is not None and device is not None:
+        tokens = asked.tokens or float(ramp_of(ramped).rows_before(ramped.steps + 1) * config.seq_len)
+        seconds = _seconds(
+            ramp_of(ramped), tokens / config.seq_len, {rows: one.total for rows, one in steps.items() if one}
+        )
+        plan = dataclasses.replace(plan, times=times(config, layout, slowest, device, plan.parameters, tokens, seconds))
     if asked.mtbf is not None:
         plan = dataclasses.replace(plan, failures=failures(asked.mtbf * HOUR, plan.staged))
     return plan
@@ -137,23 +160,66 @@ def predicted_of(plan: Plan) -> Predicted:
         figures = {"step_seconds": times.step.total, "tokens_per_second": times.tokens_per_second, "mfu": times.mfu}
         figures["tflops"] = times.mfu * (device.peak(plan.config.precision) or 0.0)
     name = None if device is None else device.name
+    first = next(each.rehearsal for each in plan.classes if 0 in each.ranks)
+    messages = as_list(first.passes.plus(first.update).messages)
     return Predicted(
-        plan.machine.kind, str(plan.layout), plan.layout.world, name, worst.ranks[0], peak, round(most), **figures
+        plan.machine.kind,
+        str(plan.layout),
+        plan.layout.world,
+        name,
+        worst.ranks[0],
+        peak,
+        round(most),
+        **figures,
+        messages=messages,
     )
 
 
-def _times(plan: Plan, device: Device, tokens: float) -> Times | None:
-    """Of the slowest class of ranks."""
+def _with_rows(config: Config, layout: Layout, rows: int) -> Config:
+    """`config` with steps of `rows` sequences, in the micro-batches that it has."""
+    if not config.batch.ramp:
+        return config
+    batch = dataclasses.replace(config.batch, size=rows, ramp=[], micro_size=batch_plan(config, layout).micro_rows)
+    return dataclasses.replace(config, batch=batch)
+
+
+def _stretches(config: Config, batch: BatchPlan, layout: Layout, steps: Mapping[int, StepTime | None]) -> list[Stretch]:
     found = []
-    for each in plan.classes:
+    for first, _, rows in ramp_of(config).starts:
+        step = steps.get(rows)
+        micro_batches = rows // layout.dp // batch.micro_rows
+        found.append(Stretch(first, rows, micro_batches, None if step is None else step.total))
+    return found
+
+
+def _seconds(ramp: Ramp, rows: float, steps: Mapping[int, float]) -> float:
+    """For so many sequences, in steps that take `steps` by their size."""
+    ends = [before for _, before, _ in ramp.starts[1:]] + [math.inf]
+    return sum(
+        max(0.0, min(rows, end) - before) / size * steps[size]
+        for (_, before, size), end in zip(ramp.starts, ends, strict=True)
+    )
+
+
+def _step(config: Config, layout: Layout, classes: Sequence[RankClass], device: Device | None) -> StepTime | None:
+    """Of the slowest class of ranks; None where the device's rates are not known."""
+    if device is None:
+        return None
+    found = []
+    for each in classes:
         rehearsed = each.rehearsal
         counts = Counts(rehearsed.passes, rehearsed.update, rehearsed.groups)
-        step = step_time(plan.config, plan.layout, counts, device, plan.batch)
+        step = step_time(config, layout, counts, device, batch_plan(config, layout))
         if step is None:
             return None
         found.append(step)
-    slowest = max(found, key=lambda step: step.total)
-    return times(plan.config, plan.layout, slowest, device, plan.parameters, tokens)
+    return max(found, key=lambda step: step.total)
+
+
+def _classes(config: Config, layout: Layout, places: Sequence[int], kind: str) -> list[RankClass]:
+    """The ranks of these places in the pipeline, those that need most first."""
+    found = [_class(config, layout, pp, kind) for pp in places]
+    return sorted(found, key=lambda each: each.rehearsal.peak.bytes, reverse=True)
 
 
 def _class(config: Config, layout: Layout, pp: int, kind: str) -> RankClass:

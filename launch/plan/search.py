@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from stoker.conf.ramp import unit_rows
 from stoker.conf.schema import Config, lookup
 from stoker.conf.values import ConfigError
 from stoker.launch.plan.guess import guessed_seconds
@@ -73,7 +74,7 @@ def search(config: Config, ranks: Ranks, machine: Machine, given: Sequence[str])
         plan = make_plan(allowed[place], ranks.world, machine, Asked(), ends=True)
         if plan.fits:
             ranked.append(plan)
-    ranked.sort(key=lambda plan: plan.times.step.total if plan.times is not None else float("inf"))
+    ranked.sort(key=lambda plan: plan.times.seconds if plan.times is not None else float("inf"))
     return Found(ranked, len(allowed), len(guessed), tries)
 
 
@@ -89,9 +90,9 @@ def layouts(config: Config, world: int, given: Sequence[str]) -> Iterator[Config
     for zero, tp, pp in itertools.product(values("parallel.zero", range(4)), tps, pps):
         shared = values("parallel.sequence_parallel", (True, False) if tp > 1 else (config.parallel.sequence_parallel,))
         dp, rest = divmod(world, tp * pp * config.parallel.cp)
-        if rest or not dp or config.batch.size % dp or (zero and dp * config.parallel.cp == 1):
+        if rest or not dp or unit_rows(config) % dp or (zero and dp * config.parallel.cp == 1):
             continue
-        rows = config.batch.size // dp
+        rows = unit_rows(config) // dp
         micros = values("batch.micro_size", [n for n in _divisors(rows, MOST_ROWS) if n & (n - 1) == 0])
         for sequence, micro, mode in itertools.product(shared, micros, modes):
             parallel = replace(config.parallel, zero=zero, tp=tp, pp=pp, sequence_parallel=sequence)

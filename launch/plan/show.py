@@ -59,6 +59,20 @@ def print_measured(attempt: int, plan: Plan, rows: Sequence[Mapping[str, Any]]) 
     console.print(line, soft_wrap=True, markup=False)
 
 
+def print_messages(step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the messages that were predicted of rank 0 beside those that it counted in a step."""
+    columns = [Column(f"messages of rank 0, step {step}"), Column("over")]
+    names = ("predicted", "counted", "bytes predicted", "bytes counted")
+    columns += [Column(name, justify="right") for name in names]
+    table = Table(*columns, Column(""), box=None, pad_edge=False)
+    for row in rows:
+        numbers = [f"{number:,}" for number in (*row["count"], *row["bytes"])]
+        table.add_row(row["kind"], row["group"], *numbers, "equal" if row["equal"] else "differ")
+    console = console_for_tables()
+    console.print()
+    console.print(table)
+
+
 def print_search(found: Found, given: Sequence[str], best: str | None) -> None:
     """Print the ranked layouts, and the line that starts the best."""
     console = console_for_tables()
@@ -94,7 +108,18 @@ def head(plan: Plan) -> list[str]:
     return [
         f"{config.model.name}: {plan.parameters:,} parameters, {config.precision}, on {plan.layout.world:,} {where}",
         f"layout: {plan.layout}; {rows}; activation checkpointing: {recomputed}",
+        *([f"batch.ramp: {_ramp(plan)}"] if plan.sizes else []),
     ]
+
+
+def _ramp(plan: Plan) -> str:
+    """The sizes of steps; all else that is shown is of the largest."""
+    listed = []
+    for each in plan.sizes:
+        of = f"{each.micro_batches} micro-batch{'es' if each.micro_batches > 1 else ''}"
+        takes = "" if each.step_seconds is None else f", {brief(each.step_seconds)} each"
+        listed.append(f"{each.rows:,} sequences from step {each.first:,} ({of}{takes})")
+    return ", ".join(listed) + "; below, those of the largest"
 
 
 def memory_table(plan: Plan) -> Table:
@@ -221,6 +246,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "times": _times(plan),
         "failures": None if plan.failures is None else dataclasses.asdict(plan.failures),
         "cost": plan.cost,
+        "sizes": [dataclasses.asdict(each) for each in plan.sizes],
         "classes": [
             {"ranks": list(each.ranks), "stages": each.stages, **_rehearsal(each.rehearsal)} for each in plan.classes
         ],

@@ -143,14 +143,22 @@ def step_time(config: Config, layout: Layout, counts: Counts, device: Device, ba
     return StepTime(products, memory, communication, bubble, updating)
 
 
-def times(config: Config, layout: Layout, slowest: StepTime, device: Device, parameters: int, tokens: float) -> Times:
-    """Of a run of `tokens` in steps like `slowest`."""
+def times(
+    config: Config,
+    layout: Layout,
+    slowest: StepTime,
+    device: Device,
+    parameters: int,
+    tokens: float,
+    seconds: float,
+) -> Times:
+    """Of steps like `slowest`, in a run that takes `seconds` for `tokens`."""
     per_step = config.batch.size * config.seq_len
     peak = device.peak(config.precision)
     assert peak is not None
     mfu = step_flops(config, parameters) / (slowest.total * layout.world * peak * 1e12)
     speed = per_step / slowest.total
-    return Times(slowest, speed, mfu, tokens, tokens / speed)
+    return Times(slowest, speed, mfu, tokens, seconds)
 
 
 def failures(mtbf: float, staged: float) -> Failures:

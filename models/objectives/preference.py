@@ -2,7 +2,7 @@
 
 A pair is two documents of one row, prompt and answer each, in this order: documents 2k and 2k + 1 of a row. The
 objective is a mean over pairs of a formula of the answers' log-probabilities, which are sums over their labels. Those
-of the reference are the same with the adapter off.
+of the reference are the same with the adapter off, or were stored by `stoker teach`.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def _orpo(answers: Answers, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
 
 
 FORMULAS = {
-    "dpo": Formula(_dpo, ("beta", "label_smoothing"), reference=True),
-    "ipo": Formula(_ipo, ("beta",), reference=True),
+    "dpo": Formula(_dpo, ("beta", "label_smoothing", "teacher"), reference=True),
+    "ipo": Formula(_ipo, ("beta", "teacher"), reference=True),
     "simpo": Formula(_simpo, ("beta", "gamma")),
     "orpo": Formula(_orpo, ("beta",)),
 }

@@ -47,19 +47,19 @@ def _settings(keys: list[str], objective: ObjectiveConfig) -> str:
 
 @REFUSALS.entry(
     "the reference of an objective",
-    "objective=dpo or ipo without an adapter, or with adapter.modules_to_save",
+    "objective=dpo or ipo without objective.teacher, and without an adapter or with adapter.modules_to_save",
     "the reference is the model with its adapter off: no second model is held",
 )
 def _reference(start: Start) -> str | None:
     objective, adapter = start.config.objective, start.config.adapter
     formula = FORMULAS.get(objective.name)
-    if objective.target is not None or formula is None or not formula.reference:
+    if objective.target is not None or formula is None or not formula.reference or objective.teacher is not None:
         return None
     free = ", ".join(name for name, other in FORMULAS.items() if not other.reference)
     if adapter.name == "none":
         return (
             f"objective={objective.name} compares with the model without its adapter, and adapter=none: adapter=lora "
-            f"works, or an objective without a reference ({free})"
+            f"works, or objective.teacher=FOLDER of `stoker teach`, or an objective without a reference ({free})"
         )
     if adapter.modules_to_save:
         return (
@@ -68,6 +68,34 @@ def _reference(start: Start) -> str | None:
             f"works, or an objective without a reference ({free})"
         )
     return None
+
+
+@REFUSALS.entry(
+    "distillation without a teacher", "objective=distill without objective.teacher", "it is what the student learns"
+)
+def _teacher(start: Start) -> str | None:
+    objective = start.config.objective
+    if objective.target is not None or objective.name != "distill" or objective.teacher is not None:
+        return None
+    return (
+        "objective=distill learns a teacher's predictions, and objective.teacher names none: objective=next_token "
+        "works, or objective.teacher=FOLDER that `stoker teach` wrote for these data"
+    )
+
+
+@REFUSALS.entry(
+    "predictions of a teacher for a stream",
+    "objective.teacher with data.mode=streaming",
+    "they are stored by the numbers of rows, which only indexed data have",
+)
+def _streamed(start: Start) -> str | None:
+    teacher, mode = start.config.objective.teacher, start.config.data.mode
+    if teacher is None or mode != "streaming":
+        return None
+    return (
+        f"objective.teacher={teacher} with data.mode=streaming: predictions are stored by the numbers of rows: "
+        "data.mode=indexed works"
+    )
 
 
 @REFUSALS.entry(

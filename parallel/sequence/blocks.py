@@ -33,8 +33,9 @@ def own_tokens(rows: Batch, axis: SequenceAxis, document_mask: bool) -> Batch:
     mine = torch.from_numpy(np.stack([order(row, axis.size)[axis.rank] for row in documents]))
 
     def taken(field: Tensor) -> Tensor:
-        found = torch.empty(mine.shape, dtype=field.dtype, device=field.device, pin_memory=field.is_pinned())
-        return torch.gather(field, 1, mine.to(field.device), out=found)
+        places = mine.view(*mine.shape, *[1] * (field.dim() - 2)).expand(*mine.shape, *field.shape[2:])
+        found = torch.empty(places.shape, dtype=field.dtype, device=field.device, pin_memory=field.is_pinned())
+        return torch.gather(field, 1, places.to(field.device), out=found)
 
     return rows.map(taken)
 

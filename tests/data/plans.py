@@ -21,6 +21,7 @@ class NumberPlan:
     fails_at: int | None = None
     document_mask: bool = False
     weighted: bool = False
+    taught: int = 0
     documents_together: int = 1
     fingerprint: Mapping[str, Any] = field(default_factory=lambda: {"content": "numbers", "seed": 0})
 

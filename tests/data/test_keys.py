@@ -36,6 +36,7 @@ EXAMPLES = (
     keys.TokensKey(1, "content", "tokenizer", 0.1, "encoder"),
     SOURCE,
     keys.RowTableKey(1, SOURCE, "train", "padded", 32),
+    keys.TaughtKey(SOURCE, "train", "padded", True, 32),
     keys.IndexedFingerprint(1, "byte", "train", 0.1, "padded", True, 32, 0, (("a", SOURCE), ("b", SOURCE)), True),
     keys.SplitsKey("jsonl", "shards", "content", (("column", "text"),)),
     WINDOWS,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from stoker.conf.rundir import RunDirectory, read_config
 from stoker.data import open_tokenizer
@@ -92,6 +93,28 @@ def test_large_models_go_out_in_several_files_with_an_index(tmp_path: Path) -> N
     again.mkdir()
     assert main(["export", str(unchanged_run(again, out)), str(again / "out")]) == 0
     assert (again / "out" / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+
+
+def test_the_average_of_the_weights_goes_out_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After two updates it is an eleventh of the first weights and the rest of the second."""
+    run = tmp_path / "run"
+    words = overrides(
+        run, write_text(tmp_path / "text"), f"data.cache={tmp_path / 'cache'}", "steps=2", "batch.micro_size=8",
+        "checkpoint.every=1", "optim.ema=0.9",
+    )  # fmt: skip
+    assert world.run(trained, 1, words, fresh=True) == [("completed", 2)]
+    found = []
+    for name, more in (("first", ["--step", "1"]), ("second", []), ("average", ["--ema"])):
+        assert main(["export", str(run), str(tmp_path / name), *more]) == 0
+        found.append(load_file(tmp_path / name / "model.safetensors"))
+    first, second, average = found
+    assert average.keys() == second.keys() and not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
+    for name, value in average.items():
+        torch.testing.assert_close(value, first[name] / 11 + second[name] * 10 / 11)
+    (tmp_path / "without").mkdir()
+    without = unchanged_run(tmp_path / "without", tmp_path / "average")
+    assert main(["export", str(without), str(tmp_path / "out"), "--ema"]) == 2
+    assert "keeps no average (optim.ema): leave --ema out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])

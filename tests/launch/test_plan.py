@@ -73,6 +73,36 @@ def test_a_plan_gives_the_time_of_a_run_its_cost_and_how_often_to_save(printed: 
     assert plan["times"] is None and plan["cost"] is None and plan["flops"] > 0, "no other device's rates"
 
 
+def test_a_plan_of_a_ramp_looks_at_steps_of_every_size(printed: Printed) -> None:
+    """Memory, messages and operations are those of the largest; a run's time adds up all."""
+
+    h100 = ["--gpu", "H100", "--gpus", "2", "batch.micro_size=4"]
+
+    def planned(*words: str) -> dict:
+        status, out, err = printed("plan", *SMALL, *h100, *words, "--json")
+        assert status == 0, err
+        return json.loads(out)
+
+    alone = {size: planned(f"batch.size={size}") for size in (8, 16, 32)}
+    tokens = [f"--tokens={64 * rows}" for rows in (8 * 10, 8 * 10 + 32 * 5 + 16 * 3)]
+    ramp = "batch.ramp=[[8,5120],[32,15360]]"  # ten steps, then five, then of 16
+    first, whole = (planned(ramp, "batch.size=16", each) for each in tokens)
+    seconds = {size: plan["times"]["step"]["total"] for size, plan in alone.items()}
+    assert [(each["first"], each["rows"], each["micro_batches"]) for each in whole["sizes"]] == [
+        (1, 8, 1),
+        (11, 32, 4),
+        (16, 16, 2),
+    ]
+    for each in whole["sizes"]:
+        assert each["step_seconds"] == pytest.approx(seconds[each["rows"]])
+    assert first["times"]["seconds"] == pytest.approx(10 * seconds[8])
+    assert whole["times"]["seconds"] == pytest.approx(10 * seconds[8] + 5 * seconds[32] + 3 * seconds[16])
+    assert whole["classes"] == alone[32]["classes"] and whole["flops"] == alone[32]["flops"]
+    assert planned(ramp, "batch.size=16", "steps=18")["times"]["tokens"] == 64 * (80 + 160 + 48)
+    said = printed("plan", *SMALL, ramp, "batch.size=16", "launch.nproc=2", "batch.micro_size=4")[1].splitlines()[2]
+    assert said.startswith("batch.ramp: 8 sequences from step 1 (1 micro-batch), 32 sequences from step 11 (4 micro-b")
+
+
 def test_saves_are_as_often_as_young_has_it_but_no_faster_than_they_are_written() -> None:
     rare, often = failures(mtbf=1e6, staged=1e10), failures(mtbf=1e4, staged=1e10)
     assert rare.interval == pytest.approx(math.sqrt(2 * 1e10 / TO_HOST * 1e6))

@@ -93,7 +93,7 @@ def test_a_pair_with_an_answer_without_labels_counts_nothing(name: str) -> None:
 
 def test_an_objective_is_found_by_its_name_or_by_its_path() -> None:
     assert objective_of(ObjectiveConfig()) is NEXT_TOKEN
-    assert set(USES) == {"next_token", *FORMULAS}
+    assert set(USES) == {"next_token", "distill", *FORMULAS}
     own = ObjectiveConfig(target="tests.models.test_objectives:mine", args={"a": 1})
     assert objective_of(own) == {"a": 1}  # type: ignore[comparison-overlap]
     units = [loss_unit(config) for config in (ObjectiveConfig(), ObjectiveConfig("dpo"), own)]

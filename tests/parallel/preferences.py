@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,9 @@ OBJECTIVES = {
     "ipo": ObjectiveConfig("ipo", beta=0.3),
     "simpo": ObjectiveConfig("simpo", beta=2.0, gamma=0.5),
     "orpo": ObjectiveConfig("orpo", beta=0.4),
+    "distill": ObjectiveConfig("distill", teacher="in the batch", temperature=2.0, mix=0.7),
 }
+TAUGHT = 5  # tokens for each label
 
 
 def config_of(name: str, layout: Layout, case: Case) -> Config:
@@ -59,7 +61,11 @@ def pairs(config: Config, step: int) -> Batch:
     weights = None
     if config.objective.name == "next_token":
         weights = torch.randint(1, 4, (count, length), generator=generator) / 4
-    return Batch(tokens, labels, positions, documents, weights)
+    rows = Batch(tokens, labels, positions, documents, weights)
+    if config.objective.name != "distill":
+        return rows
+    taught = torch.randn(count, length, VOCABULARY, generator=generator).log_softmax(-1).topk(TAUGHT)
+    return replace(rows, teacher_tokens=taught.indices.int(), teacher_log_probabilities=taught.values)
 
 
 @dataclass
@@ -82,7 +88,9 @@ def in_plain_torch(config: Config, steps: int = STEPS) -> Expected:
     found = Expected()
     for step in range(1, steps + 1):
         rows = pairs(config, step)
-        if rows.weights is None:
+        if rows.teacher_tokens is not None:
+            loss, count, scalars = distillation(config.objective, policy, rows)
+        elif rows.weights is None:
             loss, count, scalars = preference(config.objective, policy, reference, rows)
         else:
             loss, count, scalars = weighted_mean(policy, rows, rows.weights)
@@ -102,6 +110,20 @@ def weighted_mean(policy: nn.Module, rows: Batch, weights: Tensor) -> tuple[Tens
     losses = F.cross_entropy(logits, rows.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     count = weights[rows.labels != IGNORE_INDEX].sum()
     return (weights.flatten() * losses).sum() / count, float(count), {}
+
+
+def distillation(config: ObjectiveConfig, policy: nn.Module, rows: Batch) -> tuple[Tensor, float, dict[str, float]]:
+    """By torch's own divergence, over the whole vocabulary: tokens that the teacher does not name have no share."""
+    assert rows.teacher_tokens is not None and rows.teacher_log_probabilities is not None
+    labelled = rows.labels.flatten() != IGNORE_INDEX
+    logits = policy(rows.tokens, rows.positions, rows.documents)[labelled].double()
+    shares = torch.zeros_like(logits)
+    softened = (rows.teacher_log_probabilities.flatten(0, 1)[labelled].double() / config.temperature).softmax(-1)
+    shares.scatter_(-1, rows.teacher_tokens.flatten(0, 1)[labelled].long(), softened)
+    distance = F.kl_div((logits / config.temperature).log_softmax(-1), shares, reduction="sum")
+    entropy = F.cross_entropy(logits, rows.labels.flatten()[labelled], reduction="sum")
+    count = int(labelled.sum())
+    return (config.mix * config.temperature**2 * distance + (1 - config.mix) * entropy) / count, count, {}
 
 
 def preference(

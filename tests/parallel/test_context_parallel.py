@@ -26,6 +26,7 @@ from tests import world
 from tests.extent import some
 from tests.parallel.parity import Case, assert_parity, train
 from tests.parallel.reference import assemble, global_rows, normwise, one_process, small_config
+from tests.parallel.test_deepspeed import assert_parity as assert_parity_of_deepspeed
 from tests.trainer.rehearsed import config_of as rehearsed_config
 from tests.trainer.test_resume import HALF, half
 
@@ -209,7 +210,8 @@ OF_EIGHT = [
     (Layout(2, 2, cp=2, zero=2), Case(2, context=GATHER)),
     (Layout(cp=4, tp=2, zero=3), Case(4, tied=True, context=GATHER)),
     (Layout(cp=4, pp=2, zero=1), Case(2, "interleaved", context=GATHER)),
-    (Layout(cp=4, tp=2, zero=0), Case(4, optimizer="sgd", context=ULYSSES)),
+    (Layout(cp=4, tp=2, zero=0), Case(4, optimizer="sgd", context=GATHER)),
+    (Layout(1, 2, cp=4, zero=3), Case(2, tied=True, context=ULYSSES)),
 ]
 
 
@@ -228,6 +230,15 @@ def test_more_layouts_compute_what_one_process_computes(layout: Layout, case: Ca
 @pytest.mark.parametrize(("layout", "case"), OF_EIGHT, ids=str)
 def test_eight_ranks_compute_what_one_process_computes(layout: Layout, case: Case) -> None:
     assert_parity(layout, [case])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_deepspeed_computes_what_one_process_computes(tp: int) -> None:
+    """Its ranks of ZeRO are those that share sequences."""
+    layouts = [Layout(cp=2, tp=tp, zero=zero) for zero in some((1, 0, 3, 2), 2)]
+    cases = [(each, Case(8, tied=True, context=EXCHANGES[each.zero % 2])) for each in layouts]
+    assert_parity_of_deepspeed(layouts[0].world, cases)
 
 
 def of_case(layout: Layout, **changes: Any) -> Config:

@@ -199,6 +199,15 @@ def test_context_parallelism_fits_another_number_of_ranks(cp, world, rows, fitte
     assert fit(config, world).parallel.cp == fitted
 
 
+def test_context_parallelism_and_micro_batches_fit_steps_of_every_size():
+    config = asked(cp=2)
+    config.batch.size, config.batch.micro_size, config.batch.ramp = 32, 4, [[4, 1e6]]
+    found = [fit(config, world) for world in (2, 4, 8, 16)]
+    assert [(one.parallel.cp, one.batch.micro_size) for one in found] == [(2, 4), (2, 2), (2, 1), (4, 1)]
+    for world, one in zip((2, 4, 8, 16), found, strict=True):
+        assert batch_plan(one, layout_of(one, world)).micro_rows == one.batch.micro_size
+
+
 def test_ranks_that_share_sequences_read_the_same_rows_and_share_what_zero_shards():
     layout = Layout(dp_replicate=2, dp_shard=2, cp=2, tp=2, zero=3)
     assert (layout.world, layout.dp, layout.shards, layout.replicas) == (16, 4, 4, 2)

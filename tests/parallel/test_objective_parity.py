@@ -1,4 +1,4 @@
-"""Preference objectives on every layout: the losses, rewards, norms and adapters of plain torch with two models."""
+"""Objectives on every layout: the losses, rewards, norms and adapters of plain torch with two models."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ def flat(tensors: dict[str, Tensor], names: Iterable[str] | None = None) -> Tens
     return torch.cat([tensors[name].double().flatten() for name in names or tensors])
 
 
-@pytest.mark.parametrize(("name", "layout"), [("dpo", Layout(pp=2)), ("weights", Layout(tp=2))], ids=str)
+SHORT = [("dpo", Layout(pp=2)), ("distill", Layout(pp=2)), ("distill", Layout(tp=2)), ("weights", Layout(tp=2))]
+
+
+@pytest.mark.parametrize(("name", "layout"), SHORT, ids=str)
 def test_a_layout_trains_as_plain_torch_with_two_models(name: str, layout: Layout) -> None:
     assert_plain_torch(layout, [(name, Case(4))])
 

@@ -17,11 +17,12 @@ from stoker.parallel.model import whole_model
 from stoker.parallel.replicated import BUCKET_NUMEL
 from stoker.trainer.parallelize import cut
 from stoker.trainer.rehearsal import Traffic, rehearse
+from stoker.trainer.rehearsal.collectives import Collectives
 from tests import world
 from tests.extent import some
 from tests.parallel.parity import Case
 from tests.parallel.reference import global_rows
-from tests.parallel.watching import Collectives, Syncs
+from tests.parallel.watching import Syncs
 
 MICRO, LAYERS = 2, 4  # micro-batches' rows, blocks
 

@@ -1,4 +1,4 @@
-"""Modes that watch what runs inside them: operations that would make the host wait for a GPU, and collectives.
+"""A mode that watches what runs inside it: operations that would make the host wait for a GPU.
 
 On CPUs nothing waits, but the same calls are made: that is what is counted.
 """
@@ -14,10 +14,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from stoker.parallel.mesh import Mesh
-from stoker.trainer.rehearsal import Traffic
-from stoker.trainer.rehearsal.work import Messages
 
 aten = torch.ops.aten
 # These give the host a value, or need one to know the size of their result.
@@ -82,19 +78,3 @@ def _selects_by_mask(function: Any, args: Sequence) -> bool:
     if function not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
         return False
     return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-
-
-class Collectives(TorchDispatchMode):
-    """`with Collectives(mesh) as collectives:` counts messages in `found`, as a rehearsal does."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        super().__init__()
-        self._messages = Messages(mesh)
-
-    @property
-    def found(self) -> dict[tuple[str, str], Traffic]:
-        return self._messages.found
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Sequence = (), kwargs: dict | None = None) -> Any:
-        self._messages.see(function, args)
-        return function(*args, **(kwargs or {}))

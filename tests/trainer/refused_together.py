@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.parallel.optimizers import OF_OPTIMIZERS
+from tests.trainer.refused_ramps import OF_RAMPS
 from tests.trainer.refused_rope import OF_ROPE
 from tests.trainer.refused_streaming import OF_STREAMS
 
@@ -106,13 +107,24 @@ TOGETHER = {
             ["objective.name=dpo", "data.packing=best_fit"],
             1,
             0,
-            "and adapter=none: adapter=lora works, or an objective without a reference (simpo, orpo)",
+            "and adapter=none: adapter=lora works, or objective.teacher=FOLDER of `stoker teach`, or an objective",
         ),
         (
             ["objective.name=ipo", "data.packing=padded", "adapter.name=lora", "adapter.modules_to_save=[norm]"],
             1,
             0,
             "adapter.modules_to_save=['norm'] changes the model itself: adapter.modules_to_save=[] works",
+        ),
+    ],
+    "distillation without a teacher": [
+        (["objective.name=distill"], 1, 0, "and objective.teacher names none: objective=next_token works, or"),
+    ],
+    "predictions of a teacher for a stream": [
+        (
+            ["objective.name=distill", "objective.teacher=lessons", "data.mode=streaming", "data.splits=mine:splits"],
+            1,
+            0,
+            "predictions are stored by the numbers of rows: data.mode=indexed works",
         ),
     ],
     "objectives under DeepSpeed": [
@@ -227,6 +239,7 @@ TOGETHER = {
             0,
             "1 micro-batches do not fill 4 pipeline stages: batch.size=12 with batch.micro_size=3",
         ),
+        *OF_RAMPS["full pipeline"],
     ],
     "interleaved rounds": [
         (
@@ -241,6 +254,7 @@ TOGETHER = {
             0,
             "5 micro-batches do not split into rounds over parallel.pp=2: batch.micro_size=10 or 5 does",
         ),
+        *OF_RAMPS["interleaved rounds"],
     ],
     "NCCL on CPUs": [(["launch.backend=nccl"], 2, 0, "launch.backend=nccl on CPUs: leave launch.backend out")],
     "pipelines over gloo on GPUs": [
@@ -277,15 +291,7 @@ TOGETHER = {
         (["schedule.warmup_steps=51", "schedule.total_steps=50"], 1, 0, "do not fit into 50 steps"),
         (["schedule.name=wsd", "schedule.warmup_steps=161"], 1, 0, "and a decay of 40 steps do not fit"),
     ],
-    "batch ramp": [
-        (["batch.ramp=[[6,1e6]]"], 4, 0, "have the divisor 2 in common, which is no multiple of 4"),
-        (
-            ["batch.ramp=[[8,1e6]]", "data.phases=[{from_step: 5, weights: {a: 1}}]"],
-            1,
-            0,
-            "batch.ramp=[] works, or data.phases=[]",
-        ),
-    ],
+    "batch ramp": OF_RAMPS["batch ramp"],
     "settings of other schedules": [
         (["schedule.decays=[[10,20]]"], 1, 0, "schedule.decays with schedule=cosine: schedule=wsd has decays"),
         (["schedule.name=linear", "schedule.decay_shape=sqrt"], 1, 0, "schedule.decay_shape with schedule=linear"),

@@ -20,7 +20,8 @@ from tests.trainer.refused_together import TOGETHER
 from tests.trainer.test_validate import refusals_of, with_values
 
 KEYS = "|".join(map(re.escape, sorted([*kinds(), *GROUPS], key=len, reverse=True)))
-SETTING = re.compile(rf"(?<![\w.])({KEYS})=(\[[^\]]*\]|(?:[^\s,;:)`]|:(?=\w))+)(?: or (\d+))?(?![\w.])")
+LIST = r"\[(?:[^\[\]]|\[[^\]]*\])*\]"
+SETTING = re.compile(rf"(?<![\w.])({KEYS})=({LIST}|(?:[^\s,;:)`]|:(?=\w))+)(?: or (\d+))?(?![\w.])")
 JOINED = re.compile(r"(?: and| with)? ?")  # between settings that are one piece of advice
 # Advice in words: what is then typed.
 WORDS = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stoker.conf.schema import BatchConfig, Config, ModelConfig, ParallelConfig
-from stoker.models.loss import summed_loss
+from stoker.models.loss import Aim, summed_loss
 from stoker.parallel.layout import layout_of
 from stoker.trainer.out_of_memory import MARGIN, component_of, is_out_of_memory, nearest_that_fit, need_of
 from stoker.trainer.parallelize import parameters_of
@@ -46,7 +46,7 @@ def test_every_allocator_is_recognised(error: BaseException) -> None:
 
 def test_the_component_is_read_off_the_traceback() -> None:
     with pytest.raises(RuntimeError) as raised:
-        summed_loss(torch.ones(2, 3), torch.ones(5, 4), torch.zeros(2, dtype=torch.int64), 2)
+        summed_loss(torch.ones(2, 3), torch.ones(5, 4), Aim(torch.zeros(2, dtype=torch.int64)), 2)
     assert component_of(raised.value) == "the loss"
     assert component_of(RuntimeError("raised nowhere")) == "this rank"
 

@@ -36,6 +36,16 @@ def off(config: Config, ranks: int) -> list[str]:
     return found
 
 
+def with_adapter(config: Config) -> Config:
+    config.adapter.name, config.adapter.rank = "lora", 16
+    return config
+
+
+def of_a_user(config: Config) -> Config:
+    config.model.target = "tests.toy:build"
+    return config
+
+
 SHORT = {"ZeRO 3": (2, config_of(zero=3))}
 LONG = {
     "one rank": (1, config_of(zero=0)),
@@ -54,6 +64,11 @@ LONG = {
     "selective": (2, config_of(zero=1, activation_checkpointing="selective", layers=3)),
     "bf16": (1, config_of("bf16", zero=0, layers=3)),
     "documents": (1, config_of(zero=0, document_mask=True)),
+    "LoRA": (2, with_adapter(config_of(zero=2, layers=4))),
+    "LoRA, tp": (2, with_adapter(config_of(tp=2, zero=0, layers=4))),
+    "a user's model": (2, of_a_user(config_of(zero=3, layers=6))),
+    "a user's model, tp": (2, of_a_user(config_of(tp=2, zero=0, layers=6))),
+    "cp": (2, config_of(cp=2, zero=1, layers=4)),
 }
 
 

@@ -175,6 +175,8 @@ def test_every_choice_of_every_group_may_start():
                 "launch": ["launch.image=stoker", "launch.volume=runs"],
                 "objective": ["adapter=lora", "data=chat"],  # which those of preferences need
             }.get(group, [])
+            if name == "distill":
+                needed = ["objective.teacher=lessons"]
             if name != "transformers":  # it needs a model.config
                 assert refusals_of(compose([f"{group}={name}", *needed]), 1, 0) == ""
 

@@ -72,9 +72,11 @@ def best_rate(dtype: str, device: torch.device, seconds: float, sizes: Sequence[
             break
         a, b = (_normal(size, size, dtype, device) for _ in range(2))
         multiply = _multiply(a, b.t())
-        once = min(_seconds(multiply, 1, device) for _ in range(2))
+        once = _seconds(multiply, 1, device)
+        if once < seconds or device.type == "cuda":
+            once = min(once, _seconds(multiply, 1, device))
         count = max(1, round(seconds / TRIES / once))
-        tries = max(1, min(TRIES, int(seconds / once)))
+        tries = min(TRIES, int(seconds / once))
         best = max(best, *(2 * size**3 / _seconds(multiply, count, device) for _ in range(tries)), 2 * size**3 / once)
     return best
 
@@ -123,10 +125,11 @@ def own_rate(products: Sequence[Product], dtype: str, device: torch.device, seco
             for each in multiply:
                 each()
 
-        once = min(_seconds(all_three, 1, device) for _ in range(2))
-        count = max(1, int(share / TRIES / once))
-        tries = max(1, min(TRIES, int(share / once)))
-        seconds_each = statistics.median(_seconds(all_three, count, device) for _ in range(tries))
+        seconds_each = _seconds(all_three, 1, device)
+        if seconds_each < share or device.type == "cuda":  # else its time is over; on GPUs the first call loads kernels
+            once = min(seconds_each, _seconds(all_three, 1, device))
+            count, tries = max(1, int(share / TRIES / once)), max(1, min(TRIES, int(share / once)))
+            seconds_each = statistics.median(_seconds(all_three, count, device) for _ in range(tries))
         flops += product.count * product.flops
         spent += product.count * seconds_each * product.tokens / tokens
     return flops / spent

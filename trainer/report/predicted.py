@@ -35,6 +35,7 @@ class Predicted:
     tokens_per_second: float | None = None
     tflops: float | None = None
     mfu: float | None = None
+    messages: list[dict[str, Any]] | None = None  # of a step of rank 0, as in `stoker.trainer.report.messages`
 
 
 def keep(run: RunDirectory, attempt: int, predicted: Predicted) -> None:

@@ -22,12 +22,13 @@ from stoker.parallel.rules.ownership import Rectangle, routes
 from stoker.parallel.rules.settings import groups_problem, settings_of, unused_group
 from stoker.parallel.shards import Chunk, Shard
 from stoker.trainer.parallelize import cut
+from stoker.trainer.rehearsal.collectives import Collectives
 from tests import world
 from tests.parallel.conformance import train
 from tests.parallel.parity import OPTIMIZERS, Case
 from tests.parallel.reference import assemble, global_rows, normwise, one_process, small_config
 from tests.parallel.rules.plain import Plain, newton_schulz
-from tests.parallel.watching import Collectives, Syncs
+from tests.parallel.watching import Syncs
 
 MATRICES, LAYERS = 7, 4  # of a layer of the decoder, in the layout of `Case`
 
