@@ -112,7 +112,7 @@ class ModelConfig:
 class AdapterConfig:
     """Keys by peft's names. Modules go by Stoker's names, by Hugging Face's, or by the end of one (`q_proj`)."""
 
-    name: str = fixed("none")  # none | lora: only the product of two thin matrices beside each target is trained
+    name: str = fixed("none")  # none | lora: two thin matrices beside each target | dora: and the lengths of its rows
     rank: int = fixed(8)  # columns and rows of the thin matrices
     alpha: float = fixed(16.0)  # their product is multiplied by alpha / rank
     rslora: bool = fixed(False)  # by alpha / sqrt(rank) instead

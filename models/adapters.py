@@ -20,7 +20,7 @@ from stoker.models.objectives.teaching import TARGET
 from stoker.parallel.model import ParallelizableModel
 from stoker.parallel.suggestions import shortened
 from stoker.parallel.tensor.dropout import Dropout, TokenNumbers
-from stoker.parallel.tensor.low_rank import SLOT, AdaptedLinear, LowRank, takes_adapters
+from stoker.parallel.tensor.low_rank import SLOT, AdaptedLinear, LowRank, WeightDecomposed, takes_adapters
 
 ALL_LINEAR = "all-linear"
 
@@ -36,6 +36,7 @@ class AdapterPlan:
     trained: frozenset[str]
     saved_whole: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()  # linear layers of all-linear that take no adapter
+    magnitudes: bool = False  # whether the lengths of the rows of adapted weights are trained apart (DoRA)
 
 
 def scale_of(adapter: AdapterConfig, rank: int) -> float:
@@ -85,7 +86,8 @@ def apply(part: nn.Module, plan: AdapterPlan | None, config: Config) -> nn.Modul
             dropout = None
             if adapter.dropout:
                 dropout = Dropout(adapter.dropout, config.run.seed, name, tokens, range(module.in_features))
-            low_rank = LowRank(module.in_features, module.out_features, rank, scale_of(adapter, rank), dropout)
+            shape = module.in_features, module.out_features, rank, scale_of(adapter, rank)
+            low_rank = WeightDecomposed(*shape) if plan.magnitudes else LowRank(*shape, dropout)
             module.add_module(SLOT, low_rank.to(module.weight.device))
     return part
 
@@ -163,7 +165,7 @@ def _of_adapter(whole: nn.Module, adapter: AdapterConfig, names: Names) -> Adapt
     once = {id(parameter): name for name, parameter in reversed(list(whole.named_parameters()))}
     trained = {once[id(parameter)] for name in saved for parameter in modules[name].parameters()}
     left_out = tuple(name for name in inside if name not in targets) if ALL_LINEAR in adapter.target_modules else ()
-    return AdapterPlan(ranks, frozenset(trained), tuple(saved), left_out)
+    return AdapterPlan(ranks, frozenset(trained), tuple(saved), left_out, adapter.name == "dora")
 
 
 def _in_blocks(adapter: AdapterConfig, names: Names, linear: Sequence[str]) -> Iterator[str]:

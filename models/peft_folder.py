@@ -14,12 +14,13 @@ from stoker.models.adapters import AdapterPlan, Names
 from stoker.models.hugging_face_config import in_one_line, read_json
 from stoker.models.hugging_face_weights import StoredTensor
 from stoker.parallel.suggestions import shortened
-from stoker.parallel.tensor.low_rank import SLOT
+from stoker.parallel.tensor.low_rank import MAGNITUDE, SLOT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _MATRICES = {f".{SLOT}.A": ".lora_A.weight", f".{SLOT}.B": ".lora_B.weight"}
-_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights", "lora_dropout")
+_MAGNITUDE = ".lora_magnitude_vector"
+_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "lora_dropout")
 # Keys of adapter_config.json whose meaning is taken from the names and shapes of the tensors,
 _FROM_TENSORS = (
     "target_modules",
@@ -51,7 +52,8 @@ def tensor_names(plan: AdapterPlan, names: Names) -> dict[str, str]:
     """peft's names of everything that `plan` trains, by our global names."""
     found = {}
     for module in plan.ranks:
-        for ours, theirs in _MATRICES.items():
+        kinds = _MATRICES | ({f".{MAGNITUDE}": _MAGNITUDE} if plan.magnitudes else {})
+        for ours, theirs in kinds.items():
             found[f"{module}{ours}"] = f"{PREFIX}{names.of(module)[1]}{theirs}"
     return found | {name: f"{PREFIX}{names.of(name)[1]}" for name in names.parameters if name in plan.trained}
 
@@ -80,7 +82,7 @@ def config_json(config: Config, plan: AdapterPlan, names: Names) -> dict[str, An
         },
         "target_modules": shared_ends(theirs, known),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": plan.magnitudes,
         "use_rslora": adapter.rslora,
     }
 
@@ -111,7 +113,7 @@ def adopted(folder: Path, whole: nn.Module, names: Names) -> dict[str, Any]:
         for name, tensor in tensors.items():
             inner = name.removeprefix(PREFIX)
             module, matrix, _ = inner.partition(".lora_")
-            if matrix and module in theirs and inner.endswith((".lora_A.weight", ".lora_B.weight")):
+            if matrix and module in theirs and inner.endswith((*_MATRICES.values(), _MAGNITUDE)):
                 if inner.endswith(".lora_A.weight"):
                     ranks[module] = tensor.shape[0]
             elif inner in parameters:
@@ -126,7 +128,7 @@ def adopted(folder: Path, whole: nn.Module, names: Names) -> dict[str, Any]:
     known = list(theirs)
     others = sorted({own for own in ranks.values() if own != rank})
     return {
-        "name": "lora",
+        "name": "dora" if values.get("use_dora") else "lora",
         "rank": rank,
         "alpha": float(values.get("lora_alpha", 8)),
         "rslora": bool(values.get("use_rslora", False)),

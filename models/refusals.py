@@ -226,6 +226,18 @@ def _frozen_with_adapter(start: Start) -> str | None:
 
 
 @REFUSALS.entry(
+    "dropout of DoRA",
+    "adapter.dropout with adapter=dora",
+    "peft applies its dropout to the base's share too, by a second product with each weight",
+)
+def _dropout_of_dora(start: Start) -> str | None:
+    adapter = start.config.adapter
+    if adapter.name != "dora" or not adapter.dropout:
+        return None
+    return f"adapter.dropout={adapter.dropout} with adapter=dora: adapter.dropout=0 works, or adapter=lora"
+
+
+@REFUSALS.entry(
     "adapters under DeepSpeed", "an adapter with parallel.engine=deepspeed", "what it computes there is not tested yet"
 )
 def _adapter_under_deepspeed(start: Start) -> str | None:

@@ -29,6 +29,7 @@ from stoker.trainer.facts import Facts, vocabulary_of
 from stoker.trainer.frozen_base import FrozenBase, frozen_names
 from stoker.trainer.history import SavedOnce, has_saved, nothing_to_resume
 from stoker.trainer.loop import Trainer
+from stoker.trainer.magnitudes import set_magnitudes
 from stoker.trainer.parallelize import NO_HEAD, build_engine, compiles, part_builder
 from stoker.trainer.pretrained import load_pretrained
 from stoker.trainer.pretrained_adapter import load_adapter
@@ -129,6 +130,8 @@ def assemble(
         initialise()
         if config.model.init_from is not None:
             load_pretrained(complete, engine.shards())
+        if config.adapter.name == "dora":
+            set_magnitudes(complete, engine.shards())
         engine.shards_written()
 
     if base is not None:  # which no checkpoint holds

@@ -41,6 +41,7 @@ from stoker.parallel.stages import costs_of, parts, stages_of
 from stoker.parallel.tensor import enable_async_tensor_parallelism, parallelize_tensors
 from stoker.parallel.tensor.dropout import TokenNumbers, token_numbers
 from stoker.parallel.tensor.float8 import float8_of, refuse_device
+from stoker.parallel.tensor.low_rank import SLOT
 from stoker.parallel.trial import Trial
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ NO_HEAD = (
     "needs the log-probability of each token, and model.target={} computes its loss by itself: a model that ends in "
     "stoker.models.loss.Head, as every built-in one does, returns them"
 )
+
+OF_DORA = (f"*.{SLOT}.magnitude",)  # modules that compute in fp32
 
 FUSED_ATTENTION = (
     "_scaled_dot_product_cudnn_attention",
@@ -133,7 +136,8 @@ def build_engine(
         parallelize_sequence(whole, stages, sequence)
         log.info("context parallel over %d ranks: %s", sequence.size, sequence.exchange)
 
-    full = [compute_in_fp32(stage, config.fp32_modules, dtype) if config.fp32_modules else () for stage in stages]
+    patterns = [*config.fp32_modules, *(OF_DORA if config.adapter.name == "dora" and dtype != torch.float32 else ())]
+    full = [compute_in_fp32(stage, patterns, dtype) if patterns else () for stage in stages]
     if config.fp32_modules:
         log.info("fp32 modules: %s", ", ".join(config.fp32_modules))
     compiled = compiles(config, mesh.device)

@@ -26,6 +26,7 @@ ADAPTERS = {
         modules_to_save=["norm", "embedding"],
     ),
     "dropout": AdapterConfig("lora", rank=4, dropout=0.3),
+    "dora": AdapterConfig("dora", rank=4, alpha=6.0),
 }
 
 
@@ -66,7 +67,9 @@ def assert_same(where: str, wanted: Measured, found: list[Measured]) -> None:
 @pytest.mark.parametrize("layout", [Layout(dp_shard=2, zero=3), Layout(tp=2), Layout(pp=2)], ids=str)
 def test_a_layout_trains_the_adapter_of_one_process(layout: Layout) -> None:
     micro = 1 if layout.tp == 1 else 2
-    assert_one_run(layout, [(Case(4), "all linear"), (Case(4, tied=True), "some"), (Case(micro), "dropout")])
+    assert_one_run(
+        layout, [(Case(4), "all linear"), (Case(4, tied=True), "some"), (Case(micro), "dropout"), (Case(4), "dora")]
+    )
 
 
 @pytest.mark.long

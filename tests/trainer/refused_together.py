@@ -189,6 +189,9 @@ TOGETHER = {
     "frozen parameters of an adapter run": [
         (["adapter.name=lora", "model.freeze=[embedding]"], 1, 0, "model.freeze=[] works, or adapter=none"),
     ],
+    "dropout of DoRA": [
+        (["adapter.name=dora", "adapter.dropout=0.1"], 1, 0, "adapter.dropout=0 works, or adapter=lora"),
+    ],
     "adapters under DeepSpeed": [
         (["adapter.name=lora", *DEEPSPEED], 1, 0, "parallel.engine=fsdp works"),
     ],

@@ -16,6 +16,7 @@ from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
 from stoker.launch.generate import load_model
+from stoker.models.peft_folder import WEIGHTS
 from stoker.trainer.facts import with_vocabulary
 from tests.adapted import adapter_run, adapter_words, checkpoint_of
 from tests.launch.runs import assert_same_state, steps_of
@@ -171,7 +172,7 @@ def test_an_adapter_trained_with_dropout_goes_on_with_it(home: Path, tmp_path: P
     ("change", "said"),
     [
         ({"bias": "all"}, "bias='all': adapters with this are not read"),
-        ({"use_dora": True}, "use_dora=True: adapters with this are not read"),
+        ({"use_dora": True}, "lora_magnitude_vector is missing"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA': only LORA is read"),
         ({"init_lora_weights": "pissa"}, "changes the base"),
         ({"r": 2, "rank_pattern": {}, "alpha_pattern": {"q_proj": 3}}, "alpha_pattern="),
@@ -205,3 +206,42 @@ def test_a_run_of_an_adapter_is_no_base(home: Path, tmp_path: Path) -> None:
         stoker.run(adapter_words(tmp_path, "run", home / "run"))
     with pytest.raises(ConfigError, match=r"holds an adapter: set adapter\.init_from to it"):
         stoker.run(adapter_words(tmp_path, "run", exported(home, "adapter")))
+
+
+@pytest.fixture(scope="module")
+def lengths(home: Path) -> Path:
+    """A run with the lengths of rows trained apart, exported: `dora adapter`, and merged: `dora merged`."""
+    run = adapter_run(home, "dora", home / "base", "adapter=dora")
+    for name, more in (("dora adapter", []), ("dora merged", ["--merge"])):
+        assert main(["export", str(run.path), str(home / name), *more]) == 0
+    return home
+
+
+def test_lengths_begin_as_those_of_the_base_and_are_trained(lengths: Path) -> None:
+    base, file = (load_file(p) for p in (lengths / "base" / "model.safetensors", lengths / "dora adapter" / WEIGHTS))
+    name = "model.layers.1.mlp.down_proj"
+    before, after = base[f"{name}.weight"].norm(dim=1), file[f"base_model.model.{name}.lora_magnitude_vector"]
+    assert after.shape == before.shape and 1e-4 < (after / before - 1).abs().max() < 0.2
+    first = adapter_run(lengths, "dora still", lengths / "base", "adapter=dora", "steps=1", "optim.lr=1e-30")
+    held = dict(read_tensors(checkpoint_of(first)))["layers.1.mlp.down.lora.magnitude.weight"]
+    assert torch.allclose(held, before, rtol=1e-6, atol=0)
+
+
+def test_peft_computes_what_a_merged_model_of_trained_lengths_does(lengths: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(lengths / "base", dtype=torch.float32)
+    base = logits_of(plain)
+    theirs = logits_of(peft.PeftModel.from_pretrained(plain, lengths / "dora adapter"))
+    merged = transformers.AutoModelForCausalLM.from_pretrained(lengths / "dora merged", dtype=torch.float32)
+    assert (theirs - base).norm() / base.norm() > 1e-2
+    assert (logits_of(merged) - theirs).abs().max() < 5e-5
+
+
+def test_lengths_come_in_again_to_the_last_bit(lengths: Path, tmp_path: Path) -> None:
+    out = lengths / "dora adapter"
+    words = ["adapter=-", "adapter.rank=-", "adapter.target_modules=-", f"adapter.init_from={out}", "steps=1"]
+    run = adapter_run(tmp_path, "again", lengths / "base", *words, "optim=sgd", "optim.lr=1e-30", "optim.momentum=0.0")
+    assert read_config(run).adapter.name == "dora"
+    assert main(["export", str(run.path), str(tmp_path / "out")]) == 0
+    for name in ("adapter_config.json", WEIGHTS):
+        assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes(), name

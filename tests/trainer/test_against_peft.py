@@ -21,6 +21,7 @@ from stoker.parallel.model import whole_model
 from stoker.parallel.shards import PARAMETER
 from stoker.parallel.tensor.dropout import Dropout, TokenNumbers
 from stoker.trainer.facts import with_vocabulary
+from stoker.trainer.magnitudes import set_magnitudes
 from stoker.trainer.parallelize import build_engine
 from stoker.trainer.pretrained import adopt_shape, load_pretrained
 from tests.models.families import VOCABULARY, write_family
@@ -37,6 +38,7 @@ CASES = {
         "adapter.modules_to_save=[norm]",
     ],
     "dropout": ["adapter.rank=4", "adapter.dropout=0.25"],
+    "dora": ["adapter=dora", "adapter.rank=4", "adapter.rank_pattern={down_proj: 6}"],
 }
 
 
@@ -56,6 +58,7 @@ def config_of(folder: Path, *more: str) -> Config:
         f"model.init_from={folder}", f"batch.size={ROWS}", f"seq_len={LENGTH}", "precision=fp32", "adapter=lora",
         "optim.eps=1e-6", "optim.lr=1e-3", "optim.decay_all=true", *more,
     ]  # fmt: skip
+    words = list({word.partition("=")[0]: word for word in words}.values())
     return with_vocabulary(adopt_shape(compose(words), words))
 
 
@@ -76,6 +79,7 @@ def ours(config: Config) -> tuple[dict[str, torch.Tensor], list[float], dict[str
         engine, initialise = build_engine(config, mesh, batch_plan(config, layout))
         initialise()
         load_pretrained(config, engine.shards())
+        set_magnitudes(config, engine.shards())
         for number, shard in enumerate(engine.shards()):
             if shard.kind == PARAMETER and shard.name.endswith(
                 "lora.B"
@@ -132,7 +136,14 @@ def theirs(
 
 
 @pytest.mark.parametrize(
-    ("family", "case"), [("llama", "lora"), ("tied qwen2", "rslora"), ("qwen2", "patterns"), ("qwen3", "dropout")]
+    ("family", "case"),
+    [
+        ("llama", "lora"),
+        ("tied qwen2", "rslora"),
+        ("qwen2", "patterns"),
+        ("qwen3", "dropout"),
+        ("qwen2", "dora"),
+    ],
 )
 def test_ten_steps_train_the_adapter_that_peft_trains(family: str, case: str, tmp_path: Path) -> None:
     write_family(tmp_path, family, initializer_range=0.1)
