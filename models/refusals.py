@@ -238,10 +238,15 @@ def _dropout_of_dora(start: Start) -> str | None:
 
 
 @REFUSALS.entry(
-    "adapters under DeepSpeed", "an adapter with parallel.engine=deepspeed", "what it computes there is not tested yet"
+    "DoRA under DeepSpeed",
+    "adapter=dora with parallel.engine=deepspeed in another precision than fp32",
+    "lengths of rows compute in fp32, and DeepSpeed keeps parameters of one dtype, flattened together",
 )
-def _adapter_under_deepspeed(start: Start) -> str | None:
-    adapter, engine = start.config.adapter.name, start.config.parallel.engine
-    if adapter == "none" or engine != "deepspeed":
+def _dora_under_deepspeed(start: Start) -> str | None:
+    precision = start.config.precision
+    if start.config.adapter.name != "dora" or start.config.parallel.engine != "deepspeed" or precision == "fp32":
         return None
-    return f"adapter={adapter} with parallel.engine=deepspeed: parallel.engine=fsdp works"
+    return (
+        f"adapter=dora with parallel.engine=deepspeed and precision={precision}: parallel.engine=fsdp works, or "
+        "adapter=lora, or precision=fp32"
+    )

@@ -85,11 +85,6 @@ def assemble(
 
     phase(0, Phase.BUILD)
     complete = facts.complete(config)
-    if stream.weighted and config.parallel.engine == "deepspeed":
-        raise ValueError(
-            "the data weigh messages (a weight other than 0 and 1), which is not tested yet with "
-            "parallel.engine=deepspeed: parallel.engine=fsdp works"
-        )
     if stream.weighted and not takes_targets(part_builder(complete)(whole_model(config.model.num_hidden_layers))):
         raise ValueError(f"the weight of a message {NO_HEAD.format(config.model.target)}")
     engine, initialise = build_engine(complete, mesh, plan)

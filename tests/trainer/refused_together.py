@@ -127,15 +127,6 @@ TOGETHER = {
             "predictions are stored by the numbers of rows: data.mode=indexed works",
         ),
     ],
-    "objectives under DeepSpeed": [
-        (
-            ["objective.name=simpo", "data.packing=padded", *DEEPSPEED],
-            1,
-            0,
-            "objective=simpo with parallel.engine=deepspeed: parallel.engine=fsdp works",
-        ),
-        (["objective.target=mine:build", *DEEPSPEED], 1, 0, "objective.target=mine:build with parallel.engine"),
-    ],
     "pairs of answers": [
         (
             ["objective.name=orpo", "data.document_mask=false"],
@@ -192,8 +183,8 @@ TOGETHER = {
     "dropout of DoRA": [
         (["adapter.name=dora", "adapter.dropout=0.1"], 1, 0, "adapter.dropout=0 works, or adapter=lora"),
     ],
-    "adapters under DeepSpeed": [
-        (["adapter.name=lora", *DEEPSPEED], 1, 0, "parallel.engine=fsdp works"),
+    "DoRA under DeepSpeed": [
+        (["adapter.name=dora", "precision=bf16", *DEEPSPEED], 1, 0, "parallel.engine=fsdp works, or adapter=lora"),
     ],
     "stages": [
         (
