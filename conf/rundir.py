@@ -79,6 +79,11 @@ class RunDirectory:
         """A folder with the files of `model.init_from` other than its weights, for a later export."""
         return self.path / "base_model"
 
+    @property
+    def base_weights(self) -> Path:
+        """A folder with the weights of `model.init_from`, which serves in its place: `adapter.keep_base`."""
+        return self.path / "base_weights"
+
     def struck(self, fault: str) -> Path:
         """A file that marks the fault of this name (`faults`) as injected, so that it is not repeated."""
         return self.path / "faults" / fault
@@ -312,6 +317,8 @@ def read_config(run: RunDirectory) -> Config:
         config = from_dict(migrate(values))
     except ConfigError as error:
         raise ConfigError(f"{run.config}: {error}") from None
+    if config.adapter.keep_base:  # they are found from here
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run.path.absolute())))
     return _with_kept_tokenizer(run, config)
 
 

@@ -225,6 +225,13 @@ def _frozen_with_adapter(start: Start) -> str | None:
     )
 
 
+@REFUSALS.entry("a base to keep", "adapter.keep_base without model.init_from", "there are no weights to keep")
+def _base_to_keep(start: Start) -> str | None:
+    if not start.config.adapter.keep_base or start.config.model.init_from is not None:
+        return None
+    return "adapter.keep_base=true without model.init_from: adapter.keep_base=false works"
+
+
 @REFUSALS.entry(
     "dropout of DoRA",
     "adapter.dropout with adapter=dora",

@@ -25,6 +25,7 @@ from stoker.parallel.model import whole_model
 from stoker.parallel.shards import PARAMETER, Shard
 from stoker.parallel.suggestions import shortened
 from stoker.trainer.parallelize import part_builder
+from stoker.trainer.pretrained import init_folder, is_run
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,11 @@ def refuse_unfitting(config: Config, tell: Callable[[str], None]) -> None:
     `tell` takes a line of the layers that all-linear leaves out.
     """
     try:
+        if config.adapter.keep_base and config.model.init_from is not None and is_run(init_folder(config)):
+            raise ValueError(
+                f"adapter.keep_base=true with model.init_from={config.model.init_from}, a run: it keeps the files of a "
+                "model's folder, which `stoker export` makes of a run; adapter.keep_base=false works too"
+            )
         plan = plan_of(_base(config)[0], _with_size(config))
     except ValueError as error:
         raise ConfigError(str(error)) from error

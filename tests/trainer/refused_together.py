@@ -180,6 +180,9 @@ TOGETHER = {
     "frozen parameters of an adapter run": [
         (["adapter.name=lora", "model.freeze=[embedding]"], 1, 0, "model.freeze=[] works, or adapter=none"),
     ],
+    "a base to keep": [
+        (["adapter.name=lora", "adapter.keep_base=true"], 1, 0, "adapter.keep_base=false works"),
+    ],
     "dropout of DoRA": [
         (["adapter.name=dora", "adapter.dropout=0.1"], 1, 0, "adapter.dropout=0 works, or adapter=lora"),
     ],

@@ -98,6 +98,22 @@ def test_another_base_is_refused_and_the_first_tensor_that_differs_is_named(home
     adapter_run(tmp_path, "run", base, "steps=3")
 
 
+def test_a_run_that_keeps_its_base_does_without_the_folder(home: Path, tmp_path: Path) -> None:
+    base, run = tmp_path / "base", tmp_path / "moved"
+    shutil.copytree(home / "base", base)
+    adapter_run(tmp_path, "run", base, "steps=2", "adapter.keep_base=true")
+    kept, file = tmp_path / "run" / "base_weights", "model.safetensors"
+    assert [path.name for path in kept.iterdir()] == [file] and (kept / file).samefile(base / file)
+    shutil.rmtree(base)
+    adapter_run(tmp_path, "run", base, f"steps={STEPS}")
+    assert steps_of(tmp_path / "run") == steps_of(home / "run")
+    (tmp_path / "run").rename(run)
+    assert main(["generate", str(run), "--ids", "1,5", "--tokens", "2", "--greedy"]) == 0
+    assert main(["export", str(run), str(tmp_path / "out"), "--merge"]) == 0
+    out = exported(home, "merged", "--merge")
+    assert (tmp_path / "out" / file).read_bytes() == (out / file).read_bytes()
+
+
 def test_peft_loads_the_exported_folder_and_computes_the_same(home: Path) -> None:
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     out = exported(home, "adapter")
