@@ -142,6 +142,7 @@ LIMITS = (
     _above_zero("model.initializer_range", "weights that all start at 0 cannot be trained"),
     _at_least("model.loss_chunk", 1, "it counts tokens"),
     _choice("adapter.name", "none", "lora", "dora"),
+    _choice("adapter.base", "nf4"),
     _at_least("adapter.rank", 1, "it counts columns and rows"),
     _above_zero("adapter.alpha", "an adapter multiplied by 0 changes nothing"),
     Limit(

@@ -317,7 +317,7 @@ def read_config(run: RunDirectory) -> Config:
         config = from_dict(migrate(values))
     except ConfigError as error:
         raise ConfigError(f"{run.config}: {error}") from None
-    if config.adapter.keep_base:  # they are found from here
+    if run.base_weights.is_dir():  # which are found from here
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run.path.absolute())))
     return _with_kept_tokenizer(run, config)
 

@@ -121,6 +121,7 @@ class AdapterConfig:
     rank_pattern: dict[str, Any] = fixed({})  # another rank for targets by name or pattern: {q_proj: 16}
     modules_to_save: list[str] = fixed([])  # modules of the base that are trained whole, such as [embedding, head]
     dropout: float = maths(0.0)  # share of each adapter's inputs that is left out in training, drawn anew each time
+    base: str | None = fixed()  # nf4: weights of the blocks' linear layers in four bits; default: as the model has them
     keep_base: bool = free(False)  # keep the base's weights in the run directory, by hard links where that is possible
     init_from: str | None = fixed()  # folder of an adapter in peft's format, whose shape and values the run begins with
 

@@ -21,6 +21,7 @@ from stoker.parallel.model import ParallelizableModel
 from stoker.parallel.suggestions import shortened
 from stoker.parallel.tensor.dropout import Dropout, TokenNumbers
 from stoker.parallel.tensor.low_rank import SLOT, AdaptedLinear, LowRank, WeightDecomposed, takes_adapters
+from stoker.parallel.tensor.nf4 import WANTED
 
 ALL_LINEAR = "all-linear"
 
@@ -36,6 +37,7 @@ class AdapterPlan:
     trained: frozenset[str]
     saved_whole: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()  # linear layers of all-linear that take no adapter
+    packed: frozenset[str] = frozenset()  # linear layers whose weights are held in four bits
     magnitudes: bool = False  # whether the lengths of the rows of adapted weights are trained apart (DoRA)
 
 
@@ -79,6 +81,10 @@ def apply(part: nn.Module, plan: AdapterPlan | None, config: Config) -> nn.Modul
     for name, parameter in part.named_parameters():
         parameter.requires_grad_(name in plan.trained)
     for name, module in list(part.named_modules()):
+        if name in plan.packed:
+            if type(module) is nn.Linear:
+                module.__class__ = AdaptedLinear
+            setattr(module, WANTED, True)
         if (rank := plan.ranks.get(name)) is not None:
             assert isinstance(module, nn.Linear)
             if type(module) is nn.Linear:
@@ -165,7 +171,12 @@ def _of_adapter(whole: nn.Module, adapter: AdapterConfig, names: Names) -> Adapt
     once = {id(parameter): name for name, parameter in reversed(list(whole.named_parameters()))}
     trained = {once[id(parameter)] for name in saved for parameter in modules[name].parameters()}
     left_out = tuple(name for name in inside if name not in targets) if ALL_LINEAR in adapter.target_modules else ()
-    return AdapterPlan(ranks, frozenset(trained), tuple(saved), left_out, adapter.name == "dora")
+    packed: frozenset[str] = frozenset()
+    if adapter.base == "nf4":
+        blocks, apart = tuple(names.blocks.values()), tuple(f"{name}." for name in saved)
+        those = (name for name in linear if name.startswith(blocks) and not f"{name}.".startswith(apart))
+        packed = frozenset(name for name in those if takes_adapters(modules[name]))
+    return AdapterPlan(ranks, frozenset(trained), tuple(saved), left_out, packed, adapter.name == "dora")
 
 
 def _in_blocks(adapter: AdapterConfig, names: Names, linear: Sequence[str]) -> Iterator[str]:

@@ -233,6 +233,25 @@ def _base_to_keep(start: Start) -> str | None:
 
 
 @REFUSALS.entry(
+    "packed bases",
+    "adapter.base=nf4 with adapter=dora or precision=fp8",
+    "lengths of rows, and float8, need the weights themselves",
+)
+def _packed_base(start: Start) -> str | None:
+    adapter, precision = start.config.adapter, start.config.precision
+    if adapter.base is None or adapter.name == "none" or (adapter.name != "dora" and precision != "fp8"):
+        return None
+    works = [
+        *(["adapter=lora"] if adapter.name == "dora" else []),
+        *(["precision=bf16"] if precision == "fp8" else []),
+    ]
+    return (
+        f"adapter.base={adapter.base} with adapter={adapter.name} and precision={precision}: {' and '.join(works)} "
+        "works, or adapter.base=null"
+    )
+
+
+@REFUSALS.entry(
     "dropout of DoRA",
     "adapter.dropout with adapter=dora",
     "peft applies its dropout to the base's share too, by a second product with each weight",

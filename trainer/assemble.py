@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,6 +31,7 @@ from stoker.trainer.frozen_base import FrozenBase, frozen_names
 from stoker.trainer.history import SavedOnce, has_saved, nothing_to_resume
 from stoker.trainer.loop import Trainer
 from stoker.trainer.magnitudes import set_magnitudes
+from stoker.trainer.packed_base import fill_packed
 from stoker.trainer.parallelize import NO_HEAD, build_engine, compiles, part_builder
 from stoker.trainer.pretrained import load_pretrained
 from stoker.trainer.pretrained_adapter import load_adapter
@@ -131,7 +133,8 @@ def assemble(
 
     if base is not None:  # which no checkpoint holds
         begin()
-        base.measure(engine.shards(), mesh)
+        packed = fill_packed(complete, engine.modules()) if config.adapter.base else ()
+        base.measure(itertools.chain(engine.shards(), packed), mesh)
 
     def restore() -> dict[str, Any] | None:
         held = engine.shards() if base is None else base.saved(engine.shards())

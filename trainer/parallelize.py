@@ -29,7 +29,7 @@ from stoker.parallel.engine import Engine
 from stoker.parallel.fp32_modules import compute_in_fp32
 from stoker.parallel.gpu_clock import GpuClock
 from stoker.parallel.initialize import initialize
-from stoker.parallel.layout import BatchPlan, Layout
+from stoker.parallel.layout import OF_TOKENS, BatchPlan, Layout
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import ParallelizableModel, Part, whole_model
 from stoker.parallel.native import build_native
@@ -42,6 +42,7 @@ from stoker.parallel.tensor import enable_async_tensor_parallelism, parallelize_
 from stoker.parallel.tensor.dropout import TokenNumbers, token_numbers
 from stoker.parallel.tensor.float8 import float8_of, refuse_device
 from stoker.parallel.tensor.low_rank import SLOT
+from stoker.parallel.tensor.nf4 import BLOCK, WANTED, pack, packed_in
 from stoker.parallel.trial import Trial
 
 log = logging.getLogger(__name__)
@@ -130,6 +131,9 @@ def build_engine(
             trial.refuse_open_regions(stage, registry, received, rebuild, whole_received)
     if mesh.layout.pp > 1:
         registry = _tie_stages(config, mesh, registry, stages)
+    known = registry
+    if config.adapter.base == "nf4":
+        registry = _pack_weights(mesh, registry, stages)
 
     sequence = sequence_axis(config, mesh)
     if sequence is not None:
@@ -159,6 +163,10 @@ def build_engine(
 
     def initialise() -> None:
         initialize(engine.shards(), registry.initial, config.run.seed)
+        for packed in packed_in(stages):
+            shard = packed.shard()
+            initialize([shard], known.initial, config.run.seed)
+            packed.fill(shard.data)
         engine.shards_written()
 
     return engine, initialise
@@ -255,6 +263,20 @@ def _tie_stages(config: Config, mesh: Mesh, registry: Registry, stages: list[nn.
         else entry
         for entry in registry.entries.values()
     )
+
+
+def _pack_weights(mesh: Mesh, registry: Registry, stages: list[nn.Module]) -> Registry:
+    """Hold frozen weights of linear layers in four bits: the entries of what is left to the sharding strategy."""
+    places = mesh.layout.place(mesh.rank, OF_TOKENS), mesh.layout.size(OF_TOKENS)
+    gone: set[str] = set()
+    for stage in stages:
+        for name, module in stage.named_modules():
+            if getattr(module, WANTED, False):
+                assert isinstance(module, nn.Linear)
+                pack(module, registry.entries[f"{name}.weight"], places, mesh.device)
+                gone.add(f"{name}.weight")
+    log.info("nf4: weights of %d linear layers of this rank, in blocks of %d", len(gone), BLOCK)
+    return Registry(entry for entry in registry.entries.values() if entry.name not in gone)
 
 
 def _shared(activation: Tensor, ranks: int) -> Tensor:

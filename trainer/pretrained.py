@@ -94,7 +94,7 @@ def init_folder(config: Config) -> Path:
 
 def weights_folder(config: Config) -> Path:
     """Where weights are read: what the run has kept of them (`adapter.keep_base`), else `model.init_from`."""
-    if config.adapter.keep_base and config.run.dir is not None:
+    if config.adapter.name != "none" and config.run.dir is not None:
         kept = RunDirectory(Path(config.run.dir)).base_weights
         if kept.is_dir():
             return kept

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stoker.parallel.model import Constant, Normal
 from stoker.parallel.registry import Entry, Piece
 from stoker.parallel.shards import whole
+from stoker.parallel.tensor import nf4
 from stoker.parallel.tensor.axis import Share, TensorAxis, sharded_entry
 from stoker.parallel.tensor.dropout import Dropout
 from stoker.parallel.tensor.float8 import linear
@@ -49,7 +50,7 @@ class LowRank(nn.Module):
 
     def product(self, layer: nn.Linear, x: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's product with what is added to its weight: `[..., out]`."""
-        return linear(layer, x, bias) + self(x)
+        return of_base(layer, x, bias) + self(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """What is added to the layer's output for `x` `[..., in]`: `[..., out]`."""
@@ -124,10 +125,16 @@ def low_rank_of(layer: nn.Module) -> LowRank | None:
     return getattr(layer, SLOT, None)
 
 
+def of_base(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` of a linear layer, without an adapter."""
+    packed = nf4.packed_of(layer)
+    return linear(layer, x, bias) if packed is None else nf4.product(packed, x, bias)
+
+
 def product(layer: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` of a linear layer, with what its adapter adds."""
     adapter = low_rank_of(layer)
-    return adapter.product(layer, x, bias) if adapter is not None and adapter.enabled else linear(layer, x, bias)
+    return adapter.product(layer, x, bias) if adapter is not None and adapter.enabled else of_base(layer, x, bias)
 
 
 @contextmanager

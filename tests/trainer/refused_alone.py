@@ -43,6 +43,7 @@ BEYOND = [
     "model.initializer_range=0",
     "model.loss_chunk=0",
     "adapter.name=lore",
+    "adapter.base=nf8",
     "adapter.rank=0",
     "adapter.alpha=0",
     "adapter.dropout=1",

@@ -183,6 +183,10 @@ TOGETHER = {
     "a base to keep": [
         (["adapter.name=lora", "adapter.keep_base=true"], 1, 0, "adapter.keep_base=false works"),
     ],
+    "packed bases": [
+        (["adapter.name=dora", "adapter.base=nf4"], 1, 0, "adapter=lora works, or adapter.base=null"),
+        (["adapter.name=lora", "adapter.base=nf4", "precision=fp8"], 1, 0, "precision=bf16 works"),
+    ],
     "dropout of DoRA": [
         (["adapter.name=dora", "adapter.dropout=0.1"], 1, 0, "adapter.dropout=0 works, or adapter=lora"),
     ],

@@ -17,6 +17,7 @@ from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
 from stoker.launch.generate import load_model
 from stoker.models.peft_folder import WEIGHTS
+from stoker.parallel.tensor.nf4 import rounded
 from stoker.trainer.facts import with_vocabulary
 from tests.adapted import adapter_run, adapter_words, checkpoint_of
 from tests.launch.runs import assert_same_state, steps_of
@@ -178,7 +179,7 @@ def test_an_adapter_trained_with_dropout_goes_on_with_it(home: Path, tmp_path: P
     words = ["adapter=-", "adapter.rank=-", "adapter.target_modules=-", f"adapter.init_from={out}", "steps=2"]
     runs = {name: adapter_run(tmp_path, name, home / "base", *words, *more) for name, more in DROPOUTS.items()}
     assert [read_config(run).adapter.dropout for run in runs.values()] == [0.25, 0.25, 0.0]
-    losses = [steps_of(run.path) for run in runs.values()]
+    losses = [[step[2] for step in steps_of(run.path)] for run in runs.values()]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[2] != pytest.approx(losses[0], rel=1e-4)
     assert main(["export", str(runs["theirs"].path), str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_dropout"] == 0.25
@@ -261,3 +262,27 @@ def test_lengths_come_in_again_to_the_last_bit(lengths: Path, tmp_path: Path) ->
     assert main(["export", str(run.path), str(tmp_path / "out")]) == 0
     for name in ("adapter_config.json", WEIGHTS):
         assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes(), name
+
+
+def test_a_packed_base_is_unpacked_where_it_is_merged(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    write_family(tmp_path / "base", "qwen2", hidden_size=64, intermediate_size=128)
+    run = adapter_run(tmp_path, "run", tmp_path / "base", "adapter.base=nf4")
+    adapter_run(tmp_path, "resumed", tmp_path / "base", "adapter.base=nf4", "steps=2")
+    adapter_run(tmp_path, "resumed", tmp_path / "base", "adapter.base=nf4")
+    assert steps_of(tmp_path / "resumed") == steps_of(run.path)
+    assert main(["export", str(run.path), str(tmp_path / "merged"), "--merge"]) == 0
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    stored = dict(read_tensors(checkpoint_of(run)))
+    a, b = (stored[f"layers.1.mlp.down.lora.{matrix}"] for matrix in "AB")
+    base = rounded(before["model.layers.1.mlp.down_proj.weight"])
+    assert torch.allclose(after["model.layers.1.mlp.down_proj.weight"], base + 4.0 * b @ a, atol=1e-6, rtol=0)
+    name = "model.layers.1.mlp.up_proj.weight"  # without an adapter
+    assert torch.equal(after[name], rounded(before[name])) and not torch.equal(after[name], before[name])
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    ours = load_model(with_vocabulary(read_config(run), run.tokenizer), checkpoint_of(run))
+    tokens = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = ours(tokens, torch.arange(40).expand(2, -1), None).view(2, 40, -1)
+    found = logits_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    assert (found - expected).abs().max() < 5e-5
