@@ -7,6 +7,7 @@ import torch
 
 from stoker.conf.schema import AdapterConfig, Config
 from stoker.parallel.layout import Layout
+from stoker.parallel.shards import GRADIENT
 from tests import world
 from tests.extent import some
 from tests.parallel.parity import Case, Measured, cases, layouts, train
@@ -85,6 +86,20 @@ def test_every_layout_trains_the_adapter_of_one_process(layout: Layout) -> None:
 @pytest.mark.parametrize("context", ["gather", "ulysses"])
 def test_ranks_that_share_sequences_drop_what_one_process_drops(context: str) -> None:
     assert_one_run(Layout(cp=2), [(Case(4, context=context), "dropout"), (Case(2, context=context), "dora")])
+
+
+@pytest.mark.long
+def test_in_bf16_lengths_of_rows_are_trained_in_fp32() -> None:
+    layout = Layout(1, 2, zero=3)
+    alone, sharded = config_of(Case(4), Layout(), "dora"), config_of(Case(4), layout, "dora")
+    alone.precision = sharded.precision = "bf16"
+    (wanted,) = world.run(train, 1, [alone], 4, timeout=240.0)[0]
+    found = [rank[0] for rank in world.run(train, 2, [sharded], 4, timeout=240.0)]
+    assert found[0].trace.losses == pytest.approx(wanted.trace.losses, rel=2e-3)
+    gradients, expected = (assemble([m.gradients for m in ranks], GRADIENT) for ranks in (found, [wanted]))
+    for name, value in expected.items():
+        if name.endswith("magnitude.weight"):
+            assert normwise(gradients[name], value) < 2e-2, name
 
 
 STAGES = [Layout(2), *(Layout(1, 2, zero=zero) for zero in (1, 2, 3))]
