@@ -85,6 +85,7 @@ ZERO_BUBBLE = (
     "dualpipev",
 )  # schedules with a message in `stoker.trainer.validate`
 
+_WITH_EXPERTS = ("qwen3_moe", "mixtral", "olmoe")  # families
 
 LIMITS = (
     _at_least("steps", 1, "a run takes steps"),
@@ -104,11 +105,13 @@ LIMITS = (
         "a ramp follows the tokens read",
         _is_ramp,
     ),
-    _choice("model.family", "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2"),
+    _choice("model.family", "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", *_WITH_EXPERTS),
     _at_least("parallel.tp", 1, "it counts ranks"),
     _at_least("parallel.pp", 1, "it counts stages"),
     _at_least("parallel.cp", 1, "it counts ranks"),
     _choice("parallel.context", "gather", "ulysses"),
+    _at_least("parallel.ep", 1, "it counts ranks"),
+    _choice("parallel.token_dispatcher", "alltoall", "allgather"),
     Limit("parallel.zero", "0, 1, 2 or 3", "these are the stages of ZeRO", range(4).__contains__),
     _at_least("parallel.dp_replicate", 1, "it counts copies of the shards"),
     _choice("parallel.schedule", "1f1b", "gpipe", "interleaved", judged_elsewhere=ZERO_BUBBLE),
@@ -128,6 +131,12 @@ LIMITS = (
         lambda value: value > 0 and value % 2 == 0,
     ),
     _at_least("model.intermediate_size", 1, "it counts channels"),
+    _at_least("model.num_experts", 0, "it counts experts"),
+    _at_least("model.num_experts_per_tok", 1, "it counts experts"),
+    _at_least("model.moe_intermediate_size", 1, "it counts channels"),
+    _at_least("model.num_shared_experts", 0, "it counts experts"),
+    _at_least("model.first_dense_layers", 0, "it counts layers"),
+    _choice("model.router", "softmax", "sigmoid"),
     _above_zero("model.rms_norm_eps", "it keeps a norm of zeros finite"),
     _choice("model.qk_norm_over", "head", "projection"),
     _choice("model.norm_placement", "before", "after"),
@@ -141,9 +150,16 @@ LIMITS = (
     _above_zero("model.logits_scaling", "logits are divided by it"),
     _above_zero("model.initializer_range", "weights that all start at 0 cannot be trained"),
     _at_least("model.loss_chunk", 1, "it counts tokens"),
-    _choice("adapter.name", "none", "lora"),
+    _choice("adapter.name", "none", "lora", "dora"),
+    _choice("adapter.base", "nf4"),
     _at_least("adapter.rank", 1, "it counts columns and rows"),
     _above_zero("adapter.alpha", "an adapter multiplied by 0 changes nothing"),
+    Limit(
+        "adapter.dropout",
+        "0, or from 0.00002 to 0.99998",
+        "probabilities are multiples of 2^-16",
+        lambda value: value == 0 or 0.00002 <= value <= 0.99998,
+    ),
     Limit(
         "adapter.rank_pattern",
         "ranks of at least 1 by name or pattern, such as {q_proj: 16}",

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stoker.conf.fields import fixed, free, maths
+from stoker.conf.model_schema import ModelConfig as ModelConfig
+from stoker.conf.model_schema import RopeParameters as RopeParameters
 from stoker.conf.values import ConfigError, expected, fits, options
 
 
@@ -51,6 +53,9 @@ class ParallelConfig:
     pp: int = free(1)  # pipeline stages (times stages_per_rank)
     cp: int = free(1)  # context parallelism: ranks that share the tokens of each sequence
     context: str = free("gather")  # how their attention meets: gather (keys and values) | ulysses (heads for tokens)
+    ep: int = free(1)  # expert parallelism: of the ranks that read different tokens, so many hold the experts together
+    token_dispatcher: str = free("alltoall")  # how tokens reach experts on other ranks: alltoall | allgather
+    expert_tp: bool = free(False)  # with tp > 1: each rank has a share of every expert's channels, not whole experts
     zero: int = free(1)  # 0 replicate | 1 shard optimizer state | 2 and gradients | 3 and parameters
     dp_replicate: int | None = free()  # copies of the shards (hybrid sharding); derived for ZeRO 0, else 1
     schedule: str = free("1f1b")  # pipeline schedule: 1f1b | gpipe | interleaved
@@ -63,56 +68,10 @@ class ParallelConfig:
 
 
 @dataclass
-class RopeParameters:
-    """Rotary position embedding, with the keys of transformers' `rope_parameters`; a null key is absent."""
-
-    rope_type: str = fixed("default")  # default | llama3 (frequencies scaled as in the Llama 3.1 model card)
-    rope_theta: float = fixed(10000.0)  # base of the rotary wavelengths, in tokens
-    factor: float | None = fixed()  # llama3: context extension
-    low_freq_factor: float | None = fixed()  # llama3: original context / wavelength below which all is scaled
-    high_freq_factor: float | None = fixed()  # llama3: and above which nothing is
-    original_max_position_embeddings: int | None = fixed()  # llama3: tokens the base model was trained at
-
-
-@dataclass
-class ModelConfig:
-    target: str = fixed("stoker.models.decoder:build")  # import path pkg.mod:function of the builder
-    name: str = free("model")  # for run names and tables
-    family: str | None = free()  # of exports, such as mistral (see model.family in docs/refusals.md); default: by shape
-    init_from: str | None = fixed()  # directory to take shape, weights and tokenizer from: Hugging Face's or a run's
-    native: bool | None = fixed()  # with init_from: Stoker's own modules (true) or transformers'; default: where equal
-    config: Any = fixed()  # for model=transformers: a config.json, its folder or its values; default: init_from's
-    init_only: list[str] = fixed([])  # with init_from: take these parameters (`layers.*`) only; default: all
-    vocab_size: int | None = fixed()  # tokens; default: the tokenizer's
-    hidden_size: int = fixed(256)  # channels of the residual stream
-    num_hidden_layers: int = fixed(6)  # transformer blocks
-    num_attention_heads: int = fixed(8)  # query heads
-    num_key_value_heads: int | None = fixed()  # key and value heads; default: num_attention_heads
-    head_dim: int | None = fixed()  # channels per head; default: hidden_size / num_attention_heads
-    intermediate_size: int = fixed(704)  # channels inside the SwiGLU MLP
-    rms_norm_eps: float = fixed(1e-5)  # added to the mean square in RMSNorm
-    rope_parameters: RopeParameters = fixed(RopeParameters)
-    nope_layers: list[int] = fixed([])  # numbers of the layers without rotary embedding (SmolLM3)
-    qk_norm: bool = fixed(False)  # RMSNorm on queries and keys per head (Qwen3)
-    qk_norm_over: str = fixed("head")  # head | projection: one mean square of all heads' channels (OLMo 2)
-    norm_placement: str = fixed("before")  # before | after: RMSNorm of what a sublayer takes or gives (OLMo 2)
-    qkv_bias: bool = fixed(False)  # biases on the query, key and value projections (Qwen2)
-    embedding_multiplier: float = fixed(1.0)  # of what the embedding gives (Granite, as the next three)
-    attention_multiplier: float | None = fixed()  # of the scores of attention; default: 1 / sqrt(head_dim)
-    residual_multiplier: float = fixed(1.0)  # of what attention and MLP add to the residual stream
-    logits_scaling: float = fixed(1.0)  # logits are divided by it
-    tie_word_embeddings: bool = fixed(False)  # one matrix for the embedding and the head
-    initializer_range: float = fixed(0.02)  # standard deviation of initial weights
-    loss_chunk: int = free(1024)  # tokens whose logits exist at one time
-    freeze: list[str] = fixed([])  # parameters, or modules with all of theirs, not to train: [embedding, layers.0.*]
-    args: dict[str, Any] = fixed({})  # for a user's model.target; for model=transformers: changes of model.config
-
-
-@dataclass
 class AdapterConfig:
     """Keys by peft's names. Modules go by Stoker's names, by Hugging Face's, or by the end of one (`q_proj`)."""
 
-    name: str = fixed("none")  # none | lora: only the product of two thin matrices beside each target is trained
+    name: str = fixed("none")  # none | lora: two thin matrices beside each target | dora: and the lengths of its rows
     rank: int = fixed(8)  # columns and rows of the thin matrices
     alpha: float = fixed(16.0)  # their product is multiplied by alpha / rank
     rslora: bool = fixed(False)  # by alpha / sqrt(rank) instead
@@ -120,6 +79,9 @@ class AdapterConfig:
     layers_to_transform: list[int] = fixed([])  # numbers of the blocks whose linear layers are targets; default: all
     rank_pattern: dict[str, Any] = fixed({})  # another rank for targets by name or pattern: {q_proj: 16}
     modules_to_save: list[str] = fixed([])  # modules of the base that are trained whole, such as [embedding, head]
+    dropout: float = maths(0.0)  # share of each adapter's inputs that is left out in training, drawn anew each time
+    base: str | None = fixed()  # nf4: weights of the blocks' linear layers in four bits; default: as the model has them
+    keep_base: bool = free(False)  # keep the base's weights in the run directory, by hard links where that is possible
     init_from: str | None = fixed()  # folder of an adapter in peft's format, whose shape and values the run begins with
 
 
@@ -346,7 +308,6 @@ class Config:
 
 
 GROUPS = ("model", "adapter", "objective", "data", "optim", "schedule", "tracker", "launch")
-PER_START = ("run.fresh", "run.change", "run.trust", "run.adopt", "launch.deadline")  # keys that no run keeps
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -374,12 +335,6 @@ def from_dict(values: dict[str, Any], kind: type = Config, prefix: str = "") -> 
             value = float(value)
         arguments[name] = value
     return kind(**arguments)
-
-
-def lasting(config: Config) -> Config:
-    """`config` without the keys for one start: the form in which a run keeps it."""
-    run = dataclasses.replace(config.run, fresh=False, change=False, trust=False, adopt=False)
-    return dataclasses.replace(config, run=run, launch=dataclasses.replace(config.launch, deadline=None))
 
 
 def leaves(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:

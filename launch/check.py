@@ -41,6 +41,7 @@ ONE_PROCESS = [
     "parallel.tp=1",
     "parallel.pp=1",
     "parallel.cp=1",
+    "parallel.ep=1",
     "parallel.zero=0",
     "parallel.dp_replicate=null",
     "parallel.schedule=1f1b",

@@ -29,6 +29,11 @@ def lines_of(layout: Layout, plan: BatchPlan, width: int) -> Iterator[str]:
     for axis in AXES:
         yield ""
         yield from _groups_of(axis, layout, width)
+    if layout.ep > 1:
+        together = layout.expert_groups()
+        yield ""
+        yield f"ep: {_counted(len(together), 'group')} of {layout.ep:,}, which hold the experts together; no axis"
+        yield from _table("  ", [ranks_in_words(group) for group in together], width)
 
 
 def _groups_of(axis: str, layout: Layout, width: int) -> Iterator[str]:
@@ -58,7 +63,8 @@ def _place(layout: Layout, rank: int, axes: Sequence[str]) -> str:
 
 
 def _table(label: str, cells: Sequence[str], width: int) -> Iterator[str]:
-    """`label` and beside it `cells`, all equally wide, in as many lines as they need."""
+    """`label` and beside it `cells`, in columns as wide as the widest, in as many lines as they need."""
+    cells = [cell.ljust(max(map(len, cells))) for cell in cells]
     columns = max(1, (width - len(label)) // (len(cells[0]) + 2))
     for start in range(0, len(cells), columns):
         yield (label + "  ".join(cells[start : start + columns])).rstrip()

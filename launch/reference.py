@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stoker.conf import schema
+from stoker.conf import model_schema, schema
 from stoker.conf.limits import LIMITS
 from stoker.conf.schema import Config, leaves, lookup
 from stoker.conf.values import expected
@@ -96,15 +96,15 @@ def _sections(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, type
 
 def _comments() -> dict[tuple[str, str], str]:
     """The comment behind each field of the schema, by class and field."""
-    source = inspect.getsource(schema)
-    lines = source.splitlines()
     found = {}
-    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
-    for node in classes:
-        for field in node.body:
-            if isinstance(field, ast.AnnAssign) and field.end_lineno is not None:
-                _, _, comment = lines[field.end_lineno - 1].partition("  # ")
-                found[node.name, ast.unparse(field.target)] = comment
+    for module in (schema, model_schema):
+        source = inspect.getsource(module)
+        lines = source.splitlines()
+        for node in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign) and field.end_lineno is not None:
+                    _, _, comment = lines[field.end_lineno - 1].partition("  # ")
+                    found[node.name, ast.unparse(field.target)] = comment
     return found
 
 

@@ -1,4 +1,4 @@
-"""The decoder: blocks of attention and a SwiGLU MLP, whole or the part of it that a pipeline stage holds.
+"""The decoder: blocks of attention and a SwiGLU MLP, or experts, whole or the part of it that a pipeline stage holds.
 
 As a family it is Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite and OLMo 2.
 """
@@ -11,37 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stoker.conf.schema import ModelConfig
 from stoker.models import hugging_face_config as theirs
+from stoker.models import hugging_face_experts as experts
 from stoker.models.attention import Attention, AttentionContext, AttentionMask, attention_context, cached_mask
 from stoker.models.cache import Cache, LayerCache
 from stoker.models.embedding import Embedding
+from stoker.models.expert_refusals import REFUSALS
 from stoker.models.family import Exported, Family, renamed
+from stoker.models.feed_forward import feed_forward
 from stoker.models.flops import flops_per_token
-from stoker.models.hugging_face import changed_config_json, config_json, reference_name, tensor_name
+from stoker.models.hugging_face import changed_config_json, config_json, family_of, reference_name, tensor_name
 from stoker.models.hugging_face_weights import HEAD, StoredTensor, has_own_head, open_weights
 from stoker.models.loss import Head
-from stoker.models.refusals import REFUSALS
+from stoker.parallel.experts import Experts
 from stoker.parallel.model import Constant, Normal, Part
-from stoker.parallel.tensor.layers import ColumnLinear, CopyToTensorParallel, RowLinear
-
-
-class Mlp(nn.Module):
-    """SwiGLU (Shazeer 2020)."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.enter = CopyToTensorParallel()
-        self.gate = ColumnLinear(width, hidden, bias=False)
-        self.up = ColumnLinear(width, hidden, bias=False)
-        self.down = RowLinear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x)
-        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
@@ -52,7 +38,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, number)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = Mlp(config.hidden_size, config.intermediate_size)
+        self.mlp = feed_forward(config, number)
         self.multiplier = config.residual_multiplier
 
     def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
@@ -67,7 +53,7 @@ class PostNormBlock(nn.Module):
         super().__init__()
         self.attention = Attention(config, number)
         self.attention_post_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = Mlp(config.hidden_size, config.intermediate_size)
+        self.mlp = feed_forward(config, number)
         self.mlp_post_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.multiplier = config.residual_multiplier
 
@@ -76,6 +62,7 @@ class PostNormBlock(nn.Module):
         return torch.add(x, self.mlp_post_norm(self.mlp(x)), alpha=self.multiplier)
 
 
+_INTO_STREAM = ("attention.o.weight", "mlp.down.weight", "shared.down.weight", "experts.down_proj")
 _BLOCKS: dict[str, type[Block | PostNormBlock]] = {"before": Block, "after": PostNormBlock}
 
 
@@ -136,7 +123,7 @@ class Decoder(nn.Module):
             return Constant(1.0)
         if name.endswith(".bias"):
             return Constant(0.0)
-        if name.endswith(("attention.o.weight", "mlp.down.weight")):
+        if name.endswith(_INTO_STREAM):
             return Normal(self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers))
         return Normal(self.config.initializer_range)
 
@@ -154,6 +141,12 @@ class DecoderFamily(Family):
 
     def __call__(self, config: ModelConfig, part: Part) -> nn.Module:
         return Decoder(config, part)
+
+    def layer_cost(self, config: ModelConfig, block: nn.Module) -> float:
+        """Parameters of experts count by the share of the tokens that an expert gets."""
+        share = config.num_experts_per_tok / max(1, config.num_experts)
+        experts = {id(p) for module in block.modules() if isinstance(module, Experts) for p in module.parameters()}
+        return float(sum(p.numel() * (share if id(p) in experts else 1.0) for p in block.parameters()))
 
     def flops_per_token(self, config: ModelConfig, seq_len: int, parameters: int) -> int:
         return flops_per_token(config, seq_len, parameters)
@@ -177,11 +170,18 @@ class DecoderFamily(Family):
         ours = {tensor_name(name): name for name in names}
         # A head beside a tied embedding is a copy of the embedding, or one tensor too many.
         repeated = config.tie_word_embeddings and not has_own_head(found)
-        return {ours.get(name, name): part for name, part in found.items() if not (repeated and name == HEAD)}
+        stacks = {name: config.num_experts for name in ours if name.endswith((experts.GATE_UP, experts.DOWN))}
+        tensors = experts.stacked(found, stacks) if stacks else found
+        return {ours.get(name, name): part for name, part in tensors.items() if not (repeated and name == HEAD)}
 
     def exported(self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Exported]:
+        family = family_of(config) if config.num_experts else ""
         for name, shape in shapes.items():
-            yield renamed(name, tensor_name(name), shape)
+            theirs = tensor_name(name)
+            if theirs.endswith((experts.GATE_UP, experts.DOWN)):
+                yield experts.apart(name, theirs, shape, family)
+            else:
+                yield renamed(name, experts.file_name(theirs, family), shape)
 
     def config_json(self, config: ModelConfig, dtype: str, context: int, end: int | None) -> dict[str, Any]:
         return config_json(config, dtype, context, end)

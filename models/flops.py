@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from stoker.conf.schema import ModelConfig
 from stoker.models.attention import head_dim_of
+from stoker.models.feed_forward import idle_parameters
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, parameters: int) -> int:
     """Floating-point operations of training on one token, forward and backward.
 
     As published utilisations count them (Chowdhery et al. 2022, PaLM, appendix B): 6 for each of the `parameters` of
-    the whole model that multiplies, which a looked-up embedding does not, and attention as if it were not causal.
+    the whole model that multiplies, which a looked-up embedding and the experts of other tokens do not, and attention
+    as if it were not causal.
     """
     looked_up = 0 if config.tie_word_embeddings else (config.vocab_size or 0) * config.hidden_size
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim_of(config) * seq_len
-    return 6 * (parameters - looked_up) + attention
+    return 6 * (parameters - looked_up - idle_parameters(config)) + attention

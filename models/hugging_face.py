@@ -1,17 +1,18 @@
 """The decoder family in Hugging Face's format: the names of tensors, and config.json for export.
 
-No weight changes its layout: `stoker.models.rope` pairs channels as Hugging Face's models do, and queries,
-keys and values are separate tensors on both sides.
+Of weights only those of experts change their layout (`stoker.models.hugging_face_experts`): `stoker.models.rope` pairs
+channels as Hugging Face's models do, and queries, keys and values are separate tensors on both sides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from stoker.conf.schema import ModelConfig
 from stoker.models.attention import head_dim_of, scale_of
+from stoker.models.feed_forward import expert_width
 from stoker.parallel.dtypes import PRECISIONS
 
 OWN_MODEL = "stoker"  # model_type of an exported model that is not one of Hugging Face's (`model.target`)
@@ -28,6 +29,8 @@ _INNER = {
     "attention_post_norm": "post_attention_layernorm",  # a layer has either this one or `mlp_norm`
     "mlp_post_norm": "post_feedforward_layernorm",
     "attention": "self_attn",
+    "router": "gate",
+    "shared": "shared_experts",
 }
 _PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 SHAPE = {  # ours -> theirs, where both mean the same number
@@ -57,23 +60,42 @@ class Family:
     always: Mapping[str, Any] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
     pads: bool = False  # by default with a token that small vocabularies lack
+    sparse: bool = False  # with experts
+    names: Mapping[str, str] = field(default_factory=dict)  # of `reads` in config.json, where they are others
+
+    @property
+    def all_sparse(self) -> bool:
+        """Whether every layer has experts, as wide as its config's intermediate_size."""
+        return self.sparse and "moe_intermediate_size" not in self.reads
 
     def value(self, key: str, parsed: Any) -> Any:
         """That of the switch `key` in a config of transformers'. Raises ValueError."""
         if key not in self.reads:
             return self.always.get(key, SWITCHES[key])
-        return _nope_layers(parsed) if key == "nope_layers" else float(getattr(parsed, key))
+        if key in _FROM_LISTS:
+            return _FROM_LISTS[key](parsed)
+        found = getattr(parsed, self.names.get(key, key))
+        return float(found) if key in _MULTIPLIERS else found
 
     def fits(self, config: ModelConfig) -> bool:
+        if self.sparse != (config.num_experts > 0):
+            return False
         return all(
-            getattr(config, key) == self.always.get(key, off) for key, off in SWITCHES.items() if key not in self.reads
+            getattr(config, key) == self.always.get(key, off)
+            for key, off in SWITCHES.items()
+            if key not in self.reads and not (self.all_sparse and key == "moe_intermediate_size")
         )
 
 
 # Keys of ModelConfig in which the families differ, with the values of a Llama.
 _MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 _SHAPES = ("qkv_bias", "qk_norm", "qk_norm_over", "norm_placement", "nope_layers")
-SWITCHES = {key: getattr(ModelConfig(), key) for key in (*_SHAPES, *_MULTIPLIERS)}
+_EXPERTS = (
+    *("num_experts", "num_experts_per_tok", "num_shared_experts", "first_dense_layers", "router"),
+    *("norm_topk_prob", "moe_intermediate_size"),
+)
+SWITCHES = {key: getattr(ModelConfig(), key) for key in (*_SHAPES, *_MULTIPLIERS, *_EXPERTS)}
+_CHOICE = ("num_experts", "num_experts_per_tok")
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family("MistralForCausalLM"),
@@ -83,6 +105,20 @@ FAMILIES = {
     "granite": Family("GraniteForCausalLM", reads=_MULTIPLIERS),
     "olmo2": Family(
         "Olmo2ForCausalLM", {"qk_norm": True, "qk_norm_over": "projection", "norm_placement": "after"}, pads=True
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {"qk_norm": True},
+        (*_CHOICE, "norm_topk_prob", "moe_intermediate_size", "first_dense_layers"),
+        sparse=True,
+    ),
+    "mixtral": Family("MixtralForCausalLM", reads=_CHOICE, sparse=True, names={"num_experts": "num_local_experts"}),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        {"qk_norm": True, "qk_norm_over": "projection"},
+        (*_CHOICE, "norm_topk_prob"),
+        pads=True,
+        sparse=True,
     ),
 }
 
@@ -201,11 +237,14 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
 
 def _switches(config: ModelConfig) -> dict[str, Any]:
     """The switches of config.json that the family of `config` reads."""
-    own = vars(config) | {"attention_multiplier": scale_of(config)}
-    values = {key: own[key] for key in FAMILIES[family_of(config)].reads}
+    own = vars(config) | {"attention_multiplier": scale_of(config), "moe_intermediate_size": expert_width(config)}
+    family = FAMILIES[family_of(config)]
+    values = {family.names.get(key, key): own[key] for key in family.reads}
     if "nope_layers" in values:
         nope = values.pop("nope_layers")
         values["no_rope_layers"] = [int(number not in nope) for number in range(config.num_hidden_layers)]
+    if "first_dense_layers" in values:
+        values["mlp_only_layers"] = list(range(values.pop("first_dense_layers")))
     return values
 
 
@@ -217,8 +256,25 @@ def _nope_layers(parsed: Any) -> list[int]:
     return [number for number in range(layers) if not flags[number]]
 
 
+def _first_dense_layers(parsed: Any) -> int:
+    """How many layers come before the first with experts. Raises ValueError for dense layers elsewhere."""
+    dense, step = sorted(set(parsed.mlp_only_layers)), parsed.decoder_sparse_step
+    if step != 1:
+        raise ValueError(f"config.json: decoder_sparse_step={step}: the decoder has experts in every layer from one on")
+    if dense != list(range(len(dense))):
+        raise ValueError(f"config.json: mlp_only_layers={dense}: the decoder's dense layers are its first")
+    return len(dense)
+
+
+_FROM_LISTS: dict[str, Callable[[Any], Any]] = {
+    "nope_layers": _nope_layers,
+    "first_dense_layers": _first_dense_layers,
+}
+
+
 def _ours(config: ModelConfig) -> dict[str, Any]:
-    return vars(config) | {
+    own = vars(config) | {
         "num_key_value_heads": config.num_key_value_heads or config.num_attention_heads,
         "head_dim": head_dim_of(config),
     }
+    return own | {"intermediate_size": expert_width(config)} if FAMILIES[family_of(config)].all_sparse else own

@@ -33,6 +33,12 @@ _ELSEWHERE = {
     "quantization_config": "quantised weights are not read",
     "compression_config": "quantised weights are not read",
 }
+_EXPERTS_ELSEWHERE = {  # keys of models with experts that the decoder does not compute
+    "clip_qkv": "the decoder has clip_qkv=null",
+    "router_jitter_noise": "the decoder has router_jitter_noise=0.0",
+    "output_router_logits": "transformers adds a loss of micro-batches to balance experts, whose value depends on how "
+    "a batch is divided: output_router_logits=false works",
+}
 _OLD_SPELLINGS = {"rope_theta", "rope_scaling", "torch_dtype", "num_labels", "_name_or_path", "name_or_path"}
 
 
@@ -105,6 +111,9 @@ def shape_of(parsed: Any, seq_len: int) -> dict[str, Any]:
         if key in declared and getattr(parsed, key):
             unset = f"{key}={0.0 if key.endswith('dropout') else False}"
             raise ValueError(f"{CONFIG}: {key}={getattr(parsed, key)}: the decoder has {unset}")
+    for key, why in _EXPERTS_ELSEWHERE.items():
+        if key in declared and getattr(parsed, key):
+            raise ValueError(f"{CONFIG}: {key}={getattr(parsed, key)}: {why}")
     if "sliding_window" in declared:
         _refuse_short_windows(parsed, seq_len)
     found = {ours: getattr(parsed, theirs) for ours, theirs in SHAPE.items()}

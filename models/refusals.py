@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from stoker.conf.schema import AdapterConfig, RopeParameters
+from stoker.models.feed_forward import all_sparse, expert_width
 from stoker.parallel.start import Refusals, Start
 from stoker.parallel.suggestions import around, divisors, either, multiples_around
 
@@ -26,35 +27,29 @@ _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_posit
 
 @REFUSALS.entry(
     "tensor parallelism",
-    "parallel.tp that does not divide model.num_attention_heads and model.intermediate_size, or that neither divides "
-    "model.num_key_value_heads nor is a multiple of it",
+    "parallel.tp that does not divide model.num_attention_heads, model.intermediate_size and the channels of shared "
+    "experts, or that neither divides model.num_key_value_heads nor is a multiple of it",
     "every rank holds equally many heads and channels, or one kv head that other ranks hold too; "
     "model.hidden_size and model.vocab_size may be of any size",
 )
 def _tensor_parallel(start: Start) -> str | None:
     tp, model = start.config.parallel.tp, start.config.model
-    heads, kv_heads, hidden = (
-        model.num_attention_heads,
-        model.num_key_value_heads or model.num_attention_heads,
-        model.intermediate_size,
-    )
-    if min(tp, heads, kv_heads, hidden) < 1:
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
+    if min(tp, heads, kv_heads, model.intermediate_size, model.moe_intermediate_size or 1) < 1:
         return None
+    shared = {"moe_intermediate_size": expert_width(model)} if model.num_experts and model.num_shared_experts else {}
+    channels = shared if all_sparse(model) else {"intermediate_size": model.intermediate_size, **shared}
 
     def shares_kv_heads(ranks: int) -> bool:
         return kv_heads % ranks == 0 or ranks % kv_heads == 0
 
-    uneven = [
-        f"model.{name}={size}"
-        for name, size in (("num_attention_heads", heads), ("intermediate_size", hidden))
-        if size % tp
-    ]
+    uneven = [f"model.{name}={size}" for name, size in {"num_attention_heads": heads, **channels}.items() if size % tp]
     if model.num_key_value_heads and not shares_kv_heads(tp):
         uneven.append(f"model.num_key_value_heads={kv_heads}")
     if not uneven:
         return None
     works, pp, cp = [], start.config.parallel.pp, start.config.parallel.cp
-    for fitting in around(tp, filter(shares_kv_heads, divisors(math.gcd(heads, hidden)))):
+    for fitting in around(tp, filter(shares_kv_heads, divisors(math.gcd(heads, *channels.values())))):
         ranks = start.world if start.dp is None else start.dp * pp * cp * fitting  # as many replicas as now
         whole = start.dp is None or start.world % (fitting * pp * cp) == 0
         works.append(f"parallel.tp={fitting}" + ("" if whole else f" with launch.nproc={ranks}"))
@@ -225,11 +220,54 @@ def _frozen_with_adapter(start: Start) -> str | None:
     )
 
 
-@REFUSALS.entry(
-    "adapters under DeepSpeed", "an adapter with parallel.engine=deepspeed", "what it computes there is not tested yet"
-)
-def _adapter_under_deepspeed(start: Start) -> str | None:
-    adapter, engine = start.config.adapter.name, start.config.parallel.engine
-    if adapter == "none" or engine != "deepspeed":
+@REFUSALS.entry("a base to keep", "adapter.keep_base without model.init_from", "there are no weights to keep")
+def _base_to_keep(start: Start) -> str | None:
+    if not start.config.adapter.keep_base or start.config.model.init_from is not None:
         return None
-    return f"adapter={adapter} with parallel.engine=deepspeed: parallel.engine=fsdp works"
+    return "adapter.keep_base=true without model.init_from: adapter.keep_base=false works"
+
+
+@REFUSALS.entry(
+    "packed bases",
+    "adapter.base=nf4 with adapter=dora or precision=fp8",
+    "lengths of rows, and float8, need the weights themselves",
+)
+def _packed_base(start: Start) -> str | None:
+    adapter, precision = start.config.adapter, start.config.precision
+    if adapter.base is None or adapter.name == "none" or (adapter.name != "dora" and precision != "fp8"):
+        return None
+    works = [
+        *(["adapter=lora"] if adapter.name == "dora" else []),
+        *(["precision=bf16"] if precision == "fp8" else []),
+    ]
+    return (
+        f"adapter.base={adapter.base} with adapter={adapter.name} and precision={precision}: {' and '.join(works)} "
+        "works, or adapter.base=null"
+    )
+
+
+@REFUSALS.entry(
+    "dropout of DoRA",
+    "adapter.dropout with adapter=dora",
+    "peft applies its dropout to the base's share too, by a second product with each weight",
+)
+def _dropout_of_dora(start: Start) -> str | None:
+    adapter = start.config.adapter
+    if adapter.name != "dora" or not adapter.dropout:
+        return None
+    return f"adapter.dropout={adapter.dropout} with adapter=dora: adapter.dropout=0 works, or adapter=lora"
+
+
+@REFUSALS.entry(
+    "DoRA under DeepSpeed",
+    "adapter=dora with parallel.engine=deepspeed in another precision than fp32",
+    "lengths of rows compute in fp32, and DeepSpeed keeps parameters of one dtype, flattened together",
+)
+def _dora_under_deepspeed(start: Start) -> str | None:
+    precision = start.config.precision
+    if start.config.adapter.name != "dora" or start.config.parallel.engine != "deepspeed" or precision == "fp32":
+        return None
+    return (
+        f"adapter=dora with parallel.engine=deepspeed and precision={precision}: parallel.engine=fsdp works, or "
+        "adapter=lora, or precision=fp32"
+    )

@@ -55,9 +55,30 @@ class Coordinate:
     tp: int
 
 
+class View(enum.StrEnum):
+    """Which ranks hold a parameter's copies and shards, and sum its gradient."""
+
+    DATA = "data"  # all that read different tokens
+    EXPERTS = "experts"  # of those, the ones with the same experts
+
+
+@dataclass(frozen=True)
+class Position:
+    """A rank's part of a parameter, among the ranks of its view."""
+
+    shard: int
+    shards: int
+    replica: int  # number among the ranks that hold the same shard
+    replicas: int
+
+
 @dataclass(frozen=True)
 class Layout:
-    """The sizes of the axes, and the ZeRO stage and engine that run on them."""
+    """The sizes of the axes, the expert-parallel degree, and the ZeRO stage and engine that run on them.
+
+    The ranks that read different tokens stand in a row, by replica, shard and place on the sequence axis. Each `ep`
+    neighbours are an expert group: together they hold every expert once, and each of them all else as without experts.
+    """
 
     dp_replicate: int = 1
     dp_shard: int = 1
@@ -66,6 +87,7 @@ class Layout:
     zero: int = 0
     engine: str = "fsdp"
     cp: int = 1
+    ep: int = 1
 
     @property
     def dp(self) -> int:
@@ -95,6 +117,41 @@ class Layout:
     def replicas(self) -> int:
         """How many copies of the shards there are."""
         return self.size(self.replication)
+
+    @property
+    def most_ep(self) -> int:
+        """The number that `ep` divides: an expert group lies within the ranks that shard one copy, if any do."""
+        return self.shards if self.shards > 1 else self.replicas
+
+    def position(self, rank: int, view: View) -> Position:
+        """Where `rank` stands among the ranks that hold the parameters of `view`."""
+        shard, replica = self.place(rank, self.sharding), self.place(rank, self.replication)
+        if view is View.DATA:
+            return Position(shard, self.shards, replica, self.replicas)
+        if self.shards > 1:
+            return Position(shard // self.ep, self.shards // self.ep, replica, self.replicas)
+        return Position(0, 1, replica // self.ep, self.replicas // self.ep)
+
+    def ep_rank(self, rank: int) -> int:
+        """The number of `rank` in its expert group: which of the `ep` equal parts of the experts it holds."""
+        return self.place(rank, OF_TOKENS) % self.ep
+
+    def expert_groups(self) -> list[list[int]]:
+        """The ranks that hold every expert once, in the order of their parts."""
+        rows = self.groups(*OF_TOKENS)
+        return [row[start : start + self.ep] for row in rows for start in range(0, len(row), self.ep)]
+
+    def expert_shard_groups(self) -> list[list[int]]:
+        """The ranks over which ZeRO shards the same experts."""
+        return self._alike(self.groups(*self.sharding)) if self.shards > 1 else []
+
+    def expert_replica_groups(self) -> list[list[int]]:
+        """The ranks that hold the same shards of the same experts, and sum their gradients."""
+        return self.groups(*self.replication) if self.shards > 1 else self._alike(self.groups(*self.replication))
+
+    def _alike(self, rows: list[list[int]]) -> list[list[int]]:
+        """Of every row of ranks those with the same place in their expert groups."""
+        return [row[place :: self.ep] for row in rows for place in range(self.ep)]
 
     def size(self, axes: Sequence[str]) -> int:
         """Ranks of a group along `axes`."""
@@ -147,6 +204,7 @@ class Layout:
 
     def __str__(self) -> str:
         axes = " x ".join(f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1)
+        axes += f", ep {self.ep}" if self.ep > 1 else ""
         return f"{axes or '1 rank'}, ZeRO {self.zero}, {self.engine}"
 
 
@@ -164,7 +222,10 @@ def layout_of(config: Config, world: int) -> Layout:
         raise ValueError(f"ZeRO 0 keeps a replica on each of the {dp} data-parallel ranks, not {wanted.dp_replicate}")
     if dp % replicas:
         raise ValueError(f"{dp} data-parallel ranks do not divide into {replicas} replicas")
-    return Layout(replicas, dp // replicas, wanted.tp, wanted.pp, wanted.zero, wanted.engine, wanted.cp)
+    layout = Layout(replicas, dp // replicas, wanted.tp, wanted.pp, wanted.zero, wanted.engine, wanted.cp, wanted.ep)
+    if wanted.ep < 1 or layout.most_ep % wanted.ep:
+        raise ValueError(f"ep {wanted.ep} does not divide the {layout.most_ep} ranks that hold experts")
+    return layout
 
 
 @dataclass(frozen=True)
@@ -200,8 +261,8 @@ def batch_plan(config: Config, layout: Layout) -> BatchPlan:
 def fit(config: Config, world: int) -> Config:
     """`config` for another number of ranks than it was made for: tp and pp stay, the data-parallel degree follows.
 
-    Where cp, replicas or micro-batches no longer divide, the largest smaller number that does replaces them; a larger
-    cp where there are more ranks than rows for them. What still does not fit (tp x pp, batch.size) is left for
+    Where cp, ep, replicas or micro-batches no longer divide, the largest smaller number that does replaces them; a
+    larger cp where there are more ranks than rows for them. What still does not fit (tp x pp, batch.size) is left for
     `stoker.trainer.validate`. None of this changes the maths.
     """
     blocks, rest = divmod(world, config.parallel.tp * config.parallel.pp)
@@ -214,9 +275,11 @@ def fit(config: Config, world: int) -> Config:
         replicas = dp if config.parallel.zero == 0 else _largest_divisor(dp, replicas)
     if micro is not None:
         micro = _largest_divisor(rank_rows, micro)
+    shards = dp * cp if config.parallel.zero == 0 else dp // (replicas or 1) * cp
+    ep = math.gcd(config.parallel.ep, shards if shards > 1 else dp * cp)  # a divisor of it divides the experts too
     return dataclasses.replace(
         config,
-        parallel=dataclasses.replace(config.parallel, dp_replicate=replicas, cp=cp),
+        parallel=dataclasses.replace(config.parallel, dp_replicate=replicas, cp=cp, ep=ep),
         batch=dataclasses.replace(config.batch, micro_size=micro),
     )
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout  # no public function changes a timeout
 
-from stoker.parallel.layout import AXES, AxisRole, Coordinate, Layout, axes_of, threads_per_rank
+from stoker.parallel.layout import AXES, OF_TOKENS, AxisRole, Coordinate, Layout, View, axes_of, threads_per_rank
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -47,7 +47,8 @@ class Mesh:
         """The ranks that differ from this one only along the axis `name`, or the group that `add_groups` made.
 
         With a queue the name is `NAME.QUEUE`. `shards` and `replicas` are those of `Layout.sharding` and
-        `Layout.replication`.
+        `Layout.replication`; with expert parallelism `ep` is the expert group, and `expert_shards` and
+        `expert_replicas` are the ranks with the same experts.
         """
         return self.groups[name]
 
@@ -124,18 +125,32 @@ class Mesh:
     @functools.cached_property
     def sharding_mesh(self) -> DeviceMesh:
         """The torch device mesh that `fully_shard` takes: (shards) or, hybrid, (replicas, shards)."""
+        return self._device_mesh("replicas", "shards", View.DATA)
+
+    @functools.cached_property
+    def expert_sharding_mesh(self) -> DeviceMesh:
+        """The same over the ranks with the same experts: (expert_shards) or (expert_replicas, expert_shards).
+
+        A collective where this rank alone holds a shard.
+        """
+        return self._device_mesh("expert_replicas", "expert_shards", View.EXPERTS)
+
+    def _device_mesh(self, replicas: str, shards: str, view: View) -> DeviceMesh:
         from torch.distributed.device_mesh import DeviceMesh
 
-        layout = self.layout
-        replication, sharding = layout.replication, layout.sharding
-        own = next(ranks for ranks in layout.groups(*replication, *sharding) if self.rank in ranks)
-        own = sorted(own, key=lambda rank: (layout.place(rank, replication), layout.place(rank, sharding)))
-        ranks = torch.tensor(own).view(layout.replicas, layout.shards)
-        groups = {name: group for name in ("replicas", "shards") if (group := self.groups[name]) is not None}
+        layout, own = self.layout, self.layout.position(self.rank, view)
+        grid = torch.empty(own.replicas, own.shards, dtype=torch.int64)
+        for rank in next(ranks for ranks in layout.groups(*OF_TOKENS) if self.rank in ranks):
+            if view is View.DATA or layout.ep_rank(rank) == layout.ep_rank(self.rank):
+                position = layout.position(rank, view)
+                grid[position.replica, position.shard] = rank
+        groups = {name: group for name in (replicas, shards) if (group := self.groups[name]) is not None}
+        if own.shards == 1:  # `fully_shard` shards over the last dim
+            groups[shards] = self.self_group()
         axes, found = tuple(groups), list(groups.values())
         if len(found) == 1:
-            return DeviceMesh.from_group(found[0], self.device.type, ranks.flatten(), mesh_dim_names=axes)
-        return DeviceMesh.from_group(found, self.device.type, ranks, mesh_dim_names=axes)
+            return DeviceMesh.from_group(found[0], self.device.type, grid.flatten(), mesh_dim_names=axes)
+        return DeviceMesh.from_group(found, self.device.type, grid, mesh_dim_names=axes)
 
 
 def start_mesh(
@@ -173,6 +188,14 @@ def mesh_over_default_group(layout: Layout, device: torch.device, timeout_second
             mesh.add_groups(name, layout.groups(*several))
         else:
             mesh.groups[name] = mesh.groups[several[0]] if several else None
+    if layout.ep > 1:
+        # Beside all others: tokens on their way to experts wait for nothing that ZeRO prefetches
+        mesh.groups["ep"] = mesh._make(layout.expert_groups(), apart=True, name="ep")
+        mesh.add_groups("expert_shards", layout.expert_shard_groups())
+        if layout.shards > 1:
+            mesh.groups["expert_replicas"] = mesh.groups["replicas"]
+        else:
+            mesh.add_groups("expert_replicas", layout.expert_replica_groups())
     return mesh
 
 

@@ -23,7 +23,7 @@ from stoker.parallel.buffers import Buffers, fill_buffers
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.forward_backward import ForwardBackward, GradientAccumulation
 from stoker.parallel.gpu_clock import GpuClock
-from stoker.parallel.layout import OF_TOKENS, BatchPlan
+from stoker.parallel.layout import OF_TOKENS, BatchPlan, View
 from stoker.parallel.loss_scale import LossScale
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.mmap_offload import offloaded
@@ -37,6 +37,7 @@ from stoker.parallel.sequence import SequenceAxis, own_tokens, sequence_axis
 from stoker.parallel.sharding import Precision, ShardingStrategy
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.stages import stages_of
+from stoker.parallel.tensor.dropout import token_numbers
 from stoker.parallel.tensor.low_rank import adapters_off
 from stoker.parallel.update import NO_FLAGS, StepFlags, StepResult, reduce_step
 
@@ -61,6 +62,7 @@ class NativeEngine:
         self._mesh, self._passes, self._registry, self._weights = mesh, passes, registry, weights
         self._buffers = buffers
         self._clip_norm, self._norms_by_role = config.grad_clip_norm, config.log.norms_by_role
+        self._has_dropout = any(token_numbers(stage.module) is not None for stage in weights)
         self._nominal_count = objective.nominal(config.batch.size, config.seq_len)
         self._held: dict[str, LocalShard] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -83,7 +85,9 @@ class NativeEngine:
         self._tokens = torch.zeros((), dtype=torch.float64, device=mesh.device)  # where they are not the count
         self._counts_tokens = True  # is what the update divides by the number of valid tokens?
 
-    def forward_backward(self, rows: Batch) -> None:
+    def forward_backward(self, rows: Batch, first_row: int | None = None) -> None:
+        if self._has_dropout and first_row is not None:
+            rows = rows.numbered(first_row, self._mesh.dp_rank, self._mesh.layout.dp)
         rows = self._own(rows)
         sums = self._passes.train(self._with_reference(rows), self._scale() / self._nominal_count)
         self._counts_tokens = isinstance(self._objective, NextToken) and rows.weights is None
@@ -327,7 +331,9 @@ def _store(
         return DeepSpeedStrategy(config, mesh, plan, model, registry)
     offload = config.parallel.offload == "cpu"
     if mesh.layout.shards == 1:
-        return ReplicatedStrategy(model, mesh.device, precision, mesh.group("replicas"), offload)
+        experts = {name for name, entry in registry.entries.items() if entry.view is View.EXPERTS}
+        alike = mesh.group("expert_replicas") if experts else None
+        return ReplicatedStrategy(model, mesh.device, precision, mesh.group("replicas"), offload, alike, experts)
     from stoker.parallel.sharded import ShardedStrategy  # half a second of imports that ZeRO 0 does not need
 
     return ShardedStrategy(model, mesh, precision, mesh.layout.zero, offload)

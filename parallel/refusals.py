@@ -7,6 +7,7 @@ import math
 import torch
 
 from stoker.conf.limits import ZERO_BUBBLE
+from stoker.conf.schema import ModelConfig
 from stoker.parallel.deepspeed_engine.refused import ENTRIES as OF_DEEPSPEED
 from stoker.parallel.of_ramps import no_rounds, not_filling, whole_rounds
 from stoker.parallel.optimizer_needs import ENTRIES as OF_OPTIMIZERS
@@ -114,6 +115,60 @@ def _context_parallel(start: Start) -> str | None:
     return (
         f"seq_len={seq_len} does not divide over parallel.cp={cp}: "
         f"seq_len={either(multiples_around(seq_len, cp))} does, or parallel.cp={degrees}"
+    )
+
+
+@REFUSALS.entry(
+    "experts over ranks",
+    "parallel.ep that does not divide the ranks that ZeRO shards over; with ZeRO 0 those that read different tokens",
+    "expert groups are equally large, and ZeRO shards and copies each part of the experts like any other parameter",
+)
+def _expert_parallel(start: Start) -> str | None:
+    ep, layout = start.config.parallel.ep, start.without_ep
+    if ep <= 1 or layout is None or layout.most_ep % ep == 0:
+        return None
+    kind = "shard one copy of the parameters" if layout.shards > 1 else "read different tokens"
+    return (
+        f"parallel.ep={ep} does not divide the {layout.most_ep} ranks that {kind}: "
+        f"parallel.ep={either(around(ep, divisors(layout.most_ep)))} does"
+    )
+
+
+@REFUSALS.entry(
+    "experts of a rank",
+    "parallel.ep above 1 without experts (model.num_experts=0), or that does not divide them",
+    "every rank of an expert group holds as many experts",
+)
+def _experts_of_a_rank(start: Start) -> str | None:
+    ep, model, layout = start.config.parallel.ep, start.config.model, start.without_ep
+    if ep <= 1 or model.target != ModelConfig().target or model.num_experts < 0:  # others are judged when built
+        return None
+    if model.num_experts == 0:
+        return (
+            f"parallel.ep={ep} with model.num_experts=0: parallel.ep=1 works, or experts by model.num_experts={4 * ep}"
+        )
+    if model.num_experts % ep == 0:
+        return None
+    degrees = divisors(math.gcd(model.num_experts, layout.most_ep if layout is not None else 1))
+    return (
+        f"model.num_experts={model.num_experts} do not divide over parallel.ep={ep}: "
+        f"parallel.ep={either(around(ep, degrees))} works"
+    )
+
+
+@REFUSALS.entry(
+    "channels of experts",
+    "parallel.expert_tp where parallel.tp does not divide the channels of an expert",
+    "every rank has as many channels of each expert",
+)
+def _channels_of_experts(start: Start) -> str | None:
+    tp, model = start.config.parallel.tp, start.config.model
+    hidden = model.moe_intermediate_size or model.intermediate_size
+    if not start.config.parallel.expert_tp or min(tp, model.num_experts) < 1 or hidden % tp == 0:
+        return None
+    return (
+        f"parallel.expert_tp=true with parallel.tp={tp}: the {hidden} channels of an expert do not divide; "
+        "parallel.expert_tp=false works, with whole experts on every rank"
     )
 
 

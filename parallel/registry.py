@@ -6,6 +6,7 @@ tensor, so these records are kept beside the model, keyed by global name.
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stoker.parallel.layout import View
 from stoker.parallel.model import Constant, Normal, Role
 from stoker.parallel.shards import Chunk, Shard, whole
 
@@ -43,10 +45,19 @@ class Entry:
     dtype: torch.dtype = torch.float32  # as it is stored; what computes in fewer bits are copies
     buffer: bool = False
     saved: bool = True  # in checkpoints; not so only of buffers that are not persistent
+    view: View = View.DATA  # the ranks that hold its copies and shards
     fused: tuple[int, tuple[int, ...]] | None = None  # several matrices in one: the dim along which, and their sizes
 
+    @property
+    def matrix_dims(self) -> int:
+        """Dims of what an update rule for matrices takes: two too of a stack of matrices, which `fused` declares."""
+        return min(2, len(self.shape)) if self.fused is not None else len(self.shape)
+
     def matrices(self) -> tuple[Chunk, ...]:
-        """The chunks of the global tensor that are matrices of their own, such as the projections of a fused one."""
+        """The chunks of the global tensor that are matrices of their own, such as the projections of a fused one.
+
+        In a stack (`[number, rows, columns]`) these are of one number each.
+        """
         if self.fused is None:
             return (whole(self.shape),)
         (dim, sizes), start, found = self.fused, 0, []
@@ -55,7 +66,12 @@ class Entry:
             offsets[dim], shape[dim] = start, size
             found.append(Chunk(tuple(offsets), tuple(shape)))
             start += size
-        return tuple(found)
+        stacked = len(self.shape) - 2
+        return tuple(
+            Chunk((*number, *chunk.offsets[stacked:]), ((1,) * stacked + chunk.sizes[stacked:]))
+            for number in itertools.product(*map(range, self.shape[:stacked]))
+            for chunk in found
+        )
 
 
 @dataclass(frozen=True)

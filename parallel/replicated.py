@@ -9,7 +9,7 @@ and costs less than DistributedDataParallel.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ BUCKET_NUMEL = {"cpu": 1 << 21, "cuda": 1 << 24}
 
 class ReplicatedStrategy:
     """See `stoker.parallel.sharding.ShardingStrategy`. `group` are the ranks that hold the same, None if this is the
-    only one.
+    only one; `expert_group` those that hold the same experts, whose names are `experts`.
 
     With `offload` the float32 parameters, and so the optimizer, are in the CPU's memory: gradients are copied there
     after their reduction, and the compute copy back after the update.
@@ -40,16 +40,18 @@ class ReplicatedStrategy:
         precision: Precision,
         group: dist.ProcessGroup | None,
         offload: bool = False,
+        expert_group: dist.ProcessGroup | None = None,
+        experts: Collection[str] = (),
     ) -> None:
-        self.module, self._group = model, group
-        replica, replicas = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
-        # Backward completes gradients in the reverse order of use, so that is their order in the buffers. Parameters
-        # that are not trained come last and have no gradients.
+        self.module = model
+        # Backward completes gradients in the reverse order of use, so that is their order in the buffers, those of
+        # experts behind the others. Parameters that are not trained come last and have no gradients.
         named = dict(reversed(list(model.named_parameters())))
         trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-        offsets, end = _layout(trained)
+        offsets, border = _layout({name: parameter for name, parameter in trained.items() if name not in experts})
+        of_experts, end = _layout({name: trained[name] for name in trained if name in experts}, border)
         others, total = _layout({name: parameter for name, parameter in named.items() if name not in trained}, end)
-        places = offsets | others
+        places = offsets | of_experts | others
         home = torch.device("cpu") if offload else device
         at_home = pinned_zeros if offload and device.type == "cuda" else functools.partial(torch.zeros, device=home)
         self._master = at_home(total)
@@ -69,7 +71,8 @@ class ReplicatedStrategy:
         self.tensors = {name: view(self._master, name) for name in places}
         self._by_name = {name: view(self._home_gradients, name) for name in trained}
         self._accumulated = {name: view(self._gradients, name) for name in trained}
-        self.held = {name: LocalShard((whole(tuple(p.shape)),), replica, replicas) for name, p in named.items()}
+        alike = {name: _place(expert_group if name in experts else group) for name in named}
+        self.held = {name: LocalShard((whole(tuple(p.shape)),), *alike[name]) for name, p in named.items()}
         parameters = replace_parameters(
             model,
             lambda name, old: nn.Parameter(
@@ -77,26 +80,31 @@ class ReplicatedStrategy:
             ),
         )
         materialise(model, device)  # what is left: buffers
-        self._buckets = _Buckets(self._gradients, offsets, group)
+        self._buckets = [_Buckets(self._gradients[:border], offsets, 0, group)]
+        if of_experts:
+            self._buckets.append(_Buckets(self._gradients[border:], of_experts, border, expert_group))
         for name in trained:
-            parameters[name].register_post_accumulate_grad_hook(self._hook(name))
+            buckets = self._buckets[name in of_experts]
+            parameters[name].register_post_accumulate_grad_hook(self._hook(name, buckets))
 
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
+    def _hook(self, name: str, buckets: _Buckets) -> Callable[[Tensor], None]:
         gradient = self._accumulated[name]
 
         def accumulate(parameter: Tensor) -> None:
             assert parameter.grad is not None
             gradient.add_(parameter.grad)
             parameter.grad = None
-            self._buckets.completed(name)
+            buckets.completed(name)
 
         return accumulate
 
     def on_backward_start(self, *, is_last: bool) -> None:
-        self._buckets.begin(reduce=is_last and self._group is not None)
+        for buckets in self._buckets:
+            buckets.begin(reduce=is_last)
 
     def gradients(self) -> dict[str, Tensor]:
-        self._buckets.wait()
+        for buckets in self._buckets:
+            buckets.wait()
         if self._home_gradients is not self._gradients:
             self._home_gradients.copy_(self._gradients)
         return self._by_name
@@ -117,18 +125,26 @@ def _layout(parameters: dict[str, nn.Parameter], start: int = 0) -> tuple[dict[s
     return offsets, start
 
 
-class _Buckets:
-    """All-reduces of a flat buffer, started in a fixed order as the parameters inside them are complete."""
+def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """This rank's number in `group`, and how many there are."""
+    return (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
 
-    def __init__(self, buffer: Tensor, offsets: dict[str, int], group: dist.ProcessGroup | None) -> None:
+
+class _Buckets:
+    """All-reduces of a flat buffer, started in a fixed order as the parameters inside them are complete.
+
+    `offsets` say where each begins, counted from `start`. A rank alone in its group (None) reduces nothing.
+    """
+
+    def __init__(self, buffer: Tensor, offsets: dict[str, int], start: int, group: dist.ProcessGroup | None) -> None:
         self._group = group
         self._spans: list[Tensor] = []
         least = BUCKET_NUMEL[buffer.device.type]
         self._bucket_of: dict[str, int] = {}
         self._sizes: list[int] = []
-        start = 0
         names = list(offsets)
-        ends = [*list(offsets.values())[1:], buffer.numel()][: len(names)]  # none where nothing is trained
+        ends = [*list(offsets.values())[1:], start + buffer.numel()][: len(names)]  # none where nothing is trained
+        ends, start = [end - start for end in ends], 0
         for name, end in zip(names, ends, strict=True):
             if len(self._sizes) == len(self._spans):
                 self._sizes.append(0)
@@ -143,7 +159,7 @@ class _Buckets:
         self._reduce = False
 
     def begin(self, *, reduce: bool) -> None:
-        self._reduce, self._next, self._missing = reduce, 0, list(self._sizes)
+        self._reduce, self._next, self._missing = reduce and self._group is not None, 0, list(self._sizes)
 
     def completed(self, name: str) -> None:
         if self._reduce:

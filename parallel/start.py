@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -65,6 +66,12 @@ class Start:
             return layout_of(self.config, self.world)
         except ValueError:
             return None
+
+    @property
+    def without_ep(self) -> Layout | None:
+        """The layout whose experts are whole on every rank, or None where the rest of it does not fit."""
+        wanted = dataclasses.replace(self.config.parallel, ep=1)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, parallel=wanted)).layout
 
     @property
     def plan(self) -> BatchPlan | None:

@@ -162,7 +162,7 @@ def fit(request: Request, draft: Draft) -> Draft:
         return draft
     world = request.where(draft.config)[0]
     fitted = layout.fit(draft.config, world)
-    for key in ("parallel.cp", "parallel.dp_replicate", "batch.micro_size"):
+    for key in ("parallel.cp", "parallel.ep", "parallel.dp_replicate", "batch.micro_size"):
         old, new = lookup(draft.config, key), lookup(fitted, key)
         if old != new:
             request.refitted(f"on {world} ranks {key}={old} becomes {new}")

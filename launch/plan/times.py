@@ -176,7 +176,7 @@ def failures(mtbf: float, staged: float) -> Failures:
 def _messages(
     work: Work, layout: Layout, groups: Mapping[str, Sequence[int]], rates: Rates
 ) -> tuple[float | None, float | None]:
-    """Seconds of messages that computing waits for (tensor and context parallelism), and of the others.
+    """Seconds of messages that computing waits for (tensor, context and expert parallelism), and of the others.
 
     None: no known rate.
     """
@@ -185,7 +185,7 @@ def _messages(
         seconds = _seconds(kind, traffic, groups[name], rates)
         if seconds is None:
             return None, None
-        if name.startswith(("tp", "cp")) or (name == "world" and layout.tp == layout.world):
+        if name.startswith(("tp", "cp", "ep")) or (name == "world" and layout.tp == layout.world):
             inside += seconds
         elif kind != "receive":  # the same message as the other rank's send
             between += seconds

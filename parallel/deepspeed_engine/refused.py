@@ -48,6 +48,16 @@ def _selective(start: Start) -> str | None:
     )
 
 
+def _experts(start: Start) -> str | None:
+    wanted = start.config.parallel
+    if wanted.engine != "deepspeed" or wanted.ep <= 1:
+        return None
+    return (
+        f"parallel.ep={wanted.ep} with parallel.engine=deepspeed: parallel.ep=1 works, with all experts on every rank, "
+        "or parallel.engine=fsdp"
+    )
+
+
 def _settings(start: Start) -> str | None:
     wanted = start.config.parallel
     if wanted.engine != "deepspeed":
@@ -115,6 +125,12 @@ ENTRIES: tuple[tuple[str, str, str, Callable[[Start], str | None]], ...] = (
         "parallel.engine=deepspeed with parallel.zero=3 and activation_checkpointing=selective",
         "recomputing a block gathers its parameters again, and that operation is not among the saved ones",
         _selective,
+    ),
+    (
+        "DeepSpeed and expert parallelism",
+        "parallel.engine=deepspeed with parallel.ep above 1",
+        "its ZeRO shards and sums all parameters over the same ranks, but those of its own MoE layer",
+        _experts,
     ),
     (
         "NVMe",

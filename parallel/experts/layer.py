@@ -6,70 +6,75 @@ the results of a token are summed in the order of its choices: nothing depends o
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stoker.parallel.experts.axis import ALL_TO_ALL, ExpertAxis
+from stoker.parallel.experts.dispatch import at_home, by_all_gather, by_all_to_all
+from stoker.parallel.experts.product import grouped_product
+from stoker.parallel.registry import Entry, Piece
+from stoker.parallel.shards import Chunk
+from stoker.parallel.tensor.axis import Share, TensorAxis, sharded_entry
+from stoker.parallel.tensor.layers import TensorLayer
+from stoker.parallel.tensor.regions import all_gather, enter, leave
 
-class Experts(nn.Module):
-    """`num` experts of `width` features and `hidden` channels, stacked as Hugging Face's files of today hold them."""
+
+class Experts(TensorLayer):
+    """`num` experts of `width` features and `hidden` channels, stacked as Hugging Face's files of today hold them.
+
+    Expert parallelism gives a rank equally many of them, tensor parallelism some of the channels of each.
+    """
+
+    tensor: TensorAxis | None = None  # None unless the channels are cut
+    experts: ExpertAxis | None = None  # None while this rank has all experts
 
     def __init__(self, num: int, width: int, hidden: int) -> None:
         super().__init__()
-        self.num = num
+        self.num, self.hidden = num, hidden
         self.gate_up_proj = nn.Parameter(torch.empty(num, 2 * hidden, width))  # gate, then up
         self.down_proj = nn.Parameter(torch.empty(num, width, hidden))
+        self.fused = {"gate_up_proj": (1, (hidden, hidden)), "down_proj": (1, (width,))}  # matrices of an expert
+
+    def cut(self, axis: TensorAxis) -> list[Entry]:
+        if not axis.experts:  # each rank computes whole experts: of its tokens, or the same as the others
+            return []
+        self.tensor, share = axis, axis.equal_share(self.hidden)
+        both = _gate_and_up(tuple(self.gate_up_proj.shape), share)
+        return [both, sharded_entry("down_proj", tuple(self.down_proj.shape), 2, share)]
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' results, `[tokens, width]`, in the dtype of `x`.
 
         `x` is `[tokens, width]`; `chosen` int64 `[tokens, k]`, numbers of experts; `weights` `[tokens, k]`.
         """
-        order = chosen.flatten().argsort(stable=True)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        rows = _Spread.apply(x, order, back)
-        results = _Permuted.apply(self.compute(rows, tokens_per_expert(chosen, self.num)), back, order)
-        return (results.view(*chosen.shape, x.shape[1]) * weights[..., None].to(x.dtype)).sum(1)
+        if self.tensor is None:
+            return self._whole(x, chosen, weights)
+        if self.tensor.sequence:
+            chosen = all_gather(chosen, self.tensor.group_name, self.tensor.size)
+        return leave(self._whole(enter(x, self.tensor), chosen, enter(weights, self.tensor)), self.tensor)
+
+    def _whole(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        if self.experts is None:
+            return at_home(x, chosen, weights, self.num, self.compute)
+        dispatched = by_all_to_all if self.experts.dispatcher == ALL_TO_ALL else by_all_gather
+        return dispatched(x, chosen, weights, self.num, self.compute, self.experts)
 
     def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """The experts' results for `rows`, `[rows, width]`: `counts` of them for each expert, in order (int64)."""
+        """The results for `rows`, `[rows, width]`: `counts` of them for each expert of this rank, in order (int64)."""
         ends = counts.cumsum(0).to(torch.int32)
-        gate, up = F.grouped_mm(rows, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
+        gate, up = grouped_product(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
+        return grouped_product(F.silu(gate) * up, self.down_proj, ends)
 
 
-def tokens_per_expert(chosen: Tensor, num: int) -> Tensor:
-    """How many of `chosen` each of `num` experts is: int64 `[num]`, on the device, without a look at it."""
-    flat = chosen.flatten()
-    return torch.zeros(num, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
-
-
-class _Spread(torch.autograd.Function):
-    """`x` for each choice of each token, in `order` of the experts; `back` is the inverse permutation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.shape = (x.shape[0], order.numel() // max(1, x.shape[0]), x.shape[1])
-        return x[order // max(1, ctx.shape[1])]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (back,) = ctx.saved_tensors
-        # by the order of the token's choices, not of the experts: a sum that another layout repeats
-        return gradients[0][back].view(ctx.shape).sum(1), None, None
-
-
-class _Permuted(torch.autograd.Function):
-    """`x[to]` for a permutation `to`, whose inverse is `back`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, to: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return x[to]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0][ctx.saved_tensors[0]], None, None
+def _gate_and_up(shape: tuple[int, ...], share: Share) -> Entry:
+    """The entry of `gate_up_proj` of the global `shape` of which this rank holds `share` of gate and of up."""
+    num, both, width = shape
+    pieces = tuple(
+        Piece(
+            Chunk((0, number * len(share), 0), (num, len(share), width)),
+            Chunk((0, number * (both // 2) + share.start, 0), (num, len(share), width)),
+        )
+        for number in range(2)
+    )
+    return Entry("gate_up_proj", shape, pieces)

@@ -64,7 +64,7 @@ class Optimizer:
         parts: Mapping[str, Tensor],
     ) -> None:
         entries = registry.entries
-        settings = {n: settings_of(config, n, entries[n].role, len(entries[n].shape)) for n in parts}
+        settings = {n: settings_of(config, n, entries[n].role, entries[n].matrix_dims) for n in parts}
         self._whole: UserWholes | None = None
         self._rules: list[UpdateRule] = []
         wanted = rules_of(config)
@@ -113,6 +113,6 @@ class Optimizer:
 def settings_by_name(config: OptimConfig, registry: Registry) -> dict[str, Settings]:
     """The settings of every trained parameter of `registry`."""
     return {
-        name: settings_of(config, name, registry.entries[name].role, len(registry.entries[name].shape))
+        name: settings_of(config, name, registry.entries[name].role, registry.entries[name].matrix_dims)
         for name in registry.trainable()
     }

@@ -39,16 +39,21 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def cost(sizes: tuple[int, ...]) -> float:
-    """Operations of `orthogonalized`."""
-    small, large = min(sizes), max(sizes)
+    """Operations of `orthogonalized` for a matrix of these `sizes`, or for one of a stack."""
+    small, large = min(sizes[-2:]), max(sizes[-2:])
     return STEPS * (4.0 * small * small * large + 2.0 * small**3)
+
+
+def _of_one(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """`orthogonalized`, also for `[1, rows, columns]`: one of a stack."""
+    return orthogonalized(matrix.reshape(matrix.shape[-2:]), dtype).view(matrix.shape)
 
 
 class Muon:
     """An `UpdateRule` for matrices. `parts` are this rank's by name, empty ones too.
 
     m <- b m + g; o = orthogonalized(g + b m); w <- w (1 - lr d) - lr 0.2 sqrt(max(rows, columns)) o, for each matrix
-    that the registry knows in a parameter: of fused projections for each of them.
+    that the registry knows in a parameter: of fused projections and of experts for each of them.
     """
 
     def __init__(
@@ -81,14 +86,14 @@ class Muon:
     def finish(self) -> None:
         assert self._pending is not None, "begun"
         (gathered, gates, lr), self._pending = self._pending, None
-        updates = self._owners.scatter([orthogonalized(matrix, self._dtype) for matrix in gathered()])
+        updates = self._owners.scatter([_of_one(matrix, self._dtype) for matrix in gathered()])
         for name in self._moments:
             part, own = self._parts[name], self._settings[name]
             if own.decay:
                 part.mul_(1.0 - lr * own.rate * own.decay * gates.on(part.device).taken)
         for (number, view), update in zip(self._owners.views(self._parts), updates, strict=True):
             unit = self._owners.units[number]
-            length = lr * self._settings[unit.name].rate * RMS * math.sqrt(max(unit.chunk.sizes))
+            length = lr * self._settings[unit.name].rate * RMS * math.sqrt(max(unit.chunk.sizes[-2:]))
             view.sub_(update.to(view.device) * (length * gates.on(view.device).taken))
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:

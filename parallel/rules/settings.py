@@ -40,7 +40,8 @@ class Settings:
 def settings_of(config: OptimConfig, name: str, role: Role, dims: int) -> Settings:
     """The settings of the parameter of this global name: those of the first group that it is in, else the run's own.
 
-    Under `muon` what is no matrix of two dims (embeddings, head, vectors, stacks of matrices) is AdamW's.
+    Under `muon` what is no matrix (embeddings, head, vectors, what has other than two `dims`) is AdamW's; `dims` of a
+    declared stack of matrices are two (`Entry.matrix_dims`).
     """
     group = next((group for group in config.groups if _in(group, name, role)), {})
     own = TARGET if config.target is not None else config.name

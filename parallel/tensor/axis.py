@@ -35,6 +35,7 @@ class TensorAxis:
     group: dist.ProcessGroup
     group_name: str  # torch's, which functional collectives go by
     sequence: bool  # between regions each rank holds its contiguous share of the tokens, `[tokens / size, width]`
+    experts: bool = False  # the channels of experts are shared too
 
     def equal_share(self, units: int) -> Share:
         """Raises ValueError unless every rank can hold equally many of `units`."""
@@ -67,12 +68,15 @@ class TensorAxis:
         return Share(units * self.rank // self.size, units * (self.rank + 1) // self.size)
 
 
-def tensor_axis(mesh: Mesh, sequence: bool) -> TensorAxis | None:
-    """The tp axis of `mesh`, None if its size is 1. `sequence`: share the tokens between regions."""
+def tensor_axis(mesh: Mesh, sequence: bool, experts: bool = False) -> TensorAxis | None:
+    """The tp axis of `mesh`, None if its size is 1.
+
+    `sequence`: share the tokens between regions. `experts`: share the channels of experts.
+    """
     group = mesh.group("tp")
     if group is None:
         return None
-    return TensorAxis(mesh, mesh.layout.tp, mesh.coordinate.tp, group, group.group_name, sequence)
+    return TensorAxis(mesh, mesh.layout.tp, mesh.coordinate.tp, group, group.group_name, sequence, experts)
 
 
 def sharded_entry(name: str, shape: tuple[int, ...], dim: int, share: Share, unit: int = 1) -> Entry:

@@ -12,16 +12,18 @@ from stoker.parallel.registry import Entry, Registry, entries_of, whole_registry
 from stoker.parallel.sharding import replace_parameters
 from stoker.parallel.shards import whole
 from stoker.parallel.tensor.axis import tensor_axis
+from stoker.parallel.tensor.dropout import token_numbers
 from stoker.parallel.tensor.layers import TensorLayer
 
 
-def parallelize_tensors(model: nn.Module, mesh: Mesh, sequence: bool) -> Registry:
+def parallelize_tensors(model: nn.Module, mesh: Mesh, sequence: bool, experts: bool = False) -> Registry:
     """Cut `model`, whole or one stage of it, over the tp axis of `mesh`; what this rank holds of each parameter.
 
-    `sequence`: share the tokens too, wherever a rank is not inside a region. Values, if the parameters have any, are
+    `sequence`: share the tokens too, wherever a rank is not inside a region. `experts`: share the channels of experts,
+    which are whole on every rank otherwise. Values, if the parameters have any, are
     kept; what is tied stays tied. Raises ValueError for a model that cannot be shared by so many ranks.
     """
-    axis = tensor_axis(mesh, sequence)
+    axis = tensor_axis(mesh, sequence, experts)
     if axis is None:
         return whole_registry(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TensorLayer)}
@@ -41,6 +43,8 @@ def parallelize_tensors(model: nn.Module, mesh: Mesh, sequence: bool) -> Registr
             same = found.setdefault(layer.get_parameter(entry.name), entry)
             assert same == entry, f"{name}.{entry.name} is tied to a parameter that is cut otherwise"
 
+    if sequence and (numbers := token_numbers(model)) is not None:
+        numbers.axis = axis
     parameters = dict(model.named_parameters())
 
     def placed(entry: Entry) -> Entry:

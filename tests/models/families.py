@@ -13,6 +13,7 @@ SCALED = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama with scaled rotary": ("Llama", {"rope_parameters": SCALED}),
@@ -32,6 +33,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("Olmo2", {"pad_token_id": None}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 16, **EXPERTS, "norm_topk_prob": True}),
+    "qwen3_moe with a dense layer": ("Qwen3Moe", {"head_dim": 16, **EXPERTS, "mlp_only_layers": [0]}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 3, "pad_token_id": None}),
     "tied qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
 }
 VOCABULARY = 320  # of the byte tokenizer

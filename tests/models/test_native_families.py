@@ -5,12 +5,14 @@ transformers' model is given one document at a time, so that it needs no mask.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stoker.conf.schema import ModelConfig, RopeParameters
@@ -19,11 +21,11 @@ from stoker.models.decoder import Decoder, build
 from stoker.models.hugging_face import family_of
 from stoker.models.hugging_face_weights import open_weights
 from stoker.parallel.model import whole_model
-from stoker.parallel.shards import whole
+from stoker.parallel.shards import Chunk, whole
 from tests.models.families import VOCABULARY, write_family
 from tests.models.tiny import gradients, shape
 
-CASES = ["smollm3", "granite", "olmo2"]
+CASES = ["smollm3", "granite", "olmo2", "qwen3_moe", "qwen3_moe with a dense layer", "mixtral", "olmoe"]
 DOCUMENTS = [[7, 9, 4], [1, 12, 7], [20]]  # lengths, by row
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -63,7 +65,7 @@ def assert_close(ours: Tensor, reference: Tensor, what: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_are_those_of_transformers_on_each_document(case: str, tmp_path: Path) -> None:
     reference = write_family(tmp_path, case)
-    config, model = imported(tmp_path)
+    _, model = imported(tmp_path)
     tokens = torch.randint(VOCABULARY, (len(DOCUMENTS), 20), generator=torch.Generator().manual_seed(3))
     labels = torch.randint(VOCABULARY, tokens.shape, generator=torch.Generator().manual_seed(4))
     documents = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in DOCUMENTS]).int()
@@ -81,7 +83,7 @@ def test_logits_and_gradients_are_those_of_transformers_on_each_document(case: s
     loss.backward()
     expected.backward()
     theirs = {name: parameter.grad for name, parameter in reference.named_parameters()}
-    found = exported(config, gradients(model))
+    found = {build.reference_name(name): gradient for name, gradient in gradients(model).items()}
     assert found.keys() == theirs.keys()
     for name, gradient in found.items():
         assert_close(gradient, theirs[name], name)
@@ -98,9 +100,14 @@ def test_what_comes_from_a_folder_goes_back_bit_for_bit(case: str, tmp_path: Pat
             assert torch.equal(weights[name], tensor.read(whole(tensor.shape))), name
 
     values = build.config_json(config, "fp32", 64, None)
-    again = getattr(transformers, values["architectures"][0])(type(reference.config)(**values))
-    assert type(again) is type(reference)
-    again.load_state_dict(weights, strict=not config.tie_word_embeddings)
+    folder = tmp_path / "again"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(values))
+    save_file(
+        {name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    again, loading = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(again) is type(reference) and not any(loading.values()), loading
     tokens = torch.arange(30)[None]
     with torch.no_grad():
         assert torch.equal(again.eval()(tokens).logits, reference(tokens).logits)
@@ -116,6 +123,9 @@ def test_what_comes_from_a_folder_goes_back_bit_for_bit(case: str, tmp_path: Pat
         ({"qk_norm": True}, "qwen3"),
         ({"qk_norm": True, "qk_norm_over": "projection", "norm_placement": "after"}, "olmo2"),
         ({"family": "granite"}, "granite"),
+        ({"num_experts": 4}, "mixtral"),
+        ({"num_experts": 4, "qk_norm": True, "first_dense_layers": 1}, "qwen3_moe"),
+        ({"num_experts": 4, "qk_norm": True, "qk_norm_over": "projection", "norm_topk_prob": False}, "olmoe"),
     ],
 )
 def test_a_model_from_scratch_is_exported_as_the_family_that_has_its_switches(
@@ -131,6 +141,41 @@ def test_a_mixture_that_no_architecture_has_is_not_exported() -> None:
         family_of(shape(family="qwen2", nope_layers=[1]))
     with pytest.raises(ValueError, match=r"model.family=qwen2 does not have model.qkv_bias=False: llama"):
         family_of(shape(family="qwen2"))
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe", "mixtral"])
+def test_stacked_experts_are_read_as_those_in_a_file_for_each(case: str, tmp_path: Path) -> None:
+    reference = write_family(tmp_path / "apart", case)
+    reference.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    (_, apart), (_, stacked) = imported(tmp_path / "apart"), imported(tmp_path / "stacked")
+    with open_weights(tmp_path / "stacked") as found:
+        assert "model.layers.0.mlp.experts.gate_up_proj" in found
+    for name, value in stacked.named_parameters():
+        assert torch.equal(value, apart.get_parameter(name)), name
+
+
+def test_a_part_of_stacked_experts_is_read_as_of_the_whole(tmp_path: Path) -> None:
+    write_family(tmp_path, "qwen3_moe")
+    config, model = imported(tmp_path)
+    name = "layers.1.mlp.experts.gate_up_proj"
+    value = model.get_parameter(name)
+    chunk = Chunk((2, 20, 3), (3, 9, 11))  # of both projections
+    with open_weights(tmp_path) as found:
+        stored = build.stored(config, found, [name])[name]
+        assert torch.equal(stored.read(chunk), value[chunk.within(whole(tuple(value.shape)))])
+
+
+def test_a_missing_expert_and_one_of_another_shape_are_named(tmp_path: Path) -> None:
+    write_family(tmp_path, "mixtral")
+    config, model = imported(tmp_path)
+    lost = "model.layers.1.block_sparse_moe.experts.3.w3.weight"
+    names = [name for name, _ in model.named_parameters()]
+    with open_weights(tmp_path) as found:
+        others = {name: tensor for name, tensor in found.items() if name != lost}
+        with pytest.raises(ValueError, match=r"layers.1.mlp.experts.3.up_proj.weight is missing: a layer has 5"):
+            build.stored(config, others, names)
+        with pytest.raises(ValueError, match=r"layers.1.mlp.experts.3.up_proj.weight is F32 \(32, 48\), and"):
+            build.stored(config, {**found, lost: found[lost.replace("w3", "w2")]}, names)
 
 
 def json_of(folder: Path) -> Any:

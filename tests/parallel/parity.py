@@ -7,7 +7,7 @@ length and, where dp is 4, a rank without a single valid token.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -95,7 +95,8 @@ def train(configs: list[Config], steps: int = STEPS) -> list[Measured]:
         engine = cut(config, mesh, batch_plan(config, layout))
         trace, gradients = Trace(), []
         for step in range(1, steps + 1):
-            engine.forward_backward(global_rows(config, step)[mesh.dp_rank :: layout.dp])
+            first_row = (step - 1) * config.batch.size
+            engine.forward_backward(global_rows(config, step)[mesh.dp_rank :: layout.dp], first_row)
             if step == 1:
                 gradients = [replace(s, data=s.data.cpu()) for s in engine.gradient_shards()]
             result = engine.update(config.optim.lr).read()
@@ -148,25 +149,30 @@ def expected(tied: bool, optimizer: str, layers: int = 4) -> Trace:
 
 
 def assert_parity(layout: Layout, chosen: list[Case], layers: int = 4, device: str = "cpu") -> None:
-    import pytest  # a machine for `tests.gpu`, which trains with these cases, may have none
-
     configs = [case.config(layout, layers) for case in chosen]
     measured = world.run(train, layout.world, configs, timeout=240.0, device=device)
     for case, ranks in zip(chosen, zip(*measured, strict=True), strict=True):
-        where, wanted = f"{layout}, {case}", expected(case.tied, case.optimizer, layers)
-        assert all(rank.trace == ranks[0].trace for rank in ranks), f"{where}: ranks disagree about a step"
-        trace = ranks[0].trace
-        assert trace.tokens == wanted.tokens, where
-        assert trace.losses == pytest.approx(wanted.losses, rel=1e-5), where
-        assert trace.norms == pytest.approx(wanted.norms, rel=1e-5), where
-        gradients = assemble([rank.gradients for rank in ranks], GRADIENT)
-        parameters = assemble([rank.parameters for rank in ranks])
-        assert gradients.keys() == wanted.gradients.keys(), where
-        for name, value in wanted.gradients.items():
-            assert normwise(gradients[name], value) < 1e-5, f"{where}: gradient of {name}"
-        for name, value in wanted.parameters.items():
-            tolerance = 1e-6 if case.optimizer in ("sgd", "lion") else 1e-4
-            assert normwise(parameters[name], value) < tolerance, f"{where}: {name}"
+        wanted = expected(case.tied, case.optimizer, layers)
+        tolerance = 1e-6 if case.optimizer in ("sgd", "lion") else 1e-4
+        assert_same(f"{layout}, {case}", ranks, wanted, tolerance)
+
+
+def assert_same(where: str, ranks: Sequence[Measured], wanted: Trace, tolerance: float) -> None:
+    """`ranks` computed what one process did; `tolerance` of parameters, normwise."""
+    import pytest  # a machine for `tests.gpu`, which trains with these cases, may have none
+
+    assert all(rank.trace == ranks[0].trace for rank in ranks), f"{where}: ranks disagree about a step"
+    trace = ranks[0].trace
+    assert trace.tokens == wanted.tokens, where
+    assert trace.losses == pytest.approx(wanted.losses, rel=1e-5), where
+    assert trace.norms == pytest.approx(wanted.norms, rel=1e-5), where
+    gradients = assemble([rank.gradients for rank in ranks], GRADIENT)
+    parameters = assemble([rank.parameters for rank in ranks])
+    assert gradients.keys() == wanted.gradients.keys(), where
+    for name, value in wanted.gradients.items():
+        assert normwise(gradients[name], value) < 1e-5, f"{where}: gradient of {name}"
+    for name, value in wanted.parameters.items():
+        assert normwise(parameters[name], value) < tolerance, f"{where}: {name}"
 
 
 OF_EIGHT = [

@@ -137,7 +137,7 @@ def initial_value(config: Config, name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(shape)
     of_toys = config.model.target.startswith(("tests.toy:", "tests.parallel.odd_models:"))
     std = 0.05 if of_toys else config.model.initializer_range
-    if name.endswith(("attention.o.weight", "mlp.down.weight")):
+    if name.endswith(("attention.o.weight", "mlp.down.weight", "shared.down.weight", "experts.down_proj")):
         std /= math.sqrt(2 * config.model.num_hidden_layers)
     rows = max(1, 2**18 // math.prod(shape[1:]))  # of a block: each has a separate generator
     blocks = []

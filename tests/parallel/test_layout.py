@@ -12,7 +12,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from stoker.conf.schema import Config
-from stoker.parallel.layout import AXES, Coordinate, Layout, batch_plan, fit, layout_of, threads_per_rank
+from stoker.parallel.layout import AXES, Coordinate, Layout, View, batch_plan, fit, layout_of, threads_per_rank
 
 SIZE = st.integers(1, 5)
 LAYOUTS = st.builds(Layout, SIZE, SIZE, SIZE, SIZE)
@@ -217,3 +217,42 @@ def test_ranks_that_share_sequences_read_the_same_rows_and_share_what_zero_shard
     assert layout.groups(*layout.replication)[0] == [0, 8]
     whole = dataclasses.replace(layout, dp_shard=1, zero=0)
     assert (whole.shards, whole.replicas) == (1, 4) and whole.groups(*whole.replication)[0] == [0, 2, 4, 6]
+
+
+@given(SIZE, SIZE, SIZE, st.integers(1, 2), st.sampled_from([0, 1]), st.data())
+def test_expert_groups_hold_every_expert_once_and_their_parts_are_sharded_like_the_rest(
+    replicas, shards, cp, tp, zero, data
+):
+    whole = Layout(replicas if zero else replicas * shards, shards if zero else 1, tp, zero=zero, cp=cp)
+    ep = data.draw(st.sampled_from([n for n in range(1, whole.most_ep + 1) if whole.most_ep % n == 0]))
+    layout = dataclasses.replace(whole, ep=ep)
+    ranks, tokens = range(layout.world), [r for r in range(layout.world) if layout.coordinate(r).tp == 0]
+    groups = layout.expert_groups()
+    assert sorted(rank for group in groups for rank in group) == list(ranks)
+    for group in groups:
+        assert [layout.ep_rank(rank) for rank in group] == list(range(ep))
+        assert len({layout.coordinate(rank).tp for rank in group}) == 1
+    alike = layout.expert_shard_groups() or [[rank] for rank in ranks]
+    for group in alike:
+        places = [layout.position(rank, View.EXPERTS) for rank in group]
+        assert [place.shard for place in places] == list(range(places[0].shards))
+        assert len({(layout.ep_rank(rank), layout.coordinate(rank).tp) for rank in group}) == 1
+    for group in layout.expert_replica_groups():
+        places = [layout.position(rank, View.EXPERTS) for rank in group]
+        assert [place.replica for place in places] == list(range(places[0].replicas))
+        assert len({(layout.ep_rank(rank), place.shard) for rank, place in zip(group, places, strict=True)}) == 1
+    found = [(layout.ep_rank(rank), layout.position(rank, View.EXPERTS)) for rank in tokens]
+    assert len(set(found)) == len(tokens), "each rank of a stage has its own place"
+    place = found[0][1]
+    assert ep * place.shards * place.replicas == len(tokens)
+
+
+def test_expert_parallelism_fits_another_number_of_ranks():
+    for ep, zero, world, fitted in ((4, 1, 8, 4), (4, 1, 2, 2), (4, 1, 6, 2), (4, 3, 1, 1), (4, 0, 4, 4), (6, 0, 4, 2)):
+        config = asked(ep=ep, zero=zero)
+        config.batch.size = 24
+        assert fit(config, world).parallel.ep == fitted
+        layout_of(fit(config, world), world)
+    with pytest.raises(ValueError, match="ep 3 does not divide the 4 ranks"):
+        layout_of(asked(ep=3), 4)
+    assert str(layout_of(asked(ep=2), 4)) == "dp_shard 4, ep 2, ZeRO 1, fsdp"

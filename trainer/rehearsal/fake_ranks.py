@@ -31,6 +31,7 @@ def fake_mesh(layout: Layout, rank: int) -> Iterator[Mesh]:
         mesh = mesh_over_default_group(layout, torch.device("cpu"), TIMEOUT_SECONDS)
         if layout.shards > 1:
             _ = mesh.sharding_mesh  # of real tensors: made before there are fake ones only
+            _ = mesh.expert_sharding_mesh if layout.ep > 1 else None
         with _without_votes() if layout.pp > 1 else contextlib.nullcontext():
             yield mesh
     finally:

@@ -98,8 +98,8 @@ class WorkLog:
         packet = function._overloadpacket
         if self._messages.see(function, args):
             return
-        if packet in ATTENTION:
-            self._flops += ATTENTION[packet](*args)
+        if packet in KERNELS:
+            self._flops += KERNELS[packet](*args)
         elif packet in flop_registry:
             self._flops += flop_registry[packet](*args, **kwargs, out_val=result)
         elif packet not in _IDLE and not function.is_view:
@@ -123,7 +123,14 @@ def _gradients(_: Tensor, q: Tensor, k: Tensor, *__: Any) -> int:
     return 2 * _scores_and_values(q, k)
 
 
-ATTENTION: dict[Any, Callable[..., int]] = {
+def _grouped(a: Tensor, b: Tensor, *_: Any) -> int:
+    """Products of groups of the rows of `a` `[rows, k]`, and `b` `[groups, k, n]`; for a weight's gradient `a` is
+    `[m, rows]` and `b` `[rows, n]`."""
+    return 2 * a.numel() * b.shape[-1]
+
+
+KERNELS: dict[Any, Callable[..., int]] = {  # that torch's counter does not know
+    aten._grouped_mm: _grouped,
     aten._scaled_dot_product_flash_attention: _scores_and_values,
     aten._scaled_dot_product_flash_attention_backward: _gradients,
     aten._scaled_dot_product_efficient_attention: _scores_and_values,

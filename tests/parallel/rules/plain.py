@@ -44,7 +44,7 @@ class Plain:
         embedding, head = name.startswith("embedding"), name.startswith("head")
         decay = self._config.weight_decay if tensor.dim() > 1 and not embedding else 0.0
         rule = self._config.name
-        if rule == "muon" and (tensor.dim() != 2 or embedding or head):
+        if rule == "muon" and (tensor.dim() < 2 or embedding or head):
             rule = "adamw"
         return rule, 1.0, decay
 

@@ -1,0 +1,63 @@
+"""The `model` section of the config: the shape of a model, and where it comes from. Kinds: `stoker.conf.schema`."""
+
+# ruff: noqa: RUF009 (free and fixed return dataclasses.field)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from stoker.conf.fields import fixed, free
+
+
+@dataclass
+class RopeParameters:
+    """Rotary position embedding, with the keys of transformers' `rope_parameters`; a null key is absent."""
+
+    rope_type: str = fixed("default")  # default | llama3 (frequencies scaled as in the Llama 3.1 model card)
+    rope_theta: float = fixed(10000.0)  # base of the rotary wavelengths, in tokens
+    factor: float | None = fixed()  # llama3: context extension
+    low_freq_factor: float | None = fixed()  # llama3: original context / wavelength below which all is scaled
+    high_freq_factor: float | None = fixed()  # llama3: and above which nothing is
+    original_max_position_embeddings: int | None = fixed()  # llama3: tokens the base model was trained at
+
+
+@dataclass
+class ModelConfig:
+    target: str = fixed("stoker.models.decoder:build")  # import path pkg.mod:function of the builder
+    name: str = free("model")  # for run names and tables
+    family: str | None = free()  # of exports, such as mistral (see model.family in docs/refusals.md); default: by shape
+    init_from: str | None = fixed()  # directory to take shape, weights and tokenizer from: Hugging Face's or a run's
+    native: bool | None = fixed()  # with init_from: Stoker's own modules (true) or transformers'; default: where equal
+    config: Any = fixed()  # for model=transformers: a config.json, its folder or its values; default: init_from's
+    init_only: list[str] = fixed([])  # with init_from: take these parameters (`layers.*`) only; default: all
+    vocab_size: int | None = fixed()  # tokens; default: the tokenizer's
+    hidden_size: int = fixed(256)  # channels of the residual stream
+    num_hidden_layers: int = fixed(6)  # transformer blocks
+    num_attention_heads: int = fixed(8)  # query heads
+    num_key_value_heads: int | None = fixed()  # key and value heads; default: num_attention_heads
+    head_dim: int | None = fixed()  # channels per head; default: hidden_size / num_attention_heads
+    intermediate_size: int = fixed(704)  # channels inside the SwiGLU MLP
+    num_experts: int = fixed(0)  # MLPs of a layer, of which each token uses a few; 0: one MLP for all tokens
+    num_experts_per_tok: int = fixed(2)  # experts that a token uses
+    moe_intermediate_size: int | None = fixed()  # channels inside an expert; default: intermediate_size
+    num_shared_experts: int = fixed(0)  # experts that every token uses, as one MLP of so many times the channels
+    first_dense_layers: int = fixed(0)  # layers before the first with experts
+    router: str = fixed("softmax")  # softmax | sigmoid: how scores of experts are made of the router's logits
+    norm_topk_prob: bool = fixed(True)  # divide the weights of a token's experts by their sum
+    rms_norm_eps: float = fixed(1e-5)  # added to the mean square in RMSNorm
+    rope_parameters: RopeParameters = fixed(RopeParameters)
+    nope_layers: list[int] = fixed([])  # numbers of the layers without rotary embedding (SmolLM3)
+    qk_norm: bool = fixed(False)  # RMSNorm on queries and keys per head (Qwen3)
+    qk_norm_over: str = fixed("head")  # head | projection: one mean square of all heads' channels (OLMo 2)
+    norm_placement: str = fixed("before")  # before | after: RMSNorm of what a sublayer takes or gives (OLMo 2)
+    qkv_bias: bool = fixed(False)  # biases on the query, key and value projections (Qwen2)
+    embedding_multiplier: float = fixed(1.0)  # of what the embedding gives (Granite, as the next three)
+    attention_multiplier: float | None = fixed()  # of the scores of attention; default: 1 / sqrt(head_dim)
+    residual_multiplier: float = fixed(1.0)  # of what attention and MLP add to the residual stream
+    logits_scaling: float = fixed(1.0)  # logits are divided by it
+    tie_word_embeddings: bool = fixed(False)  # one matrix for the embedding and the head
+    initializer_range: float = fixed(0.02)  # standard deviation of initial weights
+    loss_chunk: int = free(1024)  # tokens whose logits exist at one time
+    freeze: list[str] = fixed([])  # parameters, or modules with all of theirs, not to train: [embedding, layers.0.*]
+    args: dict[str, Any] = fixed({})  # for a user's model.target; for model=transformers: changes of model.config

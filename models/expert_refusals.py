@@ -1,0 +1,67 @@
+"""Shapes of models with experts that cannot be, with the nearest that work."""
+
+from __future__ import annotations
+
+from stoker.conf.schema import ModelConfig
+from stoker.models.refusals import REFUSALS
+from stoker.parallel.start import Start
+
+# Keys of ModelConfig that only models with experts read.
+OF_EXPERTS = (
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "num_shared_experts",
+    "first_dense_layers",
+    "router",
+    "norm_topk_prob",
+)
+
+
+@REFUSALS.entry("settings of no experts", "keys of experts with model.num_experts=0", "they would have no effect")
+def _settings_of_no_experts(start: Start) -> str | None:
+    model, default = start.config.model, ModelConfig()
+    if model.num_experts != 0:
+        return None
+    changed = [key for key in OF_EXPERTS if getattr(model, key) != getattr(default, key)]
+    if not changed:
+        return None
+    shown = ", ".join(f"model.{key}={getattr(model, key)}" for key in changed)
+    return f"{shown} with model.num_experts=0: model.num_experts=8 has experts"
+
+
+@REFUSALS.entry(
+    "experts of a token", "model.num_experts_per_tok above model.num_experts", "a token uses an expert once"
+)
+def _experts_of_a_token(start: Start) -> str | None:
+    experts, used = start.config.model.num_experts, start.config.model.num_experts_per_tok
+    if experts < 1 or used <= experts:
+        return None
+    return (
+        f"model.num_experts_per_tok={used} is more than model.num_experts={experts}: "
+        f"model.num_experts_per_tok={experts} works"
+    )
+
+
+@REFUSALS.entry(
+    "layers with experts", "model.first_dense_layers that leaves no layer for experts", "they would not be there"
+)
+def _layers_with_experts(start: Start) -> str | None:
+    model = start.config.model
+    if model.num_experts < 1 or not 1 <= model.num_hidden_layers <= model.first_dense_layers:
+        return None
+    return (
+        f"model.first_dense_layers={model.first_dense_layers} leaves none of the {model.num_hidden_layers} layers for "
+        f"experts: model.first_dense_layers={model.num_hidden_layers - 1} works"
+    )
+
+
+@REFUSALS.entry(
+    "float8 experts",
+    "precision=fp8 with model.num_experts",
+    "the products of experts would stay in bf16, which are most of the model's",
+)
+def _float8_experts(start: Start) -> str | None:
+    experts = start.config.model.num_experts
+    if experts < 1 or start.config.precision != "fp8":
+        return None
+    return f"precision=fp8 with model.num_experts={experts}, which compute in bf16: precision=bf16 works"

@@ -1,0 +1,48 @@
+"""Settings of experts that are refused together: see `tests.trainer.refused_together`."""
+
+SPARSE = "model.target=tests.parallel.experts.sparse:build"  # a user's model with experts
+
+OF_EXPERTS = {
+    "experts over ranks": [
+        (
+            ["parallel.ep=3", SPARSE],
+            4,
+            0,
+            "parallel.ep=3 does not divide the 4 ranks that shard one copy of the parameters: parallel.ep=2 or 4 does",
+        ),
+        (["parallel.ep=4", "parallel.dp_replicate=2", SPARSE], 4, 0, "the 2 ranks that shard one copy"),
+        (["parallel.ep=4", "parallel.cp=2", "parallel.tp=2", "parallel.zero=0", SPARSE], 4, 0, "the 2 ranks that read"),
+    ],
+    "experts of a rank": [
+        (["parallel.ep=2"], 2, 0, "parallel.ep=2 with model.num_experts=0: parallel.ep=1 works"),
+        (["parallel.ep=4", "model.num_experts=6"], 4, 0, "parallel.ep=2 works"),
+    ],
+    "channels of experts": [
+        (
+            ["model.num_experts=4", "model.moe_intermediate_size=33", "parallel.tp=2", "parallel.expert_tp=true"],
+            2,
+            0,
+            "the 33 channels of an expert do not divide; parallel.expert_tp=false works",
+        ),
+    ],
+    "DeepSpeed and expert parallelism": [
+        (["parallel.ep=2", SPARSE, "parallel.engine=deepspeed"], 2, 0, "parallel.ep=2 with parallel.engine=deepspeed"),
+    ],
+    "settings of no experts": [
+        (["model.router=sigmoid", "model.num_shared_experts=1"], 1, 0, "model.num_experts=8 has experts"),
+    ],
+    "experts of a token": [
+        (["model.num_experts=4", "model.num_experts_per_tok=5"], 1, 0, "model.num_experts_per_tok=4 works"),
+    ],
+    "layers with experts": [
+        (
+            ["model.num_experts=4", "model.num_hidden_layers=2", "model.first_dense_layers=2"],
+            1,
+            0,
+            "model.first_dense_layers=1 works",
+        ),
+    ],
+    "float8 experts": [
+        (["model.num_experts=4", "precision=fp8"], 1, 0, "which compute in bf16: precision=bf16 works"),
+    ],
+}
