@@ -93,8 +93,9 @@ def apply(part: nn.Module, plan: AdapterPlan | None, config: Config) -> nn.Modul
             if adapter.dropout:
                 dropout = Dropout(adapter.dropout, config.run.seed, name, tokens, range(module.in_features))
             shape = module.in_features, module.out_features, rank, scale_of(adapter, rank)
-            low_rank = WeightDecomposed(*shape) if plan.magnitudes else LowRank(*shape, dropout)
-            module.add_module(SLOT, low_rank.to(module.weight.device))
+            with module.weight.device:  # parameters of rehearsals cannot be moved
+                low_rank = WeightDecomposed(*shape) if plan.magnitudes else LowRank(*shape, dropout)
+            module.add_module(SLOT, low_rank)
     return part
 
 
