@@ -155,9 +155,16 @@ LIMITS = (
     _above_zero("model.logits_scaling", "logits are divided by it"),
     _above_zero("model.initializer_range", "weights that all start at 0 cannot be trained"),
     _at_least("model.loss_chunk", 1, "it counts tokens"),
-    _choice("adapter.name", "none", "lora"),
+    _choice("adapter.name", "none", "lora", "dora"),
+    _choice("adapter.base", "nf4"),
     _at_least("adapter.rank", 1, "it counts columns and rows"),
     _above_zero("adapter.alpha", "an adapter multiplied by 0 changes nothing"),
+    Limit(
+        "adapter.dropout",
+        "0, or from 0.00002 to 0.99998",
+        "probabilities are multiples of 2^-16",
+        lambda value: value == 0 or 0.00002 <= value <= 0.99998,
+    ),
     Limit(
         "adapter.rank_pattern",
         "ranks of at least 1 by name or pattern, such as {q_proj: 16}",

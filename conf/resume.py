@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from stoker.conf.compose import compose
+from stoker.conf.lasting import PER_START, lasting
 from stoker.conf.overrides import parse
-from stoker.conf.schema import PER_START, Config, from_dict, kinds, lasting, lookup, to_dict
+from stoker.conf.schema import Config, from_dict, kinds, lookup, to_dict
 from stoker.conf.values import ConfigError
 
 

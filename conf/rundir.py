@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from stoker.conf.durable import write_durably
+from stoker.conf.lasting import lasting
 from stoker.conf.migrations import migrate
-from stoker.conf.schema import Config, from_dict, lasting, to_dict
+from stoker.conf.schema import Config, from_dict, to_dict
 from stoker.conf.values import ConfigError
 
 
@@ -77,6 +78,11 @@ class RunDirectory:
     def base_model(self) -> Path:
         """A folder with the files of `model.init_from` other than its weights, for a later export."""
         return self.path / "base_model"
+
+    @property
+    def base_weights(self) -> Path:
+        """A folder with the weights of `model.init_from`, which serves in its place: `adapter.keep_base`."""
+        return self.path / "base_weights"
 
     def struck(self, fault: str) -> Path:
         """A file that marks the fault of this name (`faults`) as injected, so that it is not repeated."""
@@ -311,6 +317,8 @@ def read_config(run: RunDirectory) -> Config:
         config = from_dict(migrate(values))
     except ConfigError as error:
         raise ConfigError(f"{run.config}: {error}") from None
+    if run.base_weights.is_dir():  # which are found from here
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run.path.absolute())))
     return _with_kept_tokenizer(run, config)
 
 

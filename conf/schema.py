@@ -71,7 +71,7 @@ class ParallelConfig:
 class AdapterConfig:
     """Keys by peft's names. Modules go by Stoker's names, by Hugging Face's, or by the end of one (`q_proj`)."""
 
-    name: str = fixed("none")  # none | lora: only the product of two thin matrices beside each target is trained
+    name: str = fixed("none")  # none | lora: two thin matrices beside each target | dora: and the lengths of its rows
     rank: int = fixed(8)  # columns and rows of the thin matrices
     alpha: float = fixed(16.0)  # their product is multiplied by alpha / rank
     rslora: bool = fixed(False)  # by alpha / sqrt(rank) instead
@@ -79,6 +79,9 @@ class AdapterConfig:
     layers_to_transform: list[int] = fixed([])  # numbers of the blocks whose linear layers are targets; default: all
     rank_pattern: dict[str, Any] = fixed({})  # another rank for targets by name or pattern: {q_proj: 16}
     modules_to_save: list[str] = fixed([])  # modules of the base that are trained whole, such as [embedding, head]
+    dropout: float = maths(0.0)  # share of each adapter's inputs that is left out in training, drawn anew each time
+    base: str | None = fixed()  # nf4: weights of the blocks' linear layers in four bits; default: as the model has them
+    keep_base: bool = free(False)  # keep the base's weights in the run directory, by hard links where that is possible
     init_from: str | None = fixed()  # folder of an adapter in peft's format, whose shape and values the run begins with
 
 
@@ -305,7 +308,6 @@ class Config:
 
 
 GROUPS = ("model", "adapter", "objective", "data", "optim", "schedule", "tracker", "launch")
-PER_START = ("run.fresh", "run.change", "run.trust", "run.adopt", "launch.deadline")  # keys that no run keeps
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -333,12 +335,6 @@ def from_dict(values: dict[str, Any], kind: type = Config, prefix: str = "") -> 
             value = float(value)
         arguments[name] = value
     return kind(**arguments)
-
-
-def lasting(config: Config) -> Config:
-    """`config` without the keys for one start: the form in which a run keeps it."""
-    run = dataclasses.replace(config.run, fresh=False, change=False, trust=False, adopt=False)
-    return dataclasses.replace(config, run=run, launch=dataclasses.replace(config.launch, deadline=None))
 
 
 def leaves(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:

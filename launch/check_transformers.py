@@ -70,6 +70,11 @@ def _refuse_what_is_not_theirs(config: Config) -> None:
     changed = [f"model.{key}={value}" for key, value in vars(model).items() if value != as_it_is[key]]
     if changed:
         raise ConfigError(f"--against transformers: {', '.join(changed)} makes another model than {model.init_from}")
+    if config.adapter.name != "none":
+        raise ConfigError(
+            f"--against transformers compares the model itself, without adapter={config.adapter.name}: adapter=none "
+            "works, and `stoker check` without --against compares an adapter's run with one process"
+        )
     if config.parallel.cp > 1:
         raise ConfigError(
             f"--against transformers compares logits of whole sequences, which parallel.cp={config.parallel.cp} "

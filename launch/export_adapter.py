@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from stoker.checkpoint import TensorReader, read_state
@@ -18,7 +19,7 @@ from stoker.models.peft_folder import CONFIG, WEIGHTS, config_json, refuse_tied,
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.model import whole_model
 from stoker.parallel.shards import PARAMETER
-from stoker.parallel.tensor.low_rank import SLOT
+from stoker.parallel.tensor.low_rank import MAGNITUDE, SLOT
 from stoker.trainer.base_reader import open_base
 from stoker.trainer.frozen_base import STATE
 
@@ -46,7 +47,8 @@ def write_adapter(folder: Path, checkpoint: Path, config: Config, dtype: str) ->
 def merged(checkpoint: Path, config: Config) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]]:
     """The shapes of the base's parameters, and a function from a name to float32 values with the adapter added.
 
-    W + scale * B @ A in float32, for the caller to round once. `config.model.vocab_size` is set.
+    W + scale * B @ A in float32, with DoRA its rows at their trained lengths; the caller rounds once.
+    `config.model.vocab_size` is set.
     """
     whole = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
     plan = plan_of(whole, config)
@@ -59,6 +61,8 @@ def merged(checkpoint: Path, config: Config) -> Iterator[tuple[dict[str, tuple[i
             if kind == "weight" and (rank := plan.ranks.get(module)) is not None:
                 a, b = (reader.read(f"{module}.{SLOT}.{matrix}") for matrix in "AB")
                 value = value.addmm_(b, a, alpha=scale_of(config.adapter, rank))
+                if plan.magnitudes:
+                    value *= (reader.read(f"{module}.{MAGNITUDE}") / torch.linalg.vector_norm(value, dim=1))[:, None]
             return value
 
         yield {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}, read

@@ -19,7 +19,9 @@ from stoker.models.family import family_of
 from stoker.models.objectives.teaching import TARGET
 from stoker.parallel.model import ParallelizableModel
 from stoker.parallel.suggestions import shortened
-from stoker.parallel.tensor.low_rank import SLOT, AdaptedLinear, LowRank, takes_adapters
+from stoker.parallel.tensor.dropout import Dropout, TokenNumbers
+from stoker.parallel.tensor.low_rank import SLOT, AdaptedLinear, LowRank, WeightDecomposed, takes_adapters
+from stoker.parallel.tensor.nf4 import WANTED
 
 ALL_LINEAR = "all-linear"
 
@@ -35,6 +37,8 @@ class AdapterPlan:
     trained: frozenset[str]
     saved_whole: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()  # linear layers, and experts, that all-linear leaves without an adapter
+    packed: frozenset[str] = frozenset()  # linear layers whose weights are held in four bits
+    magnitudes: bool = False  # whether the lengths of the rows of adapted weights are trained apart (DoRA)
 
 
 def scale_of(adapter: AdapterConfig, rank: int) -> float:
@@ -69,18 +73,27 @@ def plan_of(whole: nn.Module, config: Config) -> AdapterPlan | None:
     return AdapterPlan({}, trained)
 
 
-def apply(part: nn.Module, plan: AdapterPlan | None, adapter: AdapterConfig) -> nn.Module:
+def apply(part: nn.Module, plan: AdapterPlan | None, config: Config) -> nn.Module:
     """`part` of the model, changed in place: only what `plan` names is trained, and its adapters are there."""
+    adapter, tokens = config.adapter, TokenNumbers()
     if plan is None:
         return part
     for name, parameter in part.named_parameters():
         parameter.requires_grad_(name in plan.trained)
     for name, module in list(part.named_modules()):
+        if name in plan.packed:
+            if type(module) is nn.Linear:
+                module.__class__ = AdaptedLinear
+            setattr(module, WANTED, True)
         if (rank := plan.ranks.get(name)) is not None:
             assert isinstance(module, nn.Linear)
             if type(module) is nn.Linear:
                 module.__class__ = AdaptedLinear
-            low_rank = LowRank(module.in_features, module.out_features, rank, scale_of(adapter, rank))
+            dropout = None
+            if adapter.dropout:
+                dropout = Dropout(adapter.dropout, config.run.seed, name, tokens, range(module.in_features))
+            shape = module.in_features, module.out_features, rank, scale_of(adapter, rank)
+            low_rank = WeightDecomposed(*shape) if plan.magnitudes else LowRank(*shape, dropout)
             module.add_module(SLOT, low_rank.to(module.weight.device))
     return part
 
@@ -160,7 +173,12 @@ def _of_adapter(whole: nn.Module, adapter: AdapterConfig, names: Names) -> Adapt
     stacks = [name for name in names.modules if any(p.dim() == 3 for p in modules[name].parameters(recurse=False))]
     without = [name for name in (*inside, *_in_blocks(adapter, names, stacks)) if name not in targets]
     left_out = tuple(without) if ALL_LINEAR in adapter.target_modules else ()
-    return AdapterPlan(ranks, frozenset(trained), tuple(saved), left_out)
+    packed: frozenset[str] = frozenset()
+    if adapter.base == "nf4":
+        blocks, apart = tuple(names.blocks.values()), tuple(f"{name}." for name in saved)
+        those = (name for name in linear if name.startswith(blocks) and not f"{name}.".startswith(apart))
+        packed = frozenset(name for name in those if takes_adapters(modules[name]))
+    return AdapterPlan(ranks, frozenset(trained), tuple(saved), left_out, packed, adapter.name == "dora")
 
 
 def _in_blocks(adapter: AdapterConfig, names: Names, linear: Sequence[str]) -> Iterator[str]:

@@ -67,6 +67,12 @@ def open_weights(folder: Path) -> Iterator[dict[str, StoredTensor]]:
         yield {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `open_weights` reads: weights, and their index if there is one. Raises ValueError as it does."""
+    paths, index = _files_of(folder)
+    return paths if index is None else [*paths, folder / INDEX]
+
+
 def has_own_head(tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether the head differs from the embedding: transformers then unties a model whose config ties them."""
     if HEAD not in tensors or EMBEDDING not in tensors:

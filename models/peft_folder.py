@@ -14,12 +14,13 @@ from stoker.models.adapters import AdapterPlan, Names
 from stoker.models.hugging_face_config import in_one_line, read_json
 from stoker.models.hugging_face_weights import StoredTensor
 from stoker.parallel.suggestions import shortened
-from stoker.parallel.tensor.low_rank import SLOT
+from stoker.parallel.tensor.low_rank import MAGNITUDE, SLOT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _MATRICES = {f".{SLOT}.A": ".lora_A.weight", f".{SLOT}.B": ".lora_B.weight"}
-_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights", "lora_dropout")
+_MAGNITUDE = ".lora_magnitude_vector"
+_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "lora_dropout")
 # Keys of adapter_config.json whose meaning is taken from the names and shapes of the tensors,
 _FROM_TENSORS = (
     "target_modules",
@@ -51,7 +52,8 @@ def tensor_names(plan: AdapterPlan, names: Names) -> dict[str, str]:
     """peft's names of everything that `plan` trains, by our global names."""
     found = {}
     for module in plan.ranks:
-        for ours, theirs in _MATRICES.items():
+        kinds = _MATRICES | ({f".{MAGNITUDE}": _MAGNITUDE} if plan.magnitudes else {})
+        for ours, theirs in kinds.items():
             found[f"{module}{ours}"] = f"{PREFIX}{names.of(module)[1]}{theirs}"
     return found | {name: f"{PREFIX}{names.of(name)[1]}" for name in names.parameters if name in plan.trained}
 
@@ -71,7 +73,7 @@ def config_json(config: Config, plan: AdapterPlan, names: Names) -> dict[str, An
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.dropout,
         "modules_to_save": saved or None,
         "peft_type": "LORA",
         "r": adapter.rank,
@@ -80,7 +82,7 @@ def config_json(config: Config, plan: AdapterPlan, names: Names) -> dict[str, An
         },
         "target_modules": shared_ends(theirs, known),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": plan.magnitudes,
         "use_rslora": adapter.rslora,
     }
 
@@ -95,10 +97,8 @@ def shared_ends(chosen: Iterable[str], known: Collection[str]) -> list[str]:
     return sorted(word for end in ends for word in ([end] if by_end[end] <= chosen else sorted(by_end[end] & chosen)))
 
 
-def adopted(folder: Path, whole: nn.Module, names: Names) -> tuple[dict[str, Any], float]:
-    """The adapter in `folder` as values of the config's adapter section, and the dropout that it was trained with.
-
-    `whole` is the model without an adapter.
+def adopted(folder: Path, whole: nn.Module, names: Names) -> dict[str, Any]:
+    """The adapter in `folder` as values of the config's adapter section. `whole` is the model without an adapter.
 
     Raises ValueError, naming the file and what is in it, for another kind of adapter and for one of another model.
     """
@@ -113,7 +113,7 @@ def adopted(folder: Path, whole: nn.Module, names: Names) -> tuple[dict[str, Any
         for name, tensor in tensors.items():
             inner = name.removeprefix(PREFIX)
             module, matrix, _ = inner.partition(".lora_")
-            if matrix and module in theirs and inner.endswith((".lora_A.weight", ".lora_B.weight")):
+            if matrix and module in theirs and inner.endswith((*_MATRICES.values(), _MAGNITUDE)):
                 if inner.endswith(".lora_A.weight"):
                     ranks[module] = tensor.shape[0]
             elif inner in parameters:
@@ -127,8 +127,8 @@ def adopted(folder: Path, whole: nn.Module, names: Names) -> tuple[dict[str, Any
     rank = int(values.get("r", 8))
     known = list(theirs)
     others = sorted({own for own in ranks.values() if own != rank})
-    section = {
-        "name": "lora",
+    return {
+        "name": "dora" if values.get("use_dora") else "lora",
         "rank": rank,
         "alpha": float(values.get("lora_alpha", 8)),
         "rslora": bool(values.get("use_rslora", False)),
@@ -138,8 +138,8 @@ def adopted(folder: Path, whole: nn.Module, names: Names) -> tuple[dict[str, Any
             end: own for own in others for end in shared_ends([m for m in ranks if ranks[m] == own], known)
         },
         "modules_to_save": list(saved),
+        "dropout": float(values.get("lora_dropout") or 0.0),
     }
-    return section, float(values.get("lora_dropout") or 0.0)
 
 
 def refuse_unsupported(values: Mapping[str, Any]) -> None:

@@ -220,11 +220,54 @@ def _frozen_with_adapter(start: Start) -> str | None:
     )
 
 
-@REFUSALS.entry(
-    "adapters under DeepSpeed", "an adapter with parallel.engine=deepspeed", "what it computes there is not tested yet"
-)
-def _adapter_under_deepspeed(start: Start) -> str | None:
-    adapter, engine = start.config.adapter.name, start.config.parallel.engine
-    if adapter == "none" or engine != "deepspeed":
+@REFUSALS.entry("a base to keep", "adapter.keep_base without model.init_from", "there are no weights to keep")
+def _base_to_keep(start: Start) -> str | None:
+    if not start.config.adapter.keep_base or start.config.model.init_from is not None:
         return None
-    return f"adapter={adapter} with parallel.engine=deepspeed: parallel.engine=fsdp works"
+    return "adapter.keep_base=true without model.init_from: adapter.keep_base=false works"
+
+
+@REFUSALS.entry(
+    "packed bases",
+    "adapter.base=nf4 with adapter=dora or precision=fp8",
+    "lengths of rows, and float8, need the weights themselves",
+)
+def _packed_base(start: Start) -> str | None:
+    adapter, precision = start.config.adapter, start.config.precision
+    if adapter.base is None or adapter.name == "none" or (adapter.name != "dora" and precision != "fp8"):
+        return None
+    works = [
+        *(["adapter=lora"] if adapter.name == "dora" else []),
+        *(["precision=bf16"] if precision == "fp8" else []),
+    ]
+    return (
+        f"adapter.base={adapter.base} with adapter={adapter.name} and precision={precision}: {' and '.join(works)} "
+        "works, or adapter.base=null"
+    )
+
+
+@REFUSALS.entry(
+    "dropout of DoRA",
+    "adapter.dropout with adapter=dora",
+    "peft applies its dropout to the base's share too, by a second product with each weight",
+)
+def _dropout_of_dora(start: Start) -> str | None:
+    adapter = start.config.adapter
+    if adapter.name != "dora" or not adapter.dropout:
+        return None
+    return f"adapter.dropout={adapter.dropout} with adapter=dora: adapter.dropout=0 works, or adapter=lora"
+
+
+@REFUSALS.entry(
+    "DoRA under DeepSpeed",
+    "adapter=dora with parallel.engine=deepspeed in another precision than fp32",
+    "lengths of rows compute in fp32, and DeepSpeed keeps parameters of one dtype, flattened together",
+)
+def _dora_under_deepspeed(start: Start) -> str | None:
+    precision = start.config.precision
+    if start.config.adapter.name != "dora" or start.config.parallel.engine != "deepspeed" or precision == "fp32":
+        return None
+    return (
+        f"adapter=dora with parallel.engine=deepspeed and precision={precision}: parallel.engine=fsdp works, or "
+        "adapter=lora, or precision=fp32"
+    )

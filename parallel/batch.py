@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ class Batch:
     within each document where attention is kept inside documents. `weights` (float32) are factors of the labels'
     losses; None where all are 1. `reference` (float32) holds the log-probability of each label under a reference
     model, for objectives that need it. `teacher_tokens` (int32) and `teacher_log_probabilities` (float32), both
-    `[rows, seq_len, k]`, are what a teacher predicts for each label.
+    `[rows, seq_len, k]`, are what a teacher predicts for each label. `numbers` (int64), where there is dropout, are the
+    tokens' in the run: that of the sequence times seq_len, plus the place in it.
     """
 
     tokens: Tensor
@@ -32,6 +33,7 @@ class Batch:
     reference: Tensor | None = None
     teacher_tokens: Tensor | None = None
     teacher_log_probabilities: Tensor | None = None
+    numbers: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -55,6 +57,16 @@ class Batch:
     def pin(self) -> Batch:
         """The same rows in page-locked memory."""
         return self.map(lambda field: field.pin_memory())
+
+    def numbered(self, first: int, rank: int, ranks: int) -> Batch:
+        """The same rows with `numbers`: they are every `ranks`th sequence of a global batch, from its number `rank` on.
+
+        `first` is the number in the run of the first sequence of the global batch.
+        """
+        rows, length = self.tokens.shape
+        sequences = torch.arange(first + rank, first + rank + rows * ranks, ranks)
+        numbers = sequences[:, None] * length + torch.arange(length)
+        return replace(self, numbers=numbers.pin_memory() if self.tokens.is_pinned() else numbers)
 
     def valid_tokens(self) -> Tensor:
         """Number of labels that carry a loss: int64 scalar on the rows' device."""

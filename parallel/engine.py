@@ -15,8 +15,12 @@ from stoker.parallel.update import NO_FLAGS, StepFlags, StepResult
 class Engine(Protocol):
     """A model over a mesh with its optimizer. Every rank makes the same calls in the same order."""
 
-    def forward_backward(self, rows: Batch) -> None:
-        """Accumulate the gradients of this rank's rows of the global batch, `[rank_rows, seq_len]`."""
+    def forward_backward(self, rows: Batch, first_row: int | None = None) -> None:
+        """Accumulate the gradients of this rank's rows of the global batch, `[rank_rows, seq_len]`.
+
+        `first_row` is the number in the run of the first row of the global batch, from which dropout follows: raises
+        ValueError without it where there is dropout.
+        """
         ...
 
     def update(self, lr: float, flags: StepFlags = NO_FLAGS) -> StepResult:
@@ -40,8 +44,8 @@ class Engine(Protocol):
         ...
 
     def predict(self, rows: Batch) -> Tensor | None:
-        """What the head returns for each label of any number of rows, `[rows, seq_len]` or `[rows, seq_len, 2 k]`, no
-        gradients kept, with an objective of `per_token`. One rank of each replica has it, the others get None.
+        """What the head returns for each label of any number of rows with an objective of `per_token`, without
+        gradients: `[rows, seq_len]`, or as `Targets.top_k` says. One rank of each replica has it, the others get None.
         """
         ...
 

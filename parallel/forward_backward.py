@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ from stoker.parallel.batch import Batch
 from stoker.parallel.layout import BatchPlan
 from stoker.parallel.objective import NEXT_TOKEN, Objective, shaped, targets_of
 from stoker.parallel.sharding import ShardingStrategy
+from stoker.parallel.tensor.dropout import token_numbers
 
 
 class ForwardBackward(Protocol):
@@ -34,7 +36,7 @@ class ForwardBackward(Protocol):
         """Of each label of any number of rows, without gradients: fp32 `[rows, seq_len]` on the device.
 
         None on ranks that do not have the head. For an objective with `per_token`; with `top_k` it is what
-        `Targets.top_k` asks for, `[rows, seq_len, 2 k]`.
+        `Targets.top_k` asks for, `[rows, seq_len, 1 + 2 k]`.
         """
         ...
 
@@ -54,7 +56,7 @@ class GradientAccumulation:
         objective: Objective = NEXT_TOKEN,
     ) -> None:
         self._model, self._weights, self._objective = weights.module, weights, objective
-        self._micro_rows = plan.micro_rows
+        self._micro_rows, self._tokens = plan.micro_rows, token_numbers(weights.module)
         self._device, self._document_mask = device, document_mask
 
     def train(self, rows: Batch, factor: Tensor) -> Tensor:
@@ -92,7 +94,8 @@ class GradientAccumulation:
         targets = targets_of(
             self._objective, micro.labels, micro.weights, micro.teacher_tokens, micro.teacher_log_probabilities
         )
-        given = self._model(micro.tokens, micro.positions, documents, targets)
+        with self._tokens.of(micro.numbers) if self._tokens is not None else nullcontext():
+            given = self._model(micro.tokens, micro.positions, documents, targets)
         return shaped(self._objective, given, micro.labels)
 
     def _zeros(self) -> Tensor:

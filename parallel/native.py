@@ -38,6 +38,7 @@ from stoker.parallel.sequence import SequenceAxis, own_tokens, sequence_axis
 from stoker.parallel.sharding import Precision, ShardingStrategy
 from stoker.parallel.shards import GRADIENT, PARAMETER, Shard
 from stoker.parallel.stages import stages_of
+from stoker.parallel.tensor.dropout import token_numbers
 from stoker.parallel.tensor.low_rank import adapters_off
 from stoker.parallel.update import NO_FLAGS, StepFlags, StepResult, reduce_step
 
@@ -63,6 +64,7 @@ class NativeEngine:
         self._buffers = buffers
         self._balance = Balance(config, mesh, self.modules())
         self._clip_norm, self._norms_by_role = config.grad_clip_norm, config.log.norms_by_role
+        self._has_dropout = any(token_numbers(stage.module) is not None for stage in weights)
         self._nominal_count = objective.nominal(config.batch.size, config.seq_len)
         self._held: dict[str, LocalShard] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -85,7 +87,9 @@ class NativeEngine:
         self._tokens = torch.zeros((), dtype=torch.float64, device=mesh.device)  # where they are not the count
         self._counts_tokens = True  # is what the update divides by the number of valid tokens?
 
-    def forward_backward(self, rows: Batch) -> None:
+    def forward_backward(self, rows: Batch, first_row: int | None = None) -> None:
+        if self._has_dropout and first_row is not None:
+            rows = rows.numbered(first_row, self._mesh.dp_rank, self._mesh.layout.dp)
         rows = self._own(rows)
         factor = self._scale() / self._nominal_count
         self._balance.begin(factor)

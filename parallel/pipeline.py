@@ -21,6 +21,7 @@ import copy
 import functools
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ from stoker.parallel.layout import BatchPlan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.objective import NEXT_TOKEN, Objective, shaped, targets_of
 from stoker.parallel.sharding import ShardingStrategy
+from stoker.parallel.tensor.dropout import token_numbers
 
 WAYS = FORWARD, BACKWARD = "forward", "backward"
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
@@ -336,6 +338,7 @@ class _Forward(nn.Module):
     def __init__(self, model: nn.Module, number: int, gives: Tensor | None, objective: Objective) -> None:
         super().__init__()
         self._models, self._number, self._objective = (model,), number, objective
+        self._tokens = token_numbers(model)
         self._expected = None if gives is None else (tuple(gives.shape), gives.dtype)
 
     def forward(self, *received: Tensor, **inputs: Tensor) -> Tensor:
@@ -349,10 +352,12 @@ class _Forward(nn.Module):
         positions: Tensor,
         labels: Tensor,
         documents: Tensor | None = None,
+        numbers: Tensor | None = None,
         **targeted: Tensor,
     ) -> Tensor:
         targets = targets_of(self._objective, labels, **targeted)
-        output = self._models[0](tokens if received is None else received, positions, documents, targets)
+        with self._tokens.of(numbers) if self._tokens is not None else nullcontext():
+            output = self._models[0](tokens if received is None else received, positions, documents, targets)
         found = (tuple(output.shape), output.dtype)
         if self._expected not in (None, found):  # the next stage would wait for another number of bytes
             raise ValueError(
@@ -364,7 +369,7 @@ class _Forward(nn.Module):
 
 def _inputs(rows: Batch, document_mask: bool) -> dict[str, Tensor]:
     inputs = {"tokens": rows.tokens, "positions": rows.positions, "labels": rows.labels}
-    for name in ("weights", "teacher_tokens", "teacher_log_probabilities"):
+    for name in ("weights", "teacher_tokens", "teacher_log_probabilities", "numbers"):
         if (field := getattr(rows, name)) is not None:
             inputs[name] = field
     return inputs | {"documents": rows.documents} if document_mask else inputs

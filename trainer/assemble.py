@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +30,8 @@ from stoker.trainer.facts import Facts, vocabulary_of
 from stoker.trainer.frozen_base import FrozenBase, frozen_names
 from stoker.trainer.history import SavedOnce, has_saved, nothing_to_resume
 from stoker.trainer.loop import Trainer
+from stoker.trainer.magnitudes import set_magnitudes
+from stoker.trainer.packed_base import fill_packed
 from stoker.trainer.parallelize import NO_HEAD, build_engine, compiles, part_builder
 from stoker.trainer.pretrained import load_pretrained
 from stoker.trainer.pretrained_adapter import load_adapter
@@ -84,11 +87,6 @@ def assemble(
 
     phase(0, Phase.BUILD)
     complete = facts.complete(config)
-    if stream.weighted and config.parallel.engine == "deepspeed":
-        raise ValueError(
-            "the data weigh messages (a weight other than 0 and 1), which is not tested yet with "
-            "parallel.engine=deepspeed: parallel.engine=fsdp works"
-        )
     if stream.weighted and not takes_targets(part_builder(complete)(whole_model(config.model.num_hidden_layers))):
         raise ValueError(f"the weight of a message {NO_HEAD.format(config.model.target)}")
     engine, initialise = build_engine(complete, mesh, plan)
@@ -129,11 +127,14 @@ def assemble(
         initialise()
         if config.model.init_from is not None:
             load_pretrained(complete, engine.shards())
+        if config.adapter.name == "dora":
+            set_magnitudes(complete, engine.shards())
         engine.shards_written()
 
     if base is not None:  # which no checkpoint holds
         begin()
-        base.measure(engine.shards(), mesh)
+        packed = fill_packed(complete, engine.modules()) if config.adapter.base else ()
+        base.measure(itertools.chain(engine.shards(), packed), mesh)
 
     def restore() -> dict[str, Any] | None:
         held = engine.shards() if base is None else base.saved(engine.shards())

@@ -8,6 +8,7 @@ A run needs `model.init_from` and the folder of its tokenizer only at its first 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from stoker.data.opening import NoTokenizer
 from stoker.data.tokenizer_files import load_tokenizer
 from stoker.models.hugging_face import DTYPES, OWN_MODEL
 from stoker.models.hugging_face_config import CONFIG, read_json
-from stoker.models.hugging_face_weights import open_weights
+from stoker.models.hugging_face_weights import open_weights, weight_files
 from stoker.trainer.pretrained import init_folder, is_run
 
 GENERATION = "generation_config.json"
@@ -93,6 +94,25 @@ def keep_base(config: Config, run: RunDirectory) -> None:
             shutil.copyfile(file, place)
         facts = BaseFacts(base.facts.dtype if base is not None else None, same)
         (folder / _FACTS).write_text(json.dumps(asdict(facts)))
+
+    _copied(target, fill)
+
+
+def keep_weights(config: Config, run: RunDirectory) -> None:
+    """Keep the weights of `model.init_from` in `RUN/base_weights`, if they are not there: whole or not at all.
+
+    By hard links, which take no room, where both are on one file system; else by copies.
+    """
+    target, source = run.base_weights, init_folder(config)
+    if target.is_dir():
+        return
+
+    def fill(folder: Path) -> None:
+        for file in weight_files(source):
+            try:
+                os.link(file.resolve(), folder / file.name)
+            except OSError:
+                shutil.copyfile(file, folder / file.name)
 
     _copied(target, fill)
 

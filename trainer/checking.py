@@ -38,11 +38,12 @@ def measure_logits(trainer: Trainer) -> Outcome:
 def _measure(trainer: Trainer, with_logits: bool) -> Outcome:
     losses, norms = [], []
     for step in range(1, trainer.config.steps + 1):
+        first_row = trainer.rows.row
         rows = trainer.rows.next()
         if with_logits:
             _keep_logits(trainer, replace(rows, weights=None))  # transformers' loss has none
         else:
-            trainer.engine.forward_backward(rows)
+            trainer.engine.forward_backward(rows, first_row)
         if step == 1:
             _keep(trainer, GRADIENTS, step, trainer.engine.gradient_shards(), {})
         result = trainer.engine.update(learning_rate(trainer.config.schedule, trainer.config.optim, step)).read()

@@ -94,7 +94,7 @@ class Trainer:
                 self.phase(step, Phase.FORWARD_BACKWARD)
                 self.faults.inject(step)
                 with self.faults.in_passes(), self.messages.of(step):
-                    self.engine.forward_backward(rows)
+                    self.engine.forward_backward(rows, first_row)
                 if not self._seen_gradients:
                     self._look_at_gradients(step, rows)
                 self.phase(step, Phase.AWAIT_STAGED)

@@ -27,7 +27,7 @@ from stoker.parallel.devices import backend_of, exactness_now, set_exactness
 from stoker.parallel.layout import layout_of
 from stoker.parallel.mesh import start_mesh, stop_mesh, use_threads
 from stoker.trainer.assemble import assemble
-from stoker.trainer.base_model import keep_base
+from stoker.trainer.base_model import keep_base, keep_weights
 from stoker.trainer.failure import Attempt, fail, in_one_line
 from stoker.trainer.history import begin_anew
 from stoker.trainer.loop import Trainer
@@ -225,6 +225,8 @@ def _train(
                 keep_tokenizer(config.data, run.tokenizer)
                 if trainer.progress.step == 0:
                     keep_base(config, run)
+                if config.adapter.keep_base:
+                    keep_weights(config, run)
     attempt.training = True
     requests.training()
     try:

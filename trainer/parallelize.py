@@ -30,7 +30,7 @@ from stoker.parallel.experts import expert_axis, parallelize_experts
 from stoker.parallel.fp32_modules import compute_in_fp32
 from stoker.parallel.gpu_clock import GpuClock
 from stoker.parallel.initialize import initialize
-from stoker.parallel.layout import BatchPlan, Layout
+from stoker.parallel.layout import OF_TOKENS, BatchPlan, Layout
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import ParallelizableModel, Part, whole_model
 from stoker.parallel.native import build_native
@@ -40,7 +40,10 @@ from stoker.parallel.rules.settings import unused_group
 from stoker.parallel.sequence import parallelize_sequence, sequence_axis
 from stoker.parallel.stages import costs_of, parts, stages_of
 from stoker.parallel.tensor import enable_async_tensor_parallelism, parallelize_tensors
+from stoker.parallel.tensor.dropout import TokenNumbers, token_numbers
 from stoker.parallel.tensor.float8 import float8_of, refuse_device
+from stoker.parallel.tensor.low_rank import SLOT
+from stoker.parallel.tensor.nf4 import BLOCK, WANTED, pack, packed_in
 from stoker.parallel.trial import Trial
 
 log = logging.getLogger(__name__)
@@ -50,6 +53,8 @@ NO_HEAD = (
     "needs the log-probability of each token, and model.target={} computes its loss by itself: a model that ends in "
     "stoker.models.loss.Head, as every built-in one does, returns them"
 )
+
+OF_DORA = (f"*.{SLOT}.magnitude",)  # modules that compute in fp32
 
 FUSED_ATTENTION = (
     "_scaled_dot_product_cudnn_attention",
@@ -127,6 +132,9 @@ def build_engine(
             trial.refuse_open_regions(stage, registry, received, rebuild, whole_received)
     if mesh.layout.pp > 1:
         registry = _tie_stages(config, mesh, registry, stages)
+    known = registry
+    if config.adapter.base == "nf4":
+        registry = _pack_weights(mesh, registry, stages)
 
     sequence = sequence_axis(config, mesh)
     if sequence is not None:
@@ -138,14 +146,16 @@ def build_engine(
         registry = parallelize_experts(whole, stages, registry, experts)
         log.info("expert parallel over %d ranks: %s", experts.size, experts.dispatcher)
 
-    full = [compute_in_fp32(stage, config.fp32_modules, dtype) if config.fp32_modules else () for stage in stages]
+    patterns = [*config.fp32_modules, *(OF_DORA if config.adapter.name == "dora" and dtype != torch.float32 else ())]
+    full = [compute_in_fp32(stage, patterns, dtype) if patterns else () for stage in stages]
     if config.fp32_modules:
         log.info("fp32 modules: %s", ", ".join(config.fp32_modules))
     compiled = compiles(config, mesh.device)
     clock = GpuClock(mesh.device)
     for stage in stages:
+        tokens = token_numbers(stage)
         for block in _parallelizable(stage).blocks().values():
-            _checkpoint_activations(block, config.activation_checkpointing)
+            _checkpoint_activations(block, config.activation_checkpointing, tokens)
             if compiled:
                 block.forward = torch.compile(block.forward)
             clock.time(block)
@@ -159,6 +169,10 @@ def build_engine(
 
     def initialise() -> None:
         initialize(engine.shards(), registry.initial, config.run.seed)
+        for packed in packed_in(stages):
+            shard = packed.shard()
+            initialize([shard], known.initial, config.run.seed)
+            packed.fill(shard.data)
         engine.shards_written()
 
     return engine, initialise
@@ -195,7 +209,7 @@ def part_builder(config: Config) -> Callable[[Part], nn.Module]:
     build: Callable[[Part], nn.Module] = functools.partial(build_on_meta, config.model)
     if config.adapter.name != "none" or config.model.freeze:
         plan = plan_of(build(whole_model(config.model.num_hidden_layers)), config)
-        build = _then(build, lambda part: apply(part, plan, config.adapter))
+        build = _then(build, lambda part: apply(part, plan, config))
     return _then(build, lambda part: compute_in_float8(part, config)) if config.precision == "fp8" else build
 
 
@@ -258,6 +272,20 @@ def _tie_stages(config: Config, mesh: Mesh, registry: Registry, stages: list[nn.
     )
 
 
+def _pack_weights(mesh: Mesh, registry: Registry, stages: list[nn.Module]) -> Registry:
+    """Hold frozen weights of linear layers in four bits: the entries of what is left to the sharding strategy."""
+    places = mesh.layout.place(mesh.rank, OF_TOKENS), mesh.layout.size(OF_TOKENS)
+    gone: set[str] = set()
+    for stage in stages:
+        for name, module in stage.named_modules():
+            if getattr(module, WANTED, False):
+                assert isinstance(module, nn.Linear)
+                pack(module, registry.entries[f"{name}.weight"], places, mesh.device)
+                gone.add(f"{name}.weight")
+    log.info("nf4: weights of %d linear layers of this rank, in blocks of %d", len(gone), BLOCK)
+    return Registry(entry for entry in registry.entries.values() if entry.name not in gone)
+
+
 def _shared(activation: Tensor, ranks: int) -> Tensor:
     """The share of `activation` that each of `ranks` holds when they share its tokens."""
     if activation.shape[0] % ranks:
@@ -269,18 +297,31 @@ def _parallelizable(model: nn.Module) -> ParallelizableModel:
     return model  # type: ignore[return-value]
 
 
-def _checkpoint_activations(block: nn.Module, mode: str) -> None:
+def _checkpoint_activations(block: nn.Module, mode: str, tokens: TokenNumbers | None) -> None:
     """Recompute a block's activations in backward: all of them (full), or those that are cheap (selective).
 
     Selective keeps the output of attention, of every second matrix product, and of collectives, so that no
-    communication is repeated.
+    communication is repeated. `tokens` are those of the block's stage, if it has dropout: what is recomputed has those
+    of its forward pass, though other micro-batches may have come in between.
     """
     if mode == "none":
         return
     from torch.utils import checkpoint
 
     options: dict[str, Any] = {"context_fn": _selective} if mode == "selective" else {}
-    block.forward = functools.partial(checkpoint.checkpoint, block.forward, use_reentrant=False, **options)
+    forward = block.forward
+    if tokens is None:
+        block.forward = functools.partial(checkpoint.checkpoint, forward, use_reentrant=False, **options)
+        return
+
+    def numbered(numbers: Tensor | None, *args: Any, **named: Any) -> Any:
+        with tokens.of(numbers):
+            return forward(*args, **named)
+
+    def checkpointed(*args: Any, **named: Any) -> Any:
+        return checkpoint.checkpoint(numbered, tokens.current, *args, use_reentrant=False, **options, **named)
+
+    block.forward = checkpointed
 
 
 def _selective() -> tuple[Any, Any]:

@@ -92,6 +92,15 @@ def init_folder(config: Config) -> Path:
     return Path(config.model.init_from).expanduser()
 
 
+def weights_folder(config: Config) -> Path:
+    """Where weights are read: what the run has kept of them (`adapter.keep_base`), else `model.init_from`."""
+    if config.adapter.name != "none" and config.run.dir is not None:
+        kept = RunDirectory(Path(config.run.dir)).base_weights
+        if kept.is_dir():
+            return kept
+    return init_folder(config)
+
+
 def is_run(folder: Path) -> bool:
     """Whether `folder` is a run directory, rather than a model of Hugging Face's."""
     return RunDirectory(folder).checkpoints.is_dir()
@@ -111,7 +120,7 @@ def load_pretrained(config: Config, shards: Sequence[Shard]) -> None:
 @contextmanager
 def open_pretrained(config: Config) -> Iterator[Callable[[Sequence[Shard]], None]]:
     """A function that does what `load_pretrained` does, any number of times, while its files are open."""
-    folder = init_folder(config)
+    folder = weights_folder(config)
     entries = _entries(config.model)
     try:
         with _open(folder, config.model, list(entries)) as source:

@@ -25,9 +25,11 @@ from stoker.parallel.model import whole_model
 from stoker.parallel.shards import PARAMETER, Shard
 from stoker.parallel.suggestions import shortened
 from stoker.trainer.parallelize import part_builder
+from stoker.trainer.pretrained import init_folder, is_run
 
 log = logging.getLogger(__name__)
 
+DROPOUT = "adapter.dropout"
 _NAMED = 5  # tensors that a message names
 
 
@@ -44,13 +46,15 @@ def adopt_adapter(config: Config, overrides: Sequence[str], tell: Callable[[str]
             raise ValueError("there is no such directory")
         if not (folder / peft_folder.CONFIG).is_file():
             raise ValueError(f"it has no {peft_folder.CONFIG}: it is no adapter in peft's format")
-        section, dropout = peft_folder.adopted(folder, *_base(config))
+        section = peft_folder.adopted(folder, *_base(config))
+        if DROPOUT in given:  # it is no part of the adapter's shape
+            section["dropout"] = config.adapter.dropout
         config = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **section))
         for key, value in asked.items():
             if lookup(config, key) != value:
                 raise ValueError(f"{key}={value}, and the adapter has {lookup(config, key)}: leave {key} out")
-        if dropout:
-            tell(f"adapter.init_from={folder}: it was trained with lora_dropout={dropout}; here there is no dropout")
+        if config.adapter.dropout and DROPOUT not in given:
+            tell(f"adapter.init_from={folder}: {DROPOUT}={config.adapter.dropout}, as it was trained before")
         _refuse_other_tensors(config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"adapter.init_from={folder}: {error}") from error
@@ -63,6 +67,11 @@ def refuse_unfitting(config: Config, tell: Callable[[str], None]) -> None:
     `tell` takes a line of the layers that all-linear leaves out.
     """
     try:
+        if config.adapter.keep_base and config.model.init_from is not None and is_run(init_folder(config)):
+            raise ValueError(
+                f"adapter.keep_base=true with model.init_from={config.model.init_from}, a run: it keeps the files of a "
+                "model's folder, which `stoker export` makes of a run; adapter.keep_base=false works too"
+            )
         plan = plan_of(_base(config)[0], _with_size(config))
     except ValueError as error:
         raise ConfigError(str(error)) from error

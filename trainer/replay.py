@@ -128,7 +128,7 @@ def _replay(
         weights = _not_finite(trainer, gradients=False) if wanted else []
         watch = FirstNotFinite() if wanted else None
         with poison if wanted else nullcontext(), watch or nullcontext():
-            trainer.engine.forward_backward(rows)
+            trainer.engine.forward_backward(rows, first_row)
         parameters = _not_finite(trainer, gradients=True) if wanted else []
         lr = learning_rate(config.schedule, config.optim, number)
         result = trainer.engine.update(lr, StepFlags(frozenset(), 0.0, *step_log.ceilings(number)))

@@ -120,16 +120,3 @@ def _pairs(start: Start) -> str | None:
         f"objective={objective.name} with {', '.join(said for said, _ in found)}: pairs of answers need "
         f"{' and '.join(works for _, works in found)}"
     )
-
-
-@REFUSALS.entry(
-    "objectives under DeepSpeed",
-    "another objective than next_token with parallel.engine=deepspeed",
-    "what it computes there is not tested yet",
-)
-def _under_deepspeed(start: Start) -> str | None:
-    objective = start.config.objective
-    if start.config.parallel.engine != "deepspeed" or (objective.target is None and objective.name == "next_token"):
-        return None
-    name = f"objective.target={objective.target}" if objective.target is not None else f"objective={objective.name}"
-    return f"{name} with parallel.engine=deepspeed: parallel.engine=fsdp works"

@@ -4,6 +4,8 @@
 `regions`  the ways into a region and out of it, forward and backward
 `layers`   layers that can be sharded, from which a model is built
 `low_rank` what an adapter adds to a linear layer, and its cut
+`nf4`      frozen weights packed in four bits
+`dropout`  which of its inputs it leaves out, the same on every layout
 `float8`   products in float8, as a property of a linear layer
 `parallelize`  shards every such layer of a model, and returns the registry
 

@@ -12,6 +12,7 @@ from stoker.parallel.registry import Entry, Registry, entries_of, whole_registry
 from stoker.parallel.sharding import replace_parameters
 from stoker.parallel.shards import whole
 from stoker.parallel.tensor.axis import tensor_axis
+from stoker.parallel.tensor.dropout import token_numbers
 from stoker.parallel.tensor.layers import TensorLayer
 
 
@@ -42,6 +43,8 @@ def parallelize_tensors(model: nn.Module, mesh: Mesh, sequence: bool, experts: b
             same = found.setdefault(layer.get_parameter(entry.name), entry)
             assert same == entry, f"{name}.{entry.name} is tied to a parameter that is cut otherwise"
 
+    if sequence and (numbers := token_numbers(model)) is not None:
+        numbers.axis = axis
     parameters = dict(model.named_parameters())
 
     def placed(entry: Entry) -> Entry:

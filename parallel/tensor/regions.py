@@ -79,7 +79,8 @@ def reduce_scatter(x: Tensor, group_name: str, size: int) -> Tensor:
     return functools.reduce(torch.add, parts.chunk(size))
 
 
-def _all_reduce(x: Tensor, group_name: str) -> Tensor:
+def all_reduce(x: Tensor, group_name: str) -> Tensor:
+    """The sum of `x` over the ranks."""
     collectives = torch.ops._c10d_functional
     return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group_name))
 
@@ -114,7 +115,7 @@ class _Fork(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _all_reduce(gradient, ctx.group_name), None
+        return all_reduce(gradient, ctx.group_name), None
 
 
 class _ForkLast(torch.autograd.Function):
@@ -126,14 +127,14 @@ class _ForkLast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         outside, inside = gradient.split([gradient.shape[-1] - ctx.channels, ctx.channels], -1)
-        return torch.cat([outside, _all_reduce(inside, ctx.group_name)], -1), None, None
+        return torch.cat([outside, all_reduce(inside, ctx.group_name)], -1), None, None
 
 
 class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
         ctx.border = LEAVES
-        return _all_reduce(x, group_name)
+        return all_reduce(x, group_name)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

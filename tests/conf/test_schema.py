@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from stoker.conf.schema import Config, from_dict, kinds, lasting, lookup, to_dict
+from stoker.conf.lasting import lasting
+from stoker.conf.schema import Config, from_dict, kinds, lookup, to_dict
 from stoker.conf.values import ConfigError
 
 

@@ -158,3 +158,9 @@ def test_without_the_flag_the_config_is_printed(capsys):
     status = main(["config", "launch.nproc=2", "launch.device=cpu"])
     output = capsys.readouterr().out
     assert status == 0 and output.startswith("run:\n") and "axis" not in output
+
+
+def test_expert_groups_are_printed_behind_the_axes():
+    layout = Layout(dp_shard=4, tp=2, zero=3, ep=2)
+    found = sections(list(lines_of(layout, PLAN, 100)))
+    assert groups_in(found["ep"][1:]) == layout.expert_groups() == [[0, 2], [4, 6], [1, 3], [5, 7]]

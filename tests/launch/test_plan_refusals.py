@@ -29,7 +29,7 @@ VALUES: dict[str, list[object]] = {
     "seq_len": [1, 32, 33, 64],
     "precision": ["fp32", "bf16", "fp16", "int8"],
     "activation_checkpointing": ["none", "selective", "full", "some"],
-    "adapter": ["none", "lora"],
+    "adapter": ["none", "lora", "dora"],
     "objective": ["next_token", "dpo"],
     "data.packing": ["concatenated", "best_fit", "tight"],
     "optim.lr": [0, 1e-3],

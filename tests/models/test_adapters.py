@@ -96,7 +96,7 @@ def test_a_layer_adds_the_scaled_product(rslora: bool, scale: float) -> None:
     layer = nn.ModuleDict({"0": ColumnLinear(6, 5)})
     model = Holder(layer)
     config = config_of(rank=4, alpha=8.0, rslora=rslora)
-    apply(model, plan_of(model, config), config.adapter)
+    apply(model, plan_of(model, config), config)
     adapted = model.layers["0"]
     assert isinstance(adapted.lora, LowRank)
     for parameter in adapted.lora.parameters():

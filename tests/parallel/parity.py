@@ -95,7 +95,8 @@ def train(configs: list[Config], steps: int = STEPS) -> list[Measured]:
         engine = cut(config, mesh, batch_plan(config, layout))
         trace, gradients = Trace(), []
         for step in range(1, steps + 1):
-            engine.forward_backward(global_rows(config, step)[mesh.dp_rank :: layout.dp])
+            first_row = (step - 1) * config.batch.size
+            engine.forward_backward(global_rows(config, step)[mesh.dp_rank :: layout.dp], first_row)
             if step == 1:
                 gradients = [replace(s, data=s.data.cpu()) for s in engine.gradient_shards()]
             result = engine.update(config.optim.lr).read()

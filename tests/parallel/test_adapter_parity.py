@@ -7,6 +7,7 @@ import torch
 
 from stoker.conf.schema import AdapterConfig, Config
 from stoker.parallel.layout import Layout
+from stoker.parallel.shards import GRADIENT
 from tests import world
 from tests.extent import some
 from tests.parallel.parity import Case, Measured, cases, layouts, train
@@ -25,12 +26,17 @@ ADAPTERS = {
         rank_pattern={"down": 6},
         modules_to_save=["norm", "embedding"],
     ),
+    "dropout": AdapterConfig("lora", rank=4, dropout=0.3),
+    "dora": AdapterConfig("dora", rank=4, alpha=6.0),
+    "of the end": AdapterConfig("lora", rank=4, layers_to_transform=[3]),  # the first stage trains nothing
 }
 
 
 def config_of(case: Case, layout: Layout, adapter: str) -> Config:
     config = case.config(layout)
     config.adapter = ADAPTERS[adapter]
+    if config.adapter.dropout and layout.world > 1:  # which one process does without
+        config.activation_checkpointing = "selective" if layout.zero % 2 else "full"
     return config
 
 
@@ -62,14 +68,73 @@ def assert_same(where: str, wanted: Measured, found: list[Measured]) -> None:
 
 @pytest.mark.parametrize("layout", [Layout(dp_shard=2, zero=3), Layout(tp=2), Layout(pp=2)], ids=str)
 def test_a_layout_trains_the_adapter_of_one_process(layout: Layout) -> None:
-    assert_one_run(layout, [(Case(4), "all linear"), (Case(4, tied=True), "some")])
+    micro = 1 if layout.tp == 1 else 2
+    assert_one_run(
+        layout, [(Case(4), "all linear"), (Case(4, tied=True), "some"), (Case(micro), "dropout"), (Case(4), "dora")]
+    )
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", [*layouts(2), *some(list(layouts(4)), 5)], ids=str)
 def test_every_layout_trains_the_adapter_of_one_process(layout: Layout) -> None:
     shallow = [case for case in cases(layout) if layout.pp < 4 or case.schedule != "interleaved"]  # four layers
-    assert_one_run(layout, [(case, adapter) for case in shallow for adapter in ADAPTERS])
+    assert_one_run(layout, [(case, adapter) for case in shallow for adapter in ("all linear", "some")])
+    assert_one_run(layout, [(shallow[0], "dropout"), (shallow[-1], "dora")])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("context", ["gather", "ulysses"])
+def test_ranks_that_share_sequences_drop_what_one_process_drops(context: str) -> None:
+    assert_one_run(Layout(cp=2), [(Case(4, context=context), "dropout"), (Case(2, context=context), "dora")])
+
+
+@pytest.mark.long
+def test_in_bf16_lengths_of_rows_are_trained_in_fp32() -> None:
+    layout = Layout(1, 2, zero=3)
+    alone, sharded = config_of(Case(4), Layout(), "dora"), config_of(Case(4), layout, "dora")
+    alone.precision = sharded.precision = "bf16"
+    (wanted,) = world.run(train, 1, [alone], 4, timeout=240.0)[0]
+    found = [rank[0] for rank in world.run(train, 2, [sharded], 4, timeout=240.0)]
+    assert found[0].trace.losses == pytest.approx(wanted.trace.losses, rel=2e-3)
+    gradients, expected = (assemble([m.gradients for m in ranks], GRADIENT) for ranks in (found, [wanted]))
+    for name, value in expected.items():
+        if name.endswith("magnitude.weight"):
+            assert normwise(gradients[name], value) < 2e-2, name
+
+
+STAGES = [Layout(2), *(Layout(1, 2, zero=zero) for zero in (1, 2, 3))]
+UNDER_DEEPSPEED = [
+    *[(layout, Case(4), "dropout") for layout in STAGES],
+    *[(layout, Case(8, tied=True, optimizer="sgd"), "some") for layout in STAGES],
+    (Layout(tp=2, zero=1), Case(4), "dora"),
+    (Layout(1, 2, zero=2), Case(4), "dora"),
+    (Layout(pp=2), Case(4), "all linear"),
+    (Layout(pp=2, zero=1), Case(4, "gpipe", optimizer="sgd"), "of the end"),
+]
+
+
+def train_each(configs: list[Config]) -> list[Measured]:
+    """On a rank: every config, each with another layout."""
+    return [train([config])[0] for config in configs]
+
+
+def of_deepspeed(layout: Layout, case: Case, adapter: str) -> Config:
+    config = config_of(case, layout, adapter)
+    config.parallel.engine = "deepspeed"
+    config.parallel.dp_replicate = layout.dp_replicate if layout.zero else None
+    if layout.zero == 3:
+        config.activation_checkpointing = "full"  # selective is refused
+    return config
+
+
+@pytest.mark.long
+def test_under_deepspeed_every_stage_trains_the_adapter_of_one_process() -> None:
+    chosen = [(Case(4, tied=c.tied, optimizer=c.optimizer), adapter) for _, c, adapter in UNDER_DEEPSPEED]
+    alone = world.run(train, 1, [config_of(c, Layout(), a) for c, a in chosen], timeout=240.0)[0]
+    configs = [of_deepspeed(*each) for each in UNDER_DEEPSPEED]
+    ranks = world.run(train_each, 2, configs, timeout=300.0, fresh=True)
+    for each, wanted, *found in zip(UNDER_DEEPSPEED, alone, *ranks, strict=True):
+        assert_same(f"DeepSpeed, {each}", wanted, found)
 
 
 @pytest.mark.long

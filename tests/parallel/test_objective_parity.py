@@ -59,19 +59,23 @@ def expected(name: str, tied: bool) -> Expected:
 def assert_plain_torch(layout: Layout, chosen: list[tuple[str, Case]]) -> None:
     ranks = world.run(train, layout.world, [config_of(name, layout, case) for name, case in chosen], timeout=240.0)
     for (name, case), *found in zip(chosen, *ranks, strict=True):
-        where, wanted = f"{name} on {layout}, {case}", expected(name, case.tied)
-        steps = found[0].steps
-        assert [step.loss for step in steps] == pytest.approx(wanted.losses, rel=1e-5), where
-        assert [step.grad_norm for step in steps] == pytest.approx(wanted.norms, rel=1e-5), where
-        for step, scalars in zip(steps, wanted.scalars, strict=True):
-            assert step.scalars == pytest.approx(scalars, rel=1e-5, abs=1e-6), where
-        numbers = [[replace(step, work_seconds=()) for step in rank.steps] for rank in found]
-        assert all(rank == numbers[0] for rank in numbers), f"{where}: ranks disagree about a step"
-        gradients = assemble([rank.gradients for rank in found], GRADIENT)
-        parameters = assemble([rank.parameters for rank in found])
-        # All together: the gradient of a tensor that hardly counts is rounding of the others.
-        assert normwise(flat(gradients, wanted.gradients), flat(wanted.gradients)) < 1e-5, where
-        assert normwise(flat(parameters, wanted.trained), flat(wanted.trained)) < 1e-5, where
+        assert_as_expected(f"{name} on {layout}, {case}", name, case, found)
+
+
+def assert_as_expected(where: str, name: str, case: Case, found: list[Measured]) -> None:
+    wanted = expected(name, case.tied)
+    steps = found[0].steps
+    assert [step.loss for step in steps] == pytest.approx(wanted.losses, rel=1e-5), where
+    assert [step.grad_norm for step in steps] == pytest.approx(wanted.norms, rel=1e-5), where
+    for step, scalars in zip(steps, wanted.scalars, strict=True):
+        assert step.scalars == pytest.approx(scalars, rel=1e-5, abs=1e-6), where
+    numbers = [[replace(step, work_seconds=()) for step in rank.steps] for rank in found]
+    assert all(rank == numbers[0] for rank in numbers), f"{where}: ranks disagree about a step"
+    gradients = assemble([rank.gradients for rank in found], GRADIENT)
+    parameters = assemble([rank.parameters for rank in found])
+    # All together: the gradient of a tensor that hardly counts is rounding of the others.
+    assert normwise(flat(gradients, wanted.gradients), flat(wanted.gradients)) < 1e-5, where
+    assert normwise(flat(parameters, wanted.trained), flat(wanted.trained)) < 1e-5, where
 
 
 def flat(tensors: dict[str, Tensor], names: Iterable[str] | None = None) -> Tensor:
@@ -84,6 +88,28 @@ SHORT = [("dpo", Layout(pp=2)), ("distill", Layout(pp=2)), ("distill", Layout(tp
 @pytest.mark.parametrize(("name", "layout"), SHORT, ids=str)
 def test_a_layout_trains_as_plain_torch_with_two_models(name: str, layout: Layout) -> None:
     assert_plain_torch(layout, [(name, Case(4))])
+
+
+UNDER_DEEPSPEED = [*(Layout(1, 2, zero=zero) for zero in (1, 2, 3)), Layout(2), Layout(tp=2, zero=1), Layout(pp=2)]
+
+
+def train_each(configs: list[Config]) -> list[Measured]:
+    """On a rank: every config, each with another layout."""
+    return [train([config])[0] for config in configs]
+
+
+@pytest.mark.long
+def test_under_deepspeed_every_objective_trains_as_plain_torch_with_two_models() -> None:
+    chosen = [
+        (name, UNDER_DEEPSPEED[n % len(UNDER_DEEPSPEED)], Case(4)) for n, name in enumerate([*OBJECTIVES, "dpo", "dpo"])
+    ]
+    configs = [config_of(*each) for each in chosen]
+    for config, (_, layout, _) in zip(configs, chosen, strict=True):
+        config.parallel.engine = "deepspeed"
+        config.parallel.dp_replicate = layout.dp_replicate if layout.zero else None
+    ranks = world.run(train_each, 2, configs, timeout=300.0, fresh=True)
+    for (name, layout, case), *found in zip(chosen, *ranks, strict=True):
+        assert_as_expected(f"{name} on {layout}, DeepSpeed", name, case, found)
 
 
 OF_FOUR = [Layout(1, 2, 2, 1, 3), Layout(1, 1, 2, 2, 0)]

@@ -38,7 +38,7 @@ class ToyEngine:
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self.tokens = torch.zeros((), dtype=torch.float64)
 
-    def forward_backward(self, rows: Batch) -> None:
+    def forward_backward(self, rows: Batch, first_row: int | None = None) -> None:
         for start in range(0, len(rows), self.plan.micro_rows):
             micro = rows[start : start + self.plan.micro_rows]
             loss = self.model(micro.tokens, micro.positions, None, micro.labels)

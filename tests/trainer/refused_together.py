@@ -128,15 +128,6 @@ TOGETHER = {
             "predictions are stored by the numbers of rows: data.mode=indexed works",
         ),
     ],
-    "objectives under DeepSpeed": [
-        (
-            ["objective.name=simpo", "data.packing=padded", *DEEPSPEED],
-            1,
-            0,
-            "objective=simpo with parallel.engine=deepspeed: parallel.engine=fsdp works",
-        ),
-        (["objective.target=mine:build", *DEEPSPEED], 1, 0, "objective.target=mine:build with parallel.engine"),
-    ],
     "pairs of answers": [
         (
             ["objective.name=orpo", "data.document_mask=false"],
@@ -190,8 +181,18 @@ TOGETHER = {
     "frozen parameters of an adapter run": [
         (["adapter.name=lora", "model.freeze=[embedding]"], 1, 0, "model.freeze=[] works, or adapter=none"),
     ],
-    "adapters under DeepSpeed": [
-        (["adapter.name=lora", *DEEPSPEED], 1, 0, "parallel.engine=fsdp works"),
+    "a base to keep": [
+        (["adapter.name=lora", "adapter.keep_base=true"], 1, 0, "adapter.keep_base=false works"),
+    ],
+    "packed bases": [
+        (["adapter.name=dora", "adapter.base=nf4"], 1, 0, "adapter=lora works, or adapter.base=null"),
+        (["adapter.name=lora", "adapter.base=nf4", "precision=fp8"], 1, 0, "precision=bf16 works"),
+    ],
+    "dropout of DoRA": [
+        (["adapter.name=dora", "adapter.dropout=0.1"], 1, 0, "adapter.dropout=0 works, or adapter=lora"),
+    ],
+    "DoRA under DeepSpeed": [
+        (["adapter.name=dora", "precision=bf16", *DEEPSPEED], 1, 0, "parallel.engine=fsdp works, or adapter=lora"),
     ],
     "stages": [
         (

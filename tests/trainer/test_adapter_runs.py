@@ -16,12 +16,19 @@ from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
 from stoker.launch.generate import load_model
+from stoker.models.peft_folder import WEIGHTS
+from stoker.parallel.tensor.nf4 import rounded
 from stoker.trainer.facts import with_vocabulary
 from tests.adapted import adapter_run, adapter_words, checkpoint_of
 from tests.launch.runs import assert_same_state, steps_of
 from tests.models.families import write_family
 
 STEPS = 4
+DROPOUTS = {
+    "theirs": [],
+    "recomputed": ["activation_checkpointing=full", "batch.micro_size=2"],
+    "none": ["adapter.dropout=0"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +99,22 @@ def test_another_base_is_refused_and_the_first_tensor_that_differs_is_named(home
     adapter_run(tmp_path, "run", base, "steps=3")
 
 
+def test_a_run_that_keeps_its_base_does_without_the_folder(home: Path, tmp_path: Path) -> None:
+    base, run = tmp_path / "base", tmp_path / "moved"
+    shutil.copytree(home / "base", base)
+    adapter_run(tmp_path, "run", base, "steps=2", "adapter.keep_base=true")
+    kept, file = tmp_path / "run" / "base_weights", "model.safetensors"
+    assert [path.name for path in kept.iterdir()] == [file] and (kept / file).samefile(base / file)
+    shutil.rmtree(base)
+    adapter_run(tmp_path, "run", base, f"steps={STEPS}")
+    assert steps_of(tmp_path / "run") == steps_of(home / "run")
+    (tmp_path / "run").rename(run)
+    assert main(["generate", str(run), "--ids", "1,5", "--tokens", "2", "--greedy"]) == 0
+    assert main(["export", str(run), str(tmp_path / "out"), "--merge"]) == 0
+    out = exported(home, "merged", "--merge")
+    assert (tmp_path / "out" / file).read_bytes() == (out / file).read_bytes()
+
+
 def test_peft_loads_the_exported_folder_and_computes_the_same(home: Path) -> None:
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     out = exported(home, "adapter")
@@ -148,11 +171,25 @@ def test_an_exported_adapter_comes_in_again_to_the_last_bit(home: Path, tmp_path
         assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes(), name
 
 
+def test_an_adapter_trained_with_dropout_goes_on_with_it(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    shutil.copytree(exported(home, "adapter"), out)
+    config = json.loads((out / "adapter_config.json").read_text()) | {"lora_dropout": 0.25}
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    words = ["adapter=-", "adapter.rank=-", "adapter.target_modules=-", f"adapter.init_from={out}", "steps=2"]
+    runs = {name: adapter_run(tmp_path, name, home / "base", *words, *more) for name, more in DROPOUTS.items()}
+    assert [read_config(run).adapter.dropout for run in runs.values()] == [0.25, 0.25, 0.0]
+    losses = [[step[2] for step in steps_of(run.path)] for run in runs.values()]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[2] != pytest.approx(losses[0], rel=1e-4)
+    assert main(["export", str(runs["theirs"].path), str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_dropout"] == 0.25
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"bias": "all"}, "bias='all': adapters with this are not read"),
-        ({"use_dora": True}, "use_dora=True: adapters with this are not read"),
+        ({"use_dora": True}, "lora_magnitude_vector is missing"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA': only LORA is read"),
         ({"init_lora_weights": "pissa"}, "changes the base"),
         ({"r": 2, "rank_pattern": {}, "alpha_pattern": {"q_proj": 3}}, "alpha_pattern="),
@@ -186,3 +223,66 @@ def test_a_run_of_an_adapter_is_no_base(home: Path, tmp_path: Path) -> None:
         stoker.run(adapter_words(tmp_path, "run", home / "run"))
     with pytest.raises(ConfigError, match=r"holds an adapter: set adapter\.init_from to it"):
         stoker.run(adapter_words(tmp_path, "run", exported(home, "adapter")))
+
+
+@pytest.fixture(scope="module")
+def lengths(home: Path) -> Path:
+    """A run with the lengths of rows trained apart, exported: `dora adapter`, and merged: `dora merged`."""
+    run = adapter_run(home, "dora", home / "base", "adapter=dora")
+    for name, more in (("dora adapter", []), ("dora merged", ["--merge"])):
+        assert main(["export", str(run.path), str(home / name), *more]) == 0
+    return home
+
+
+def test_lengths_begin_as_those_of_the_base_and_are_trained(lengths: Path) -> None:
+    base, file = (load_file(p) for p in (lengths / "base" / "model.safetensors", lengths / "dora adapter" / WEIGHTS))
+    name = "model.layers.1.mlp.down_proj"
+    before, after = base[f"{name}.weight"].norm(dim=1), file[f"base_model.model.{name}.lora_magnitude_vector"]
+    assert after.shape == before.shape and 1e-4 < (after / before - 1).abs().max() < 0.2
+    first = adapter_run(lengths, "dora still", lengths / "base", "adapter=dora", "steps=1", "optim.lr=1e-30")
+    held = dict(read_tensors(checkpoint_of(first)))["layers.1.mlp.down.lora.magnitude.weight"]
+    assert torch.allclose(held, before, rtol=1e-6, atol=0)
+
+
+def test_peft_computes_what_a_merged_model_of_trained_lengths_does(lengths: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(lengths / "base", dtype=torch.float32)
+    base = logits_of(plain)
+    theirs = logits_of(peft.PeftModel.from_pretrained(plain, lengths / "dora adapter"))
+    merged = transformers.AutoModelForCausalLM.from_pretrained(lengths / "dora merged", dtype=torch.float32)
+    assert (theirs - base).norm() / base.norm() > 1e-2
+    assert (logits_of(merged) - theirs).abs().max() < 5e-5
+
+
+def test_lengths_come_in_again_to_the_last_bit(lengths: Path, tmp_path: Path) -> None:
+    out = lengths / "dora adapter"
+    words = ["adapter=-", "adapter.rank=-", "adapter.target_modules=-", f"adapter.init_from={out}", "steps=1"]
+    run = adapter_run(tmp_path, "again", lengths / "base", *words, "optim=sgd", "optim.lr=1e-30", "optim.momentum=0.0")
+    assert read_config(run).adapter.name == "dora"
+    assert main(["export", str(run.path), str(tmp_path / "out")]) == 0
+    for name in ("adapter_config.json", WEIGHTS):
+        assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes(), name
+
+
+def test_a_packed_base_is_unpacked_where_it_is_merged(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    write_family(tmp_path / "base", "qwen2", hidden_size=64, intermediate_size=128)
+    run = adapter_run(tmp_path, "run", tmp_path / "base", "adapter.base=nf4")
+    adapter_run(tmp_path, "resumed", tmp_path / "base", "adapter.base=nf4", "steps=2")
+    adapter_run(tmp_path, "resumed", tmp_path / "base", "adapter.base=nf4")
+    assert steps_of(tmp_path / "resumed") == steps_of(run.path)
+    assert main(["export", str(run.path), str(tmp_path / "merged"), "--merge"]) == 0
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    stored = dict(read_tensors(checkpoint_of(run)))
+    a, b = (stored[f"layers.1.mlp.down.lora.{matrix}"] for matrix in "AB")
+    base = rounded(before["model.layers.1.mlp.down_proj.weight"])
+    assert torch.allclose(after["model.layers.1.mlp.down_proj.weight"], base + 4.0 * b @ a, atol=1e-6, rtol=0)
+    name = "model.layers.1.mlp.up_proj.weight"  # without an adapter
+    assert torch.equal(after[name], rounded(before[name])) and not torch.equal(after[name], before[name])
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    ours = load_model(with_vocabulary(read_config(run), run.tokenizer), checkpoint_of(run))
+    tokens = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = ours(tokens, torch.arange(40).expand(2, -1), None).view(2, 40, -1)
+    found = logits_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    assert (found - expected).abs().max() < 5e-5

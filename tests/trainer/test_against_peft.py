@@ -19,7 +19,9 @@ from stoker.parallel.layout import batch_plan, layout_of
 from stoker.parallel.mesh import start_mesh, stop_mesh
 from stoker.parallel.model import whole_model
 from stoker.parallel.shards import PARAMETER
+from stoker.parallel.tensor.dropout import Dropout, TokenNumbers
 from stoker.trainer.facts import with_vocabulary
+from stoker.trainer.magnitudes import set_magnitudes
 from stoker.trainer.parallelize import build_engine
 from stoker.trainer.pretrained import adopt_shape, load_pretrained
 from tests.models.families import VOCABULARY, write_family
@@ -35,7 +37,20 @@ CASES = {
         "adapter.rank_pattern={down_proj: 6}",
         "adapter.modules_to_save=[norm]",
     ],
+    "dropout": ["adapter.rank=4", "adapter.dropout=0.25"],
+    "dora": ["adapter=dora", "adapter.rank=4", "adapter.rank_pattern={down_proj: 6}"],
 }
+
+
+class OurMasks(torch.nn.Module):
+    """In the place of a dropout of peft's: what ours drops of the tokens of a step."""
+
+    def __init__(self, dropout: Dropout) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(x) * self.dropout.scale
 
 
 def config_of(folder: Path, *more: str) -> Config:
@@ -43,6 +58,7 @@ def config_of(folder: Path, *more: str) -> Config:
         f"model.init_from={folder}", f"batch.size={ROWS}", f"seq_len={LENGTH}", "precision=fp32", "adapter=lora",
         "optim.eps=1e-6", "optim.lr=1e-3", "optim.decay_all=true", *more,
     ]  # fmt: skip
+    words = list({word.partition("=")[0]: word for word in words}.values())
     return with_vocabulary(adopt_shape(compose(words), words))
 
 
@@ -63,6 +79,7 @@ def ours(config: Config) -> tuple[dict[str, torch.Tensor], list[float], dict[str
         engine, initialise = build_engine(config, mesh, batch_plan(config, layout))
         initialise()
         load_pretrained(config, engine.shards())
+        set_magnitudes(config, engine.shards())
         for number, shard in enumerate(engine.shards()):
             if shard.kind == PARAMETER and shard.name.endswith(
                 "lora.B"
@@ -73,14 +90,17 @@ def ours(config: Config) -> tuple[dict[str, torch.Tensor], list[float], dict[str
         before = {name: value.clone() for name, value in held.items()}
         losses = []
         for step in range(1, STEPS + 1):
-            engine.forward_backward(rows_of(step))
+            engine.forward_backward(rows_of(step), (step - 1) * ROWS)
             losses.append(engine.update(config.optim.lr).read().loss)
         return before, losses, {name: value.clone() for name, value in held.items()}
     finally:
         stop_mesh()
 
 
-def theirs(folder: Path, settings: dict[str, Any], first: dict[str, torch.Tensor], config: Config) -> tuple[list, dict]:
+def theirs(
+    folder: Path, settings: dict[str, Any], first: dict[str, torch.Tensor], config: Config, names: dict[str, str]
+) -> tuple[list, dict]:
+    """`names` are ours of their modules with adapters."""
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
@@ -88,6 +108,13 @@ def theirs(folder: Path, settings: dict[str, Any], first: dict[str, torch.Tensor
     model = peft.get_peft_model(model, peft.LoraConfig(**(settings | {"inference_mode": False})))
     loaded = peft.set_peft_model_state_dict(model, first)
     assert not loaded.unexpected_keys
+    model.train()
+    tokens = TokenNumbers()
+    for path, name in names.items() if settings["lora_dropout"] else ():
+        layer = model.get_submodule(f"base_model.model.{path}")
+        assert type(layer.lora_dropout["default"]) is torch.nn.Dropout
+        dropout = Dropout(config.adapter.dropout, config.run.seed, name, tokens, range(layer.in_features))
+        layer.lora_dropout["default"] = OurMasks(dropout)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     beta1, beta2 = config.optim.betas
     optimizer = torch.optim.AdamW(
@@ -97,7 +124,8 @@ def theirs(folder: Path, settings: dict[str, Any], first: dict[str, torch.Tensor
     losses = []
     for step in range(1, STEPS + 1):
         rows = rows_of(step)
-        logits = model(input_ids=rows.tokens).logits.flatten(0, 1)
+        with tokens.of(rows.numbered((step - 1) * ROWS, 0, 1).numbers):
+            logits = model(input_ids=rows.tokens).logits.flatten(0, 1)
         loss = torch.nn.functional.cross_entropy(logits, rows.labels.flatten(), ignore_index=IGNORE_INDEX)
         optimizer.zero_grad()
         loss.backward()
@@ -107,7 +135,16 @@ def theirs(folder: Path, settings: dict[str, Any], first: dict[str, torch.Tensor
     return losses, peft.get_peft_model_state_dict(model)
 
 
-@pytest.mark.parametrize(("family", "case"), [("llama", "lora"), ("tied qwen2", "rslora"), ("qwen2", "patterns")])
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        ("llama", "lora"),
+        ("tied qwen2", "rslora"),
+        ("qwen2", "patterns"),
+        ("qwen3", "dropout"),
+        ("qwen2", "dora"),
+    ],
+)
 def test_ten_steps_train_the_adapter_that_peft_trains(family: str, case: str, tmp_path: Path) -> None:
     write_family(tmp_path, family, initializer_range=0.1)
     config = config_of(tmp_path, *CASES[case])
@@ -117,7 +154,9 @@ def test_ten_steps_train_the_adapter_that_peft_trains(family: str, case: str, tm
     known = tensor_names(plan, names)
     before, losses, after = ours(config)
     settings = config_json(config, plan, names)
-    expected, trained = theirs(tmp_path, settings, {known[n]: v for n, v in before.items() if n in known}, config)
+    first = {known[name]: value for name, value in before.items() if name in known}
+    modules = {names.of(module)[1]: module for module in plan.ranks}
+    expected, trained = theirs(tmp_path, settings, first, config, modules)
     assert losses == pytest.approx(expected, rel=1e-6)
     assert trained.keys() == set(known.values())
     for name, value in after.items():

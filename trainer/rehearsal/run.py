@@ -207,7 +207,7 @@ def _step(
     passes, update = [], Work()
     for count in counts:
         work.take()
-        engine.forward_backward(rows[: count * plan.micro_rows])
+        engine.forward_backward(rows[: count * plan.micro_rows], 0)
         passes.append(work.take())
         log.assign(Category.GRADIENTS, _gradients(engine))
         engine.update(config.optim.lr)
