@@ -20,6 +20,7 @@ from stoker.launch import arguments, examples
 DESCRIPTION = "Distributed training of language models, with one result on every layout."
 
 TOGETHER = {  # in one line of the list of commands
+    "eval": ("teach", "Store a teacher's predictions, or run lm-eval's tasks."),
     "import": ("export", "Write a model for other libraries, or make one of theirs."),
     "requeue": ("stop", "Make a run save and end, or go back to Slurm's queue."),
 }
@@ -178,6 +179,18 @@ def parser() -> argparse.ArgumentParser:
     teach.add_argument("--top-k", type=int, default=32, help="how many tokens for each label (default 32)")
     teach.add_argument("--labels", action="store_true", help="of the labels alone: the reference of dpo and ipo")
     arguments.add_trust(teach)
+
+    evaluate = add("eval", _eval, "Run tasks of lm-eval on a model folder or a run.", examples.EVAL)
+    evaluate.add_argument("model", help="folder of a model in Hugging Face's format, or run directory")
+    arguments.add_settings(evaluate)
+    evaluate.add_argument("--tasks", required=True, help="names of tasks, with commas between")
+    evaluate.add_argument("--include", metavar="DIR", type=Path, help="folder with files of tasks of your own")
+    evaluate.add_argument("--fewshot", type=int, help="examples before each question (default: the task's)")
+    evaluate.add_argument("--limit", type=int, help="questions of each task at most")
+    evaluate.add_argument("--step", type=int, help="of a run: this step's checkpoint instead of the newest")
+    evaluate.add_argument("--online", action="store_true", help="tasks may download their data")
+    evaluate.add_argument("-o", "--out", metavar="FILE", type=Path, help="write the results as JSON, too")
+    arguments.add_trust(evaluate)
 
     generate = add("generate", _generate, "Continue a text with a run's newest checkpoint.")
     generate.add_argument("run", help="run directory")
@@ -349,6 +362,12 @@ def _teach(options: argparse.Namespace) -> int:
     from stoker.launch.teach import teach
 
     return teach(options.folder, options.overrides, 0 if options.labels else options.top_k)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from stoker.launch.evaluate import evaluate
+
+    return evaluate(options)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -37,6 +37,14 @@ examples:
 Data, tokenizer, packing and seq_len have to be those of the run that learns.
 """
 
+EVAL = """\
+examples:
+  stoker eval out/model --tasks mine --include tasks
+  stoker eval runs/a --tasks mine --include tasks launch.nproc=2 parallel.tp=2
+
+Nothing is downloaded without --online: tasks read files of yours.
+"""
+
 PLAN = """\
 examples:
   stoker plan model=small launch.nproc=2

@@ -31,10 +31,10 @@ def teach(folder: Path, overrides: Sequence[str], top_k: int) -> int:
     if (folder / FILE).exists():
         raise ConfigError(f"{folder} holds the predictions of a teacher already: give another folder, or remove it")
     ours = ["objective=next_token", f"objective.target={TARGET}", "objective.teacher=null"]
-    ours += [f"objective.args={{top_k: {top_k}, folder: '{folder}'}}"]
     ours += ["adapter.modules_to_save=[]", "model.freeze=['*']", "optim=sgd", "optim.ema=null", "launch.max_restarts=0"]
     scratch = Scratch("stoker-teach-")
     config = settle(together(overrides, ours), scratch.path / "run", 1)
+    config.objective.args = {"top_k": top_k, "folder": str(folder)}
     if config.parallel.cp > 1:
         raise ConfigError(
             f"parallel.cp={config.parallel.cp}: predictions are stored by whole rows, which ranks would share: "

@@ -67,7 +67,7 @@ class Head(VocabularyLayer):
         targets = labels if isinstance(labels, Targets) else Targets(labels)
         wanted, weights = targets.labels.flatten(), targets.weights
         if targets.top_k:
-            return self._most_probable(x, targets.top_k)
+            return self._most_probable(x, wanted, targets.top_k)
         if targets.per_token:
             return log_probabilities(x, self.weight, wanted, self.chunk, self.vocabulary, self.bias, self.rule)
         aim = Aim(
@@ -78,13 +78,14 @@ class Head(VocabularyLayer):
         )
         return summed_loss(x, self.weight, aim, self.chunk, self.vocabulary, self.bias, self.rule)
 
-    def _most_probable(self, x: Tensor, k: int) -> Tensor:
+    def _most_probable(self, x: Tensor, labels: Tensor, k: int) -> Tensor:
         """See `Targets.top_k`."""
-        found = torch.empty(len(x), 2 * k, dtype=torch.float64, device=x.device)
+        found = torch.empty(len(x), 1 + 2 * k, dtype=torch.float64, device=x.device)
         for start in range(0, len(x), self.chunk):
             span = slice(start, start + self.chunk)
             logits = _logits(x[span], self.weight, self.bias, self.rule)
-            found[span] = torch.cat(top_log_probabilities(logits, k, self.vocabulary), -1)
+            losses, _ = Softmax.of(logits, labels[span], self.vocabulary).losses(logits, self.vocabulary)
+            found[span] = torch.cat([-losses, *top_log_probabilities(logits, k, self.vocabulary)], -1)
         return found
 
     def logits(self, x: Tensor) -> Tensor:

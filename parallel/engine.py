@@ -40,8 +40,8 @@ class Engine(Protocol):
         ...
 
     def predict(self, rows: Batch) -> Tensor | None:
-        """What the head returns for each label of any number of rows, `[rows, seq_len]` or `[rows, seq_len, 2 k]`, no
-        gradients kept, with an objective of `per_token`. One rank of each replica has it, the others get None.
+        """What the head returns for each label of any number of rows with an objective of `per_token`, without
+        gradients: `[rows, seq_len]`, or as `Targets.top_k` says. One rank of each replica has it, the others get None.
         """
         ...
 

@@ -34,7 +34,7 @@ class ForwardBackward(Protocol):
         """Of each label of any number of rows, without gradients: fp32 `[rows, seq_len]` on the device.
 
         None on ranks that do not have the head. For an objective with `per_token`; with `top_k` it is what
-        `Targets.top_k` asks for, `[rows, seq_len, 2 k]`.
+        `Targets.top_k` asks for, `[rows, seq_len, 1 + 2 k]`.
         """
         ...
 

@@ -45,7 +45,7 @@ class Targets:
     per_token: bool = False  # return the log-probability of each label, fp32 [rows x seq_len], 0 where there is none
     z_loss: float = 0.0  # in training: added to each label's loss, times the squared logarithm of the normaliser
     teacher: Teacher | None = None  # a part of the loss is the distance from it
-    top_k: int = 0  # return fp64 [rows x seq_len, 2 k]: the most probable tokens, then their log-probabilities
+    top_k: int = 0  # return fp64 [rows x seq_len, 1 + 2 k]: that of the label, the most probable tokens, and theirs
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """`python -m stoker.trainer [overrides]`: one rank of a run, under torchrun or any launcher that sets its variables.
 
-With `--measure` or `--measure-logits` instead of overrides it does a rank's part of `stoker check`, with `--teach` of
-`stoker teach`.
+With `--measure` or `--measure-logits` instead of overrides it does a rank's part of `stoker check`, with `--teach` or
+`--tasks` of `stoker teach` and `stoker eval`.
 """
 
 import gc
@@ -25,6 +25,10 @@ if __name__ == "__main__":
         from stoker.trainer.checking import measure, measure_logits
 
         status = main([], measure if sys.argv[1] == "--measure" else measure_logits)
+    elif sys.argv[1:] == ["--tasks"]:
+        from stoker.trainer.tasks import run_tasks
+
+        status = main([], run_tasks)
     elif sys.argv[1:] == ["--teach"]:
         from stoker.trainer.teaching import teach
 

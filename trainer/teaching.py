@@ -84,5 +84,5 @@ def _stored(values: Tensor, labels: Tensor, k: int) -> tuple[np.ndarray[Any, Any
     valid = (labels != IGNORE_INDEX)[None]
     if not k:
         return np.empty((0, len(labels)), np.int32), values.float().where(valid[0], 0.0)[None].numpy()
-    tokens, logs = values.T.where(valid, 0.0).split(k)
+    tokens, logs = values.T[1:].where(valid, 0.0).split(k)
     return tokens.to(torch.int32).numpy(), logs.float().numpy()

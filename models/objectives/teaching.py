@@ -19,8 +19,10 @@ class Teaching:
     per_token = True
     reference = False
 
-    def __init__(self, top_k: int, documents_together: int) -> None:
-        self.top_k, self.documents_together = top_k, documents_together
+    documents_together = 1
+
+    def __init__(self, top_k: int) -> None:
+        self.top_k = top_k
 
     def nominal(self, rows: int, seq_len: int) -> int:
         return rows * seq_len
@@ -33,5 +35,5 @@ class Teaching:
 
 
 def build(config: ObjectiveConfig) -> Teaching:
-    """With `objective.args`: `top_k`, and `pairs` where the data are."""
-    return Teaching(int(config.args["top_k"]), 2 if config.args.get("pairs") else 1)
+    """With `top_k` in `objective.args`."""
+    return Teaching(int(config.args.get("top_k", 0)))

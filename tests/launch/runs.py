@@ -117,6 +117,7 @@ def _train(environment: dict[str, str], home: Path, words: list[str], settled: s
     from stoker.trainer.main import main
     from stoker.trainer.rendezvous import CONFIG_VARIABLE
     from stoker.trainer.settle import settle_config
+    from stoker.trainer.tasks import run_tasks
     from stoker.trainer.teaching import teach
 
     os.environ |= environment
@@ -132,7 +133,7 @@ def _train(environment: dict[str, str], home: Path, words: list[str], settled: s
             print(f"stoker: {error}")
             os._exit(2)
     os.environ[CONFIG_VARIABLE] = settled
-    work = {"--measure": measure, "--teach": teach}.get("".join(words))
+    work = {"--measure": measure, "--teach": teach, "--tasks": run_tasks}.get("".join(words))
     status = main(words) if work is None else main([], work)
     sys.stdout.flush()
     os._exit(status)
