@@ -57,12 +57,15 @@ def main() -> None:
     documents = f"documents of {options.documents}" if options.documents else "one document a sequence"
     print(f"{SMALL.name}, sequences of {options.seq_len} tokens, {documents}, {options.precision}; ", end="")
     print(f"{options.rounds} rounds of {options.steps} steps, torch {torch.__version__}\n")
+    for ranks in options.ranks:
+        found = run(_of_torch, _config(1, "", "", options), ranks)[0]
+        print(f"torch's context_parallel on {ranks} ranks: {found}", flush=True)
+    print()
     print(f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|", flush=True)
     for ranks in options.ranks:
         for context in ("gather", "ulysses"):
             for mode in ("none", "full"):
                 print(_row(ranks, context, mode, options), flush=True)
-        print(f"\ntorch's context_parallel on {ranks} ranks: {run(_of_torch, _config(1, '', '', options), ranks)[0]}")
 
 
 def _config(cp: int, context: str, mode: str, options: argparse.Namespace) -> Config:

@@ -1,6 +1,6 @@
 """Step times that `stoker plan` predicts beside measured ones: eight layouts of two ranks on this machine.
 
-    python benchmarks/plan_times.py [--machine machine.json] [--model tiny] [--rows 16] [--seq-len 256] [--rounds 5] ...
+    python benchmarks/plan_times.py [--machine machine.json] [--model tiny] [--rows 8] [--seq-len 128] [--rounds 5] ...
 
 Predictions go by this machine's own rates: those of a `machine.json` that `stoker probe` wrote for the same model and
 precision on two ranks, made here if none is given. Measured is the median of several turns of each layout, in processes
@@ -42,9 +42,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machine", help="of `stoker probe`; default: measured now, with --quick")
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--micro", type=int, default=4, help="rows of a micro-batch")
-    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--micro", type=int, default=2, help="rows of a micro-batch")
+    parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
