@@ -85,6 +85,7 @@ ZERO_BUBBLE = (
     "dualpipev",
 )  # schedules with a message in `stoker.trainer.validate`
 
+OF_MICRO_BATCHES = ("micro_batch", "batch")  # balance losses with a message in `stoker.models.expert_refusals`
 _WITH_EXPERTS = ("qwen3_moe", "mixtral", "olmoe")  # families
 
 LIMITS = (
@@ -137,6 +138,10 @@ LIMITS = (
     _at_least("model.num_shared_experts", 0, "it counts experts"),
     _at_least("model.first_dense_layers", 0, "it counts layers"),
     _choice("model.router", "softmax", "sigmoid"),
+    _at_least("model.router_bias_rate", 0, "a bias would lead tokens to the experts that have most"),
+    _at_least("model.router_aux_loss_coef", 0, "tokens would gather at one expert"),
+    _choice("model.router_aux_loss_over", "sequence", judged_elsewhere=OF_MICRO_BATCHES),
+    _at_least("model.router_z_loss_coef", 0, "logits would grow without end"),
     _above_zero("model.rms_norm_eps", "it keeps a norm of zeros finite"),
     _choice("model.qk_norm_over", "head", "projection"),
     _choice("model.norm_placement", "before", "after"),

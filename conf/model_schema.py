@@ -1,13 +1,13 @@
 """The `model` section of the config: the shape of a model, and where it comes from. Kinds: `stoker.conf.schema`."""
 
-# ruff: noqa: RUF009 (free and fixed return dataclasses.field)
+# ruff: noqa: RUF009 (free, maths and fixed return dataclasses.field)
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from stoker.conf.fields import fixed, free
+from stoker.conf.fields import fixed, free, maths
 
 
 @dataclass
@@ -44,6 +44,11 @@ class ModelConfig:
     num_shared_experts: int = fixed(0)  # experts that every token uses, as one MLP of so many times the channels
     first_dense_layers: int = fixed(0)  # layers before the first with experts
     router: str = fixed("softmax")  # softmax | sigmoid: how scores of experts are made of the router's logits
+    router_bias: bool = fixed(False)  # a bias of each expert's score in the choice of experts, moved by their tokens
+    router_bias_rate: float = maths(1e-3)  # router_bias: by how much a step moves it, towards equal counts of tokens
+    router_aux_loss_coef: float = maths(0.0)  # factor of a loss that balances the experts of each sequence
+    router_aux_loss_over: str = maths("sequence")  # sequence: what that loss counts the tokens of experts in
+    router_z_loss_coef: float = maths(0.0)  # factor of the squared log of the sum of the exponents of router logits
     norm_topk_prob: bool = fixed(True)  # divide the weights of a token's experts by their sum
     rms_norm_eps: float = fixed(1e-5)  # added to the mean square in RMSNorm
     rope_parameters: RopeParameters = fixed(RopeParameters)

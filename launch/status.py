@@ -19,6 +19,7 @@ from stoker.launch.slurm.batch import read_notes
 from stoker.trainer.report.goodput import goodput
 from stoker.trainer.report.metrics import read_recent
 from stoker.trainer.report.progress import Pace, duration
+from stoker.trainer.report.routing import in_words
 from stoker.trainer.runtime.outcome import read_beginning, read_ending
 from stoker.trainer.runtime.process import Stamp, read_stamps
 
@@ -72,6 +73,8 @@ def facts(run: RunDirectory, attempts: list[Attempt], alive: Stamp | None) -> li
             rows.append(("speed", f"{pace.tokens_per_second:,.0f} tokens/s, {pace.step_seconds:.3g} s a step{used}"))
             if alive is not None and last["step"] < total:
                 rows.append(("time left", pace.left(last["step"], total)))
+        if (experts := in_words(last)) is not None:
+            rows.append(("experts", experts))
     rows.append(("checkpoint", _checkpoint(run)))
     spent = goodput(run, time.time() if alive is not None else None)
     if spent.total:

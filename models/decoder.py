@@ -20,14 +20,29 @@ from stoker.models.attention import Attention, AttentionContext, AttentionMask, 
 from stoker.models.cache import Cache, LayerCache
 from stoker.models.embedding import Embedding
 from stoker.models.expert_refusals import REFUSALS
+from stoker.models.experts import SparseMlp
 from stoker.models.family import Exported, Family, renamed
-from stoker.models.feed_forward import feed_forward
+from stoker.models.feed_forward import Mlp, is_sparse
 from stoker.models.flops import flops_per_token
 from stoker.models.hugging_face import changed_config_json, config_json, family_of, reference_name, tensor_name
 from stoker.models.hugging_face_weights import HEAD, StoredTensor, has_own_head, open_weights
 from stoker.models.loss import Head
 from stoker.parallel.experts import Experts
+from stoker.parallel.experts.balance import count_routed
 from stoker.parallel.model import Constant, Normal, Part
+
+
+def _feed_forward(block: nn.Module, config: ModelConfig, number: int) -> Mlp | SparseMlp:
+    """That of `block`, the layer of this `number`."""
+    if not is_sparse(config, number):
+        return Mlp(config.hidden_size, config.intermediate_size)
+    sparse = SparseMlp(config)
+    count_routed(block, sparse)
+    return sparse
+
+
+def _fed(mlp: Mlp | SparseMlp, x: Tensor, context: AttentionContext) -> Tensor:
+    return mlp(x, context.rows, context.seq_len) if isinstance(mlp, SparseMlp) else mlp(x)
 
 
 class Block(nn.Module):
@@ -38,12 +53,12 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, number)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = feed_forward(config, number)
+        self.mlp = _feed_forward(self, config, number)
         self.multiplier = config.residual_multiplier
 
     def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
         x = torch.add(x, self.attention(self.attention_norm(x), context, cache), alpha=self.multiplier)
-        return torch.add(x, self.mlp(self.mlp_norm(x)), alpha=self.multiplier)
+        return torch.add(x, _fed(self.mlp, self.mlp_norm(x), context), alpha=self.multiplier)
 
 
 class PostNormBlock(nn.Module):
@@ -53,13 +68,13 @@ class PostNormBlock(nn.Module):
         super().__init__()
         self.attention = Attention(config, number)
         self.attention_post_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = feed_forward(config, number)
+        self.mlp = _feed_forward(self, config, number)
         self.mlp_post_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.multiplier = config.residual_multiplier
 
     def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
         x = torch.add(x, self.attention_post_norm(self.attention(x, context, cache)), alpha=self.multiplier)
-        return torch.add(x, self.mlp_post_norm(self.mlp(x)), alpha=self.multiplier)
+        return torch.add(x, self.mlp_post_norm(_fed(self.mlp, x, context)), alpha=self.multiplier)
 
 
 _INTO_STREAM = ("attention.o.weight", "mlp.down.weight", "shared.down.weight", "experts.down_proj")
@@ -128,7 +143,10 @@ class Decoder(nn.Module):
         return Normal(self.config.initializer_range)
 
     def rebuild_buffers(self) -> None:
-        """There are no buffers; but `to_empty` unties what is tied."""
+        """Those of experts count from zero; and `to_empty` unties what is tied."""
+        for module in self.modules():
+            if isinstance(module, SparseMlp):
+                module.reset()
         if self.part.head and self.config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stoker.conf.limits import OF_MICRO_BATCHES
 from stoker.conf.schema import ModelConfig
 from stoker.models.refusals import REFUSALS
 from stoker.parallel.start import Start
@@ -13,6 +14,11 @@ OF_EXPERTS = (
     "num_shared_experts",
     "first_dense_layers",
     "router",
+    "router_bias",
+    "router_bias_rate",
+    "router_aux_loss_coef",
+    "router_aux_loss_over",
+    "router_z_loss_coef",
     "norm_topk_prob",
 )
 
@@ -53,6 +59,38 @@ def _layers_with_experts(start: Start) -> str | None:
         f"model.first_dense_layers={model.first_dense_layers} leaves none of the {model.num_hidden_layers} layers for "
         f"experts: model.first_dense_layers={model.num_hidden_layers - 1} works"
     )
+
+
+@REFUSALS.entry(
+    "balance of micro-batches",
+    "model.router_aux_loss_over=micro_batch",
+    "the mean of a product over a micro-batch depends on how the batch is divided: the same batch has a loss of 1.040 "
+    "in one piece, and of 1.069 and 1.102 over two and four ranks",
+)
+def _balance_of_micro_batches(start: Start) -> str | None:
+    model = start.config.model
+    if model.router_aux_loss_over not in OF_MICRO_BATCHES or model.num_experts == 0:
+        return None
+    return (
+        f"model.router_aux_loss_over={model.router_aux_loss_over}: the same batch has another loss in other "
+        "micro-batches and on other layouts (measured: 1.040 in one piece, 1.069 over two ranks, 1.102 over four): "
+        "model.router_aux_loss_over=sequence works, or model.router_bias=true with model.router_aux_loss_coef=0.0"
+    )
+
+
+@REFUSALS.entry(
+    "losses of routers",
+    "model.router_aux_loss_coef or model.router_z_loss_coef with another objective than the next token",
+    "they are sums over tokens, and the loss is divided by the number of pairs or documents",
+)
+def _losses_of_routers(start: Start) -> str | None:
+    model, objective = start.config.model, start.config.objective
+    names = [key for key in ("router_aux_loss_coef", "router_z_loss_coef") if getattr(model, key) > 0]
+    if not names or model.num_experts == 0 or (objective.name == "next_token" and objective.target is None):
+        return None
+    zeros = " ".join(f"model.{key}=0.0" for key in names)
+    what = objective.name if objective.target is None else objective.target
+    return f"model.{names[0]}={getattr(model, names[0])} with the objective {what}: {zeros} works"
 
 
 @REFUSALS.entry(

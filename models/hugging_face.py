@@ -92,7 +92,7 @@ _MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multip
 _SHAPES = ("qkv_bias", "qk_norm", "qk_norm_over", "norm_placement", "nope_layers")
 _EXPERTS = (
     *("num_experts", "num_experts_per_tok", "num_shared_experts", "first_dense_layers", "router"),
-    *("norm_topk_prob", "moe_intermediate_size"),
+    *("norm_topk_prob", "moe_intermediate_size", "router_bias"),
 )
 SWITCHES = {key: getattr(ModelConfig(), key) for key in (*_SHAPES, *_MULTIPLIERS, *_EXPERTS)}
 _CHOICE = ("num_experts", "num_experts_per_tok")

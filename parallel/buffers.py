@@ -92,6 +92,12 @@ class Buffers:
             differs += (own != taken).any()
         return differs
 
+    def add(self, buffer: Tensor, change: Tensor) -> None:
+        """Between `take_first` and `settle`: add `change` to a persistent buffer of a module."""
+        for name, (module, attribute) in self._live.items():
+            if module.get_buffer(attribute) is buffer:
+                self._next[name] += change
+
     def settle(self, skipped: Tensor) -> None:
         """After an update: keep the settled values, or the values before the step where `skipped` (a flag) is 1."""
         for name, value in self._next.items():

@@ -21,6 +21,7 @@ from stoker.parallel.average import Average
 from stoker.parallel.batch import Batch
 from stoker.parallel.buffers import Buffers, fill_buffers
 from stoker.parallel.dtypes import PRECISIONS
+from stoker.parallel.experts.balance import Balance
 from stoker.parallel.forward_backward import ForwardBackward, GradientAccumulation
 from stoker.parallel.gpu_clock import GpuClock
 from stoker.parallel.layout import OF_TOKENS, BatchPlan, View
@@ -61,6 +62,7 @@ class NativeEngine:
         self._clock, self._objective = clock, objective
         self._mesh, self._passes, self._registry, self._weights = mesh, passes, registry, weights
         self._buffers = buffers
+        self._balance = Balance(config, mesh, self.modules())
         self._clip_norm, self._norms_by_role = config.grad_clip_norm, config.log.norms_by_role
         self._has_dropout = any(token_numbers(stage.module) is not None for stage in weights)
         self._nominal_count = objective.nominal(config.batch.size, config.seq_len)
@@ -89,7 +91,9 @@ class NativeEngine:
         if self._has_dropout and first_row is not None:
             rows = rows.numbered(first_row, self._mesh.dp_rank, self._mesh.layout.dp)
         rows = self._own(rows)
-        sums = self._passes.train(self._with_reference(rows), self._scale() / self._nominal_count)
+        factor = self._scale() / self._nominal_count
+        self._balance.begin(factor)
+        sums = self._passes.train(self._with_reference(rows), factor)
         self._counts_tokens = isinstance(self._objective, NextToken) and rows.weights is None
         if self._reports:
             self._sums += sums
@@ -132,10 +136,14 @@ class NativeEngine:
                 scalars=dict(zip(self._objective.scalars, self._sums[1:], strict=True)),
                 unequal_buffers=self._buffers.take_first(),
                 kinds=self._places_by_role(counted) if self._norms_by_role else None,
+                routed=self._balance.message(),
             )
             self._optimizer.step(gradients, lr, verdict.gradient_divisor, verdict.found_inf)
             if self._average is not None:
                 self._average.update(verdict.found_inf)
+            if verdict.routed is not None:
+                for bias, change in self._balance.changes(verdict.routed):
+                    self._buffers.add(bias, change)
             self._buffers.settle(verdict.found_inf)
             self._renew()
             if self._loss_scale is not None:

@@ -54,14 +54,15 @@ class StepMetrics:
     overflowed: bool = False  # skipped because the loss scale was too large: the scale is lowered
     unequal_buffers: bool = False  # ranks had different values of persistent buffers and took those of the first
     scalars: Mapping[str, float] = field(default_factory=dict, kw_only=True)  # means of the objective's, by name
+    routed: tuple[float, ...] = field(default=(), kw_only=True)  # of `stoker.parallel.experts.balance`
 
 
 class StepResult:
     """The result of a step, still on the device. Only `read` waits for it."""
 
-    def __init__(self, values: Tensor, scalars: Sequence[str] = ()) -> None:
-        """`scalars`: names of the last of the `values`."""
-        self._scalars = tuple(scalars)
+    def __init__(self, values: Tensor, scalars: Sequence[str] = (), routed: int = 0) -> None:
+        """`scalars`: names of the last of the `values`, before as many as `routed`."""
+        self._scalars, self._routed = tuple(scalars), routed
         self._event: torch.cuda.Event | None = None
         if values.device.type == "cuda":
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -75,6 +76,8 @@ class StepResult:
         if self._event is not None:
             self._event.synchronize()
         loss, grad_norm, tokens, skipped, loss_scale, overflowed, unequal, *rest = self._values.tolist()
+        end = len(rest) - self._routed
+        rest, routed = rest[:end], rest[end:]
         cut = len(rest) - len(self._scalars)
         votes, of_ranks = rest[: len(ControlFlag)], tuple(rest[len(ControlFlag) : cut])
         world = len(of_ranks) // 2
@@ -91,6 +94,7 @@ class StepResult:
             work_seconds=of_ranks[:world],
             memory_bytes=of_ranks[world:],
             scalars=dict(zip(self._scalars, rest[cut:], strict=True)),
+            routed=tuple(routed),
         )
 
 
@@ -102,6 +106,7 @@ class UpdateDecision:
     gradient_divisor: Tensor  # float32: the accumulated gradient over this is the clipped mean gradient
     found_inf: Tensor  # float32: 1 where the update must be left out
     overflowed: Tensor  # float32: 1 where the reason is a loss scale that was too large
+    routed: Tensor | None = None  # float64: `routed` of all ranks
 
 
 def reduce_step(
@@ -118,6 +123,7 @@ def reduce_step(
     tokens: Tensor | None = None,
     scalars: Mapping[str, Tensor] | None = None,
     kinds: Mapping[str, Sequence[int]] | None = None,
+    routed: Tensor | None = None,
 ) -> UpdateDecision:
     """Reduce one step's message over all ranks and compute the update's scalars from it.
 
@@ -127,6 +133,7 @@ def reduce_step(
     So are `tokens`, the number of valid tokens where that is not `count`, and the sums of the objective's `scalars`.
     `kinds` are places in `gradients`; the norm of those of each kind, before clipping, becomes a scalar
     `grad_norm.KIND`. All ranks name the same kinds.
+    `routed` (float64 `[n]`) is added up as it is.
     `unequal_buffers` (float64 scalar) is 1 on a rank whose persistent buffers are not those of the first, else 0.
     Each rank writes its seconds and its bytes to its own slots of the message and zeros to the others, so that a sum
     gathers all.
@@ -145,8 +152,11 @@ def reduce_step(
     further = [*own, *(scalars or {}).values(), *of_kinds]
     message = torch.cat(
         [torch.stack([squares, loss_sum, count, unequal]), cast, *([torch.stack(further)] if further else [])]
+        + ([] if routed is None else [routed])
     )
     mesh.all_reduce(message)
+    if routed is not None:
+        message, routed = message[: -len(routed)], message[-len(routed) :]
     message, sums = message[: len(message) - len(further)], message[len(message) - len(further) :]
 
     count = message[2]
@@ -167,9 +177,12 @@ def reduce_step(
     result = torch.stack([loss, grad_norm, shown, skipped, loss_scale.double(), overflowed])
     of_objective, of_kind = sums[len(own) : len(own) + len(names)], sums[len(own) + len(names) :]
     values = torch.cat([result, message[3:], of_objective / counted, of_kind.sqrt() / accumulated])
+    if routed is not None:
+        values = torch.cat([values, routed])
     divisor = torch.where(sound, divisor, torch.ones_like(divisor)).float()
     names += [f"grad_norm.{kind}" for kind in kinds or ()]
-    return UpdateDecision(StepResult(values, names), divisor, skipped.float(), overflowed.float())
+    shown_result = StepResult(values, names, 0 if routed is None else len(routed))
+    return UpdateDecision(shown_result, divisor, skipped.float(), overflowed.float(), routed)
 
 
 def _squares(norms: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from stoker.conf.schema import Config
 from stoker.parallel.update import ControlFlag, StepMetrics, StepResult
 from stoker.trainer.report.observer import StepRecord
 from stoker.trainer.report.observers import Observers
+from stoker.trainer.report.routing import routing_metrics
 from stoker.trainer.runtime.outcome import Outcome, Superseded
 from stoker.trainer.runtime.process import Phase, Phases, read_stamps
 from stoker.trainer.runtime.requests import ending_of
@@ -76,7 +77,7 @@ class StepLog:
         arithmetic: Arithmetic | None = None,
     ) -> None:
         self._stragglers, self._arithmetic = stragglers, arithmetic
-        self._bad = config.nonfinite
+        self._config, self._bad = config, config.nonfinite
         self._bad_step: int | None = None  # the first bad one
         self._seq_len = config.seq_len
         self._scaled = config.precision == "fp16"
@@ -145,6 +146,7 @@ class StepLog:
                 self._name_stragglers(entry.step, agreed.work_seconds)
             scale = {"loss_scale": agreed.loss_scale} if self._scaled else {}
             memory = _memory(agreed.memory_bytes)
+            routing = routing_metrics(agreed.routed, self._config)
             used = {} if self._arithmetic is None else self._arithmetic.metrics(entry.step_seconds)
             self._observers.step(
                 StepRecord(
@@ -160,7 +162,7 @@ class StepLog:
                     skipped=agreed.skipped,
                     empty=empty,
                     val_loss=entry.val_loss,
-                    extra={**entry.extra, **scale, **memory, **used, **agreed.scalars},
+                    extra={**entry.extra, **scale, **memory, **used, **agreed.scalars, **routing},
                 )
             )
         return agreed.votes

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from stoker.models.decoder import build
+from stoker.models.experts import Router
 from stoker.models.family import build_on_meta
-from stoker.models.feed_forward import Router, idle_parameters
+from stoker.models.feed_forward import idle_parameters
 from stoker.models.flops import flops_per_token
 from stoker.parallel.model import Normal, whole_model
 from tests.models.tiny import decoder, shape
@@ -45,7 +46,7 @@ def test_a_router_computes_in_float32() -> None:
     router = Router(shape(**SPARSE))
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
-    chosen, weights = router.bfloat16()(x)
+    chosen, weights, _, _ = router.bfloat16()(x)
     exact = (x.double() @ router.weight.double().T).softmax(-1).topk(2, -1)
     assert torch.equal(chosen, exact.indices) and weights.dtype == torch.float32
     wanted = exact.values / exact.values.sum(-1, keepdim=True)

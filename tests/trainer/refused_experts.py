@@ -42,6 +42,22 @@ OF_EXPERTS = {
             "model.first_dense_layers=1 works",
         ),
     ],
+    "balance of micro-batches": [
+        (
+            ["model.num_experts=4", "model.router_aux_loss_over=micro_batch", "model.router_aux_loss_coef=0.01"],
+            1,
+            0,
+            "1.069 over two ranks, 1.102 over four): model.router_aux_loss_over=sequence works",
+        ),
+    ],
+    "losses of routers": [
+        (
+            ["model.num_experts=4", "model.router_z_loss_coef=0.001", "objective.target=tests.toy:objective"],
+            1,
+            0,
+            "with the objective tests.toy:objective: model.router_z_loss_coef=0.0 works",
+        ),
+    ],
     "float8 experts": [
         (["model.num_experts=4", "precision=fp8"], 1, 0, "which compute in bf16: precision=bf16 works"),
     ],

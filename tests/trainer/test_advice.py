@@ -114,6 +114,7 @@ RULES = {
     "an even number above 0": "2",
     "0, 1, 2 or 3": "3",
     "above 0 and at most 1": "1.0",
+    "0, or from 0.00002 to 0.99998": "0.1",
     "ranks of at least 1 by name or pattern, such as": "{q_proj: 16}",
     "MINUTES, HH:MM:SS, D-HH or D-HH:MM:SS": "1-12:30:00",
     "task numbers such as": "1,5,7",
@@ -130,7 +131,7 @@ def test_what_a_limit_asks_for_is_within_it(override):
     key = override.partition("=")[0]
     [limit] = [limit for limit in LIMITS if limit.key == key]
     message = limit.broken(with_values(override))
-    rule = re.search(r"must be (.*), because|choose from (\S+?),", message)
+    rule = re.search(r"must be (.*), because|choose from (\w+)", message)
     assert rule is not None, message
     [value] = {
         *(value for phrase, value in RULES.items() if (rule[1] or "").startswith(phrase)),

@@ -14,12 +14,13 @@ from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.shards import Shard
 from stoker.trainer.parallelize import cut
 from stoker.trainer.rehearsal import rehearse
+from stoker.trainer.rehearsal.collectives import Collectives
 from tests import world
 from tests.parallel.experts.sparse import CHOICES, EXPERTS, HIDDEN
 from tests.parallel.experts.test_parity import Sparse
 from tests.parallel.parity import Case
 from tests.parallel.reference import assemble, global_rows
-from tests.parallel.watching import Collectives, Syncs
+from tests.parallel.watching import Syncs
 
 LAYERS, WIDTH, MICRO, LENGTH = 4, 32, 2, 12
 
