@@ -65,10 +65,7 @@ LONG = {
     "bf16": (1, config_of("bf16", zero=0, layers=3)),
     "documents": (1, config_of(zero=0, document_mask=True)),
     "LoRA": (2, with_adapter(config_of(zero=2, layers=8))),
-    "LoRA, tp": (2, with_adapter(config_of(tp=2, zero=0, layers=12))),
     "a user's model": (2, of_a_user(config_of(zero=3, layers=6))),
-    "a user's model, tp": (2, of_a_user(config_of(tp=2, zero=0, layers=16))),
-    "cp": (2, config_of(cp=2, zero=1, layers=4)),
 }
 
 
