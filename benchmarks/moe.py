@@ -182,7 +182,7 @@ class _Experts(nn.Module):
 
     def __init__(self, whole: Any, rank: int, size: int, loops: bool) -> None:
         super().__init__()
-        self.size, self.own, self.loops = size, whole.num // size, loops
+        self.num, self.size, self.own, self.loops = whole.num, size, whole.num // size, loops
         mine = slice(rank * self.own, (rank + 1) * self.own)
         self.gate_up = nn.Parameter(whole.gate_up_proj.detach()[mine].clone())
         self.down = nn.Parameter(whole.down_proj.detach()[mine].clone())
