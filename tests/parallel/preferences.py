@@ -139,7 +139,7 @@ def preference(
 def model_of(config: Config, adapted: bool) -> nn.Module:
     model: nn.Module = Decoder(config.model, whole_model(config.model.num_hidden_layers))
     if adapted:
-        model = apply(model, plan_of(model, config), config.adapter)
+        model = apply(model, plan_of(model, config), config)
     for name, parameter in model.named_parameters():
         if name.endswith("lora.A"):
             std, shape = (3 * parameter.shape[1]) ** -0.5, tuple(parameter.shape)
