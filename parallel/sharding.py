@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from stoker.parallel.registry import LocalShard
 
@@ -74,7 +75,9 @@ def materialise(module: nn.Module, device: torch.device) -> None:
 
 
 def is_untouched(buffer: Tensor) -> bool:
-    """Whether `buffer` holds nothing but what `materialise` filled it with."""
+    """Whether `buffer` holds nothing but what `materialise` filled it with. No fake tensor does: it has no values."""
+    if isinstance(buffer, FakeTensor):
+        return False
     value = _untouched(buffer.dtype)
     same = buffer.isnan() if isinstance(value, float) else buffer == value
     return buffer.numel() > 0 and bool(same.all())

@@ -147,6 +147,17 @@ def test_operations_are_those_of_the_closed_form(ranks: int, rows: int, changes:
     assert counted == pytest.approx(rows * config.seq_len * per_token, rel=5e-3)
 
 
+@pytest.mark.parametrize("experts", [{}, {"ep": 2}, {"ep": 2, "token_dispatcher": "allgather"}], ids=str)
+def test_experts_are_rehearsed_and_each_is_held_once_by_its_group(experts: dict[str, object]) -> None:
+    config = config_of(seq_len=32, zero=1, **experts)
+    config.model.num_experts, config.model.num_experts_per_tok, config.model.router_bias = 4, 2, True
+    layout = layout_of(config, 2)
+    found = [rehearse(config, layout, rank) for rank in range(2)]
+    held = sum(each.held.categories[Category.MASTERS] for each in found)
+    assert held == pytest.approx(4 * parameters_of(config), abs=1000)  # and buffers of experts
+    assert found[0].passes.flops == found[1].passes.flops > 0
+
+
 @pytest.mark.long
 def test_recomputed_blocks_cost_another_forward_of_them_but_for_the_last_product() -> None:
     config = config_of("bf16", seq_len=32, zero=0)
