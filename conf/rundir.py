@@ -191,10 +191,18 @@ def resolve(config: Config, now: datetime) -> Config:
     parallel = dataclasses.replace(config.parallel, nvme_path=_absolute(config.parallel.nvme_path))
     model = dataclasses.replace(config.model, init_from=_absolute(config.model.init_from))
     adapter = dataclasses.replace(config.adapter, init_from=_absolute(config.adapter.init_from))
+    objective = dataclasses.replace(config.objective, teacher=_absolute(config.objective.teacher))
     checkpoint = dataclasses.replace(config.checkpoint, dir=_absolute(config.checkpoint.dir))
     run = dataclasses.replace(config.run, name=name, dir=str(directory))
     return dataclasses.replace(
-        config, data=data, model=model, adapter=adapter, parallel=parallel, checkpoint=checkpoint, run=run
+        config,
+        data=data,
+        model=model,
+        adapter=adapter,
+        objective=objective,
+        parallel=parallel,
+        checkpoint=checkpoint,
+        run=run,
     )
 
 

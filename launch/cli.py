@@ -7,6 +7,7 @@ import difflib
 import functools
 import os
 import pydoc
+import select
 import shutil
 import signal
 import sys
@@ -75,9 +76,14 @@ def _reader_is_gone() -> bool:
     """Whether the standard output leads to a program that has ended, as in `| head`."""
     try:
         sys.stdout.flush()
+        output = sys.stdout.fileno()
     except BrokenPipeError:
         return True
-    return False
+    except OSError:  # no file
+        return False
+    looking = select.poll()  # nothing may be left to flush: a long text was on its way when the pipe broke
+    looking.register(output, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in looking.poll(0))
 
 
 class _Parser(argparse.ArgumentParser):

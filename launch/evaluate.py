@@ -19,6 +19,7 @@ from stoker.launch.check import settle, together
 from stoker.launch.export import export
 from stoker.launch.inspect import run_at
 from stoker.launch.local import launch
+from stoker.launch.teach import refuse_given
 from stoker.launch.train import ranks_for, say
 from stoker.models.objectives.teaching import TARGET
 from stoker.parallel.layout import layout_of
@@ -32,6 +33,8 @@ def evaluate(options: argparse.Namespace) -> int:
     """Print the table of results. Raises ConfigError for what cannot be used."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("stoker eval runs the tasks of lm-eval, which is not installed: pip install 'stoker[eval]'")
+    for section in ("data", "objective", "adapter", "model"):
+        refuse_given(options.overrides, section, "tasks bring their texts, and the folder its model")
     scratch = Scratch("stoker-eval-")
     given, folder = list(options.overrides), Path(options.model)
     if not (folder / CONFIG).is_file():
@@ -95,7 +98,6 @@ def _ours(folder: Path, scratch: Path) -> list[str]:
     return [
         "objective=next_token",
         f"objective.target={TARGET}",
-        "objective.teacher=null",
         f"model.init_from={folder.absolute()}",
         "model.freeze=['*']",
         "optim=sgd",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from stoker.conf.overrides import parse
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.scratch import Scratch
 from stoker.conf.values import ConfigError
@@ -18,6 +19,15 @@ from stoker.launch.local import launch
 from stoker.launch.train import ranks_for, say
 from stoker.models.objectives.teaching import TARGET
 from stoker.parallel.layout import layout_of
+from stoker.trainer.facts import with_vocabulary
+
+
+def refuse_given(overrides: Sequence[str], section: str, why: str) -> None:
+    """Raises ConfigError where `overrides` set something of a section that the command sets itself."""
+    for override in overrides:
+        key = parse(override).key
+        if key.partition(".")[0] == section:
+            raise ConfigError(f"{override}: {why}: leave it out")
 
 
 def teach(folder: Path, overrides: Sequence[str], top_k: int) -> int:
@@ -30,8 +40,10 @@ def teach(folder: Path, overrides: Sequence[str], top_k: int) -> int:
         raise ConfigError(f"--top-k={top_k}: at least one token")
     if (folder / FILE).exists():
         raise ConfigError(f"{folder} holds the predictions of a teacher already: give another folder, or remove it")
-    ours = ["objective=next_token", f"objective.target={TARGET}", "objective.teacher=null"]
-    ours += ["adapter.modules_to_save=[]", "model.freeze=['*']", "optim=sgd", "optim.ema=null", "launch.max_restarts=0"]
+    refuse_given(overrides, "objective", "a teacher predicts, and learns nothing")
+    refuse_given(overrides, "adapter", "merge it into a teacher first (stoker export RUN OUT --merge)")
+    ours = ["objective=next_token", f"objective.target={TARGET}", "adapter=none"]
+    ours += ["model.freeze=['*']", "optim=sgd", "optim.ema=null", "launch.max_restarts=0"]
     scratch = Scratch("stoker-teach-")
     config = settle(together(overrides, ours), scratch.path / "run", 1)
     config.objective.args = {"top_k": top_k, "folder": str(folder)}
@@ -42,10 +54,10 @@ def teach(folder: Path, overrides: Sequence[str], top_k: int) -> int:
         )
     if config.data.mode == "streaming":
         raise ConfigError("data.mode=streaming has no numbers of rows by which to store predictions: indexed does")
-    limit = config.model.vocab_size
-    if limit is not None and top_k > limit:
-        raise ConfigError(f"--top-k={top_k} of {limit} tokens: {limit} at most")
     prepare(config)
+    limit = with_vocabulary(config).model.vocab_size or 0
+    if top_k > limit:
+        raise ConfigError(f"--top-k={top_k} of {limit} tokens: {limit} at most")
     ranks = ranks_for(config)
     folder.mkdir(parents=True, exist_ok=True)
     say(f"what {config.model.init_from or 'a model of initial weights'} predicts: {layout_of(config, ranks)}")

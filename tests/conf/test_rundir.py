@@ -59,11 +59,13 @@ def test_resolving_again_elsewhere_and_later_changes_nothing(tmp_path, monkeypat
     assert config.run.dir == str(tmp_path / "runs" / "mine")
 
 
-def test_the_path_of_a_disk_is_made_absolute(tmp_path, monkeypatch):
+def test_paths_of_a_disk_and_of_lessons_are_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = Config()
-    config.parallel.nvme_path = "disk"
-    assert resolve(config, NOON).parallel.nvme_path == str(tmp_path / "disk")
+    config.parallel.nvme_path, config.objective.teacher = "disk", "lessons"
+    resolved = resolve(config, NOON)
+    assert resolved.parallel.nvme_path == str(tmp_path / "disk")
+    assert resolved.objective.teacher == str(tmp_path / "lessons")
 
 
 def test_a_given_directory_is_made_absolute(tmp_path, monkeypatch):

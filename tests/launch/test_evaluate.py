@@ -124,3 +124,5 @@ def test_a_run_is_evaluated_and_what_cannot_be_is_refused(home: Path, capsys: py
     assert "made_choice" in shown and "acc_norm" in shown
     assert main(["eval", str(home / "model"), "--tasks", "x", *SETTINGS, "parallel.cp=2", "launch.nproc=2"]) == 2
     assert "parallel.cp=1 works" in capsys.readouterr().err
+    assert main(["eval", str(home / "model"), "--tasks", "x", "data=chat"]) == 2
+    assert "data=chat: tasks bring their texts" in capsys.readouterr().err

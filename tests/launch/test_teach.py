@@ -161,6 +161,14 @@ def test_other_rows_damage_and_other_kinds_are_refused(home: Path, capsys: pytes
     assert main(["teach", str(folder), *given, "--top-k", "3"]) == 0
     assert main(["teach", str(folder), *given]) == 2
     assert "holds the predictions of a teacher already" in capsys.readouterr().err
+    for more, problem in (
+        (["--top-k", "100000"], "--top-k=100000 of "),
+        (["objective.temperature=2"], "objective.temperature=2: a teacher predicts, and learns nothing"),
+        (["adapter=lora"], "adapter=lora: merge it into a teacher first"),
+        (["parallel.cp=2", "launch.nproc=2"], "parallel.cp=1 works"),
+    ):
+        assert main(["teach", str(home / "another"), *given[:-1], *more]) == 2
+        assert problem in capsys.readouterr().err
 
     def refused(*more: str) -> str:
         words = {word.partition("=")[0]: word for word in (*given, f"objective.teacher={folder}", *more)}
