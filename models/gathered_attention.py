@@ -8,7 +8,6 @@ again.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stoker.models.cpu_attention import Block, attend_block, attend_block_backward, by_head
+from stoker.parallel.apart import apart
 from stoker.parallel.sequence import SequenceAxis
 from stoker.parallel.sequence.regions import gather_tokens, gathered, summed_share
 
@@ -111,18 +111,8 @@ def attend_gathered(
     On CPUs in blocks of queries; elsewhere by `kernel`, which is given all keys in the order of `spans`.
     """
     if q.device.type == "cpu":
-        return _apart(_attend_in_blocks)(q, k, v, spans, scale, axis)
+        return apart(_attend_in_blocks)(q, k, v, spans, scale, axis)
     return attend_to_all(q, k, v, spans.source, axis, kernel)
-
-
-def _apart(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function`, left out of compiled graphs. Where nothing is compiled, what compiles is not loaded: seconds."""
-    return _disabled(function) if "torch._dynamo" in sys.modules else function
-
-
-@functools.cache
-def _disabled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compiler.disable(function)
 
 
 def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, spans: KeySpans, scale: float, axis: SequenceAxis) -> Tensor:
@@ -133,7 +123,7 @@ def attend_to_all(
     q: Tensor, k: Tensor, v: Tensor, source: Tensor, axis: SequenceAxis, kernel: Kernel, *others: Tensor
 ) -> Tensor:
     """`kernel(q, keys, values, *others)` with keys and values of all ranks in the order of `source`."""
-    return _apart(_attend_to_all)(q, k, v, source, axis, kernel, *others)
+    return apart(_attend_to_all)(q, k, v, source, axis, kernel, *others)
 
 
 def _attend_to_all(

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("launch", "trainer", "checkpoint", "models", "data", "parallel", "conf")
 MODULES = {
     "hydra-core": "hydra",
+    "lm-eval": "lm_eval",
     "mlflow-skinny": "mlflow",
     "pyyaml": "yaml",
 }  # of distributions that are not called like what they hold
@@ -91,7 +92,9 @@ def imported() -> set[str]:
 def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    needed = declared(project["dependencies"]) | declared(extras["tiktoken"] + extras["s3"] + extras["mlflow"])
+    needed = declared(project["dependencies"]) | declared(
+        extras["tiktoken"] + extras["s3"] + extras["mlflow"] + extras["eval"]
+    )
 
     by_others = {"s3fs", "sqlalchemy", "alembic"}  # fsspec imports the first for s3://, mlflow the others for sqlite://
     assert needed - imported() == by_others

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stoker.parallel.apart import apart
 from stoker.parallel.experts.axis import ExpertAxis
 from stoker.parallel.experts.permutation import inverse, permuted, spread
 from stoker.parallel.tensor.regions import all_gather, reduce_scatter
@@ -41,10 +42,13 @@ def at_home(x: Tensor, chosen: Tensor, weights: Tensor, num: int, compute: Compu
     return _combined(permuted(results, back, order), weights)
 
 
-# Its sizes change in every step, and what is compiled for sizes would be compiled anew.
-@torch.compiler.disable
 def by_all_to_all(x: Tensor, chosen: Tensor, weights: Tensor, num: int, compute: Compute, axis: ExpertAxis) -> Tensor:
     """As `at_home`, of `num` experts of which this rank's `compute` has its part."""
+    # Its sizes change in every step, and what is compiled for sizes would be compiled anew.
+    return apart(_by_all_to_all)(x, chosen, weights, num, compute, axis)
+
+
+def _by_all_to_all(x: Tensor, chosen: Tensor, weights: Tensor, num: int, compute: Compute, axis: ExpertAxis) -> Tensor:
     order = chosen.flatten().argsort(stable=True)
     back = inverse(order)
     counts = tokens_per_expert(chosen, num)

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from stoker.parallel.apart import apart
+
 
 def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """`rows` `[rows, in]` times the `weights` `[num, out, in]` of their experts: `[rows, out]`.
@@ -19,9 +21,8 @@ def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     # torch has shapes of this product in bf16 only: for tensors without values, and for what it compiles
     if not torch.compiler.is_compiling() and (rows.is_meta or isinstance(rows, FakeTensor)):
         return rows @ weights[0].T
-    return _uncompiled(rows, weights, ends)
+    return apart(_grouped)(rows, weights, ends)
 
 
-@torch.compiler.disable
-def _uncompiled(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+def _grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
