@@ -120,7 +120,7 @@ def test_selective_recomputes_every_second_product_and_never_attention(mode: str
     model = decoder(config)
     tokens, positions, _ = rows(config)
     for block in model.blocks().values():
-        _checkpoint_activations(block, mode)
+        _checkpoint_activations(block, mode, None)
     blocks, head = len(model.blocks()), 3  # products of the head: logits, and a gradient by each of their factors
     with Counted() as counted:
         model(tokens, positions, None, tokens).backward()
