@@ -117,6 +117,7 @@ def test_a_layout_answers_as_lm_evals_own_model(home: Path, layout: list[str]) -
     assert compared >= 7
 
 
+@pytest.mark.long
 def test_a_run_is_evaluated_and_what_cannot_be_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = evaluated(home, home / "run", "launch.nproc=1")
     assert set(found) == set(TASKS) and 0 <= found["made_choice"]["acc,none"] <= 1

@@ -73,6 +73,7 @@ def test_a_plan_gives_the_time_of_a_run_its_cost_and_how_often_to_save(printed: 
     assert plan["times"] is None and plan["cost"] is None and plan["flops"] > 0, "no other device's rates"
 
 
+@pytest.mark.long
 def test_a_plan_of_a_ramp_looks_at_steps_of_every_size(printed: Printed) -> None:
     """Memory, messages and operations are those of the largest; a run's time adds up all."""
 

@@ -145,6 +145,7 @@ def test_any_layout_stores_the_same_and_any_layout_learns_the_same(home: Path) -
         assert other == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("forked")
 def test_a_stored_reference_is_that_of_the_adapter_switched_off(home: Path) -> None:
     given = words(home, PAIRS, "launch.nproc=1")

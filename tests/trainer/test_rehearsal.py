@@ -147,7 +147,15 @@ def test_operations_are_those_of_the_closed_form(ranks: int, rows: int, changes:
     assert counted == pytest.approx(rows * config.seq_len * per_token, rel=5e-3)
 
 
-@pytest.mark.parametrize("experts", [{}, {"ep": 2}, {"ep": 2, "token_dispatcher": "allgather"}], ids=str)
+@pytest.mark.parametrize(
+    "experts",
+    [
+        {"ep": 2},
+        pytest.param({}, marks=pytest.mark.long),
+        pytest.param({"ep": 2, "token_dispatcher": "allgather"}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 def test_experts_are_rehearsed_and_each_is_held_once_by_its_group(experts: dict[str, object]) -> None:
     config = config_of(seq_len=32, zero=1, **experts)
     config.model.num_experts, config.model.num_experts_per_tok, config.model.router_bias = 4, 2, True
