@@ -12,6 +12,7 @@ from stoker.conf.schema import Config
 from stoker.launch import evaluate
 from stoker.launch.cli import main
 from tests.data.counted import write_lines
+from tests.extent import some
 from tests.launch.runs import launch_forked, train_here
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
@@ -103,8 +104,11 @@ def of_hugging_face(home: Path, model: Path) -> dict[str, dict[str, Any]]:
     return found["results"]
 
 
+LAYOUTS = [["parallel.tp=2"], ["parallel.pp=2", "batch.micro_size=2"], ["parallel.zero=3"]]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("layout", [["parallel.tp=2"], ["parallel.pp=2", "batch.micro_size=2"], ["parallel.zero=3"]])
+@pytest.mark.parametrize("layout", some(LAYOUTS, 3), ids=str)
 def test_a_layout_answers_as_lm_evals_own_model(home: Path, layout: list[str]) -> None:
     expected = of_hugging_face(home, home / "model")
     found = evaluated(home, home / "model", "launch.nproc=2", *layout)

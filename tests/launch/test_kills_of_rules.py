@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stoker.conf.rundir import RunDirectory
-from tests.extent import FULL
+from tests.extent import some
 from tests.launch.runs import assert_same_state, overrides, steps_of, train_forked, train_here
 
 STEPS = 16
@@ -25,7 +25,7 @@ CASES = [(rule, layout) for number, rule in enumerate(RULES) for layout in LAYOU
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("rule", "elsewhere"), CASES if FULL else [CASES[0], CASES[4]], ids=str)
+@pytest.mark.parametrize(("rule", "elsewhere"), some(CASES, len(CASES)), ids=str)
 def test_a_killed_run_is_the_undisturbed_one_bitwise_and_on_another_layout_within_rounding(
     home: Path, rule: str, elsewhere: list[str]
 ) -> None:
