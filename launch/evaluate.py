@@ -106,6 +106,7 @@ def _ours(folder: Path, scratch: Path) -> list[str]:
         f"data.path={scratch / 'text.txt'}",
         f"data.cache={scratch / 'cache'}",
         "data.validation=0",
+        "data.workers=0",
         "data.packing=best_fit",
         "data.document_mask=true",
         "launch.max_restarts=0",

@@ -17,7 +17,7 @@ from tests.launch.runs import launch_forked, train_here
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
-SETTINGS = ["seq_len=64", "batch.size=4", "launch.device=cpu", "launch.threads=1", "precision=fp32", "data.workers=0"]
+SETTINGS = ["seq_len=64", "batch.size=4", "launch.device=cpu", "launch.threads=1", "precision=fp32"]
 QUESTIONS = [
     {"q": f"How many are {n} and {m}? ", "choices": [f"{n + m}", f"{n}", "none of them at all"], "gold": m % 3}
     for n in range(4)
@@ -60,7 +60,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "text").mkdir()
     (home / "text" / "a.txt").write_text("How many are 1 and 2? 3 and none of them at all. " * 40)
     small = ["model=tiny", "model.num_hidden_layers=2", "model.hidden_size=64", "model.intermediate_size=96"]
-    data = ["data=text", f"data.path={home / 'text'}", f"data.cache={home / 'cache'}"]
+    data = ["data=text", f"data.path={home / 'text'}", f"data.cache={home / 'cache'}", "data.workers=0"]
     given = [*SETTINGS, *small, *data, "steps=3", "optim.lr=1e-2", "log.progress=none", "launch.nproc=1"]
     train_here(home, [f"run.dir={home / 'run'}", *given])
     assert main(["export", str(home / "run"), str(home / "model")]) == 0
