@@ -39,7 +39,7 @@ LAYOUTS = [
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layout", some(LAYOUTS, 3), ids=" ".join)
+@pytest.mark.parametrize("layout", some(LAYOUTS, len(LAYOUTS)), ids=" ".join)
 def test_messages_of_a_step_are_those_of_the_plan_and_counting_them_changes_nothing(
     home: Path, layout: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

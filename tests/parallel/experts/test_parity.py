@@ -99,7 +99,7 @@ TURNS = [(layout, turn) for turn, layout in enumerate(layouts())]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("layout", "turn"), some([turn for turn in TURNS if turn[0].world <= 4], 11), ids=str)
+@pytest.mark.parametrize(("layout", "turn"), some([turn for turn in TURNS if turn[0].world <= 4], 22), ids=str)
 def test_every_layout_computes_what_one_process_computes(layout: Layout, turn: int) -> None:
     assert_parity(layout, cases(layout, turn))
 
