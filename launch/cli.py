@@ -367,7 +367,7 @@ def _completion(options: argparse.Namespace) -> int:
 def _teach(options: argparse.Namespace) -> int:
     from stoker.launch.teach import teach
 
-    return teach(options.folder, options.overrides, 0 if options.labels else options.top_k)
+    return teach(options.folder, options.overrides, None if options.labels else options.top_k)
 
 
 def _eval(options: argparse.Namespace) -> int:

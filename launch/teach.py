@@ -30,14 +30,14 @@ def refuse_given(overrides: Sequence[str], section: str, why: str) -> None:
             raise ConfigError(f"{override}: {why}: leave it out")
 
 
-def teach(folder: Path, overrides: Sequence[str], top_k: int) -> int:
-    """Write `folder`; status 0 if it is whole. `top_k` tokens for each label, or 0: the label's log-probability alone.
+def teach(folder: Path, overrides: Sequence[str], top_k: int | None) -> int:
+    """Write `folder`; status 0 if it is whole. `top_k` tokens for each label; None: the label's log-probability alone.
 
     Raises ConfigError for a start that is refused.
     """
     folder = folder.absolute()
-    if top_k < 0:
-        raise ConfigError(f"--top-k={top_k}: at least one token")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"--top-k={top_k}: at least one token, or --labels")
     if (folder / FILE).exists():
         raise ConfigError(f"{folder} holds the predictions of a teacher already: give another folder, or remove it")
     refuse_given(overrides, "objective", "a teacher predicts, and learns nothing")
@@ -46,7 +46,7 @@ def teach(folder: Path, overrides: Sequence[str], top_k: int) -> int:
     ours += ["model.freeze=['*']", "optim=sgd", "optim.ema=null", "launch.max_restarts=0"]
     scratch = Scratch("stoker-teach-")
     config = settle(together(overrides, ours), scratch.path / "run", 1)
-    config.objective.args = {"top_k": top_k, "folder": str(folder)}
+    config.objective.args = {"top_k": top_k or 0, "folder": str(folder)}
     if config.parallel.cp > 1:
         raise ConfigError(
             f"parallel.cp={config.parallel.cp}: predictions are stored by whole rows, which ranks would share: "
@@ -56,7 +56,7 @@ def teach(folder: Path, overrides: Sequence[str], top_k: int) -> int:
         raise ConfigError("data.mode=streaming has no numbers of rows by which to store predictions: indexed does")
     prepare(config)
     limit = with_vocabulary(config).model.vocab_size or 0
-    if top_k > limit:
+    if top_k is not None and top_k > limit:
         raise ConfigError(f"--top-k={top_k} of {limit} tokens: {limit} at most")
     ranks = ranks_for(config)
     folder.mkdir(parents=True, exist_ok=True)

@@ -163,6 +163,7 @@ def test_other_rows_damage_and_other_kinds_are_refused(home: Path, capsys: pytes
     assert main(["teach", str(folder), *given]) == 2
     assert "holds the predictions of a teacher already" in capsys.readouterr().err
     for more, problem in (
+        (["--top-k", "0"], "--top-k=0: at least one token, or --labels"),
         (["--top-k", "100000"], "--top-k=100000 of "),
         (["objective.temperature=2"], "objective.temperature=2: a teacher predicts, and learns nothing"),
         (["adapter=lora"], "adapter=lora: merge it into a teacher first"),
