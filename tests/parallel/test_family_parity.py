@@ -10,10 +10,9 @@ import pytest
 
 from stoker.conf.schema import Config
 from stoker.parallel.layout import Layout
-from stoker.parallel.shards import GRADIENT
 from tests import world
-from tests.parallel.parity import Case, train
-from tests.parallel.reference import Trace, assemble, normwise, one_process
+from tests.parallel.parity import Case, assert_same, train
+from tests.parallel.reference import Trace, one_process
 
 STEPS = 3
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -46,12 +45,4 @@ def test_every_family_computes_what_one_process_computes(layout: Layout) -> None
     cases = [(family, case) for case in kinds for family in FAMILIES]
     measured = world.run(train, layout.world, [config_of(*case, layout) for case in cases], STEPS, timeout=240.0)
     for (family, case), ranks in zip(cases, zip(*measured, strict=True), strict=True):
-        where, wanted = f"{family}, {case}", alone(family)
-        assert ranks[0].trace.losses == pytest.approx(wanted.losses, rel=1e-5), where
-        assert ranks[0].trace.norms == pytest.approx(wanted.norms, rel=1e-5), where
-        gradients = assemble([rank.gradients for rank in ranks], GRADIENT)
-        parameters = assemble([rank.parameters for rank in ranks])
-        assert gradients.keys() == wanted.gradients.keys(), where
-        for name, value in wanted.parameters.items():
-            assert normwise(gradients[name], wanted.gradients[name]) < 1e-5, f"{where}: gradient of {name}"
-            assert normwise(parameters[name], value) < 1e-4, f"{where}: {name}"
+        assert_same(f"{family}, {case}", ranks, alone(family), 1e-4)
