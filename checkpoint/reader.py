@@ -1,4 +1,8 @@
-"""Reading a checkpoint: only the wanted parts, straight to their destination, every byte checked."""
+"""Reading a checkpoint: only the wanted parts, straight to their destination, every byte checked.
+
+A parameter may be stored in another floating-point dtype than a run holds it in: frozen ones are held in the compute
+dtype of the run. It is read as it is stored, part by part, and converted once.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from stoker.parallel.dtypes import DTYPE_NAMES, DTYPES
 from stoker.parallel.shards import PARAMETER, Chunk, Shard, whole
 
 _NAMED = 5  # tensors of each kind that a message names
+_FLOATS = ("F32", "BF16", "F16")  # dtypes of parameters
 
 
 def load(stored: Stored, shards: Sequence[Shard], near: float = 0.0) -> dict[str, Any]:
@@ -33,9 +38,21 @@ def load(stored: Stored, shards: Sequence[Shard], near: float = 0.0) -> dict[str
         refuse(stored.path, mismatches(stored, shards))
     state = state_of(stored.path, stored.manifest)
     for index, found in find_pieces(stored, shards, near):
-        wanted = [Wanted(piece, shards[number].chunk, shards[number].data.detach()) for number, piece in found]
+        wanted, converted = [], []
+        for number, piece in found:
+            chunk, there = shards[number].chunk, shards[number].data.detach()
+            if DTYPES[piece.dtype] == there.dtype:
+                wanted.append(Wanted(piece, chunk, there))
+                continue
+            common = piece.chunk.intersection(chunk)
+            assert common is not None, "found for what it holds of the shard"
+            stored_as = torch.empty(common.sizes, dtype=DTYPES[piece.dtype])
+            wanted.append(Wanted(piece, common, stored_as))
+            converted.append((there[common.within(chunk)], stored_as))
         with BlockReader(stored.path, index) as reader, torch.no_grad():
             read_wanted(reader, wanted)
+            for there, stored_as in converted:
+                there.copy_(stored_as)
     return state
 
 
@@ -60,7 +77,7 @@ def find_pieces(
         for piece in index.pieces:
             for number in places.get((piece.kind, piece.name), ()):
                 shard = shards[number]
-                if (piece.shape, piece.dtype) != (tuple(shard.shape), DTYPE_NAMES[shard.data.dtype]):
+                if piece.shape != tuple(shard.shape) or piece.dtype not in _dtypes(shard):
                     raise DamagedCheckpoint(f"{stored.path}: {piece.tensor}: a piece of {piece.dtype} {piece.shape}")
                 common = piece.chunk.intersection(shard.chunk)
                 if common is not None and piece.bytes:
@@ -78,21 +95,26 @@ def find_pieces(
 
 
 def fits(stored: Stored, shards: Sequence[Shard]) -> bool:
-    """Whether `stored` holds the tensors that `shards` are parts of, in their shapes and dtypes."""
-    return _origins(shards).issubset(stored.origins)
+    """Whether `stored` holds the tensors that `shards` are parts of, in their shapes and in dtypes they can have."""
+    known = set(stored.origins)
+    return all(known.intersection(_origins(shard)) for shard in shards)
 
 
 def idle(stored: Stored, shards: Sequence[Shard]) -> int:
     """The tensors that none of `shards` is a part of, as bits in the order of `stored.origins`."""
-    used = _origins(shards)
+    used = {found for shard in shards for found in _origins(shard)}
     return sum(1 << place for place, found in enumerate(stored.origins) if found not in used)
 
 
-def _origins(shards: Sequence[Shard]) -> set[str]:
-    return {
-        origin(f"{shard.kind}/{shard.name}", DTYPE_NAMES.get(shard.data.dtype, ""), tuple(shard.shape))
-        for shard in shards
-    }
+def _origins(shard: Shard) -> Iterator[str]:
+    """The hashes that may name the tensor that `shard` is a part of."""
+    return (origin(f"{shard.kind}/{shard.name}", dtype, tuple(shard.shape)) for dtype in _dtypes(shard))
+
+
+def _dtypes(shard: Shard) -> tuple[str, ...]:
+    """The dtypes in which the tensor that `shard` is a part of may be stored, by their names in files."""
+    name = DTYPE_NAMES.get(shard.data.dtype, "")
+    return _FLOATS if shard.kind == PARAMETER and name in _FLOATS else (name,)
 
 
 def mismatches(stored: Stored, shards: Sequence[Shard]) -> list[str]:
@@ -100,12 +122,12 @@ def mismatches(stored: Stored, shards: Sequence[Shard]) -> list[str]:
     found = {}
     for shard in shards:
         label, tensor = f"{shard.kind}/{shard.name}", stored.tensors.get((shard.kind, shard.name))
-        dtype = DTYPE_NAMES.get(shard.data.dtype, str(shard.data.dtype))
         if tensor is None:
             found[label] = f"{label} is missing"
         elif tensor.shape != tuple(shard.shape):
             found[label] = f"{label} has shape {tensor.shape}, the model's has {tuple(shard.shape)}"
-        elif tensor.dtype != dtype:
+        elif tensor.dtype not in _dtypes(shard):
+            dtype = DTYPE_NAMES.get(shard.data.dtype, str(shard.data.dtype))
             found[label] = f"{label} is {tensor.dtype}, the model's is {dtype}"
     return list(found.values())
 

@@ -9,7 +9,8 @@
               norm, checkpoints and exports use it and nothing else
 `shards`      what leaves an engine: chunks of global tensors, free of layout and engine
 `tensor`      tensor parallelism: layers that can be sharded over the tp axis, and sequence parallelism
-`stages`      which layers a pipeline stage holds; `fp32_modules`: modules that compute in fp32 in any precision
+`stages`      which layers a pipeline stage holds; `fp32_modules`: modules that compute in fp32 in any precision;
+              `frozen`: parameters that are not trained are stored in the dtype that they compute in
 `engine`      the protocol: forward_backward, update, evaluate, shards
 `native`      the engine, for every sharding strategy: forward and backward of this rank's stages, then the update
 `forward_backward`  the micro-batches of a step: gradient accumulation, or a `pipeline` schedule over stages

@@ -14,27 +14,28 @@ _BLOCK_NUMEL = 1 << 20  # elements whose 64-bit terms exist at one time
 _ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # of SplitMix64, as signed numbers
 
 
-def digests(shards: Iterable[Shard]) -> dict[str, int]:
+def digests(shards: Iterable[Shard], device: torch.device | None = None) -> dict[str, int]:
     """By name, this rank's part of the digests of the float32 tensors that `shards` are parts of.
 
     The sums over all ranks, modulo 2 ** 64, are the digests: each element, with its place in the whole tensor, gives a
-    term that mixes all bits of both. Of replicas the first one counts.
+    term that mixes all bits of both. Of replicas the first one counts. They are computed on `device`, or where the
+    data are.
     """
     found: dict[str, int] = {}
     for shard in shards:
-        part = _sum(shard) if shard.replica == 0 and shard.data.numel() else 0
+        part = _sum(shard, device or shard.data.device) if shard.replica == 0 and shard.data.numel() else 0
         found[shard.name] = (found.get(shard.name, 0) + part) % (1 << 64)
     return found
 
 
-def _sum(shard: Shard) -> int:
+def _sum(shard: Shard, device: torch.device) -> int:
     assert shard.data.dtype == torch.float32, shard.name
     if not shard.chunk.sizes:
-        return int(_terms(shard.data.detach().reshape(1), torch.zeros(1, dtype=torch.int64, device=shard.data.device)))
+        return int(_terms(shard.data.detach().reshape(1).to(device), torch.zeros(1, dtype=torch.int64, device=device)))
     rows = max(1, _BLOCK_NUMEL // max(1, math.prod(shard.chunk.sizes[1:])))
     total = 0
     for start in range(0, shard.chunk.sizes[0], rows):
-        values = shard.data.detach()[start : start + rows]
+        values = shard.data.detach()[start : start + rows].to(device)
         offsets = (shard.chunk.offsets[0] + start, *shard.chunk.offsets[1:])
         places = _places(Chunk(offsets, tuple(values.shape)), tuple(shard.shape), values.device)
         total += int(_terms(values, places))

@@ -42,7 +42,7 @@ class Entry:
     inside: bool = False  # used in tensor-parallel regions only, where each rank has a share of the channels
     role: Role = Role.MATRIX
     initial: Normal | Constant | None = None  # None: `rebuild_buffers` of the model sets it
-    dtype: torch.dtype = torch.float32  # as it is stored; what computes in fewer bits are copies
+    dtype: torch.dtype = torch.float32  # as it is stored; where it is trained, what computes in fewer bits are copies
     buffer: bool = False
     saved: bool = True  # in checkpoints; not so only of buffers that are not persistent
     view: View = View.DATA  # the ranks that hold its copies and shards

@@ -1,9 +1,10 @@
 """Weights that every data-parallel rank holds whole: ZeRO 0, and a run on a single rank.
 
-Parameters, gradients and the compute copy are three flat buffers that the module's parameters are views of. That
-makes casting the parameters one copy, zeroing the gradients one fill, and the all-reduce a few large messages that
-start, bucket by bucket, as backward completes them. It computes what `fully_shard` over a replicate axis computes
-and costs less than DistributedDataParallel.
+Trained parameters, their gradients and the compute copy are three flat buffers that the module's parameters are views
+of. That makes casting the parameters one copy, zeroing the gradients one fill, and the all-reduce a few large messages
+that start, bucket by bucket, as backward completes them. It computes what `fully_shard` over a replicate axis computes
+and costs less than DistributedDataParallel. Frozen parameters are in none of them: they are what the module computes
+with (`stoker.parallel.frozen`).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class ReplicatedStrategy:
     """See `stoker.parallel.sharding.ShardingStrategy`. `group` are the ranks that hold the same, None if this is the
     only one; `expert_group` those that hold the same experts, whose names are `experts`.
 
-    With `offload` the float32 parameters, and so the optimizer, are in the CPU's memory: gradients are copied there
-    after their reduction, and the compute copy back after the update.
+    With `offload` the float32 parameters that are trained, and so the optimizer, are in the CPU's memory: gradients
+    are copied there after their reduction, and the compute copy back after the update.
     """
 
     def __init__(
@@ -45,41 +46,43 @@ class ReplicatedStrategy:
     ) -> None:
         self.module = model
         # Backward completes gradients in the reverse order of use, so that is their order in the buffers, those of
-        # experts behind the others. Parameters that are not trained come last and have no gradients.
+        # experts behind the others.
         named = dict(reversed(list(model.named_parameters())))
         trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
         offsets, border = _layout({name: parameter for name, parameter in trained.items() if name not in experts})
-        of_experts, end = _layout({name: trained[name] for name in trained if name in experts}, border)
-        others, total = _layout({name: parameter for name, parameter in named.items() if name not in trained}, end)
-        places = offsets | of_experts | others
+        of_experts, total = _layout({name: trained[name] for name in trained if name in experts}, border)
+        places = offsets | of_experts
         home = torch.device("cpu") if offload else device
         at_home = pinned_zeros if offload and device.type == "cuda" else functools.partial(torch.zeros, device=home)
         self._master = at_home(total)
-        self._gradients = torch.zeros(end, device=device)
-        self._home_gradients = at_home(end) if offload else self._gradients
+        self._gradients = torch.zeros(total, device=device)
+        self._home_gradients = at_home(total) if offload else self._gradients
         self._compute = self._master
         if offload or precision.dtype != torch.float32:
             self._compute = torch.zeros(total, device=device, dtype=precision.dtype)
         # Modules that compute in float32 have a float32 copy of their own where the masters are on another device.
-        full = {id(parameter) for module in precision.full for parameter in module.parameters()}
+        full = {parameter for module in precision.full for parameter in module.parameters()}
         self._full = torch.zeros(total, device=device) if offload and full else self._master
 
         def view(buffer: Tensor, name: str) -> Tensor:
             shape = named[name].shape
             return buffer[places[name] : places[name] + shape.numel()].view(shape)
 
-        self.tensors = {name: view(self._master, name) for name in places}
         self._by_name = {name: view(self._home_gradients, name) for name in trained}
         self._accumulated = {name: view(self._gradients, name) for name in trained}
         alike = {name: _place(expert_group if name in experts else group) for name in named}
         self.held = {name: LocalShard((whole(tuple(p.shape)),), *alike[name]) for name, p in named.items()}
-        parameters = replace_parameters(
+        replace_parameters(
             model,
-            lambda name, old: nn.Parameter(
-                view(self._full if id(old) in full else self._compute, name), old.requires_grad
+            lambda name, old: (
+                nn.Parameter(view(self._full if old in full else self._compute, name)) if name in places else old
             ),
         )
-        materialise(model, device)  # what is left: buffers
+        materialise(model, device)  # what is left: frozen parameters and buffers
+        parameters = dict(model.named_parameters())
+        self.tensors = {
+            name: view(self._master, name) if name in places else parameters[name].detach() for name in named
+        }
         self._buckets = [_Buckets(self._gradients[:border], offsets, 0, group)]
         if of_experts:
             self._buckets.append(_Buckets(self._gradients[border:], of_experts, border, expert_group))

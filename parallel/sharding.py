@@ -23,11 +23,15 @@ class Precision:
 
 
 class ShardingStrategy(Protocol):
-    """Parameters of one stage in float32 (the masters), compute copies, and gradients summed in float32."""
+    """Parameters of one stage, compute copies of them, and gradients summed in float32.
+
+    Trained parameters are held in float32 (the masters); frozen ones in the dtype that the parameters of the given
+    module have, in which they compute.
+    """
 
     module: nn.Module  # the stage, as callers use it
     held: dict[str, LocalShard]  # by global name: which part of the module's tensor this rank updates
-    tensors: dict[str, Tensor]  # by global name: that part, float32, live
+    tensors: dict[str, Tensor]  # by global name: that part, live
 
     def on_backward_start(self, *, is_last: bool) -> None:
         """The backward of a micro-batch is next; `last` says that its gradients complete the step's."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-PARAMETER = "param"  # the kind of the fp32 parameters; optimizer state is "optim.<key>", e.g. "optim.exp_avg"
+PARAMETER = "param"  # the kind of the parameters: trained ones in fp32, frozen ones in the dtype they compute in.
+# Optimizer state is "optim.<key>", e.g. "optim.exp_avg"
 BUFFER = "buffer"  # the kind of persistent buffers
 GRADIENT = "grad"  # of the summed loss of the global batch; never in a checkpoint of a run
 

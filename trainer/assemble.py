@@ -25,13 +25,14 @@ from stoker.parallel.mmap_offload import offloaded
 from stoker.parallel.model import whole_model
 from stoker.parallel.objective import takes_targets
 from stoker.parallel.shards import BUFFER, PARAMETER
+from stoker.parallel.tensor.nf4 import packed_in
 from stoker.trainer.evaluation import Evaluation, Part
 from stoker.trainer.facts import Facts, vocabulary_of
 from stoker.trainer.frozen_base import FrozenBase, frozen_names
 from stoker.trainer.history import SavedOnce, has_saved, nothing_to_resume
 from stoker.trainer.loop import Trainer
 from stoker.trainer.magnitudes import set_magnitudes
-from stoker.trainer.packed_base import fill_packed
+from stoker.trainer.narrow_base import fill_narrow
 from stoker.trainer.parallelize import NO_HEAD, build_engine, compiles, part_builder
 from stoker.trainer.pretrained import load_pretrained
 from stoker.trainer.pretrained_adapter import load_adapter
@@ -124,17 +125,20 @@ def assemble(
     base = FrozenBase(frozen, config.model.init_from) if frozen else None
 
     def begin() -> None:
-        initialise()
+        narrow = [] if base is None else base.narrow(engine.shards())
+        apart = {shard.name for shard in narrow} | {packed.name for packed in packed_in(engine.modules())}
+        initialise(apart)
+        wide = [shard for shard in engine.shards() if shard.name not in apart]
         if config.model.init_from is not None:
-            load_pretrained(complete, engine.shards())
+            load_pretrained(complete, wide)
         if config.adapter.name == "dora":
-            set_magnitudes(complete, engine.shards())
+            set_magnitudes(complete, wide)
+        if base is not None:
+            base.measure(itertools.chain(wide, fill_narrow(complete, narrow, engine.modules())), mesh)
         engine.shards_written()
 
     if base is not None:  # which no checkpoint holds
         begin()
-        packed = fill_packed(complete, engine.modules()) if config.adapter.base else ()
-        base.measure(itertools.chain(engine.shards(), packed), mesh)
 
     def restore() -> dict[str, Any] | None:
         held = engine.shards() if base is None else base.saved(engine.shards())
@@ -242,7 +246,8 @@ def _held(engine: Engine, device: torch.device) -> dict[str, int]:
     found: dict[str, int] = {}
     for shard in engine.shards():
         if shard.data.device.type == device.type:
-            name = {PARAMETER: "fp32 parameters", BUFFER: "buffers"}.get(shard.kind, "optimizer state")
+            parameters = "fp32 parameters" if shard.data.dtype == torch.float32 else "frozen parameters"
+            name = {PARAMETER: parameters, BUFFER: "buffers"}.get(shard.kind, "optimizer state")
             found[name] = found.get(name, 0) + shard.data.nbytes
     return found
 

@@ -1,13 +1,16 @@
 """The frozen base of an adapter run: its checkpoints hold what is trained, and digests of what is not.
 
 Every start reads the base where the first one did (`model.init_from`, or the initial weights of the seed), and compares
-its digests with those of the checkpoint: an adapter means nothing beside other weights.
+its digests with those of the checkpoint: an adapter means nothing beside other weights. Digests are of what was read,
+in float32, whatever is held of it: neither `precision` nor `adapter.base` changes them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+
+import torch
 
 from stoker.conf.schema import Config
 from stoker.parallel.digest import digests
@@ -34,7 +37,7 @@ class FrozenBase:
     """The parameters of these `names` on this rank, which checkpoints leave out."""
 
     def __init__(self, names: Sequence[str], source: str | None) -> None:
-        self._names, self._known = list(names), frozenset(names)
+        self._names, self.known = list(names), frozenset(names)
         self._source = source  # `model.init_from`
         self.digests: dict[str, str] = {}
 
@@ -42,9 +45,13 @@ class FrozenBase:
         """Those of `shards` that a checkpoint holds."""
         return [shard for shard in shards if not self._holds(shard)]
 
+    def narrow(self, shards: Iterable[Shard]) -> list[Shard]:
+        """Those of the base's `shards` that hold fewer bits than were read, which digests are of."""
+        return [shard for shard in shards if self._holds(shard) and shard.data.dtype != torch.float32]
+
     def measure(self, shards: Iterable[Shard], mesh: Mesh) -> None:
-        """Compute the digests of the base. A collective."""
-        own = digests(shard for shard in shards if self._holds(shard))
+        """Compute the digests of the base from its `shards` in float32. A collective."""
+        own = digests((shard for shard in shards if self._holds(shard)), mesh.device)
         ranks = [json.loads(text) for text in mesh.all_gather_text(json.dumps(own))]
         self.digests = {name: f"{sum(rank.get(name, 0) for rank in ranks) % (1 << 64):016x}" for name in self._names}
 
@@ -53,7 +60,7 @@ class FrozenBase:
         refuse_other_base(self._source, self.digests, stored)
 
     def _holds(self, shard: Shard) -> bool:
-        return shard.kind == PARAMETER and shard.name in self._known
+        return shard.kind == PARAMETER and shard.name in self.known
 
 
 def refuse_other_base(source: str | None, here: Mapping[str, str], stored: Mapping[str, str]) -> None:

@@ -20,9 +20,11 @@ from stoker.conf.ramp import unit_rows
 from stoker.conf.reasons import root_cause
 from stoker.conf.schema import Config, ModelConfig
 from stoker.parallel.layout import OF_TOKENS, Layout, batch_plan, layout_of
+from stoker.parallel.tensor.nf4 import BLOCK
 from stoker.trainer.memory import available_bytes
 
 MARGIN = 0.85  # share of the memory that an estimate may take
+PACKED_BYTES = 0.5 + 4 / BLOCK  # of an element in four bits, with its share of a scale
 SIGNS = (  # of errors that are no torch.OutOfMemoryError
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -76,27 +78,35 @@ class Need:
         return self.held + self.activations
 
 
-def need_of(config: Config, layout: Layout, parameters: int) -> Need:
-    """What a rank of `layout` needs of its device for so many parameters, in the shape of the built-in decoder."""
+def need_of(config: Config, layout: Layout, parameters: int, frozen: int = 0) -> Need:
+    """What a rank of `layout` needs of its device for so many parameters, in the shape of the built-in decoder.
+
+    `frozen` of them are not trained.
+    """
     model, plan = config.model, batch_plan(config, layout)
     own = parameters / (layout.tp * layout.pp)  # of this rank's stages and shares of layers
+    still = frozen / (layout.tp * layout.pp)
+    trained = own - still
     shards = layout.shards if layout.zero else 1
     compute = 4 if config.precision == "fp32" else 2
     state = 8 if config.optim.name in ("adamw", "lamb") else 4
     state += 4 if config.optim.ema is not None else 0
     block = own / max(1, model.num_hidden_layers // layout.pp)
-    masters = 0.0 if config.parallel.offload != "none" else own / shards * (4 + state)
-    copies = own * compute if layout.zero < 3 else 2 * block * compute  # gathered; under ZeRO 3 two blocks at a time
-    gradients = own * 4 / (shards if layout.zero >= 2 or layout.shards == 1 else 1)
+    masters = 0.0 if config.parallel.offload != "none" else trained / shards * (4 + state)
+    stored = still * PACKED_BYTES if config.adapter.base == "nf4" else still / shards * compute
+    gathered = trained if shards == 1 or config.adapter.base == "nf4" else own
+    copies = gathered * compute if layout.zero < 3 else 2 * block * compute  # under ZeRO 3 two blocks at a time
+    gradients = trained * 4 / (shards if layout.zero >= 2 or layout.shards == 1 else 1)
     tokens = plan.micro_rows * config.seq_len // layout.cp
     in_flight = min(plan.micro_batches, layout.pp) if layout.pp > 1 else 1
-    kept = kept_per_token(config, model, compute, layout.tp, config.activation_checkpointing)
+    per_token = kept_per_token(config, model, compute, layout.tp, config.activation_checkpointing)
     layers = max(1, model.num_hidden_layers // layout.pp)
     whole = kept_per_token(config, model, compute, layout.tp, "none")
     recomputed = 0.0 if config.activation_checkpointing == "none" else whole * tokens  # of one block at a time
     vocabulary = (model.vocab_size or 0) / layout.tp
     loss = min(model.loss_chunk, tokens) * vocabulary * (8 + compute) + vocabulary * model.hidden_size * 4
-    return Need(masters + copies + gradients, kept * tokens * layers * in_flight + recomputed + loss)
+    held = masters + stored + copies + gradients
+    return Need(held, per_token * tokens * layers * in_flight + recomputed + loss)
 
 
 def kept_per_token(config: Config, model: ModelConfig, compute: int, tp: int, mode: str) -> float:
@@ -113,17 +123,19 @@ def kept_per_token(config: Config, model: ModelConfig, compute: int, tp: int, mo
     return compute * (products + 3 * stream + queries + keys + 2 * model.intermediate_size / tp)
 
 
-def nearest_that_fit(config: Config, world: int, parameters: int, capacity: float, needed: float) -> list[str]:
+def nearest_that_fit(
+    config: Config, world: int, parameters: int, capacity: float, needed: float, frozen: int = 0
+) -> list[str]:
     """At most two settings, the least intrusive first, that are estimated to fit into `capacity` bytes of the device.
 
     `needed` are bytes that the present config asked for at least when it failed.
     """
-    now = need_of(config, layout_of(config, world), parameters)
+    now = need_of(config, layout_of(config, world), parameters, frozen)
     correction = max(1.0, (needed - now.held) / max(now.activations, 1.0))
     found = []
     for words, changed in _changes(config, world):
         try:
-            need = need_of(changed, layout_of(changed, world), parameters)
+            need = need_of(changed, layout_of(changed, world), parameters, frozen)
         except ValueError:  # does not divide
             continue
         if need.held + need.activations * correction <= MARGIN * capacity:
@@ -170,10 +182,11 @@ def explain(error: BaseException, config: Config, world: int, device: torch.devi
         settings = [words for words, _ in _changes(config, world)][:2]
         return f"{line}; settings that need less: {', or '.join(settings)}" if settings else line
     from stoker.trainer.facts import Facts, vocabulary_of  # most failures do not need their imports
-    from stoker.trainer.parallelize import parameters_of
+    from stoker.trainer.parallelize import trained_and_frozen
 
     complete = Facts(vocabulary_of(config), bool(config.data.document_mask)).complete(config)
-    settings = nearest_that_fit(complete, world, parameters_of(complete), capacity, held + requested)
+    trained, frozen = trained_and_frozen(complete)
+    settings = nearest_that_fit(complete, world, trained + frozen, capacity, held + requested, frozen)
     if not settings:
         more = "more ranks, with parallel.zero=3 or a larger parallel.tp, share the parameters"
         return f"{line}; no single setting is estimated to fit: {more}"

@@ -1,7 +1,8 @@
 """How a model is parallelized: from a config and a mesh to an engine with initialised weights.
 
 The order matters and is defined here only: adapters -> float8 -> stages (pipeline) -> tensor parallel -> context
-parallel -> expert parallel -> fp32 modules -> activation checkpointing -> compile -> ZeRO -> memory -> initial values.
+parallel -> expert parallel -> fp32 modules -> frozen parameters -> activation checkpointing -> compile -> ZeRO ->
+memory -> initial values.
 Until ZeRO has sharded it, the model is on the meta device and takes no memory.
 """
 
@@ -11,8 +12,8 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.engine import Engine
 from stoker.parallel.experts import expert_axis, parallelize_experts
 from stoker.parallel.fp32_modules import compute_in_fp32
+from stoker.parallel.frozen import store_frozen
 from stoker.parallel.gpu_clock import GpuClock
 from stoker.parallel.initialize import initialize
 from stoker.parallel.layout import OF_TOKENS, BatchPlan, Layout
@@ -75,9 +77,15 @@ def cut(config: Config, mesh: Mesh, plan: BatchPlan) -> Engine:
     return engine
 
 
+class Initialise(Protocol):
+    """Gives parameters their initial values, `but` for those of these names."""
+
+    def __call__(self, but: Collection[str] = ()) -> None: ...
+
+
 def build_engine(
     config: Config, mesh: Mesh, plan: BatchPlan, every: Sequence[Part] | None = None
-) -> tuple[Engine, Callable[[], None]]:
+) -> tuple[Engine, Initialise]:
     """`parallelize` in two parts: an engine with uninitialised parameters, and a function that initialises them.
 
     A run that resumes from a checkpoint does not need them, and drawing them takes seconds per billion parameters.
@@ -150,6 +158,10 @@ def build_engine(
     full = [compute_in_fp32(stage, patterns, dtype) if patterns else () for stage in stages]
     if config.fp32_modules:
         log.info("fp32 modules: %s", ", ".join(config.fp32_modules))
+    registry = store_frozen(stages, full, registry, dtype)
+    narrow = sum(entry.dtype != torch.float32 for entry in registry.entries.values() if not entry.buffer)
+    if narrow:
+        log.info("frozen: %d parameters of this rank are held in %s, without masters", narrow, str(dtype)[6:])
     compiled = compiles(config, mesh.device)
     clock = GpuClock(mesh.device)
     for stage in stages:
@@ -167,12 +179,13 @@ def build_engine(
     engine = build_native(config, mesh, plan, stages, full, registry, activations, clock, objective)
     log.info("layout: %s; %d micro-batches of %d rows per rank", mesh.layout, plan.micro_batches, plan.micro_rows)
 
-    def initialise() -> None:
-        initialize(engine.shards(), registry.initial, config.run.seed)
+    def initialise(but: Collection[str] = ()) -> None:
+        initialize((shard for shard in engine.shards() if shard.name not in but), registry.initial, config.run.seed)
         for packed in packed_in(stages):
-            shard = packed.shard()
-            initialize([shard], known.initial, config.run.seed)
-            packed.fill(shard.data)
+            if packed.name not in but:
+                shard = packed.shard()
+                initialize([shard], known.initial, config.run.seed)
+                packed.fill(shard.data)
         engine.shards_written()
 
     return engine, initialise
@@ -181,6 +194,13 @@ def build_engine(
 def parameters_of(config: Config) -> int:
     """Numbers in all parameters of the whole model. `config.model.vocab_size` must be set."""
     return _count(build_on_meta(config.model, whole_model(config.model.num_hidden_layers)))
+
+
+def trained_and_frozen(config: Config) -> tuple[int, int]:
+    """The same, of those that are trained, adapters among them, and of those that are not."""
+    whole = part_builder(config)(whole_model(config.model.num_hidden_layers))
+    trained = sum(math.prod(parameter.shape) for parameter in whole.parameters() if parameter.requires_grad)
+    return trained, _count(whole) - trained
 
 
 def _count(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ from stoker.conf.schema import Config
 from stoker.launch.plan.times import HOUR, Counts, Failures, StepTime, Times, failures, step_time, times
 from stoker.parallel.layout import BatchPlan, Coordinate, Layout, batch_plan, layout_of
 from stoker.trainer.memory import available_bytes
-from stoker.trainer.parallelize import parameters_of
+from stoker.trainer.parallelize import parameters_of, trained_and_frozen
 from stoker.trainer.rehearsal import Rehearsal, rehearse
 from stoker.trainer.report.messages import as_list
 from stoker.trainer.report.predicted import Predicted
@@ -70,6 +70,8 @@ class Plan:
     batch: BatchPlan
     machine: Machine
     parameters: int
+    trained: int  # numbers of parameters that are, adapters among them
+    frozen: int
     classes: list[RankClass]  # the worst first
     capacity: float | None  # bytes of a device, or of this machine for all ranks; None where unknown
     times: Times | None = None  # None where the device's rates are not known
@@ -131,7 +133,8 @@ def make_plan(config: Config, world: int, machine: Machine, asked: Asked, ends: 
         capacity: float | None = available_bytes()
     else:
         capacity = device.memory_gib * GIB if device is not None else None
-    plan = Plan(config, layout, batch, machine, parameters_of(config), classes, capacity, price=asked.price)
+    counts = parameters_of(config), *trained_and_frozen(config)
+    plan = Plan(config, layout, batch, machine, *counts, classes, capacity, price=asked.price)
     steps = {config.batch.size: _step(config, layout, classes, device)}
     for rows in sizes_of(ramped)[:-1] if steps[config.batch.size] is not None else ():
         smaller = _with_rows(ramped, layout, rows)

@@ -20,7 +20,7 @@ from stoker.launch.plan.times import rates_of
 from stoker.parallel.layout import batch_plan, layout_of
 from stoker.parallel.start import Ranks
 from stoker.trainer.out_of_memory import need_of
-from stoker.trainer.parallelize import parameters_of
+from stoker.trainer.parallelize import parameters_of, trained_and_frozen
 from stoker.trainer.validate import validate
 
 TRIED = 5  # layouts that fit and are ranked by their rehearsal
@@ -60,10 +60,11 @@ def search(config: Config, ranks: Ranks, machine: Machine, given: Sequence[str])
     allowed = [each for each in layouts(config, ranks.world, given) if not _refused(each, ranks)]
     if not allowed:
         raise ConfigError(f"--search: every layout on {ranks.world} ranks is refused; batch.size may not divide")
+    trained, frozen = trained_and_frozen(config)
     guessed = []
     for place, each in enumerate(allowed):
         layout = layout_of(each, ranks.world)
-        if need_of(each, layout, parameters).total * HOLES + RESERVED <= UNSURE * capacity:
+        if need_of(each, layout, trained + frozen, frozen).total * HOLES + RESERVED <= UNSURE * capacity:
             guessed.append((guessed_seconds(each, layout, device, parameters), place))
     ranked: list[Plan] = []
     tries = 0

@@ -16,6 +16,7 @@ from stoker.launch.layout import ranks_in_words
 from stoker.launch.plan.make import GIB, HOLES, MALLOC_HOLES, RESERVED, Plan
 from stoker.launch.plan.search import Found, settings
 from stoker.launch.plan.times import DAY, HOUR, RESTART_SECONDS, STORAGE, rates_of
+from stoker.parallel.dtypes import PRECISIONS
 from stoker.trainer.rehearsal import Category, Peak, Rehearsal, Work
 from stoker.trainer.report.predicted import COLUMNS, cells
 from stoker.trainer.report.progress import brief, size
@@ -216,9 +217,12 @@ def verdict(plan: Plan) -> list[str]:
 
 
 def _rule_of_thumb(plan: Plan) -> str:
-    """18 bytes a parameter, over 80% of a device's memory, beside what was counted."""
-    states, device = RULE_BYTES * plan.parameters, plan.machine.device
-    text = f"rule of thumb: {RULE_BYTES} bytes a parameter, {size(states)} of states"
+    """18 bytes a parameter, and the compute dtype's of a frozen one, over 80% of a device's memory, beside what was
+    counted."""
+    stored = PRECISIONS[plan.config.precision].itemsize
+    states, device = RULE_BYTES * plan.trained + stored * plan.frozen, plan.machine.device
+    each = f"{RULE_BYTES} bytes a parameter" + (f" that is trained, {stored} a frozen one" if plan.frozen else "")
+    text = f"rule of thumb: {each}, {size(states)} of states"
     if device is not None:
         text += f", {math.ceil(states / (RULE_SHARE * device.memory_gib * 1e9)):,} devices"
     text += f"; counted: {size(plan.states)} on all ranks between steps"

@@ -88,7 +88,6 @@ class DeepSpeedStrategy:
         replica = layout.place(mesh.rank, layout.replication)
         self._names = {id(parameter): name for name, parameter in named.items()}
         fragments = {self._names[id(part.parameter)]: part for part in self._partitions.fragments()}
-        self._frozen: list[tuple[Tensor, Tensor]] = []  # fp32 and what is computed with
         self.tensors: dict[str, Tensor] = {}
         self.held: dict[str, LocalShard] = {}
         for name, parameter in named.items():
@@ -101,9 +100,9 @@ class DeepSpeedStrategy:
                 start, count = part_of(parameter, rank)
                 with memory:
                     keep_in_memory(parameter)
-                    tensor = self._keep_frozen(parameter.ds_tensor.data[:count])  # type: ignore[attr-defined]
+                    tensor = parameter.ds_tensor.data[:count]  # type: ignore[attr-defined]
             else:
-                start, tensor = 0, self._keep_frozen(parameter.detach().view(-1))
+                start, tensor = 0, parameter.detach().view(-1)
                 copies, copy = layout.size(OF_TOKENS), layout.place(mesh.rank, OF_TOKENS)
             self.tensors[name] = tensor
             self.held[name] = LocalShard(flat_range(shapes[name], start, start + tensor.numel()), copy, copies)
@@ -119,12 +118,6 @@ class DeepSpeedStrategy:
         largest = max(-(-parameter.numel() // ranks) for parameter in model.parameters())
         return Swap(self._swap_folder.path, largest)
 
-    def _keep_frozen(self, computed: Tensor) -> Tensor:
-        master = computed if computed.dtype == torch.float32 else computed.float()
-        if master is not computed:
-            self._frozen.append((master, computed))
-        return master
-
     def on_backward_start(self, *, is_last: bool) -> None:
         if self._sets_boundary:
             self._engine.set_gradient_accumulation_boundary(is_last)
@@ -139,8 +132,6 @@ class DeepSpeedStrategy:
         return found | own
 
     def on_optimizer_step(self) -> None:
-        for master, computed in self._frozen:
-            computed.copy_(master)
         self._partitions.renew()
 
     @staticmethod

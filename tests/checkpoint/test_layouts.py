@@ -51,6 +51,24 @@ def test_any_layout_reads_what_any_other_wrote(shapes, dtypes, old, new, limit):
         assert len(whole_tensors) == sum(kind == "optim.exp_avg" for kind, _ in tensors)
 
 
+@pytest.mark.parametrize(("old", "new"), [(Grid(3, 2), Grid(2, 3, 2)), (Grid(), Grid(4))], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_parameter_is_read_in_the_dtype_that_a_run_holds_it_in(tmp_path, stored, old, new):
+    """Frozen ones are held in the compute dtype. Optimizer state has one dtype only."""
+    shapes = {"matrix": (37, 70), "vector": (9,), "scalar": (), "nothing": (0, 3)}
+    values = {name: torch.randn(shape, generator=torch.Generator().manual_seed(1)) for name, shape in shapes.items()}
+    save(start(tmp_path, old.world), 1, cut({("param", name): v.to(stored) for name, v in values.items()}, old))
+    for held in (torch.float32, torch.bfloat16):
+        tensors = {("param", name): value.to(stored).to(held) for name, value in values.items()}
+        ranks = blank(cut(tensors, new))
+        assert resume_all(tmp_path, ranks) == [{"step": 1}] * new.world
+        assert holds(ranks, tensors)
+    moments = {("optim.exp_avg", "matrix"): values["matrix"]}
+    save(start(tmp_path, old.world, attempt=2), 2, cut(moments, old))
+    narrow = {key: value.bfloat16() for key, value in moments.items()}
+    assert all("is F32, the model's is BF16" in str(error) for error in resume_all(tmp_path, cut(narrow, new)))
+
+
 @given(shape=shapes, replicas=st.integers(1, 9), name=st.text(max_size=3))
 def test_the_pieces_of_all_replicas_tile_the_shard(shape, replicas, name):
     chunk = Chunk(tuple(3 for _ in shape), shape)

@@ -254,14 +254,14 @@ def test_another_model_is_refused_by_all_ranks_naming_all_that_differs(tmp_path)
     other = {
         ("param", "kept"): torch.zeros(4, 2),
         ("param", "shaped"): torch.zeros(4, 3),
-        ("param", "typed"): torch.zeros(4, 2, dtype=torch.float16),
+        ("param", "typed"): torch.zeros(4, 2, dtype=torch.int32),
         ("param", "new"): torch.zeros(1),
     }
     for error in resume_all(tmp_path, cut(other, Grid(rows=3))):
         assert isinstance(error, CheckpointMismatch)
         for part in (
             "param/shaped has shape (4, 2), the model's has (4, 3)",
-            "param/typed is F32, the model's is F16",
+            "param/typed is F32, the model's is I32",
             "param/new is missing",
             "param/gone is not in the model",
         ):

@@ -43,6 +43,13 @@ def test_a_plan_has_a_line_for_the_ranks_of_each_stage_and_spawns_nothing(printe
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_of_an_adapter_counts_its_base_in_the_compute_dtype(printed: Printed) -> None:
+    status, out, _ = printed("plan", *SMALL, "launch.nproc=1", "precision=bf16", "adapter=lora")
+    assert status == 0 and "18 bytes a parameter that is trained, 2 a frozen one" in out
+    columns = re.split(r"  +", out.split("\n\n")[1].splitlines()[1])
+    assert columns[1:4] == ["fp32 parameters", "frozen", "optimizer state"]
+
+
 def test_a_plan_for_gpus_says_whether_they_have_the_memory(printed: Printed, tmp_path: Path) -> None:
     status, out, _ = printed("plan", *SMALL, "--gpu", "H100", "--gpus", "2", "--json")
     plan = json.loads(out)

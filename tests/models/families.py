@@ -39,6 +39,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 3, "pad_token_id": None}),
     "tied qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
 }
+WINDOW = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+# Those that are trained in transformers' own modules.
+BACKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("Gemma3", {"head_dim": 8, "query_pre_attn_scalar": 5, **WINDOW}),
+}
+CONFIGS = {"Gemma3": "Gemma3Text"}  # where a config is called otherwise than its model
 VOCABULARY = 320  # of the byte tokenizer
 
 
@@ -47,7 +53,7 @@ def write_family(folder: Path, case: str, dtype: str = "float32", **changes: Any
     import torch
     import transformers
 
-    family, values = FAMILIES[case]
+    family, values = (FAMILIES | BACKED)[case]
     shape = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -59,7 +65,7 @@ def write_family(folder: Path, case: str, dtype: str = "float32", **changes: Any
         "initializer_range": 0.2,
     }
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**(shape | values | changes))
+    config = getattr(transformers, f"{CONFIGS.get(family, family)}Config")(**(shape | values | changes))
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from stoker.conf.compose import compose
 from stoker.conf.schema import Config
 from stoker.models.adapters import Names, plan_of
-from stoker.models.family import build_on_meta
+from stoker.models.family import TRANSFORMERS, build_on_meta
 from stoker.models.peft_folder import config_json, tensor_names
 from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.layout import batch_plan, layout_of
@@ -24,7 +24,7 @@ from stoker.trainer.facts import with_vocabulary
 from stoker.trainer.magnitudes import set_magnitudes
 from stoker.trainer.parallelize import build_engine
 from stoker.trainer.pretrained import adopt_shape, load_pretrained
-from tests.models.families import VOCABULARY, write_family
+from tests.models.families import BACKED, VOCABULARY, write_family
 
 STEPS, ROWS, LENGTH = 10, 4, 24
 CASES = {
@@ -40,6 +40,13 @@ CASES = {
     "dropout": ["adapter.rank=4", "adapter.dropout=0.25"],
     "dora": ["adapter=dora", "adapter.rank=4", "adapter.rank_pattern={down_proj: 6}"],
 }
+ATTENTION = ["adapter.rank=4", "adapter.target_modules=[q_proj,k_proj,v_proj,o_proj]"]
+CASES |= {  # of models with experts, which have no adapters
+    "lora of attention": ATTENTION,
+    "dora of attention": ["adapter=dora", *ATTENTION],
+    "rslora of attention": [*ATTENTION, "adapter.rslora=true", "adapter.alpha=3"],
+}
+THEIRS = "model.native=false"  # transformers' own modules
 
 
 class OurMasks(torch.nn.Module):
@@ -136,18 +143,28 @@ def theirs(
 
 
 @pytest.mark.parametrize(
-    ("family", "case"),
+    ("family", "case", "more"),
     [
-        ("llama", "lora"),
-        ("tied qwen2", "rslora"),
-        ("qwen2", "patterns"),
-        ("qwen3", "dropout"),
-        ("qwen2", "dora"),
+        ("llama", "lora", ()),
+        ("tied qwen2", "rslora", ()),
+        ("qwen2", "patterns", ()),
+        ("qwen3", "dropout", ()),
+        ("qwen2", "dora", ()),
+        ("gemma3", "lora", ()),
+        pytest.param("gemma3", "dora", (), marks=pytest.mark.long),
+        pytest.param("gemma3", "rslora", (), marks=pytest.mark.long),
+        ("mixtral", "lora of attention", (THEIRS,)),
+        pytest.param("mixtral", "dora of attention", (THEIRS,), marks=pytest.mark.long),
+        pytest.param("qwen3_moe", "rslora of attention", (THEIRS,), marks=pytest.mark.long),
+        pytest.param("qwen3_moe", "lora of attention", (), marks=pytest.mark.long),
     ],
 )
-def test_ten_steps_train_the_adapter_that_peft_trains(family: str, case: str, tmp_path: Path) -> None:
+def test_ten_steps_train_the_adapter_that_peft_trains(
+    family: str, case: str, more: tuple[str, ...], tmp_path: Path
+) -> None:
     write_family(tmp_path, family, initializer_range=0.1)
-    config = config_of(tmp_path, *CASES[case])
+    config = config_of(tmp_path, *CASES[case], *more)
+    assert (config.model.target == TRANSFORMERS) == (family in BACKED or THEIRS in more)
     whole = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
     names, plan = Names(whole, config), plan_of(whole, config)
     assert plan is not None

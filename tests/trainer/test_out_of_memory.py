@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from stoker.conf.schema import BatchConfig, Config, ModelConfig, ParallelConfig
+from stoker.conf.schema import AdapterConfig, BatchConfig, Config, ModelConfig, ParallelConfig
 from stoker.models.loss import Aim, summed_loss
 from stoker.parallel.layout import layout_of
 from stoker.trainer.out_of_memory import MARGIN, component_of, is_out_of_memory, nearest_that_fit, need_of
@@ -95,3 +95,12 @@ def test_the_estimate_of_what_is_held_counts_the_bytes_of_a_parameter() -> None:
     parameters = parameters_of(LLAMA_8B)
     held = need_of(LLAMA_8B, layout_of(LLAMA_8B, 8), parameters).held
     assert held == pytest.approx(parameters * 16 / 8 + 2 * parameters / 32 * 2, rel=1e-6)
+
+
+def test_a_frozen_parameter_is_held_in_the_compute_dtype_or_in_four_bits() -> None:
+    """Its bytes beside two gathered blocks: shared by ZeRO, but for packed ones."""
+    parameters = parameters_of(LLAMA_8B)
+    packed = dataclasses.replace(LLAMA_8B, adapter=AdapterConfig("lora", base="nf4"))
+    for config, bytes_ in ((LLAMA_8B, 2 / 8), (packed, 0.5625)):
+        held = need_of(config, layout_of(config, 8), parameters, frozen=parameters).held
+        assert held == pytest.approx(parameters * bytes_ + 2 * parameters / 32 * 2, rel=1e-6)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from stoker.conf.schema import Config
 from stoker.models.flops import flops_per_token
 from stoker.parallel.layout import layout_of
-from stoker.trainer.parallelize import parameters_of
+from stoker.trainer.parallelize import parameters_of, trained_and_frozen
 from stoker.trainer.rehearsal import Category, rehearse
 from stoker.trainer.rehearsal.fake_ranks import fake_tensors
 from stoker.trainer.rehearsal.memory import MemoryLog
@@ -65,6 +65,8 @@ LONG = {
     "bf16": (1, config_of("bf16", zero=0, layers=3)),
     "documents": (1, config_of(zero=0, document_mask=True)),
     "LoRA": (2, with_adapter(config_of(zero=2, layers=8))),
+    "LoRA, bf16": (1, with_adapter(config_of("bf16", zero=0, layers=8))),
+    "LoRA, bf16, ZeRO 3": (2, with_adapter(config_of("bf16", zero=3, layers=8))),
     "a user's model": (2, of_a_user(config_of(zero=3, layers=6))),
 }
 
@@ -76,7 +78,7 @@ def test_every_ranks_memory_grows_as_rehearsed(name: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", LONG if FULL else ["ZeRO 1", "bf16"])
+@pytest.mark.parametrize("name", LONG if FULL else ["ZeRO 1", "bf16", "LoRA, bf16"])
 def test_every_ranks_memory_grows_as_rehearsed_in_every_layout(name: str) -> None:
     ranks, config = LONG[name]
     assert off(config, ranks) == []
@@ -126,6 +128,20 @@ def test_states_are_counted_to_the_byte_on_each_layout() -> None:
     assert states[Category.MASTERS] == numbers
     assert states[Category.OPTIMIZER] == pytest.approx(2 * numbers, abs=100)
     assert not {Category.COPIES, Category.GRADIENTS, Category.GATHERED} & states.keys()
+
+
+@pytest.mark.parametrize(("zero", "ranks"), [(0, 2), (3, 4)])
+def test_frozen_parameters_are_counted_in_the_compute_dtype_and_trained_ones_as_ever(zero: int, ranks: int) -> None:
+    config = with_adapter(config_of("bf16", seq_len=16, zero=zero))
+    trained, frozen = trained_and_frozen(config)
+    assert frozen == parameters_of(config) and trained < frozen / 4
+    found = rehearse(config, layout_of(config, ranks), 1)
+    states, shards = found.held.categories, ranks if zero else 1
+    assert states[Category.FROZEN] == 2 * frozen / shards
+    assert states[Category.MASTERS] == 4 * trained / shards
+    assert states[Category.OPTIMIZER] == pytest.approx(8 * trained / shards, abs=2000)  # and counts of steps
+    assert states.get(Category.COPIES, 0) == (0 if zero else 2 * trained)
+    assert found.staged == pytest.approx(12 * trained / ranks, rel=0.3)  # a rank's part of what is trained
 
 
 @pytest.mark.parametrize(

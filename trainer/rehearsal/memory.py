@@ -31,6 +31,7 @@ class Category(enum.StrEnum):
     """What a storage is for."""
 
     MASTERS = "fp32 parameters"
+    FROZEN = "frozen"
     OPTIMIZER = "optimizer state"
     GRADIENTS = "gradients"
     COPIES = "compute copies"
@@ -47,6 +48,7 @@ OWNERS = {
     "stoker/parallel/replicated.py": {"*": Category.GRADIENTS},  # what is left when masters and copies are known
     "stoker/parallel/sharded.py": {"gradients": Category.GRADIENTS, "*": Category.MASTERS},
     "stoker/parallel/sharding.py": {"*": Category.MASTERS},
+    "stoker/parallel/tensor/nf4.py": {"pack": Category.FROZEN},
     "stoker/parallel/optimizer.py": {"*": Category.OPTIMIZER},
     "stoker/parallel/update.py": {"*": Category.OTHER},
     "stoker/parallel/native.py": {"_sum_partial": Category.COMMUNICATION, "*": Category.OTHER},

@@ -19,6 +19,7 @@ from stoker.parallel.engine import Engine
 from stoker.parallel.layout import BatchPlan, Layout, batch_plan
 from stoker.parallel.model import Part
 from stoker.parallel.shards import PARAMETER, Shard
+from stoker.trainer.frozen_base import FrozenBase, frozen_names
 from stoker.trainer.parallelize import build_engine
 from stoker.trainer.rehearsal.extrapolate import NotAlikeError, line, more_layers, more_work
 from stoker.trainer.rehearsal.fake_ranks import fake_mesh, fake_tensors
@@ -185,7 +186,7 @@ def _record(
             log.phase = "evaluation"
             engine.evaluate(rows[: plan.micro_rows])
             evaluation = log.spans()
-            staged = plan_file(engine.shards()).file_bytes
+            staged = plan_file(FrozenBase(frozen_names(config), None).saved(engine.shards())).file_bytes
             del engine, rows
         groups: dict[str, Sequence[int]] = {"world": range(layout.world)}
         groups |= {
@@ -256,7 +257,9 @@ def _gradients(engine: Engine) -> Iterator[torch.Tensor]:
 
 def _name(log: MemoryLog, engine: Engine) -> None:
     """The categories of what the engine holds all the time."""
-    log.assign(Category.COPIES, (parameter for stage in engine.modules() for parameter in stage.parameters()))
+    parameters = [parameter for stage in engine.modules() for parameter in stage.parameters()]
+    log.assign(Category.COPIES, parameters)
     shards: list[Shard] = engine.shards()
     log.assign(Category.OPTIMIZER, (shard.data for shard in shards if shard.kind.startswith("optim.")))
     log.assign(Category.MASTERS, (shard.data for shard in shards if shard.kind == PARAMETER))
+    log.assign(Category.FROZEN, (parameter for parameter in parameters if not parameter.requires_grad))
