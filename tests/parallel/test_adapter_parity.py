@@ -37,9 +37,16 @@ ADAPTERS = {
 }
 
 
+# At lr 0.1 SGD lets rounding of DoRA grow past the bound, on one rank too: by step 10 norms of micro-batches of 1 to 16
+# are up to 4.7e-5 from those in fp64, and fp64's own move by 1.1e-5 where the first values do by 1e-8.
+DORA_LR = 0.01
+
+
 def config_of(case: Case, layout: Layout, adapter: str, layers: int = 4) -> Config:
     config = case.config(layout, layers)
     config.adapter = ADAPTERS[adapter]
+    if adapter == "dora" and config.optim.name == "sgd":
+        config.optim.lr = DORA_LR
     if config.adapter.dropout and layout.world > 1:  # which one process does without
         config.activation_checkpointing = "selective" if layout.zero % 2 else "full"
     return config
@@ -150,10 +157,10 @@ def train_each(configs: list[Config]) -> list[Measured]:
 EVERY = {
     ("fsdp", 1): 1,
     ("fsdp", 2): 3,
-    ("fsdp", 4): 11,
+    ("fsdp", 4): 13,
     ("deepspeed", 1): 5,
-    ("deepspeed", 2): 5,
-    ("deepspeed", 4): 17,
+    ("deepspeed", 2): 9,
+    ("deepspeed", 4): 31,
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stoker.conf.schema import Config
+from stoker.conf.schema import BatchConfig, Config
 from stoker.models.flops import flops_per_token
 from stoker.parallel.layout import layout_of
 from stoker.trainer.parallelize import parameters_of, trained_and_frozen
@@ -41,6 +41,13 @@ def with_adapter(config: Config) -> Config:
     return config
 
 
+def of_weights(config: Config) -> Config:
+    """With more memory for weights than for activations."""
+    config.model.hidden_size, config.model.intermediate_size = 1024, 2816
+    config.batch = BatchConfig(4, 2)
+    return config
+
+
 def of_a_user(config: Config) -> Config:
     config.model.target = "tests.toy:build"
     return config
@@ -65,8 +72,8 @@ LONG = {
     "bf16": (1, config_of("bf16", zero=0, layers=3)),
     "documents": (1, config_of(zero=0, document_mask=True)),
     "LoRA": (2, with_adapter(config_of(zero=2, layers=8))),
-    "LoRA, bf16": (1, with_adapter(config_of("bf16", zero=0, layers=8))),
-    "LoRA, bf16, ZeRO 3": (2, with_adapter(config_of("bf16", zero=3, layers=8))),
+    "LoRA, bf16": (1, with_adapter(of_weights(config_of("bf16", 16, zero=0, layers=4)))),
+    "LoRA, bf16, ZeRO 3": (2, with_adapter(of_weights(config_of("bf16", 16, zero=3, layers=8)))),
     "a user's model": (2, of_a_user(config_of(zero=3, layers=6))),
 }
 
