@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import time
 from contextlib import suppress
@@ -10,9 +9,7 @@ from pathlib import Path
 
 from stoker.checkpoint import fence, newest, resume
 from tests.checkpoint.simulated import Grid, Tensors, begin, blank, cut, end, holds, resume_all, small_model, start
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "checkpoint"])
+from tests.world import CONTEXT
 
 ROUNDS = 30
 
@@ -40,8 +37,8 @@ def test_a_killed_save_leaves_the_checkpoint_before_or_the_new_one(tmp_path):
     committed = 0
     unfinished = 0
     for attempt in range(1, ROUNDS + 1):
-        ours, theirs = _context.Pipe(duplex=False)
-        process = _context.Process(target=save_for_ever, args=(tmp_path, attempt, theirs), daemon=True)
+        ours, theirs = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=save_for_ever, args=(tmp_path, attempt, theirs), daemon=True)
         process.start()
         theirs.close()
         assert ours.poll(60)
