@@ -44,7 +44,7 @@ def with_adapter(config: Config) -> Config:
 def of_weights(config: Config) -> Config:
     """With more memory for weights than for activations."""
     config.model.hidden_size, config.model.intermediate_size = 1024, 2816
-    config.batch = BatchConfig(4, 2)
+    config.batch = BatchConfig(2, 1)
     return config
 
 
