@@ -54,8 +54,9 @@ def test_the_commands_of_the_first_hour_work(
     assert printed["generate runs/chat"] == "Rhine.\n"
     assert printed["with_peft.py"] == "Rhine.\n" * 2
     assert re.search(r"\|names\|.*\|acc\W+1\|", printed["eval runs/chat"]), printed["eval runs/chat"]
-    assert newcomer.steps("runs/chat")[-1]["loss"] < 0.1
-    assert newcomer.steps("runs/student")[-1]["loss"] < newcomer.steps("runs/student")[0]["loss"] / 4
+    for run in ("runs/chat", "runs/student"):
+        first, *_, last = (step["loss"] for step in newcomer.steps(run))
+        assert last < first / 2, run
     assert "peft" in sys.modules
 
 
