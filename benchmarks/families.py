@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import Stoker, Turn, batches, check_equal, compared, in_turn, run, steps_of, turn_of
+from ranks import Side, Stoker, Turn, batches, check_equal, compared, in_turn, run, steps_of, turn_of
 
 from stoker.conf.compose import compose
 from stoker.conf.schema import Config
@@ -141,7 +141,7 @@ class _Accelerate:
 def _measured(config: Config, mesh: Mesh, folder: str, options: argparse.Namespace) -> dict[str, list[Turn]]:
     keep_freed_memory()
     rows = batches(config, mesh)
-    sides = {
+    sides: dict[str, Side] = {
         "transformers": _Begun(_config(folder, options, native=False), mesh),
         "decoder": _Begun(config, mesh),
         "accelerate": _Accelerate(folder, config, mesh),
