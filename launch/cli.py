@@ -183,7 +183,7 @@ def parser() -> argparse.ArgumentParser:
     teach.add_argument("folder", type=Path, help="where; `objective.teacher` of the runs that learn from it")
     arguments.add_settings(teach)
     teach.add_argument("--top-k", type=int, default=32, help="how many tokens for each label (default 32)")
-    teach.add_argument("--labels", action="store_true", help="of the labels alone: the reference of dpo and ipo")
+    teach.add_argument("--labels", action="store_true", help="of the labels alone: a reference for dpo, ipo and kto")
     arguments.add_trust(teach)
 
     evaluate = add("eval", _eval, "Run tasks of lm-eval on a model folder or a run.", examples.EVAL)

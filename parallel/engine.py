@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -40,6 +41,13 @@ class Engine(Protocol):
     def evaluate(self, rows: Batch) -> Tensor:
         """Of this rank's rows the sum of the losses, what it is divided by (the number of valid tokens, or the
         objective's count), and the sums of the objective's scalars: float64 `[2 + scalars]`, no gradients kept.
+        """
+        ...
+
+    def with_baseline(self, parts: Sequence[Batch]) -> list[Batch]:
+        """`parts` of this rank's rows, with the objective's baseline over all of them on all ranks, if it has one.
+
+        A collective. `evaluate` of rows without a baseline takes that of these rows alone.
         """
         ...
 

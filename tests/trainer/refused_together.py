@@ -94,7 +94,8 @@ TOGETHER = {
             ["objective.beta=0.2"],
             1,
             0,
-            "which does not use it: objective.beta=0.1 works, or another objective (dpo, ipo, simpo, orpo)",
+            "which does not use it: objective.beta=0.1 works, or another objective (dpo, ipo, simpo, orpo, kto, "
+            "apo_zero_unpaired)",
         ),
         (
             ["objective.name=orpo", "objective.gamma=1.0", "objective.label_smoothing=0.1", "data.packing=padded"],
@@ -116,6 +117,7 @@ TOGETHER = {
             0,
             "adapter.modules_to_save=['norm'] changes the model itself: adapter.modules_to_save=[] works",
         ),
+        (["objective.name=kto", "data.packing=best_fit"], 1, 0, "objective=kto compares with the model without its"),
     ],
     "distillation without a teacher": [
         (["objective.name=distill"], 1, 0, "and objective.teacher names none: objective=next_token works, or"),
