@@ -266,6 +266,9 @@ LIMITS = (
     _choice("checkpoint.on_error", "warn", "fail"),
     _at_least("eval.every", 0, "it counts steps"),
     _at_least("eval.sequences", 0, "it counts rows"),
+    _at_least("eval.tasks_every", 0, "it counts steps"),
+    _at_least("eval.fewshot", 0, "it counts examples"),
+    _at_least("eval.limit", 1, "a task asks something"),
     Limit(
         "tracker.names",
         "different names of wandb, tensorboard, mlflow and csv, such as [wandb,csv]",

@@ -193,6 +193,11 @@ class EvalConfig:
     every: int | None = free()  # steps between evaluations; default: a tenth of `steps`, at least 50; 0: at the end
     sequences: int | None = free()  # validation sequences, and as many training sequences; default: at most 64; 0: none
     seed: int | None = free(0)  # of the sample, spread over all validation documents; null: the first of each source
+    tasks: list[str] = free([])  # tasks of lm-eval to run between steps and at the end, such as [hellaswag]
+    tasks_every: int | None = free()  # steps between them; default: as `every`; 0: at the end
+    include: str | None = free()  # folder of task files of your own, in lm-eval's YAML
+    fewshot: int | None = free()  # examples shown before each question; default: as the task says
+    limit: int | None = free()  # questions of each task; default: all
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from stoker.parallel.batch import Batch
+from stoker.parallel.objective import Objective
 from stoker.parallel.shards import Shard
 from stoker.parallel.update import NO_FLAGS, StepFlags, StepResult
 
@@ -51,9 +52,11 @@ class Engine(Protocol):
         """
         ...
 
-    def predict(self, rows: Batch) -> Tensor | None:
+    def predict(self, rows: Batch, objective: Objective | None = None) -> Tensor | None:
         """What the head returns for each label of any number of rows with an objective of `per_token`, without
         gradients: `[rows, seq_len]`, or as `Targets.top_k` says. One rank of each replica has it, the others get None.
+
+        `objective`: in the place of the engine's.
         """
         ...
 

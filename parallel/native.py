@@ -201,9 +201,9 @@ class NativeEngine:
         baseline = objective.baseline(self._mesh.all_reduce(sums))
         return [replace(rows, baseline=baseline.expand(len(rows))) for rows in found]
 
-    def predict(self, rows: Batch) -> Tensor | None:
+    def predict(self, rows: Batch, objective: Objective | None = None) -> Tensor | None:
         with _evaluating([stage.module for stage in self._weights]):
-            found = self._passes.log_probabilities(self._own(rows))
+            found = self._passes.log_probabilities(self._own(rows), objective)
         self._buffers.restore()
         return found if self._reports else None
 

@@ -47,6 +47,7 @@ from stoker.trainer.runtime.requests import Requests, deadline_of
 from stoker.trainer.runtime.shutdown_estimate import ShutdownEstimate
 from stoker.trainer.runtime.starts import Start
 from stoker.trainer.runtime.timeouts import Timeouts
+from stoker.trainer.tasks import TaskEvaluation
 from stoker.trainer.utilisation import Arithmetic, arithmetic_of
 
 log = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ def assemble(
         held = engine.shards() if base is None else base.saved(engine.shards())
         return resume(run.checkpoints, held, mesh.all_gather_text, mesh.rank, remote)
 
+    tasks = TaskEvaluation(config, mesh, run) if config.eval.tasks else None
     trainer = Trainer(
         config=config,
         facts=facts,
@@ -156,6 +158,7 @@ def assemble(
         timeouts=Timeouts(config.parallel.timeout_seconds, config.launch.hang_seconds),
         restore=restore,
         base=base,
+        tasks=tasks,
         arithmetic=_arithmetic(complete, mesh),
         messages=_messages(config, mesh, run.messages(attempt)),
     )

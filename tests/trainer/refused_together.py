@@ -312,6 +312,10 @@ TOGETHER = {
         ),
         (["eval.sequences=8", "data.validation=0"], 1, 0, "no document is kept for validation"),
     ],
+    "tasks": [
+        (["eval.limit=5"], 1, 0, "eval.limit=5 without eval.tasks: eval.tasks=[NAME] runs some, eval.limit=null none"),
+        (["eval.tasks=[mine]", "parallel.cp=2"], 2, 0, "parallel.cp=2: ranks would share a text; parallel.cp=1 works"),
+    ],
     "best checkpoints": [
         (["checkpoint.keep_best=1", "checkpoint.every=20"], 1, 0, "eval.every=20 measures every checkpoint"),
         (
