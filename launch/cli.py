@@ -219,12 +219,8 @@ def parser() -> argparse.ArgumentParser:
     export = add("export", _export, "Write a checkpoint as a model for other libraries.")
     export.add_argument("run", help="run directory")
     export.add_argument("out", help="directory to make; must not exist, or be empty")
-    export.add_argument(
-        "--format",
-        choices=("hf", "dcp", "gguf"),
-        default="hf",
-        help="hf: safetensors (default); dcp: torchtitan's; gguf: llama.cpp's",
-    )
+    forms = "hf: safetensors (default); dcp: torchtitan's; gguf: llama.cpp's"
+    export.add_argument("--format", choices=("hf", "dcp", "gguf"), default="hf", help=forms)
     export.add_argument("--gguf", dest="format", action="store_const", const="gguf", help="short for --format gguf")
     export.add_argument(
         "--dtype",

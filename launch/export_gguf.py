@@ -24,7 +24,12 @@ from stoker.models.hugging_face_config import CONFIG
 
 FILE = "model.gguf"
 # By model_type: the architecture's name in the package, and whether its rotary embedding turns neighbouring channels.
-ARCHITECTURES = {"llama": ("LLAMA", True), "mistral": ("LLAMA", True), "qwen2": ("QWEN2", False), "qwen3": ("QWEN3", False)}
+ARCHITECTURES = {
+    "llama": ("LLAMA", True),
+    "mistral": ("LLAMA", True),
+    "qwen2": ("QWEN2", False),
+    "qwen3": ("QWEN3", False),
+}
 _DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 _FILE_TYPES = {"fp32": "ALL_F32", "bf16": "MOSTLY_BF16", "fp16": "MOSTLY_F16"}
 

@@ -90,7 +90,7 @@ class Preference:
 
 
 def _by_answer(batch: Batch, values: Tensor) -> Tensor:
-    """The sums of `values` (fp64 `[rows, seq_len]`, one for each label) over the labels of each answer: `[pairs, 2]`."""
+    """The sums of `values` (fp64 `[rows, seq_len]`, of labels) over the labels of each answer: `[pairs, 2]`."""
     return by_document(batch, values).view(-1, 2)
 
 

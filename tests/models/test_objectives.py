@@ -168,7 +168,8 @@ def test_an_objective_is_found_by_its_name_or_by_its_path() -> None:
     assert objective_of(own) == {"a": 1}  # type: ignore[comparison-overlap]
     configs = (ObjectiveConfig(), ObjectiveConfig("dpo"), ObjectiveConfig("kto"), own)
     units = [loss_unit(config) for config in configs]
-    assert units == ["nats per token", "dpo, per pair", "kto, per answer", "as tests.models.test_objectives:mine counts"]
+    assert units[:3] == ["nats per token", "dpo, per pair", "kto, per answer"]
+    assert units[3] == "as tests.models.test_objectives:mine counts"
 
 
 def mine(config: ObjectiveConfig) -> object:

@@ -82,7 +82,14 @@ def flat(tensors: dict[str, Tensor], names: Iterable[str] | None = None) -> Tens
     return torch.cat([tensors[name].double().flatten() for name in names or tensors])
 
 
-SHORT = [("dpo", Layout(pp=2)), ("kto", Layout(pp=2)), ("kto", Layout(1, 2, zero=3)), ("distill", Layout(pp=2)), ("distill", Layout(tp=2)), ("weights", Layout(tp=2))]
+SHORT = [
+    ("dpo", Layout(pp=2)),
+    ("kto", Layout(pp=2)),
+    ("kto", Layout(1, 2, zero=3)),
+    ("distill", Layout(pp=2)),
+    ("distill", Layout(tp=2)),
+    ("weights", Layout(tp=2)),
+]
 
 
 @pytest.mark.parametrize(("name", "layout"), SHORT, ids=str)

@@ -94,8 +94,7 @@ TOGETHER = {
             ["objective.beta=0.2"],
             1,
             0,
-            "which does not use it: objective.beta=0.1 works, or another objective (dpo, ipo, simpo, orpo, kto, "
-            "apo_zero_unpaired)",
+            "which does not use it: objective.beta=0.1 works, or another objective (dpo, ipo, simpo, orpo, kto, apo_",
         ),
         (
             ["objective.name=orpo", "objective.gamma=1.0", "objective.label_smoothing=0.1", "data.packing=padded"],
