@@ -15,7 +15,7 @@ import pytest
 
 from stoker.conf.identity import read_identity
 from stoker.conf.rundir import RunDirectory, read_config, write_config
-from stoker.conf.schema import Config, from_dict, to_dict
+from stoker.conf.schema import Config, EvalConfig, from_dict, to_dict
 from stoker.conf.targets import import_target
 from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
