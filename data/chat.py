@@ -31,8 +31,8 @@ from stoker.data.chat_shapes import (
 )
 from stoker.data.chat_template import ChatTemplate, TemplateSettings
 from stoker.data.documents import Source
-from stoker.data.rated import rate, rated_conversations, with_mismatched
 from stoker.data.hub_tokenizer import HubTokenizer
+from stoker.data.rated import rate, rated_conversations, with_mismatched
 from stoker.data.sources import specs_of
 from stoker.data.text import json_documents, known_args
 from stoker.data.tokenizer import Tokenizer
@@ -75,9 +75,7 @@ def open_source(config: DataConfig) -> Source:
     if shape != "messages":
         what = f"{shape}: {what}"
     keys = keys_of(shape, key)
-    found = json_documents(
-        config, "data=chat", args["pattern"], keys, lambda values: text_of(values, key, shape), what
-    )
+    found = json_documents(config, "data=chat", args["pattern"], keys, lambda values: text_of(values, key, shape), what)
     return Source(with_mismatched(found) if shape == UNPAIRED else found, encoder)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from stoker.parallel.loss_scale import FLOOR
 from stoker.parallel.mesh import Mesh
 
-
 Shown = Callable[[Mapping[str, float]], dict[str, float]]
 
 

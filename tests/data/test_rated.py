@@ -102,7 +102,7 @@ def test_what_is_no_rated_answer_is_refused(line: dict[str, Any], reason: str, t
 
 
 def test_a_label_is_not_left_out_unseen(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="its completion has a 'label': set data.args.shape=unpaired_preference"):
+    with pytest.raises(ValueError, match=r"its completion has a 'label': set data.args.shape=unpaired"):
         open_rows(config_of(tmp_path, [GOOD], shape="auto"), "train")
 
 

@@ -44,7 +44,6 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-
 def small_run(home: Path) -> list[str]:
     """The settings of a small run on a text in `home`, but for its directory."""
     (home / "text").mkdir(exist_ok=True)
