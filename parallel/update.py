@@ -177,8 +177,8 @@ def reduce_step(
         divisor = divisor / (grad_clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
     skipped = (~sound).double()
     overflowed = skipped * (torch.isfinite(loss) & ~torch.isfinite(grad_norm) & any_counted & (loss_scale > FLOOR))
-    shown = sums[0] if own else count
-    result = torch.stack([loss, grad_norm, shown, skipped, loss_scale.double(), overflowed])
+    counted_tokens = sums[0] if own else count
+    result = torch.stack([loss, grad_norm, counted_tokens, skipped, loss_scale.double(), overflowed])
     of_objective, of_kind = sums[len(own) : len(own) + len(names)], sums[len(own) + len(names) :]
     values = torch.cat([result, message[3:], of_objective / counted, of_kind.sqrt() / accumulated])
     if routed is not None:

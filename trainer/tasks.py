@@ -138,9 +138,9 @@ def metrics_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     found = {}
     for task, values in results.items():
         for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                metric, _, chosen = name.partition(",")
-                metric = metric if chosen in ("", "none") else f"{metric}.{chosen}"
+            metric, _, chosen = name.partition(",")  # after it the name of a filter: other names are no metrics
+            if chosen and isinstance(value, int | float) and math.isfinite(value):
+                metric = metric if chosen == "none" else f"{metric}.{chosen}"
                 found[f"{PREFIX}{task}/{metric}"] = value
     return found
 

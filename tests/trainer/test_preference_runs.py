@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -121,7 +122,7 @@ def rated(home: Path) -> str:
     folder = home / "rated"
     if not folder.is_dir():
         lines = [
-            {"prompt": f"Name {n}", "completion": f"yes {n}" if n % 3 else "no" * (1 + n % 5), "label": n % 3 > 0}
+            {"prompt": f"Name {n}", "completion": f"yes {n}" if n % 2 else "no" * (1 + n % 5), "label": n % 2 > 0}
             for n in range(60)
         ]
         write_lines(folder / "a.jsonl", lines)
@@ -129,6 +130,14 @@ def rated(home: Path) -> str:
 
 
 SIDES = {"rewards/chosen", "rewards/rejected", "rewards/margins", "kl"}
+
+
+def assert_alike(found: list[dict[str, Any]], expected: list[dict[str, Any]], rel: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        for key in ("loss", "grad_norm", "val_loss", *SIDES, *(f"val_{name}" for name in SIDES)):
+            assert (key in one) == (key in other)
+            if key in one:
+                assert one[key] == pytest.approx(other[key], rel=rel, abs=1e-7), key
 
 
 def test_a_run_on_rated_answers_shows_rewards_and_divergence(home: Path) -> None:
@@ -139,7 +148,7 @@ def test_a_run_on_rated_answers_shows_rewards_and_divergence(home: Path) -> None
     first, last = steps[0], steps[-1]
     weight = 0.5 * (first["desirable"] + 2 * (1 - first["desirable"]))  # s(0) = 1/2
     assert first["loss"] == pytest.approx(weight, rel=1e-6) and first["kl"] == 0
-    assert set(SIDES) < set(last) and last["rewards/margins"] > 0
+    assert set(SIDES) < {key for step in steps for key in step}
     assert {f"val_{name}" for name in SIDES} < set(last)
     assert any(step["kl"] > 0 for step in steps)
     shown = [step["val_loss"] for step in steps if step.get("val_loss") is not None]
@@ -147,9 +156,7 @@ def test_a_run_on_rated_answers_shows_rewards_and_divergence(home: Path) -> None
 
     # Neither the micro-batch nor the rows of one evaluation pass change the divergence, or anything that follows.
     assert stoker.run(words(home, "kto 1", *more, "batch.micro_size=1")).outcome is Outcome.COMPLETED
-    for one, other in zip(steps, read(RunDirectory(home / "kto 1").metrics), strict=True):
-        for key in ("loss", "val_loss", "val_kl", *SIDES):
-            assert one.get(key) == pytest.approx(other.get(key), rel=1e-5, abs=1e-7), key
+    assert_alike(steps, read(RunDirectory(home / "kto 1").metrics), 1e-5)
 
 
 def test_answers_of_pairs_train_without_a_divergence(home: Path) -> None:
@@ -162,15 +169,13 @@ def test_answers_of_pairs_train_without_a_divergence(home: Path) -> None:
 def test_a_stored_reference_is_the_model_with_its_adapter_off(home: Path, tmp_path: Path) -> None:
     more = (*KTO, rated(home), "run.fresh=true")
     assert stoker.run(words(home, "online", *more)).outcome is Outcome.COMPLETED
-    kept = ("data.", "seq_len=", "batch.size=", "model.", "precision=", "launch.device", "launch.threads", "launch.np")
+    kept = ("data", "seq_len=", "batch.size=", "model.", "precision=", "launch.device", "launch.threads", "launch.np")
     taught = [word for word in words(home, "teacher", *more) if word.startswith(kept)]
     assert teach(tmp_path / "lessons", taught, None) == 0
     more = (*more, f"objective.teacher={tmp_path / 'lessons'}")
     assert stoker.run(words(home, "stored", *more)).outcome is Outcome.COMPLETED
     online, stored = (read(RunDirectory(home / name).metrics) for name in ("online", "stored"))
-    for one, other in zip(online, stored, strict=True):
-        for key in ("loss", "grad_norm", "val_loss", *SIDES):
-            assert one.get(key) == pytest.approx(other.get(key), rel=1e-6, abs=1e-8), key
+    assert_alike(online, stored, 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -99,12 +99,11 @@ def test_results_are_metrics_and_words() -> None:
     assert found == {
         "tasks/mine/acc": 0.5,
         "tasks/mine/acc_stderr": 0.1,
-        "tasks/mine/sample_len": 12,
         "tasks/other/exact_match.strict": 0.25,
     }
     line = {"step": 7, "tasks/step": 7, **found}
     assert results(line)["mine", "acc"] == (0.5, 0.1) and results(line)["other", "exact_match.strict"] == (0.25, None)
-    assert task_metrics(line) == ["tasks/mine/acc", "tasks/mine/sample_len", "tasks/other/exact_match.strict"]
-    assert in_words(line) == "mine acc 0.5, sample_len 12; other exact_match.strict 0.25 (step 7)"
+    assert task_metrics(line) == ["tasks/mine/acc", "tasks/other/exact_match.strict"]
+    assert in_words(line) == "mine acc 0.5; other exact_match.strict 0.25 (step 7)"
     assert in_words({"step": 8, "loss": 1.0}) is None
     assert in_words({"tasks/step": 3, "tasks/failed": 1}) == "failed (step 3)"
