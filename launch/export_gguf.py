@@ -207,6 +207,8 @@ def _add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
 
 def pre_tokenizer_of(tokenizer: Mapping[str, Any]) -> str:
     """llama.cpp's name of the pre-tokenizer of a tokenizer.json. Raises ValueError for one that it does not have."""
+    if not tokenizer["model"].get("merges"):
+        return _GPT2  # each byte is a token, however a text is cut
     given = tokenizer.get("pre_tokenizer") or {}
     steps = given.get("pretokenizers", [given])
     patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]

@@ -94,13 +94,15 @@ def test_models_that_llama_cpp_has_no_name_for_are_refused(tmp_path: Path, capsy
 
 
 def test_pre_tokenizers_have_llama_cpps_names() -> None:
-    level = {"type": "ByteLevel", "use_regex": False}
+    level, model = {"type": "ByteLevel", "use_regex": False}, {"merges": ["a b"]}
     ends = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits, name in (("{1,3}", "llama-bpe"), ("", "qwen2")):
         words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits
         split = {"type": "Split", "pattern": {"Regex": f"{words}|{ends}"}, "behavior": "Isolated"}
-        assert pre_tokenizer_of({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}}) == name
-    assert pre_tokenizer_of({"pre_tokenizer": {"type": "ByteLevel"}}) == "gpt-2"
+        steps = {"type": "Sequence", "pretokenizers": [split, level]}
+        assert pre_tokenizer_of({"model": model, "pre_tokenizer": steps}) == name
+    assert pre_tokenizer_of({"model": model, "pre_tokenizer": {"type": "ByteLevel"}}) == "gpt-2"
+    assert pre_tokenizer_of({"model": {"merges": []}, "pre_tokenizer": level}) == "gpt-2"
     other = {"type": "Split", "pattern": {"Regex": r"\d"}}
     with pytest.raises(ValueError, match="has no name for: it knows gpt-2, llama-bpe, qwen2"):
-        pre_tokenizer_of({"pre_tokenizer": {"pretokenizers": [other, level]}})
+        pre_tokenizer_of({"model": model, "pre_tokenizer": {"pretokenizers": [other, level]}})
