@@ -32,7 +32,8 @@ def exported(run: Path, out: Path, *more: str) -> Any:
 def test_transformers_reads_the_same_model_from_the_file(case: str, tmp_path: Path) -> None:
     import transformers
 
-    write_family(tmp_path / "theirs", case)
+    head = {"head_dim": 128} if "qwen3" in case else {}  # transformers takes that of every Qwen3, whatever a file says
+    write_family(tmp_path / "theirs", case, **head)
     run = unchanged_run(tmp_path, tmp_path / "theirs")
     reader = exported(run, tmp_path / "out")
     tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
@@ -88,7 +89,7 @@ def test_scaled_rotary_dtypes_and_tokens(tmp_path: Path) -> None:
 def test_models_that_llama_cpp_has_no_name_for_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_family(tmp_path / "theirs", "olmo2")
     run = unchanged_run(tmp_path, tmp_path / "theirs")
-    assert main(["export", str(run), str(tmp_path / "out"), "--gguf"]) == 2
+    assert main(["export", str(run), str(tmp_path / "out"), "--gguf"]) == 1
     assert "model_type='olmo2': --format gguf writes llama, mistral, qwen2, qwen3" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
