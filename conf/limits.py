@@ -307,6 +307,7 @@ LIMITS = (
         lambda value: bool(_SLURM_ARRAY.fullmatch(value)),
     ),
     _at_least("log.every", 1, "it counts steps"),
+    _at_least("log.expert_tokens_every", 0, "it counts steps"),
     _choice("log.progress", "auto", "live", "plain", "none"),
     Limit(
         "profile.steps",

@@ -135,6 +135,7 @@ BEYOND = [
     "launch.chain=0",
     "launch.array=a-b",
     "log.every=0",
+    "log.expert_tokens_every=-1",
     "log.progress=bar",
     "profile.steps=[13,10]",
     "profile.phases_every=-1",
