@@ -137,6 +137,7 @@ LIMITS = (
     _at_least("model.moe_intermediate_size", 1, "it counts channels"),
     _at_least("model.num_shared_experts", 0, "it counts experts"),
     _at_least("model.first_dense_layers", 0, "it counts layers"),
+    _at_least("model.upcycle_noise", 0, "it is a share of initial values"),
     _choice("model.router", "softmax", "sigmoid"),
     _at_least("model.router_bias_rate", 0, "a bias would lead tokens to the experts that have most"),
     _at_least("model.router_aux_loss_coef", 0, "tokens would gather at one expert"),

@@ -31,6 +31,7 @@ class ModelConfig:
     native: bool | None = fixed()  # with init_from: Stoker's own modules (true) or transformers'; default: where equal
     config: Any = fixed()  # for model=transformers: a config.json, its folder or its values; default: init_from's
     init_only: list[str] = fixed([])  # with init_from: take these parameters (`layers.*`) only; default: all
+    upcycle_noise: float = fixed(0.0)  # experts begun as MLPs of init_from: share of usual initial values added to them
     vocab_size: int | None = fixed()  # tokens; default: the tokenizer's
     hidden_size: int = fixed(256)  # channels of the residual stream
     num_hidden_layers: int = fixed(6)  # transformer blocks

@@ -27,6 +27,7 @@ from stoker.models.flops import flops_per_token
 from stoker.models.hugging_face import changed_config_json, config_json, family_of, reference_name, tensor_name
 from stoker.models.hugging_face_weights import HEAD, StoredTensor, has_own_head, open_weights
 from stoker.models.loss import Head
+from stoker.models.upcycling import without_experts
 from stoker.parallel.experts import Experts
 from stoker.parallel.experts.balance import count_routed
 from stoker.parallel.model import Constant, Normal, Part
@@ -183,6 +184,9 @@ class DecoderFamily(Family):
                 theirs.warn_untied(folder, HEAD)
                 found["tie_word_embeddings"] = False
         return found
+
+    def without_experts(self, config: ModelConfig) -> ModelConfig | None:
+        return without_experts(config)
 
     def stored(self, config: ModelConfig, found: Mapping[str, StoredTensor], names: Iterable[str]) -> Mapping[str, Any]:
         ours = {tensor_name(name): name for name in names}

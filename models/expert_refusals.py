@@ -36,6 +36,19 @@ def _settings_of_no_experts(start: Start) -> str | None:
 
 
 @REFUSALS.entry(
+    "noise of no copies",
+    "model.upcycle_noise without model.init_from or with model.num_experts=0",
+    "no expert begins as a copy",
+)
+def _noise_of_no_copies(start: Start) -> str | None:
+    model = start.config.model
+    if not model.upcycle_noise or (model.init_from is not None and model.num_experts):
+        return None
+    lacks = "model.num_experts=0" if model.init_from is not None else "model.init_from=null"
+    return f"model.upcycle_noise={model.upcycle_noise} with {lacks}: model.upcycle_noise=0.0 works"
+
+
+@REFUSALS.entry(
     "experts of a token", "model.num_experts_per_tok above model.num_experts", "a token uses an expert once"
 )
 def _experts_of_a_token(start: Start) -> str | None:

@@ -136,6 +136,7 @@ BEYOND = [
     "launch.array=a-b",
     "log.every=0",
     "log.expert_tokens_every=-1",
+    "model.upcycle_noise=-0.1",
     "log.progress=bar",
     "profile.steps=[13,10]",
     "profile.phases_every=-1",

@@ -31,6 +31,9 @@ OF_EXPERTS = {
     "settings of no experts": [
         (["model.router=sigmoid", "model.num_shared_experts=1"], 1, 0, "model.num_experts=8 has experts"),
     ],
+    "noise of no copies": [
+        (["model.num_experts=4", "model.upcycle_noise=0.1"], 1, 0, "with model.init_from=null: model.upcycle_noise=0.0"),
+    ],
     "experts of a token": [
         (["model.num_experts=4", "model.num_experts_per_tok=5"], 1, 0, "model.num_experts_per_tok=4 works"),
     ],
