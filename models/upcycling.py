@@ -52,6 +52,8 @@ def upcycling_problem(config: ModelConfig) -> str | None:
                 f"model.{key}={count} is no multiple of {parts}, the experts of model.moe_intermediate_size={width} "
                 f"that one MLP of {dense} channels makes: model.{key}={-(-count // parts) * parts} is"
             )
+    if config.num_experts // config.n_group % parts:
+        return f"model.n_group={config.n_group} divides experts that are parts of one MLP: model.n_group=1 does not"
     return None
 
 
@@ -142,7 +144,8 @@ class Upcycled:
         prefix, _, kind = name.rpartition(".experts.")
         start = part * self._width
         if f"experts.{kind}" == _DOWN:
-            return self._read(f"{prefix}.down.weight", inner.moved((0, start))) * self._parts
+            factor = self._parts / self._config.routed_scaling_factor
+            return self._read(f"{prefix}.down.weight", inner.moved((0, start))) * factor
         found = torch.empty(inner.sizes)
         for rows, matrix, moved in self._rows(prefix, inner):
             found[rows.within(inner)] = self._read(matrix, rows.moved((start - moved, 0)))

@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 _KINDS = (PARAMETER, BUFFER)
 _NAMED = 5  # tensors that a message names
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")  # each is in a folder with a tokenizer
-_OURS_ALONE = ("model.init_from", "model.init_only", "model.upcycle_noise", "model.loss_chunk")  # of a run: not of its model's shape
+# Of a run, not of its model's shape.
+_OURS_ALONE = ("model.init_from", "model.init_only", "model.upcycle_noise", "model.loss_chunk")
 
 
 def adopt_shape(config: Config, overrides: Sequence[str], tell: Callable[[str], None] = log.info) -> Config:

@@ -84,7 +84,8 @@ def ties_of(ranked: Tensor, chosen: int, step: int, layer: int, seq_len: int) ->
     """Among tokens with the scores `ranked`, `[tokens, experts]`, by which so many are chosen of each."""
     best = ranked.topk(chosen + 1, -1).values
     apart = best[:, -2] - best[:, -1]
-    return [Tie(step, layer, n // seq_len, n % seq_len, float(apart[n])) for n in (apart < CLOSE).nonzero()[:, 0].tolist()]
+    near = (apart < CLOSE).nonzero()[:, 0].tolist()
+    return [Tie(step, layer, n // seq_len, n % seq_len, float(apart[n])) for n in near]
 
 
 def note_ties(engine: Engine, seen: Seen, seq_len: int) -> None:

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from stoker.checkpoint import read_tensors
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
@@ -20,6 +21,7 @@ from stoker.parallel.layout import Layout
 from stoker.parallel.model import whole_model
 from tests import world
 from tests.extent import some
+from tests.launch.runs import overrides, write_text
 from tests.models.families import VOCABULARY, write_family
 from tests.parallel.reference import assemble, normwise
 from tests.trainer.test_pretrained import asked, begun
@@ -62,7 +64,7 @@ def logits(config: Config, values: dict[str, Tensor], tokens: Tensor) -> Tensor:
         return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
 
 
-@pytest.mark.parametrize("shape", ["halves", *(pytest.param(n, marks=pytest.mark.long) for n in SHAPES if n != "halves")])
+@pytest.mark.parametrize("shape", [pytest.param(n, marks=[] if n == "halves" else pytest.mark.long) for n in SHAPES])
 def test_the_first_logits_are_those_of_the_model_without_experts(shape: str, tmp_path: Path) -> None:
     case, more = SHAPES[shape]
     reference = write_family(tmp_path, case)
@@ -108,11 +110,20 @@ def test_what_is_added_is_a_share_of_usual_initial_values(tmp_path: Path) -> Non
 
 @pytest.mark.long
 def test_a_run_is_continued_with_experts_and_exported(tmp_path: Path) -> None:
-    dense = trained(tmp_path, "dense")
-    run = tmp_path / "sparse"
-    more = ["model.num_experts=4", "steps=2", "batch.size=8", "checkpoint.every=2"]
-    assert main(["train", f"run.dir={run}", f"model.init_from={dense}", *more, "launch.nproc=1"]) == 0
-    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    text, cache = tmp_path / "text", f"data.cache={tmp_path / 'cache'}"
+    write_text(text)
+    dense, sparse = tmp_path / "dense", tmp_path / "sparse"
+    words = overrides(dense, text, "steps=1", "batch.micro_size=8", cache)
+    assert world.run(trained, 1, words, fresh=True) == [("completed", 1)]
+    more = [f"model.init_from={dense}", "model.num_experts=4", "parallel.ep=2"]
+    words = overrides(sparse, text, "steps=1", "batch.micro_size=4", "optim.lr=1e-9", cache, *more)
+    words = [word for word in words if not word.startswith("model.") or word in more]
+    assert world.run(trained, 2, words, fresh=True) == [("completed", 1)] * 2
+    after, before = (dict(read_tensors(run / "checkpoints" / "step-00000001")) for run in (sparse, dense))
+    down = before["layers.1.mlp.down.weight"]
+    for expert in after["layers.1.mlp.experts.down_proj"]:
+        torch.testing.assert_close(expert, down, rtol=0, atol=1e-6)
+    assert main(["export", str(sparse), str(tmp_path / "out")]) == 0
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "MixtralForCausalLM"
 
@@ -132,7 +143,7 @@ def test_an_imported_model_with_experts_has_another_family(tmp_path: Path) -> No
         (["model.norm_topk_prob=false"], "have to add up to one: true works"),
         (["model.moe_intermediate_size=20"], "does not divide the 48 channels .* model.moe_intermediate_size=16 does"),
         (["model.moe_intermediate_size=16"], "model.num_experts=4 is no multiple of 3, .*: model.num_experts=6 is"),
-        (["model.moe_intermediate_size=12"], "model.num_experts_per_tok=2 is no multiple of 4.*num_experts_per_tok=4 is"),
+        (["model.moe_intermediate_size=12"], "model.num_experts_per_tok=2 is no multiple of 4.*per_tok=4 is"),
         (["adapter=lora"], "adapter=none trains the experts"),
     ],
 )
