@@ -81,7 +81,7 @@ class Family:
             return _FROM_LISTS[key](parsed)
         found = getattr(parsed, self.names.get(key, key))
         if key in self.needs and not found:
-            raise ValueError(f"config.json: {self.names.get(key, key)}={found}: the decoder has this family with some")
+            raise ValueError(f"config.json: {self.names.get(key, key)}={found}: the decoder has it above 0")
         return float(found) if key in _FACTORS else found
 
     def fits(self, config: ModelConfig) -> bool:
