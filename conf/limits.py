@@ -86,7 +86,7 @@ ZERO_BUBBLE = (
 )  # schedules with a message in `stoker.trainer.validate`
 
 OF_MICRO_BATCHES = ("micro_batch", "batch")  # balance losses with a message in `stoker.models.expert_refusals`
-_WITH_EXPERTS = ("qwen3_moe", "mixtral", "olmoe")  # families
+_WITH_EXPERTS = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3")  # families
 
 LIMITS = (
     _at_least("steps", 1, "a run takes steps"),
@@ -137,6 +137,20 @@ LIMITS = (
     _at_least("model.moe_intermediate_size", 1, "it counts channels"),
     _at_least("model.num_shared_experts", 0, "it counts experts"),
     _at_least("model.first_dense_layers", 0, "it counts layers"),
+    _at_least("model.n_group", 1, "it counts groups"),
+    _at_least("model.topk_group", 1, "it counts groups"),
+    _above_zero("model.routed_scaling_factor", "experts multiplied by 0 compute nothing"),
+    _at_least("model.kv_lora_rank", 1, "it counts channels"),
+    _at_least("model.q_lora_rank", 1, "it counts channels"),
+    _at_least("model.qk_nope_head_dim", 1, "it counts channels"),
+    Limit(
+        "model.qk_rope_head_dim",
+        "an even number above 0",
+        "rotary embeddings rotate pairs of channels",
+        lambda value: value > 0 and value % 2 == 0,
+    ),
+    _at_least("model.v_head_dim", 1, "it counts channels"),
+    _at_least("model.upcycle_noise", 0, "it is a share of initial values"),
     _choice("model.router", "softmax", "sigmoid"),
     _at_least("model.router_bias_rate", 0, "a bias would lead tokens to the experts that have most"),
     _at_least("model.router_aux_loss_coef", 0, "tokens would gather at one expert"),
@@ -312,6 +326,7 @@ LIMITS = (
         lambda value: bool(_SLURM_ARRAY.fullmatch(value)),
     ),
     _at_least("log.every", 1, "it counts steps"),
+    _at_least("log.expert_tokens_every", 0, "it counts steps"),
     _choice("log.progress", "auto", "live", "plain", "none"),
     Limit(
         "profile.steps",

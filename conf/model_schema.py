@@ -31,6 +31,7 @@ class ModelConfig:
     native: bool | None = fixed()  # with init_from: Stoker's own modules (true) or transformers'; default: where equal
     config: Any = fixed()  # for model=transformers: a config.json, its folder or its values; default: init_from's
     init_only: list[str] = fixed([])  # with init_from: take these parameters (`layers.*`) only; default: all
+    upcycle_noise: float = fixed(0.0)  # experts begun as MLPs of init_from: share of usual initial values added to them
     vocab_size: int | None = fixed()  # tokens; default: the tokenizer's
     hidden_size: int = fixed(256)  # channels of the residual stream
     num_hidden_layers: int = fixed(6)  # transformer blocks
@@ -50,6 +51,15 @@ class ModelConfig:
     router_aux_loss_over: str = maths("sequence")  # sequence: what that loss counts the tokens of experts in
     router_z_loss_coef: float = maths(0.0)  # factor of the squared log of the sum of the exponents of router logits
     norm_topk_prob: bool = fixed(True)  # divide the weights of a token's experts by their sum
+    n_group: int = fixed(1)  # groups of equally many experts, of which a token uses those of topk_group (DeepSeek-V3)
+    topk_group: int = fixed(1)  # groups whose experts a token may use: those with the highest two scores together
+    routed_scaling_factor: float = fixed(1.0)  # of the weights of a token's experts
+    kv_lora_rank: int | None = fixed()  # multi-head latent attention: channels that keys and values are made of
+    q_lora_rank: int | None = fixed()  # kv_lora_rank: channels that queries are made of; default: all
+    qk_nope_head_dim: int = fixed(128)  # kv_lora_rank: channels of queries and keys per head without rotary embedding
+    qk_rope_head_dim: int = fixed(64)  # kv_lora_rank: and with it, which the keys of all heads share
+    v_head_dim: int = fixed(128)  # kv_lora_rank: channels of values per head
+    rope_interleave: bool = fixed(True)  # kv_lora_rank: rotary embedding pairs neighbours; false: two halves
     rms_norm_eps: float = fixed(1e-5)  # added to the mean square in RMSNorm
     rope_parameters: RopeParameters = fixed(RopeParameters)
     nope_layers: list[int] = fixed([])  # numbers of the layers without rotary embedding (SmolLM3)

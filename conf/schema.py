@@ -269,6 +269,7 @@ class LaunchConfig:
 @dataclass
 class LogConfig:
     every: int = free(10)  # steps between plain progress lines
+    expert_tokens_every: int = free(100)  # steps between those with each expert's tokens in metrics.jsonl; 0: never
     norms_by_role: bool = free(False)  # the gradient norm of matrices, vectors, embedding and head in metrics.jsonl
     plan: bool | None = free()  # write attempts/K/plan.json where processors idle; default: on GPUs
     progress: str = free("auto")  # auto (live on a terminal) | live | plain | none

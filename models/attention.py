@@ -50,12 +50,25 @@ def attention_context(config: ModelConfig, positions: Tensor, mask: Mask | None)
 
 
 def head_dim_of(config: ModelConfig) -> int:
+    """Channels of a head that rotary embedding turns: all of them, but with latent attention."""
+    if config.kv_lora_rank is not None:
+        return config.qk_rope_head_dim
     return config.head_dim or config.hidden_size // config.num_attention_heads
+
+
+def query_channels(config: ModelConfig) -> int:
+    """Channels of a head of queries and of keys."""
+    return head_dim_of(config) + (0 if config.kv_lora_rank is None else config.qk_nope_head_dim)
+
+
+def value_channels(config: ModelConfig) -> int:
+    """Channels of a head of values."""
+    return head_dim_of(config) if config.kv_lora_rank is None else config.v_head_dim
 
 
 def scale_of(config: ModelConfig) -> float:
     """The factor of the scores of attention."""
-    return head_dim_of(config) ** -0.5 if config.attention_multiplier is None else config.attention_multiplier
+    return query_channels(config) ** -0.5 if config.attention_multiplier is None else config.attention_multiplier
 
 
 class Attention(nn.Module):

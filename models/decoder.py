@@ -1,6 +1,7 @@
 """The decoder: blocks of attention and a SwiGLU MLP, or experts, whole or the part of it that a pipeline stage holds.
 
-As a family it is Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite and OLMo 2.
+As a family it is Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite and OLMo 2, and with experts Qwen3-MoE, Mixtral, OLMoE
+and DeepSeek-V3.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from stoker.models import hugging_face_experts as experts
 from stoker.models.attention import Attention, AttentionContext, AttentionMask, attention_context, cached_mask
 from stoker.models.cache import Cache, LayerCache
 from stoker.models.embedding import Embedding
-from stoker.models.expert_refusals import REFUSALS
 from stoker.models.experts import SparseMlp
 from stoker.models.family import Exported, Family, renamed
 from stoker.models.feed_forward import Mlp, is_sparse
 from stoker.models.flops import flops_per_token
 from stoker.models.hugging_face import changed_config_json, config_json, family_of, reference_name, tensor_name
 from stoker.models.hugging_face_weights import HEAD, StoredTensor, has_own_head, open_weights
+from stoker.models.latent_attention import LatentAttention
+from stoker.models.latent_refusals import REFUSALS
 from stoker.models.loss import Head
+from stoker.models.upcycling import without_experts
 from stoker.parallel.experts import Experts
 from stoker.parallel.experts.balance import count_routed
 from stoker.parallel.model import Constant, Normal, Part
@@ -41,6 +44,10 @@ def _feed_forward(block: nn.Module, config: ModelConfig, number: int) -> Mlp | S
     return sparse
 
 
+def _attention(config: ModelConfig, number: int) -> Attention | LatentAttention:
+    return Attention(config, number) if config.kv_lora_rank is None else LatentAttention(config)
+
+
 def _fed(mlp: Mlp | SparseMlp, x: Tensor, context: AttentionContext) -> Tensor:
     return mlp(x, context.rows, context.seq_len) if isinstance(mlp, SparseMlp) else mlp(x)
 
@@ -51,7 +58,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, number)
+        self.attention = _attention(config, number)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = _feed_forward(self, config, number)
         self.multiplier = config.residual_multiplier
@@ -66,7 +73,7 @@ class PostNormBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
-        self.attention = Attention(config, number)
+        self.attention = _attention(config, number)
         self.attention_post_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = _feed_forward(self, config, number)
         self.mlp_post_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -183,6 +190,9 @@ class DecoderFamily(Family):
                 theirs.warn_untied(folder, HEAD)
                 found["tie_word_embeddings"] = False
         return found
+
+    def without_experts(self, config: ModelConfig) -> ModelConfig | None:
+        return without_experts(config)
 
     def stored(self, config: ModelConfig, found: Mapping[str, StoredTensor], names: Iterable[str]) -> Mapping[str, Any]:
         ours = {tensor_name(name): name for name in names}

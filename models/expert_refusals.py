@@ -6,6 +6,7 @@ from stoker.conf.limits import OF_MICRO_BATCHES
 from stoker.conf.schema import ModelConfig
 from stoker.models.refusals import REFUSALS
 from stoker.parallel.start import Start
+from stoker.parallel.suggestions import around, divisors, either
 
 # Keys of ModelConfig that only models with experts read.
 OF_EXPERTS = (
@@ -20,6 +21,9 @@ OF_EXPERTS = (
     "router_aux_loss_over",
     "router_z_loss_coef",
     "norm_topk_prob",
+    "n_group",
+    "topk_group",
+    "routed_scaling_factor",
 )
 
 
@@ -36,6 +40,19 @@ def _settings_of_no_experts(start: Start) -> str | None:
 
 
 @REFUSALS.entry(
+    "noise of no copies",
+    "model.upcycle_noise without model.init_from or with model.num_experts=0",
+    "no expert begins as a copy",
+)
+def _noise_of_no_copies(start: Start) -> str | None:
+    model = start.config.model
+    if not model.upcycle_noise or (model.init_from is not None and model.num_experts):
+        return None
+    lacks = "model.num_experts=0" if model.init_from is not None else "model.init_from=null"
+    return f"model.upcycle_noise={model.upcycle_noise} with {lacks}: model.upcycle_noise=0.0 works"
+
+
+@REFUSALS.entry(
     "experts of a token", "model.num_experts_per_tok above model.num_experts", "a token uses an expert once"
 )
 def _experts_of_a_token(start: Start) -> str | None:
@@ -45,6 +62,34 @@ def _experts_of_a_token(start: Start) -> str | None:
     return (
         f"model.num_experts_per_tok={used} is more than model.num_experts={experts}: "
         f"model.num_experts_per_tok={experts} works"
+    )
+
+
+@REFUSALS.entry(
+    "groups of experts",
+    "model.n_group that does not divide model.num_experts into groups of two at least, model.topk_group above it, or "
+    "model.num_experts_per_tok above the experts of model.topk_group groups",
+    "a group counts by the highest two scores in it, and a token uses experts of some groups only",
+)
+def _groups_of_experts(start: Start) -> str | None:
+    model = start.config.model
+    experts, groups, chosen = model.num_experts, model.n_group, model.topk_group
+    if min(experts, groups, chosen) < 1:
+        return None
+    if groups > 1 and (experts % groups or experts // groups < 2):
+        fitting = [number for number in divisors(experts) if experts // number >= 2 or number == 1]
+        return (
+            f"model.n_group={groups} does not divide model.num_experts={experts} into groups of two at least: "
+            f"model.n_group={either(around(groups, fitting))} does"
+        )
+    if chosen > groups:
+        return f"model.topk_group={chosen} is more than model.n_group={groups}: model.topk_group={groups} works"
+    size, used = experts // groups, model.num_experts_per_tok
+    if used <= chosen * size or used > experts:
+        return None
+    return (
+        f"model.num_experts_per_tok={used} is more than the {chosen * size} experts of model.topk_group={chosen} of "
+        f"model.n_group={groups} groups: model.topk_group={-(-used // size)} works"
     )
 
 

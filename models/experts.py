@@ -26,6 +26,7 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.chosen, self.kind, self.normalised = config.num_experts_per_tok, config.router, config.norm_topk_prob
+        self.groups, self.scaling = (config.n_group, config.topk_group), config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         bias = torch.zeros(config.num_experts) if config.router_bias else None
         self.register_buffer("bias", bias)  # of the scores in the choice of experts, not in their weights
@@ -40,11 +41,24 @@ class Router(nn.Module):
         ranked = scores.detach()
         if self.bias is not None:
             ranked = ranked + self.bias.float()
-        chosen = ranked.topk(self.chosen, -1).indices
+        chosen = in_groups(ranked, *self.groups).topk(self.chosen, -1).indices
         weights = scores.gather(1, chosen)
         if self.normalised:
             weights = weights / (weights.sum(-1, keepdim=True) + _LEAST_SUM)
-        return chosen, weights, logits, scores
+        return chosen, weights if self.scaling == 1 else weights * self.scaling, logits, scores
+
+
+def in_groups(ranked: Tensor, groups: int, chosen: int) -> Tensor:
+    """`ranked` `[tokens, experts]`, minus infinity but for the experts of so many `chosen` of equal `groups`.
+
+    Those whose two highest scores have the highest sum (DeepSeek-V3, 2.1.2).
+    """
+    if groups == chosen:
+        return ranked
+    by_group = ranked.unflatten(-1, (groups, -1))
+    best = by_group.topk(2, -1).values.sum(-1).topk(chosen, -1).indices
+    left_out = torch.ones(by_group.shape[:2], dtype=torch.bool, device=ranked.device).scatter_(1, best, False)
+    return by_group.masked_fill(left_out[..., None], float("-inf")).flatten(1)
 
 
 class SequenceBalance(TensorLayer, SequenceLayer):

@@ -95,6 +95,10 @@ class Family(ABC):
         """
         raise ValueError("a model with names of its own is built by model.target, which reads no config.json")
 
+    def without_experts(self, config: ModelConfig) -> ModelConfig | None:
+        """The model whose MLPs experts of `config` can begin as (`stoker.models.upcycling`); None: there is none."""
+        return None
+
     def stored(self, config: ModelConfig, found: Mapping[str, StoredTensor], names: Iterable[str]) -> Mapping[str, Any]:
         """The tensors of a model folder, `Readable`, by global name; one that the model lacks keeps its own name."""
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stoker.conf.schema import ModelConfig
-from stoker.models.attention import head_dim_of
+from stoker.models.attention import query_channels, value_channels
 from stoker.models.feed_forward import idle_parameters
 
 
@@ -15,5 +15,6 @@ def flops_per_token(config: ModelConfig, seq_len: int, parameters: int) -> int:
     as if it were not causal.
     """
     looked_up = 0 if config.tie_word_embeddings else (config.vocab_size or 0) * config.hidden_size
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim_of(config) * seq_len
+    of_heads = config.num_attention_heads * (query_channels(config) + value_channels(config))
+    attention = 6 * config.num_hidden_layers * of_heads * seq_len
     return 6 * (parameters - looked_up - idle_parameters(config)) + attention

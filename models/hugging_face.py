@@ -31,8 +31,12 @@ _INNER = {
     "attention": "self_attn",
     "router": "gate",
     "shared": "shared_experts",
+    "q_a_norm": "q_a_layernorm",
+    "kv_a_norm": "kv_a_layernorm",
+    "kv_a": "kv_a_proj_with_mqa",
 }
-_PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+_ROUTER_BIAS, _THEIR_BIAS = "mlp.router.bias", "mlp.gate.e_score_correction_bias"
+_PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down", "q_a", "q_b", "kv_b")
 SHAPE = {  # ours -> theirs, where both mean the same number
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -61,6 +65,7 @@ class Family:
     reads: tuple[str, ...] = ()
     pads: bool = False  # by default with a token that small vocabularies lack
     sparse: bool = False  # with experts
+    needs: tuple[str, ...] = ()  # of `reads`, what is not off
     names: Mapping[str, str] = field(default_factory=dict)  # of `reads` in config.json, where they are others
 
     @property
@@ -72,13 +77,15 @@ class Family:
         """That of the switch `key` in a config of transformers'. Raises ValueError."""
         if key not in self.reads:
             return self.always.get(key, SWITCHES[key])
-        if key in _FROM_LISTS:
+        if key in _FROM_LISTS and key not in self.names:
             return _FROM_LISTS[key](parsed)
         found = getattr(parsed, self.names.get(key, key))
-        return float(found) if key in _MULTIPLIERS else found
+        if key in self.needs and not found:
+            raise ValueError(f"config.json: {self.names.get(key, key)}={found}: the decoder has it above 0")
+        return float(found) if key in _FACTORS else found
 
     def fits(self, config: ModelConfig) -> bool:
-        if self.sparse != (config.num_experts > 0):
+        if self.sparse != (config.num_experts > 0) or not all(getattr(config, key) for key in self.needs):
             return False
         return all(
             getattr(config, key) == self.always.get(key, off)
@@ -94,7 +101,10 @@ _EXPERTS = (
     *("num_experts", "num_experts_per_tok", "num_shared_experts", "first_dense_layers", "router"),
     *("norm_topk_prob", "moe_intermediate_size", "router_bias"),
 )
-SWITCHES = {key: getattr(ModelConfig(), key) for key in (*_SHAPES, *_MULTIPLIERS, *_EXPERTS)}
+_GROUPS = ("n_group", "topk_group", "routed_scaling_factor")
+_LATENTS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave")
+_FACTORS = (*_MULTIPLIERS, "routed_scaling_factor")
+SWITCHES = {key: getattr(ModelConfig(), key) for key in (*_SHAPES, *_MULTIPLIERS, *_EXPERTS, *_GROUPS, *_LATENTS)}
 _CHOICE = ("num_experts", "num_experts_per_tok")
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
@@ -120,6 +130,23 @@ FAMILIES = {
         pads=True,
         sparse=True,
     ),
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM",
+        {"router": "sigmoid", "router_bias": True},
+        (
+            *_CHOICE,
+            *("norm_topk_prob", "moe_intermediate_size", "first_dense_layers", "num_shared_experts"),
+            *_GROUPS,
+            *_LATENTS,
+        ),
+        sparse=True,
+        names={
+            "num_experts": "n_routed_experts",
+            "num_shared_experts": "n_shared_experts",
+            "first_dense_layers": "first_k_dense_replace",
+        },
+        needs=("num_shared_experts", "kv_lora_rank"),
+    ),
 }
 
 
@@ -127,6 +154,8 @@ def tensor_name(name: str) -> str:
     """Hugging Face's name of our parameter `name`: `layers.0.mlp.up.weight` is `model.layers.0.mlp.up_proj.weight`."""
     if name in _OUTER:
         return _OUTER[name]
+    if name.endswith(_ROUTER_BIAS):
+        return f"model.{name.removesuffix(_ROUTER_BIAS)}{_THEIR_BIAS}"
     parts = [f"{part}_proj" if part in _PROJECTIONS else _INNER.get(part, part) for part in name.split(".")]
     return ".".join(["model", *parts])
 
@@ -177,6 +206,8 @@ def config_json(config: ModelConfig, dtype: str, context: int, end_of_document: 
     }
     if FAMILIES[values["model_type"]].pads:
         values["pad_token_id"] = None
+    if "kv_lora_rank" in values:  # of DeepSeek's: without layers that predict further tokens
+        values["num_nextn_predict_layers"] = 0
     return dict(sorted(values.items()))
 
 

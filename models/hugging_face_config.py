@@ -117,6 +117,11 @@ def shape_of(parsed: Any, seq_len: int) -> dict[str, Any]:
     if "sliding_window" in declared:
         _refuse_short_windows(parsed, seq_len)
     found = {ours: getattr(parsed, theirs) for ours, theirs in SHAPE.items()}
+    if "kv_lora_rank" in FAMILIES[family].reads and parsed.num_key_value_heads != parsed.num_attention_heads:
+        raise ValueError(
+            f"{CONFIG}: num_key_value_heads={parsed.num_key_value_heads}: latent attention has as many as "
+            f"num_attention_heads={parsed.num_attention_heads}"
+        )
     return found | {
         "family": family,
         "num_key_value_heads": parsed.num_key_value_heads,

@@ -115,9 +115,9 @@ def _query_groups(start: Start) -> str | None:
 )
 def _head_width(start: Start) -> str | None:
     model = start.config.model
-    if model.head_dim is not None or min(model.num_attention_heads, model.hidden_size) < 1:
-        return None
     heads = model.num_attention_heads
+    if model.head_dim is not None or model.kv_lora_rank is not None or min(heads, model.hidden_size) < 1:
+        return None
     if model.hidden_size % (2 * heads) == 0:
         return None
     return (

@@ -39,6 +39,11 @@ def rotary_tables(positions: Tensor, radians: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
+def in_halves(x: Tensor) -> Tensor:
+    """Channels that are paired with their neighbour, `[..., head_dim]`, in the order that `rotate` pairs."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """`x` `[rows, seq_len, heads, head_dim]` turned by the tables' angles, in fp32 inside."""
     swapped = x.roll(x.shape[-1] // 2, -1)

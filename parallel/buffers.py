@@ -3,7 +3,8 @@
 A buffer may change in every forward. What counts as its value is the one after the last update: that is what is saved
 (while the next forward runs already) and what every rank continues with. Where ranks computed different values, each
 from its sequences, all take those of the first rank, as torch's DistributedDataParallel does, and a warning names it,
-because a run with such buffers depends on its layout.
+because a run with such buffers depends on its layout. Buffers that no forward changes, but an update alone (`add`), are
+equal on all ranks and not compared.
 """
 
 from __future__ import annotations
@@ -52,9 +53,11 @@ def fill_buffers(model: nn.Module, registry: Registry) -> None:
 
 
 class Buffers:
-    """The persistent buffers of this rank's stages."""
+    """The persistent buffers of this rank's stages. Those among `updated` are changed by `add` only."""
 
-    def __init__(self, mesh: Mesh, registry: Registry, stages: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, mesh: Mesh, registry: Registry, stages: Sequence[nn.Module], updated: Iterable[Tensor] = ()
+    ) -> None:
         self._registry, self._device = registry, mesh.device
         self._groups = [group for axis in _AXES if (group := mesh.group(axis)) is not None]
         self._live = {
@@ -73,6 +76,8 @@ class Buffers:
         }
         self._saved = {name: self._value(name).clone() for name in self._live}
         self._next: dict[str, Tensor] = {}
+        places = {id(module.get_buffer(attribute)): name for name, (module, attribute) in self._live.items()}
+        self._updated = {id(buffer): places[id(buffer)] for buffer in updated}
 
     def take_first(self) -> Tensor:
         """Take the first rank's values, for `settle`. A collective. Returns 1 where they are not this rank's, else 0.
@@ -81,22 +86,22 @@ class Buffers:
         """
         differs = torch.zeros((), dtype=torch.float64, device=self._device)
         self._next = {name: self._value(name).clone(memory_format=torch.contiguous_format) for name in self._live}
-        if self._next and self._groups:
-            own = torch.cat([value.view(-1).view(torch.uint8) for value in self._next.values()])
+        updated = set(self._updated.values())
+        compared = [value for name, value in self._next.items() if name not in updated]
+        if compared and self._groups:
+            own = torch.cat([value.view(-1).view(torch.uint8) for value in compared])
             taken = own.clone()
             for group in self._groups:
                 dist.broadcast(taken, group=group, group_src=0)
-            parts = taken.split([value.nbytes for value in self._next.values()])
-            for value, part in zip(self._next.values(), parts, strict=True):
+            parts = taken.split([value.nbytes for value in compared])
+            for value, part in zip(compared, parts, strict=True):
                 value.view(-1).view(torch.uint8).copy_(part)
             differs += (own != taken).any()
         return differs
 
     def add(self, buffer: Tensor, change: Tensor) -> None:
-        """Between `take_first` and `settle`: add `change` to a persistent buffer of a module."""
-        for name, (module, attribute) in self._live.items():
-            if module.get_buffer(attribute) is buffer:
-                self._next[name] += change
+        """Between `take_first` and `settle`: add `change`, equal on all ranks, to one of those that are `updated`."""
+        self._next[self._updated[id(buffer)]] += change
 
     def settle(self, skipped: Tensor) -> None:
         """After an update: keep the settled values, or the values before the step where `skipped` (a flag) is 1."""

@@ -22,7 +22,7 @@ from stoker.parallel.average import Average
 from stoker.parallel.batch import Batch
 from stoker.parallel.buffers import Buffers, fill_buffers
 from stoker.parallel.dtypes import PRECISIONS
-from stoker.parallel.experts.balance import Balance
+from stoker.parallel.experts.balance import Balance, biases
 from stoker.parallel.forward_backward import ForwardBackward, GradientAccumulation
 from stoker.parallel.gpu_clock import GpuClock
 from stoker.parallel.layout import OF_TOKENS, BatchPlan, View
@@ -351,7 +351,7 @@ def build_native(
         numbers = stages_of(mesh.coordinate.pp, mesh.layout.pp, config.parallel.stages_per_rank)
         held = [Stage(number, stage.module, stage) for number, stage in zip(numbers, weights, strict=True)]
         passes = PipelineSchedule(mesh, plan, held, config.parallel.schedule, mask, activations, objective)
-    buffers, sequence = Buffers(mesh, registry, stages), sequence_axis(config, mesh)
+    buffers, sequence = Buffers(mesh, registry, stages, biases(stages)), sequence_axis(config, mesh)
     return NativeEngine(config, mesh, passes, registry, weights, buffers, clock, objective, sequence)
 
 

@@ -25,8 +25,9 @@ from stoker.models.family import build_on_meta, family_of
 from stoker.models.hugging_face import OWN_MODEL
 from stoker.models.hugging_face_weights import open_weights
 from stoker.parallel.model import Role, whole_model
+from stoker.parallel.registry import whole_registry
 from stoker.parallel.sharding import materialise
-from stoker.parallel.shards import PARAMETER, Shard, whole
+from stoker.parallel.shards import BUFFER, PARAMETER, Shard, whole
 from stoker.trainer.memory import available_bytes
 from stoker.trainer.pretrained import imported, init_folder, is_run, load_pretrained
 
@@ -147,10 +148,12 @@ def _our_outputs(config: Config, tokens: Tensor) -> dict[str, Tensor]:
     model = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
     materialise(model, torch.device("cpu"))
     model.rebuild_buffers()  # type: ignore[operator]
-    boxes = {name: whole(tuple(parameter.shape)) for name, parameter in model.named_parameters()}
     shards = [
-        Shard(name, PARAMETER, boxes[name].sizes, boxes[name], parameter.detach())
-        for name, parameter in model.named_parameters()
+        Shard(name, BUFFER, entry.shape, whole(entry.shape), model.get_buffer(name))
+        if entry.buffer
+        else Shard(name, PARAMETER, entry.shape, whole(entry.shape), model.get_parameter(name).detach())
+        for name, entry in whole_registry(model).entries.items()
+        if entry.saved
     ]
     load_pretrained(dataclasses.replace(config, model=dataclasses.replace(config.model, init_only=["*"])), shards)
     modules = {"embedding": _embedding_of(model)}

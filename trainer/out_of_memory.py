@@ -19,6 +19,7 @@ import torch
 from stoker.conf.ramp import unit_rows
 from stoker.conf.reasons import root_cause
 from stoker.conf.schema import Config, ModelConfig
+from stoker.models.attention import query_channels, value_channels
 from stoker.parallel.layout import OF_TOKENS, Layout, batch_plan, layout_of
 from stoker.trainer.memory import available_bytes
 
@@ -102,8 +103,8 @@ def need_of(config: Config, layout: Layout, parameters: int) -> Need:
 def kept_per_token(config: Config, model: ModelConfig, compute: int, tp: int, mode: str) -> float:
     """Bytes that one block keeps of a token for the backward pass, with activation checkpointing in this `mode`."""
     width, heads = model.hidden_size, model.num_attention_heads
-    head = model.head_dim or width // heads
-    queries, keys = heads * head / tp, (model.num_key_value_heads or heads) * head / tp
+    channels = query_channels(model), value_channels(model)
+    queries, keys = heads * channels[0] / tp, (model.num_key_value_heads or heads) * sum(channels) / 2 / tp
     stream = width / (tp if config.parallel.sequence_parallel else 1)  # residuals and norms
     if mode == "full":
         return compute * stream

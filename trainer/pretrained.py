@@ -28,12 +28,14 @@ from stoker.data.tokenizer import ByteTokenizer
 from stoker.data.tokenizer_files import load_kept
 from stoker.models import hugging_face_config as theirs
 from stoker.models.family import BUILT_IN, TRANSFORMERS, Described, OwnFamily, build_on_meta, family_of
+from stoker.models.feed_forward import expert_width
 from stoker.models.hugging_face import FAMILIES, OWN_MODEL
 from stoker.models.hugging_face_weights import open_weights
 from stoker.models.peft_folder import CONFIG as ADAPTER_CONFIG
+from stoker.models.upcycling import Upcycled, upcycling_problem
 from stoker.parallel.dtypes import DTYPE_NAMES, DTYPES
-from stoker.parallel.model import whole_model
-from stoker.parallel.registry import Entry, whole_registry
+from stoker.parallel.model import Constant, Normal, whole_model
+from stoker.parallel.registry import Entry, Registry, whole_registry
 from stoker.parallel.shards import BUFFER, PARAMETER, Shard
 
 log = logging.getLogger(__name__)
@@ -41,23 +43,32 @@ log = logging.getLogger(__name__)
 _KINDS = (PARAMETER, BUFFER)
 _NAMED = 5  # tensors that a message names
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")  # each is in a folder with a tokenizer
-_OURS_ALONE = ("model.init_from", "model.init_only", "model.loss_chunk")  # of a run: not of its model's shape
+# Of a run, not of its model's shape.
+_OURS_ALONE = ("model.init_from", "model.init_only", "model.upcycle_noise", "model.loss_chunk")
 
 
-def adopt_shape(config: Config, overrides: Sequence[str]) -> Config:
+def adopt_shape(config: Config, overrides: Sequence[str], tell: Callable[[str], None] = log.info) -> Config:
     """`config` with the model's shape and tokenizer from `model.init_from`, except for keys that `overrides` set.
 
-    Raises ConfigError for a directory that is neither kind, that cannot be read, that holds an unsupported model, or
-    whose tensors are not those of the resulting model.
+    `tell` takes a line where the model has experts and the directory's has not. Raises ConfigError for a directory that
+    is neither kind, that cannot be read, that holds an unsupported model, or whose tensors are not those of the
+    resulting model.
     """
     folder = init_folder(config)
     try:
         given = {override.key for override in map(parse, overrides)}
         values = _shape(folder, config, own_target="model.target" in given)
         adopted = _with_values(config, {key: value for key, value in values.items() if key not in given})
+        if not values.get("model.num_experts") and _dense(adopted.model) is not None:
+            _refuse_upcycling(adopted)
+            if "model.family" not in given:  # that of the model without experts
+                adopted = _with_values(adopted, {"model.family": None})
+            tell(f"model.init_from={folder} has no experts: {_upcycling_in_words(adopted.model)}")
+        elif adopted.model.upcycle_noise:
+            raise ValueError("this model's experts are no copies of MLPs: model.upcycle_noise=0.0 works")
         if adopted.model.vocab_size is not None:  # else the tokenizer sets it, and the ranks compare
             entries = _entries(adopted.model)
-            with _open(folder, adopted.model, list(entries)) as source:
+            with _source_of(folder, adopted, entries) as source:
                 _refuse_other_tensors(adopted.model, entries, source.tensors)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.init_from={folder}: {error}") from error
@@ -123,7 +134,7 @@ def open_pretrained(config: Config) -> Iterator[Callable[[Sequence[Shard]], None
     folder = weights_folder(config)
     entries = _entries(config.model)
     try:
-        with _open(folder, config.model, list(entries)) as source:
+        with _source_of(folder, config, entries) as source:
             _refuse_other_tensors(config.model, entries, source.tensors)
             wanted = _wanted(config.model, list(entries))
             log.info("initial weights: %d of %d tensors from %s", len(wanted), len(entries), folder)
@@ -189,6 +200,51 @@ class _Source:
 
     tensors: Mapping[str, Described]
     fill: Callable[[Sequence[Shard]], None]
+
+
+@contextmanager
+def _source_of(folder: Path, config: Config, entries: Mapping[str, Entry]) -> Iterator[_Source]:
+    """The tensors of `config`'s model, whose experts are made of MLPs where `folder` holds a model without experts."""
+    model, dense = config.model, _dense(config.model)
+    if dense is not None:
+        with _open(folder, dense, list(_entries(dense))) as source:
+            if Upcycled.begins_dense(model, source.tensors):
+                _refuse_upcycling(config)
+                made = Upcycled(model, config.run.seed, _initial(entries), source.tensors, source.fill)
+                yield _Source(made.tensors(), made.fill)
+                return
+    with _open(folder, model, list(entries)) as source:
+        yield source
+
+
+def _dense(model: ModelConfig) -> ModelConfig | None:
+    """The model whose MLPs the experts of `model` can begin as, unless `model.init_only` leaves experts out."""
+    expert = f"layers.{model.first_dense_layers}.mlp.experts.gate_up_proj"
+    taken = any(fnmatch(expert, pattern) for pattern in model.init_only or ["*"])
+    return family_of(model).without_experts(model) if taken else None
+
+
+def _initial(entries: Mapping[str, Entry]) -> Callable[[str], Normal | Constant]:
+    return Registry(entries.values()).initial
+
+
+def _refuse_upcycling(config: Config) -> None:
+    """Raises ValueError where experts cannot begin as MLPs."""
+    found = upcycling_problem(config.model)
+    if found is None and config.adapter.name != "none":
+        found = (
+            f"with adapter={config.adapter.name} no folder would hold the base: adapter=none trains the experts, and "
+            "`stoker export` makes a folder of them"
+        )
+    if found is not None:
+        raise ValueError(f"this model has no experts, and model.num_experts={config.model.num_experts}: {found}")
+
+
+def _upcycling_in_words(model: ModelConfig) -> str:
+    parts = model.intermediate_size // expert_width(model)
+    part = "the MLP" if parts == 1 else f"one of {parts} parts of the MLP"
+    noise = f", with noise of {model.upcycle_noise} of initial values" if model.upcycle_noise else ""
+    return f"each of {model.num_experts} experts of a layer begins as {part} of that layer{noise}"
 
 
 @contextmanager

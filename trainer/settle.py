@@ -131,7 +131,7 @@ def adopt(request: Request, draft: Draft) -> Draft:
     if draft.stored is None and config.model.init_from is not None:
         from stoker.trainer.pretrained import adopt_shape  # most starts do not need its imports
 
-        config = adopt_shape(config, request.overrides)
+        config = adopt_shape(config, request.overrides, request.tell)
         if config.data.tokenizer != draft.config.data.tokenizer:
             request.tell(f"data.tokenizer={config.data.tokenizer}: the one of model.init_from")
     elif draft.stored is None and config.model.config is not None:

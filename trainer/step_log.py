@@ -16,7 +16,7 @@ from stoker.conf.schema import Config
 from stoker.parallel.update import ControlFlag, StepMetrics, StepResult
 from stoker.trainer.report.observer import StepRecord
 from stoker.trainer.report.observers import Observers
-from stoker.trainer.report.routing import routing_metrics
+from stoker.trainer.report.routing import expert_tokens, routing_metrics
 from stoker.trainer.runtime.outcome import Outcome, Superseded
 from stoker.trainer.runtime.process import Phase, Phases, read_stamps
 from stoker.trainer.runtime.requests import ending_of
@@ -148,6 +148,8 @@ class StepLog:
             scale = {"loss_scale": agreed.loss_scale} if self._scaled else {}
             memory = _memory(agreed.memory_bytes)
             routing = routing_metrics(agreed.routed, self._config)
+            every = self._config.log.expert_tokens_every
+            counted = expert_tokens(agreed.routed, self._config) if every and entry.step % every == 0 else {}
             used = {} if self._arithmetic is None else self._arithmetic.metrics(entry.step_seconds)
             self._observers.step(
                 StepRecord(
@@ -164,6 +166,7 @@ class StepLog:
                     empty=empty,
                     val_loss=entry.val_loss,
                     extra={**entry.extra, **scale, **memory, **used, **agreed.scalars, **routing},
+                    expert_tokens=counted,
                 )
             )
         return agreed.votes

@@ -70,8 +70,10 @@ class TransformersFamily(Family):
         held = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
         looked_up = 0 if text.tie_word_embeddings else causal.get_input_embeddings().weight.numel()
         heads = getattr(text, "num_attention_heads", 1)
-        width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-        return round(6 * (parameters - looked_up - held + used)) + 12 * len(layers) * width * seq_len
+        channels = getattr(text, "head_dim", None) or text.hidden_size // heads
+        if getattr(text, "kv_lora_rank", None):  # latent attention: those of queries and of values
+            channels = (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim) / 2
+        return round(6 * (parameters - looked_up - held + used) + 12 * len(layers) * heads * channels * seq_len)
 
     def shape(self, folder: Path, seq_len: int) -> dict[str, Any]:
         values = theirs.own_values(folder)

@@ -7,6 +7,7 @@ row-parallel one leaves it: transformers' modules have no common way in.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from stoker.models.embedding import lookup
 from stoker.models.transformers_family.conv1d import ColumnConv1D, FusedHeads, RowConv1D
 from stoker.models.transformers_family.packed import packed_entry
 from stoker.models.transformers_family.plans import own_plan
+from stoker.parallel.experts import Experts
 from stoker.parallel.model import Role
 from stoker.parallel.registry import Entry, Piece
 from stoker.parallel.shards import whole
@@ -170,6 +172,27 @@ class _Experts(TensorLayer):
         return leave(out, self.axis)
 
 
+class _GroupedExperts(Experts):
+    """`moe_tp_experts` of experts that compute what Stoker's do, which expert parallelism can divide too."""
+
+    def cut(self, axis: TensorAxis) -> list[Entry]:
+        return super().cut(dataclasses.replace(axis, experts=True))
+
+
+def _are_grouped(module: Any) -> bool:
+    """Whether experts of transformers' are SwiGLU networks without biases, whose matrices are stacked as Stoker's."""
+    flags = {"is_transposed": False, "is_concatenated": True, "has_bias": False, "has_gate": True}
+    flags["has_post_expert_norm"] = False
+    names = {name for name, _ in module.named_parameters()}
+    gate = getattr(type(module), "_apply_gate", None)
+    return (
+        all(getattr(module, flag, None) is value for flag, value in flags.items())
+        and names == {"gate_up_proj", "down_proj"}
+        and type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+        and getattr(gate, "__name__", "") == "_default_apply_gate"
+    )
+
+
 class _CountedHeads(TensorLayer):
     """An attention that shapes its projections by a number of heads: on a rank, by that of the rank."""
 
@@ -245,6 +268,10 @@ def _latent(module: Any, name: str, config: Any, own: Mapping[str, str]) -> None
 
 
 def _experts(module: Any, name: str, config: Any, own: Mapping[str, str]) -> None:
+    if _are_grouped(module):
+        _mix_in(module, _GroupedExperts)
+        module.describe(*module.down_proj.shape)
+        return
     _mix_in(module, _Experts)
     module.styles = dict(own)
 

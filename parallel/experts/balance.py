@@ -30,7 +30,7 @@ class RoutedLayer(nn.Module):
     latest: tuple[Tensor, Tensor] | None = None
     routed: Tensor  # int64 [experts], tokens of this rank in the step so far
     losses: Tensor  # float64 [2], of them
-    loss_factor: Tensor  # fp32 scalar, what the loss of the model is multiplied by
+    loss_factor: Tensor  # fp32 scalar, what the loss of the model is multiplied by: one for all layers of a `Balance`
 
     def __init__(self, experts: int) -> None:
         super().__init__()
@@ -91,11 +91,14 @@ class Balance:
         # Without sequence parallelism all tensor-parallel ranks route the same tokens.
         self._reports = mesh.coordinate.tp == 0 or config.parallel.sequence_parallel
         self._own = {number: layer for stage in stages for number, layer in _numbered(stage)} if self._experts else {}
+        self._loss_factor = torch.ones((), device=mesh.device)
+        for layer in self._own.values():
+            layer.loss_factor = self._loss_factor
 
     def begin(self, factor: Tensor) -> None:
         """Before a forward pass of training, of losses that are multiplied by `factor` (fp32 scalar)."""
-        for layer in self._own.values():
-            layer.loss_factor.copy_(factor)
+        if self._own:
+            self._loss_factor.copy_(factor)
 
     def message(self) -> Tensor | None:
         """What this rank adds to the step's message: float64, None for a model without experts."""
@@ -119,6 +122,12 @@ class Balance:
             if layer.bias is not None:
                 wanted = counts[number].mean()
                 yield layer.bias, (wanted - counts[number]).sign().float() * self._rate
+
+
+def biases(stages: Sequence[nn.Module]) -> list[Tensor]:
+    """The buffers of `stages` that only `Balance.changes` move, and so alike on all ranks."""
+    layers = (layer for stage in stages for layer in stage.modules() if isinstance(layer, RoutedLayer))
+    return [layer.bias for layer in layers if layer.bias is not None]
 
 
 def _numbered(stage: nn.Module) -> Iterator[tuple[int, RoutedLayer]]:

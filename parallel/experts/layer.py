@@ -31,9 +31,13 @@ class Experts(TensorLayer):
 
     def __init__(self, num: int, width: int, hidden: int) -> None:
         super().__init__()
-        self.num, self.hidden = num, hidden
         self.gate_up_proj = nn.Parameter(torch.empty(num, 2 * hidden, width))  # gate, then up
         self.down_proj = nn.Parameter(torch.empty(num, width, hidden))
+        self.describe(num, width, hidden)
+
+    def describe(self, num: int, width: int, hidden: int) -> None:
+        """The sizes of the whole layer."""
+        self.num, self.hidden = num, hidden
         self.fused = {"gate_up_proj": (1, (hidden, hidden)), "down_proj": (1, (width,))}  # matrices of an expert
 
     def cut(self, axis: TensorAxis) -> list[Entry]:

@@ -14,6 +14,18 @@ SCALED = {
     "original_max_position_embeddings": 64,
 }
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENTS = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama with scaled rotary": ("Llama", {"rope_parameters": SCALED}),
@@ -37,6 +49,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe with a dense layer": ("Qwen3Moe", {"head_dim": 16, **EXPERTS, "mlp_only_layers": [0]}),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 3, "pad_token_id": None}),
+    "deepseek_v3": ("DeepseekV3", {**LATENTS, "q_lora_rank": 24, "v_head_dim": 10}),
+    "deepseek_v3 without a latent of queries": (
+        "DeepseekV3",
+        {**LATENTS, "q_lora_rank": None, "v_head_dim": 20, "rope_interleave": False, "n_group": 1, "topk_group": 1},
+    ),
     "tied qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
 }
 VOCABULARY = 320  # of the byte tokenizer
@@ -65,6 +82,9 @@ def write_family(folder: Path, case: str, dtype: str = "float32", **changes: Any
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)  # norms and biases: nothing hides behind a one
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.2)
     model = model.to(getattr(torch, dtype)).eval()
     model.save_pretrained(folder)
     return model

@@ -180,3 +180,10 @@ def test_flops_are_six_per_multiplying_parameter_and_attention_over_the_row() ->
     count = parameter_count(tied)
     assert flops_per_token(tied, 128, count) == 6 * count + attention
     assert flops_per_token(untied, 128, parameter_count(untied)) == 6 * count + attention
+
+
+def test_scores_and_values_of_latent_attention_count_by_their_own_widths() -> None:
+    widths = {"qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 14}
+    config = shape(tie_word_embeddings=True, num_key_value_heads=None, kv_lora_rank=8, **widths)
+    count, heads = parameter_count(config), config.num_attention_heads
+    assert flops_per_token(config, 128, count) == 6 * count + 6 * 3 * heads * (6 + 4 + 14) * 128

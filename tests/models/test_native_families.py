@@ -25,7 +25,8 @@ from stoker.parallel.shards import Chunk, whole
 from tests.models.families import VOCABULARY, write_family
 from tests.models.tiny import gradients, shape
 
-CASES = ["smollm3", "granite", "olmo2", "qwen3_moe", "qwen3_moe with a dense layer", "mixtral", "olmoe"]
+LATENTS = ["deepseek_v3", "deepseek_v3 without a latent of queries"]
+CASES = ["smollm3", "granite", "olmo2", "qwen3_moe", "qwen3_moe with a dense layer", "mixtral", "olmoe", *LATENTS]
 DOCUMENTS = [[7, 9, 4], [1, 12, 7], [20]]  # lengths, by row
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -37,14 +38,20 @@ def imported(folder: Path) -> tuple[ModelConfig, Decoder]:
     config = ModelConfig(**found, rope_parameters=RopeParameters(**rope), loss_chunk=7)
     model = build(config, whole_model(config.num_hidden_layers))
     assert isinstance(model, Decoder)
-    parameters = dict(model.named_parameters())
+    held = tensors_of(model)
     with open_weights(folder) as tensors, torch.no_grad():
-        stored = build.stored(config, tensors, parameters)
-        assert set(stored) == set(parameters)
-        for name, parameter in parameters.items():
-            assert stored[name].shape == tuple(parameter.shape), name
-            parameter.copy_(stored[name].read(whole(tuple(parameter.shape))))
+        stored = build.stored(config, tensors, held)
+        assert set(stored) == set(held)
+        for name, tensor in held.items():
+            assert stored[name].shape == tuple(tensor.shape), name
+            tensor.copy_(stored[name].read(whole(tuple(tensor.shape))))
     return config, model
+
+
+def tensors_of(model: Decoder) -> dict[str, Tensor]:
+    """What a folder holds: parameters and persistent buffers, live."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    return {name: parameter.detach() for name, parameter in model.named_parameters()} | buffers
 
 
 def exported(config: ModelConfig, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -93,7 +100,7 @@ def test_logits_and_gradients_are_those_of_transformers_on_each_document(case: s
 def test_what_comes_from_a_folder_goes_back_bit_for_bit(case: str, tmp_path: Path) -> None:
     reference = write_family(tmp_path, case)
     config, model = imported(tmp_path)
-    weights = exported(config, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    weights = exported(config, tensors_of(model))
     with open_weights(tmp_path) as found:
         assert weights.keys() == found.keys()
         for name, tensor in found.items():
@@ -126,6 +133,10 @@ def test_what_comes_from_a_folder_goes_back_bit_for_bit(case: str, tmp_path: Pat
         ({"num_experts": 4}, "mixtral"),
         ({"num_experts": 4, "qk_norm": True, "first_dense_layers": 1}, "qwen3_moe"),
         ({"num_experts": 4, "qk_norm": True, "qk_norm_over": "projection", "norm_topk_prob": False}, "olmoe"),
+        (
+            {"num_experts": 4, "router": "sigmoid", "router_bias": True, "num_shared_experts": 1, "kv_lora_rank": 8},
+            "deepseek_v3",
+        ),
     ],
 )
 def test_a_model_from_scratch_is_exported_as_the_family_that_has_its_switches(
@@ -141,15 +152,19 @@ def test_a_mixture_that_no_architecture_has_is_not_exported() -> None:
         family_of(shape(family="qwen2", nope_layers=[1]))
     with pytest.raises(ValueError, match=r"model.family=qwen2 does not have model.qkv_bias=False: llama"):
         family_of(shape(family="qwen2"))
+    with pytest.raises(
+        ValueError, match=r"no architecture of Hugging Face.s has model.num_experts=4 with .*router=sigmoid"
+    ):
+        family_of(shape(num_experts=4, router="sigmoid", router_bias=True, num_shared_experts=1))
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("case", ["qwen3_moe", "mixtral", "deepseek_v3"])
 def test_stacked_experts_are_read_as_those_in_a_file_for_each(case: str, tmp_path: Path) -> None:
     reference = write_family(tmp_path / "apart", case)
     reference.save_pretrained(tmp_path / "stacked", save_original_format=False)
     (_, apart), (_, stacked) = imported(tmp_path / "apart"), imported(tmp_path / "stacked")
     with open_weights(tmp_path / "stacked") as found:
-        assert "model.layers.0.mlp.experts.gate_up_proj" in found
+        assert "model.layers.1.mlp.experts.gate_up_proj" in found
     for name, value in stacked.named_parameters():
         assert torch.equal(value, apart.get_parameter(name)), name
 
@@ -176,6 +191,27 @@ def test_a_missing_expert_and_one_of_another_shape_are_named(tmp_path: Path) -> 
             build.stored(config, others, names)
         with pytest.raises(ValueError, match=r"layers.1.mlp.experts.3.up_proj.weight is F32 \(32, 48\), and"):
             build.stored(config, {**found, lost: found[lost.replace("w3", "w2")]}, names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2: latent attention has as many as num_attention_heads=4"),
+        ({"n_shared_experts": 0}, "n_shared_experts=0"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+            "rope_type='yarn': known are default and llama3",
+        ),
+    ],
+)
+def test_latent_attention_that_the_decoder_does_not_compute_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_family(tmp_path, "deepseek_v3")
+    (tmp_path / "config.json").write_text(json.dumps(json_of(tmp_path) | changes))
+    with pytest.raises(ValueError, match=message):
+        build.shape(tmp_path, 64)
 
 
 def json_of(folder: Path) -> Any:

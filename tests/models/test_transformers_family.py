@@ -78,6 +78,21 @@ def test_ranks_that_share_sequences_train_a_model_of_transformers_alike(start: i
     assert_the_same_training([*SOME, *OTHERS][start : start + 6], tmp_path, SHARING)
 
 
+EXPERTS = ["mixtral", "qwen3_moe", "deepseek_v2", "olmoe", "qwen2_moe", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("kinds", [EXPERTS[:1], pytest.param(EXPERTS[1:], marks=pytest.mark.long)], ids=len)
+def test_ranks_that_share_experts_train_a_model_of_transformers_alike(kinds: list[str], tmp_path: Path) -> None:
+    layouts = {"ep 2": Layout(dp_shard=2, zero=3, ep=2), "ep 2, ZeRO 0": Layout(dp_replicate=2, ep=2)}
+    assert_the_same_training(kinds, tmp_path, layouts if len(kinds) == 1 else {"ep 2": layouts["ep 2"]})
+
+
+def test_experts_that_compute_otherwise_are_not_shared(tmp_path: Path) -> None:
+    world.run(classes.write_references, 2, tmp_path, {"gpt_oss": True})
+    found = world.run(classes.train, 2, tmp_path, ["gpt_oss"], Layout(dp_shard=2, zero=3, ep=2))
+    assert "has no experts to share over 2 ranks" in str(classes.gathered(found, "gpt_oss"))
+
+
 def test_context_parallelism_is_refused_where_tokens_meet_in_other_layers_and_by_heads() -> None:
     assert "takes no positions" in str(refusal("bloom", Layout(cp=2))) or "tokens meet" in str(
         refusal("bloom", Layout(cp=2))

@@ -137,7 +137,7 @@ def config_of(kind: str, layout: Layout, **changes: Any) -> Config:
     config.parallel = ParallelConfig(
         tp=layout.tp, pp=layout.pp, zero=layout.zero, sequence_parallel=False, dp_replicate=layout.dp_replicate
     )
-    config.parallel.cp = layout.cp
+    config.parallel.cp, config.parallel.ep = layout.cp, layout.ep
     if layout.cp > 1 and layout.zero == 0:
         config.activation_checkpointing = "full"
     for key, value in changes.items():

@@ -31,6 +31,31 @@ OF_EXPERTS = {
     "settings of no experts": [
         (["model.router=sigmoid", "model.num_shared_experts=1"], 1, 0, "model.num_experts=8 has experts"),
     ],
+    "noise of no copies": [
+        (["model.num_experts=4", "model.upcycle_noise=0.1"], 1, 0, "model.init_from=null: model.upcycle_noise=0.0"),
+    ],
+    "groups of experts": [
+        (["model.num_experts=8", "model.n_group=3"], 1, 0, "model.n_group=2 or 4 does"),
+        (["model.num_experts=8", "model.topk_group=2"], 1, 0, "more than model.n_group=1: model.topk_group=1 works"),
+        (
+            ["model.num_experts=8", "model.n_group=4", "model.num_experts_per_tok=3"],
+            1,
+            0,
+            "the 2 experts of model.topk_group=1 of model.n_group=4 groups: model.topk_group=2 works",
+        ),
+    ],
+    "settings of no latent attention": [
+        (["model.q_lora_rank=8", "model.v_head_dim=8"], 1, 0, "model.kv_lora_rank=512 has latent attention"),
+    ],
+    "latent attention": [
+        (
+            ["model.kv_lora_rank=8", "model.qk_norm=true", "model.num_key_value_heads=2"],
+            1,
+            0,
+            "model.num_key_value_heads=2: model.qk_norm=false model.num_key_value_heads=null works",
+        ),
+        (["model.kv_lora_rank=8", "model.head_dim=16"], 1, 0, "model.head_dim=null works"),
+    ],
     "experts of a token": [
         (["model.num_experts=4", "model.num_experts_per_tok=5"], 1, 0, "model.num_experts_per_tok=4 works"),
     ],

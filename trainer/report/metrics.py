@@ -33,6 +33,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "data_seconds"), _NUMBER),
     **dict.fromkeys(("skipped", "empty"), (bool, int)),
     **dict.fromkeys(("val_loss", "train_loss"), _NUMBER),
+    "expert_tokens": (dict,),
 }
 _encode = json.JSONEncoder(allow_nan=False).encode
 
@@ -136,6 +137,8 @@ def as_dict(record: StepRecord) -> dict[str, Any]:
     for key, value in record.extra.items():
         assert key not in values, f"extra metric {key!r} has the name of a metric of every step"
         values[key] = value
+    if record.expert_tokens:
+        values["expert_tokens"] = {str(layer): own for layer, own in record.expert_tokens.items()}
     nonfinite = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
     if nonfinite:
         values |= dict.fromkeys(nonfinite) | {"nonfinite": nonfinite}

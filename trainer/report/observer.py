@@ -26,6 +26,7 @@ class StepRecord:
     empty: bool = False  # skipped as no token of the batch was a label; its loss is nan
     val_loss: float | None = None  # nats per valid token, at the steps that evaluate
     extra: Mapping[str, float] = field(default_factory=dict)  # more numbers for metrics.jsonl and trackers
+    expert_tokens: Mapping[int, list[int]] = field(default_factory=dict)  # of each expert by layer, at some steps
 
 
 class CheckpointReport(Protocol):

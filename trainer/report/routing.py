@@ -20,9 +20,7 @@ def routing_metrics(routed: Sequence[float], config: Config) -> dict[str, float]
     layers without a token; layer and number of the first. `dropped_tokens`: by how many the choices computed in any
     layer are fewer than in another. `rank_load`: as `expert_load`, of the busiest rank of an expert group.
     """
-    experts = config.model.num_experts
-    counts = [list(routed[start : start + experts]) for start in range(0, len(routed) - len(_LOSSES), experts or 1)]
-    layers = {number: own for number, own in enumerate(counts) if any(own)}
+    experts, layers = config.model.num_experts, expert_tokens(routed, config)
     if not layers:
         return {}
     total = max(map(sum, layers.values()))
@@ -46,6 +44,13 @@ def routing_metrics(routed: Sequence[float], config: Config) -> dict[str, float]
     tokens = total / config.model.num_experts_per_tok
     sums = dict(zip(_LOSSES, routed[-len(_LOSSES) :], strict=True))
     return found | {name: value / tokens for name, value in sums.items() if value}
+
+
+def expert_tokens(routed: Sequence[float], config: Config) -> dict[int, list[int]]:
+    """Of `StepMetrics.routed` the tokens of each expert by layer, of the layers that have experts."""
+    experts = config.model.num_experts
+    counts = [list(map(int, routed[at : at + experts])) for at in range(0, len(routed) - len(_LOSSES), experts or 1)]
+    return {number: own for number, own in enumerate(counts) if any(own)}
 
 
 def _entropy(counts: Sequence[float]) -> float:

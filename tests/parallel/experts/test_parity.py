@@ -10,11 +10,12 @@ import pytest
 
 from stoker.conf.schema import Config
 from stoker.parallel.layout import Layout
+from stoker.parallel.shards import GRADIENT
 from tests import world
 from tests.extent import some
-from tests.parallel.experts.sparse import EXPERTS
-from tests.parallel.parity import ROWS, STEPS, Case, assert_same, train
-from tests.parallel.reference import Trace, one_process
+from tests.parallel.experts.sparse import CHOICES, EXPERTS
+from tests.parallel.parity import ROWS, STEPS, Case, Measured, assert_same, train
+from tests.parallel.reference import Trace, assemble, one_process
 from tests.parallel.test_expert_models import matrices
 
 
@@ -29,12 +30,18 @@ class Sparse:
     recomputed: str = "none"
     dense: bool = False  # the first layer
     experts: int = EXPERTS
+    choices: int = CHOICES
     compiled: bool = False
 
     def config(self, layout: Layout) -> Config:
         config = self.case.config(layout)
         config.model.target = "tests.parallel.experts.sparse:build"
-        config.model.args = {"skew": self.skew, "dense": self.dense, "experts": self.experts}
+        config.model.args = {
+            "skew": self.skew,
+            "dense": self.dense,
+            "experts": self.experts,
+            "choices": self.choices,
+        }
         config.compile = self.compiled
         config.parallel.ep, config.parallel.token_dispatcher = layout.ep, self.dispatcher
         config.parallel.expert_tp = self.expert_tp
@@ -43,16 +50,19 @@ class Sparse:
 
 
 @cache
-def expected(skew: float, dense: bool, experts: int, optimizer: str) -> Trace:
-    alone = Sparse(Case(1, optimizer=optimizer), skew=skew, dense=dense, experts=experts)
+def expected(skew: float, dense: bool, experts: int, choices: int, optimizer: str) -> Trace:
+    alone = Sparse(Case(1, optimizer=optimizer), skew=skew, dense=dense, experts=experts, choices=choices)
     return one_process(alone.config(Layout()), STEPS)
 
 
-def assert_parity(layout: Layout, chosen: list[Sparse]) -> None:
+def assert_parity(layout: Layout, chosen: list[Sparse]) -> list[tuple[Measured, ...]]:
+    """What the ranks measured, of each of `chosen`."""
     measured = world.run(train, layout.world, [sparse.config(layout) for sparse in chosen], timeout=240.0)
-    for sparse, ranks in zip(chosen, zip(*measured, strict=True), strict=True):
-        wanted = expected(sparse.skew, sparse.dense, sparse.experts, sparse.case.optimizer)
+    found = list(zip(*measured, strict=True))
+    for sparse, ranks in zip(chosen, found, strict=True):
+        wanted = expected(sparse.skew, sparse.dense, sparse.experts, sparse.choices, sparse.case.optimizer)
         assert_same(f"{layout}, {sparse}", ranks, wanted, 1e-6 if sparse.case.optimizer == "sgd" else 1e-4)
+    return found
 
 
 def layouts() -> Iterator[Layout]:
@@ -68,6 +78,17 @@ def layouts() -> Iterator[Layout]:
         yield Layout(1, 4, zero=zero, ep=2)  # which ZeRO shards
     yield Layout(4, ep=2)
     yield Layout(1, 2, cp=2, zero=3, ep=2)
+    for ep in (2, 4, 8):  # of eight ranks
+        yield Layout(8, ep=ep)
+        for zero in (1, 2, 3):
+            yield Layout(1, 8, zero=zero, ep=ep)
+            if ep < 8:
+                yield Layout(2, 4, zero=zero, ep=ep)
+    for zero in (1, 2, 3):
+        yield Layout(1, 2, 2, 2, zero=zero, ep=2)
+        yield Layout(2, 2, 2, zero=zero, ep=2)
+        yield Layout(1, 2, pp=2, cp=2, zero=zero, ep=2)
+        yield Layout(1, 2, 2, zero=zero, cp=2, ep=4)
 
 
 def cases(layout: Layout, turn: int) -> list[Sparse]:
@@ -108,6 +129,19 @@ def test_every_layout_computes_what_one_process_computes(layout: Layout, turn: i
 @pytest.mark.parametrize(("layout", "turn"), [turn for turn in TURNS if turn[0].world == 8], ids=str)
 def test_eight_ranks_compute_what_one_process_computes(layout: Layout, turn: int) -> None:
     assert_parity(layout, cases(layout, turn))
+
+
+@pytest.mark.parametrize("zero", [0, pytest.param(3, marks=pytest.mark.long)])
+def test_all_tokens_to_one_expert_leave_the_others_a_gradient_of_zero(zero: int) -> None:
+    """The second rank of two computes no token."""
+    layout = Layout(1, 2, zero=zero, ep=2) if zero else Layout(2, ep=2)
+    one = [Sparse(Case(4), dispatcher, skew=30.0, choices=1) for dispatcher in ("alltoall", "allgather")]
+    for sparse, ranks in zip(one, assert_parity(layout, one), strict=True):
+        gradients = assemble([rank.gradients for rank in ranks], GRADIENT)
+        of_experts = {name: value for name, value in gradients.items() if ".experts." in name}
+        assert len(of_experts) == 2 * 4, "no gradient is missing"
+        for name, value in of_experts.items():
+            assert value[0].any() and not value[1:].any(), f"{sparse}: {name}"
 
 
 @pytest.mark.long

@@ -43,6 +43,17 @@ def test_a_line_holds_what_other_tools_depend_on(tmp_path):
     assert first["val_loss"] == 2.5 and first["loss_scale"] == 65536.0 and first["skipped"] is False
 
 
+def test_tokens_of_experts_are_an_object_by_layer(tmp_path):
+    metrics = opened(tmp_path / "m")
+    many = {layer: [1_000_000 + expert for expert in range(256)] for layer in range(3, 61)}
+    metrics.step(record(1, expert_tokens={2: [3, 0], 10: [1, 2]}))
+    metrics.step(record(2, expert_tokens=many))
+    first, second = read(tmp_path / "m")
+    assert first["expert_tokens"] == {"2": [3, 0], "10": [1, 2]}
+    assert second["expert_tokens"]["60"] == many[60], "a line that readers of the file take"
+    assert last_step(tmp_path / "m") == 2
+
+
 def test_a_step_is_in_the_file_when_step_returns(tmp_path):
     metrics = opened(tmp_path / "m")
     metrics.step(record(1))

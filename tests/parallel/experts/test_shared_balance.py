@@ -1,0 +1,59 @@
+"""Counts and biases of experts that ranks share: those of one process, to the last bit."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from stoker.conf.schema import Config
+from stoker.parallel.layout import Layout
+from tests import world
+from tests.extent import some
+from tests.parallel.parity import Case
+from tests.parallel.test_expert_balance import ALONE, Seen, assert_same_routes, config_of, train
+
+EXPERTS = 8
+TWO = Layout(dp_shard=2, zero=3, ep=2)
+FOUR = [
+    Layout(dp_shard=4, zero=1, ep=4),
+    Layout(dp_shard=2, tp=2, zero=3, ep=2),
+    Layout(dp_replicate=2, dp_shard=2, zero=2, ep=2),
+    Layout(dp_replicate=2, tp=2, ep=2),
+    Layout(dp_replicate=4, ep=4),
+    Layout(dp_shard=2, pp=2, zero=1, ep=2),
+    Layout(dp_shard=2, cp=2, zero=3, ep=4),
+]
+FORMS = list(itertools.product((1, 2, 4), ("none", "full", "selective")))  # micro-batches, recomputed activations
+
+
+def shared(case: Case, layout: Layout, checkpointing: str, dispatcher: str = "alltoall") -> Config:
+    config = config_of(case, layout, checkpointing)
+    config.model = replace(config.model, num_experts=EXPERTS)
+    config.parallel.token_dispatcher = dispatcher
+    return config
+
+
+@cache
+def alone() -> Seen:
+    (seen,) = world.run(train, 1, shared(*ALONE))
+    return seen
+
+
+def assert_routes(layout: Layout, forms: list[tuple[int, str]]) -> None:
+    """The ways of sending tokens take turns."""
+    for turn, (micro, checkpointing) in enumerate(forms):
+        config = shared(Case(micro), layout, checkpointing, ("alltoall", "allgather")[turn % 2])
+        assert_same_routes(f"{layout}, {micro}, {checkpointing}", world.run(train, layout.world, config), alone())
+
+
+def test_two_ranks_count_and_move_biases_as_one_process() -> None:
+    assert_routes(TWO, some([(4, "none"), *FORMS], 10))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("turn", "layout"), some(list(enumerate(FOUR)), 3), ids=str)
+def test_every_layout_counts_and_moves_biases_as_one_process(turn: int, layout: Layout) -> None:
+    assert_routes(layout, some(FORMS[turn:] + FORMS[:turn], 9))
