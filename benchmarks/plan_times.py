@@ -2,9 +2,10 @@
 
     python benchmarks/plan_times.py [--machine machine.json] [--model tiny] [--rows 8] [--seq-len 128] [--rounds 5] ...
 
-Predictions go by this machine's own rates: those of a `machine.json` that `stoker probe` wrote for the same model and
-precision on two ranks, made here if none is given. Measured is the median of several turns of each layout, in processes
-of its own. Goal: every layout within 25%, and the one that is predicted to be fastest within 10% of the fastest.
+Predictions go by this machine's own rates: those that `stoker probe --quick` finds for the same model and precision on
+two ranks, or those of a given `machine.json`. Each round probes and then runs every layout in processes of its own, as
+a shared machine is now faster and now slower; predicted and measured are medians over the rounds. Goal: every layout
+within 25%, and the one that is predicted to be fastest within 10% of the fastest.
 """
 
 from __future__ import annotations
@@ -40,32 +41,41 @@ LAYOUTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--machine", help="of `stoker probe`; default: measured now, with --quick")
+    parser.add_argument("--machine", help="of `stoker probe`; default: measured in each round, with --quick")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--micro", type=int, default=2, help="rows of a micro-batch")
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3, help="of a layout in a round")
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        device = device_named(options.machine or _probed(Path(folder) / "machine.json", options))
-    print("| layout | predicted | measured (range) | measured / predicted |\n| --- | --- | --- | --- |", flush=True)
-    found = {}
-    for name, parallel in LAYOUTS.items():
-        config = _config(parallel, options)
-        times = make_plan(config, RANKS, Machine("cpu", device), Asked()).times
-        if times is None:
-            sys.exit(f"{options.machine} has no rates in {options.precision}")
-        seconds = run(_measured, config, RANKS, options)[0]
-        found[name] = times.step.total, statistics.median(seconds)
-        ranged = f"{found[name][1]:.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"
-        print(f"| {name} | {found[name][0]:.3f} s | {ranged} | {found[name][1] / found[name][0]:.2f} |", flush=True)
-    worst = max(max(seen / said, said / seen) for said, seen in found.values())
+    said: dict[str, list[float]] = {name: [] for name in LAYOUTS}
+    seen: dict[str, list[float]] = {name: [] for name in LAYOUTS}
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            device = device_named(options.machine or _probed(Path(folder) / "machine.json", options))
+        for name, parallel in LAYOUTS.items():
+            config = _config(parallel, options)
+            times = make_plan(config, RANKS, Machine("cpu", device), Asked()).times
+            if times is None:
+                sys.exit(f"{options.machine} has no rates in {options.precision}")
+            said[name].append(times.step.total)
+            seen[name].append(statistics.median(run(_measured, config, RANKS, options)[0]))
+    found = {name: (statistics.median(said[name]), statistics.median(seen[name])) for name in LAYOUTS}
+    print("| layout | predicted (range) | measured (range) | measured / predicted |\n| --- | --- | --- | --- |")
+    for name, (predicted, measured) in found.items():
+        cells = [_ranged(predicted, said[name]), _ranged(measured, seen[name]), f"{measured / predicted:.2f}"]
+        print(f"| {name} | {' | '.join(cells)} |")
+    worst = max(max(measured / predicted, predicted / measured) for predicted, measured in found.values())
     first = min(found, key=lambda name: found[name][0])
-    over = found[first][1] / min(seen for _, seen in found.values())
+    over = found[first][1] / min(measured for _, measured in found.values())
     print(f"\nworst: off by a factor of {worst:.2f}; ranked first: {first}, {over:.2f} of the fastest measured")
+
+
+def _ranged(middle: float, values: list[float]) -> str:
+    return f"{middle:.3f} s ({min(values):.3f} to {max(values):.3f})"
 
 
 def _config(parallel: ParallelConfig, options: argparse.Namespace) -> Config:
@@ -91,7 +101,7 @@ def _measured(config: Config, mesh: Mesh, options: argparse.Namespace) -> list[f
     keep_freed_memory()
     side, rows = Stoker(config, mesh), batches(config, mesh)
     steps_of(side, rows, 2)
-    return [turn_of(side, rows, options.steps, mesh.device).seconds for _ in range(options.rounds)]
+    return [turn_of(side, rows, options.steps, mesh.device).seconds for _ in range(options.turns)]
 
 
 if __name__ == "__main__":

@@ -29,6 +29,10 @@ class Measured:
     link_seconds: float | None = None  # to start a message
     network_gb_s: float | None = None  # of a ring of several machines' ranks
     network_seconds: float | None = None
+    link_kinds: dict[str, Any] = field(default_factory=dict)  # [GB/s, seconds to start] by kind of message
+    network_kinds: dict[str, Any] = field(default_factory=dict)
+    passes: float | None = None  # seconds of the model's own passes by those that the rates of their parts add up to
+    call_seconds: float | None = None  # of an operation on the host
     from_device_gb_s: float | None = None  # to the memory of the host
 
 

@@ -106,9 +106,7 @@ _EXPERTS = (
 _GROUPS = ("n_group", "topk_group", "routed_scaling_factor")
 _LATENTS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave")
 _FACTORS = (*_MULTIPLIERS, "routed_scaling_factor")
-SWITCHES = {
-    key: getattr(ModelConfig(), key) for key in (*_SHAPES, *_MULTIPLIERS, *_EXPERTS, *_GROUPS, *_LATENTS)
-}
+SWITCHES = {key: getattr(ModelConfig(), key) for key in (*_SHAPES, *_MULTIPLIERS, *_EXPERTS, *_GROUPS, *_LATENTS)}
 _CHOICE = ("num_experts", "num_experts_per_tok")
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),

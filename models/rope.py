@@ -14,6 +14,7 @@ from stoker.conf.schema import RopeParameters
 
 FAST, SLOW = 32.0, 1.0  # turns between which yarn blends, where a config has none
 
+
 def frequencies(head_dim: int, rope: RopeParameters, device: torch.device | None = None) -> Tensor:
     """Radians per position of each channel pair: fp32 `[head_dim / 2]`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 from stoker.parallel.update import ControlFlag
@@ -19,6 +20,11 @@ MOST_LINES = 400
 
 def files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+@cache
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source)
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str, str | None]]:
@@ -43,20 +49,20 @@ def room_of(module: str, name: str | None = None) -> str | None:
 
 def bare_imports(source: str) -> list[str]:
     """Imports of a room by a name that a user's own folder may have."""
-    found = imports(ast.parse(source))
+    found = imports(parsed(source))
     return [f"line {line}: {module}" for line, module, _ in found if module.partition(".")[0] in FLOORS]
 
 
 def upward_imports(room: str, source: str) -> list[str]:
     """Imports of a room above `room`."""
     above = FLOORS[FLOORS.index(room) + 1 :]
-    found = imports(ast.parse(source))
+    found = imports(parsed(source))
     return [f"line {line}: {module} {name or ''}" for line, module, name in found if room_of(module, name) in above]
 
 
 def private_uses(room: str, source: str) -> list[str]:
     """Private names of other rooms: imported, or reached through an imported module or name."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     found, foreign = [], set()
     for line, module, name in imports(tree):
         if room_of(module, name) in (None, room):
@@ -79,7 +85,7 @@ def private_uses(room: str, source: str) -> list[str]:
 
 def pickles(source: str) -> list[str]:
     """Imports of modules that unpickle, and the torch functions that do."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     found = []
     for line, module, name in imports(tree):
         if PICKLES & {*module.split("."), name} or (module == "torch" and name in ("save", "load")):
@@ -102,7 +108,7 @@ def _sends_pickles(name: str) -> bool:
 
 def keys_without_comment(source: str) -> list[str]:
     """Fields of dataclasses, sections aside, whose line has no comment."""
-    tree, lines = ast.parse(source), source.splitlines()
+    tree, lines = parsed(source), source.splitlines()
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     return [
         f"{name}.{ast.unparse(field.target)}"
@@ -120,7 +126,7 @@ def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
     for module, source in sources.items():
         named = {
             f"{imported}.{name}" if f"{imported}.{name}" in sources else imported
-            for _, imported, name in imports(ast.parse(source))
+            for _, imported, name in imports(parsed(source))
         }
         graph[module] = named & sources.keys() - {module}
     return graph
@@ -155,7 +161,7 @@ def undeclared_states(source: str) -> list[str]:
     whose name contains phases or votes, and two or more of them together.
     """
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Constant) and node.value in states() and "_" in str(node.value):
             found.append(f"line {node.lineno}: {node.value}")
         words = [word for word in _words_of(node) if word in states()]

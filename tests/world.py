@@ -33,9 +33,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-# A server that has run no tensor code can fork safely; it pays for the imports once.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+# A server that has run no tensor code can fork safely; it pays for the imports once. A process has one such server:
+# what else a test forks comes from it, too.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         "torch._dynamo",
         "torch.distributed.fsdp",
@@ -94,7 +95,7 @@ def exit_statuses(function: Callable[..., Any], ranks: int, *arguments: Any, tim
     """
     processes: list[BaseProcess] = []
     for rank in range(ranks):
-        process = _context.Process(target=_alone, args=(rank, ranks, function, arguments), daemon=True)
+        process = CONTEXT.Process(target=_alone, args=(rank, ranks, function, arguments), daemon=True)
         process.start()
         processes.append(process)
     deadline = time.monotonic() + timeout
@@ -144,8 +145,8 @@ class _Pool:
 
     def run(self, place: _Place, work: bytes) -> list[Any]:
         while len(self._processes) < place.ranks:
-            ours, theirs = _context.Pipe()
-            process = _context.Process(target=_serve, args=(theirs,), daemon=True)
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)

@@ -31,8 +31,8 @@ from stoker.models.family import BUILT_IN, TRANSFORMERS, Described, OwnFamily, b
 from stoker.models.feed_forward import expert_width
 from stoker.models.hugging_face import FAMILIES, OWN_MODEL
 from stoker.models.hugging_face_weights import open_weights
-from stoker.models.upcycling import Upcycled, upcycling_problem
 from stoker.models.peft_folder import CONFIG as ADAPTER_CONFIG
+from stoker.models.upcycling import Upcycled, upcycling_problem
 from stoker.parallel.dtypes import DTYPE_NAMES, DTYPES
 from stoker.parallel.model import Constant, Normal, whole_model
 from stoker.parallel.registry import Entry, Registry, whole_registry

@@ -39,7 +39,7 @@ def _counts(config: Config, layout: Layout, parameters: int) -> Counts:
         "shards": layout.groups(*layout.sharding)[0],
         "replicas": layout.groups(*layout.replication)[0],
     }
-    return Counts(Work(round(flops), moved, messages), update, groups)
+    return Counts(Work(round(flops), moved, messages=messages), update, groups)
 
 
 def _of_data(own: float, layout: Layout, batch: BatchPlan, compute: int) -> dict[tuple[str, str], Traffic]:

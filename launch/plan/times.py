@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stoker.conf.devices import Device
 from stoker.conf.schema import Config
 from stoker.parallel.layout import BatchPlan, Layout
+from stoker.trainer.probe.links import ring_share
 from stoker.trainer.rehearsal import Traffic, Work
 from stoker.trainer.utilisation import step_flops
 
@@ -20,6 +21,7 @@ PRODUCTS = 0.75  # of the peak, by matrix products of a model's shapes
 MEMORY = 0.8  # of the bandwidth
 LINKS = 0.8
 MESSAGE_SECONDS = 20e-6  # to start a message
+CALL_SECONDS = 5e-6  # of the host, for an operation
 MACHINE = 8  # devices of a machine
 COMPILED = 0.5  # of the passes over memory, when blocks are compiled
 STORAGE = 1e9  # bytes a second that a rank writes of a checkpoint
@@ -27,8 +29,8 @@ TO_HOST = 20e9  # bytes a second of a snapshot
 RESTART_SECONDS = 300.0
 ASSUMED = (
     f"{PRODUCTS:.0%} of the peak in products, {MEMORY:.0%} of memory's and {LINKS:.0%} of links' bandwidth, "
-    f"{MACHINE} devices a machine, {MESSAGE_SECONDS * 1e6:.0f} us a message, half of the passes over memory fused by "
-    "compilation"
+    f"{MACHINE} devices a machine, {MESSAGE_SECONDS * 1e6:.0f} us a message, {CALL_SECONDS * 1e6:.0f} us a call of the "
+    "host, half of the passes over memory fused by compilation"
 )
 MEASURED = "rates as measured by `stoker probe`; half of the passes over memory fused by compilation, where blocks are"
 HOUR, DAY = 3600.0, 86400.0
@@ -46,6 +48,10 @@ class Rates:
     network_seconds: float
     machine: int  # devices of a machine
     assumed: str  # what is assumed, in words
+    link_kinds: Mapping[str, Sequence[float]] = field(default_factory=dict)  # bytes a second and seconds to start
+    network_kinds: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    passes: float = 1.0  # what passes take of the sum of their parts
+    call: float = CALL_SECONDS
 
 
 def rates_of(device: Device, precision: str) -> Rates | None:
@@ -61,6 +67,10 @@ def rates_of(device: Device, precision: str) -> Rates | None:
             MESSAGE_SECONDS if found.network_seconds is None else found.network_seconds,
             found.devices_per_machine,
             MEASURED,
+            _per_second(found.link_kinds),
+            _per_second(found.network_kinds),
+            1.0 if found.passes is None else found.passes,
+            CALL_SECONDS if found.call_seconds is None else found.call_seconds,
         )
     peak = device.peak(precision)
     if not peak or not device.hbm_gb_s:
@@ -68,6 +78,10 @@ def rates_of(device: Device, precision: str) -> Rates | None:
     memory = device.hbm_gb_s * 1e9 * MEMORY
     links = _share(device.link_gb_s), _share(device.network_gb_s), MESSAGE_SECONDS, MESSAGE_SECONDS
     return Rates(peak * 1e12 * PRODUCTS, memory, *links, MACHINE, ASSUMED)
+
+
+def _per_second(kinds: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
+    return {kind: (rate * 1e9, start) for kind, (rate, start) in kinds.items()}
 
 
 def _share(published: float | None) -> float | None:
@@ -80,13 +94,14 @@ class StepTime:
 
     products: float  # matrix products and attention
     memory: float  # other operations, bound by memory
+    host: float  # calling operations, where a device does not hide it: all of it on a CPU
     communication: float
     bubble: float
     update: float
 
     @property
     def total(self) -> float:
-        return self.products + self.memory + self.communication + self.bubble + self.update
+        return self.products + self.memory + self.host + self.communication + self.bubble + self.update
 
 
 @dataclass(frozen=True)
@@ -126,21 +141,30 @@ def step_time(config: Config, layout: Layout, counts: Counts, device: Device, ba
     compiled = config.compile or (config.compile is None and device.kind == "cuda")
     fused = COMPILED if compiled else 1.0
     passes, update = counts.passes, counts.update
-    products = passes.flops / rates.products
-    memory = passes.moved * fused / rates.memory
+    products, memory, host = computing_of(passes, rates, fused, device.kind)
     inside, between = _messages(passes, layout, counts.groups, rates)
     if inside is None or between is None:
         return None
-    computing = products + memory
+    computing = products + memory + host
     # Reductions of ZeRO 0 and 1 wait for the last micro-batch's backward; those of 2 and 3, and their gathers, for any.
     behind = computing if layout.zero >= 2 else computing * 2 / 3 / batch.micro_batches
+    if device.kind == "cpu":  # messages need the cores that compute
+        behind = 0.0
     communication = inside + max(0.0, between - behind)
     bubble = 0.0
     if layout.pp > 1:
         bubble = (computing + inside) * (layout.pp - 1) / (batch.micro_batches * config.parallel.stages_per_rank)
     _, last = _messages(update, layout, counts.groups, rates)
-    updating = update.moved / rates.memory + (last or 0.0)
-    return StepTime(products, memory, communication, bubble, updating)
+    updating = max(update.moved / rates.memory, update.calls * rates.call) + (last or 0.0)
+    return StepTime(products, memory, host, communication, bubble, updating)
+
+
+def computing_of(passes: Work, rates: Rates, fused: float, kind: str) -> tuple[float, float, float]:
+    """Seconds of products, of other operations, and of the host: what a GPU does not hide of its calls."""
+    products = passes.flops / rates.products * rates.passes
+    memory = passes.moved * fused / rates.memory * rates.passes
+    host = passes.calls * fused * rates.call * (rates.passes if kind == "cpu" else 1.0)
+    return products, memory, host if kind == "cpu" else max(0.0, host - products - memory)
 
 
 def times(
@@ -196,8 +220,7 @@ def _seconds(kind: str, traffic: Traffic, ranks: Sequence[int], rates: Rates) ->
     """Of messages over a ring of `ranks`, as slow as its slowest link."""
     here = len({rank // rates.machine for rank in ranks}) == 1
     rate, start = (rates.link, rates.link_seconds) if here else (rates.network, rates.network_seconds)
+    rate, start = (rates.link_kinds if here else rates.network_kinds).get(kind, (rate, start))
     if not rate:
         return None
-    size = len(ranks)
-    share = {"all_reduce": 2 * (size - 1) / size, "all_gather": (size - 1) / size, "reduce_scatter": (size - 1) / size}
-    return traffic.bytes * share.get(kind, 1.0) / rate + traffic.count * start
+    return traffic.bytes * ring_share(kind, len(ranks)) / rate + traffic.count * start

@@ -11,7 +11,7 @@ from typing import Any
 from stoker.conf.devices import Device, Measured, device_called
 from stoker.conf.schema import Config
 from stoker.launch.plan.make import Asked, Machine, make_plan
-from stoker.launch.plan.times import StepTime
+from stoker.launch.plan.times import StepTime, computing_of, rates_of
 from stoker.trainer.probe.facts import AxisLink, Facts
 from stoker.trainer.probe.judge import Finding
 from stoker.trainer.probe.needs import Needs
@@ -20,6 +20,7 @@ from stoker.trainer.probe.products import dtype_of
 ADVICE = {  # by the largest part of a step
     "products": "matrix products",
     "memory": "passes over memory: compile=true fuses them",
+    "host": "the host's calls of operations: more tokens a micro-batch, or compile=true",
     "communication": "communication: fewer ranks to a group, or more sequences a rank",
     "bubble": "the pipeline's bubble: more micro-batches, or fewer stages",
     "update": "the optimizer's update: more sequences a step, or ZeRO to share it",
@@ -70,7 +71,12 @@ def machine_of(facts: Sequence[Facts], config: Config) -> Device:
         network_gb_s=_gb([*(link.line.rate for link in there), *(link.line.rate for f in facts for link in f.links)]),
         network_seconds=_latency(there),
         from_device_gb_s=_gb(each.from_device for each in facts),
+        link_kinds=_kinds(here),
+        network_kinds=_kinds(there),
+        call_seconds=max((_round(each.call) for each in facts if each.call is not None), default=None),
     )
+    device = Device(0.0, kind="cuda" if facts[0].cuda else "cpu", measured=measured)
+    measured.passes = _passes(facts, device, precision)
     peaks = {dtype: _round(min(each.peaks[dtype] for each in facts) / 1e12) for dtype in facts[0].peaks}
     return Device(
         memory_gib=round(min(each.memory_gib for each in facts), 2),
@@ -127,6 +133,24 @@ def _gb(rates: Iterable[float | None]) -> float | None:
 
 def _latency(links: Sequence[AxisLink]) -> float | None:
     return _round(statistics.median(link.line.latency for link in links)) if links else None
+
+
+def _passes(facts: Sequence[Facts], device: Device, precision: str) -> float | None:
+    """Seconds of the model's own passes, of the slowest rank, by those that the rates in `device` add up to."""
+    own, rates = [each.passes for each in facts if each.passes is not None], rates_of(device, precision)
+    if not own or rates is None:
+        return None
+    slowest = max(own, key=lambda passes: passes.seconds)
+    return _round(slowest.seconds / sum(computing_of(slowest.work, rates, 1.0, device.kind)))
+
+
+def _kinds(links: Sequence[AxisLink]) -> dict[str, list[float]]:
+    """For each kind of message, of the slowest group's link: 1e9 bytes a second, and seconds to start one."""
+    found: dict[str, list[float]] = {}
+    for kind in dict.fromkeys(link.kind for link in links):
+        slowest = min((link.line for link in links if link.kind == kind), key=lambda line: line.rate)
+        found[kind] = [_round(slowest.rate / 1e9), _round(slowest.latency)]
+    return found
 
 
 def _round(value: float) -> float:

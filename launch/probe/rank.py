@@ -62,7 +62,9 @@ def main(words: Sequence[str]) -> int:
         mesh = start_mesh(layout, device, store, place.rank, config.parallel.timeout_seconds, backend)
         complete, problem = _complete(config) if place.rank == 0 else (config, None)
         effort = QUICK if options.quick else FULL
-        facts = measure(config, mesh, place, effort, _products(mesh, complete, problem))
+        products, vocabulary = _products(mesh, complete, problem)
+        model = dataclasses.replace(config.model, vocab_size=vocabulary)
+        facts = measure(dataclasses.replace(config, model=model), mesh, place, effort, products)
         stop_mesh()
         return _report(complete, problem, facts, options) if place.rank == 0 else 0
     except (ConfigError, NotMet) as error:
@@ -80,11 +82,12 @@ def _complete(config: Config) -> tuple[Config, str | None]:
         return config, f"the model's own products were left out: {error}"
 
 
-def _products(mesh: Mesh, config: Config, problem: str | None) -> list[Product]:
-    """Those of the model, as rank 0 finds them. A collective of all ranks."""
+def _products(mesh: Mesh, config: Config, problem: str | None) -> tuple[list[Product], int | None]:
+    """Those of the model, and its vocabulary, as rank 0 finds them. A collective of all ranks."""
     found = model_products(config, mesh.layout) if mesh.rank == 0 and problem is None else []
-    text = json.dumps([dataclasses.asdict(product) for product in found])
-    return [Product(**each) for each in json.loads(mesh.all_gather_text(text)[0])]
+    text = json.dumps([config.model.vocab_size, *(dataclasses.asdict(product) for product in found)])
+    vocabulary, *products = json.loads(mesh.all_gather_text(text)[0])
+    return [Product(**each) for each in products], vocabulary
 
 
 def _report(config: Config, problem: str | None, facts: Sequence[Facts], options: Options) -> int:

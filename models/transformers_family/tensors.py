@@ -188,7 +188,7 @@ def _are_grouped(module: Any) -> bool:
     return (
         all(getattr(module, flag, None) is value for flag, value in flags.items())
         and names == {"gate_up_proj", "down_proj"}
-        and type(getattr(module, "act_fn", None)) is nn.SiLU
+        and type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
         and getattr(gate, "__name__", "") == "_default_apply_gate"
     )
 

@@ -8,7 +8,6 @@ is struck by some N. Ranks report over sockets with sendto, which is never struc
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from stoker.checkpoint import Checkpoints, newest, writer
 from tests.checkpoint.simulated import Grid, blank, cut, holds, resume_all, saved, small_model
+from tests.world import CONTEXT
 
 CALLS = {
     "write": "write,pwrite64,writev",
@@ -27,8 +27,6 @@ CALLS = {
 }
 GRID = Grid(rows=2)
 OLD, NEW = small_model(1), small_model(2)
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "stoker.checkpoint", "tests.checkpoint.simulated"])
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def strike(directory: Path, rank: int, call: str, number: int, effect: str) -> B
     pairs = [socket.socketpair() for _ in range(GRID.world)]
     processes = []
     for number_of_rank, (_, theirs) in enumerate(pairs):
-        process = _context.Process(target=_rank, args=(directory, number_of_rank, theirs), daemon=True)
+        process = CONTEXT.Process(target=_rank, args=(directory, number_of_rank, theirs), daemon=True)
         process.start()
         processes.append(process)
     for ours, theirs in pairs:

@@ -15,7 +15,7 @@ from tests.checkpoint.simulated import begin, cut, end, save, small_model, start
 needs_strace = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 LEAST = {"write": 5, "fsync": 4, "rename": 3, "mkdir": 1, "unlink": 3}  # calls that rank 0 makes in one thread
 MOST = 60
-OFTEN = ("write", "fsync")  # so many calls that the test is long
+OFTEN = ("write", "fsync", "unlink")  # so many calls that the test is long
 STRUCK = [pytest.param(call, marks=pytest.mark.long if call in OFTEN else ()) for call in CALLS]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -24,10 +23,9 @@ from stoker.checkpoint.block_writer import write_blocks
 from stoker.checkpoint.names import FENCE, MANIFEST
 from stoker.checkpoint.staging import StagingPool
 from tests.checkpoint.simulated import Grid, begin, blank, cut, end, holds, resume_all, save, saved, small_model, start
+from tests.world import CONTEXT
 
 TENSORS = small_model()
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "checkpoint"])
 
 
 def errors(writers) -> list[str]:
@@ -36,8 +34,8 @@ def errors(writers) -> list[str]:
 
 def in_child(function, *arguments) -> str:
     """The result of `function` in a separate process."""
-    ours, theirs = _context.Pipe(duplex=False)
-    process = _context.Process(target=_send, args=(theirs, function, arguments), daemon=True)
+    ours, theirs = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_send, args=(theirs, function, arguments), daemon=True)
     process.start()
     theirs.close()
     try:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import time
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from stoker.checkpoint import fence, newest, resume
 from tests.checkpoint.simulated import Grid, Tensors, begin, blank, cut, end, holds, resume_all, small_model, start
+from tests.world import CONTEXT
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "checkpoint"])
-
-ROUNDS = 30
+ROUNDS = [10, pytest.param(30, marks=pytest.mark.long)]
 
 
 def model_at(step: int) -> Tensors:
@@ -35,13 +34,14 @@ def save_for_ever(directory: Path, attempt: int, pipe) -> None:
             pipe.send(step)
 
 
-def test_a_killed_save_leaves_the_checkpoint_before_or_the_new_one(tmp_path):
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_a_killed_save_leaves_the_checkpoint_before_or_the_new_one(tmp_path: Path, rounds: int) -> None:
     chance = random.Random(0)
     committed = 0
     unfinished = 0
-    for attempt in range(1, ROUNDS + 1):
-        ours, theirs = _context.Pipe(duplex=False)
-        process = _context.Process(target=save_for_ever, args=(tmp_path, attempt, theirs), daemon=True)
+    for attempt in range(1, rounds + 1):
+        ours, theirs = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=save_for_ever, args=(tmp_path, attempt, theirs), daemon=True)
         process.start()
         theirs.close()
         assert ours.poll(60)
@@ -65,4 +65,4 @@ def test_a_killed_save_leaves_the_checkpoint_before_or_the_new_one(tmp_path):
         assert holds(ranks, model_at(state["step"]))
         assert not (tmp_path / "damaged").exists()
         committed = state["step"]
-    assert committed >= ROUNDS // 2 and unfinished  # it did save, and was killed in the middle of it
+    assert committed >= rounds // 2 and unfinished  # it did save, and was killed in the middle of it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +12,8 @@ import torch
 from stoker.checkpoint import newest
 from stoker.parallel.shards import Shard, whole
 from tests.checkpoint.simulated import Grid, cut, save, start
+from tests.world import CONTEXT
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "checkpoint"])
 MIB = 1 << 20
 
 
@@ -47,8 +45,8 @@ def _send(pipe, function, arguments) -> None:
 
 
 def in_child(function, *arguments):
-    ours, theirs = _context.Pipe(duplex=False)
-    process = _context.Process(target=_send, args=(theirs, function, arguments), daemon=True)
+    ours, theirs = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_send, args=(theirs, function, arguments), daemon=True)
     process.start()
     theirs.close()
     assert ours.poll(120)

@@ -27,7 +27,7 @@ from tests.parallel.parity import Case, expected, train
 from tests.parallel.reference import assemble, normwise
 
 LIMIT = 1e-5  # of losses, norms and gradients in fp32
-world._context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "stoker.parallel.sharded"])  # no more
+world.CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "stoker.parallel.sharded"])  # no more
 
 
 def card(device: str, _: Path) -> dict[str, Any]:

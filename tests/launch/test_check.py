@@ -84,10 +84,12 @@ def test_a_layout_that_computes_something_else_is_found_out_and_the_tensor_named
     assert "layers.1.mlp.up" in output and "differs" in output.replace("differs by", "")
 
 
-def test_what_cannot_start_is_refused_in_one_line(home: Path) -> None:
-    for words, reason in ((["launch.nproc=3", "parallel.tp=2"], "tp 2"), (["--steps", "0"], "--steps=0")):
-        status, output = check(home, *words)
-        assert status != 0 and reason in output and len(output.strip().splitlines()) == 1, output
+def test_what_cannot_start_is_refused_in_one_line(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    kept = [word for word in SMALL if not word.startswith("launch.nproc")]
+    for more, reason in ((["launch.nproc=3", "parallel.tp=2"], "tp 2"), (["--steps", "0"], "--steps=0")):
+        assert main(["check", *kept, f"data.path={home / 'text'}", *more]) != 0
+        output = "".join(capfd.readouterr())
+        assert reason in output and len(output.strip().splitlines()) == 1, output
 
 
 def words(home: Path, folder: Path, *more: str) -> list[str]:

@@ -29,13 +29,14 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 LONG = [
+    Layout(tp=2),
     Layout(dp_replicate=2),
     Layout(dp_shard=2, zero=1),
     Layout(dp_shard=2, zero=2),
     Layout(dp_shard=2, tp=2, zero=3),
 ]
 LAYOUTS = [
-    *(Layout(dp_shard=2, zero=3), Layout(tp=2), Layout(pp=2)),
+    *(Layout(dp_shard=2, zero=3), Layout(pp=2)),
     *(pytest.param(layout, marks=pytest.mark.long) for layout in LONG),
 ]
 CASES = [Case(1), Case(2), Case(4), Case(2, sequence=False)]

@@ -83,7 +83,7 @@ def marked() -> Iterator[Any]:
             yield pytest.param(layout, id=str(layout), marks=pytest.mark.long)
 
 
-@pytest.mark.parametrize("layout", marked())
+@pytest.mark.parametrize("layout", list(marked()))
 def test_latent_attention_computes_on_every_layout_what_one_process_computes(layout: Layout) -> None:
     chosen = some(cases(layout), 3)
     measured = world.run(train, layout.world, [config_of(*case, layout) for case in chosen], STEPS, timeout=240.0)

@@ -47,6 +47,6 @@ OF_ROPE: dict[str, list[tuple[list[str], int, int, str]]] = {
             1,
             0,
             "low_freq_factor=4 must be above 0 and below high_freq_factor=4",
-        )
+        ),
     ],
 }

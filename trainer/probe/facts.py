@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from stoker.trainer.probe.passes import Passes
+
 
 @dataclass(frozen=True)
 class Line:
@@ -33,7 +35,7 @@ class AxisLink:
     """Collectives over this rank's group of an axis, while all groups of the axis run theirs."""
 
     axis: str
-    kind: str  # all_reduce | all_gather | send
+    kind: str  # all_reduce | all_gather | reduce_scatter | all_to_all | send
     ranks: list[int]
     line: Line  # of the bytes that one link of a ring carries
     largest: int  # bytes of the largest message
@@ -104,6 +106,8 @@ class Facts:
     memory: float | None = None  # read and written
     to_device: float | None = None
     from_device: float | None = None
+    call: float | None = None  # seconds of an operation on the host
+    passes: Passes | None = None  # of the model's own
     axes: list[AxisLink] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)  # of the first rank of a machine
     folders: list[FolderRate] = field(default_factory=list)  # of the first rank of a machine
@@ -118,6 +122,7 @@ def facts_of(text: str) -> Facts:
     values: dict[str, Any] = json.loads(text)
     values["axes"] = [AxisLink(**{**each, "line": Line(**each["line"])}) for each in values["axes"]]
     values["links"] = [Link(each["to"], Line(**each["line"])) for each in values["links"]]
+    values["passes"] = Passes(**values["passes"]) if values["passes"] is not None else None
     values["folders"] = [FolderRate(**each) for each in values["folders"]]
     if (machine := values["machine"]) is not None:
         machine["interfaces"] = [Interface(**each) for each in machine["interfaces"]]

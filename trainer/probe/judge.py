@@ -144,14 +144,16 @@ def _by_machine(
 
 def _axes(facts: Sequence[Facts]) -> Iterator[Finding]:
     """Groups of an axis that are slower than the others of it."""
-    groups: dict[str, dict[tuple[int, ...], float]] = {}
+    groups: dict[tuple[str, str], dict[tuple[int, ...], float]] = {}
     for each in facts:
         for link in each.axes:
-            groups.setdefault(link.axis, {})[tuple(link.ranks)] = link.line.rate
-    for axis, rates in groups.items():
+            groups.setdefault((link.axis, link.kind), {})[tuple(link.ranks)] = link.line.rate
+    named: set[tuple[str, tuple[int, ...]]] = set()
+    for (axis, _), rates in groups.items():
         median = statistics.median_high(rates.values())
         for ranks, rate in rates.items():
-            if rate < SLOW_LINK * median:
+            if rate < SLOW_LINK * median and (axis, ranks) not in named:
+                named.add((axis, ranks))
                 text = f"the {axis} group of ranks {_listed(ranks)} exchanges at {rate / median:.0%} of the others'"
                 yield Finding(WARN, "group", f"{text} rate")
 

@@ -1,11 +1,13 @@
 """Messages between ranks: collectives over each axis, and from machine to machine.
 
-A message's time is fitted as latency + bytes / rate by least squares, every point weighted by 1 / time**2: small and
-large messages count alike.
+A collective is timed as a step has it, after a product on every rank, whose own time is taken off: ranks come at
+different times, and on CPUs the threads that carry messages share the cores. A message's time is fitted as
+latency + bytes / rate by least squares, every point weighted by 1 / time**2: small and large messages count alike.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,13 +17,18 @@ import torch.distributed as dist
 from stoker.parallel.layout import AXES
 from stoker.parallel.mesh import Mesh
 from stoker.trainer.probe.facts import AxisLink, Line, Link
+from stoker.trainer.probe.products import of_all_ranks, synchronize, timed
 
 SIZES = tuple(32 << 10 << 3 * power for power in range(6))  # 32 KiB to 1 GiB
-KINDS = {"pp": "send", "dp_replicate": "all_reduce", "dp_shard": "all_gather", "cp": "all_gather", "tp": "all_reduce"}
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")  # of every axis but pp's, whose ranks send
 REPEATS = 5
+AXIS_REPEATS = 3
 PAIR_SIZES = (32 << 10, 1 << 20, 8 << 20, 64 << 20)
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.13
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _PING = 4  # bytes
+_BETWEEN = {"cuda": 2048, "cpu": 256}  # size of the square matrices that are multiplied before each message
+_SEEN = 0.1  # of the time of product and message: a shorter message is lost in noise
 _SPAN = 0.02  # seconds of small messages in a row
 
 
@@ -56,43 +63,58 @@ def axis_links(mesh: Mesh, most_bytes: int, most_seconds: float) -> list[AxisLin
 
     A collective of all ranks.
     """
-    return [_axis(mesh, axis, most_bytes, most_seconds) for axis in AXES if getattr(mesh.layout, axis) > 1]
+    return [
+        _axis(mesh, axis, kind, most_bytes, most_seconds if axis == "pp" else most_seconds / len(KINDS))
+        for axis in AXES
+        if getattr(mesh.layout, axis) > 1
+        for kind in (("send",) if axis == "pp" else KINDS)
+    ]
 
 
-def _axis(mesh: Mesh, axis: str, most_bytes: int, most_seconds: float) -> AxisLink:
+def ring_share(kind: str, ranks: int) -> float:
+    """Of a message's bytes, what one link of a ring of `ranks` carries."""
+    times = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
+    return times[kind] * (ranks - 1) / ranks if kind in times else 1.0
+
+
+def _axis(mesh: Mesh, axis: str, kind: str, most_bytes: int, most_seconds: float) -> AxisLink:
     ranks = next(ranks for ranks in mesh.layout.groups(axis) if mesh.rank in ranks)
-    group, kind, number = mesh.group(axis), KINDS[axis], len(ranks)
-    share = {"all_reduce": 2 * (number - 1) / number, "all_gather": (number - 1) / number, "send": 1.0}[kind]
+    group, number = mesh.group(axis), len(ranks)
+    share = ring_share(kind, number)
+    a = torch.ones(_BETWEEN[mesh.device.type], _BETWEEN[mesh.device.type], device=mesh.device)
+    out = torch.empty_like(a)
+
+    def multiply() -> None:
+        torch.mm(a, a, out=out)
+
+    multiply()
     points: list[tuple[float, float]] = []
     largest, spent = 0, 0.0
     for size in (size for size in SIZES if size <= most_bytes):
         act = _collective(kind, size // 4 // number * number, group, ranks, mesh)
-        act()
-        once = max(_of_all(mesh, [_timed(act, 1, mesh)])[0])
-        if points and spent + once * REPEATS > most_seconds:
+
+        def both(act: Callable[[], object] = act) -> None:
+            multiply()
+            act()
+
+        both()
+        once = max(of_all_ranks(mesh, [timed(both, 1, mesh.device)])[0])
+        if points and spent + 2 * once * AXIS_REPEATS > most_seconds:
             break
         count = max(1, min(50, int(_SPAN / once)))
         times = []
-        for _ in range(REPEATS):
-            mesh.any([False])
-            times.append(_timed(act, count, mesh))
-        gathered = _of_all(mesh, times)  # by repeat
-        points.append((size * share, min(max(times[rank] for rank in ranks) for times in gathered)))
-        largest, spent = size, spent + once + sum(max(times) for times in gathered) * count
+        for _ in range(AXIS_REPEATS):
+            for each in (multiply, both):
+                mesh.any([False])
+                times.append(timed(each, count, mesh.device))
+        gathered = of_all_ranks(mesh, times)
+        spent += once + sum(max(each) for each in gathered) * count
+        slowest = [max(each[rank] for rank in ranks) for each in gathered]
+        pairs = list(zip(slowest[::2], slowest[1::2], strict=True))
+        more = (max(_SEEN * with_message, with_message - alone) for alone, with_message in pairs)
+        points.append((size * share, statistics.median(more)))
+        largest = size
     return AxisLink(axis, kind, list(ranks), fit(points), largest)
-
-
-def _of_all(mesh: Mesh, values: Sequence[float]) -> list[list[float]]:
-    """For each of `values` that of every rank."""
-    return [list(column) for column in zip(*map(_numbers, mesh.all_gather_text(_text(values))), strict=True)]
-
-
-def _text(values: Sequence[float]) -> str:
-    return " ".join(map(repr, values))
-
-
-def _numbers(text: str) -> list[float]:
-    return list(map(float, text.split()))
 
 
 def _collective(
@@ -101,9 +123,14 @@ def _collective(
     data = torch.zeros(elements, device=mesh.device)
     if kind == "all_reduce":
         return lambda: dist.all_reduce(data, group=group)
+    own = torch.zeros(elements // len(ranks), device=mesh.device)
     if kind == "all_gather":
-        own = torch.zeros(elements // len(ranks), device=mesh.device)
         return lambda: _ALL_GATHER(data, own, group=group)
+    if kind == "reduce_scatter":
+        return lambda: _REDUCE_SCATTER(own, data, group=group)
+    if kind == "all_to_all":
+        exchanged = torch.empty_like(data)
+        return lambda: dist.all_to_all_single(exchanged, data, group=group)
     place, taken = ranks.index(mesh.rank), torch.zeros_like(data)
     after, before = ranks[(place + 1) % len(ranks)], ranks[place - 1]
 
@@ -115,16 +142,6 @@ def _collective(
             work.wait()
 
     return shift
-
-
-def _timed(act: Callable[[], object], count: int, mesh: Mesh) -> float:
-    """Seconds of one of `count` calls."""
-    began = time.perf_counter()
-    for _ in range(count):
-        act()
-    if mesh.device.type == "cuda":
-        torch.cuda.synchronize(mesh.device)
-    return max(1e-9, time.perf_counter() - began) / count
 
 
 def machine_links(
@@ -165,8 +182,7 @@ def _send(mesh: Mesh, to: int, most_bytes: int, most_seconds: float) -> Line:
             began = time.perf_counter()
             dist.send(data, to, group=mesh.world)
             dist.recv(answer, to, group=mesh.world)
-            if mesh.device.type == "cuda":
-                torch.cuda.synchronize(mesh.device)
+            synchronize(mesh.device)
             once = time.perf_counter() - began
             spent += once
             if turn:  # the first may have to connect

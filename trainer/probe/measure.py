@@ -12,12 +12,14 @@ import torch
 
 from stoker.conf.schema import Config
 from stoker.data.cache import cache_root
+from stoker.parallel.layout import batch_plan
 from stoker.parallel.mesh import Mesh
 from stoker.trainer.memory import available_bytes
 from stoker.trainer.probe.facts import AxisLink, Facts, FolderRate, Line, Link, facts_of
 from stoker.trainer.probe.host import clock_ahead, this_host, versions
 from stoker.trainer.probe.judge import slow_ranks, unusual_links
 from stoker.trainer.probe.links import axis_links, machine_links
+from stoker.trainer.probe.passes import call_seconds, own_passes
 from stoker.trainer.probe.products import (
     Product,
     best_rate,
@@ -44,6 +46,7 @@ class Effort:
     sizes: Mapping[str, Sequence[int]] | None = None  # of square matrices by kind of device; default: those of products
     own_seconds: float = 0.0
     memory_seconds: float = 0.0
+    call_seconds: float = 0.0
     axis_seconds: float = 0.0
     axis_bytes: int = 1 << 30
     pair_seconds: float = 1.0
@@ -54,12 +57,13 @@ class Effort:
 
 
 FULL = Effort(
-    matrix_seconds=1.0, own_seconds=4.0, memory_seconds=0.5, axis_seconds=5.0, pair_seconds=3.0, pair_bytes=64 << 20,
-    pair_rounds=None, folder_seconds=3.0, folder_bytes=1 << 30,
+    matrix_seconds=1.0, own_seconds=4.0, memory_seconds=0.5, call_seconds=1.0, axis_seconds=8.0, pair_seconds=3.0,
+    pair_bytes=64 << 20, pair_rounds=None, folder_seconds=3.0, folder_bytes=1 << 30,
 )  # fmt: skip
 QUICK = Effort(
     windows=5, window_seconds=0.3, matrix_seconds=0.5, sizes={"cuda": (8192,), "cpu": (256, 512)}, own_seconds=1.0,
-    memory_seconds=0.2, axis_seconds=1.0, axis_bytes=16 << 20, folder_seconds=0.5, folder_bytes=64 << 20,
+    memory_seconds=0.2, call_seconds=0.3, axis_seconds=4.0, axis_bytes=16 << 20, folder_seconds=0.5,
+    folder_bytes=64 << 20,
 )  # fmt: skip
 PREFLIGHT = Effort(windows=5, window_seconds=0.3, memory_seconds=0.2)
 
@@ -84,15 +88,23 @@ def measure(
         for dtype in dict.fromkeys((precision, "fp32")):
             mesh.any([False])
             peaks[dtype] = best_rate(dtype, device, effort.matrix_seconds, sizes)
-    own = None
+    own = passes = None
     if effort.own_seconds and products:
         mesh.any([False])
         own = own_rate(products, precision, device, effort.own_seconds, peaks[precision])
+        mesh.any([False])
+        rows, free = batch_plan(config, mesh.layout).micro_rows, _free_bytes(mesh, place)
+        rate, half = peaks[precision], effort.own_seconds / 2
+        passes = own_passes(config.model, precision, rows, config.seq_len, mesh, half, rate, free)
     memory = into = back = None
     if effort.memory_seconds:
         mesh.any([False])
         memory = memory_rate(device, effort.memory_seconds)
         into, back = host_device_rates(device, effort.memory_seconds)
+    call = None
+    if effort.call_seconds:
+        mesh.any([False])
+        call = call_seconds(mesh, effort.call_seconds)
     axes: list[AxisLink] = []
     if effort.axis_seconds:
         axes = axis_links(mesh, min(effort.axis_bytes, _message_bytes(mesh, place)), effort.axis_seconds)
@@ -123,6 +135,8 @@ def measure(
         memory=memory,
         to_device=into,
         from_device=back,
+        call=call,
+        passes=passes,
         axes=axes,
         links=links,
         folders=folders,
@@ -191,8 +205,11 @@ def _memory_gib(device: torch.device, place: Place) -> float:
 
 def _message_bytes(mesh: Mesh, place: Place) -> int:
     """That leave most of the memory free, on all ranks alike."""
+    return min(int(text) for text in mesh.all_gather_text(str(int(_free_bytes(mesh, place) / 8))))
+
+
+def _free_bytes(mesh: Mesh, place: Place) -> float:
+    """Of this rank's device, or its share of the machine's memory."""
     if mesh.device.type == "cuda":
-        free: float = torch.cuda.mem_get_info(mesh.device)[0]
-    else:
-        free = (available_bytes() or GIB) / place.local_world
-    return min(int(text) for text in mesh.all_gather_text(str(int(free / 8))))
+        return float(torch.cuda.mem_get_info(mesh.device)[0])
+    return (available_bytes() or GIB) / place.local_world

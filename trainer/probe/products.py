@@ -14,6 +14,7 @@ from stoker.conf.schema import Config
 from stoker.models.family import build_on_meta
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.parallel.layout import Layout, batch_plan
+from stoker.parallel.mesh import Mesh
 from stoker.parallel.model import whole_model
 from stoker.parallel.tensor.layers import ColumnLinear, RowLinear
 
@@ -72,12 +73,12 @@ def best_rate(dtype: str, device: torch.device, seconds: float, sizes: Sequence[
             break
         a, b = (_normal(size, size, dtype, device) for _ in range(2))
         multiply = _multiply(a, b.t())
-        once = _seconds(multiply, 1, device)
+        once = timed(multiply, 1, device)
         if once < seconds or device.type == "cuda":
-            once = min(once, _seconds(multiply, 1, device))
+            once = min(once, timed(multiply, 1, device))
         count = max(1, round(seconds / TRIES / once))
         tries = min(TRIES, int(seconds / once))
-        best = max(best, *(2 * size**3 / _seconds(multiply, count, device) for _ in range(tries)), 2 * size**3 / once)
+        best = max(best, *(2 * size**3 / timed(multiply, count, device) for _ in range(tries)), 2 * size**3 / once)
     return best
 
 
@@ -91,7 +92,7 @@ def windows(
     """
     size, dtype = WINDOW_SIZE[device.type], "bf16" if device.type == "cuda" else "fp32"
     multiply = _multiply(*(_normal(size, size, dtype, device) for _ in range(2)))
-    _seconds(multiply, 2, device)
+    timed(multiply, 2, device)
     found = []
     for _ in range(number):
         together()
@@ -99,8 +100,7 @@ def windows(
         while (spent := time.perf_counter() - began) < seconds:
             for _ in range(repeats):
                 multiply()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
             done += 1
         found.append(done * 2 * size**3 / spent)
     return found
@@ -125,11 +125,11 @@ def own_rate(products: Sequence[Product], dtype: str, device: torch.device, seco
             for each in multiply:
                 each()
 
-        seconds_each = _seconds(all_three, 1, device)
+        seconds_each = timed(all_three, 1, device)
         if seconds_each < share or device.type == "cuda":  # else its time is over; on GPUs the first call loads kernels
-            once = min(seconds_each, _seconds(all_three, 1, device))
+            once = min(seconds_each, timed(all_three, 1, device))
             count, tries = max(1, int(share / TRIES / once)), max(1, min(TRIES, int(share / once)))
-            seconds_each = statistics.median(_seconds(all_three, count, device) for _ in range(tries))
+            seconds_each = statistics.median(timed(all_three, count, device) for _ in range(tries))
         flops += product.count * product.flops
         spent += product.count * seconds_each * product.tokens / tokens
     return flops / spent
@@ -166,20 +166,30 @@ def _multiply(a: torch.Tensor, b: torch.Tensor) -> Callable[[], object]:
 
 def _best(work: Callable[[], object], seconds: float, device: torch.device) -> float:
     """The fewest seconds of one of several calls within `seconds`."""
-    _seconds(work, 1, device)
+    timed(work, 1, device)
     began, best = time.perf_counter(), float("inf")
     while time.perf_counter() - began < seconds:
-        best = min(best, _seconds(work, 1, device))
+        best = min(best, timed(work, 1, device))
     return best
 
 
-def _seconds(work: Callable[[], object], count: int, device: torch.device) -> float:
-    """Of one of `count` calls in a row."""
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU has to do; a CPU has done it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def timed(work: Callable[[], object], count: int, device: torch.device) -> float:
+    """Of one of `count` calls in a row."""
+    synchronize(device)
     began = time.perf_counter()
     for _ in range(count):
         work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return max(1e-9, time.perf_counter() - began) / count
+
+
+def of_all_ranks(mesh: Mesh, values: Sequence[float]) -> list[list[float]]:
+    """For each of `values` that of every rank. A collective of all ranks, each with as many values."""
+    texts = mesh.all_gather_text(" ".join(map(repr, values)))
+    return [list(column) for column in zip(*(map(float, text.split()) for text in texts), strict=True)]

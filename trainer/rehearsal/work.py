@@ -30,12 +30,14 @@ class Work:
     """What a rank does in a span.
 
     `flops` are those of matrix products and of attention, without those that a kernel repeats inside; `moved` bytes are
-    read and written by all other operations, each by itself; `messages` go by (kind, group). Bytes of a message are
-    those of the whole that is gathered, scattered, reduced or sent.
+    read and written by all other operations, each by itself; `calls` are all operations that the host dispatches, views
+    included; `messages` go by (kind, group). Bytes of a message are those of the whole that is gathered, scattered,
+    reduced or sent.
     """
 
     flops: int = 0
     moved: int = 0
+    calls: int = 0
     messages: Mapping[tuple[str, str], Traffic] = field(default_factory=dict)
 
     def plus(self, other: Work, times: int = 1) -> Work:
@@ -45,7 +47,8 @@ class Work:
             own = messages.get(key, Traffic())
             messages[key] = Traffic(own.count + times * traffic.count, own.bytes + times * traffic.bytes)
         kept = {key: traffic for key, traffic in messages.items() if traffic != Traffic()}
-        return Work(self.flops + times * other.flops, self.moved + times * other.moved, kept)
+        flops, moved = self.flops + times * other.flops, self.moved + times * other.moved
+        return Work(flops, moved, self.calls + times * other.calls, kept)
 
 
 class Messages:
@@ -88,7 +91,7 @@ class WorkLog:
 
     def __init__(self, mesh: Mesh) -> None:
         self._messages = Messages(mesh)
-        self._flops = self._moved = 0
+        self._flops = self._moved = self._calls = 0
 
     def count(self, flops: int) -> None:
         """Add operations that no function given to `see` stands for."""
@@ -96,6 +99,7 @@ class WorkLog:
 
     def see(self, function: Any, args: Sequence, kwargs: Mapping[str, Any], result: Any) -> None:
         packet = function._overloadpacket
+        self._calls += 1
         if self._messages.see(function, args):
             return
         if packet in KERNELS:
@@ -107,8 +111,8 @@ class WorkLog:
 
     def take(self) -> Work:
         """Since the last call, or the beginning."""
-        found = Work(self._flops, self._moved, self._messages.found)
-        self._flops, self._moved, self._messages.found = 0, 0, {}
+        found = Work(self._flops, self._moved, self._calls, self._messages.found)
+        self._flops, self._moved, self._calls, self._messages.found = 0, 0, 0, {}
         return found
 
 

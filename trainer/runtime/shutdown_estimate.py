@@ -17,6 +17,7 @@ CHECKPOINT_SECONDS = "checkpoint_seconds"  # of metrics.jsonl
 STEPS = 2  # the current step, and the one whose message carries the request to all ranks
 _RECENT = 50  # steps and lines of metrics that are used
 _MARGIN = 1.5  # a deadline is met even if a save takes this much longer than those before
+_UNMEASURED = 5.0  # seconds that a save, or those steps, are taken for while none has been measured
 
 
 class ShutdownEstimate(Observer):
@@ -45,8 +46,9 @@ class ShutdownEstimate(Observer):
         return STEPS * self._step_seconds + max(self._saves, default=0.0)
 
     def with_margin(self) -> float:
-        """Seconds before a deadline at which to begin the end."""
-        return _MARGIN * self.needed + 1.0
+        """Seconds before a deadline at which to begin the end: with a guess for what has not been measured yet."""
+        steps = STEPS * self._step_seconds if self._steps else _UNMEASURED
+        return _MARGIN * (steps + max(self._saves, default=_UNMEASURED)) + 1.0
 
     def start(self, config: Config, resumed_from_step: int | None, total_steps: int, facts: Mapping[str, str]) -> None:
         self._show()

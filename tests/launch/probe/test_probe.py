@@ -15,7 +15,9 @@ from stoker.launch.probe.machine import Report, bottleneck, machine_of
 from stoker.launch.probe.show import print_report
 from stoker.trainer.probe.facts import AxisLink, Facts, FolderRate, Line
 from stoker.trainer.probe.judge import judge
+from stoker.trainer.probe.links import KINDS
 from stoker.trainer.probe.needs import needs_of
+from stoker.trainer.probe.passes import Passes
 from tests.launch.runs import command, finish
 from tests.trainer.probe.fabricated import FAIR, ranks
 
@@ -42,7 +44,9 @@ def test_a_probe_writes_what_a_plan_takes(tmp_path: Path) -> None:
     assert "2 ranks on 1 machine, all at once" in output and "\nbottleneck: " in output
     found = json.loads((tmp_path / "machine.json").read_text())
     assert found["kind"] == "cpu" and found["measured"]["products_tflops"] > 0
-    assert [(link["axis"], link["kind"]) for link in found["probe"]["ranks"][0]["axes"]] == [("tp", "all_reduce")]
+    assert [(link["axis"], link["kind"]) for link in found["probe"]["ranks"][0]["axes"]] == [
+        ("tp", kind) for kind in KINDS
+    ]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["machine.json"]
     status, output = finish(tmp_path, command("plan", *words, "--gpu", "machine.json", "--json"))
     assert status == 0 and json.loads(output.splitlines()[-1])["times"]["step"]["products"] > 0, output
@@ -84,6 +88,15 @@ def test_machine_json_is_a_device_with_measured_rates(tmp_path: Path) -> None:
     other = rates_of(device, "fp32")
     assert other is not None and other.products == 1e11 * PRODUCTS and other.link_seconds == MESSAGE_SECONDS
     assert times is not None and sentence.startswith("bottleneck: ") and " of an estimated step are " in sentence
+
+
+def test_passes_of_the_slowest_rank_are_compared_with_what_the_rates_add_up_to() -> None:
+    passes = [Passes(flops=15 * 10**9, moved=10**9, calls=1000, seconds=seconds) for seconds in (0.2, 0.3)]
+    facts = [Facts(**{**vars(each), "call": 5e-5, "passes": own}) for each, own in zip(measured(), passes, strict=True)]
+    found = machine_of(facts, small()).measured
+    assert found is not None and found.call_seconds == 5e-5
+    assert found.passes == pytest.approx(0.3 / (0.1 + 0.05 + 0.05), rel=1e-3)
+    assert found.link_kinds == {"all_gather": [2.0, 1e-4]} and found.network_kinds == {}
 
 
 def test_a_slow_machine_is_the_bottleneck_before_any_part_of_a_step() -> None:

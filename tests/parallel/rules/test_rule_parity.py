@@ -38,7 +38,12 @@ def cases(case: Case) -> list[Case]:
     return [Case(case.micro, case.schedule, case.tied, rule, case.sequence) for rule in RULES]
 
 
-@pytest.mark.parametrize(("layout", "case"), some(LAYOUTS, 3), ids=str)
+SPREAD = [
+    pytest.param(*each, marks=pytest.mark.long) if each[0].cp > 1 else each for each in some(LAYOUTS, 3)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "case"), SPREAD, ids=str)
 def test_rules_on_one_and_two_ranks(layout: Layout, case: Case) -> None:
     assert_parity(layout, cases(case))
 

@@ -11,7 +11,7 @@ import torch
 from stoker.conf.schema import Config, ParallelConfig
 from stoker.parallel.layout import layout_of
 from stoker.parallel.mesh import mesh_over_default_group
-from stoker.trainer.probe.links import SIZES, axis_links, fit, machine_links, rounds
+from stoker.trainer.probe.links import KINDS, SIZES, axis_links, fit, machine_links, rounds
 from tests import world
 
 
@@ -53,7 +53,9 @@ def test_ranks_measure_every_axis_and_every_other_machine() -> None:
     config = Config(parallel=ParallelConfig(tp=2, zero=1))
     found = world.run(_measured, 4, config)
     for rank, (axes, links) in enumerate(found):
-        assert [(link.axis, link.kind) for link in axes] == [("dp_shard", "all_gather"), ("tp", "all_reduce")]
+        assert [(link.axis, link.kind) for link in axes] == list(itertools.product(("dp_shard", "tp"), KINDS))
         assert all(rank in link.ranks and link.line.rate > 0 and link.largest for link in axes)
         assert [link.to for link in links] == {0: [2], 2: [0]}.get(rank, [])
-    assert {link.line for _, (link, _) in enumerate(axes for axes, _ in found)}, "fits are the group's"
+    for axis in range(len(KINDS)):
+        lines = {tuple(axes[axis].ranks): axes[axis].line for axes, _ in found}
+        assert all(axes[axis].line == lines[tuple(axes[axis].ranks)] for axes, _ in found), "fits are the group's"

@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stoker.conf.schema import Config, ModelConfig, ParallelConfig
+from stoker.conf.schema import BatchConfig, Config, ModelConfig, ParallelConfig
 from stoker.conf.values import ConfigError
 from stoker.parallel.layout import layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.trainer.probe import preflight as module
 from stoker.trainer.probe.facts import Facts
 from stoker.trainer.probe.judge import REFUSE, Finding, slow_ranks
+from stoker.trainer.probe.links import KINDS
 from stoker.trainer.probe.measure import Effort, measure
 from stoker.trainer.probe.products import Product, model_products
 from stoker.trainer.runtime.process import Place
@@ -23,13 +24,16 @@ from tests.extent import some
 
 BRIEF = Effort(
     windows=3, window_seconds=0.1, matrix_seconds=0.05, sizes={"cpu": (64,)}, own_seconds=0.05, memory_seconds=0.02,
-    axis_seconds=0.1, axis_bytes=1 << 18,
+    call_seconds=0.02, axis_seconds=0.1, axis_bytes=1 << 18,
+)  # fmt: skip
+MODEL = ModelConfig(
+    vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48
 )  # fmt: skip
 WINDOWS = Effort(windows=3, window_seconds=0.1)
 
 
 def _facts(effort: Effort, slow: int | None, products: tuple[Product, ...] = ()) -> list[Facts]:
-    config = Config(parallel=ParallelConfig(zero=1))
+    config = Config(model=MODEL, seq_len=16, batch=BatchConfig(4, 2), parallel=ParallelConfig(zero=1))
     rank, ranks = dist.get_rank(), dist.get_world_size()
     mesh = mesh_over_default_group(layout_of(config, ranks), torch.device("cpu"), 60.0)
     place = Place(rank, ranks, rank, ranks, 0)
@@ -46,10 +50,23 @@ def test_all_ranks_have_what_all_ranks_found() -> None:
     for rank, facts in enumerate(each[0]):
         assert (facts.rank, facts.first) == (rank, 0)
         assert facts.own and facts.memory and facts.peaks.keys() == {"bf16", "fp32"}
-        assert [(link.axis, link.ranks) for link in facts.axes] == [("dp_shard", [0, 1])]
+        assert [(link.axis, link.kind, link.ranks) for link in facts.axes] == [
+            ("dp_shard", kind, [0, 1]) for kind in KINDS
+        ]
+        assert facts.call and 1e-7 < facts.call < 1e-3
+        assert facts.passes is not None
+        assert facts.passes.flops == pytest.approx(_flops_of_two_layers(rows=2), rel=0.03)
+        assert facts.passes.calls > 100 and facts.passes.seconds > facts.passes.calls * facts.call / 10
         assert abs(facts.clock) < 0.5 and facts.versions["torch"] == torch.__version__
         assert (facts.machine is not None) is (rank == 0)
     assert each[0][0].machine is not None and each[0][0].machine.cores > 0
+
+
+def _flops_of_two_layers(rows: int) -> int:
+    """Of the linear layers, embedding aside, forward and backward, and of attention as if it were not causal."""
+    hidden, tokens = MODEL.hidden_size, rows * 16
+    weights = 2 * (4 * hidden**2 + 3 * hidden * MODEL.intermediate_size) + 64 * hidden
+    return 6 * tokens * weights + 2 * 3 * 4 * tokens * 16 * hidden
 
 
 @pytest.mark.long

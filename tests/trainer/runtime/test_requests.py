@@ -167,3 +167,12 @@ def test_the_grace_needed_is_compared_with_the_one_given(
     resumed.recall([{"step_seconds": 0.5, "checkpoint_seconds": 4.0}])
     resumed.start(Config(), 3, 10, {})
     assert len(said) == 2 and verdict in said[1], "a resumed run has an estimate at its start"
+
+
+def test_a_deadline_before_anything_was_measured_is_met_by_a_guess() -> None:
+    grace = ShutdownEstimate(time.time() + 60, lambda _: None)
+    assert grace.needed == 0.0 and grace.with_margin() == pytest.approx(16.0)
+    grace.step(StepRecord(1, 1, 1.0, 1.0, 1.0, 1, 1.0, 0.5, 0.0))
+    assert grace.with_margin() == pytest.approx(1.5 * (1.0 + 5.0) + 1.0), "no save has been measured"
+    grace.checkpoint(SaveReport(1, seconds=2.0))
+    assert grace.with_margin() == pytest.approx(1.5 * (1.0 + 2.0) + 1.0)
