@@ -189,7 +189,7 @@ LIMITS = (
         "it counts columns and rows",
         lambda ranks: all(type(rank) is int and rank >= 1 for rank in ranks.values()),
     ),
-    _choice("objective.name", "next_token", "distill", "dpo", "ipo", "simpo", "orpo"),
+    _choice("objective.name", "next_token", "distill", "dpo", "ipo", "simpo", "orpo", "kto", "apo_zero_unpaired"),
     _above_zero("objective.beta", "rewards multiplied by 0 are equal"),
     Limit(
         "objective.label_smoothing",
@@ -197,6 +197,8 @@ LIMITS = (
         "at 0.5 neither answer of a pair is the better one",
         lambda value: 0 <= value <= 0.49,
     ),
+    _at_least("objective.desirable_weight", 0, "good answers would be unlearned"),
+    _at_least("objective.undesirable_weight", 0, "bad answers would be learned"),
     _at_least("objective.gamma", 0, "a margin below 0 would let the rejected answer win"),
     _above_zero("objective.temperature", "it divides"),
     Limit("objective.mix", "from 0 to 1", "it is a share", lambda value: 0 <= value <= 1),
@@ -282,6 +284,9 @@ LIMITS = (
     _choice("checkpoint.on_error", "warn", "fail"),
     _at_least("eval.every", 0, "it counts steps"),
     _at_least("eval.sequences", 0, "it counts rows"),
+    _at_least("eval.tasks_every", 0, "it counts steps"),
+    _at_least("eval.fewshot", 0, "it counts examples"),
+    _at_least("eval.limit", 1, "a task asks something"),
     Limit(
         "tracker.names",
         "different names of wandb, tensorboard, mlflow and csv, such as [wandb,csv]",

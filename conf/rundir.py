@@ -193,6 +193,7 @@ def resolve(config: Config, now: datetime) -> Config:
     adapter = dataclasses.replace(config.adapter, init_from=_absolute(config.adapter.init_from))
     objective = dataclasses.replace(config.objective, teacher=_absolute(config.objective.teacher))
     checkpoint = dataclasses.replace(config.checkpoint, dir=_absolute(config.checkpoint.dir))
+    evaluation = dataclasses.replace(config.eval, include=_absolute(config.eval.include))
     run = dataclasses.replace(config.run, name=name, dir=str(directory))
     return dataclasses.replace(
         config,
@@ -202,6 +203,7 @@ def resolve(config: Config, now: datetime) -> Config:
         objective=objective,
         parallel=parallel,
         checkpoint=checkpoint,
+        eval=evaluation,
         run=run,
     )
 

@@ -87,14 +87,17 @@ class AdapterConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """What is minimised. The preference objectives take pairs of answers (data.args.shape=preference)."""
+    """What is minimised. The preference objectives take pairs of answers (data.args.shape=preference), kto and
+    apo_zero_unpaired answers that are rated one by one (data.args.shape=unpaired_preference)."""
 
-    name: str = maths("next_token")  # next_token | distill | dpo | ipo | simpo | orpo
+    name: str = maths("next_token")  # next_token | distill | dpo | ipo | simpo | orpo | kto | apo_zero_unpaired
     target: str | None = maths()  # import path pkg.mod:function of a user's objective
     beta: float = maths(0.1)  # factor of rewards; ipo: the paper's tau; orpo: its lambda, weight of the odds ratio
     label_smoothing: float = maths(0.0)  # dpo: probability that the answers of a pair are the wrong way round
+    desirable_weight: float = maths(1.0)  # kto, apo_zero_unpaired: factor of the loss of desirable answers
+    undesirable_weight: float = maths(1.0)  # and of undesirable ones
     gamma: float = maths(0.0)  # simpo: by how much the chosen reward is to exceed the rejected one
-    teacher: str | None = fixed()  # folder of `stoker teach`: a teacher's predictions, or a reference's for dpo and ipo
+    teacher: str | None = fixed()  # folder of `stoker teach`: a teacher's predictions, or those of a reference
     temperature: float = maths(1.0)  # distill: of both distributions
     mix: float = maths(1.0)  # distill: share of the distance from the teacher; the rest is cross entropy
     z_loss: float = maths(0.0)  # next_token, in training: factor of the squared log of the softmax's normaliser
@@ -190,6 +193,11 @@ class EvalConfig:
     every: int | None = free()  # steps between evaluations; default: a tenth of `steps`, at least 50; 0: at the end
     sequences: int | None = free()  # validation sequences, and as many training sequences; default: at most 64; 0: none
     seed: int | None = free(0)  # of the sample, spread over all validation documents; null: the first of each source
+    tasks: list[str] = free([])  # tasks of lm-eval to run between steps and at the end, such as [hellaswag]
+    tasks_every: int | None = free()  # steps between them; default: as `every`; 0: at the end
+    include: str | None = free()  # folder of task files of your own, in lm-eval's YAML
+    fewshot: int | None = free()  # examples shown before each question; default: as the task says
+    limit: int | None = free()  # questions of each task; default: all
 
 
 @dataclass

@@ -11,4 +11,5 @@ def loss_unit(config: ObjectiveConfig) -> str:
         return f"as {config.target} counts"
     if config.name == "next_token":
         return "nats per token"
-    return f"{config.name}, per {'token' if config.name == 'distill' else 'pair'}"
+    counted = {"distill": "token", "kto": "answer", "apo_zero_unpaired": "answer"}
+    return f"{config.name}, per {counted.get(config.name, 'pair')}"

@@ -22,6 +22,7 @@ from stoker.data.chat_shapes import (
     BESIDE,
     PREFERENCE,
     SHAPES,
+    UNPAIRED,
     conversation,
     conversations,
     keys_of,
@@ -31,6 +32,7 @@ from stoker.data.chat_shapes import (
 from stoker.data.chat_template import ChatTemplate, TemplateSettings
 from stoker.data.documents import Source
 from stoker.data.hub_tokenizer import HubTokenizer
+from stoker.data.rated import rate, rated_conversations, with_mismatched
 from stoker.data.sources import specs_of
 from stoker.data.text import json_documents, known_args
 from stoker.data.tokenizer import Tokenizer
@@ -67,15 +69,14 @@ def open_source(config: DataConfig) -> Source:
         raise ValueError(f"data.args.shape={shape}: choose from {', '.join(SHAPES)}")
     if args["long_pairs"] not in ("error", "drop"):
         raise ValueError(f"data.args.long_pairs={args['long_pairs']}: choose from error, drop")
-    encoder = ChatEncoder(settings_of(config, tokenizer), tokenizer, pairs=shape == PREFERENCE)
+    settings = settings_of(config, tokenizer)
+    encoder = ChatEncoder(settings, tokenizer, pairs=shape == PREFERENCE, rated=shape == UNPAIRED)
     what = f"{key}, {', '.join(BESIDE)} as a conversation"
     if shape != "messages":
         what = f"{shape}: {what}"
     keys = keys_of(shape, key)
-    return Source(
-        json_documents(config, "data=chat", args["pattern"], keys, lambda values: text_of(values, key, shape), what),
-        encoder,
-    )
+    found = json_documents(config, "data=chat", args["pattern"], keys, lambda values: text_of(values, key, shape), what)
+    return Source(with_mismatched(found) if shape == UNPAIRED else found, encoder)
 
 
 def settings_of(config: DataConfig, tokenizer: Tokenizer | None) -> TemplateSettings:
@@ -139,28 +140,41 @@ def _prompted(prompt: str) -> Conversation:
 class ChatEncoder:
     """See `stoker.data.documents.Encoder`."""
 
-    def __init__(self, settings: TemplateSettings, tokenizer: Tokenizer | None = None, pairs: bool = False) -> None:
-        """`tokenizer`: its template is used where `settings` name none. `pairs`: texts are preferences."""
-        self.settings = settings
-        self.documents_together = 2 if pairs else 1
+    def __init__(
+        self,
+        settings: TemplateSettings,
+        tokenizer: Tokenizer | None = None,
+        pairs: bool = False,
+        rated: bool = False,
+    ) -> None:
+        """`tokenizer`: its template is used where `settings` name none. `pairs`: texts are preferences. `rated`: they
+        are of `stoker.data.rated`."""
+        self.settings, self._rated = settings, rated
+        self.documents_together = 2 if pairs or rated else 1
         own = ""
         if isinstance(tokenizer, HubTokenizer):
             own = f"{tokenizer.renderer.fingerprint} {sorted(_own_templates(tokenizer).items())}"
         said = (settings.template, sorted(settings.variables.items()), str(settings.date), own)
         # transformers' code passes the messages to the template: another version may do so in another way.
         release = ".".join(version("transformers").split(".")[:2])
-        kind = "preferences" if pairs else "chat"
+        kind = "preferences" if pairs else "rated answers" if rated else "chat"
         self.fingerprint = f"{kind} {hashlib.sha256(repr(said).encode()).hexdigest()[:16]} transformers {release}"
         self._bound: tuple[Tokenizer, ChatTemplate] | None = None
 
     def encode(self, tokenizer: Tokenizer, name: str, text: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Ids and weights of the conversation `text` (JSON), or of the two of a preference.
+        """Ids and weights of the conversation `text` (JSON), or of the two of a preference; of rated answers, ids and
+        ratings.
 
         Raises ValueError naming it, also for an answer of a preference without a token that is trained on.
         """
         try:
             template = self._template(tokenizer)
-            found = [template.encode(chat) for chat in conversations(parse_json(text))]
+            values = parse_json(text)
+            if self._rated:
+                rated = [(*template.encode(chat), rating) for chat, rating in rated_conversations(values)]
+                found = [(ids, rate(weights, rating)) for ids, weights, rating in rated]
+            else:
+                found = [template.encode(chat) for chat in conversations(values)]
             if len(found) > 1 and not all(weights.any() for _, weights in found):
                 raise ValueError("an answer of a preference has no token that is trained on")
             return found

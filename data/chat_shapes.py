@@ -1,14 +1,17 @@
 """The shapes of a line of conversations, and what a template is given of each.
 
-    messages           {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}
-    sharegpt           {"conversations": [{"from": "human", "value": "..."}, ...]}; may have system
-    alpaca             {"instruction": "...", "input": "...", "output": "..."}; may have system, history
-    prompt_completion  {"prompt": "..." or messages, "completion": "..." or messages}
-    preference         {"prompt": "..." or messages, "chosen": "..." or messages, "rejected": "..." or messages}
+    messages             {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}
+    sharegpt             {"conversations": [{"from": "human", "value": "..."}, ...]}; may have system
+    alpaca               {"instruction": "...", "input": "...", "output": "..."}; may have system, history
+    prompt_completion    {"prompt": "..." or messages, "completion": "..." or messages}
+    preference           {"prompt": "..." or messages, "chosen": "..." or messages, "rejected": "..." or messages}
+    unpaired_preference  {"prompt": "..." or messages, "completion": "..." or messages, "label": true or false}, or a
+                         line of preference, whose answers are rated true and false
 
-Each becomes messages, whose JSON is the text of the document; a preference becomes two conversations. A text in the
-place of messages is one message, of the user in a prompt and of the assistant in an answer. What comes after the prompt
-is trained on; in the other shapes what the assistant writes.
+Each becomes messages, whose JSON is the text of the document; a preference becomes two conversations, and an answer of
+unpaired_preference two as well (`stoker.data.rated`). A text in the place of messages is one message, of the user in a
+prompt and of the assistant in an answer. What comes after the prompt is trained on; in the other shapes what the
+assistant writes.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Any
 from stoker.data.chat_refusals import Conversation, Message
 from stoker.data.jsonl import field
 
-AUTO, PREFERENCE = "auto", "preference"
+AUTO, PREFERENCE, UNPAIRED = "auto", "preference", "unpaired_preference"
 PAIR = ("chosen", "rejected")
 
 # Further inputs of the template in a line, by key and type.
@@ -44,6 +47,7 @@ _DISTINCT = {  # keys that only lines of the shape have together
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
     PREFERENCE: PAIR,
+    UNPAIRED: ("prompt", "completion", "label"),
 }
 SHAPES = (AUTO, "messages", *_DISTINCT)
 
@@ -51,7 +55,8 @@ SHAPES = (AUTO, "messages", *_DISTINCT)
 def keys_of(shape: str, key: str) -> tuple[str, ...]:
     """The keys of a line that are used, and which it may hold once."""
     named = {"messages": (key,), AUTO: (key, *(name for names in _DISTINCT.values() for name in names))}
-    return named.get(shape) or (*_DISTINCT[shape], "prompt", "system", "history", "input")
+    pair = PAIR if shape == UNPAIRED else ()
+    return named.get(shape) or (*_DISTINCT[shape], *pair, "prompt", "system", "history", "input")
 
 
 def text_of(values: dict[str, Any], key: str, shape: str = AUTO) -> str:
@@ -83,11 +88,16 @@ def conversations(values: Any) -> list[Conversation]:
         return [conversation(values)]
     found = []
     for name in PAIR:
-        talk = conversation({**values, "messages": values[name]})
-        if set(talk.weights) - {0, 1}:
-            raise ValueError(f"{name}: a message of a preference has the weight 0 or 1, not {max(talk.weights):g}")
-        found.append(talk)
+        found.append(answered({**values, "messages": values[name]}, name))
     return found
+
+
+def answered(values: Mapping[str, Any], what: str) -> Conversation:
+    """The conversation of an answer. Raises ValueError, naming `what` it is, for one that is trained on in part."""
+    talk = conversation(values)
+    if set(talk.weights) - {0, 1}:
+        raise ValueError(f"{what}: a message of a preference has the weight 0 or 1, not {max(talk.weights):g}")
+    return talk
 
 
 def conversation(values: Any) -> Conversation:
@@ -143,6 +153,11 @@ def _shape_of(values: dict[str, Any], key: str) -> str:
     found = [shape for shape, keys in _DISTINCT.items() if set(keys) <= set(values)]
     if len(found) == 1 and found[0] != PREFERENCE:
         return found[0]
+    if UNPAIRED in found:
+        raise ValueError(
+            "its completion has a 'label': set data.args.shape=unpaired_preference, or prompt_completion to learn from "
+            "it whatever the label"
+        )
     if found == [PREFERENCE]:
         raise ValueError("it has a chosen and a rejected answer: set data.args.shape=preference")
     known = "; ".join(f"{shape}: {' and '.join(map(repr, keys))}" for shape, keys in _DISTINCT.items())
@@ -189,14 +204,33 @@ def _prompt_completion(values: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _preference(values: dict[str, Any], key: str) -> dict[str, Any]:
-    """Both conversations whole. Their common beginning is the prompt, where the line has none."""
+    """Both conversations whole."""
+    prompt, answers = _pair(values)
+    return {name: [*prompt, *answer] for name, answer in answers.items()}
+
+
+def _unpaired(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """The prompt, and each answer with its label."""
+    if set(PAIR) <= set(values):
+        if "label" in values or "completion" in values:
+            raise ValueError("it has a chosen and a rejected answer, and a 'completion' or a 'label' beside them")
+        prompt, pair = _pair(values)
+        return {"prompt": prompt, "rated": [[True, pair["chosen"]], [False, pair["rejected"]]]}
+    label = field("label", object)(values)
+    if not isinstance(label, bool):
+        raise ValueError(f"its 'label' is {label!r}: expected true for a desirable completion, or false")
+    prompt = _prompt(values)
+    answer = _without(prompt, _answer(values, "completion"))
+    _refuse_no_answer(answer, "completion")
+    return {"prompt": prompt, "rated": [[label, answer]]}
+
+
+def _pair(values: dict[str, Any]) -> tuple[list[Message], dict[str, list[Message]]]:
+    """The prompt and both answers. The common beginning of these is the prompt, where the line has none."""
     answers = {name: _answer(values, name) for name in PAIR}
     if values.get("prompt") is not None:
         prompt = _prompt(values)
-        plain = [_bare(message) for message in prompt]
-        for name, answer in answers.items():  # some data repeat the prompt there
-            if [_bare(message) for message in answer[: len(prompt)]] == plain:
-                answers[name] = answer[len(prompt) :]
+        answers = {name: _without(prompt, answer) for name, answer in answers.items()}
     else:
         first, second = answers.values()
         alike = 0
@@ -207,10 +241,20 @@ def _preference(values: dict[str, Any], key: str) -> dict[str, Any]:
         prompt = [_not_trained(number, message) for number, message in enumerate(first[:alike], 1)]
         answers = {name: answer[alike:] for name, answer in answers.items()}
     for name, answer in answers.items():
-        if not answer or answer[0].get("role") != "assistant":
-            found = f"a message of {answer[0].get('role')!r}" if answer else "nothing"
-            raise ValueError(f"its {name!r} goes on after the prompt with {found}, not with one of 'assistant'")
-    return {name: [*prompt, *answer] for name, answer in answers.items()}
+        _refuse_no_answer(answer, name)
+    return prompt, answers
+
+
+def _without(prompt: list[Message], answer: list[Message]) -> list[Message]:
+    """The answer without the prompt, which some data repeat there."""
+    repeated = [_bare(message) for message in answer[: len(prompt)]] == [_bare(message) for message in prompt]
+    return answer[len(prompt) :] if repeated else answer
+
+
+def _refuse_no_answer(answer: list[Message], name: str) -> None:
+    if not answer or answer[0].get("role") != "assistant":
+        found = f"a message of {answer[0].get('role')!r}" if answer else "nothing"
+        raise ValueError(f"its {name!r} goes on after the prompt with {found}, not with one of 'assistant'")
 
 
 _READ: dict[str, Callable[[dict[str, Any], str], dict[str, Any]]] = {
@@ -219,6 +263,7 @@ _READ: dict[str, Callable[[dict[str, Any], str], dict[str, Any]]] = {
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
     PREFERENCE: _preference,
+    UNPAIRED: _unpaired,
 }
 
 

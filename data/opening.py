@@ -277,13 +277,19 @@ def _plan(
 
 def _refuse_divided_pairs(config: Config, opened: list[Opened], mask: bool) -> None:
     """Raises ValueError where documents that belong together would come apart, or see each other."""
-    together = {source.tokens.documents_together: source.spec.name for source in opened}
-    if len(together) > 1:
-        raise ValueError(f"data.sources: {together.pop(max(together))} has pairs of answers, and others have none")
-    if max(together) == 1:
+    kinds: dict[str, str] = {}
+    for source in opened:
+        paired = source.tokens.documents_together > 1
+        kind = "no pairs" if not paired else "pairs of answers" if source.tokens.weights is None else "rated answers"
+        kinds.setdefault(kind, source.spec.name)
+    if len(kinds) > 1:
+        held = ", ".join(f"{name} has {kind}" for kind, name in sorted(kinds.items()))
+        raise ValueError(f"data.sources: {held}: an objective takes one kind")
+    if "no pairs" in kinds:
         return
     if config.data.packing == "concatenated":
-        raise ValueError("data.packing=concatenated cuts the pairs of data.args.shape=preference: best_fit keeps them")
+        shape = "preference" if "pairs of answers" in kinds else "unpaired_preference"
+        raise ValueError(f"data.packing=concatenated cuts the pairs of data.args.shape={shape}: best_fit keeps them")
     if not mask:
         raise ValueError(
             "data.document_mask=false lets one answer of a pair attend to the other: true keeps them apart"

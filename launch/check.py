@@ -51,10 +51,18 @@ ONE_PROCESS = [
     "compile=false",
     "activation_checkpointing=none",
 ]
+NO_TASKS = [
+    "eval.tasks=[]",
+    "eval.tasks_every=null",
+    "eval.include=null",
+    "eval.fewshot=null",
+    "eval.limit=null",
+]
 QUIET = [
     "launch.max_restarts=0",
     "eval.sequences=0",
     "eval.every=0",
+    *NO_TASKS,
     "tracker=none",
     "observers=[]",
     "alerts.command=null",

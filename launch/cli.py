@@ -183,7 +183,7 @@ def parser() -> argparse.ArgumentParser:
     teach.add_argument("folder", type=Path, help="where; `objective.teacher` of the runs that learn from it")
     arguments.add_settings(teach)
     teach.add_argument("--top-k", type=int, default=32, help="how many tokens for each label (default 32)")
-    teach.add_argument("--labels", action="store_true", help="of the labels alone: the reference of dpo and ipo")
+    teach.add_argument("--labels", action="store_true", help="of the labels alone: a reference for dpo, ipo and kto")
     arguments.add_trust(teach)
 
     evaluate = add("eval", _eval, "Run tasks of lm-eval on a model folder or a run.", examples.EVAL)
@@ -219,9 +219,9 @@ def parser() -> argparse.ArgumentParser:
     export = add("export", _export, "Write a checkpoint as a model for other libraries.")
     export.add_argument("run", help="run directory")
     export.add_argument("out", help="directory to make; must not exist, or be empty")
-    export.add_argument(
-        "--format", choices=("hf", "dcp"), default="hf", help="hf: safetensors (default); dcp: torchtitan's"
-    )
+    forms = "hf: safetensors (default); dcp: torchtitan's; gguf: llama.cpp's"
+    export.add_argument("--format", choices=("hf", "dcp", "gguf"), default="hf", help=forms)
+    export.add_argument("--gguf", dest="format", action="store_const", const="gguf", help="short for --format gguf")
     export.add_argument(
         "--dtype",
         choices=("fp32", "bf16", "fp16"),

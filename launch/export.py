@@ -18,6 +18,7 @@ from stoker.checkpoint import DamagedCheckpoint, TensorReader, open_checkpoint, 
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.launch.export_adapter import merged, write_adapter
+from stoker.launch.export_gguf import refuse_without_gguf, write_gguf
 from stoker.launch.inspect import checkpoints_of, run_at
 from stoker.launch.model_files import export_dtype, model_files
 from stoker.launch.tensor_files import Planned, TensorWriter, file_bytes_of, index_json, made_whole, plan_files
@@ -47,8 +48,10 @@ def export(options: argparse.Namespace) -> int:
         raise ConfigError(f"--ema: {run.path} {why}: leave --ema out")
     kind = AVERAGED if options.ema else PARAMETER
     alone = adapted and not options.merge
-    if alone and options.format == "dcp":
-        raise ConfigError("--format dcp writes whole models: --merge adds the adapter to its base")
+    if alone and options.format != "hf":
+        raise ConfigError(f"--format {options.format} writes whole models: --merge adds the adapter to its base")
+    if options.format == "gguf":
+        refuse_without_gguf()
     dtype = options.dtype or ("fp32" if alone else export_dtype(run))
     if config.model.init_from is not None and not run.base_model.is_dir() and not alone:
         say(f"{run.base_model} does not exist: new files are made instead of those of {config.model.init_from}")
@@ -61,8 +64,8 @@ def export(options: argparse.Namespace) -> int:
                 for name, content in model_files(run, config, dtype).items():
                     (unfinished / name).parent.mkdir(exist_ok=True)
                     (unfinished / name).write_bytes(content)
-                if options.format == "dcp":
-                    _write_dcp(unfinished, summary.path, config, dtype, kind)
+                if options.format != "hf":
+                    _write_converted(unfinished, summary.path, config, dtype, kind, options.format)
                 else:
                     _write_weights(unfinished, summary.path, config, dtype, file_bytes, kind)
     except DamagedCheckpoint as error:
@@ -71,10 +74,8 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write_dcp(folder: Path, checkpoint: Path, config: Config, dtype: str, kind: str) -> None:
-    """Raises DamagedCheckpoint, and ValueError for a model that torchtitan does not have."""
-    from stoker.launch.export_dcp import write_dcp
-
+def _write_converted(folder: Path, checkpoint: Path, config: Config, dtype: str, kind: str, form: str) -> None:
+    """Raises DamagedCheckpoint, and ValueError for a model that torchtitan, or llama.cpp, does not have."""
     with _opened(checkpoint, config, kind) as (shapes, read):
         planned: dict[str, Planned] = {}
         groups: dict[str, Exported] = {}
@@ -84,6 +85,11 @@ def _write_dcp(folder: Path, checkpoint: Path, config: Config, dtype: str, kind:
 
         def converted(file: str) -> Tensor:
             return groups[file].convert([read(name).to(PRECISIONS[dtype]) for name in groups[file].names])[file]
+
+        if form == "gguf":
+            write_gguf(folder, planned, converted, dtype)
+            return
+        from stoker.launch.export_dcp import write_dcp
 
         write_dcp(folder, planned, converted)
 

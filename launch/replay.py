@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from stoker.conf.printable import printable
 from stoker.conf.resume import merge
-from stoker.launch.check import ONE_PROCESS
+from stoker.launch.check import NO_TASKS, ONE_PROCESS
 from stoker.launch.inspect import run_at
 from stoker.launch.train import say
 from stoker.trainer.replay import lines_of, replay
@@ -46,7 +46,8 @@ def _shown() -> Iterator[Callable[[int, int], None]]:
 def replay_step(path: str, step: int, trust: bool) -> int:
     """Print the step's results and the first number that is not finite; status 1 if there is one."""
     run = run_at(path)
-    config, _ = merge(trusted_config(run, trust, TRAINING, say), [*ONE_PROCESS, "eval.sequences=0", "eval.every=0"])
+    quiet = [*ONE_PROCESS, "eval.sequences=0", "eval.every=0", *NO_TASKS]
+    config, _ = merge(trusted_config(run, trust, TRAINING, say), quiet)
     config.run.dir = str(run.path)
     with _shown() as progress:
         found = replay(run, config, step, progress)

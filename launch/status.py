@@ -16,6 +16,7 @@ from stoker.conf.units import loss_unit
 from stoker.launch.control import living
 from stoker.launch.inspect import console_for_tables, run_at
 from stoker.launch.slurm.batch import read_notes
+from stoker.trainer.report import task_results
 from stoker.trainer.report.goodput import goodput
 from stoker.trainer.report.metrics import read_recent
 from stoker.trainer.report.progress import Pace, duration
@@ -75,6 +76,8 @@ def facts(run: RunDirectory, attempts: list[Attempt], alive: Stamp | None) -> li
                 rows.append(("time left", pace.left(last["step"], total)))
         if (experts := in_words(last)) is not None:
             rows.append(("experts", experts))
+        if (answers := next(filter(None, map(task_results.in_words, reversed(steps))), None)) is not None:
+            rows.append(("tasks", answers))
     rows.append(("checkpoint", _checkpoint(run)))
     spent = goodput(run, time.time() if alive is not None else None)
     if spent.total:

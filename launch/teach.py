@@ -1,6 +1,7 @@
 """`stoker teach`: a teacher's predictions for all rows of the data, stored once, from any layout.
 
-They are what `objective=distill` learns from, or, of the labels alone, the reference of `objective=dpo` and `ipo`.
+They are what `objective=distill` learns from, or, of the labels alone, the reference of `objective=dpo`, `ipo` and
+`kto`.
 """
 
 from __future__ import annotations

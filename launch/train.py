@@ -45,6 +45,10 @@ def train(overrides: Sequence[str]) -> int:
     config, changes = settle_config(overrides, where, tell=say, check_import=True)
     with refusing():
         prepare(config)
+        if config.eval.tasks:
+            from stoker.trainer.tasks import refuse_tasks  # with torch, and lm-eval
+
+            refuse_tasks(config)
     make_run_directory(run_directory(config), config.run.public)
     say(f"run directory {config.run.dir}")
     for change in changes:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100  # a label that carries no loss
+# In the place of weights where answers are rated: of the labels of a desirable answer, of an undesirable one, and of
+# one to another prompt.
+DESIRABLE, UNDESIRABLE, MISMATCHED = 1.0, -1.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -19,10 +22,11 @@ class Batch:
     `tokens` and `labels` are int64; a label of IGNORE_INDEX is not trained on. `documents` (int32) numbers the
     documents of a row, so that attention can be kept inside them. `positions` (int64) counts from 0 within the row, or
     within each document where attention is kept inside documents. `weights` (float32) are factors of the labels'
-    losses; None where all are 1. `reference` (float32) holds the log-probability of each label under a reference
-    model, for objectives that need it. `teacher_tokens` (int32) and `teacher_log_probabilities` (float32), both
-    `[rows, seq_len, k]`, are what a teacher predicts for each label. `numbers` (int64), where there is dropout, are the
-    tokens' in the run: that of the sequence times seq_len, plus the place in it.
+    losses, or ratings; None where all are 1. `reference` (float32) holds the log-probability of each label under a
+    reference model, for objectives that need it. `teacher_tokens` (int32) and `teacher_log_probabilities` (float32),
+    both `[rows, seq_len, k]`, are what a teacher predicts for each label. `baseline` (float64 `[rows]`) is a number of
+    the whole step, the same in each row, for objectives that need one. `numbers` (int64), where there is dropout, are
+    the tokens' in the run: that of the sequence times seq_len, plus the place in it.
     """
 
     tokens: Tensor
@@ -33,6 +37,7 @@ class Batch:
     reference: Tensor | None = None
     teacher_tokens: Tensor | None = None
     teacher_log_probabilities: Tensor | None = None
+    baseline: Tensor | None = None
     numbers: Tensor | None = None
 
     def __len__(self) -> int:

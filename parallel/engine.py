@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from stoker.parallel.batch import Batch
+from stoker.parallel.objective import Objective
 from stoker.parallel.shards import Shard
 from stoker.parallel.update import NO_FLAGS, StepFlags, StepResult
 
@@ -43,9 +45,18 @@ class Engine(Protocol):
         """
         ...
 
-    def predict(self, rows: Batch) -> Tensor | None:
+    def with_baseline(self, parts: Sequence[Batch]) -> list[Batch]:
+        """`parts` of this rank's rows, with the objective's baseline over all of them on all ranks, if it has one.
+
+        A collective. `evaluate` of rows without a baseline takes that of these rows alone.
+        """
+        ...
+
+    def predict(self, rows: Batch, objective: Objective | None = None) -> Tensor | None:
         """What the head returns for each label of any number of rows with an objective of `per_token`, without
         gradients: `[rows, seq_len]`, or as `Targets.top_k` says. One rank of each replica has it, the others get None.
+
+        `objective`: in the place of the engine's.
         """
         ...
 

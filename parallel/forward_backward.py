@@ -32,11 +32,11 @@ class ForwardBackward(Protocol):
         """The sums as `train` returns them, for any number of rows, without gradients."""
         ...
 
-    def log_probabilities(self, rows: Batch) -> Tensor | None:
+    def log_probabilities(self, rows: Batch, objective: Objective | None = None) -> Tensor | None:
         """Of each label of any number of rows, without gradients: fp32 `[rows, seq_len]` on the device.
 
-        None on ranks that do not have the head. For an objective with `per_token`; with `top_k` it is what
-        `Targets.top_k` asks for, `[rows, seq_len, 1 + 2 k]`.
+        None on ranks that do not have the head. For an objective with `per_token`, by default the one of training; with
+        `top_k` it is what `Targets.top_k` asks for, `[rows, seq_len, 1 + 2 k]`.
         """
         ...
 
@@ -78,9 +78,9 @@ class GradientAccumulation:
                 sums += self._objective.loss(self._given(micro), micro).sums()
         return sums
 
-    def log_probabilities(self, rows: Batch) -> Tensor:
+    def log_probabilities(self, rows: Batch, objective: Objective | None = None) -> Tensor:
         with torch.no_grad():
-            found = [self._given(micro) for micro in self._whole_micro_batches(rows)]
+            found = [self._given(micro, objective) for micro in self._whole_micro_batches(rows)]
         return torch.cat(found)[: len(rows)]
 
     def _whole_micro_batches(self, rows: Batch) -> Iterator[Batch]:
@@ -88,15 +88,16 @@ class GradientAccumulation:
         for start in range(0, len(rows), self._micro_rows):
             yield rows[start : start + self._micro_rows].to(self._device)
 
-    def _given(self, micro: Batch) -> Tensor:
+    def _given(self, micro: Batch, objective: Objective | None = None) -> Tensor:
         """What the head returns for rows on the device."""
+        objective = objective or self._objective
         documents = micro.documents if self._document_mask else None
         targets = targets_of(
-            self._objective, micro.labels, micro.weights, micro.teacher_tokens, micro.teacher_log_probabilities
+            objective, micro.labels, micro.weights, micro.teacher_tokens, micro.teacher_log_probabilities
         )
         with self._tokens.of(micro.numbers) if self._tokens is not None else nullcontext():
             given = self._model(micro.tokens, micro.positions, documents, targets)
-        return shaped(self._objective, given, micro.labels)
+        return shaped(objective, given, micro.labels)
 
     def _zeros(self) -> Tensor:
         return torch.zeros(1 + len(self._objective.scalars), dtype=torch.float64, device=self._device)

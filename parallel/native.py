@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ from stoker.parallel.loss_scale import LossScale
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.mmap_offload import offloaded
 from stoker.parallel.model import Role
-from stoker.parallel.objective import NEXT_TOKEN, NextToken, Objective
+from stoker.parallel.objective import NEXT_TOKEN, NextToken, Objective, WithBaseline, shown
 from stoker.parallel.optimizer_needs import undeclared
 from stoker.parallel.registry import LocalShard, Registry
 from stoker.parallel.replicated import ReplicatedStrategy
@@ -93,7 +94,7 @@ class NativeEngine:
         rows = self._own(rows)
         factor = self._scale() / self._nominal_count
         self._balance.begin(factor)
-        sums = self._passes.train(self._with_reference(rows), factor)
+        sums = self._passes.train(self._with_baseline(self._with_reference(rows)), factor)
         self._counts_tokens = isinstance(self._objective, NextToken) and rows.weights is None
         if self._reports:
             self._sums += sums
@@ -115,6 +116,24 @@ class NativeEngine:
         self._buffers.restore()
         return replace(rows, reference=reference)
 
+    def _with_baseline(self, rows: Batch) -> Batch:
+        """`rows` with the objective's number of the whole step, if it has one, from these rows of all ranks."""
+        if rows.baseline is not None or not isinstance(self._objective, WithBaseline):
+            return rows
+        sums = self._mesh.all_reduce(self._baseline_sums(self._objective, rows))
+        return replace(rows, baseline=self._objective.baseline(sums).expand(len(rows)))
+
+    def _baseline_sums(self, objective: WithBaseline, rows: Batch) -> Tensor:
+        with _evaluating([stage.module for stage in self._weights]):
+            given = self._passes.log_probabilities(rows)
+        self._buffers.restore()
+        rows = rows.to(self._mesh.device)
+        if given is None:  # this rank has no head
+            given = torch.zeros(rows.labels.shape, device=self._mesh.device)
+            rows = replace(rows, reference=given)
+        sums = objective.baseline_sums(given, rows)
+        return sums if self._reports else torch.zeros_like(sums)
+
     def update(self, lr: float, flags: StepFlags = NO_FLAGS) -> StepResult:
         with record_function("stoker.update"):
             gradients = self._gradients()
@@ -134,6 +153,7 @@ class NativeEngine:
                 grad_clip_norm=self._clip_norm,
                 tokens=None if self._counts_tokens else self._tokens,
                 scalars=dict(zip(self._objective.scalars, self._sums[1:], strict=True)),
+                shown=partial(shown, self._objective),
                 unequal_buffers=self._buffers.take_first(),
                 kinds=self._places_by_role(counted) if self._norms_by_role else None,
                 routed=self._balance.message(),
@@ -165,16 +185,25 @@ class NativeEngine:
     def evaluate(self, rows: Batch) -> Tensor:
         rows = self._own(rows)
         with _evaluating([stage.module for stage in self._weights]):
-            sums = self._passes.evaluate(self._with_reference(rows))
+            sums = self._passes.evaluate(self._with_baseline(self._with_reference(rows)))
         self._buffers.restore()
         if not self._reports:
             return torch.zeros(1 + len(sums), dtype=torch.float64, device=self._mesh.device)
         count = self._objective.count(rows).to(self._mesh.device).double()
         return torch.cat([sums[:1], count[None], sums[1:]])
 
-    def predict(self, rows: Batch) -> Tensor | None:
+    def with_baseline(self, parts: Sequence[Batch]) -> list[Batch]:
+        objective = self._objective
+        if not parts or not isinstance(objective, WithBaseline):
+            return list(parts)
+        found = [self._with_reference(rows) for rows in parts]
+        sums = torch.stack([self._baseline_sums(objective, rows) for rows in found]).sum(0)
+        baseline = objective.baseline(self._mesh.all_reduce(sums))
+        return [replace(rows, baseline=baseline.expand(len(rows))) for rows in found]
+
+    def predict(self, rows: Batch, objective: Objective | None = None) -> Tensor | None:
         with _evaluating([stage.module for stage in self._weights]):
-            found = self._passes.log_probabilities(self._own(rows))
+            found = self._passes.log_probabilities(self._own(rows), objective)
         self._buffers.restore()
         return found if self._reports else None
 

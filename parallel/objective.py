@@ -10,6 +10,7 @@ given, and never averages over them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -110,6 +111,22 @@ class Taught(Protocol):
     mix: float
 
 
+@runtime_checkable
+class WithBaseline(Protocol):
+    """An objective whose loss depends on a number of the whole step: `Batch.baseline`.
+
+    It is found by a forward pass of its own, without gradients and without dropout, over all rows of the step.
+    """
+
+    def baseline_sums(self, given: Tensor, batch: Batch) -> Tensor:
+        """What the number is made of, summed over these rows on the device: fp64 `[n]`. `given` is as in `loss`."""
+        ...
+
+    def baseline(self, sums: Tensor) -> Tensor:
+        """The number, an fp64 scalar, from the sums over all rows of all ranks."""
+        ...
+
+
 class NextToken:
     """The cross entropy of each label, times its weight; in training with `z_loss` times a square that keeps logits
     small (`Targets`)."""
@@ -136,6 +153,12 @@ class NextToken:
 
 
 NEXT_TOKEN = NextToken()
+
+
+def shown(objective: Objective, means: Mapping[str, float]) -> dict[str, float]:
+    """Means of the objective's scalars over what it counts, as metrics. An objective may define `shown(means)`."""
+    change: Callable[[Mapping[str, float]], dict[str, float]] = getattr(objective, "shown", dict)
+    return change(means)
 
 
 def targets_of(

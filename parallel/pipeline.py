@@ -130,14 +130,14 @@ class PipelineSchedule:
             sums += self._objective.loss(given, micro).sums()
         return sums
 
-    def log_probabilities(self, rows: Batch) -> Tensor | None:
-        found = [given for _, given in self._evaluated(rows)]
+    def log_probabilities(self, rows: Batch, objective: Objective | None = None) -> Tensor | None:
+        found = [given for _, given in self._evaluated(rows, objective)]
         return torch.cat(found)[: len(rows)] if found else None
 
     @torch.no_grad()
-    def _evaluated(self, rows: Batch) -> list[tuple[Batch, Tensor]]:
+    def _evaluated(self, rows: Batch, objective: Objective | None = None) -> list[tuple[Batch, Tensor]]:
         """Each micro-batch and what the head returned for it, on the rank that has the head."""
-        size = self._plan.micro_rows
+        size, objective = self._plan.micro_rows, objective or self._objective
         rows = rows.padded(size).to(self._device)
         ring = Ring(self._at, self._size, self._count, len(rows) // size)
         found = []
@@ -147,9 +147,10 @@ class PipelineSchedule:
             if work := ring.work(tick):
                 number, place = work
                 micro = rows[place * size : (place + 1) * size]
-                output = self._forwards[number].compute(received, **_inputs(micro, self._document_mask))
+                inputs = _inputs(micro, self._document_mask)
+                output = self._forwards[number].compute(received, objective, **inputs)
                 if number == self._count - 1:
-                    found.append((micro, shaped(self._objective, output, micro.labels)))
+                    found.append((micro, shaped(objective, output, micro.labels)))
                 else:
                     transfers.append(self._transfer(dist.isend, output, self._at + 1))
             received = None
@@ -343,11 +344,12 @@ class _Forward(nn.Module):
 
     def forward(self, *received: Tensor, **inputs: Tensor) -> Tensor:
         with record_function("stoker.forward"):
-            return self.compute(received[0] if received else None, **inputs)
+            return self.compute(received[0] if received else None, self._objective, **inputs)
 
     def compute(
         self,
         received: Tensor | None,
+        objective: Objective,
         tokens: Tensor,
         positions: Tensor,
         labels: Tensor,
@@ -355,7 +357,7 @@ class _Forward(nn.Module):
         numbers: Tensor | None = None,
         **targeted: Tensor,
     ) -> Tensor:
-        targets = targets_of(self._objective, labels, **targeted)
+        targets = targets_of(objective, labels, **targeted)
         with self._tokens.of(numbers) if self._tokens is not None else nullcontext():
             output = self._models[0](tokens if received is None else received, positions, documents, targets)
         found = (tuple(output.shape), output.dtype)

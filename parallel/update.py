@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from stoker.parallel.loss_scale import FLOOR
 from stoker.parallel.mesh import Mesh
+
+Shown = Callable[[Mapping[str, float]], dict[str, float]]
 
 
 class ControlFlag(enum.StrEnum):
@@ -60,9 +62,9 @@ class StepMetrics:
 class StepResult:
     """The result of a step, still on the device. Only `read` waits for it."""
 
-    def __init__(self, values: Tensor, scalars: Sequence[str] = (), routed: int = 0) -> None:
-        """`scalars`: names of the last of the `values`, before as many as `routed`."""
-        self._scalars, self._routed = tuple(scalars), routed
+    def __init__(self, values: Tensor, scalars: Sequence[str] = (), routed: int = 0, shown: Shown = dict) -> None:
+        """`scalars`: names of the last of the `values`, before as many as `routed`. `shown`: makes metrics of them."""
+        self._scalars, self._routed, self._shown = tuple(scalars), routed, shown
         self._event: torch.cuda.Event | None = None
         if values.device.type == "cuda":
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -93,7 +95,7 @@ class StepResult:
             unequal > 0,
             work_seconds=of_ranks[:world],
             memory_bytes=of_ranks[world:],
-            scalars=dict(zip(self._scalars, rest[cut:], strict=True)),
+            scalars=self._shown(dict(zip(self._scalars, rest[cut:], strict=True))),
             routed=tuple(routed),
         )
 
@@ -122,6 +124,7 @@ def reduce_step(
     unequal_buffers: Tensor | None = None,
     tokens: Tensor | None = None,
     scalars: Mapping[str, Tensor] | None = None,
+    shown: Shown = dict,
     kinds: Mapping[str, Sequence[int]] | None = None,
     routed: Tensor | None = None,
 ) -> UpdateDecision:
@@ -130,7 +133,8 @@ def reduce_step(
     `gradients` are those this rank counts (each element of the global gradient is counted by exactly one rank),
     accumulated from losses multiplied by `loss_scale` (fp32 scalar) / nominal_count; `loss_sum` and `count`, which the
     sums are divided by, are float64 scalars, zero on ranks whose numbers another rank of the same replica reports.
-    So are `tokens`, the number of valid tokens where that is not `count`, and the sums of the objective's `scalars`.
+    So are `tokens`, the number of valid tokens where that is not `count`, and the sums of the objective's `scalars`,
+    of whose means `shown` makes metrics.
     `kinds` are places in `gradients`; the norm of those of each kind, before clipping, becomes a scalar
     `grad_norm.KIND`. All ranks name the same kinds.
     `routed` (float64 `[n]`) is added up as it is.
@@ -173,15 +177,15 @@ def reduce_step(
         divisor = divisor / (grad_clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
     skipped = (~sound).double()
     overflowed = skipped * (torch.isfinite(loss) & ~torch.isfinite(grad_norm) & any_counted & (loss_scale > FLOOR))
-    shown = sums[0] if own else count
-    result = torch.stack([loss, grad_norm, shown, skipped, loss_scale.double(), overflowed])
+    counted_tokens = sums[0] if own else count
+    result = torch.stack([loss, grad_norm, counted_tokens, skipped, loss_scale.double(), overflowed])
     of_objective, of_kind = sums[len(own) : len(own) + len(names)], sums[len(own) + len(names) :]
     values = torch.cat([result, message[3:], of_objective / counted, of_kind.sqrt() / accumulated])
     if routed is not None:
         values = torch.cat([values, routed])
     divisor = torch.where(sound, divisor, torch.ones_like(divisor)).float()
     names += [f"grad_norm.{kind}" for kind in kinds or ()]
-    shown_result = StepResult(values, names, 0 if routed is None else len(routed))
+    shown_result = StepResult(values, names, 0 if routed is None else len(routed), shown)
     return UpdateDecision(shown_result, divisor, skipped.float(), overflowed.float(), routed)
 
 

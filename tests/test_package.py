@@ -93,7 +93,7 @@ def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     needed = declared(project["dependencies"]) | declared(
-        extras["tiktoken"] + extras["s3"] + extras["mlflow"] + extras["eval"]
+        extras["tiktoken"] + extras["s3"] + extras["mlflow"] + extras["eval"] + extras["gguf"]
     )
 
     by_others = {"s3fs", "sqlalchemy", "alembic"}  # fsspec imports the first for s3://, mlflow the others for sqlite://

@@ -47,6 +47,7 @@ from stoker.trainer.runtime.requests import Requests, deadline_of
 from stoker.trainer.runtime.shutdown_estimate import ShutdownEstimate
 from stoker.trainer.runtime.starts import Start
 from stoker.trainer.runtime.timeouts import Timeouts
+from stoker.trainer.tasks import TaskEvaluation
 from stoker.trainer.utilisation import Arithmetic, arithmetic_of
 
 log = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ def assemble(
         held = engine.shards() if base is None else base.saved(engine.shards())
         return resume(run.checkpoints, held, mesh.all_gather_text, mesh.rank, remote)
 
+    tasks = TaskEvaluation(config, mesh, run) if config.eval.tasks else None
     trainer = Trainer(
         config=config,
         facts=facts,
@@ -156,6 +158,7 @@ def assemble(
         timeouts=Timeouts(config.parallel.timeout_seconds, config.launch.hang_seconds),
         restore=restore,
         base=base,
+        tasks=tasks,
         arithmetic=_arithmetic(complete, mesh),
         messages=_messages(config, mesh, run.messages(attempt)),
     )
@@ -191,11 +194,23 @@ def assemble(
 
 
 def refuse_other_pairs(config: Config, stream: RowSource) -> None:
-    """Raises ValueError where the data are pairs and the objective takes none, or the other way round."""
-    wanted, found = objective_of(config.objective).documents_together, stream.documents_together
-    if wanted == found or config.objective.target == TARGET:
+    """Raises ValueError where the data are pairs, or rated answers, and the objective takes none, or others."""
+    objective = objective_of(config.objective)
+    wanted, found = objective.documents_together, stream.documents_together
+    rated, takes_rated = stream.weighted and found > 1, getattr(objective, "rated", False)
+    if config.objective.target == TARGET or (wanted == found and rated == takes_rated):
         return
     name = config.objective.target or config.objective.name
+    if takes_rated:
+        raise ValueError(
+            f"objective={name} takes answers that are rated one by one, and the data have none: data=chat "
+            "data.args.shape=unpaired_preference reads them, and rates the answers of pairs"
+        )
+    if rated:
+        raise ValueError(
+            "the data are answers that are rated one by one (data.args.shape=unpaired_preference), which "
+            f"objective={name} does not take: objective=kto or apo_zero_unpaired does"
+        )
     if found == 1:
         raise ValueError(
             f"objective={name} takes pairs of answers, and the data have none: data=chat data.args.shape=preference "
@@ -256,8 +271,8 @@ def _open_data(config: Config, mesh: Mesh, place: Place, closing: ExitStack) -> 
     closing.callback(stream.close)
     parts = [Part(sample.source, sample.split, _rows_of(sample, mesh)) for sample in open_samples(config)]
     required = config.eval.sequences is not None
-    micro_rows, scalars = batch_plan(config, mesh.layout).micro_rows, objective_of(config.objective).scalars
-    return stream, Evaluation(mesh, parts, micro_rows, required, scalars)
+    micro_rows, objective = batch_plan(config, mesh.layout).micro_rows, objective_of(config.objective)
+    return stream, Evaluation(mesh, parts, micro_rows, required, objective)
 
 
 def _rows_of(sample: Sample, mesh: Mesh) -> Batch:

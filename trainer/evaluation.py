@@ -10,6 +10,7 @@ import torch
 from stoker.parallel.batch import Batch
 from stoker.parallel.engine import Engine
 from stoker.parallel.mesh import Mesh
+from stoker.parallel.objective import NEXT_TOKEN, Objective, shown
 
 NAMES = {"validation": "val_loss", "train": "train_loss"}  # of the losses by split, in metrics.jsonl
 AVERAGED = "ema_val_loss"  # of the average of the weights
@@ -42,15 +43,14 @@ class Evaluation:
         parts: Sequence[Part],
         per_pass: int,
         required: bool = True,
-        scalars: Sequence[str] = (),
+        objective: Objective = NEXT_TOKEN,
     ) -> None:
-        """`parts`: none for no evaluation; parts without a label on any rank are left out. `scalars`: the names of the
-        objective's.
+        """`parts`: none for no evaluation; parts without a label on any rank are left out.
 
         A collective. If no validation row of any rank has a label, there is no loss: `required` raises ValueError then
         on all ranks, else there is no evaluation.
         """
-        self._mesh, self._per_pass, self._scalars = mesh, per_pass, scalars
+        self._mesh, self._per_pass, self._objective = mesh, per_pass, objective
         labelled = mesh.any([bool(part.rows.valid_tokens() > 0) for part in parts]) if parts else []
         self.parts = [part for part, held in zip(parts, labelled, strict=True) if held]
         if not any(part.split == "validation" for part in self.parts):
@@ -67,12 +67,12 @@ class Evaluation:
         `given_up` is called before each pass and must return the same on all ranks: once it is true, there are none.
         """
         sums = []
-        for part in self.parts:
+        for rows in self._baselined(engine):
             passes = []
-            for start in range(0, len(part.rows), self._per_pass):
+            for start in range(0, len(rows), self._per_pass):
                 if given_up():
                     return None
-                passes.append(engine.evaluate(part.rows[start : start + self._per_pass]))
+                passes.append(engine.evaluate(rows[start : start + self._per_pass]))
             sums.append(sum(passes[1:], start=passes[0]))
         found = self._mesh.all_reduce(torch.stack(sums)).tolist()
         values: dict[str, float] = {}
@@ -81,8 +81,19 @@ class Evaluation:
             if own:
                 count = sum(counted for _, _, counted, *_ in own)
                 values[name] = sum(loss for _, loss, *_ in own) / count
-                for place, scalar in enumerate(self._scalars, 3):
-                    values[name.replace("loss", scalar)] = sum(numbers[place] for numbers in own) / count
+                means = {
+                    scalar: sum(numbers[place] for numbers in own) / count
+                    for place, scalar in enumerate(self._objective.scalars, 3)
+                }
+                values |= {name.replace("loss", key): value for key, value in shown(self._objective, means).items()}
             if len({part.source for part in self.parts}) > 1:
                 values |= {f"{name}.{source}": loss / counted for source, loss, counted, *_ in own}
         return Evaluated(values.pop(NAMES["validation"]), values)
+
+    def _baselined(self, engine: Engine) -> list[Batch]:
+        """The rows of each part, with the objective's baseline over all of the split."""
+        by_split = {
+            split: iter(engine.with_baseline([part.rows for part in self.parts if part.split == split]))
+            for split in NAMES
+        }
+        return [next(by_split[part.split]) for part in self.parts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,6 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from stoker.conf.schema import Config
 from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.trainer.predictions import Predictions
 
@@ -22,23 +21,56 @@ _RESAMPLES = 200  # for standard errors of what is no mean
 _LIMIT = 256  # tokens that a generation has at most, where its task does not say
 
 
-def results_of(config: Config, ranks: Predictions) -> dict[str, Any]:
-    """The results of the tasks in `objective.args`, as lm-eval gives them, and a table of them.
+@dataclass(frozen=True)
+class Asked:
+    """Tasks by name, and how they are asked."""
 
-    Raises ValueError for a task that is not known, or that asks what the model here does not do.
+    tasks: list[str]
+    include: str | None  # folder of further task files
+    fewshot: int | None
+    limit: float | None  # questions of each task
+
+    def open(self, how: str) -> TaskManager:
+        """Where lm-eval finds the tasks. Raises ValueError for one that is not known; `how` names the folder's key."""
+        manager = TaskManager(include_path=self.include)
+        known = set(manager.all_tasks)
+        if unknown := [name for name in self.tasks if name not in known]:
+            raise ValueError(f"there is no task {unknown[0]!r}: {how} takes a folder of task files")
+        return manager
+
+
+def refuse_tasks(asked: Asked) -> None:
+    """Load the tasks and their questions once. Raises ValueError for one that cannot be loaded or that samples."""
+    manager = asked.open("eval.include")
+    for name in asked.tasks:
+        try:
+            loaded = manager.load([name])["tasks"]
+        except Exception as error:  # of any task's own code, or of the library of its data
+            first = (str(error).strip() or "without a message").splitlines()[0]
+            raise ValueError(f"eval.tasks={name} cannot be loaded: {type(error).__name__}: {first}") from error
+        for task in loaded.values():
+            if task.get_config("output_type") == "generate_until":
+                refuse_sampling(task.get_config("generation_kwargs") or {})
+
+
+def refuse_sampling(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for a generation that is not greedy."""
+    if settings.get("do_sample") or settings.get("temperature", 0) or settings.get("num_beams", 1) != 1:
+        raise ValueError(f"a task samples its answers ({dict(settings)}): they are generated greedily here")
+
+
+def results_of(asked: Asked, folder: str, ranks: Predictions, manager: TaskManager) -> dict[str, Any]:
+    """The results of the tasks, as lm-eval gives them, and a table of them. `folder` has the tokenizer.
+
+    Raises ValueError for a task that asks what the model here does not do.
     """
-    asked = config.objective.args
-    manager = TaskManager(include_path=asked["include"])
-    known = set(manager.all_tasks)
-    if unknown := [name for name in asked["tasks"] if name not in known]:
-        raise ValueError(f"there is no task {unknown[0]!r}: --include takes a folder of task files")
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval would fork this process, which has threads and groups
-    model = HarnessModel(str(config.model.init_from), ranks)
+    model = HarnessModel(folder, ranks)
     found = simple_evaluate(
         model,
-        tasks=asked["tasks"],
-        num_fewshot=asked["fewshot"],
-        limit=asked["limit"],
+        tasks=list(asked.tasks),
+        num_fewshot=asked.fewshot,
+        limit=asked.limit,
         task_manager=manager,
         log_samples=False,
         bootstrap_iters=_RESAMPLES,
@@ -144,7 +176,7 @@ class HarnessModel(TemplateLM):
 
     def _predicted(self, spans: Sequence[_Span], packed: bool = True) -> Iterator[tuple[_Span, Tensor]]:
         """Each span with what the ranks predict for its labels, fp64 `[length, 3]`."""
-        room = self.max_length
+        room, packed = self.max_length, packed and self._ranks.packed
         ends: list[int] = []  # of each row
         for span in sorted(spans, key=lambda span: -span.length):
             fitting = [row for row, end in enumerate(ends) if end + span.length <= room] if packed else []
@@ -192,8 +224,7 @@ class _Writing:
     @classmethod
     def of(cls, model: HarnessModel, context: str, settings: dict[str, Any]) -> _Writing:
         """Raises ValueError for a generation that is not greedy."""
-        if settings.get("do_sample") or settings.get("temperature", 0) or settings.get("num_beams", 1) != 1:
-            raise ValueError(f"a task samples its answers ({settings}): `stoker eval` generates greedily")
+        refuse_sampling(settings)
         until = settings.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
         limit = min(int(settings.get("max_gen_toks", _LIMIT)), model.max_length - 1)

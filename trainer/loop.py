@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch.profiler import record_function
 
@@ -35,11 +35,17 @@ from stoker.trainer.runtime.requests import Requests, ending_of
 from stoker.trainer.runtime.shutdown_estimate import CHECKPOINT_SECONDS
 from stoker.trainer.runtime.stragglers import Stragglers, WorkClock
 from stoker.trainer.runtime.timeouts import Timeouts
-from stoker.trainer.schedule import evaluation_every, learning_rate
+from stoker.trainer.schedule import evaluation_every, learning_rate, tasks_every
 from stoker.trainer.step_log import Progress, StepLog
 from stoker.trainer.utilisation import Arithmetic
 
 log = logging.getLogger(__name__)
+
+
+class Tasks(Protocol):
+    """What runs between steps: `stoker.trainer.tasks`."""
+
+    def metrics(self, trainer: Trainer, step: int, given_up: Callable[[], bool]) -> dict[str, float] | None: ...
 
 
 @dataclass
@@ -61,6 +67,7 @@ class Trainer:
     timeouts: Timeouts
     restore: Callable[[], dict[str, Any] | None]  # load the newest checkpoint, all ranks together; its state
     base: FrozenBase | None = None  # of an adapter run: what its checkpoints leave out
+    tasks: Tasks | None = None  # of `eval.tasks`
     arithmetic: Arithmetic | None = None  # of a step, on global rank 0, where the devices' peak is known
     messages: StepMessages = field(default_factory=StepMessages)  # counts those of one step, on global rank 0
     progress: Progress = field(default_factory=Progress, init=False)
@@ -84,8 +91,10 @@ class Trainer:
         last = self._is_last(self.progress.step)
         if last and self.observers is not None:
             self.observers.message(self._nothing_to_do())
+        late = self._missed_tasks(last)
+        outcome = self._given_up or outcome
         ended = any(self.mesh.any([self._asked_to_finish() is not None]))  # by an observer, before it was resumed
-        for step in () if ended else self.steps(self.config.steps):
+        for step in () if ended or self._given_up is not None else self.steps(self.config.steps):
             with self.profiler.step(step) as profiled:
                 self.phase(step, Phase.DATA)
                 with record_function("stoker.data"):
@@ -110,7 +119,8 @@ class Trainer:
             last = self._is_last(step)
             found = self._evaluate(step, last)
             losses = {} if found is None else found.extra
-            extra = {"first_row": first_row, **profiled, **self.rows.metrics(), **self.saved, **losses}
+            answers, late = {**late, **self._run_tasks(step, last)}, {}
+            extra = {"first_row": first_row, **profiled, **self.rows.metrics(), **self.saved, **losses, **answers}
             seconds = step_log.enter(step, lr, result, None if found is None else found.val_loss, extra)
             self.timeouts.after_step(seconds, self.mesh)
             saving = self._saves_at(step)
@@ -317,6 +327,33 @@ class Trainer:
         with self.engine.averaged():
             averaged = self.evaluation.losses(self.engine, gives_up)
         return None if averaged is None else replace(found, extra={**found.extra, AVERAGED: averaged.val_loss})
+
+    def _tasks_due(self, step: int, last: bool) -> bool:
+        every = tasks_every(self.config)
+        return self.tasks is not None and (last or (every > 0 and step % every == 0))
+
+    def _run_tasks(self, step: int, last: bool) -> dict[str, float]:
+        """The results of the tasks that are due after `step`, as metrics."""
+        return self._answers(step, self._ends_anyway if last else self._gives_up) if self._tasks_due(step, last) else {}
+
+    def _answers(self, step: int, given_up: Callable[[], bool]) -> dict[str, float]:
+        """Those of the tasks after `step`. That a request to end kept them from being run is noted in `progress`."""
+        assert self.tasks is not None
+        found = None
+        if self._given_up is None:
+            self.phase(step, Phase.EVALUATE)
+            found = self.tasks.metrics(self, step, given_up)
+        self.progress.missed_tasks = step if found is None else None
+        return found or {}
+
+    def _missed_tasks(self, last: bool) -> dict[str, float]:
+        """What was due after the step that the run resumes from; it stands in the line of the next step, if that has
+        none of its own."""
+        step = self.progress.step
+        missed, self.progress.missed_tasks = self.progress.missed_tasks == step, None
+        if self.tasks is None or not missed or last or self._tasks_due(step + 1, last=False):
+            return {}
+        return self._answers(step, self._gives_up)
 
     def _ends_anyway(self) -> bool:
         return False

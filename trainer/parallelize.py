@@ -102,8 +102,9 @@ def build_engine(
         raise ValueError(problem)
     objective = objective_of(config.objective)
     extended = objective.per_token or isinstance(objective, Taught)
-    if (extended or config.objective.z_loss) and not takes_targets(whole):
+    if (extended or config.objective.z_loss or config.eval.tasks) and not takes_targets(whole):
         what = f"objective={config.objective.name}" if extended else "objective.z_loss"
+        what = what if extended or config.objective.z_loss else f"eval.tasks={config.eval.tasks}"
         raise ValueError(f"{what} {NO_HEAD.format(config.model.target)}")
     if objective.per_token and mesh.layout.cp > 1:
         raise ValueError(

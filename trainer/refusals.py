@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from stoker.conf.faults import read_faults
 from stoker.conf.schema import to_dict
 from stoker.conf.secrets import PREFIX, secrets_in
@@ -83,6 +85,25 @@ def _evaluation(start: Start) -> str | None:
             f"eval.sequences={rows} with data.validation=0: no document is kept for validation; data.validation=0.02 "
             "keeps some, data.validation_path=PATH names others"
         )
+    return None
+
+
+@REFUSALS.entry(
+    "tasks",
+    "eval.tasks without lm-eval, or with parallel.cp above 1; eval.tasks_every, include, fewshot or limit without them",
+    "there is nothing to run them with, ranks would share a text, or there is nothing to run",
+)
+def _tasks(start: Start) -> str | None:
+    wanted, cp = start.config.eval, start.config.parallel.cp
+    if not wanted.tasks:
+        for key in ("tasks_every", "include", "fewshot", "limit"):
+            if (value := getattr(wanted, key)) is not None:
+                return f"eval.{key}={value} without eval.tasks: eval.tasks=[NAME] runs some, eval.{key}=null none"
+        return None
+    if cp > 1:
+        return f"eval.tasks={wanted.tasks} with parallel.cp={cp}: ranks would share a text; parallel.cp=1 works"
+    if importlib.util.find_spec("lm_eval") is None:
+        return f"eval.tasks={wanted.tasks} needs lm-eval, which is not installed: pip install 'stoker[eval]'"
     return None
 
 

@@ -62,6 +62,11 @@ def _cycle(schedule: ScheduleConfig, step: int) -> tuple[int, int]:
     return start, start + round(length)
 
 
+def tasks_every(config: Config) -> int:
+    """Steps between two times that the tasks of `eval.tasks` are run; 0 for once at the end."""
+    return evaluation_every(config) if config.eval.tasks_every is None else config.eval.tasks_every
+
+
 def evaluation_every(config: Config) -> int:
     """Steps between evaluations; 0 for one at the end only."""
     return max(config.steps // 10, _LEAST_EVERY) if config.eval.every is None else config.eval.every

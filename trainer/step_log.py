@@ -41,6 +41,7 @@ class Progress:
     seen: list[list[float]] = field(
         default_factory=list
     )  # step, loss, norm of sound steps, for `stoker.trainer.spikes`
+    missed_tasks: int | None = None  # after which step the tasks were due, where a request to end came first
     passed_over: list[list[int]] = field(default_factory=list)  # first and last step of spans found bad
 
 

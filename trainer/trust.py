@@ -34,8 +34,9 @@ Code = dict[str, Any]  # dotted key -> value
 
 MODEL, DATA, OBJECTIVE, OPTIM, ENGINE, SLURM = "model.", "data.", "objective.", "optim.", "parallel.", "launch."
 EARLY_STOPPING = "stoker.trainer.report.early_stopping:EarlyStopping"  # Stoker's own observer
+EVALUATION = "eval."
 REPORTING = ("observers", "alerts.")
-TRAINING = (MODEL, DATA, OBJECTIVE, OPTIM, ENGINE, *REPORTING)  # what ranks use
+TRAINING = (MODEL, DATA, OBJECTIVE, OPTIM, ENGINE, EVALUATION, *REPORTING)  # what ranks use
 _LARGEST_SHOWN = 120  # characters of a value
 
 
@@ -61,6 +62,8 @@ def code_of(config: Config, uses: Sequence[str] = ("",)) -> Code:
             found[f"launch.{key}"] = value
     if any(target_and_arguments(entry)[0] != EARLY_STOPPING for entry in config.observers):
         found["observers"] = config.observers
+    if config.eval.tasks and config.eval.include:
+        found["eval.include"] = config.eval.include  # its task files may name functions
     if config.alerts.command:
         found["alerts.command"] = config.alerts.command
     return {key: value for key, value in found.items() if key.startswith(tuple(uses))}

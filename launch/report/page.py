@@ -14,9 +14,11 @@ from stoker.launch.report.svg import COLOURS, Chart, Line
 from stoker.launch.report.tables import Table, facts, lasting, moment, percent, tables
 from stoker.trainer.report.curves import Curve
 from stoker.trainer.report.goodput import BOOKS, MOMENTS, Account, Span
+from stoker.trainer.report.task_results import PREFIX, task_metrics
 
 MOST_ATTEMPTS = 100  # in the timeline
 MOST_SPANS = 400  # of the whole timeline; shorter ones would not be seen
+MOST_TASKS = 12  # charts of metrics of tasks
 MOST_BANDS = 2  # runs in one chart; bands of more cover each other
 _PHASES = {  # of `profile.phases_every`: metric, label
     "phase_data_seconds": "waiting for rows",
@@ -116,6 +118,9 @@ def charts(runs: list[Gathered]) -> list[Chart]:
     found.append(Chart("Memory", "bytes that a rank has held at most so far", _memory(runs), marks, from_zero=True))
     if alone:
         found += [_step_breakdown(runs[0], marks), _phases(runs[0])]
+    for key in task_metrics(dict.fromkeys(key for run in runs for key in run.curves.newest))[:MOST_TASKS]:
+        lines = [replace(line, dots=True, band=False) for line in _of_each(runs, key)]
+        found.append(Chart(key.removeprefix(PREFIX), "task of lm-eval", lines, marks))
     dots = [Line(line.label, line.curve, line.colour, dots=True) for line in _of_each(runs, "checkpoint_seconds")]
     found.append(Chart("Saves", "seconds, from the snapshot to the commit", dots, marks, from_zero=True))
     return [chart for chart in found if chart.lines]

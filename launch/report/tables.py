@@ -16,6 +16,7 @@ from stoker.trainer.report.goodput import BOOKS
 from stoker.trainer.report.predicted import COLUMNS, cells
 from stoker.trainer.report.progress import brief, duration, size
 from stoker.trainer.report.summary import marks_of
+from stoker.trainer.report.task_results import STEP, results
 
 MOST_ROWS = 100  # of a table whose rows are events; the newest ones
 _LISTED = 30  # steps in a list
@@ -38,7 +39,7 @@ def tables(runs: list[Gathered]) -> list[Table]:
     for run in runs:
         of = f" of {run.name}" if len(runs) > 1 else ""
         own = [_attempts(run), _planned(run), _seconds(run), _phases(run), _bad_steps(run)]
-        own += [_checkpoints(run), _saves(run), _data(run), _whole(run)]
+        own += [_tasks(run), _checkpoints(run), _saves(run), _data(run), _whole(run)]
         for table in own:
             table.title += of
             table.folded = table.folded or len(runs) > 1
@@ -121,6 +122,19 @@ def _attempts(run: Gathered) -> Table:
         rows.append([*row, on, attempt.outcome, attempt.message])
     columns = ["attempt", "began", "from step", "ended", "step", "ranks", "on", "outcome", "why"]
     return Table("Attempts", columns, rows, numbers=False)
+
+
+def _tasks(run: Gathered) -> Table:
+    """The newest results of lm-eval's tasks."""
+    last = run.history.tasks
+    if last is None:
+        return Table("Tasks", [], [])
+    rows = [
+        [task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"]
+        for (task, metric), (value, error) in results(last).items()
+    ]
+    note = f"of lm-eval, with the weights after step {last[STEP]:,.0f}"
+    return Table("Tasks", ["task", "metric", "value", "standard error"], rows, note)
 
 
 def _planned(run: Gathered) -> Table:

@@ -3,6 +3,8 @@
 next_token          the cross entropy of each label                              stoker.parallel.objective
 distill             the distance from a teacher's predictions                    distill.py
 dpo ipo simpo orpo  preferences, pairs of an answer chosen and one rejected       preference.py
+kto and             answers that are rated one by one                             unpaired.py
+apo_zero_unpaired
 
 `teaching.py` is what a teacher computes for `stoker teach`.
 """
@@ -15,6 +17,7 @@ from stoker.conf.schema import ObjectiveConfig
 from stoker.conf.targets import import_target
 from stoker.models.objectives.distill import Distill
 from stoker.models.objectives.preference import FORMULAS, Preference
+from stoker.models.objectives.unpaired import UNPAIRED
 from stoker.parallel.objective import NEXT_TOKEN, NextToken, Objective
 
 # The keys of the config that each uses.
@@ -22,6 +25,7 @@ USES = {
     "next_token": ("z_loss",),
     "distill": ("teacher", "temperature", "mix"),
     **{name: formula.uses for name, formula in FORMULAS.items()},
+    **dict.fromkeys(UNPAIRED, ("beta", "desirable_weight", "undesirable_weight", "teacher")),
 }
 
 
@@ -34,4 +38,6 @@ def objective_of(config: ObjectiveConfig) -> Objective:
         return NextToken(config.z_loss) if config.z_loss else NEXT_TOKEN
     if config.name == "distill":
         return Distill(config)
+    if config.name in UNPAIRED:
+        return UNPAIRED[config.name](config)
     return Preference(FORMULAS[config.name], config)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stoker.conf.schema import ObjectiveConfig
+from stoker.models.objectives.answers import by_document
 from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.objective import Loss
 
@@ -89,15 +90,8 @@ class Preference:
 
 
 def _by_answer(batch: Batch, values: Tensor) -> Tensor:
-    """The sums of `values` (fp64 `[rows, seq_len]`, one for each label) over the labels of each answer: `[pairs, 2]`.
-
-    There are as many places for pairs as a row can have, so that nothing waits for the device to count them.
-    """
-    rows, length = values.shape
-    places = length + length % 2
-    row = torch.arange(rows, device=values.device)[:, None] * places
-    sums = torch.zeros(rows * places, dtype=values.dtype, device=values.device)
-    return sums.index_add(0, (row + batch.documents).flatten(), values.flatten()).view(-1, 2)
+    """The sums of `values` (fp64 `[rows, seq_len]`, of labels) over the labels of each answer: `[pairs, 2]`."""
+    return by_document(batch, values).view(-1, 2)
 
 
 def _complete(tokens: Tensor) -> Tensor:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from stoker.conf.schema import ObjectiveConfig
 from stoker.models.objectives import USES
 from stoker.models.objectives.preference import FORMULAS
+from stoker.models.objectives.unpaired import UNPAIRED
 from stoker.parallel.start import Refusals, Start
 
 REFUSALS = Refusals()
+
+_OF_ANSWERS = (*FORMULAS, *UNPAIRED)
+_WITH_REFERENCE = (*(name for name, formula in FORMULAS.items() if formula.reference), *UNPAIRED)
 
 
 @REFUSALS.entry(
@@ -28,12 +32,12 @@ def _unused(start: Start) -> str | None:
 
 @REFUSALS.entry(
     "objectives of whole answers",
-    "parallel.cp above 1 with an objective that compares answers",
+    "parallel.cp above 1 with an objective of answers",
     "an answer's tokens are on several ranks, and the objective needs their sum",
 )
 def _of_answers(start: Start) -> str | None:
     objective, cp = start.config.objective, start.config.parallel.cp
-    if objective.target is not None or objective.name not in FORMULAS or cp <= 1:
+    if objective.target is not None or objective.name not in _OF_ANSWERS or cp <= 1:
         return None
     return (
         f"objective={objective.name} with parallel.cp={cp}: answers are compared by the sum over all their tokens, "
@@ -47,13 +51,13 @@ def _settings(keys: list[str], objective: ObjectiveConfig) -> str:
 
 @REFUSALS.entry(
     "the reference of an objective",
-    "objective=dpo or ipo without objective.teacher, and without an adapter or with adapter.modules_to_save",
+    "objective=dpo, ipo, kto or apo_zero_unpaired without objective.teacher, and without an adapter or with "
+    "adapter.modules_to_save",
     "the reference is the model with its adapter off: no second model is held",
 )
 def _reference(start: Start) -> str | None:
     objective, adapter = start.config.objective, start.config.adapter
-    formula = FORMULAS.get(objective.name)
-    if objective.target is not None or formula is None or not formula.reference or objective.teacher is not None:
+    if objective.target is not None or objective.name not in _WITH_REFERENCE or objective.teacher is not None:
         return None
     free = ", ".join(name for name, other in FORMULAS.items() if not other.reference)
     if adapter.name == "none":
@@ -100,12 +104,12 @@ def _streamed(start: Start) -> str | None:
 
 @REFUSALS.entry(
     "pairs of answers",
-    "a preference objective with documents that are cut, or that attend to each other",
-    "the two answers of a pair are whole, in one row, and apart",
+    "an objective of answers with documents that are cut, or that attend to each other",
+    "the two answers of a pair, or a rated answer and its mismatched one, are whole, in one row, and apart",
 )
 def _pairs(start: Start) -> str | None:
     objective, data = start.config.objective, start.config.data
-    if objective.target is not None or objective.name not in FORMULAS:
+    if objective.target is not None or objective.name not in _OF_ANSWERS:
         return None
     broken = [
         ("data.mode=streaming", "data.mode=indexed", data.mode == "streaming"),

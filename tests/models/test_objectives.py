@@ -13,9 +13,18 @@ from stoker.conf.units import loss_unit
 from stoker.models.objectives import USES, objective_of
 from stoker.parallel.batch import IGNORE_INDEX, Batch
 from stoker.parallel.layout import Layout
-from stoker.parallel.objective import NEXT_TOKEN
+from stoker.parallel.objective import NEXT_TOKEN, Objective, WithBaseline, shown
 from tests.parallel.parity import Case
-from tests.parallel.preferences import FORMULAS, OBJECTIVES, config_of, pairs, scalars_of
+from tests.parallel.preferences import (
+    FORMULAS,
+    OBJECTIVES,
+    RATED,
+    config_of,
+    desirable_of,
+    pairs,
+    rated_of,
+    scalars_of,
+)
 
 NAMES = sorted(FORMULAS)
 
@@ -91,13 +100,76 @@ def test_a_pair_with_an_answer_without_labels_counts_nothing(name: str) -> None:
     assert loss.sums().tolist() == [0.0] * 7 and not gradient.any()
 
 
+def rated_rows(name: str) -> tuple[Objective, Batch, Tensor]:
+    """An objective, rows with its baseline, and log-probabilities with a gradient."""
+    objective, (rows, ours) = objective_of(OBJECTIVES[name]), rows_and_scores(name)
+    if isinstance(objective, WithBaseline):
+        halves = [objective.baseline_sums(ours.detach()[part], rows[part]) for part in (slice(7), slice(7, None))]
+        rows = replace(rows, baseline=objective.baseline(halves[0] + halves[1]).expand(len(rows)))
+    return objective, rows, ours
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["above the reference", "below it"])
+@pytest.mark.parametrize("name", RATED)
+def test_losses_rewards_and_gradients_of_rated_answers_are_the_formulas(name: str, sign: int) -> None:
+    objective, rows, ours = rated_rows(name)
+    assert rows.reference is not None
+    if sign < 0:  # the estimate of the divergence is 0 on one side
+        ours, rows = rows.reference.clone().requires_grad_(), replace(rows, reference=ours.detach(), baseline=None)
+        if isinstance(objective, WithBaseline):
+            baseline = objective.baseline(objective.baseline_sums(ours.detach(), rows))
+            rows = replace(rows, baseline=baseline.expand(len(rows)))
+    assert rows.reference is not None
+    theirs, exact = sides(rows.reference.double(), rows), ours.detach().double().requires_grad_()
+    expected, count, scalars = rated_of(OBJECTIVES[name], sides(exact, rows), theirs, desirable_of(rows))
+    (wanted,) = torch.autograd.grad(expected * count, exact)
+
+    loss = objective.loss(ours, rows)
+    (gradient,) = torch.autograd.grad(loss.sum, ours)
+    assert int(objective.count(rows)) == count
+    assert loss.sum.item() == pytest.approx(expected.item() * count, rel=1e-6)
+    labelled = rows.labels != IGNORE_INDEX
+    assert (gradient - wanted)[labelled].norm() < 1e-6 * wanted.norm()
+    assert not gradient[labelled & (rows.documents % 2 == 1)].any()  # of mismatched answers
+    means = {scalar: float(s) / count for scalar, s in zip(objective.scalars, loss.scalars, strict=True)}
+    assert shown(objective, means) == pytest.approx(scalars, rel=1e-6)
+
+
+def test_one_side_of_the_reference_has_a_divergence() -> None:
+    found = [float(rated_rows("kto")[1].baseline[0])]  # type: ignore[index]
+    objective, (rows, ours) = objective_of(OBJECTIVES["kto"]), rows_and_scores("kto")
+    assert isinstance(objective, WithBaseline) and rows.reference is not None
+    swapped = replace(rows, reference=ours.detach())
+    found.append(float(objective.baseline(objective.baseline_sums(rows.reference, swapped))))
+    assert min(found) == 0 < max(found)
+
+
+@pytest.mark.parametrize("name", RATED)
+def test_sums_over_rated_micro_batches_are_the_sum_over_the_batch(name: str) -> None:
+    objective, rows, ours = rated_rows(name)
+    whole = objective.loss(ours.detach(), rows).sums()
+    parts = [objective.loss(ours.detach()[n : n + 3], rows[n : n + 3]).sums() for n in range(0, len(rows), 3)]
+    torch.testing.assert_close(torch.stack(parts).sum(0), whole, rtol=1e-6, atol=0)
+
+
+def test_metrics_of_a_side_without_answers_are_left_out() -> None:
+    objective, rows, ours = rated_rows("kto")
+    assert rows.weights is not None
+    rows = replace(rows, weights=rows.weights.abs())
+    loss, count = objective.loss(ours, rows), float(objective.count(rows))
+    means = {scalar: float(s) / count for scalar, s in zip(objective.scalars, loss.scalars, strict=True)}
+    assert set(shown(objective, means)) == {"rewards/chosen", "logps/chosen", "desirable", "kl"}
+
+
 def test_an_objective_is_found_by_its_name_or_by_its_path() -> None:
     assert objective_of(ObjectiveConfig()) is NEXT_TOKEN
-    assert set(USES) == {"next_token", "distill", *FORMULAS}
+    assert set(USES) == {"next_token", "distill", *FORMULAS, *RATED}
     own = ObjectiveConfig(target="tests.models.test_objectives:mine", args={"a": 1})
     assert objective_of(own) == {"a": 1}  # type: ignore[comparison-overlap]
-    units = [loss_unit(config) for config in (ObjectiveConfig(), ObjectiveConfig("dpo"), own)]
-    assert units == ["nats per token", "dpo, per pair", "as tests.models.test_objectives:mine counts"]
+    configs = (ObjectiveConfig(), ObjectiveConfig("dpo"), ObjectiveConfig("kto"), own)
+    units = [loss_unit(config) for config in configs]
+    assert units[:3] == ["nats per token", "dpo, per pair", "kto, per answer"]
+    assert units[3] == "as tests.models.test_objectives:mine counts"
 
 
 def mine(config: ObjectiveConfig) -> object:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from stoker.conf.schema import AdapterConfig, Config, ObjectiveConfig, OptimConfig
 from stoker.models.adapters import apply, plan_of
 from stoker.models.decoder import Decoder
-from stoker.parallel.batch import IGNORE_INDEX, Batch
+from stoker.parallel.batch import DESIRABLE, IGNORE_INDEX, MISMATCHED, UNDESIRABLE, Batch
 from stoker.parallel.layout import Layout
 from stoker.parallel.model import whole_model
 from tests.parallel.parity import Case
 from tests.parallel.reference import VOCABULARY, initial_value
 
 STEPS = 10
+Sides = tuple[Tensor, Tensor]  # log-probabilities of the labels of a pair's two documents
 # The first is the weighted mean of all labels' losses, with an adapter too.
 OBJECTIVES = {
     "weights": ObjectiveConfig(),
@@ -26,8 +27,11 @@ OBJECTIVES = {
     "ipo": ObjectiveConfig("ipo", beta=0.3),
     "simpo": ObjectiveConfig("simpo", beta=2.0, gamma=0.5),
     "orpo": ObjectiveConfig("orpo", beta=0.4),
+    "kto": ObjectiveConfig("kto", beta=0.7, desirable_weight=1.5, undesirable_weight=0.5),
+    "apo_zero_unpaired": ObjectiveConfig("apo_zero_unpaired", beta=0.5, undesirable_weight=1.2),
     "distill": ObjectiveConfig("distill", teacher="in the batch", temperature=2.0, mix=0.7),
 }
+RATED = ("kto", "apo_zero_unpaired")
 TAUGHT = 5  # tokens for each label
 
 
@@ -43,7 +47,10 @@ def config_of(name: str, layout: Layout, case: Case) -> Config:
 
 
 def pairs(config: Config, step: int) -> Batch:
-    """The rows of a global batch: one or two pairs of unequal answers, and padding. Every fourth row has no label."""
+    """The rows of a global batch: one or two pairs of unequal answers, and padding. Every fourth row has no label.
+
+    Of rated answers the second of a pair is the mismatched one.
+    """
     count, length = config.batch.size, config.seq_len
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(VOCABULARY, (count, length), generator=generator)
@@ -61,6 +68,10 @@ def pairs(config: Config, step: int) -> Batch:
     weights = None
     if config.objective.name == "next_token":
         weights = torch.randint(1, 4, (count, length), generator=generator) / 4
+    if config.objective.name in RATED:
+        desirable = torch.rand(count, 1, generator=generator) < 0.5
+        weights = torch.where(desirable, DESIRABLE, UNDESIRABLE).expand(count, length).clone()
+        weights[documents % 2 == 1] = MISMATCHED
     rows = Batch(tokens, labels, positions, documents, weights)
     if config.objective.name != "distill":
         return rows
@@ -90,6 +101,8 @@ def in_plain_torch(config: Config, steps: int = STEPS) -> Expected:
         rows = pairs(config, step)
         if rows.teacher_tokens is not None:
             loss, count, scalars = distillation(config.objective, policy, rows)
+        elif config.objective.name in RATED:
+            loss, count, scalars = rated(config.objective, policy, reference, rows)
         elif rows.weights is None:
             loss, count, scalars = preference(config.objective, policy, reference, rows)
         else:
@@ -136,6 +149,54 @@ def preference(
     return torch.stack(losses).mean(), len(losses), scalars_of(rewards, ours)
 
 
+def rated(
+    config: ObjectiveConfig, policy: nn.Module, reference: nn.Module, rows: Batch
+) -> tuple[Tensor, float, dict[str, float]]:
+    """KTO over single answers; without its reference point APO-zero."""
+    with torch.no_grad():
+        theirs = answers(reference, rows)
+    ours = answers(policy, rows)
+    return rated_of(config, ours, theirs, desirable_of(rows))
+
+
+def desirable_of(rows: Batch) -> list[bool]:
+    """Of each pair that has labels whether its answer is desirable."""
+    assert rows.weights is not None
+    found = []
+    for row in range(len(rows)):
+        labelled = rows.labels[row] != IGNORE_INDEX
+        for number in range(0, int(rows.documents[row].max()), 2):
+            own = rows.weights[row, (rows.documents[row] == number) & labelled].tolist()
+            found += [own[0] > 0] if own else []
+    return found
+
+
+def rated_of(
+    config: ObjectiveConfig, ours: list[Sides], theirs: list[Sides], desirable: list[bool]
+) -> tuple[Tensor, float, dict[str, float]]:
+    """The mean loss, how many answers there are, and the scalars."""
+    moved = torch.stack([o.sum() - t.sum() for (_, o), (_, t) in zip(ours, theirs, strict=True)]).mean().detach()
+    zero = moved.clamp(min=0) if config.name == "kto" else torch.zeros(())
+    losses, rewards, logs = [], {True: [], False: []}, {True: [], False: []}  # type: ignore[var-annotated]
+    for (own, _), (other, _), good in zip(ours, theirs, desirable, strict=True):
+        ratio = own.sum() - other.sum()
+        value = torch.sigmoid(config.beta * (ratio - zero if good else zero - ratio))
+        losses.append((config.desirable_weight if good else config.undesirable_weight) * (1 - value))
+        rewards[good].append(config.beta * ratio.detach())
+        logs[good].append(own.sum().detach())
+    chosen, rejected = (float(torch.stack(rewards[good]).mean()) for good in (True, False))
+    scalars = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": float(torch.stack(logs[True]).mean()),
+        "logps/rejected": float(torch.stack(logs[False]).mean()),
+        "desirable": sum(desirable) / len(desirable),
+    }
+    scalars |= {"kl": float(zero)} if config.name == "kto" else {}
+    return torch.stack(losses).mean(), len(losses), scalars
+
+
 def model_of(config: Config, adapted: bool) -> nn.Module:
     model: nn.Module = Decoder(config.model, whole_model(config.model.num_hidden_layers))
     if adapted:
@@ -165,9 +226,6 @@ def answers(model: nn.Module, rows: Batch) -> list[tuple[Tensor, Tensor]]:
             if all(len(side) for side in sides):
                 found.append((sides[0], sides[1]))
     return found
-
-
-Sides = tuple[Tensor, Tensor]
 
 
 def _dpo(config: ObjectiveConfig, ours: Sides, theirs: Sides) -> tuple[Tensor, list[Tensor]]:

@@ -82,7 +82,14 @@ def flat(tensors: dict[str, Tensor], names: Iterable[str] | None = None) -> Tens
     return torch.cat([tensors[name].double().flatten() for name in names or tensors])
 
 
-SHORT = [("dpo", Layout(pp=2)), ("distill", Layout(pp=2)), ("distill", Layout(tp=2)), ("weights", Layout(tp=2))]
+SHORT = [
+    ("dpo", Layout(pp=2)),
+    ("kto", Layout(pp=2)),
+    ("kto", Layout(1, 2, zero=3)),
+    ("distill", Layout(pp=2)),
+    ("distill", Layout(tp=2)),
+    ("weights", Layout(tp=2)),
+]
 
 
 @pytest.mark.parametrize(("name", "layout"), SHORT, ids=str)
@@ -101,7 +108,8 @@ def train_each(configs: list[Config]) -> list[Measured]:
 @pytest.mark.long
 def test_under_deepspeed_every_objective_trains_as_plain_torch_with_two_models() -> None:
     chosen = [
-        (name, UNDER_DEEPSPEED[n % len(UNDER_DEEPSPEED)], Case(4)) for n, name in enumerate([*OBJECTIVES, "dpo", "dpo"])
+        (name, UNDER_DEEPSPEED[n % len(UNDER_DEEPSPEED)], Case(4))
+        for n, name in enumerate([*OBJECTIVES, "dpo", "dpo", "kto"])
     ]
     configs = [config_of(*each) for each in chosen]
     for config, (_, layout, _) in zip(configs, chosen, strict=True):

@@ -94,7 +94,7 @@ TOGETHER = {
             ["objective.beta=0.2"],
             1,
             0,
-            "which does not use it: objective.beta=0.1 works, or another objective (dpo, ipo, simpo, orpo)",
+            "which does not use it: objective.beta=0.1 works, or another objective (dpo, ipo, simpo, orpo, kto, apo_",
         ),
         (
             ["objective.name=orpo", "objective.gamma=1.0", "objective.label_smoothing=0.1", "data.packing=padded"],
@@ -116,6 +116,7 @@ TOGETHER = {
             0,
             "adapter.modules_to_save=['norm'] changes the model itself: adapter.modules_to_save=[] works",
         ),
+        (["objective.name=kto", "data.packing=best_fit"], 1, 0, "objective=kto compares with the model without its"),
     ],
     "distillation without a teacher": [
         (["objective.name=distill"], 1, 0, "and objective.teacher names none: objective=next_token works, or"),
@@ -309,6 +310,10 @@ TOGETHER = {
             "eval.every=10 with eval.sequences=0 evaluates nothing: set eval.sequences=32",
         ),
         (["eval.sequences=8", "data.validation=0"], 1, 0, "no document is kept for validation"),
+    ],
+    "tasks": [
+        (["eval.limit=5"], 1, 0, "eval.limit=5 without eval.tasks: eval.tasks=[NAME] runs some, eval.limit=null none"),
+        (["eval.tasks=[mine]", "parallel.cp=2"], 2, 0, "parallel.cp=2: ranks would share a text; parallel.cp=1 works"),
     ],
     "best checkpoints": [
         (["checkpoint.keep_best=1", "checkpoint.every=20"], 1, 0, "eval.every=20 measures every checkpoint"),

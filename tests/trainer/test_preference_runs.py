@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 import stoker
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import ModelConfig
+from stoker.launch.teach import teach
 from stoker.parallel.model import Part
 from stoker.trainer.report.metrics import read
 from stoker.trainer.runtime.outcome import Outcome
@@ -62,10 +64,10 @@ def words(home: Path, name: str, *more: str) -> list[str]:
     return list(chosen.values())
 
 
-def on_the_page() -> list[str]:
-    """The settings of the command in docs/preferences.md, without its places."""
+def on_the_page(number: int = 0) -> list[str]:
+    """The settings of a command in docs/preferences.md, without its places."""
     text = (ROOT / "docs" / "preferences.md").read_text().replace("\\\n", "")
-    (command,) = re.findall(r"^    stoker train (.*)$", text, re.MULTILINE)
+    command = re.findall(r"^    stoker train (.*)$", text, re.MULTILINE)[number]
     places = ("run.dir=", "model.init_from=", "data.path=", "optim.")
     return [word for word in command.split() if not word.startswith(places)]
 
@@ -109,6 +111,84 @@ def test_a_run_resumes_to_the_bit(home: Path) -> None:
 def test_objective_data_and_model_have_to_go_together(more: tuple[str, ...], reason: str, home: Path) -> None:
     with pytest.raises(ValueError, match=reason):
         stoker.run(words(home, "refused", "run.fresh=true", *more))
+
+
+RATED = "data.args.shape=unpaired_preference"
+KTO = ("objective=kto", "adapter=lora", "data=chat", RATED)
+
+
+def rated(home: Path) -> str:
+    """Where answers are rated one by one, desirable ones of another kind than the others."""
+    folder = home / "rated"
+    if not folder.is_dir():
+        lines = [
+            {"prompt": f"Name {n}", "completion": f"yes {n}" if n % 2 else "no" * (1 + n % 5), "label": n % 2 > 0}
+            for n in range(60)
+        ]
+        write_lines(folder / "a.jsonl", lines)
+    return f"data.path={folder}"
+
+
+SIDES = {"rewards/chosen", "rewards/rejected", "rewards/margins", "kl"}
+
+
+def assert_alike(found: list[dict[str, Any]], expected: list[dict[str, Any]], rel: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        for key in ("loss", "grad_norm", "val_loss", *SIDES, *(f"val_{name}" for name in SIDES)):
+            assert (key in one) == (key in other)
+            if key in one:
+                assert one[key] == pytest.approx(other[key], rel=rel, abs=1e-7), key
+
+
+def test_a_run_on_rated_answers_shows_rewards_and_divergence(home: Path) -> None:
+    assert set(on_the_page(1)) == set(KTO)
+    more = (*KTO, rated(home), "objective.undesirable_weight=2", "steps=6")
+    assert stoker.run(words(home, "kto", *more)).outcome is Outcome.COMPLETED
+    steps = read(RunDirectory(home / "kto").metrics)
+    first, last = steps[0], steps[-1]
+    weight = 0.5 * (first["desirable"] + 2 * (1 - first["desirable"]))  # s(0) = 1/2
+    assert first["loss"] == pytest.approx(weight, rel=1e-6) and first["kl"] == 0
+    assert set(SIDES) < {key for step in steps for key in step}
+    assert {f"val_{name}" for name in SIDES} < set(last)
+    assert any(step["kl"] > 0 for step in steps)
+    shown = [step["val_loss"] for step in steps if step.get("val_loss") is not None]
+    assert shown and last["val_rewards/margins"] > 0
+
+    # Neither the micro-batch nor the rows of one evaluation pass change the divergence, or anything that follows.
+    assert stoker.run(words(home, "kto 1", *more, "batch.micro_size=1")).outcome is Outcome.COMPLETED
+    assert_alike(steps, read(RunDirectory(home / "kto 1").metrics), 1e-5)
+
+
+def test_answers_of_pairs_train_without_a_divergence(home: Path) -> None:
+    more = ("objective=apo_zero_unpaired", "adapter=lora", RATED)
+    assert stoker.run(words(home, "apo", *more)).outcome is Outcome.COMPLETED
+    last = read(RunDirectory(home / "apo").metrics)[-1]
+    assert last["rewards/margins"] > 0 and "kl" not in last
+
+
+def test_a_stored_reference_is_the_model_with_its_adapter_off(home: Path, tmp_path: Path) -> None:
+    more = (*KTO, rated(home), "run.fresh=true")
+    assert stoker.run(words(home, "online", *more)).outcome is Outcome.COMPLETED
+    kept = ("data", "seq_len=", "batch.size=", "model.", "precision=", "launch.device", "launch.threads", "launch.np")
+    taught = [word for word in words(home, "teacher", *more) if word.startswith(kept)]
+    assert teach(tmp_path / "lessons", taught, None) == 0
+    more = (*more, f"objective.teacher={tmp_path / 'lessons'}")
+    assert stoker.run(words(home, "stored", *more)).outcome is Outcome.COMPLETED
+    online, stored = (read(RunDirectory(home / name).metrics) for name in ("online", "stored"))
+    assert_alike(online, stored, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (("objective=kto", PAIRS), "objective=kto takes answers that are rated one by one, and the data have none"),
+        (("objective=dpo", RATED), "answers that are rated one by one .*, which objective=dpo does not take"),
+        (("objective=next_token", RATED), "rated one by one .*, which objective=next_token does not take"),
+    ],
+)
+def test_pairs_are_not_rated_answers(more: tuple[str, ...], reason: str, home: Path) -> None:
+    with pytest.raises(ValueError, match=reason):
+        stoker.run(words(home, "refused", "run.fresh=true", "adapter=lora", *more))
 
 
 def test_conversations_are_no_pairs(home: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from stoker.conf.identity import read_identity
 from stoker.conf.rundir import RunDirectory, read_config, write_config
-from stoker.conf.schema import Config, from_dict, to_dict
+from stoker.conf.schema import Config, EvalConfig, from_dict, to_dict
 from stoker.conf.targets import import_target
 from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
@@ -241,6 +241,8 @@ def test_stokers_targets_are_trusted_only_for_their_keys() -> None:
         change = lambda config, s=section, k=key: setattr(getattr(config, s), k, "stoker.launch.cli:main")  # noqa: E731
         assert code(change) == [f"{section}.{key}"]
     assert code(lambda config: setattr(config.data, "args", {"map": "stoker.launch.cli:main"})) == ["data.args.map"]
+    tasks = EvalConfig(tasks=["mine"], include="tasks")  # whose files may name functions
+    assert code(lambda config: setattr(config, "eval", tasks)) == ["eval.include"]
 
 
 def test_an_address_that_would_send_a_secret_of_the_environment_is_trusted_like_code() -> None:

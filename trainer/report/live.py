@@ -23,6 +23,7 @@ from stoker.trainer.report.progress import (
     skip_reason,
 )
 from stoker.trainer.report.redraw import Redraw
+from stoker.trainer.report.task_results import in_words
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -67,6 +68,8 @@ class LiveProgress(Observer):
         if record.val_loss is not None:
             beside = f", train {number(train)}" if (train := record.extra.get("train_loss")) is not None else ""
             self._evaluation = f"{number(record.val_loss)}{beside} at step {record.step}"
+        if (answers := in_words(record.extra)) is not None:
+            self.message(f"tasks: {answers}")
         if record.skipped:
             self._skipped += 1
             self.message(f"step {record.step} skipped: {skip_reason(record)}")

@@ -14,6 +14,7 @@ from stoker.conf.records import read_record
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.values import ConfigError
 from stoker.trainer.report.summary import Sample
+from stoker.trainer.report.task_results import has_tasks
 from stoker.trainer.runtime.outcome import Beginning, read_beginning
 
 MEDIANS = ("step_seconds", "tokens_per_second", "tflops", "mfu")
@@ -75,7 +76,7 @@ class Measured:
             return
         if isinstance(step.get("memory_peak_bytes"), int | float):
             self.memory = step["memory_peak_bytes"]
-        if step["step"] <= self._after or step.get("val_loss") is not None:
+        if step["step"] <= self._after or step.get("val_loss") is not None or has_tasks(step):
             return
         for name, sample in self._samples.items():
             if isinstance(step.get(name), int | float):

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from stoker.conf.printable import printable
 from stoker.conf.schema import Config
 from stoker.trainer.report.observer import CheckpointReport, Observer, StepRecord
+from stoker.trainer.report.task_results import in_words
 
 WINDOW = 50  # steps over which speed is measured
 
@@ -96,6 +97,8 @@ class PlainProgress(Observer):
         if record.val_loss is not None:
             beside = f", train loss {train:.4f}" if (train := record.extra.get("train_loss")) is not None else ""
             self.message(f"evaluation at step {record.step}: val loss {record.val_loss:.4f}{beside}")
+        if (answers := in_words(record.extra)) is not None:
+            self.message(f"tasks: {answers}")
         first, last = not self._seen_a_step, record.step == self._total_steps
         self._seen_a_step = True
         if first or last or record.step % self._every == 0:

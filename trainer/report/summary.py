@@ -16,6 +16,7 @@ from stoker.conf.units import loss_unit
 from stoker.trainer.report.goodput import goodput
 from stoker.trainer.report.metrics import steps
 from stoker.trainer.report.progress import duration, rate
+from stoker.trainer.report.task_results import has_tasks, in_words
 from stoker.trainer.runtime.outcome import read_beginning
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class History:
     def __init__(self, steps: Iterable[dict[str, Any]]) -> None:
         self.last: dict[str, Any] | None = None
         self.finite: dict[str, tuple[int, float]] = {}  # the last of each loss: step, value
+        self.tasks: dict[str, Any] | None = None  # the last step after which tasks were run
         self.count = self.skipped = self.empty = 0
         self.seconds = 0.0
         self.losses, self.val_losses = Sample[tuple[int, float]](), Sample[tuple[int, float]]()
@@ -63,6 +65,7 @@ class History:
         if self.last is not None and number > self.last["step"] + 1:
             self.gaps.add((self.last["step"] + 1, number - 1))
         self.last = step
+        self.tasks = step if has_tasks(step) else self.tasks
         self.count += 1
         self.rates.add((number, step.get("lr") or 0.0))
         self.tokens.add((number, step.get("tokens") or 0))
@@ -113,6 +116,8 @@ def table(history: History, run: RunDirectory, config: Config) -> list[tuple[str
                 step, value = history.finite[key]
                 when = "" if step == last["step"] else f" at step {step:,}"
                 rows.append((name, f"{value:.4f} {loss_unit(config.objective)}{when}"))
+        if history.tasks is not None:
+            rows.append(("tasks", in_words(history.tasks) or ""))
         if history.speeds.items:
             speed, training = statistics.median(history.speeds.items), duration(history.seconds)
             rows.append(("speed", f"{speed:,.0f} tokens/s (median), {training} in steps"))
