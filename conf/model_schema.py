@@ -14,12 +14,16 @@ from stoker.conf.fields import fixed, free, maths
 class RopeParameters:
     """Rotary position embedding, with the keys of transformers' `rope_parameters`; a null key is absent."""
 
-    rope_type: str = fixed("default")  # default | llama3 (frequencies scaled as in the Llama 3.1 model card)
+    rope_type: str = fixed("default")  # default | llama3 (as in the Llama 3.1 model card) | yarn (Peng et al. 2023)
     rope_theta: float = fixed(10000.0)  # base of the rotary wavelengths, in tokens
-    factor: float | None = fixed()  # llama3: context extension
+    factor: float | None = fixed()  # llama3, yarn: context extension
     low_freq_factor: float | None = fixed()  # llama3: original context / wavelength below which all is scaled
     high_freq_factor: float | None = fixed()  # llama3: and above which nothing is
-    original_max_position_embeddings: int | None = fixed()  # llama3: tokens the base model was trained at
+    original_max_position_embeddings: int | None = fixed()  # llama3, yarn: tokens the base model was trained at
+    beta_fast: float | None = fixed()  # yarn: turns in the original context from which a wave is kept; default: 32
+    beta_slow: float | None = fixed()  # yarn: and up to which it is slowed down by the factor; default: 1
+    mscale: float | None = fixed()  # yarn: with mscale_all_dim, of queries and keys by the log of the factor
+    mscale_all_dim: float | None = fixed()  # yarn: the same of scores in latent attention, and a divisor of mscale
 
 
 @dataclass

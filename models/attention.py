@@ -15,7 +15,7 @@ from stoker.conf.schema import ModelConfig
 from stoker.models.cache import LayerCache
 from stoker.models.cpu_attention import attend_in_blocks
 from stoker.models.gathered_attention import KeySpans, attend_gathered, key_spans
-from stoker.models.rope import frequencies, rotary_tables, rotate
+from stoker.models.rope import frequencies, latent_scale, rotary_tables, rotate, table_scale
 from stoker.parallel.sequence import SequenceAxis, SequenceLayer
 from stoker.parallel.sequence.axis import ULYSSES
 from stoker.parallel.sequence.regions import gathered, heads_to_tokens, tokens_to_heads
@@ -46,7 +46,8 @@ def attention_context(config: ModelConfig, positions: Tensor, mask: Mask | None)
     """The context of tokens at `positions` `[rows, seq_len]`."""
     radians = frequencies(head_dim_of(config), config.rope_parameters, positions.device)
     rows, seq_len = positions.shape
-    return AttentionContext(rows, seq_len, *rotary_tables(positions, radians), mask)
+    tables = rotary_tables(positions, radians, table_scale(config.rope_parameters))
+    return AttentionContext(rows, seq_len, *tables, mask)
 
 
 def head_dim_of(config: ModelConfig) -> int:
@@ -68,7 +69,10 @@ def value_channels(config: ModelConfig) -> int:
 
 def scale_of(config: ModelConfig) -> float:
     """The factor of the scores of attention."""
-    return query_channels(config) ** -0.5 if config.attention_multiplier is None else config.attention_multiplier
+    if config.attention_multiplier is not None:
+        return config.attention_multiplier
+    of_rope = 1.0 if config.kv_lora_rank is None else latent_scale(config.rope_parameters)
+    return query_channels(config) ** -0.5 * of_rope
 
 
 class Attention(nn.Module):

@@ -49,7 +49,9 @@ SHAPE = {  # ours -> theirs, where both mean the same number
 ROPE_KEYS: dict[str, tuple[str, ...]] = {  # of each rope_type, beside rope_theta
     "default": (),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
+ROPE_OPTIONS = {"yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")}  # which may be absent
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,8 @@ def rope_parameters(config: ModelConfig) -> dict[str, Any]:
     """The dict of transformers 5: only the keys of its rope_type."""
     rope = config.rope_parameters
     keys = ("rope_type", "rope_theta", *ROPE_KEYS[rope.rope_type])
-    return {key: getattr(rope, key) for key in keys}
+    options = {key: getattr(rope, key) for key in ROPE_OPTIONS.get(rope.rope_type, ())}
+    return {key: getattr(rope, key) for key in keys} | {k: v for k, v in options.items() if v is not None}
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from stoker.conf.records import parse_json
 from stoker.conf.schema import RopeParameters
-from stoker.models.hugging_face import FAMILIES, ROPE_KEYS, SHAPE, SWITCHES
+from stoker.models.hugging_face import FAMILIES, ROPE_KEYS, ROPE_OPTIONS, SHAPE, SWITCHES
 
 log = logging.getLogger(__name__)
 
@@ -179,9 +179,10 @@ def rope_of(parsed: Any) -> RopeParameters:
     given: Mapping[str, Any] = parsed.rope_parameters
     kind = given.get("rope_type")
     if kind not in ROPE_KEYS:
-        raise ValueError(f"{CONFIG}: rope_type={kind!r}: known are {' and '.join(ROPE_KEYS)}")
-    known = ("rope_theta", *ROPE_KEYS[kind])
-    unused = [key for key in given if key not in (*known, "rope_type", "type")]
+        raise ValueError(f"{CONFIG}: rope_type={kind!r}: known are {', '.join(ROPE_KEYS)}")
+    options = [key for key in ROPE_OPTIONS.get(kind, ()) if given.get(key) is not None]
+    known = ("rope_theta", *ROPE_KEYS[kind], *options)
+    unused = [key for key, value in given.items() if key not in (*known, "rope_type", "type") and value is not None]
     if unused:
         raise ValueError(
             f"{CONFIG}: rope_parameters holds {unused[0]}={_short(given[unused[0]])}, which rope_type={kind} does "

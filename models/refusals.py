@@ -6,6 +6,7 @@ import math
 
 from stoker.conf.schema import AdapterConfig, RopeParameters
 from stoker.models.feed_forward import all_sparse, expert_width
+from stoker.models.rope import FAST, SLOW
 from stoker.parallel.start import Refusals, Start
 from stoker.parallel.suggestions import around, divisors, either, multiples_around
 
@@ -21,8 +22,11 @@ _NEEDED = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     },
+    "yarn": {"factor": 40.0, "original_max_position_embeddings": 4096},
 }
-_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_OF_YARN = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # which may be absent
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", *_OF_YARN)
+_PUBLISHED = {"llama3": "Llama 3.1", "yarn": "DeepSeek-V3"}
 
 
 @REFUSALS.entry(
@@ -136,23 +140,24 @@ def _scaling_without_a_use(start: Start) -> str | None:
     needed = _NEEDED.get(rope.rope_type)  # an unknown one has a separate message
     if needed is None:
         return None
-    unused = [f"{key}={getattr(rope, key)}" for key in _SCALING if key not in needed and getattr(rope, key) is not None]
+    known = (*needed, *(_OF_YARN if rope.rope_type == "yarn" else ()))
+    unused = [f"{key}={getattr(rope, key)}" for key in _SCALING if key not in known and getattr(rope, key) is not None]
     if unused:
-        words = " ".join(["model.rope_parameters.rope_type=llama3", *_llama_3_1(rope)])
+        words = " ".join(["model.rope_parameters.rope_type=llama3", *_published(rope, "llama3")])
         return (
             f"model.rope_parameters: {', '.join(unused)} have no effect with rope_type={rope.rope_type}: leave them "
             f"null, or as Llama 3.1 set {words}"
         )
     missing = [key for key in needed if getattr(rope, key) is None]
     if missing:
-        words = " ".join(_llama_3_1(rope))
-        return f"model.rope_parameters: rope_type={rope.rope_type} needs {', '.join(missing)}; Llama 3.1 has {words}"
+        words, kind = " ".join(_published(rope, rope.rope_type)), rope.rope_type
+        return f"model.rope_parameters: rope_type={kind} needs {', '.join(missing)}; {_PUBLISHED[kind]} has {words}"
     return None
 
 
-def _llama_3_1(rope: RopeParameters) -> list[str]:
-    """Its settings for the keys that are not set."""
-    values = _NEEDED["llama3"].items()
+def _published(rope: RopeParameters, kind: str) -> list[str]:
+    """The settings of a published model, for the keys that are not set."""
+    values = _NEEDED[kind].items()
     return [f"model.rope_parameters.{key}={value}" for key, value in values if getattr(rope, key) is None]
 
 
@@ -163,6 +168,12 @@ def _llama_3_1(rope: RopeParameters) -> list[str]:
 )
 def _frequency_factors(start: Start) -> str | None:
     rope: RopeParameters = start.config.model.rope_parameters
+    slow, fast = rope.beta_slow or SLOW, rope.beta_fast or FAST
+    if rope.rope_type == "yarn" and slow >= fast > 0:
+        return (
+            f"model.rope_parameters: beta_slow={slow} must be below beta_fast={fast}: "
+            "model.rope_parameters.beta_slow=null model.rope_parameters.beta_fast=null works"
+        )
     low, high = rope.low_freq_factor, rope.high_freq_factor
     if low is None or high is None or 0 < low < high:
         return None

@@ -13,6 +13,7 @@ SCALED = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LATENTS = {
     "num_key_value_heads": 4,
@@ -54,6 +55,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3",
         {**LATENTS, "q_lora_rank": None, "v_head_dim": 20, "rope_interleave": False, "n_group": 1, "topk_group": 1},
     ),
+    "deepseek_v3 with yarn": (
+        "DeepseekV3",
+        {
+            **LATENTS,
+            "q_lora_rank": 24,
+            "v_head_dim": 12,
+            "qk_rope_head_dim": 8,
+            "max_position_embeddings": 64,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "beta_fast": 4, "beta_slow": 1},
+        },
+    ),
+    "qwen3 with yarn": ("Qwen3", {"head_dim": 16, "max_position_embeddings": 64, "rope_parameters": YARN}),
     "tied qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
 }
 WINDOW = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}

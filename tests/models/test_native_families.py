@@ -25,7 +25,7 @@ from stoker.parallel.shards import Chunk, whole
 from tests.models.families import VOCABULARY, write_family
 from tests.models.tiny import gradients, shape
 
-LATENTS = ["deepseek_v3", "deepseek_v3 without a latent of queries"]
+LATENTS = ["deepseek_v3", "deepseek_v3 without a latent of queries", "deepseek_v3 with yarn", "qwen3 with yarn"]
 CASES = ["smollm3", "granite", "olmo2", "qwen3_moe", "qwen3_moe with a dense layer", "mixtral", "olmoe", *LATENTS]
 DOCUMENTS = [[7, 9, 4], [1, 12, 7], [20]]  # lengths, by row
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -200,8 +200,8 @@ def test_a_missing_expert_and_one_of_another_shape_are_named(tmp_path: Path) -> 
         ({"n_shared_experts": 0}, "n_shared_experts=0"),
         ({"attention_bias": True}, "attention_bias=True"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
-            "rope_type='yarn': known are default and llama3",
+            {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+            "rope_type='linear': known are default, llama3, yarn",
         ),
     ],
 )

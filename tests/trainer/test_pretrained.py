@@ -110,7 +110,11 @@ def test_weights_of_another_model_are_refused_by_name(more: list[str], message: 
         ("hidden_size", "32", "transformers cannot read it"),
         ("rope_scaling", {"rope_type": "llama3", "factor": 2.0}, "transformers cannot read it.*low_freq_factor"),
         ("rope_parameters", {"rope_theta": 1e4, "factor": 2.0}, "factor=2.0, which rope_type=default does not have"),
-        ("rope_parameters", {"rope_type": "linear", "factor": 2.0}, "rope_type='linear': known are default and llama3"),
+        (
+            "rope_parameters",
+            {"rope_type": "linear", "factor": 2.0},
+            "rope_type='linear': known are default, llama3, yarn",
+        ),
     ],
 )
 def test_an_architecture_that_ours_is_not_is_refused_before_any_rank(
