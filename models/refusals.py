@@ -141,12 +141,14 @@ def _scaling_without_a_use(start: Start) -> str | None:
     if needed is None:
         return None
     known = (*needed, *(_OF_YARN if rope.rope_type == "yarn" else ()))
-    unused = [f"{key}={getattr(rope, key)}" for key in _SCALING if key not in known and getattr(rope, key) is not None]
+    unused = [key for key in _SCALING if key not in known and getattr(rope, key) is not None]
     if unused:
+        shown = ", ".join(f"{key}={getattr(rope, key)}" for key in unused)
+        without = " ".join(f"model.rope_parameters.{key}=null" for key in unused)
         words = " ".join(["model.rope_parameters.rope_type=llama3", *_published(rope, "llama3")])
         return (
-            f"model.rope_parameters: {', '.join(unused)} have no effect with rope_type={rope.rope_type}: leave them "
-            f"null, or as Llama 3.1 set {words}"
+            f"model.rope_parameters: {shown} have no effect with rope_type={rope.rope_type}: {without} works, or as "
+            f"Llama 3.1 {words}"
         )
     missing = [key for key in needed if getattr(rope, key) is None]
     if missing:

@@ -24,7 +24,7 @@ OF_ROPE: dict[str, list[tuple[list[str], int, int, str]]] = {
             ["model.rope_parameters.factor=8"],
             1,
             0,
-            "factor=8 have no effect with rope_type=default: leave them null, or",
+            "factor=8 have no effect with rope_type=default: model.rope_parameters.factor=null works, or",
         ),
         (
             LLAMA3[:2],

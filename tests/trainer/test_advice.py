@@ -29,7 +29,6 @@ WORDS = {
     "leave optim.needs out": "optim.needs=null",
     "declare it by optim.needs=...": "optim.needs=elementwise",
     "or set model.head_dim": "model.head_dim=32",
-    "leave them null": "model.rope_parameters.factor=null",
     "do must be one of kill": "faults=[{at: 7, do: kill}]",
     "rank 0 to 1 work": "faults=[{at: 7, do: kill, rank: 1}]",
     "use batch.size": "parallel.deepspeed={}",
