@@ -271,7 +271,7 @@ def test_a_script_that_this_user_has_not_submitted_is_not_requeued(
     assert main(["requeue", str(stranger.run.path)]) == 0
 
 
-@pytest.mark.parametrize("target", ["mine:build", "pkg.mine:build", "runs.theirs.mine:build"])
+@pytest.mark.parametrize("target", ["planted:build", "planted_pkg.planted:build", "runs.theirs.planted:build"])
 def test_modules_are_never_taken_from_inside_a_run_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
@@ -279,15 +279,15 @@ def test_modules_are_never_taken_from_inside_a_run_directory(
     run = tmp_path / "runs" / "theirs"
     (run / "attempts").mkdir(parents=True)
     (run / "config.yaml").touch()
-    (run / "pkg").mkdir()
-    for path in (run / "mine.py", run / "pkg" / "mine.py", run / "pkg" / "__init__.py"):
+    (run / "planted_pkg").mkdir()
+    for path in (run / "planted.py", run / "planted_pkg" / "planted.py", run / "planted_pkg" / "__init__.py"):
         path.write_text(EVIL.replace("@mark", str(tmp_path / "it ran")))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path if target.startswith("runs.") else run)
     with pytest.raises(ValueError, match=f"inside the run directory {run}"):
         import_target(target)
     assert not (tmp_path / "it ran").exists()
-    for name in ("mine", "pkg", "pkg.mine", "runs", "runs.theirs"):
+    for name in ("planted", "planted_pkg", "planted_pkg.planted", "runs", "runs.theirs"):
         sys.modules.pop(name, None)
 
 
