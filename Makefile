@@ -22,18 +22,18 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --dist loadscope --no-loadscope-reorder
 
-# The linters beside the tests: on two cores they cost what is left over while ranks wait for each other.
+# Linters beside the tests, and three workers: on two cores they take what is left over while ranks wait for each other.
 test: install
 	$(MAKE) --no-print-directory --jobs=2 test-short lint
 
 test-short: install
-	$(PYTEST) -m "not long"
+	$(PYTEST) -n 3 -m "not long"
 
 # Runs that are killed, hung and moved for minutes; some need a Slurm cluster or network namespaces, which they make as root.
 test-long: install
-	$(PYTEST) -m long
+	$(PYTEST) -n 2 -m long
 
 # What one GPU can prove in six minutes. PYTHON is the machine's own, as its torch is; nothing is installed.
 gpu:

@@ -35,7 +35,7 @@ def _cached(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", some(range(len(LAYOUTS)), 2))
+@pytest.mark.parametrize("number", some(range(len(LAYOUTS)), len(LAYOUTS)))
 def test_a_run_with_tasks_is_the_run_without(number: int, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [*small_run(home), *LAYOUTS[number], "steps=3", "launch.nproc=2"]
     asked, plain = home / f"asked {number}", home / f"plain {number}"

@@ -179,7 +179,7 @@ def test_every_layout_trains_the_adapter_of_one_process(engine: str, ranks: int)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("context", ["gather", "ulysses"])
+@pytest.mark.parametrize("context", some(["gather", "ulysses"], 2))
 def test_ranks_that_share_sequences_drop_what_one_process_drops(context: str) -> None:
     assert_one_run(Layout(cp=2), [(Case(4, context=context), "dropout"), (Case(2, context=context), "dora")])
 

@@ -54,6 +54,6 @@ def test_two_ranks_count_and_move_biases_as_one_process() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("turn", "layout"), some(list(enumerate(FOUR)), 3), ids=str)
+@pytest.mark.parametrize(("turn", "layout"), some(list(enumerate(FOUR)), 6), ids=str)
 def test_every_layout_counts_and_moves_biases_as_one_process(turn: int, layout: Layout) -> None:
     assert_routes(layout, some(FORMS[turn:] + FORMS[:turn], 9))
