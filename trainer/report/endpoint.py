@@ -1,6 +1,6 @@
 """Numbers of a run for Prometheus: `GET /metrics`, answered by a process beside rank 0.
 
-Training pays nothing for a scrape: the process reads metrics.jsonl, which rank 0 writes anyhow. It listens on the
+The ranks do nothing for a scrape: the process reads metrics.jsonl, which rank 0 writes anyhow. It listens on the
 loopback address unless `prometheus.host` says otherwise, knows this one path, and serves numbers only.
 """
 
