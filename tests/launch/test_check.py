@@ -45,7 +45,9 @@ def check(home: Path, *words: str) -> tuple[int, str]:
     [
         pytest.param(["launch.nproc=2", "parallel.zero=3"], marks=pytest.mark.full),
         ["launch.nproc=4", "parallel.tp=2", "parallel.pp=2"],
-        ["launch.nproc=2", "parallel.zero=3", "--against", "launch.nproc=2 parallel.zero=0"],
+        pytest.param(
+            ["launch.nproc=2", "parallel.zero=3", "--against", "launch.nproc=2 parallel.zero=0"], marks=pytest.mark.full
+        ),
         pytest.param(["launch.nproc=2", "parallel.tp=2", "precision=bf16"], marks=pytest.mark.full),
     ],
     ids=" ".join,

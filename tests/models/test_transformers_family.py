@@ -68,6 +68,7 @@ def test_a_model_of_transformers_trains_alike_on_a_layout(name: str, tmp_path: P
 
 
 @pytest.mark.long
+@pytest.mark.full
 def test_a_model_of_transformers_trains_alike_on_every_layout(tmp_path: Path) -> None:
     assert_the_same_training(SOME, tmp_path)
 

@@ -49,6 +49,6 @@ def test_rules_on_one_and_two_ranks(layout: Layout, case: Case) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("layout", "case"), some(OF_FOUR, 2), ids=str)
+@pytest.mark.parametrize(("layout", "case"), some(OF_FOUR, 4), ids=str)
 def test_rules_on_four_ranks(layout: Layout, case: Case) -> None:
     assert_parity(layout, cases(case))
