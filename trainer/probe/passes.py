@@ -66,8 +66,13 @@ def own_passes(
     """Of the first `LAYERS` layers, embedding and head of `model`, in about `seconds`; its vocabulary must be set.
 
     A micro-batch has `rows` sequences, or as many as there is time for, if products reach `rate` operations a second;
-    None if that is none, or if the weights would take more than a quarter of the free memory.
+    None if that is none, if the weights would take more than a quarter of the free memory, or for a model that is not
+    the decoder. The slowest rank and the one with least memory decide for all.
     """
+    if model.target != SMALL.target:
+        return None
+    (rates,), (free,) = of_all_ranks(mesh, [rate]), of_all_ranks(mesh, [free_bytes])
+    rate, free_bytes = min(rates), min(free)
     model = dataclasses.replace(model, num_hidden_layers=min(LAYERS, model.num_hidden_layers))
     on_meta = build_on_meta(model, whole_model(model.num_hidden_layers))
     parameters = sum(parameter.numel() for parameter in on_meta.parameters())

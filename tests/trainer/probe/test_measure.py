@@ -17,6 +17,7 @@ from stoker.trainer.probe.facts import Facts
 from stoker.trainer.probe.judge import REFUSE, Finding, slow_ranks
 from stoker.trainer.probe.links import KINDS
 from stoker.trainer.probe.measure import Effort, measure
+from stoker.trainer.probe.passes import own_passes
 from stoker.trainer.probe.products import Product, model_products
 from stoker.trainer.runtime.process import Place
 from tests import world
@@ -104,3 +105,16 @@ def test_preflight_warns_on_the_first_rank_and_refuses_on_all(monkeypatch: pytes
         with pytest.raises(ConfigError, match=r"^launch.preflight: torch is another$"):
             module.preflight(Config(), OfRank(rank), Place(rank, 2, rank, 2, 0), said.append)  # type: ignore[arg-type]
         assert said == expected
+
+
+def _passes_of_unequal_ranks() -> list[bool]:
+    """On a rank: whether there were passes where the other is slow, where it has no memory, and where both are fair."""
+    ranks = dist.get_world_size()
+    mesh = mesh_over_default_group(layout_of(Config(parallel=ParallelConfig(zero=1)), ranks), torch.device("cpu"), 60.0)
+    first = mesh.rank == 0
+    given = [(1e2 if first else 1e9, 1e9), (1e9, 1.0 if first else 1e9), (1e9, 1e9)]
+    return [own_passes(MODEL, "fp32", 2, 16, mesh, 0.05, rate, free) is not None for rate, free in given]
+
+
+def test_ranks_that_differ_agree_on_whether_the_models_passes_are_measured() -> None:
+    assert world.run(_passes_of_unequal_ranks, 2, timeout=30.0) == [[False, False, True]] * 2
