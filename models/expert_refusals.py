@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from stoker.conf.limits import OF_MICRO_BATCHES
 from stoker.conf.schema import ModelConfig
 from stoker.models.refusals import REFUSALS
@@ -27,16 +29,18 @@ OF_EXPERTS = (
 )
 
 
+def changed_settings(model: ModelConfig, keys: Sequence[str]) -> str:
+    """Those of `keys` that are not at their defaults, with their values; empty if all are."""
+    default = ModelConfig()
+    changed = [key for key in keys if getattr(model, key) != getattr(default, key)]
+    return ", ".join(f"model.{key}={getattr(model, key)}" for key in changed)
+
+
 @REFUSALS.entry("settings of no experts", "keys of experts with model.num_experts=0", "they would have no effect")
 def _settings_of_no_experts(start: Start) -> str | None:
-    model, default = start.config.model, ModelConfig()
-    if model.num_experts != 0:
-        return None
-    changed = [key for key in OF_EXPERTS if getattr(model, key) != getattr(default, key)]
-    if not changed:
-        return None
-    shown = ", ".join(f"model.{key}={getattr(model, key)}" for key in changed)
-    return f"{shown} with model.num_experts=0: model.num_experts=8 has experts"
+    model = start.config.model
+    shown = "" if model.num_experts else changed_settings(model, OF_EXPERTS)
+    return f"{shown} with model.num_experts=0: model.num_experts=8 has experts" if shown else None
 
 
 @REFUSALS.entry(

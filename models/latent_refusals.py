@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stoker.conf.schema import ModelConfig
-from stoker.models.expert_refusals import REFUSALS
+from stoker.models.expert_refusals import REFUSALS, changed_settings
 from stoker.parallel.start import Start
 
 OF_LATENTS = ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave")
@@ -16,14 +16,9 @@ _OF_OTHERS = ("qk_norm", "qk_norm_over", "qkv_bias", "nope_layers")
     "they would have no effect",
 )
 def _settings_of_no_latents(start: Start) -> str | None:
-    model, default = start.config.model, ModelConfig()
-    if model.kv_lora_rank is not None:
-        return None
-    changed = [key for key in OF_LATENTS if getattr(model, key) != getattr(default, key)]
-    if not changed:
-        return None
-    shown = ", ".join(f"model.{key}={getattr(model, key)}" for key in changed)
-    return f"{shown} with model.kv_lora_rank=null: model.kv_lora_rank=512 has latent attention"
+    model = start.config.model
+    shown = changed_settings(model, OF_LATENTS) if model.kv_lora_rank is None else ""
+    return f"{shown} with model.kv_lora_rank=null: model.kv_lora_rank=512 has latent attention" if shown else None
 
 
 @REFUSALS.entry(
