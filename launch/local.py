@@ -31,9 +31,9 @@ from stoker.conf.rundir import RunDirectory, run_directory
 from stoker.conf.schema import Config, to_dict
 from stoker.conf.scratch import Scratch
 from stoker.launch.gate import Tunnel
-from stoker.launch.plan_record import PlanRecord, wants_plan
 from stoker.parallel.layout import threads_per_rank
 from stoker.parallel.loopback import LOOPBACK, keep_on_loopback, loopback_store
+from stoker.trainer.plan.record import PlanRecord, wants_plan
 from stoker.trainer.rendezvous import CONFIG_VARIABLE
 from stoker.trainer.runtime.outcome import GOES_ON, Ending, Outcome, read_ending, write_ending
 from stoker.trainer.runtime.process import LAUNCH_VARIABLE, LAUNCHER_VARIABLE, launch_id

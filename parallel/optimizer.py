@@ -15,11 +15,24 @@ from torch import Tensor, nn
 
 from stoker.conf.schema import OptimConfig
 from stoker.conf.targets import import_target
+from stoker.parallel.apart import step_apart
 from stoker.parallel.model import Role
 from stoker.parallel.rules.settings import TARGET, Settings, settings_of
 
 _DECOUPLED = "decoupled_decay"  # of a group: the share of lr x weight that `LocalOptimizer` itself takes off per step
 _RATE = "rate"  # of a group: what the step's learning rate is multiplied by, if not 1
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's; a step does not load the compiler."""
+
+    step = step_apart(torch.optim.AdamW.step)
+
+
+class SGD(torch.optim.SGD):
+    """torch's; a step does not load the compiler."""
+
+    step = step_apart(torch.optim.SGD.step)
 
 
 class LocalOptimizer:
@@ -141,6 +154,6 @@ def _builder(config: OptimConfig, rule: str) -> Callable[[list[dict[str, Any]]],
         build = import_target(config.target)
         return lambda groups: build(groups, lr=config.lr, **config.args)
     if rule == "adamw":
-        return lambda groups: torch.optim.AdamW(groups, lr=config.lr, fused=True)
+        return lambda groups: AdamW(groups, lr=config.lr, fused=True)
     assert rule == "sgd", rule
-    return lambda groups: torch.optim.SGD(groups, lr=config.lr, fused=True)
+    return lambda groups: SGD(groups, lr=config.lr, fused=True)

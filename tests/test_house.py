@@ -23,13 +23,14 @@ def files(*folders: str) -> list[Path]:
 
 
 @cache
-def parsed(source: str) -> ast.Module:
-    return ast.parse(source)
+def nodes(source: str) -> tuple[ast.AST, ...]:
+    """All nodes, at any depth, with the module before the others."""
+    return tuple(ast.walk(ast.parse(source)))
 
 
-def imports(tree: ast.AST) -> Iterator[tuple[int, str, str | None]]:
+def imports(source: str) -> Iterator[tuple[int, str, str | None]]:
     """Every import, at any depth: line, module, and the imported name where there is one."""
-    for node in ast.walk(tree):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, name.name, None) for name in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -49,33 +50,32 @@ def room_of(module: str, name: str | None = None) -> str | None:
 
 def bare_imports(source: str) -> list[str]:
     """Imports of a room by a name that a user's own folder may have."""
-    found = imports(parsed(source))
+    found = imports(source)
     return [f"line {line}: {module}" for line, module, _ in found if module.partition(".")[0] in FLOORS]
 
 
 def upward_imports(room: str, source: str) -> list[str]:
     """Imports of a room above `room`."""
     above = FLOORS[FLOORS.index(room) + 1 :]
-    found = imports(parsed(source))
+    found = imports(source)
     return [f"line {line}: {module} {name or ''}" for line, module, name in found if room_of(module, name) in above]
 
 
 def private_uses(room: str, source: str) -> list[str]:
     """Private names of other rooms: imported, or reached through an imported module or name."""
-    tree = parsed(source)
     found, foreign = [], set()
-    for line, module, name in imports(tree):
+    for line, module, name in imports(source):
         if room_of(module, name) in (None, room):
             continue
         if any(is_private(part) for part in [*module.split("."), name or ""]):
             found.append(f"line {line}: {module} {name or ''}")
-    for node in ast.walk(tree):
+    for node in nodes(source):
         if isinstance(node, ast.Import | ast.ImportFrom):
             for alias in node.names:
                 module = f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
                 if room_of(module) not in (None, room):
                     foreign.add(alias.asname or alias.name)
-    for node in ast.walk(tree):
+    for node in nodes(source):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             chain = ast.unparse(node.value)
             if any(chain == name or chain.startswith(f"{name}.") for name in foreign):
@@ -85,22 +85,23 @@ def private_uses(room: str, source: str) -> list[str]:
 
 def pickles(source: str) -> list[str]:
     """Imports of modules that unpickle, and the torch functions that do."""
-    tree = parsed(source)
     found = []
-    for line, module, name in imports(tree):
+    for line, module, name in imports(source):
         if PICKLES & {*module.split("."), name} or (module == "torch" and name in ("save", "load")):
             found.append(f"line {line}: {module} {name or ''}")
-    for node in ast.walk(tree):
-        unpickles = isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.save", "torch.load")
-        if unpickles or (isinstance(node, ast.Attribute | ast.Name) and _sends_pickles(ast.unparse(node))):
+    for node in nodes(source):
+        if not isinstance(node, ast.Attribute | ast.Name):
+            continue
+        name = node.attr if isinstance(node, ast.Attribute) else node.id
+        unpickles = name in ("save", "load") and ast.unparse(node) in ("torch.save", "torch.load")
+        if unpickles or _sends_pickles(name):
             found.append(f"line {node.lineno}: {ast.unparse(node)}")
     return found
 
 
 def _sends_pickles(name: str) -> bool:
     """Whether this is a collective of torch.distributed that exchanges Python objects, as pickles."""
-    function = name.rpartition(".")[2]
-    return function in {f"{verb}_object_list" for verb in ("broadcast", "scatter", "send", "recv")} | {
+    return name in {f"{verb}_object_list" for verb in ("broadcast", "scatter", "send", "recv")} | {
         "all_gather_object",
         "gather_object",
     }
@@ -108,8 +109,8 @@ def _sends_pickles(name: str) -> bool:
 
 def keys_without_comment(source: str) -> list[str]:
     """Fields of dataclasses, sections aside, whose line has no comment."""
-    tree, lines = parsed(source), source.splitlines()
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    lines = source.splitlines()
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     return [
         f"{name}.{ast.unparse(field.target)}"
         for name, node in classes.items()
@@ -126,7 +127,7 @@ def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
     for module, source in sources.items():
         named = {
             f"{imported}.{name}" if f"{imported}.{name}" in sources else imported
-            for _, imported, name in imports(parsed(source))
+            for _, imported, name in imports(source)
         }
         graph[module] = named & sources.keys() - {module}
     return graph
@@ -149,9 +150,7 @@ def _reachable(graph: dict[str, set[str]], start: str) -> set[str]:
     return found
 
 
-def states() -> set[str]:
-    """The values of the two enums in which control flags and phases are declared."""
-    return {*ControlFlag, *Phase}
+STATES = {*ControlFlag, *Phase}  # the two enums in which control flags and phases are declared
 
 
 def undeclared_states(source: str) -> list[str]:
@@ -161,10 +160,10 @@ def undeclared_states(source: str) -> list[str]:
     whose name contains phases or votes, and two or more of them together.
     """
     found = []
-    for node in ast.walk(parsed(source)):
-        if isinstance(node, ast.Constant) and node.value in states() and "_" in str(node.value):
+    for node in nodes(source):
+        if isinstance(node, ast.Constant) and node.value in STATES and "_" in str(node.value):
             found.append(f"line {node.lineno}: {node.value}")
-        words = [word for word in _words_of(node) if word in states()]
+        words = [word for word in _words_of(node) if word in STATES]
         if len(words) > 1 or (words and isinstance(node, ast.Call | ast.Compare)):
             found.append(f"line {getattr(node, 'lineno', 0)}: {', '.join(words)}")
     return found
@@ -175,8 +174,8 @@ def _words_of(node: ast.AST) -> list[str]:
     match node:
         case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in ("phase", "spent", "Stamp"):
             inside = node.args
-        case ast.Compare() if any(word in ast.unparse(node) for word in ("phase", "votes", "flags")):
-            inside = [node.left, *node.comparators]
+        case ast.Compare(left=left, comparators=right) if _texts([left, *right]) and _is_of_states(node):
+            inside = [left, *right]
         case ast.Set() | ast.List() | ast.Tuple():
             inside = node.elts
         case ast.Dict():
@@ -185,7 +184,15 @@ def _words_of(node: ast.AST) -> list[str]:
             inside = [field.value for field in node.body if isinstance(field, ast.Assign)]
         case _:
             inside = []
-    return [part.value for part in inside if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+    return _texts(inside)
+
+
+def _texts(parts: Iterable[ast.AST]) -> list[str]:
+    return [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+
+
+def _is_of_states(node: ast.AST) -> bool:
+    return any(word in ast.unparse(node) for word in ("phase", "votes", "flags"))
 
 
 def module_name(path: Path) -> str:

@@ -19,6 +19,7 @@ from stoker.checkpoint import Owner, fence, newest_step
 from stoker.conf.durable import ROOM_SECONDS
 from stoker.conf.identity import read_identity
 from stoker.conf.printable import printable
+from stoker.conf.reasons import reason
 from stoker.conf.rundir import RunDirectory, make_run_directory, run_directory, write_config
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
@@ -32,6 +33,7 @@ from stoker.trainer.failure import Attempt, fail, in_one_line
 from stoker.trainer.history import begin_anew
 from stoker.trainer.loop import Trainer
 from stoker.trainer.places import claim_places
+from stoker.trainer.plan.record import PlanRecord, wants_plan
 from stoker.trainer.probe.preflight import preflight
 from stoker.trainer.rendezvous import CONFIG_VARIABLE, RENDEZVOUS_SECONDS, config_of_rank, store_of_rank
 from stoker.trainer.report.summary import summarize
@@ -99,8 +101,11 @@ def main(overrides: Sequence[str], work: Callable[[Trainer], Outcome] = Trainer.
         if warning is not None:
             console.say(warning)
         StackDump(run.stacks(attempt.number, place.rank), run.flight(attempt.number, place.rank), listener)
-        if place.local_rank == 0 and CONFIG_VARIABLE not in os.environ:
-            _start_watchdog(config, attempt, console)
+        if CONFIG_VARIABLE not in os.environ:  # our launcher does both itself
+            if place.local_rank == 0:
+                _start_watchdog(config, attempt, console)
+            if place.rank == 0 and wants_plan(config):
+                _start_plan(attempt)
         ending = _train(config, store, attempt, requests, console, work)
         # A launcher restarts ranks that end with another status, and these have finished.
         return 0 if ending.outcome in (Outcome.COMPLETED, Outcome.STOPPED, Outcome.PREEMPTED) else 1
@@ -117,6 +122,14 @@ def _start_watchdog(config: Config, attempt: Attempt, console: Console) -> None:
     words = [os.getpid(), str(attempt.run.path), attempt.number, place.rank, place.local_world, patience or ""]
     program = [sys.executable, "-P", "-m", "stoker.trainer.runtime.watchdog", *map(str, words)]
     subprocess.Popen(program, stdin=subprocess.DEVNULL, stderr=console.errors)
+
+
+def _start_plan(attempt: Attempt) -> None:
+    """Start the process that writes this attempt's plan. It ends with this one, and no failure of it is the run's."""
+    try:
+        PlanRecord(attempt.run, attempt.number, attempt.place.world)
+    except OSError as error:
+        log.warning("no plan of this attempt: %s", reason(error))
 
 
 def run(overrides: Sequence[str]) -> Ending:

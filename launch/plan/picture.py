@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stoker.launch.plan.make import GIB, Plan
+from stoker.trainer.plan.make import GIB, Plan
 from stoker.trainer.rehearsal import Category, Span
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from stoker.conf.ramp import unit_rows
 from stoker.conf.schema import Config, lookup
 from stoker.conf.values import ConfigError
 from stoker.launch.plan.guess import guessed_seconds
-from stoker.launch.plan.make import GIB, HOLES, RESERVED, Asked, Machine, Plan, make_plan
-from stoker.launch.plan.times import rates_of
+from stoker.trainer.plan.make import GIB, HOLES, RESERVED, Asked, Machine, Plan, make_plan
+from stoker.trainer.plan.times import rates_of
 from stoker.parallel.layout import batch_plan, layout_of
 from stoker.parallel.start import Ranks
 from stoker.trainer.out_of_memory import need_of

@@ -10,8 +10,8 @@ from typing import Any
 
 from stoker.conf.devices import Device, Measured, device_called
 from stoker.conf.schema import Config
-from stoker.launch.plan.make import Asked, Machine, make_plan
-from stoker.launch.plan.times import StepTime, computing_of, rates_of
+from stoker.trainer.plan.make import Asked, Machine, make_plan
+from stoker.trainer.plan.times import StepTime, computing_of, rates_of
 from stoker.trainer.probe.facts import AxisLink, Facts
 from stoker.trainer.probe.judge import Finding
 from stoker.trainer.probe.needs import Needs

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stoker.launch.cli import main
-from stoker.launch.plan.times import STORAGE, TO_HOST, failures
+from stoker.trainer.plan.times import STORAGE, TO_HOST, failures
 
 Printed = Callable[..., tuple[int, str, str]]
 SMALL = ["model.hidden_size=64", "model.intermediate_size=64", "model.num_hidden_layers=2", "seq_len=64"]

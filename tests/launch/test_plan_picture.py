@@ -9,7 +9,7 @@ import pytest
 
 from stoker.launch.cli import main
 from stoker.launch.plan import picture
-from stoker.launch.plan.make import GIB, Plan
+from stoker.trainer.plan.make import GIB, Plan
 
 SMALL = ["model.hidden_size=64", "model.intermediate_size=64", "model.num_hidden_layers=3", "seq_len=64"]
 

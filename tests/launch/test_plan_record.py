@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from stoker.conf.rundir import RunDirectory, read_config
-from stoker.conf.schema import to_dict
-from stoker.launch import plan_record
+from stoker.conf.rundir import RunDirectory
 from stoker.launch.cli import main
-from stoker.trainer.rendezvous import CONFIG_VARIABLE
+from stoker.trainer.plan import record as plan_record
 from stoker.trainer.report.messages import read_counted
 from stoker.trainer.report.predicted import Predicted, read_predicted
 from stoker.trainer.runtime.outcome import Beginning, write_beginning
@@ -22,8 +22,12 @@ from tests.launch.runs import (
     command,
     finish,
     overrides,
+    processes_of,
+    rank_pids,
+    started,
     steps_of,
     train_here,
+    wait_until,
     wait_until_gone,
 )
 from tests.trainer.test_validate import with_values
@@ -65,7 +69,6 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
     """The process of an attempt's plan, here: at once, as no processor need be idle for it."""
 
     def record(run: Path, attempt: int) -> None:
-        monkeypatch.setenv(CONFIG_VARIABLE, json.dumps(to_dict(read_config(RunDirectory(run)))))
         for effect in ("_give_way", "die_with"):
             monkeypatch.setattr(plan_record, effect, lambda *_: None)
         monkeypatch.setattr("sys.argv", ["plan_record", str(run), str(attempt), "2", "1"])
@@ -88,7 +91,7 @@ def test_the_plan_of_a_start_is_made_once_a_launch_and_never_fails_a_run(
     first = read_predicted(directory, 1)
     assert first is not None and first.ranks == 2 and first.messages
 
-    def fails(ranks: int) -> Predicted:
+    def fails(run: RunDirectory, ranks: int) -> Predicted:
         raise ValueError("it cannot be rehearsed")
 
     monkeypatch.setattr(plan_record, "_made", fails)
@@ -100,6 +103,38 @@ def test_the_plan_of_a_start_is_made_once_a_launch_and_never_fails_a_run(
     assert read_predicted(directory, 2) == first
     assert read_predicted(directory, 3) is None
     assert (directory.attempt(3) / "plan.log").read_text() == "no plan: it cannot be rehearsed\n"
+
+
+@pytest.mark.long
+def test_under_a_foreign_torchrun_rank_0_has_the_plan_written(home: Path) -> None:
+    run = home / "torchrun"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["steps=1000000", "schedule.total_steps=30", "checkpoint.every=0", "tracker=none", "log.plan=true"]
+    with started(home, [*torchrun, "-m", "stoker.trainer", *overrides(run, home / "text", *words)]) as process:
+        (recorder,) = wait_until(recorders(home), process)
+        assert parent_of(recorder) == wait_until(lambda: rank_pids(run).get(0), process)
+        os.sched_setscheduler(recorder, os.SCHED_OTHER, os.sched_param(0))  # on a busy machine it would wait for days
+        os.setpriority(os.PRIO_PROCESS, recorder, 0)
+        predicted = wait_until(lambda: read_predicted(RunDirectory(run), 1), process)
+        RunDirectory(run).stop.touch()
+        output, _ = process.communicate(timeout=60)
+        wait_until_gone(home)
+    assert process.returncode == 0, output
+    assert (predicted.ranks, predicted.kind) == (2, "cpu") and predicted.messages
+
+
+def recorders(home: Path) -> Callable[[], list[int]]:
+    """The processes that write plans of the runs under `home`, as often as they are looked for."""
+
+    def find() -> list[int]:
+        words = {pid: (Path("/proc") / str(pid) / "cmdline").read_bytes() for pid in processes_of(home)}
+        return [pid for pid, found in words.items() if plan_record.__name__.encode() in found]
+
+    return find
+
+
+def parent_of(pid: int) -> int:
+    return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_a_plan_is_written_where_processors_idle_beside_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

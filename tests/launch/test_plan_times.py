@@ -8,7 +8,7 @@ import pytest
 
 from stoker.conf.devices import Device, Measured
 from stoker.conf.schema import Config, ParallelConfig
-from stoker.launch.plan.times import Counts, StepTime, step_time
+from stoker.trainer.plan.times import Counts, StepTime, step_time
 from stoker.parallel.layout import batch_plan, layout_of
 from stoker.trainer.rehearsal import Traffic, Work
 

@@ -10,7 +10,7 @@ import pytest
 from stoker.conf.devices import device_named
 from stoker.conf.schema import Config
 from stoker.launch.cli import main
-from stoker.launch.plan.times import MESSAGE_SECONDS, PRODUCTS, rates_of
+from stoker.trainer.plan.times import MESSAGE_SECONDS, PRODUCTS, rates_of
 from stoker.launch.probe.machine import Report, bottleneck, machine_of
 from stoker.launch.probe.show import print_report
 from stoker.trainer.probe.facts import AxisLink, Facts, FolderRate, Line

@@ -1,15 +1,15 @@
 """The plan of an attempt, written while it trains by a process that runs only where processors are idle.
 
-    python -m stoker.launch.plan_record RUN ATTEMPT RANKS LAUNCHER
+    python -m stoker.trainer.plan.record RUN ATTEMPT RANKS PARENT
 
-The launcher starts it (`log.plan`). It waits, with few imports, for the attempt's first step, copies the plan of an
-earlier attempt of the same launch or makes one, writes `attempts/K/plan.json` and ends. A plan that cannot be made
-leaves a line in `plan.log` there. It never outlives the launcher, which ends it with the ranks.
+Our launcher starts it (`log.plan`), or under another launcher rank 0. It waits, with few imports, for the attempt's
+first step, copies the plan of an earlier attempt of the same launch or makes one of the stored config, writes
+`attempts/K/plan.json` and ends. A plan that cannot be made leaves a line in `plan.log` there. It never outlives the
+process that started it; our launcher ends it with the ranks.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -19,8 +19,8 @@ from pathlib import Path
 
 from stoker.conf.durable import write_whole
 from stoker.conf.parent_death import die_with
-from stoker.conf.rundir import RunDirectory
-from stoker.conf.schema import Config, from_dict
+from stoker.conf.rundir import RunDirectory, read_config
+from stoker.conf.schema import Config
 from stoker.trainer.report.metrics import last_step
 from stoker.trainer.report.predicted import Predicted, keep, read_predicted
 from stoker.trainer.runtime.outcome import read_beginning
@@ -29,12 +29,12 @@ LOOK_SECONDS = 0.5
 
 
 class PlanRecord:
-    """The process of one attempt, as the launcher holds it."""
+    """The process of one attempt, as the one that starts it holds it. Raises OSError where none can be started."""
 
     def __init__(self, run: RunDirectory, attempt: int, ranks: int) -> None:
         words = [str(run.path), str(attempt), str(ranks), str(os.getpid())]
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "stoker.launch.plan_record", *words],
+            [sys.executable, "-P", "-m", "stoker.trainer.plan.record", *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -49,20 +49,20 @@ def wants_plan(config: Config) -> bool:
     """`log.plan`; by default, whether the ranks compute on GPUs, beside which processors idle."""
     if config.log.plan is not None or config.launch.device == "cpu":
         return bool(config.log.plan)
-    import torch  # the launcher has it, the process here does without while it waits
+    import torch  # who asks has it, the process here does without while it waits
 
     return torch.cuda.device_count() > 0
 
 
 def main() -> None:
-    path, attempt, ranks, launcher = sys.argv[1:]
-    die_with(int(launcher))
+    path, attempt, ranks, parent = sys.argv[1:]
+    die_with(int(parent))
     _give_way()
     run, number = RunDirectory(Path(path)), int(attempt)
     try:
         _wait_for_a_step(run, number)
         earlier = _earlier(run, number)
-        keep(run, number, earlier if earlier is not None else _made(int(ranks)))
+        keep(run, number, earlier if earlier is not None else _made(run, int(ranks)))
     except Exception as error:  # of any kind: the run goes on without
         with suppress(OSError):
             write_whole(run.plan(number).with_suffix(".log"), f"no plan: {error}\n".encode())
@@ -94,18 +94,17 @@ def _earlier(run: RunDirectory, attempt: int) -> Predicted | None:
     return None
 
 
-def _made(ranks: int) -> Predicted:
-    from stoker.launch.plan.make import Asked, Machine, make_plan, predicted_of
+def _made(run: RunDirectory, ranks: int) -> Predicted:
     from stoker.trainer.facts import with_vocabulary
-    from stoker.trainer.rendezvous import CONFIG_VARIABLE
+    from stoker.trainer.plan.make import Asked, Machine, make_plan, predicted_of
 
-    config = from_dict(json.loads(os.environ[CONFIG_VARIABLE]), Config)
+    config = read_config(run)  # stored before the first step
     machine = Machine("cpu", None)
     if config.launch.device != "cpu" and (name := _gpu()) is not None:
         from stoker.conf.devices import device_called
 
         machine = Machine("cuda", device_called(name))
-    return predicted_of(make_plan(with_vocabulary(config), ranks, machine, Asked()))
+    return predicted_of(make_plan(with_vocabulary(config, run.tokenizer), ranks, machine, Asked()))
 
 
 def _gpu() -> str | None:
