@@ -22,8 +22,8 @@ from ranks import Stoker, batches, model_of, run, steps_of, turn_of
 
 from stoker.conf.devices import device_named
 from stoker.conf.schema import BatchConfig, Config, OptimConfig, ParallelConfig
-from stoker.trainer.plan.make import Asked, Machine, make_plan
 from stoker.parallel.mesh import Mesh
+from stoker.trainer.plan.make import Asked, Machine, make_plan
 from stoker.trainer.runtime.process import keep_freed_memory
 
 RANKS = 2

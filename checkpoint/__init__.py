@@ -29,25 +29,30 @@ of each tensor tile it, writes the manifest and renames the directory. Before th
 it, the checkpoint never changes. Every failure is reported in `SaveReport.error`, on every rank.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from stoker.checkpoint.audit import Summary, describe, verify
-from stoker.checkpoint.commit import fence
-from stoker.checkpoint.compare import Difference, compare
+from stoker.checkpoint.commit import fence, newest, newest_step
 from stoker.checkpoint.names import CheckpointMismatch, DamagedCheckpoint
 from stoker.checkpoint.owner import NotOurs, Owner, claim, problem_with, read_mark, read_owner
-from stoker.checkpoint.reader import TensorReader, load, read_tensors
 from stoker.checkpoint.remote import Remote
-from stoker.checkpoint.resuming import newest, newest_step, resume
 from stoker.checkpoint.retention import VALIDATION_LOSS, remove
 from stoker.checkpoint.stored import open_checkpoint, read_state
 from stoker.checkpoint.tier import linked_place, make_tier, tier_problem
-from stoker.checkpoint.writer import Checkpoints, SaveReport
+
+if TYPE_CHECKING:
+    from stoker.checkpoint.reader import TensorReader, load, read_tensors
+    from stoker.checkpoint.resuming import resume
+    from stoker.checkpoint.writer import Checkpoints, SaveReport
 
 __all__ = [
     "VALIDATION_LOSS",
     "CheckpointMismatch",
     "Checkpoints",
     "DamagedCheckpoint",
-    "Difference",
     "NotOurs",
     "Owner",
     "Remote",
@@ -55,7 +60,6 @@ __all__ = [
     "Summary",
     "TensorReader",
     "claim",
-    "compare",
     "describe",
     "fence",
     "linked_place",
@@ -74,3 +78,18 @@ __all__ = [
     "tier_problem",
     "verify",
 ]
+
+_OF = {  # they import torch, which commands that only look at a run need not wait for
+    "Checkpoints": "writer",
+    "SaveReport": "writer",
+    "TensorReader": "reader",
+    "load": "reader",
+    "read_tensors": "reader",
+    "resume": "resuming",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OF:
+        return getattr(importlib.import_module(f"stoker.checkpoint.{_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

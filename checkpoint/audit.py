@@ -7,9 +7,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stoker.checkpoint.block_reader import BlockReader
 from stoker.checkpoint.format import Manifest, ShardIndex, safetensors_header
 from stoker.checkpoint.names import (
     MANIFEST,
@@ -21,6 +20,9 @@ from stoker.checkpoint.names import (
 )
 from stoker.checkpoint.stored import read_index, read_manifest, read_state
 from stoker.checkpoint.tiling import assemble
+
+if TYPE_CHECKING:
+    from stoker.checkpoint.block_reader import BlockReader
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
 
@@ -49,6 +51,8 @@ def describe(directory: Path) -> list[Summary]:
 
 
 def _summary(checkpoint: Path) -> Summary:
+    from stoker.checkpoint.block_reader import BlockReader  # with torch
+
     manifest: Manifest | None = None
     state: dict[str, Any] = {}
     problem = None
@@ -82,6 +86,8 @@ def verify(checkpoint: Path, progress: Progress = lambda done, total: None) -> l
 
     Reads all blocks of all files. Each bad block is named with the tensors in it.
     """
+    from stoker.checkpoint.block_reader import BlockReader  # with torch
+
     problems: list[str] = []
     with _noting(problems):
         manifest = read_manifest(checkpoint)

@@ -34,11 +34,13 @@ from stoker.checkpoint.names import (
     CheckpointMismatch,
     DamagedCheckpoint,
     SaveFailed,
+    committed,
     data_name,
     failure_note,
     index_name,
     one_line,
     rank_failure_name,
+    step_of,
 )
 from stoker.checkpoint.storage import discard, read_json_bytes, read_line
 from stoker.checkpoint.tiling import PRIME, assemble
@@ -200,6 +202,16 @@ def is_valid(checkpoint: Path) -> bool:
     except (DamagedCheckpoint, CheckpointMismatch):
         return False
     return True
+
+
+def newest(directory: Path) -> list[Path]:
+    """The checkpoints in `directory` that have a valid manifest, newest first; none if there is no such directory."""
+    return [checkpoint for checkpoint in committed(Path(directory)) if is_valid(checkpoint)]
+
+
+def newest_step(directory: Path) -> int:
+    """The step of the newest of them, 0 if there is none."""
+    return next((step for checkpoint in newest(directory) if (step := step_of(checkpoint)) is not None), 0)
 
 
 def _polls(deadline: float, proceed: Callable[[], None]) -> Iterator[None]:

@@ -19,8 +19,7 @@ from typing import Any
 
 from stoker.checkpoint.names import STATE, CheckpointMismatch, DamagedCheckpoint, rank_of_index
 from stoker.conf.migrations import migrate_state
-from stoker.parallel.dtypes import DTYPES
-from stoker.parallel.shards import Chunk
+from stoker.parallel.shards import ITEM_BYTES, Chunk
 
 FORMAT = 1  # of all files of a checkpoint; part of the manifest
 BLOCK_BYTES = 4 << 20  # of a shard file under one CRC32
@@ -36,7 +35,7 @@ class Piece:
 
     name: str
     kind: str
-    dtype: str  # a key of DTYPES
+    dtype: str  # a key of ITEM_BYTES
     shape: tuple[int, ...]  # of the global tensor
     chunk: Chunk
     start: int
@@ -53,7 +52,7 @@ class Piece:
 
     @property
     def bytes(self) -> int:
-        return self.chunk.numel * DTYPES[self.dtype].itemsize
+        return self.chunk.numel * ITEM_BYTES[self.dtype]
 
     @property
     def stop(self) -> int:
@@ -199,7 +198,7 @@ def decode_index(data: bytes, where: str) -> ShardIndex:
 
 def _decode_piece(values: dict[str, Any], file_bytes: int) -> Piece:
     dtype = _text(values["dtype"])
-    if dtype not in DTYPES:
+    if dtype not in ITEM_BYTES:
         raise ValueError(f"unknown dtype {dtype!r}")
     shape, offset, size = (tuple(map(_number, _list(values[key]))) for key in ("shape", "offset", "size"))
     start, stop = map(_number, _list(values["bytes"]))
@@ -209,7 +208,7 @@ def _decode_piece(values: dict[str, Any], file_bytes: int) -> Piece:
     )
     if not inside:
         raise ValueError(f"{piece.tensor}: offset {offset} and size {size} do not fit in shape {shape}")
-    if stop != piece.stop or stop > file_bytes or start % DTYPES[dtype].itemsize:
+    if stop != piece.stop or stop > file_bytes or start % ITEM_BYTES[dtype]:
         raise ValueError(f"{piece.tensor}: bytes {start} to {stop} do not hold {size} of {dtype}")
     return piece
 

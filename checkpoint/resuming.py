@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stoker.checkpoint.commit import is_valid
 from stoker.checkpoint.names import (
     DAMAGED,
     MANIFEST,
@@ -33,16 +32,6 @@ Exchange = Callable[[str], list[str]]
 T = TypeVar("T")
 
 _MOST_MISMATCHES = 20  # that a rank sends to the others
-
-
-def newest(directory: Path) -> list[Path]:
-    """The checkpoints in `directory` that have a valid manifest, newest first; none if there is no such directory."""
-    return [checkpoint for checkpoint in committed(Path(directory)) if is_valid(checkpoint)]
-
-
-def newest_step(directory: Path) -> int:
-    """The step of the newest of them, 0 if there is none."""
-    return next((step for checkpoint in newest(directory) if (step := step_of(checkpoint)) is not None), 0)
 
 
 def resume(

@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -20,11 +21,14 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from stoker.checkpoint import Difference, Summary, compare, describe, verify
+from stoker.checkpoint import Summary, describe, verify
 from stoker.conf.printable import printable
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.values import ConfigError
 from stoker.trainer.report.progress import size
+
+if TYPE_CHECKING:
+    from stoker.checkpoint.compare import Difference
 
 
 def console_for_tables() -> Console:
@@ -102,6 +106,8 @@ def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
 
 def compare_checkpoints(path: str, first: int, second: int, kinds: Sequence[str], most: int | None) -> int:
     """Print what differs between two steps, at most so many tensors, of some kinds; status 1 if anything does."""
+    from stoker.checkpoint.compare import compare
+
     run = run_at(path)
     old, new = (checkpoints_of(run, step)[0].path for step in (first, second))
     console = console_for_tables()

@@ -15,7 +15,7 @@ from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.units import loss_unit
 from stoker.launch.control import living
 from stoker.launch.inspect import console_for_tables, run_at
-from stoker.launch.slurm.batch import read_notes
+from stoker.launch.slurm.notes import read_notes
 from stoker.trainer.report import task_results
 from stoker.trainer.report.goodput import goodput
 from stoker.trainer.report.metrics import read_recent

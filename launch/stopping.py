@@ -14,10 +14,8 @@ from stoker.conf.values import ConfigError
 from stoker.launch.control import living
 from stoker.launch.inspect import run_at
 from stoker.launch.slurm import commands
-from stoker.launch.slurm.batch import read_notes
-from stoker.launch.slurm.submit import submit_script
+from stoker.launch.slurm.notes import read_notes
 from stoker.trainer.runtime.outcome import Outcome, read_beginning, read_ending
-from stoker.trainer.trust import code_of, is_remembered_script, remember, remember_script, shown
 
 _POLL_SECONDS = 0.1
 _NOTES = 20  # newest notes of jobs that are checked
@@ -69,6 +67,8 @@ def requeue(path: str, trust: bool) -> int:
             f"{run.path} was not submitted by `stoker submit`: resume it by `stoker train run.dir={run.path}`"
         )
     _refuse_foreign_script(run, trust)
+    from stoker.launch.slurm.submit import submit_script  # with what settles a config, and torch
+
     [number] = submit_script(run, 1)
     print(f"submitted {run.script} as job {number}")
     return 0
@@ -76,6 +76,8 @@ def requeue(path: str, trust: bool) -> int:
 
 def _refuse_foreign_script(run: RunDirectory, trust: bool) -> None:
     """The script is a program; what `trust` allows is recorded, because the job checks it again."""
+    from stoker.trainer.trust import code_of, is_remembered_script, remember, remember_script, shown
+
     text = run.script.read_text(encoding="utf-8")
     if is_remembered_script(run, text):
         return

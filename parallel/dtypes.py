@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from stoker.parallel.shards import ITEM_BYTES
+
 DTYPES = {  # by their names in safetensors files
     "F64": torch.float64,
     "F32": torch.float32,
@@ -14,6 +16,7 @@ DTYPES = {  # by their names in safetensors files
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == ITEM_BYTES
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The compute dtypes by their names in configs. fp8 is bf16 with products of linear layers in float8.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}

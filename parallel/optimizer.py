@@ -7,6 +7,8 @@ when `found_inf` is set.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,7 +17,6 @@ from torch import Tensor, nn
 
 from stoker.conf.schema import OptimConfig
 from stoker.conf.targets import import_target
-from stoker.parallel.apart import step_apart
 from stoker.parallel.model import Role
 from stoker.parallel.rules.settings import TARGET, Settings, settings_of
 
@@ -23,16 +24,31 @@ _DECOUPLED = "decoupled_decay"  # of a group: the share of lr x weight that `Loc
 _RATE = "rate"  # of a group: what the step's learning rate is multiplied by, if not 1
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's; a step does not load the compiler."""
+def _without_compiler(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The `step` of a class of `torch.optim`, less the decorator that loads the compiler to break graphs there.
 
-    step = step_apart(torch.optim.AdamW.step)
+    What else the decorator does is kept: an update is recorded for gradients only with `differentiable=True`.
+    """
+    plain = inspect.unwrap(step)
+
+    @functools.wraps(plain)
+    def eager(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return plain(self, closure)
+
+    return eager
+
+
+# torch's, which no graph contains here: to mark them for the compiler would load it, 800 modules and more than a second
+# of a processor at the start of each rank. `fully_shard` and activation checkpointing do: torch reads settings there.
+class AdamW(torch.optim.AdamW):
+    step = _without_compiler(torch.optim.AdamW.step)
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
 
 
 class SGD(torch.optim.SGD):
-    """torch's; a step does not load the compiler."""
-
-    step = step_apart(torch.optim.SGD.step)
+    step = _without_compiler(torch.optim.SGD.step)
+    add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
 
 
 class LocalOptimizer:

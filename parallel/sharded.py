@@ -16,10 +16,8 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import placement_types as placements
 
-from stoker.parallel.apart import leave_unmarked
 from stoker.parallel.experts import divided_layers
 from stoker.parallel.layout import View
 from stoker.parallel.mesh import Mesh
@@ -37,7 +35,6 @@ class ShardedStrategy:
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh, precision: Precision, stage: int, offload: bool = False) -> None:
-        leave_unmarked(DTensor.__init__)
         cuttable: ParallelizableModel = model  # type: ignore[assignment]
         self.module = model
         self._reduces_each = stage >= 2

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARAMETER = "param"  # the kind of the parameters: trained ones in fp32, frozen ones in the dtype they compute in.
 # Optimizer state is "optim.<key>", e.g. "optim.exp_avg"
 BUFFER = "buffer"  # the kind of persistent buffers
 GRADIENT = "grad"  # of the summed loss of the global batch; never in a checkpoint of a run
+# Of an element, by the dtype's name in safetensors files; `stoker.parallel.dtypes` has torch's dtypes of these names.
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True, order=True)

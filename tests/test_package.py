@@ -101,10 +101,19 @@ def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None
     assert imported() - needed == set()
 
 
-def test_a_rank_loads_no_compiler_before_it_compiles() -> None:
+def test_a_rank_loads_no_compiler_before_it_compiles(tmp_path: Path) -> None:
     """It is 800 modules and more than a second of every start."""
-    program = "import sys, stoker.trainer.main; sys.exit('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-P", "-c", program]).returncode == 0
+    write_text(tmp_path / "text")
+    words = overrides(tmp_path / "run", tmp_path / "text", "steps=2", "batch.micro_size=8", "launch.nproc=1")
+    program = f"""
+import sys, stoker
+for optimizer in ("adamw", "sgd"):
+    ending = stoker.run([*{words!r}, f"optim={{optimizer}}", f"run.dir={tmp_path}/{{optimizer}}"])
+    assert ending.outcome == "completed", ending
+    assert "torch._dynamo" not in sys.modules, optimizer
+"""
+    ended = subprocess.run([sys.executable, "-P", "-c", program], env=environment(tmp_path), capture_output=True)
+    assert ended.returncode == 0, ended.stderr.decode()
 
 
 @pytest.mark.long

@@ -17,10 +17,8 @@ if __name__ == "__main__":
     # # few rounds cost nothing on an idle machine and keep that to a factor of 5. It is read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     gc.disable()  # torch is a quarter of a million permanent objects: scanning them takes a fifth of a start
-    from stoker.parallel.apart import wait_for_compiler
     from stoker.trainer.main import main
 
-    wait_for_compiler()
     gc.freeze()
     gc.enable()
     if sys.argv[1:] in (["--measure"], ["--measure-logits"]):

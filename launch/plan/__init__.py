@@ -21,13 +21,13 @@ from stoker.conf.rundir import read_config
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.launch.inspect import run_at
-from stoker.trainer.plan.make import Asked, Machine, make_plan, predicted_of
 from stoker.launch.plan.show import as_json, print_measured, print_messages, print_plan, print_search, ranked_as_json
 from stoker.launch.train import gpus as gpus_here
 from stoker.launch.train import ranks_for, refusing, say
 from stoker.launch.train import where as where_here
 from stoker.parallel.start import Ranks
 from stoker.trainer.facts import with_vocabulary
+from stoker.trainer.plan.make import Asked, Machine, make_plan, predicted_of
 from stoker.trainer.report.messages import beside as messages_beside
 from stoker.trainer.report.messages import read_counted
 from stoker.trainer.report.metrics import steps

@@ -15,12 +15,12 @@ from stoker.conf.ramp import unit_rows
 from stoker.conf.schema import Config, lookup
 from stoker.conf.values import ConfigError
 from stoker.launch.plan.guess import guessed_seconds
-from stoker.trainer.plan.make import GIB, HOLES, RESERVED, Asked, Machine, Plan, make_plan
-from stoker.trainer.plan.times import rates_of
 from stoker.parallel.layout import batch_plan, layout_of
 from stoker.parallel.start import Ranks
 from stoker.trainer.out_of_memory import need_of
 from stoker.trainer.parallelize import parameters_of, trained_and_frozen
+from stoker.trainer.plan.make import GIB, HOLES, RESERVED, Asked, Machine, Plan, make_plan
+from stoker.trainer.plan.times import rates_of
 from stoker.trainer.validate import validate
 
 TRIED = 5  # layouts that fit and are ranked by their rehearsal

@@ -13,10 +13,10 @@ from rich.table import Column, Table
 from stoker.conf.printable import printable
 from stoker.launch.inspect import console_for_tables
 from stoker.launch.layout import ranks_in_words
-from stoker.trainer.plan.make import GIB, HOLES, MALLOC_HOLES, RESERVED, Plan
 from stoker.launch.plan.search import Found, settings
-from stoker.trainer.plan.times import DAY, HOUR, RESTART_SECONDS, STORAGE, rates_of
 from stoker.parallel.dtypes import PRECISIONS
+from stoker.trainer.plan.make import GIB, HOLES, MALLOC_HOLES, RESERVED, Plan
+from stoker.trainer.plan.times import DAY, HOUR, RESTART_SECONDS, STORAGE, rates_of
 from stoker.trainer.rehearsal import Category, Peak, Rehearsal, Work
 from stoker.trainer.report.predicted import COLUMNS, cells
 from stoker.trainer.report.progress import brief, size

@@ -8,20 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from stoker.checkpoint import newest_step
-from stoker.conf.durable import open_own
 from stoker.conf.files import expand
-from stoker.conf.records import parse_json, record_of
 from stoker.conf.rundir import RunDirectory, make_run_directory, run_directory
 from stoker.conf.schema import Config, to_dict
 from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
+from stoker.launch.slurm.notes import SUBMITTED, read_notes, write_note
 from stoker.launch.slurm.verdict import Move, Situation, Verdict, judge
 from stoker.launch.train import say
 from stoker.parallel.start import Ranks
@@ -37,10 +34,7 @@ from stoker.trainer.trust import TRAINING
 MEETING_VARIABLE = "STOKER_MEETING"  # host:address:port of the gate at which the nodes meet
 KEY_VARIABLE = "STOKER_MEETING_KEY"  # what the gate wants to be shown: 64 hexadecimal digits
 LINK_VARIABLE = "STOKER_LINK"  # which job of how many of a chain this is: 2/5
-SUBMITTED = "submit"  # a note's move, beside those of `verdict.Move`
 RANKS_DEFAULT = 2  # on a node without GPUs
-
-
 NODE = "stoker.launch.slurm.node"
 
 
@@ -244,36 +238,6 @@ def in_container(config: Config, run: RunDirectory) -> list[str]:
     binds = [word for place in places for word in ("--bind", place)]
     gpu = ["--nv"] if launch.gpus else []
     return ["apptainer", "exec", *gpu, *binds, "--pwd", os.getcwd(), launch.image, "python3"]
-
-
-def notes_file(run: RunDirectory) -> Path:
-    """One JSON object for each job that was submitted, and for each decision of one."""
-    return run.slurm / "jobs.jsonl"
-
-
-@dataclass(frozen=True)
-class _Note:
-    time: float  # seconds since the epoch
-    job: str
-    move: str
-    why: str
-
-
-def write_note(run: RunDirectory, job: str, move: str, why: str) -> None:
-    note = {"time": time.time(), "job": job, "move": move, "why": why}
-    with open(open_own(notes_file(run), os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as file:
-        file.write(json.dumps(note) + "\n")
-
-
-def read_notes(run: RunDirectory) -> list[dict]:
-    """The notes, oldest first. A line that is none, such as one torn by a kill, is left out."""
-    if not notes_file(run).exists():
-        return []
-    found = []
-    for line in notes_file(run).read_bytes().splitlines():
-        with suppress(ValueError):
-            found.append(vars(record_of(parse_json(line), _Note)))
-    return found
 
 
 def main(settings: Sequence[str]) -> int:

@@ -17,7 +17,8 @@ from stoker.conf.rundir import RunDirectory, make_run_directory, run_directory
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.launch.slurm import commands
-from stoker.launch.slurm.batch import LINK_VARIABLE, RANKS_DEFAULT, SUBMITTED, write_note
+from stoker.launch.slurm.batch import LINK_VARIABLE, RANKS_DEFAULT
+from stoker.launch.slurm.notes import SUBMITTED, write_note
 from stoker.launch.train import say
 from stoker.parallel.start import Ranks
 from stoker.trainer.history import begin_anew

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from stoker.checkpoint import (
     CheckpointMismatch,
     DamagedCheckpoint,
-    compare,
     describe,
     load,
     newest,
@@ -29,6 +28,7 @@ from stoker.checkpoint import (
     read_tensors,
     verify,
 )
+from stoker.checkpoint.compare import compare
 from stoker.checkpoint.format import decode_index, decode_manifest, decode_state, digest, encode_manifest
 from stoker.checkpoint.names import MANIFEST
 from stoker.checkpoint.stored import read_manifest

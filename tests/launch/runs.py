@@ -19,7 +19,8 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-from stoker.checkpoint import compare, newest
+from stoker.checkpoint import newest
+from stoker.checkpoint.compare import compare
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config, to_dict
 from stoker.trainer.report.metrics import read

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stoker.conf.rundir import RunDirectory
-from stoker.launch.slurm.batch import notes_file
+from stoker.launch.slurm.notes import notes_file
 from stoker.trainer.runtime.outcome import Outcome, read_ending
 from tests.launch.runs import command, environment, last_step, overrides, started, wait_until
 

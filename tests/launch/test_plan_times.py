@@ -8,8 +8,8 @@ import pytest
 
 from stoker.conf.devices import Device, Measured
 from stoker.conf.schema import Config, ParallelConfig
-from stoker.trainer.plan.times import Counts, StepTime, step_time
 from stoker.parallel.layout import batch_plan, layout_of
+from stoker.trainer.plan.times import Counts, StepTime, step_time
 from stoker.trainer.rehearsal import Traffic, Work
 
 MEASURED = Measured("fp32", 1.0, 2, memory_gb_s=100.0, link_gb_s=1.0, link_seconds=0.5, call_seconds=1e-3)

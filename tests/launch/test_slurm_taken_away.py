@@ -10,7 +10,7 @@ import pytest
 
 from stoker.conf.rundir import RunDirectory
 from stoker.launch.slurm import commands
-from stoker.launch.slurm.batch import read_notes
+from stoker.launch.slurm.notes import read_notes
 from stoker.trainer.runtime.outcome import Outcome, read_beginning
 from tests.launch import cluster
 from tests.launch.jobs import Home, at_home, come_to, ending_of, log_of

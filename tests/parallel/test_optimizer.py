@@ -16,7 +16,7 @@ from stoker.conf.values import ConfigError
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import mesh_over_default_group
 from stoker.parallel.model import Role
-from stoker.parallel.optimizer import LocalOptimizer
+from stoker.parallel.optimizer import SGD, AdamW, LocalOptimizer
 from stoker.parallel.optimizer_needs import declared_needs, needs_wholes, undeclared
 from stoker.parallel.shards import PARAMETER, Shard
 from stoker.parallel.update import StepFlags
@@ -28,6 +28,28 @@ from tests.parallel.reference import assemble, global_rows, normwise, small_conf
 
 HERE = "tests.parallel.optimizers"
 ONE, NOT_FOUND = torch.ones(()), torch.zeros(())
+
+
+@pytest.mark.parametrize(("kind", "own"), [(torch.optim.AdamW, AdamW), (torch.optim.SGD, SGD)])
+def test_without_marks_for_the_compiler_a_step_is_the_one_of_torch(
+    kind: type[torch.optim.Optimizer], own: type[torch.optim.Optimizer]
+) -> None:
+    results = []
+    for build in (kind, own):
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 7))
+        optimizer = build([parameter], lr=0.1)  # type: ignore[call-arg]
+        seen: list[object] = []
+        optimizer.register_step_post_hook(lambda *_, seen=seen: seen.append(torch.is_grad_enabled()))
+        for _ in range(3):
+            parameter.grad = parameter.detach() ** 2
+            optimizer.step()
+        assert seen == [True] * 3 and parameter.is_leaf
+        results.append(parameter.detach())
+    assert torch.equal(*results) and own.__name__ == kind.__name__
+    parameter.grad = torch.ones(7)
+    assert optimizer.step(lambda: torch.is_grad_enabled()) is True
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    assert len(optimizer.param_groups) == 2
 
 
 def optimizer_of(config: OptimConfig, tensors: dict[str, Tensor]) -> LocalOptimizer:

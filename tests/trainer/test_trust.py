@@ -256,7 +256,7 @@ def test_a_script_that_this_user_has_not_submitted_is_not_requeued(
     stranger: Stranger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     submitted: list[str] = []
-    monkeypatch.setattr("stoker.launch.stopping.submit_script", lambda run, chain: submitted.append("it") or ["7"])
+    monkeypatch.setattr("stoker.launch.slurm.submit.submit_script", lambda run, chain: submitted.append("it") or ["7"])
     stranger.run.slurm.mkdir()
     stranger.run.script.write_text("#!/bin/bash\ntouch x\n")
     assert main(["requeue", str(stranger.run.path)]) == 2

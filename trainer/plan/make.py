@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from stoker.conf.devices import Device
 from stoker.conf.ramp import Ramp, ramp_of, sizes_of
 from stoker.conf.schema import Config
-from stoker.trainer.plan.times import HOUR, Counts, Failures, StepTime, Times, failures, step_time, times
 from stoker.parallel.layout import BatchPlan, Coordinate, Layout, batch_plan, layout_of
 from stoker.trainer.memory import available_bytes
 from stoker.trainer.parallelize import parameters_of, trained_and_frozen
+from stoker.trainer.plan.times import HOUR, Counts, Failures, StepTime, Times, failures, step_time, times
 from stoker.trainer.rehearsal import Rehearsal, rehearse
 from stoker.trainer.report.messages import as_list
 from stoker.trainer.report.predicted import Predicted

@@ -10,9 +10,9 @@ import pytest
 from stoker.conf.devices import device_named
 from stoker.conf.schema import Config
 from stoker.launch.cli import main
-from stoker.trainer.plan.times import MESSAGE_SECONDS, PRODUCTS, rates_of
 from stoker.launch.probe.machine import Report, bottleneck, machine_of
 from stoker.launch.probe.show import print_report
+from stoker.trainer.plan.times import MESSAGE_SECONDS, PRODUCTS, rates_of
 from stoker.trainer.probe.facts import AxisLink, Facts, FolderRate, Line
 from stoker.trainer.probe.judge import judge
 from stoker.trainer.probe.links import KINDS
