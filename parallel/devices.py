@@ -69,7 +69,8 @@ class Exactness:
         matmul = torch.backends.cuda.matmul
         matmul.allow_bf16_reduced_precision_reduction = self.bf16
         matmul.allow_fp16_reduced_precision_reduction = self.fp16
-        torch.use_deterministic_algorithms(self.deterministic)
+        if torch.are_deterministic_algorithms_enabled() != self.deterministic:  # the call loads the compiler
+            torch.use_deterministic_algorithms(self.deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = self.fills  # type: ignore[attr-defined]
 
 

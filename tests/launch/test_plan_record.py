@@ -113,6 +113,7 @@ def test_under_a_foreign_torchrun_rank_0_has_the_plan_written(home: Path) -> Non
     with started(home, [*torchrun, "-m", "stoker.trainer", *overrides(run, home / "text", *words)]) as process:
         (recorder,) = wait_until(recorders(home), process)
         assert parent_of(recorder) == wait_until(lambda: rank_pids(run).get(0), process)
+        wait_until(lambda: os.sched_getscheduler(recorder) == os.SCHED_IDLE, process)
         os.sched_setscheduler(recorder, os.SCHED_OTHER, os.sched_param(0))  # on a busy machine it would wait for days
         os.setpriority(os.PRIO_PROCESS, recorder, 0)
         predicted = wait_until(lambda: read_predicted(RunDirectory(run), 1), process)
