@@ -19,7 +19,7 @@ from stoker.launch.plan.make import GIB, HOLES, RESERVED, Asked, Machine, Plan, 
 from stoker.launch.plan.times import rates_of
 from stoker.parallel.layout import batch_plan, layout_of
 from stoker.parallel.start import Ranks
-from stoker.trainer.out_of_memory import need_of
+from stoker.trainer.need import need_of
 from stoker.trainer.parallelize import parameters_of, trained_and_frozen
 from stoker.trainer.validate import validate
 
