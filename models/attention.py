@@ -222,7 +222,8 @@ def attention(
     if isinstance(mask, PackedMask):
         if q.dtype in DTYPES:
             return attend_packed(q, k, v, mask, scale)
-        mask = apart(document_mask)(mask.documents, q.dtype)  # a layer that computes in fp32, unlike the others
+        make: Any = document_mask
+        mask = apart(make)(mask.documents, q.dtype)  # a layer that computes in fp32, unlike the others
     if mask is not None and not isinstance(mask, Tensor):
         return _by_blocks(_flex_attention(), q, k, v, mask, scale)
     mask = None if mask is None else mask.to(q.dtype)  # a layer may compute in another dtype than the others

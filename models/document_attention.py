@@ -86,8 +86,9 @@ def varlen_attention() -> Callable[..., Tensor] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    known = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= known.keys() else None
+    found: Any = varlen_attn  # of a tensor, unless it is asked for more
+    known = inspect.signature(found).parameters
+    return found if {"scale", "window_size", "enable_gqa"} <= known.keys() else None
 
 
 def attention_of_documents() -> set[Any]:
