@@ -170,7 +170,7 @@ def build_engine(
     compiled = compiles(config, mesh.device)
     clock = GpuClock(mesh.device)
     for stage in stages:
-        _prepare_heads(stage, chunk, compiled)
+        _prepare_heads(stage, chunk, compiled and mesh.device.type == "cuda")
         tokens = token_numbers(stage)
         for block in _parallelizable(stage).blocks().values():
             _checkpoint_activations(block, config.activation_checkpointing, tokens)
@@ -180,7 +180,7 @@ def build_engine(
     if config.activation_checkpointing != "none":
         log.info("activation checkpointing: %s, per block", config.activation_checkpointing)
     if compiled:
-        log.info("compile: per block, and the loss")
+        log.info("compile: per block%s", ", and the loss" if mesh.device.type == "cuda" else "")
 
     engine = build_native(config, mesh, plan, stages, full, registry, activations, clock, objective)
     log.info("layout: %s; %d micro-batches of %d rows per rank", mesh.layout, plan.micro_batches, plan.micro_rows)
