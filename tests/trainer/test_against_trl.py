@@ -135,9 +135,9 @@ def theirs(config: Config, settings: dict[str, Any], first: dict[str, torch.Tens
     assert not peft.set_peft_model_state_dict(model, first).unexpected_keys
     arguments = getattr(trl, f"{kind}Config")(
         output_dir=str(out), per_device_train_batch_size=PAIRS, max_steps=STEPS, beta=BETA,
-        lr_scheduler_type="constant", logging_steps=1, report_to="none", save_strategy="no", use_cpu=True,
-        max_grad_norm=config.grad_clip_norm, gradient_checkpointing=False, bf16=False, disable_tqdm=True, max_length=None, disable_dropout=True,
-        learning_rate=config.optim.lr, **more,
+        lr_scheduler_type="constant", learning_rate=config.optim.lr, max_grad_norm=config.grad_clip_norm, use_cpu=True,
+        logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, bf16=False,
+        gradient_checkpointing=False, max_length=None, disable_dropout=True, **more,
     )  # fmt: skip
     trainer = InOrder(
         model, ref_model=reference, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer
