@@ -30,7 +30,7 @@ from stoker import conf
 from stoker.conf.parent_death import die_with
 from stoker.conf.schema import Config, ModelConfig, from_dict
 from stoker.parallel.batch import Batch
-from stoker.parallel.devices import backend_of, pick_device, set_exactness
+from stoker.parallel.devices import backend_of, order_kernels, pick_device, set_exactness
 from stoker.parallel.layout import batch_plan, layout_of, threads_per_rank
 from stoker.parallel.mesh import Mesh, start_mesh, use_threads
 from stoker.parallel.update import StepResult
@@ -279,6 +279,7 @@ def _rank(
         file.set_timeout(timedelta(seconds=SECONDS_TO_WAIT))
         set_exactness(config.deterministic)
         device = pick_device(None, rank, ranks, config.launch.backend)
+        order_kernels(device)
         mesh = start_mesh(layout, device, file, rank, SECONDS_TO_WAIT, backend_of(config.launch.backend, device))
         message = True, function(config, mesh, *arguments)
         dist.barrier()  # no rank leaves while another needs it

@@ -77,6 +77,6 @@ class ModelConfig:
     logits_scaling: float = fixed(1.0)  # logits are divided by it
     tie_word_embeddings: bool = fixed(False)  # one matrix for the embedding and the head
     initializer_range: float = fixed(0.02)  # standard deviation of initial weights
-    loss_chunk: int = free(1024)  # tokens whose logits exist at one time
+    loss_chunk: int | None = free()  # tokens whose logits exist at one time; default: 1024, on GPUs what fits, to 8192
     freeze: list[str] = fixed([])  # parameters, or modules with all of theirs, not to train: [embedding, layers.0.*]
     args: dict[str, Any] = fixed({})  # for a user's model.target; for model=transformers: changes of model.config

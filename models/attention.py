@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from stoker.conf.schema import ModelConfig
 from stoker.models.cache import LayerCache
 from stoker.models.cpu_attention import attend_in_blocks
+from stoker.models.document_attention import DTYPES, PackedMask, attend_packed, packed_kernel, packed_mask
 from stoker.models.gathered_attention import KeySpans, attend_gathered, key_spans
 from stoker.models.rope import frequencies, latent_scale, rotary_tables, rotate, table_scale
+from stoker.parallel.apart import apart
+from stoker.parallel.documents import DocumentLayer
 from stoker.parallel.sequence import SequenceAxis, SequenceLayer
 from stoker.parallel.sequence.axis import ULYSSES
 from stoker.parallel.sequence.regions import gathered, heads_to_tokens, tokens_to_heads
@@ -111,8 +114,15 @@ class Attention(nn.Module):
         return self.o(self.core(q, k, v, context.mask).flatten(2).flatten(0, 1))
 
 
-class AttentionMask(SequenceLayer):
-    """What a micro-batch's tokens may attend to, for `CoreAttention`: made once and used by every layer."""
+class AttentionMask(SequenceLayer, DocumentLayer):
+    """What a micro-batch's tokens may attend to, for `CoreAttention`: made once and used by every layer.
+
+    `channels` of a head, the most of queries, keys and values, are what kernels for documents are chosen by.
+    """
+
+    def __init__(self, channels: int | None = None) -> None:
+        super().__init__()
+        self.channels = channels
 
     def forward(self, positions: Tensor, documents: Tensor | None, dtype: torch.dtype) -> Mask | None:
         """Causal attention, inside `documents` (int32) if there are any, for tokens at `positions`.
@@ -122,7 +132,7 @@ class AttentionMask(SequenceLayer):
         """
         axis = self.sequence
         if axis is None:
-            return None if documents is None else document_mask(documents, dtype)
+            return None if documents is None else self._inside(documents, dtype)
         if axis.exchange == ULYSSES:
             if documents is None:
                 return None
@@ -133,6 +143,14 @@ class AttentionMask(SequenceLayer):
         rows, tokens = positions.shape
         sizes = (rows, None, tokens, spans.source.shape[1])
         return SharedMask(spans, _create_block_mask()(spans.allowed(), *sizes, device=positions.device))
+
+    def _inside(self, documents: Tensor, dtype: torch.dtype) -> Mask:
+        """Of whole rows: by a kernel for documents where there is one and the host knows how many there are."""
+        if self.bounds is not None and self.channels is not None:
+            kernel = packed_kernel(self.channels, dtype, documents.device)
+            if kernel is not None:
+                return packed_mask(documents, self.bounds, kernel)
+        return document_mask(documents, dtype)
 
 
 class CoreAttention(SequenceLayer):
@@ -173,7 +191,7 @@ class SharedMask:
     blocks: BlockMask | None
 
 
-Mask: TypeAlias = "Tensor | BlockMask | SharedMask"
+Mask: TypeAlias = "Tensor | BlockMask | PackedMask | SharedMask"
 
 
 def _for_each(x: Tensor, axis: SequenceAxis) -> Tensor:
@@ -192,13 +210,20 @@ def _norm(config: ModelConfig, channels: int) -> nn.Module:
     return HeadNorm(head_dim, config.rms_norm_eps)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | PackedMask | None, scale: float | None = None
+) -> Tensor:
     """Softmax attention of queries `[rows, queries, heads, head_dim]`, in the same shape.
 
     `k` and `v` are `[rows, keys, kv_heads, head_dim]`; kv_heads divides heads; consecutive query heads share one.
     `mask` as in `AttentionContext`; None means causal attention, where there are as many keys as queries. Scores are
     multiplied by `scale`, by default 1 / sqrt(head_dim).
     """
+    if isinstance(mask, PackedMask):
+        if q.dtype in DTYPES:
+            return attend_packed(q, k, v, mask, scale)
+        make: Any = document_mask
+        mask = apart(make)(mask.documents, q.dtype)  # a layer that computes in fp32, unlike the others
     if mask is not None and not isinstance(mask, Tensor):
         return _by_blocks(_flex_attention(), q, k, v, mask, scale)
     mask = None if mask is None else mask.to(q.dtype)  # a layer may compute in another dtype than the others

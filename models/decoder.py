@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from stoker.conf.schema import ModelConfig
 from stoker.models import hugging_face_config as theirs
 from stoker.models import hugging_face_experts as experts
-from stoker.models.attention import Attention, AttentionContext, AttentionMask, attention_context, cached_mask
+from stoker.models.attention import (
+    Attention,
+    AttentionContext,
+    AttentionMask,
+    attention_context,
+    cached_mask,
+    query_channels,
+    value_channels,
+)
 from stoker.models.cache import Cache, LayerCache
 from stoker.models.embedding import Embedding
 from stoker.models.experts import SparseMlp
@@ -97,7 +105,7 @@ class Decoder(nn.Module):
         self.config, self.part = config, part
         if part.embedding or (part.head and config.tie_word_embeddings):
             self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.mask = AttentionMask()
+        self.mask = AttentionMask(max(query_channels(config), value_channels(config)))
         block = _BLOCKS[config.norm_placement]
         self.layers = nn.ModuleDict({str(number): block(config, number) for number in part.layers})
         if part.head:

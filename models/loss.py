@@ -10,13 +10,15 @@ the rank's sum of exponentials, and the logit of the label if it is among the ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stoker.models.compiled_loss import losses_and_slopes
+from stoker.models.loss_gradients import Gradients
 from stoker.models.softmax import Softmax, top_log_probabilities
 from stoker.parallel.model import Role
 from stoker.parallel.objective import Targets, Teacher
@@ -25,25 +27,28 @@ from stoker.parallel.tensor.axis import TensorAxis, sharded_entry
 from stoker.parallel.tensor.layers import Vocabulary, VocabularyLayer
 from stoker.parallel.tensor.regions import LEAVES, enter
 
+CHUNK = 1024  # tokens whose logits exist at one time, where nobody says how many
 Rule = Callable[[Tensor], Tensor]  # what a model does to logits, each by itself: a scale, a softcap
 
 
 class Head(VocabularyLayer):
     """The output projection and the loss. `weight` is `[vocab, width]`; a tied model puts its embedding's there.
 
-    `bias` is `[vocab]`. `rule` is applied to the logits, of any part of the vocabulary.
+    `bias` is `[vocab]`. `rule` is applied to the logits, of any part of the vocabulary. `chunk` tokens have logits at
+    one time, by default CHUNK.
     """
 
     role = Role.HEAD
     takes_targets = True
+    compiled = False  # in training the softmax of a chunk is computed by compiled kernels
 
     def __init__(
-        self, weight: nn.Parameter, chunk: int, bias: nn.Parameter | None = None, rule: Rule | None = None
+        self, weight: nn.Parameter, chunk: int | None = None, bias: nn.Parameter | None = None, rule: Rule | None = None
     ) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
-        self.chunk = chunk
+        self.chunk = CHUNK if chunk is None else chunk
         self.rule = rule
 
     def cut(self, axis: TensorAxis) -> list[Entry]:
@@ -75,6 +80,7 @@ class Head(VocabularyLayer):
             None if weights is None else weights.flatten(),
             targets.z_loss if self.training else 0.0,
             targets.teacher,
+            self.compiled,
         )
         return summed_loss(x, self.weight, aim, self.chunk, self.vocabulary, self.bias, self.rule)
 
@@ -101,15 +107,34 @@ class Aim:
     weights: Tensor | None = None  # fp32 [tokens], factors of the losses
     z_loss: float = 0.0  # factor of the squared log of the normaliser, added (Chowdhery et al. 2022, section 5)
     teacher: Teacher | None = None
+    compiled: bool = False  # compute losses and gradients of labels by compiled kernels
 
-    def losses(
-        self, logits: Tensor, span: slice, vocabulary: Vocabulary | None, gradient: bool
+    def losses(self, logits: Tensor, span: slice, vocabulary: Vocabulary | None) -> Tensor:
+        """Of the tokens in `span`, fp64 `[chunk, 1]`."""
+        return self._losses(logits, span, vocabulary, None)[0]
+
+    def losses_and_slopes(
+        self, logits: Tensor, span: slice, vocabulary: Vocabulary | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and gradients by the logits, `[chunk, vocab]`: in `dtype` where that saves a pass, else in fp32."""
+        if self.compiled and self.teacher is None:
+            weights = None if self.weights is None else self.weights[span, None]
+            return losses_and_slopes(logits, self.labels[span], vocabulary, self.z_loss, weights, dtype)
+        losses, slopes = self._losses(logits, span, vocabulary, dtype)
+        assert slopes is not None
+        return losses, slopes
+
+    def _losses(
+        self, logits: Tensor, span: slice, vocabulary: Vocabulary | None, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Of the tokens in `span`: losses, fp64 `[chunk, 1]`, and gradients by the logits, fp32 `[chunk, vocab]`."""
-        softmax = Softmax.of(logits, self.labels[span], vocabulary)
+        """Without a `dtype` no gradients."""
+        softmax, gradient = Softmax.of(logits, self.labels[span], vocabulary), dtype is not None
         losses, log_sum = softmax.losses(logits, vocabulary)
         if self.z_loss:
             losses = losses + softmax.z_loss(log_sum, self.z_loss)
+        alone = self.teacher is None and self.weights is None
+        if dtype is not None and dtype != torch.float32 and logits.is_cuda and alone:
+            return losses, softmax.rounded_gradient(log_sum, dtype, self.z_loss)
         slopes = softmax.gradient(log_sum, self.z_loss) if gradient else None
         if self.teacher is not None:
             mix = self.teacher.mix
@@ -152,8 +177,8 @@ def summed_loss(
     """The sum over tokens of the losses of `rule(hidden @ weight.T + bias)` that `aim` says: fp32 scalar.
 
     `hidden` is `[tokens, width]`, `weight` `[vocab, width]`. Softmax and sums are fp32 for every dtype; `chunk` tokens
-    have logits at one time. Between forward and backward it holds the gradients: one of the size of `hidden`, and one
-    of `weight` in fp32.
+    have logits at one time: another number is another order of the sums over tokens, as other micro-batches are.
+    Between forward and backward it holds the gradients: one of the size of `hidden`, and one of `weight` in fp32.
 
     With a `vocabulary` `weight` and `bias` are this rank's share of it. All its ranks call with the same hidden and
     labels, and get the same loss; the gradient of `hidden` is this rank's part of a sum over them.
@@ -163,8 +188,7 @@ def summed_loss(
     total = torch.zeros((), device=hidden.device)
     for start in range(0, len(hidden), chunk):
         span = slice(start, start + chunk)
-        losses, _ = aim.losses(_logits(hidden[span], weight, bias, rule), span, vocabulary, gradient=False)
-        total += losses.sum()
+        total += aim.losses(_logits(hidden[span], weight, bias, rule), span, vocabulary).sum()
     return total
 
 
@@ -204,12 +228,13 @@ class _SummedLoss(torch.autograd.Function):
         rule: Rule | None,
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
-        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        gradients = Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        # In fp32 where more is computed of them than products
+        dtype = hidden.dtype if rule is None and bias is None else torch.float32
         for start in range(0, len(hidden), chunk):
             span = slice(start, start + chunk)
             raw, logits = _ruled(rule, _logits(hidden[span], weight, bias, None))
-            losses, slopes = aim.losses(logits.detach(), span, vocabulary, gradient=True)
-            assert slopes is not None
+            losses, slopes = aim.losses_and_slopes(logits.detach(), span, vocabulary, dtype)
             total += losses.sum()
             gradients.add(span, _by_raw(rule, raw, logits, slopes))
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
@@ -257,7 +282,7 @@ class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, log_sums = ctx.saved_tensors
-        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        gradients = Gradients(hidden, weight, bias, ctx.needs_input_grad)
         for start in range(0, len(hidden), ctx.chunk):
             span = slice(start, start + ctx.chunk)
             raw, logits = _ruled(ctx.rule, _logits(hidden[span], weight, bias, None))
@@ -268,26 +293,6 @@ class _LogProbabilities(torch.autograd.Function):
             None if gradient is None else gradient.to(weight.dtype) for gradient in (gradients.weight, gradients.bias)
         )
         return gradients.hidden, grad_weight, grad_bias, None, None, None, None
-
-
-class _Gradients:
-    """Of the inputs of a head, collected over chunks of tokens; None where there is none."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]) -> None:
-        self._rows, self._matrix = hidden, weight
-        self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self.weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
-        self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
-
-    def add(self, span: slice, grad_logits: Tensor) -> None:
-        """`grad_logits`: fp32 `[chunk, vocab]`, of the tokens in `span`."""
-        if self.bias is not None:
-            self.bias += grad_logits.sum(0)
-        grad_logits = grad_logits.to(self._rows.dtype)
-        if self.hidden is not None:
-            torch.mm(grad_logits, self._matrix, out=self.hidden[span])
-        if self.weight is not None:
-            self.weight += grad_logits.T @ self._rows[span]
 
 
 def _ruled(rule: Rule | None, raw: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ import torch.utils.deterministic
 
 from stoker.conf.values import ConfigError
 
+CUDNN = 91501  # the version from which its attention comes first
+
 
 def pick_device(wanted: str | None, local_rank: int, local_world: int = 1, backend: str | None = None) -> torch.device:
     """The device of the rank with this number on its machine: `wanted` (cpu | cuda), else CUDA where there is one.
@@ -64,6 +66,7 @@ class Exactness:
     fp16: Any
     deterministic: bool
     fills: bool
+    kernels: list[int]
 
     def restore(self) -> None:
         matmul = torch.backends.cuda.matmul
@@ -72,6 +75,7 @@ class Exactness:
         if torch.are_deterministic_algorithms_enabled() != self.deterministic:  # the call loads the compiler
             torch.use_deterministic_algorithms(self.deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = self.fills  # type: ignore[attr-defined]
+        torch._C._set_sdp_priority_order(self.kernels)
 
 
 def exactness_now() -> Exactness:
@@ -81,6 +85,7 @@ def exactness_now() -> Exactness:
         matmul.allow_fp16_reduced_precision_reduction,
         torch.are_deterministic_algorithms_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        torch._C._get_sdp_priority_order(),
     )
 
 
@@ -94,3 +99,31 @@ def set_exactness(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def order_kernels(device: torch.device) -> None:
+    """Let attention of this process take the fastest kernel that takes its inputs (`attention_kernels`).
+
+    What a user has forbidden by `torch.backends.cuda.enable_*_sdp` stays so.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return
+    from torch.nn.attention import SDPBackend
+
+    capability = torch.cuda.get_device_capability(device)
+    wanted = [int(getattr(SDPBackend, name)) for name in attention_kernels(capability, torch.backends.cudnn.version())]
+    others = [kernel for kernel in torch._C._get_sdp_priority_order() if kernel not in wanted]
+    torch._C._set_sdp_priority_order([*wanted, *others])
+
+
+def attention_kernels(capability: tuple[int, int], cudnn: int | None) -> list[str]:
+    """Kernels of attention in order of speed on a GPU of this compute `capability`, by their names in SDPBackend.
+
+    cuDNN's are the fastest on Hopper and on Blackwell's data centre GPUs, whose tensor cores FlashAttention 2 does not
+    fill, from version 9.15.1 on, which mends sequences that are no multiple of 128 (torch prefers it on the same
+    conditions). Elsewhere it is the last that is fused. torch itself leaves it out where repeats must be equal to the
+    last bit, and each kernel where it does not take dtype, heads or mask.
+    """
+    if capability[0] in (9, 10) and (cudnn or 0) >= CUDNN:
+        return ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
+    return ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from stoker.parallel.batch import Batch
+from stoker.parallel.documents import bounded, document_layers
 from stoker.parallel.layout import BatchPlan
 from stoker.parallel.objective import NEXT_TOKEN, Objective, shaped, targets_of
 from stoker.parallel.sharding import ShardingStrategy
@@ -58,8 +59,13 @@ class GradientAccumulation:
         self._model, self._weights, self._objective = weights.module, weights, objective
         self._micro_rows, self._tokens = plan.micro_rows, token_numbers(weights.module)
         self._device, self._document_mask = device, document_mask
+        self._documents = document_layers(weights.module) if document_mask else []
 
     def train(self, rows: Batch, factor: Tensor) -> Tensor:
+        with bounded(self._documents, rows.documents, self._device):
+            return self._train(rows, factor)
+
+    def _train(self, rows: Batch, factor: Tensor) -> Tensor:
         sums = self._zeros()
         for start in range(0, len(rows), self._micro_rows):
             self._weights.on_backward_start(is_last=start + self._micro_rows >= len(rows))
@@ -73,13 +79,13 @@ class GradientAccumulation:
 
     def evaluate(self, rows: Batch) -> Tensor:
         sums = self._zeros()
-        with torch.no_grad():
+        with torch.no_grad(), bounded(self._documents, rows.documents, self._device):
             for micro in self._whole_micro_batches(rows):
                 sums += self._objective.loss(self._given(micro), micro).sums()
         return sums
 
     def log_probabilities(self, rows: Batch, objective: Objective | None = None) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), bounded(self._documents, rows.documents, self._device):
             found = [self._given(micro, objective) for micro in self._whole_micro_batches(rows)]
         return torch.cat(found)[: len(rows)]
 

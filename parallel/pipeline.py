@@ -32,6 +32,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.profiler import record_function
 
 from stoker.parallel.batch import Batch
+from stoker.parallel.documents import bounded, document_layers
 from stoker.parallel.layout import BatchPlan
 from stoker.parallel.mesh import Mesh
 from stoker.parallel.objective import NEXT_TOKEN, Objective, shaped, targets_of
@@ -74,6 +75,7 @@ class PipelineSchedule:
         assert len(stages) == 1 or schedule == "interleaved"
         self._device, self._document_mask, self._objective = mesh.device, document_mask, objective
         self._plan, self._stages = plan, stages
+        self._documents = [layer for stage in stages if document_mask for layer in document_layers(stage.model)]
         self._group, self._at, self._size = ways[FORWARD], mesh.coordinate.pp, mesh.layout.pp
         self._count = self._size * len(stages)
         assert len(activations) == self._count - 1
@@ -117,9 +119,10 @@ class PipelineSchedule:
         self._rows = rows.to(self._device)
         # The schedule cuts its target into micro-batches, whose places in it tell the rows; it has no values to read.
         target = torch.empty(len(rows), device="meta")
-        self._schedule_of(len(rows) // self._plan.micro_rows).step(
-            target=target, return_outputs=False, **_inputs(self._rows, self._document_mask)
-        )
+        with bounded(self._documents, rows.documents, self._device):
+            self._schedule_of(len(rows) // self._plan.micro_rows).step(
+                target=target, return_outputs=False, **_inputs(self._rows, self._document_mask)
+            )
         self._outbox.wait()
         self._rows = None
         return self._sums
@@ -137,6 +140,10 @@ class PipelineSchedule:
     @torch.no_grad()
     def _evaluated(self, rows: Batch, objective: Objective | None = None) -> list[tuple[Batch, Tensor]]:
         """Each micro-batch and what the head returned for it, on the rank that has the head."""
+        with bounded(self._documents, rows.documents, self._device):
+            return self._around(rows, objective)
+
+    def _around(self, rows: Batch, objective: Objective | None) -> list[tuple[Batch, Tensor]]:
         size, objective = self._plan.micro_rows, objective or self._objective
         rows = rows.padded(size).to(self._device)
         ring = Ring(self._at, self._size, self._count, len(rows) // size)

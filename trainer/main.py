@@ -24,7 +24,7 @@ from stoker.conf.rundir import RunDirectory, make_run_directory, run_directory, 
 from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.data import keep_tokenizer
-from stoker.parallel.devices import backend_of, exactness_now, set_exactness
+from stoker.parallel.devices import backend_of, exactness_now, order_kernels, set_exactness
 from stoker.parallel.layout import layout_of
 from stoker.parallel.mesh import start_mesh, stop_mesh, use_threads
 from stoker.trainer.assemble import assemble
@@ -213,6 +213,7 @@ def _train(
                 owner = _take_over(config, attempt, requests, console)
     use_threads(config.launch.threads, place.local_world)
     set_exactness(config.deterministic)
+    order_kernels(device)
     if config.parallel.offload == "nvme":
         give_freed_memory_back()
     elif device.type == "cpu":

@@ -1,7 +1,7 @@
 """An out-of-memory error in terms of the config: what asked for the memory, and the nearest settings that need less.
 
-What a setting needs is estimated by counting bytes, and corrected by what this run needed when it failed. An estimate
-is off by a fifth either way, so a setting counts as fitting only with MARGIN to spare.
+What a setting needs is estimated by counting bytes (`stoker.trainer.need`), and corrected by what this run needed when
+it failed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 import resource
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,13 +18,10 @@ import torch
 from stoker.conf.ramp import unit_rows
 from stoker.conf.reasons import root_cause
 from stoker.conf.schema import Config, ModelConfig
-from stoker.models.attention import query_channels, value_channels
-from stoker.parallel.layout import OF_TOKENS, Layout, batch_plan, layout_of
-from stoker.parallel.tensor.nf4 import BLOCK
+from stoker.parallel.layout import OF_TOKENS, batch_plan, layout_of
 from stoker.trainer.memory import available_bytes
+from stoker.trainer.need import MARGIN, need_of
 
-MARGIN = 0.85  # share of the memory that an estimate may take
-PACKED_BYTES = 0.5 + 4 / BLOCK  # of an element in four bits, with its share of a scale
 SIGNS = (  # of errors that are no torch.OutOfMemoryError
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -65,63 +61,6 @@ def component_of(error: BaseException) -> str:
             if frame.filename.endswith(f"/{file}"):
                 return component
     return "this rank"
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes of one rank, estimated."""
-
-    held: float  # parameters, compute copies, gradients, optimizer state: all the time
-    activations: float  # at the peak of a step, the loss included
-
-    @property
-    def total(self) -> float:
-        return self.held + self.activations
-
-
-def need_of(config: Config, layout: Layout, parameters: int, frozen: int = 0) -> Need:
-    """What a rank of `layout` needs of its device for so many parameters, in the shape of the built-in decoder.
-
-    `frozen` of them are not trained.
-    """
-    model, plan = config.model, batch_plan(config, layout)
-    own = parameters / (layout.tp * layout.pp)  # of this rank's stages and shares of layers
-    still = frozen / (layout.tp * layout.pp)
-    trained = own - still
-    shards = layout.shards if layout.zero else 1
-    compute = 4 if config.precision == "fp32" else 2
-    state = 8 if config.optim.name in ("adamw", "lamb") else 4
-    state += 4 if config.optim.ema is not None else 0
-    block = own / max(1, model.num_hidden_layers // layout.pp)
-    masters = 0.0 if config.parallel.offload != "none" else trained / shards * (4 + state)
-    stored = still * PACKED_BYTES if config.adapter.base == "nf4" else still / shards * compute
-    gathered = trained if shards == 1 or config.adapter.base == "nf4" else own
-    copies = gathered * compute if layout.zero < 3 else 2 * block * compute  # under ZeRO 3 two blocks at a time
-    gradients = trained * 4 / (shards if layout.zero >= 2 or layout.shards == 1 else 1)
-    tokens = plan.micro_rows * config.seq_len // layout.cp
-    in_flight = min(plan.micro_batches, layout.pp) if layout.pp > 1 else 1
-    per_token = kept_per_token(config, model, compute, layout.tp, config.activation_checkpointing)
-    layers = max(1, model.num_hidden_layers // layout.pp)
-    whole = kept_per_token(config, model, compute, layout.tp, "none")
-    recomputed = 0.0 if config.activation_checkpointing == "none" else whole * tokens  # of one block at a time
-    vocabulary = (model.vocab_size or 0) / layout.tp
-    loss = min(model.loss_chunk, tokens) * vocabulary * (8 + compute) + vocabulary * model.hidden_size * 4
-    held = masters + stored + copies + gradients
-    return Need(held, per_token * tokens * layers * in_flight + recomputed + loss)
-
-
-def kept_per_token(config: Config, model: ModelConfig, compute: int, tp: int, mode: str) -> float:
-    """Bytes that one block keeps of a token for the backward pass, with activation checkpointing in this `mode`."""
-    width, heads = model.hidden_size, model.num_attention_heads
-    channels = query_channels(model), value_channels(model)
-    queries, keys = heads * channels[0] / tp, (model.num_key_value_heads or heads) * sum(channels) / 2 / tp
-    stream = width / (tp if config.parallel.sequence_parallel else 1)  # residuals and norms
-    if mode == "full":
-        return compute * stream
-    products = queries * 2 + keys * 2 + stream * 2 + 2 * model.intermediate_size / tp
-    if mode == "selective":
-        return compute * (products + stream)
-    return compute * (products + 3 * stream + queries + keys + 2 * model.intermediate_size / tp)
 
 
 def nearest_that_fit(

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from stoker.conf.schema import Config
 from stoker.models.adapters import apply, plan_of
+from stoker.models.document_attention import attention_of_documents
 from stoker.models.family import build_on_meta, family_of
 from stoker.models.float8 import NONE as NO_FLOAT8
 from stoker.models.float8 import compute_in_float8
+from stoker.models.loss import Head
 from stoker.models.objectives import objective_of
 from stoker.models.objectives.teaching import TARGET
 from stoker.parallel.dtypes import PRECISIONS
@@ -47,6 +49,7 @@ from stoker.parallel.tensor.float8 import float8_of, refuse_device
 from stoker.parallel.tensor.low_rank import SLOT
 from stoker.parallel.tensor.nf4 import BLOCK, WANTED, pack, packed_in
 from stoker.parallel.trial import Trial
+from stoker.trainer.loss_chunk import loss_chunk
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +97,7 @@ def build_engine(
     build = part_builder(config)
     whole = build(whole_model(config.model.num_hidden_layers))
     log.info("model: %s, %s parameters", config.model.name, f"{_count(whole):,}")
+    chunk = loss_chunk(config, mesh, whole)
     if config.adapter.name != "none" or config.model.freeze:
         trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
         log.info("adapter: %s, %s parameters are trained", config.adapter.name, f"{trained:,}")
@@ -166,6 +170,7 @@ def build_engine(
     compiled = compiles(config, mesh.device)
     clock = GpuClock(mesh.device)
     for stage in stages:
+        _prepare_heads(stage, chunk, compiled and mesh.device.type == "cuda")
         tokens = token_numbers(stage)
         for block in _parallelizable(stage).blocks().values():
             _checkpoint_activations(block, config.activation_checkpointing, tokens)
@@ -175,7 +180,7 @@ def build_engine(
     if config.activation_checkpointing != "none":
         log.info("activation checkpointing: %s, per block", config.activation_checkpointing)
     if compiled:
-        log.info("compile: per block")
+        log.info("compile: per block%s", ", and the loss" if mesh.device.type == "cuda" else "")
 
     engine = build_native(config, mesh, plan, stages, full, registry, activations, clock, objective)
     log.info("layout: %s; %d micro-batches of %d rows per rank", mesh.layout, plan.micro_batches, plan.micro_rows)
@@ -318,6 +323,15 @@ def _parallelizable(model: nn.Module) -> ParallelizableModel:
     return model  # type: ignore[return-value]
 
 
+def _prepare_heads(stage: nn.Module, chunk: int | None, compiled: bool) -> None:
+    """Let the heads of `stage` take `chunk` tokens at a time, if it is not None, and compute by `compiled` kernels."""
+    for module in stage.modules():
+        if isinstance(module, Head):
+            module.compiled = compiled
+            if chunk is not None:
+                module.chunk = chunk
+
+
 def _checkpoint_activations(block: nn.Module, mode: str, tokens: TokenNumbers | None) -> None:
     """Recompute a block's activations in backward: all of them (full), or those that are cheap (selective).
 
@@ -354,6 +368,7 @@ def _selective() -> tuple[Any, Any]:
     kept = {operation.default for operation in (collectives.reduce_scatter_tensor, collectives.all_to_all_single)}
     kept |= {collectives.all_reduce.default}
     kept |= {getattr(aten, name).default for name in FUSED_ATTENTION if hasattr(aten, name)}
+    kept |= attention_of_documents()
     seen = {False: 0, True: 0}  # matrix products, in the forward pass and in the recomputation
 
     def policy(context: Any, operation: Any, *_: Any, **__: Any) -> Any:

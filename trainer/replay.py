@@ -27,7 +27,7 @@ from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
 from stoker.conf.scratch import Scratch
 from stoker.conf.values import ConfigError
-from stoker.parallel.devices import backend_of, pick_device, set_exactness
+from stoker.parallel.devices import backend_of, order_kernels, pick_device, set_exactness
 from stoker.parallel.layout import layout_of
 from stoker.parallel.mesh import start_mesh, stop_mesh, use_threads
 from stoker.parallel.shards import PARAMETER
@@ -97,6 +97,7 @@ def _assembled(run: RunDirectory, config: Config, step: int, folder: Path) -> It
     use_threads(config.launch.threads, 1)
     set_exactness(config.deterministic)
     device = pick_device(config.launch.device, 0)
+    order_kernels(device)
     backend = backend_of(config.launch.backend, device)
     mesh = start_mesh(layout_of(config, 1), device, dist.HashStore(), 0, config.parallel.timeout_seconds, backend)
     try:

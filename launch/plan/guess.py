@@ -5,7 +5,7 @@ from __future__ import annotations
 from stoker.conf.devices import Device
 from stoker.conf.schema import Config
 from stoker.parallel.layout import BatchPlan, Layout, batch_plan
-from stoker.trainer.out_of_memory import kept_per_token
+from stoker.trainer.need import kept_per_token
 from stoker.trainer.plan.times import Counts, step_time
 from stoker.trainer.rehearsal import Traffic, Work
 from stoker.trainer.utilisation import step_flops

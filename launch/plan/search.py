@@ -17,7 +17,7 @@ from stoker.conf.values import ConfigError
 from stoker.launch.plan.guess import guessed_seconds
 from stoker.parallel.layout import batch_plan, layout_of
 from stoker.parallel.start import Ranks
-from stoker.trainer.out_of_memory import need_of
+from stoker.trainer.need import need_of
 from stoker.trainer.parallelize import parameters_of, trained_and_frozen
 from stoker.trainer.plan.make import GIB, HOLES, RESERVED, Asked, Machine, Plan, make_plan
 from stoker.trainer.plan.times import rates_of

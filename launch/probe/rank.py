@@ -13,7 +13,7 @@ from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.launch.arguments import add_probe
 from stoker.launch.train import say
-from stoker.parallel.devices import backend_of, set_exactness
+from stoker.parallel.devices import backend_of, order_kernels, set_exactness
 from stoker.parallel.layout import layout_of
 from stoker.parallel.mesh import Mesh, start_mesh, stop_mesh, use_threads
 from stoker.trainer.failure import NotMet
@@ -56,6 +56,7 @@ def main(words: Sequence[str]) -> int:
         device, _ = take_device(config, place, store)
         use_threads(config.launch.threads, place.local_world)
         set_exactness(config.deterministic)
+        order_kernels(device)
         if device.type == "cpu":
             keep_freed_memory()  # as a run's ranks do
         layout, backend = layout_of(config, place.world), backend_of(config.launch.backend, device)

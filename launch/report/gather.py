@@ -16,6 +16,7 @@ from stoker.conf.rundir import RunDirectory, read_config
 from stoker.conf.schema import Config, kinds, lookup
 from stoker.launch.control import living
 from stoker.launch.inspect import run_at
+from stoker.launch.report.experts import ExpertTokens
 from stoker.trainer.report.curves import Curves
 from stoker.trainer.report.goodput import BOOKS, Account, accounts
 from stoker.trainer.report.metrics import steps
@@ -69,6 +70,7 @@ class Gathered:
     curves: Curves
     saves: list[dict[str, float]]  # `SAVE_METRICS` of the steps in which a save ended, the newest ones
     best: tuple[int, float] | None  # step and value of the lowest validation loss
+    experts: ExpertTokens | None
     attempts: list[Attempt]
     accounts: list[Account]
     checkpoints: list[Summary]
@@ -138,6 +140,7 @@ def gather(path: str, now: float | None = None) -> Gathered:
         curves=watch.curves,
         saves=watch.saves,
         best=watch.best,
+        experts=watch.experts,
         attempts=attempts,
         accounts=reading("books of seconds", lambda: accounts(run, moment), []),
         checkpoints=reading("checkpoints", lambda: describe(run.checkpoints), []),
@@ -177,6 +180,7 @@ class _Watch:
         self.curves = Curves()
         self.saves: list[dict[str, float]] = []
         self.best: tuple[int, float] | None = None
+        self.experts: ExpertTokens | None = None
 
     def over(self, steps: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for step in steps:
@@ -187,6 +191,7 @@ class _Watch:
                 self.saves.append(found)
                 if len(self.saves) > 2 * MOST_SAVES:
                     del self.saves[:MOST_SAVES]
+            self.experts = ExpertTokens.of(step) or self.experts
             value = step.get("val_loss")
             if value is not None and (self.best is None or value < self.best[1]):
                 self.best = step["step"], value

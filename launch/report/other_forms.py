@@ -76,6 +76,7 @@ def _run(run: Gathered) -> dict[str, Any]:
         "plan_against_measured": run.planned,
         "checkpoints": [dataclasses.asdict(summary) for summary in run.checkpoints],
         "saves": run.saves,
+        "expert_tokens": run.experts and dataclasses.asdict(run.experts),
         "curves": {metric: _points(curve) for metric, curve in run.curves.by_metric.items()},
         "problems": run.problems,
     }

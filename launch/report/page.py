@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import stoker
 from stoker.conf.units import loss_unit
+from stoker.launch.report import experts
 from stoker.launch.report.escaping import text
 from stoker.launch.report.gather import Attempt, Gathered
 from stoker.launch.report.svg import COLOURS, Chart, Line
@@ -87,6 +88,7 @@ def page(runs: list[Gathered], now: float | None = None) -> str:
     body += [_table(table) for table in found[:first]]
     drawn = [_card(chart, runs) for chart in charts(runs)]
     body.append(f'<h2>Over steps</h2><div class="grid-of charts">{"".join(drawn)}</div>' if any(drawn) else "")
+    body += [_experts(run.experts, run.name if len(runs) > 1 else "") for run in runs if run.experts is not None]
     body += [_timeline(run, len(runs) > 1) for run in runs if run.accounts]
     body += [_table(table) for table in found[first:]]
     body.append(f'<p class="note">Written by stoker {text(stoker.__version__)} on {text(written)}.</p>')
@@ -112,6 +114,8 @@ def charts(runs: list[Gathered]) -> list[Chart]:
         ("mfu", "Model FLOPs utilisation", "share of the published peak", True),
         ("step_seconds", "Step time", "seconds", True),
         ("loss_scale", "Loss scale", "fp16", False),
+        ("expert_load", "Busiest expert", "tokens over the mean of its layer", True),
+        ("expert_entropy", "Entropy of the experts", "1: all have equally many tokens", False),
     ):
         if not (alone and metric == "step_seconds"):
             found.append(Chart(title, unit, _of_each(runs, metric), marks, from_zero=from_zero))
@@ -200,6 +204,18 @@ def _card(chart: Chart, runs: list[Gathered]) -> str:
         )
     unit = f' <span class="note">{text(chart.unit)}</span>' if chart.unit else ""
     return f'<div class="card"><h3>{text(chart.title)}{unit}</h3>{chart.draw()}<div class="key">{key}</div></div>'
+
+
+def _experts(found: experts.ExpertTokens, name: str) -> str:
+    """The picture of a run's experts, of the newest step that has one."""
+    key = "".join(
+        f'<span><i style="--c:var({colour});opacity:{opacity}"></i>{text(label)}</span>'
+        for label, colour, opacity in experts.key()
+    )
+    title = f"Tokens of each expert{f' of {text(name)}' if name else ''}"
+    note = f"A row is a layer, a column an expert; {text(found.in_words())}. Tokens over the mean of the layer:"
+    card = f'<div class="card">{found.draw()}</div>'
+    return f'<h2>{title}</h2><p class="note">{note}</p><div class="key">{key}</div>{card}'
 
 
 def _timeline(run: Gathered, named: bool) -> str:

@@ -45,7 +45,7 @@ def _buildable(start: Start) -> str | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _built(text: str, chunk: int) -> None:
+def _built(text: str, chunk: int | None) -> None:
     values = json.loads(text)
     with torch.device("meta"):
         TransformersModel(ModelConfig(loss_chunk=chunk), whole_model(anatomy(values).count), values)

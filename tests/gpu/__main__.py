@@ -39,6 +39,7 @@ STEPS = (
     Step("check against a CPU", "tests.gpu.commands:check", 120),
     Step("host syncs", "tests.gpu.steps:host_syncs", 60),
     Step("compile", "tests.gpu.steps:compiled", 90),
+    Step("attention and loss", "tests.gpu.kernels:attention_and_loss", 90),
     Step("utilisation", "tests.gpu.commands:utilisation", 150),
     Step("kernels", "tests.gpu.steps:kernels", 60),
     Step("offload and staging", "tests.gpu.steps:offload_and_staging", 60),

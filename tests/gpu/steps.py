@@ -14,7 +14,7 @@ import torch.distributed as dist
 from stoker.checkpoint.staging import Snapshot, StagingPool
 from stoker.conf.schema import BatchConfig, Config, ModelConfig, OptimConfig, ParallelConfig
 from stoker.parallel.batch import Batch
-from stoker.parallel.devices import backend_of, gpu_of, pick_device, set_exactness
+from stoker.parallel.devices import backend_of, gpu_of, order_kernels, pick_device, set_exactness
 from stoker.parallel.engine import Engine
 from stoker.parallel.layout import Layout, batch_plan, layout_of
 from stoker.parallel.mesh import Mesh, start_mesh, stop_mesh
@@ -41,12 +41,12 @@ def card(device: str, _: Path) -> dict[str, Any]:
     size = 8192 if on_gpu else 512
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         a, b = (torch.randn(size, size, device=place).to(dtype) for _ in range(2))
-        found[f"matmul {name}"] = 2 * size**3 / _seconds(lambda a=a, b=b: torch.mm(a, b), place) / 1e12
+        found[f"matmul {name}"] = 2 * size**3 / seconds(lambda a=a, b=b: torch.mm(a, b), place) / 1e12
     there = torch.zeros(1 << (28 if on_gpu else 22), dtype=torch.uint8, device=place)
     here = torch.zeros(there.shape, dtype=torch.uint8, pin_memory=on_gpu)
     copies = {"to the host": (here, there), "from the host": (there, here), "on the device": (there.clone(), there)}
     for way, (target, source) in copies.items():
-        took = _seconds(lambda t=target, s=source: t.copy_(s, non_blocking=True), place)
+        took = seconds(lambda t=target, s=source: t.copy_(s, non_blocking=True), place)
         found[f"copy {way}"] = there.nbytes / took / 2**30
     assert all(value > 0 for name, value in found.items() if name.startswith(("matmul", "copy")))
     name = found.get("name", "CPU")
@@ -91,6 +91,7 @@ class OneRank:
     def __init__(self, config: Config, device: str) -> None:
         set_exactness(config.deterministic)
         place = pick_device(device, 0)
+        order_kernels(place)
         layout = layout_of(config, 1)
         self.config = config
         self.mesh: Mesh = start_mesh(layout, place, dist.HashStore(), 0, 600.0, backend_of(None, place))
@@ -219,7 +220,7 @@ def offload_and_staging(device: str, _: Path) -> dict[str, Any]:
         config.parallel.offload = offload
         with OneRank(config, device) as rank:
             loss = [rank.step().read().loss for _ in range(2)][-1]
-            found[f"step, offload {offload}"] = _seconds(lambda rank=rank: rank.step().read(), rank.mesh.device)
+            found[f"step, offload {offload}"] = seconds(lambda rank=rank: rank.step().read(), rank.mesh.device)
             if device == "cuda":
                 found[f"memory, offload {offload}"] = torch.cuda.max_memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
@@ -252,7 +253,7 @@ def products_in_float8(device: str, _: Path) -> dict[str, Any]:
     layer, x = layer.to(place), x.to(place)
     differs = normwise(layer(x).cpu(), emulated)
     assert differs < 1e-2, f"the product differs from the emulated one by {differs:.1e}"
-    times = [_seconds(lambda work=work: work(), place) for work in (lambda: layer(x), lambda: x @ layer.weight.t())]
+    times = [seconds(lambda work=work: work(), place) for work in (lambda: layer(x), lambda: x @ layer.weight.t())]
     losses = []
     for precision in ("fp8", "bf16"):
         with OneRank(_config(device, precision=precision), device) as rank:
@@ -263,7 +264,7 @@ def products_in_float8(device: str, _: Path) -> dict[str, Any]:
     return {"summary": summary, "differs": differs, "first loss": loss, "float8": times[0], "bf16": times[1]}
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
     """Of the best of five."""
     best = float("inf")
     for _ in range(6):

@@ -49,7 +49,8 @@ def unchanged_run(tmp_path: Path, theirs: Path, *more: str) -> Path:
 def test_what_came_in_goes_out_byte_for_byte_and_computes_the_same(case: str, tmp_path: Path) -> None:
     theirs, out = tmp_path / "theirs", tmp_path / "out"
     write_family(theirs, case)
-    run = unchanged_run(tmp_path, theirs)
+    still = ["model.router_bias_rate=0"] if case.startswith("deepseek") else []  # a step moves a router's biases
+    run = unchanged_run(tmp_path, theirs, *still)
     assert main(["export", str(run), str(out)]) == 0
     assert (out / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
 

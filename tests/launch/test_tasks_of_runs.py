@@ -81,3 +81,19 @@ def test_tasks_that_cannot_be_run_are_refused_before_the_first_step(home: Path) 
         status, output = train_forked(home, [*words, f"eval.tasks=[{task}]", f"eval.include={home / 'bad'}"])
         assert status != 0 and reason in output, output
         assert not read(RunDirectory(home / task).metrics)
+
+
+@pytest.mark.long
+def test_a_task_that_fails_is_reported_and_the_run_goes_on(home: Path) -> None:
+    later = "{{q}}{{ 1 // (gold != 1) }}"  # of the first question gold is 2: lm-eval tries that one as it loads a task
+    broken = {**TASKS["made_choice"], "task": "broken", "doc_to_text": later, "test_split": "test"}
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(home / "questions.jsonl")}}}
+    (home / "broken").mkdir()
+    (home / "broken" / "broken.yaml").write_text(json.dumps({**broken, **data}))
+    words = [f"run.dir={home / 'fails'}", *small_run(home), "steps=2", "launch.nproc=2", "eval.tasks_every=1"]
+    status, output = train_forked(home, [*words, "eval.tasks=[broken]", f"eval.include={home / 'broken'}"])
+    assert status == 0, output
+    screen = (home / "fails" / "attempts" / "1" / "rank-0.log").read_text()
+    assert "warning: the tasks of step 1 failed: ZeroDivisionError" in screen
+    steps = read(RunDirectory(home / "fails").metrics)
+    assert [(step["tasks/step"], step["tasks/failed"]) for step in steps] == [(1, 1), (2, 1)]

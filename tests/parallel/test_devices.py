@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from stoker.parallel.devices import exactness_now, set_exactness, use_device
+from stoker.parallel.devices import attention_kernels, exactness_now, order_kernels, set_exactness, use_device
 from stoker.parallel.gpu_clock import GpuClock
 from stoker.parallel.update import ControlFlag, StepResult
 from tests.fake_cuda import install, on_gpu
@@ -99,3 +99,41 @@ def test_the_clock_of_a_gpu_counts_the_blocks_of_a_step_and_never_waits(monkeypa
     plain = Block()
     off.time(plain)
     assert "forward" not in vars(plain) and off.take() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "first"),
+    [
+        ((9, 0), 91501, "CUDNN_ATTENTION"),
+        ((10, 0), 92000, "CUDNN_ATTENTION"),
+        ((9, 0), 91002, "FLASH_ATTENTION"),
+        ((9, 0), None, "FLASH_ATTENTION"),
+        ((8, 0), 92000, "FLASH_ATTENTION"),
+        ((12, 0), 92000, "FLASH_ATTENTION"),
+    ],
+)
+def test_attention_takes_the_fastest_kernel_first_and_the_plain_one_last(
+    capability, cudnn, first, monkeypatch, exactness
+) -> None:
+    from torch.nn.attention import SDPBackend
+
+    kernels = attention_kernels(capability, cudnn)
+    assert kernels[0] == first and kernels[-1] == "MATH" and len(set(kernels)) == 4
+    assert kernels.index("FLASH_ATTENTION") < kernels.index("EFFICIENT_ATTENTION")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    before = torch._C._get_sdp_priority_order()
+    order_kernels(torch.device("cuda", 0))
+    order = torch._C._get_sdp_priority_order()
+    assert order[:4] == [int(getattr(SDPBackend, name)) for name in kernels] and sorted(order) == sorted(before)
+
+
+def test_on_a_cpu_the_order_of_kernels_is_left_as_it_is(exactness) -> None:
+    before = torch._C._get_sdp_priority_order()
+    order_kernels(torch.device("cpu"))
+    assert torch._C._get_sdp_priority_order() == before
+    torch._C._set_sdp_priority_order(before[::-1])
+    exactness_before = exactness_now()
+    torch._C._set_sdp_priority_order(before)
+    exactness_before.restore()
+    assert torch._C._get_sdp_priority_order() == before[::-1], "what a run changes is as before when it ends"

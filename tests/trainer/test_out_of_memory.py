@@ -10,7 +10,8 @@ import torch
 from stoker.conf.schema import AdapterConfig, BatchConfig, Config, ModelConfig, ParallelConfig
 from stoker.models.loss import Aim, summed_loss
 from stoker.parallel.layout import layout_of
-from stoker.trainer.out_of_memory import MARGIN, component_of, is_out_of_memory, nearest_that_fit, need_of
+from stoker.trainer.need import MARGIN, need_of
+from stoker.trainer.out_of_memory import component_of, is_out_of_memory, nearest_that_fit
 from stoker.trainer.parallelize import parameters_of
 
 GIB = 2.0**30

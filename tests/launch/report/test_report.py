@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections import Counter
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ import pytest
 
 from stoker.conf.rundir import RunDirectory
 from stoker.launch.cli import main
+from stoker.launch.report.experts import ExpertTokens
 from stoker.launch.report.gather import gather
 from stoker.launch.report.other_forms import as_json, as_markdown
 from stoker.launch.report.page import page, segments
@@ -108,6 +110,44 @@ def test_phases_of_all_ranks_are_a_table(tmp_path: Path) -> None:
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     [table] = [table for table in tables([gather(str(run.path))]) if table.title == "Phases of all ranks"]
     assert table.rows == [["forward", "0.1000", "0.3000", "0.7000", "10.2000"]], "those that all ranks have"
+
+
+EXPERTS = {"2": [0, 5, 40, 3], "10": [12, 12, 12, 12]}
+
+
+def test_tokens_of_experts_are_a_picture_of_the_newest_step_that_has_them(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", steps=20)
+    without = Markup(page([gather(str(run.path))]))
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    lines[4]["expert_tokens"] = {"2": [12, 12, 12, 12], "10": [48, 0, 0, 0]}
+    lines[9]["expert_tokens"] = EXPERTS
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = gather(str(run.path))
+    assert found.experts is not None and (found.experts.step, list(found.experts.layers)) == (10, [2, 10])
+    markup = Markup(page([found]))
+    assert markup.elements["svg"] == without.elements["svg"] + 1
+    words = "expert 2 of layer 2 has most, 3.33 x the mean of its layer; 1 of 8 have no token"
+    assert words in " ".join(markup.words)
+    drawn = found.experts.draw()
+    cells = {paint: path.count("M") for paint, path in re.findall(r'<path fill="(.*?)" .*? d="(.*?)"', drawn)}
+    assert cells == {"var(--lost)": 1, "var(--c0)": 4, "var(--c1)": 1}, "without a token, of the last class, overloaded"
+    written = json.loads(as_json([found]))["runs"][0]["expert_tokens"]
+    assert written == {"step": 10, "layers": EXPERTS}
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [{}, {"a": [1]}, {"1": [1], "2": [1, 2]}, *({"1": bad} for bad in (3, [], [-1], [True], [1.5], [1 << 70]))],
+    ids=str,
+)
+def test_other_tokens_of_experts_than_this_version_writes_are_left_out(damaged: dict[str, object]) -> None:
+    assert ExpertTokens.of({"step": 3, "expert_tokens": damaged}) is None
+
+
+def test_a_picture_of_many_experts_is_a_file_of_moderate_size() -> None:
+    layers = {layer: [(layer * 7 + expert * 13) % 50 for expert in range(256)] for layer in range(61)}
+    drawn = ExpertTokens(1, layers).draw()
+    assert drawn.count("M") == 61 * 256 and len(drawn) < 600_000 and drawn.count("<text") <= 32
 
 
 @pytest.mark.long

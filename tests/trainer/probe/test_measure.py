@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from stoker.trainer.probe import preflight as module
 from stoker.trainer.probe.facts import Facts
 from stoker.trainer.probe.judge import REFUSE, Finding, slow_ranks
 from stoker.trainer.probe.links import KINDS
-from stoker.trainer.probe.measure import Effort, measure
+from stoker.trainer.probe.measure import PREFLIGHT, Effort, measure
 from stoker.trainer.probe.passes import own_passes
 from stoker.trainer.probe.products import Product, model_products
 from stoker.trainer.runtime.process import Place
@@ -30,7 +31,7 @@ BRIEF = Effort(
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48
 )  # fmt: skip
-WINDOWS = Effort(windows=3, window_seconds=0.1)
+WINDOWS = replace(PREFLIGHT, memory_seconds=0.0)
 
 
 def _facts(effort: Effort, slow: int | None, products: tuple[Product, ...] = ()) -> list[Facts]:
