@@ -62,7 +62,9 @@ def assert_like_the_old_head(dtype: torch.dtype, limit: float, **aims: Any) -> N
         assert (old.double() - new.double()).norm() <= limit * old.double().norm()
 
 
-@pytest.mark.parametrize("aims", [{}, {"z_loss": 0.1}, {"weights": torch.linspace(0.0, 2.0, TOKENS)}], ids=str)
+@pytest.mark.parametrize(
+    "aims", [{}, {"z_loss": 0.1}, {"weights": torch.linspace(0.0, 2.0, TOKENS)}], ids=["plain", "z-loss", "weights"]
+)
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 def test_the_formulas_of_the_compiled_loss_are_those_of_the_other(dtype, limit, aims, monkeypatch) -> None:
     monkeypatch.setattr(compiled_loss, "_compiled", as_it_is)
