@@ -86,7 +86,9 @@ ZERO_BUBBLE = (
 )  # schedules with a message in `stoker.trainer.validate`
 
 OF_MICRO_BATCHES = ("micro_batch", "batch")  # balance losses with a message in `stoker.models.expert_refusals`
-_WITH_EXPERTS = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3")  # families
+# Families
+_DENSE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "phi3", "gemma3_text")
+_WITH_EXPERTS = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3")
 
 LIMITS = (
     _at_least("steps", 1, "a run takes steps"),
@@ -106,7 +108,7 @@ LIMITS = (
         "a ramp follows the tokens read",
         _is_ramp,
     ),
-    _choice("model.family", "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", *_WITH_EXPERTS),
+    _choice("model.family", *_DENSE, *_WITH_EXPERTS),
     _at_least("parallel.tp", 1, "it counts ranks"),
     _at_least("parallel.pp", 1, "it counts stages"),
     _at_least("parallel.cp", 1, "it counts ranks"),
@@ -132,6 +134,7 @@ LIMITS = (
         lambda value: value > 0 and value % 2 == 0,
     ),
     _at_least("model.intermediate_size", 1, "it counts channels"),
+    _choice("model.hidden_act", "silu", "gelu_pytorch_tanh"),
     _at_least("model.num_experts", 0, "it counts experts"),
     _at_least("model.num_experts_per_tok", 1, "it counts experts"),
     _at_least("model.moe_intermediate_size", 1, "it counts channels"),
@@ -157,9 +160,17 @@ LIMITS = (
     _choice("model.router_aux_loss_over", "sequence", judged_elsewhere=OF_MICRO_BATCHES),
     _at_least("model.router_z_loss_coef", 0, "logits would grow without end"),
     _above_zero("model.rms_norm_eps", "it keeps a norm of zeros finite"),
+    Limit(
+        "model.partial_rotary_factor",
+        "above 0 and at most 1",
+        "it is a share of the channels",
+        lambda value: 0 < value <= 1,
+    ),
+    _at_least("model.sliding_window", 1, "a token sees itself"),
+    _above_zero("model.sliding_rope_theta", "wavelengths are its powers"),
     _choice("model.qk_norm_over", "head", "projection"),
-    _choice("model.norm_placement", "before", "after"),
-    _choice("model.rope_parameters.rope_type", "default", "llama3", "yarn"),
+    _choice("model.norm_placement", "before", "after", "both"),
+    _choice("model.rope_parameters.rope_type", "default", "linear", "llama3", "yarn", "longrope"),
     _above_zero("model.rope_parameters.rope_theta", "wavelengths are its powers"),
     _at_least("model.rope_parameters.factor", 1, "it extends the context"),
     _at_least("model.rope_parameters.original_max_position_embeddings", 1, "it counts tokens"),
@@ -167,6 +178,13 @@ LIMITS = (
     _above_zero("model.rope_parameters.beta_slow", "it counts turns"),
     _at_least("model.rope_parameters.mscale", 0, "scores would change their sign"),
     _at_least("model.rope_parameters.mscale_all_dim", 0, "scores would change their sign"),
+    Limit(
+        "model.rope_parameters.short_factor",
+        "numbers above 0",
+        "wavelengths are multiplied by them",
+        lambda factors: all(0 < factor < math.inf for factor in factors),
+    ),
+    _above_zero("model.rope_parameters.attention_factor", "queries multiplied by 0 are equal"),
     _above_zero("model.embedding_multiplier", "embeddings multiplied by 0 are equal"),
     _above_zero("model.attention_multiplier", "scores multiplied by 0 are equal"),
     _above_zero("model.residual_multiplier", "layers multiplied by 0 compute nothing"),

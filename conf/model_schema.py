@@ -14,16 +14,18 @@ from stoker.conf.fields import fixed, free, maths
 class RopeParameters:
     """Rotary position embedding, with the keys of transformers' `rope_parameters`; a null key is absent."""
 
-    rope_type: str = fixed("default")  # default | llama3 (as in the Llama 3.1 model card) | yarn (Peng et al. 2023)
+    rope_type: str = fixed("default")  # default | linear | llama3 (model card) | yarn (Peng et al. 2023) | longrope
     rope_theta: float = fixed(10000.0)  # base of the rotary wavelengths, in tokens
-    factor: float | None = fixed()  # llama3, yarn: context extension
+    factor: float | None = fixed()  # linear, llama3, yarn: context extension
     low_freq_factor: float | None = fixed()  # llama3: original context / wavelength below which all is scaled
     high_freq_factor: float | None = fixed()  # llama3: and above which nothing is
-    original_max_position_embeddings: int | None = fixed()  # llama3, yarn: tokens the base model was trained at
+    original_max_position_embeddings: int | None = fixed()  # llama3, yarn, longrope: tokens it was trained at
     beta_fast: float | None = fixed()  # yarn: turns in the original context from which a wave is kept; default: 32
     beta_slow: float | None = fixed()  # yarn: and up to which it is slowed down by the factor; default: 1
     mscale: float | None = fixed()  # yarn: with mscale_all_dim, of queries and keys by the log of the factor
     mscale_all_dim: float | None = fixed()  # yarn: the same of scores in latent attention, and a divisor of mscale
+    short_factor: list[float] = fixed([])  # longrope (Phi-3): by how much each wave of a head is slowed down
+    attention_factor: float | None = fixed()  # longrope: of queries and keys
 
 
 @dataclass
@@ -42,7 +44,8 @@ class ModelConfig:
     num_attention_heads: int = fixed(8)  # query heads
     num_key_value_heads: int | None = fixed()  # key and value heads; default: num_attention_heads
     head_dim: int | None = fixed()  # channels per head; default: hidden_size / num_attention_heads
-    intermediate_size: int = fixed(704)  # channels inside the SwiGLU MLP
+    intermediate_size: int = fixed(704)  # channels inside the gated MLP
+    hidden_act: str = fixed("silu")  # silu | gelu_pytorch_tanh: the function of the MLP's gate (SwiGLU, GeGLU)
     num_experts: int = fixed(0)  # MLPs of a layer, of which each token uses a few; 0: one MLP for all tokens
     num_experts_per_tok: int = fixed(2)  # experts that a token uses
     moe_intermediate_size: int | None = fixed()  # channels inside an expert; default: intermediate_size
@@ -66,10 +69,15 @@ class ModelConfig:
     rope_interleave: bool = fixed(True)  # kv_lora_rank: rotary embedding pairs neighbours; false: two halves
     rms_norm_eps: float = fixed(1e-5)  # added to the mean square in RMSNorm
     rope_parameters: RopeParameters = fixed(RopeParameters)
+    partial_rotary_factor: float = fixed(1.0)  # share of a head's channels, the first, that rotary embedding turns
     nope_layers: list[int] = fixed([])  # numbers of the layers without rotary embedding (SmolLM3)
+    sliding_window: int | None = fixed()  # keys that a token sees in layers with a window, its own among them
+    full_attention_layers: list[int] = fixed([])  # sliding_window: numbers of the layers without a window (Gemma 3)
+    sliding_rope_theta: float | None = fixed()  # sliding_window: rope_theta, unscaled, of the layers with a window
     qk_norm: bool = fixed(False)  # RMSNorm on queries and keys per head (Qwen3)
     qk_norm_over: str = fixed("head")  # head | projection: one mean square of all heads' channels (OLMo 2)
-    norm_placement: str = fixed("before")  # before | after: RMSNorm of what a sublayer takes or gives (OLMo 2)
+    norm_placement: str = fixed("before")  # before | after | both: RMSNorm of what a sublayer takes, gives (OLMo 2)
+    zero_centered_norm: bool = fixed(False)  # weights of RMSNorm are added to 1 (Gemma)
     qkv_bias: bool = fixed(False)  # biases on the query, key and value projections (Qwen2)
     embedding_multiplier: float = fixed(1.0)  # of what the embedding gives (Granite, as the next three)
     attention_multiplier: float | None = fixed()  # of the scores of attention; default: 1 / sqrt(head_dim)

@@ -28,9 +28,10 @@ from stoker.launch.differences import LIMITS, SMALL_GRADIENT, Difference, show, 
 from stoker.launch.local import launch
 from stoker.launch.train import ranks_for, say
 from stoker.models import hugging_face_config as theirs
-from stoker.models.family import family_of
+from stoker.models.family import build_on_meta, family_of
 from stoker.parallel.batch import IGNORE_INDEX
 from stoker.parallel.layout import layout_of
+from stoker.parallel.model import whole_model
 from stoker.parallel.shards import GRADIENT
 from stoker.trainer.checking import GRADIENTS, LOGITS
 from stoker.trainer.import_check import load_theirs, relative
@@ -123,6 +124,7 @@ def _compared(config: Config, run: RunDirectory) -> tuple[list[Difference], str]
             norms = float(reference.norm()), float(ours.norm())
             of_logits.append(Difference("logits", where, *norms, relative(ours, reference), limits.gradient))
     valid = max(1, int((batch["labels"] != IGNORE_INDEX).sum()))
+    gradients = _put_together(gradients, config, model)
     reference_gradients = _gradients_of(model, gradients, family_of(config.model).reference_name)
     norm = math.sqrt(sum(float(gradient.double().norm()) ** 2 for gradient in reference_gradients.values())) / valid
     return [
@@ -142,6 +144,18 @@ def _their_logits(model: Any, batch: dict[str, Tensor], mask: bool) -> Tensor:
     # A mask for every pair of tokens is taken as it is: nothing is inferred from the positions.
     bias = torch.zeros(1, 1, length, length).masked_fill_(~allowed, torch.finfo(torch.float32).min)
     return model(batch["tokens"], attention_mask=bias, position_ids=batch["positions"]).logits[0]
+
+
+def _put_together(ours: dict[str, Tensor], config: Config, model: Any) -> dict[str, Tensor]:
+    """`ours` with those of parameters that are one in transformers' `model` as one, by its name there."""
+    whole = build_on_meta(config.model, whole_model(config.model.num_hidden_layers))
+    shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+    theirs, found = {name for name, _ in model.named_parameters()}, dict(ours)
+    for group in family_of(config.model).exported(config.model, shapes):
+        fused = len(group.names) > 1 and len(group.files) == 1 and theirs.issuperset(group.files)
+        if fused and all(name in found for name in group.names):
+            found |= group.convert([found.pop(name) for name in group.names])
+    return found
 
 
 def _gradients_of(model: Any, ours: dict[str, Tensor], theirs_of: Callable[[str], str]) -> dict[str, Tensor]:

@@ -11,18 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stoker.conf.schema import ModelConfig
+from stoker.conf.schema import ModelConfig, RopeParameters
 from stoker.models.cache import LayerCache
 from stoker.models.cpu_attention import attend_in_blocks
 from stoker.models.document_attention import DTYPES, PackedMask, attend_packed, packed_kernel, packed_mask
 from stoker.models.gathered_attention import KeySpans, attend_gathered, key_spans
+from stoker.models.norm import head_norm_of
 from stoker.models.rope import frequencies, latent_scale, rotary_tables, rotate, table_scale
 from stoker.parallel.apart import apart
 from stoker.parallel.documents import DocumentLayer
 from stoker.parallel.sequence import SequenceAxis, SequenceLayer
 from stoker.parallel.sequence.axis import ULYSSES
 from stoker.parallel.sequence.regions import gathered, heads_to_tokens, tokens_to_heads
-from stoker.parallel.tensor.layers import ColumnLinear, CopyToTensorParallel, HeadNorm, ProjectionNorm, RowLinear
+from stoker.parallel.tensor.layers import ColumnLinear, CopyToTensorParallel, ProjectionNorm, RowLinear
 
 SMALLEST_HEAD = 16  # channels that a product of tensor cores takes
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """The inputs of attention for a micro-batch, computed once and passed to every block.
+    """The inputs of attention for a micro-batch, computed once for all blocks with the same window.
 
     `cos` and `signed_sin` are the tables of `stoker.models.rope`. `mask` is None for causal attention within a row,
     else what `AttentionMask` made, or a tensor that is added to the scores, `[rows or 1, 1, queries, keys]`.
@@ -45,19 +46,33 @@ class AttentionContext:
     mask: Mask | None
 
 
-def attention_context(config: ModelConfig, positions: Tensor, mask: Mask | None) -> AttentionContext:
-    """The context of tokens at `positions` `[rows, seq_len]`."""
-    radians = frequencies(head_dim_of(config), config.rope_parameters, positions.device)
+def attention_context(
+    config: ModelConfig, positions: Tensor, mask: Mask | None, window: int | None = None
+) -> AttentionContext:
+    """The context of tokens at `positions` `[rows, seq_len]` in layers with this `window`."""
+    rope = config.rope_parameters
+    if window is not None and config.sliding_rope_theta is not None:
+        rope = RopeParameters(rope_theta=config.sliding_rope_theta)
     rows, seq_len = positions.shape
-    tables = rotary_tables(positions, radians, table_scale(config.rope_parameters))
+    tables = rotary_tables(positions, frequencies(rotary_channels(config), rope, positions.device), table_scale(rope))
     return AttentionContext(rows, seq_len, *tables, mask)
 
 
+def window_of(config: ModelConfig, layer: int) -> int | None:
+    """How many keys a token sees in the layer of this number, its own among them; None: all of its document."""
+    return None if layer in config.full_attention_layers else config.sliding_window
+
+
 def head_dim_of(config: ModelConfig) -> int:
-    """Channels of a head that rotary embedding turns: all of them, but with latent attention."""
+    """Channels of a head; with latent attention those that rotary embedding turns."""
     if config.kv_lora_rank is not None:
         return config.qk_rope_head_dim
     return config.head_dim or config.hidden_size // config.num_attention_heads
+
+
+def rotary_channels(config: ModelConfig) -> int:
+    """Channels of a head that rotary embedding turns."""
+    return int(head_dim_of(config) * config.partial_rotary_factor)
 
 
 def query_channels(config: ModelConfig) -> int:
@@ -84,6 +99,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.rotary = layer not in config.nope_layers
+        self.window = window_of(config, layer)
         self.scale = scale_of(config)
         head_dim = self.head_dim = head_dim_of(config)
         queries, keys = (
@@ -124,20 +140,27 @@ class AttentionMask(SequenceLayer, DocumentLayer):
         super().__init__()
         self.channels = channels
 
-    def forward(self, positions: Tensor, documents: Tensor | None, dtype: torch.dtype) -> Mask | None:
+    def forward(
+        self, positions: Tensor, documents: Tensor | None, dtype: torch.dtype, window: int | None = None
+    ) -> Mask | None:
         """Causal attention, inside `documents` (int32) if there are any, for tokens at `positions`.
 
         Both are `[rows, tokens]`, of this rank's share of each sequence where ranks share them. `dtype` is that of the
-        scores.
+        scores. Of its document a token sees the last `window` keys up to its own.
         """
         axis = self.sequence
-        if axis is None:
-            return None if documents is None else self._inside(documents, dtype)
-        if axis.exchange == ULYSSES:
-            if documents is None:
+        if window is not None and window >= positions.shape[1] * (1 if axis is None else axis.size):
+            window = None
+        if axis is None or axis.exchange == ULYSSES:
+            if documents is None and window is None:
                 return None
-            return document_mask(gathered(documents, axis).transpose(0, 1).flatten(1), dtype)
-        spans = key_spans(positions, documents, axis)
+            documents = torch.zeros_like(positions, dtype=torch.int32) if documents is None else documents
+            if axis is not None:
+                documents = gathered(documents, axis).transpose(0, 1).flatten(1)
+            elif window is None:
+                return self._inside(documents, dtype)
+            return document_mask(documents, dtype, window)
+        spans = key_spans(positions, documents, axis, window)
         if not positions.is_cuda:
             return SharedMask(spans, None)
         rows, tokens = positions.shape
@@ -207,7 +230,7 @@ def _norm(config: ModelConfig, channels: int) -> nn.Module:
     head_dim = head_dim_of(config)
     if config.qk_norm_over == "projection":
         return ProjectionNorm(channels, config.rms_norm_eps, unit=head_dim)
-    return HeadNorm(head_dim, config.rms_norm_eps)
+    return head_norm_of(config, head_dim)
 
 
 def attention(
@@ -259,39 +282,42 @@ def _by_blocks(
     return flex_attention(*by_head, block_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)[..., :head_dim]
 
 
-def document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor | BlockMask:
-    """Causal attention that stays inside documents, for int32 document numbers `[rows, seq_len]`.
+def document_mask(documents: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor | BlockMask:
+    """Causal attention that stays inside documents, for int32 document numbers `[rows, seq_len]`, and in a `window`.
 
     On CUDA a block mask for FlexAttention, which skips the blocks that are masked whole; elsewhere a tensor in
     `dtype` that is added to the scores, `[rows, 1, seq_len, seq_len]`.
     """
     rows, seq_len = documents.shape
     if documents.is_cuda:
-        allowed = same_document(documents)
+        allowed = same_document(documents, window)
         return _create_block_mask()(allowed, rows, None, seq_len, seq_len, device=documents.device)
     mask = torch.full((rows, 1, seq_len, seq_len), float("-inf"), dtype=dtype, device=documents.device)
     mask.masked_fill_((documents[:, :, None] == documents[:, None, :])[:, None], 0.0)
-    return mask.masked_fill_(_future(seq_len, seq_len, documents.device), float("-inf"))
+    return mask.masked_fill_(_unseen(seq_len, seq_len, window, documents.device), float("-inf"))
 
 
-def same_document(documents: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def same_document(documents: Tensor, window: int | None = None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """FlexAttention's mask function: (row, head, query, key) -> whether the query may attend to the key."""
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (documents[row, query] == documents[row, key])
+        seen = (query >= key) & (documents[row, query] == documents[row, key])
+        return seen if window is None else seen & (query - key < window)
 
     return allowed
 
 
-def cached_mask(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Causal attention of the last `queries` of `keys` tokens, as a tensor that is added to the scores."""
+def cached_mask(queries: int, keys: int, dtype: torch.dtype, device: torch.device, window: int | None = None) -> Tensor:
+    """Causal attention of the last `queries` of `keys` tokens in a `window`: what is added to the scores."""
     zeros = torch.zeros(1, 1, queries, keys, dtype=dtype, device=device)
-    return zeros.masked_fill_(_future(queries, keys, device), float("-inf"))
+    return zeros.masked_fill_(_unseen(queries, keys, window, device), float("-inf"))
 
 
-def _future(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Which keys lie after each of the last `queries` tokens: bool `[queries, keys]`."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu_(keys - queries + 1)
+def _unseen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys lie after each of the last `queries` tokens, or before its window: bool `[queries, keys]`."""
+    every = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    unseen = every.triu(keys - queries + 1)
+    return unseen if window is None else unseen.logical_or_(every.tril_(keys - queries - window))
 
 
 @functools.cache

@@ -1,13 +1,14 @@
-"""The decoder: blocks of attention and a SwiGLU MLP, or experts, whole or the part of it that a pipeline stage holds.
+"""The decoder: blocks of attention and a gated MLP, or experts, whole or the part of it that a pipeline stage holds.
 
-As a family it is Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite and OLMo 2, and with experts Qwen3-MoE, Mixtral, OLMoE
-and DeepSeek-V3.
+As a family it is Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite, OLMo 2, Phi-3 and Gemma 3, and with experts Qwen3-MoE,
+Mixtral, OLMoE and DeepSeek-V3.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from stoker.conf.schema import ModelConfig
 from stoker.models import hugging_face_config as theirs
 from stoker.models import hugging_face_experts as experts
+from stoker.models import hugging_face_fused as fused
 from stoker.models.attention import (
     Attention,
     AttentionContext,
     AttentionMask,
+    Mask,
     attention_context,
     cached_mask,
     query_channels,
@@ -32,12 +35,14 @@ from stoker.models.experts import SparseMlp
 from stoker.models.family import Exported, Family, renamed
 from stoker.models.feed_forward import Mlp, is_sparse
 from stoker.models.flops import flops_per_token
-from stoker.models.hugging_face import changed_config_json, config_json, family_of, reference_name, tensor_name
+from stoker.models.hugging_face import changed_config_json, config_json, reference_name, tensor_name
+from stoker.models.hugging_face_families import family_of, is_fused
 from stoker.models.hugging_face_weights import HEAD, StoredTensor, has_own_head, open_weights
 from stoker.models.latent_attention import LatentAttention
-from stoker.models.latent_refusals import REFUSALS
 from stoker.models.loss import Head
+from stoker.models.norm import norm_of
 from stoker.models.upcycling import without_experts
+from stoker.models.window_refusals import REFUSALS
 from stoker.parallel.experts import Experts
 from stoker.parallel.experts.balance import count_routed
 from stoker.parallel.model import Constant, Normal, Part
@@ -46,7 +51,7 @@ from stoker.parallel.model import Constant, Normal, Part
 def _feed_forward(block: nn.Module, config: ModelConfig, number: int) -> Mlp | SparseMlp:
     """That of `block`, the layer of this `number`."""
     if not is_sparse(config, number):
-        return Mlp(config.hidden_size, config.intermediate_size)
+        return Mlp(config.hidden_size, config.intermediate_size, config.hidden_act)
     sparse = SparseMlp(config)
     count_routed(block, sparse)
     return sparse
@@ -65,9 +70,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention_norm = norm_of(config)
         self.attention = _attention(config, number)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = norm_of(config)
         self.mlp = _feed_forward(self, config, number)
         self.multiplier = config.residual_multiplier
 
@@ -82,9 +87,9 @@ class PostNormBlock(nn.Module):
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         self.attention = _attention(config, number)
-        self.attention_post_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention_post_norm = norm_of(config)
         self.mlp = _feed_forward(self, config, number)
-        self.mlp_post_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_post_norm = norm_of(config)
         self.multiplier = config.residual_multiplier
 
     def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
@@ -92,8 +97,32 @@ class PostNormBlock(nn.Module):
         return torch.add(x, self.mlp_post_norm(_fed(self.mlp, x, context)), alpha=self.multiplier)
 
 
+class SandwichBlock(nn.Module):
+    """A layer with norms of what attention and MLP take, and of what they give."""
+
+    def __init__(self, config: ModelConfig, number: int) -> None:
+        super().__init__()
+        self.attention_norm = norm_of(config)
+        self.attention = _attention(config, number)
+        self.attention_post_norm = norm_of(config)
+        self.mlp_pre_norm = norm_of(config)
+        self.mlp = _feed_forward(self, config, number)
+        self.mlp_post_norm = norm_of(config)
+        self.multiplier = config.residual_multiplier
+
+    def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
+        attended = self.attention(self.attention_norm(x), context, cache)
+        x = torch.add(x, self.attention_post_norm(attended), alpha=self.multiplier)
+        given = _fed(self.mlp, self.mlp_pre_norm(x), context)
+        return torch.add(x, self.mlp_post_norm(given), alpha=self.multiplier)
+
+
 _INTO_STREAM = ("attention.o.weight", "mlp.down.weight", "shared.down.weight", "experts.down_proj")
-_BLOCKS: dict[str, type[Block | PostNormBlock]] = {"before": Block, "after": PostNormBlock}
+_BLOCKS: dict[str, type[Block | PostNormBlock | SandwichBlock]] = {
+    "before": Block,
+    "after": PostNormBlock,
+    "both": SandwichBlock,
+}
 
 
 class Decoder(nn.Module):
@@ -107,11 +136,13 @@ class Decoder(nn.Module):
             self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.mask = AttentionMask(max(query_channels(config), value_channels(config)))
         block = _BLOCKS[config.norm_placement]
-        self.layers = nn.ModuleDict({str(number): block(config, number) for number in part.layers})
+        blocks = {str(number): block(config, number) for number in part.layers}
+        self.windows = {number: made.attention.window for number, made in blocks.items()}
+        self.layers = nn.ModuleDict(blocks)
         if part.head:
             tied = config.tie_word_embeddings
             weight = self.embedding.weight if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-            self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.norm = norm_of(config)
             scaling = config.logits_scaling
             rule = None if scaling == 1 else lambda logits: logits / scaling
             self.head = Head(weight, config.loss_chunk, rule=rule)
@@ -120,9 +151,9 @@ class Decoder(nn.Module):
         """See `ParallelizableModel`. The part with the head returns fp32 logits `[tokens, vocab]` without labels."""
         if self.part.embedding:
             x = self._embedded(x)
-        context = attention_context(self.config, positions, self.mask(positions, documents, x.dtype))
-        for block in self.layers.values():
-            x = block(x, context)
+        contexts = self._contexts(positions, functools.partial(self.mask, positions, documents, x.dtype))
+        for number, block in self.layers.items():
+            x = block(x, contexts[self.windows[number]])
         return self.head(self.norm(x), labels) if self.part.head else x
 
     def next_logits(self, tokens: Tensor, cache: Cache) -> Tensor:
@@ -134,11 +165,18 @@ class Decoder(nn.Module):
         total = cache.length + new
         x = self._embedded(tokens)
         positions = torch.arange(cache.length, total, device=x.device).expand(rows, new)
-        context = attention_context(self.config, positions, cached_mask(new, total, x.dtype, x.device))
+        contexts = self._contexts(positions, functools.partial(cached_mask, new, total, x.dtype, x.device))
         for number, block in self.layers.items():
-            x = block(x, context, cache.layers[number])
+            x = block(x, contexts[self.windows[number]], cache.layers[number])
         cache.length = total
         return self.head(self.norm(x.view(rows, new, -1)[:, -1]))
+
+    def _contexts(
+        self, positions: Tensor, mask: Callable[[int | None], Mask | None]
+    ) -> dict[int | None, AttentionContext]:
+        """By the window of a layer, which `mask` makes a mask of."""
+        windows = dict.fromkeys(self.windows.values())
+        return {window: attention_context(self.config, positions, mask(window), window) for window in windows}
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         x, multiplier = self.embedding(tokens), self.config.embedding_multiplier
@@ -150,7 +188,7 @@ class Decoder(nn.Module):
     def initial(self, name: str) -> Normal | Constant:
         """Normal; smaller for projections into the residual stream, by the number of layers (GPT-2, section 2.3)."""
         if name.endswith("norm.weight"):
-            return Constant(1.0)
+            return Constant(0.0 if self.config.zero_centered_norm else 1.0)
         if name.endswith(".bias"):
             return Constant(0.0)
         if name.endswith(_INTO_STREAM):
@@ -208,9 +246,15 @@ class DecoderFamily(Family):
         repeated = config.tie_word_embeddings and not has_own_head(found)
         stacks = {name: config.num_experts for name in ours if name.endswith((experts.GATE_UP, experts.DOWN))}
         tensors = experts.stacked(found, stacks) if stacks else found
+        tensors = fused.split(tensors, config)
         return {ours.get(name, name): part for name, part in tensors.items() if not (repeated and name == HEAD)}
 
     def exported(self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Exported]:
+        if is_fused(config):
+            named = {name: (tensor_name(name), shape) for name, shape in shapes.items()}
+            for group in fused.put_together(named):
+                yield renamed(group, *named[group]) if isinstance(group, str) else group
+            return
         family = family_of(config) if config.num_experts else ""
         for name, shape in shapes.items():
             theirs = tensor_name(name)

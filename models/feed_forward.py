@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,11 +11,19 @@ from stoker.conf.schema import ModelConfig
 from stoker.parallel.tensor.layers import ColumnLinear, CopyToTensorParallel, RowLinear
 
 
-class Mlp(nn.Module):
-    """SwiGLU (Shazeer 2020)."""
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
-    def __init__(self, width: int, hidden: int) -> None:
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_pytorch_tanh": _gelu_tanh}
+
+
+class Mlp(nn.Module):
+    """A gated MLP: SwiGLU, or with another `activation` GeGLU (Shazeer 2020)."""
+
+    def __init__(self, width: int, hidden: int, activation: str = "silu") -> None:
         super().__init__()
+        self.activation = _ACTIVATIONS[activation]
         self.enter = CopyToTensorParallel()
         self.gate = ColumnLinear(width, hidden, bias=False)
         self.up = ColumnLinear(width, hidden, bias=False)
@@ -21,7 +31,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter(x)
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 def expert_width(config: ModelConfig) -> int:

@@ -76,10 +76,11 @@ def places_of(positions: Tensor, documents: Tensor | None, axis: SequenceAxis) -
     return Places(every, order, own, begin.gather(1, own))
 
 
-def key_spans(positions: Tensor, documents: Tensor | None, axis: SequenceAxis) -> KeySpans:
-    """As `places_of`, from the same."""
+def key_spans(positions: Tensor, documents: Tensor | None, axis: SequenceAxis, window: int | None = None) -> KeySpans:
+    """As `places_of`, from the same, of the last `window` keys up to a query's own."""
     places = places_of(positions, documents, axis)
-    return KeySpans(_numbered(places.order, positions.shape[1]), places.first, places.own)
+    first = places.first if window is None else places.first.maximum(places.own - (window - 1))
+    return KeySpans(_numbered(places.order, positions.shape[1]), first, places.own)
 
 
 def rank_order(rows: int, tokens: int, axis: SequenceAxis, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -17,7 +18,8 @@ from typing import Any
 
 from stoker.conf.records import parse_json
 from stoker.conf.schema import RopeParameters
-from stoker.models.hugging_face import FAMILIES, ROPE_KEYS, ROPE_OPTIONS, SHAPE, SWITCHES
+from stoker.models.hugging_face import SHAPE
+from stoker.models.hugging_face_families import FAMILIES, LONGROPE, ROPE_KEYS, ROPE_OPTIONS, SWITCHES
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,10 @@ _ELSEWHERE = {
     "quantization_config": "quantised weights are not read",
     "compression_config": "quantised weights are not read",
 }
-_EXPERTS_ELSEWHERE = {  # keys of models with experts that the decoder does not compute
+_ELSEWHERE_COMPUTED = {  # keys of a class of transformers' that the decoder does not compute
+    "attn_logit_softcapping": "the decoder has attn_logit_softcapping=null",
+    "final_logit_softcapping": "the decoder has final_logit_softcapping=null",
+    "use_bidirectional_attention": "the decoder has use_bidirectional_attention=false",
     "clip_qkv": "the decoder has clip_qkv=null",
     "router_jitter_noise": "the decoder has router_jitter_noise=0.0",
     "output_router_logits": "transformers adds a loss of micro-batches to balance experts, whose value depends on how "
@@ -105,22 +110,30 @@ def shape_of(parsed: Any, seq_len: int) -> dict[str, Any]:
     """
     family = parsed.model_type
     declared = {field.name for field in fields(type(parsed))}
-    if parsed.hidden_act not in _SILU:
+    reads = FAMILIES[family].reads
+    if "hidden_act" not in reads and parsed.hidden_act not in _SILU:
         raise ValueError(f"{CONFIG}: hidden_act={parsed.hidden_act}: the decoder has hidden_act=silu")
-    for key in ("attention_bias", "mlp_bias", "attention_dropout"):
+    for key in ("attention_bias", "mlp_bias", "attention_dropout", "resid_pdrop", "embd_pdrop"):
         if key in declared and getattr(parsed, key):
-            unset = f"{key}={0.0 if key.endswith('dropout') else False}"
+            unset = f"{key}={0.0 if key.endswith('drop') or key.endswith('dropout') else False}"
             raise ValueError(f"{CONFIG}: {key}={getattr(parsed, key)}: the decoder has {unset}")
-    for key, why in _EXPERTS_ELSEWHERE.items():
+    for key, why in _ELSEWHERE_COMPUTED.items():
         if key in declared and getattr(parsed, key):
             raise ValueError(f"{CONFIG}: {key}={getattr(parsed, key)}: {why}")
-    if "sliding_window" in declared:
+    if "sliding_window" in declared and "sliding_window" not in reads:
         _refuse_short_windows(parsed, seq_len)
     found = {ours: getattr(parsed, theirs) for ours, theirs in SHAPE.items()}
-    if "kv_lora_rank" in FAMILIES[family].reads and parsed.num_key_value_heads != parsed.num_attention_heads:
+    if "kv_lora_rank" in reads and parsed.num_key_value_heads != parsed.num_attention_heads:
         raise ValueError(
             f"{CONFIG}: num_key_value_heads={parsed.num_key_value_heads}: latent attention has as many as "
             f"num_attention_heads={parsed.num_attention_heads}"
+        )
+    rope = rope_of(parsed)
+    if rope.rope_type == LONGROPE and seq_len > (rope.original_max_position_embeddings or 0):
+        raise ValueError(
+            f"{CONFIG}: rope_type=longrope: beyond original_max_position_embeddings="
+            f"{rope.original_max_position_embeddings} its factors go by the longest document of a batch, and the "
+            f"decoder's do not: seq_len={rope.original_max_position_embeddings} works"
         )
     return found | {
         "family": family,
@@ -128,7 +141,7 @@ def shape_of(parsed: Any, seq_len: int) -> dict[str, Any]:
         "head_dim": getattr(parsed, "head_dim", None) or found["hidden_size"] // found["num_attention_heads"],
         **{key: FAMILIES[family].value(key, parsed) for key in SWITCHES},
         "tie_word_embeddings": parsed.tie_word_embeddings,
-        **{f"rope_parameters.{key}": value for key, value in vars(rope_of(parsed)).items()},
+        **{f"rope_parameters.{key}": value for key, value in vars(rope).items()},
     }
 
 
@@ -162,7 +175,7 @@ def in_one_line(error: BaseException) -> str:
 
 def _refuse_short_windows(parsed: Any, seq_len: int) -> None:
     """Attention in a window is causal attention only where the whole sequence fits into it."""
-    layers = getattr(parsed, "layer_types", None) or ["sliding_attention"]  # Mistral has one kind of layer
+    layers = getattr(parsed, "layer_types", None) or ["sliding_attention"]  # experts' families have one kind of layer
     strange = sorted(set(layers) - {"full_attention", "sliding_attention"})
     if strange:
         raise ValueError(f"{CONFIG}: layer_types holds {strange[0]}: the decoder has full_attention")
@@ -175,25 +188,52 @@ def _refuse_short_windows(parsed: Any, seq_len: int) -> None:
 
 
 def rope_of(parsed: Any) -> RopeParameters:
-    """Raises ValueError for a rope_type, a key or a value that the decoder does not support."""
-    given: Mapping[str, Any] = parsed.rope_parameters
-    kind = given.get("rope_type")
-    if kind not in ROPE_KEYS:
-        raise ValueError(f"{CONFIG}: rope_type={kind!r}: known are {', '.join(ROPE_KEYS)}")
+    """That of layers without a window. Raises ValueError for a rope_type, a key or a value that the decoder lacks."""
+    family = FAMILIES.get(parsed.model_type)
+    reads = () if family is None else family.reads
+    given: dict[str, Any] = dict(parsed.rope_parameters)
+    if "sliding_rope_theta" in reads:
+        given = dict(given["full_attention"])
+    if "partial_rotary_factor" in reads:
+        given.pop("partial_rotary_factor")
+    kind, known = given.get("rope_type"), tuple(ROPE_KEYS) if family is None else family.ropes
+    if kind not in known:
+        raise ValueError(f"{CONFIG}: rope_type={kind!r}: known are {', '.join(known)}")
+    if kind == LONGROPE:
+        return _longrope(parsed, given)
     options = [key for key in ROPE_OPTIONS.get(kind, ()) if given.get(key) is not None]
-    known = ("rope_theta", *ROPE_KEYS[kind], *options)
-    unused = [key for key, value in given.items() if key not in (*known, "rope_type", "type") and value is not None]
+    keys = ("rope_theta", *ROPE_KEYS[kind], *options)
+    unused = [key for key, value in given.items() if key not in (*keys, "rope_type", "type") and value is not None]
     if unused:
         raise ValueError(
             f"{CONFIG}: rope_parameters holds {unused[0]}={_short(given[unused[0]])}, which rope_type={kind} does "
             f"not have: remove it"
         )
-    for key in known:
+    for key in keys:
         if type(given.get(key)) not in (int, float):
             raise ValueError(f"{CONFIG}: rope_parameters: {key}={_short(given.get(key))} is not a number")
-    original = given["original_max_position_embeddings"] if "original_max_position_embeddings" in known else None
-    values = {key: float(given[key]) for key in known if key != "original_max_position_embeddings"}
+    original = given["original_max_position_embeddings"] if "original_max_position_embeddings" in keys else None
+    values: dict[str, Any] = {key: float(given[key]) for key in keys if key != "original_max_position_embeddings"}
     return RopeParameters(rope_type=kind, original_max_position_embeddings=original, **values)
+
+
+def _longrope(parsed: Any, given: Mapping[str, Any]) -> RopeParameters:
+    """With the factors of the original context, which transformers' class computes with up to its end."""
+    original, short = given.get("original_max_position_embeddings"), given.get("short_factor")
+    scale, extension = given.get("attention_factor"), given.get("factor")
+    if type(original) is not int or original < 2 or not isinstance(short, list):
+        raise ValueError(f"{CONFIG}: rope_parameters: short_factor and original_max_position_embeddings are missing")
+    if extension is None:
+        extension = parsed.max_position_embeddings / original
+    if scale is None:  # as transformers has it
+        scale = 1.0 if extension <= 1 else math.sqrt(1 + math.log(extension) / math.log(original))
+    return RopeParameters(
+        rope_type=LONGROPE,
+        rope_theta=float(given["rope_theta"]),
+        original_max_position_embeddings=original,
+        short_factor=[float(factor) for factor in short],
+        attention_factor=float(scale),
+    )
 
 
 def _short(value: Any, most: int = 80) -> str:

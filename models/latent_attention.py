@@ -28,6 +28,8 @@ _EPS = 1e-6  # of the norms of latents, whatever `rms_norm_eps` is: so in DeepSe
 class LatentAttention(nn.Module):
     """`model.kv_lora_rank`. Without `model.q_lora_rank` queries are made of the activations themselves."""
 
+    window: int | None = None
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank

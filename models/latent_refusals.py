@@ -7,7 +7,10 @@ from stoker.models.expert_refusals import REFUSALS, changed_settings
 from stoker.parallel.start import Start
 
 OF_LATENTS = ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave")
-_OF_OTHERS = ("qk_norm", "qk_norm_over", "qkv_bias", "nope_layers")
+_OF_OTHERS = (
+    *("qk_norm", "qk_norm_over", "qkv_bias", "nope_layers", "zero_centered_norm", "partial_rotary_factor"),
+    *("sliding_window", "full_attention_layers", "sliding_rope_theta"),
+)
 
 
 @REFUSALS.entry(
@@ -23,8 +26,8 @@ def _settings_of_no_latents(start: Start) -> str | None:
 
 @REFUSALS.entry(
     "latent attention",
-    "model.kv_lora_rank with model.qk_norm, qkv_bias or nope_layers, with fewer kv heads than heads, or with "
-    "model.head_dim",
+    "model.kv_lora_rank with model.qk_norm, qkv_bias, nope_layers, windows, zero_centered_norm or "
+    "partial_rotary_factor, with fewer kv heads than heads, or with model.head_dim",
     "each head has keys and values of its own, as wide as model.qk_nope_head_dim, qk_rope_head_dim and v_head_dim",
 )
 def _others_with_latents(start: Start) -> str | None:

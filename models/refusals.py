@@ -16,6 +16,7 @@ REFUSALS = Refusals()
 # message.)
 _NEEDED = {
     "default": {},
+    "linear": {"factor": 8.0},
     "llama3": {
         "factor": 8.0,
         "low_freq_factor": 1.0,
@@ -23,10 +24,14 @@ _NEEDED = {
         "original_max_position_embeddings": 8192,
     },
     "yarn": {"factor": 40.0, "original_max_position_embeddings": 4096},
+    "longrope": {"attention_factor": 1.19, "original_max_position_embeddings": 4096},
 }
 _OF_YARN = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # which may be absent
-_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", *_OF_YARN)
-_PUBLISHED = {"llama3": "Llama 3.1", "yarn": "DeepSeek-V3"}
+_SCALING = (
+    *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", *_OF_YARN),
+    "attention_factor",
+)
+_PUBLISHED = {"linear": "Gemma 3", "llama3": "Llama 3.1", "yarn": "DeepSeek-V3", "longrope": "Phi-3"}
 
 
 @REFUSALS.entry(

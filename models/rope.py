@@ -18,13 +18,19 @@ FAST, SLOW = 32.0, 1.0  # turns between which yarn blends, where a config has no
 def frequencies(head_dim: int, rope: RopeParameters, device: torch.device | None = None) -> Tensor:
     """Radians per position of each channel pair: fp32 `[head_dim / 2]`.
 
-    With rope_type llama3 waves longer than the original context are slowed down by the factor, waves that fit into it
-    often are unchanged, and those between are blended (Llama 3.1's reference code, `apply_scaling`).
+    With rope_type linear all waves are slowed down by the factor. With llama3 those longer than the original context
+    are, waves that fit into it often are unchanged, and those between are blended (Llama 3.1's reference code,
+    `apply_scaling`). With longrope each has a factor of its own (Ding et al. 2024), that of the original context.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    if rope.rope_type == "longrope":
+        return 1.0 / (torch.tensor(rope.short_factor, device=device) * rope.rope_theta**exponents)
     radians = 1.0 / rope.rope_theta**exponents
     if rope.rope_type == "default":
         return radians
+    if rope.rope_type == "linear":
+        assert rope.factor is not None
+        return radians / rope.factor
     if rope.rope_type == "yarn":
         return _yarn(radians, rope)
     assert rope.rope_type == "llama3", rope.rope_type  # the other types and missing values are refused at a start
@@ -53,6 +59,9 @@ def _yarn(radians: Tensor, rope: RopeParameters) -> Tensor:
 
 def table_scale(rope: RopeParameters) -> float:
     """The factor of the tables, and so of queries and keys."""
+    if rope.rope_type == "longrope":
+        assert rope.attention_factor is not None
+        return rope.attention_factor
     if rope.rope_type != "yarn":
         return 1.0
     if rope.mscale and rope.mscale_all_dim:
@@ -85,6 +94,12 @@ def in_halves(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """`x` `[rows, seq_len, heads, head_dim]` turned by the tables' angles, in fp32 inside."""
+    """`x` `[rows, seq_len, heads, head_dim]` turned by the tables' angles, in fp32 inside.
+
+    Tables of fewer channels turn the first of a head.
+    """
+    turning = cos.shape[-1]
+    if turning < x.shape[-1]:
+        return torch.cat([rotate(x[..., :turning], cos, signed_sin), x[..., turning:]], -1)
     swapped = x.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(x * cos, swapped, signed_sin).to(x.dtype)

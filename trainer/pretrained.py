@@ -22,14 +22,15 @@ from stoker.conf.hub_names import download_advice
 from stoker.conf.migrations import migrate
 from stoker.conf.overrides import parse
 from stoker.conf.rundir import RunDirectory, read_config
-from stoker.conf.schema import Config, DataConfig, ModelConfig, from_dict, kinds, lookup, to_dict
+from stoker.conf.schema import AdapterConfig, Config, DataConfig, ModelConfig, from_dict, kinds, lookup, to_dict
 from stoker.conf.values import ConfigError
 from stoker.data.tokenizer import ByteTokenizer
 from stoker.data.tokenizer_files import load_kept
 from stoker.models import hugging_face_config as theirs
 from stoker.models.family import BUILT_IN, TRANSFORMERS, Described, OwnFamily, build_on_meta, family_of
 from stoker.models.feed_forward import expert_width
-from stoker.models.hugging_face import FAMILIES, OWN_MODEL
+from stoker.models.hugging_face import OWN_MODEL
+from stoker.models.hugging_face_families import FAMILIES
 from stoker.models.hugging_face_weights import open_weights
 from stoker.models.peft_folder import CONFIG as ADAPTER_CONFIG
 from stoker.models.upcycling import Upcycled, upcycling_problem
@@ -310,7 +311,8 @@ def _imported_shape(folder: Path, config: Config, values: Mapping[str, Any]) -> 
     """The keys of ModelConfig for the model of a folder of Hugging Face's, by the family that will train it.
 
     That of `model.target` if it is not the default; else the decoder where it computes the model, and transformers'
-    own modules where it does not, or with model.native=false. Raises ValueError where neither can.
+    own modules where it does not, where peft has adapters of fused projections only, or with model.native=false. Raises
+    ValueError where neither can.
     """
     decoder, model = ModelConfig().target, config.model
     family = family_of(model)
@@ -320,8 +322,10 @@ def _imported_shape(folder: Path, config: Config, values: Mapping[str, Any]) -> 
         raise ValueError("model.native=true asks for Stoker's modules, and model=transformers for transformers'")
     if model.target not in BUILT_IN.values() or model.target == TRANSFORMERS:
         return family.shape(folder, config.seq_len)
-    reason = "model.native=false"
-    if model.native is not False:
+    reason, known = "model.native=false", FAMILIES.get(str(values.get("model_type")))
+    if model.native is None and config.adapter != AdapterConfig() and known is not None and known.fused:
+        reason = "peft has adapters of its fused projections, which the decoder holds apart"
+    elif model.native is not False:
         try:
             return family_of(ModelConfig(target=decoder)).shape(folder, config.seq_len)
         except ValueError as error:
@@ -331,7 +335,7 @@ def _imported_shape(folder: Path, config: Config, values: Mapping[str, Any]) -> 
     try:
         found = family_of(ModelConfig(target=TRANSFORMERS)).shape(folder, config.seq_len)
     except ValueError as error:
-        raise ValueError(reason if values.get("model_type") in FAMILIES and model.native is None else error) from error
+        raise ValueError(reason if known is not None and model.native is None else error) from error
     log.info("%s: trained in transformers' own modules: %s", folder, reason)
     return found
 

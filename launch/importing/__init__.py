@@ -5,6 +5,7 @@
 `pickled`                the only module that reads pickles, and what it makes of them
 `hugging_face_bin`, `litgpt`, `distributed_checkpoint`, `deepspeed_folder`  one format each
 `torchtitan`             its names and its order of rotary channels, in and out
+`megatron`, `megatron_dist`, `megatron_arguments`  files of ranks, folders of DCP, and the model that both describe
 `agreement`              the tensors against the model's own list, and the written folder's logits against the source's
 `reference`              the decoder as other programs compute it
 

@@ -15,6 +15,8 @@ from stoker.launch.importing import hugging_face_bin, litgpt
 from stoker.launch.importing.agreement import compare_logits, fitting
 from stoker.launch.importing.deepspeed_folder import is_deepspeed, open_deepspeed
 from stoker.launch.importing.distributed_checkpoint import METADATA, open_dcp
+from stoker.launch.importing.megatron import is_megatron, open_megatron
+from stoker.launch.importing.megatron_dist import is_torch_dist, open_torch_dist
 from stoker.launch.importing.source import Source, SourceTensor, floating
 from stoker.launch.tensor_files import Planned, TensorWriter, file_bytes_of, index_json, made_whole, plan_files
 from stoker.launch.train import say
@@ -23,7 +25,10 @@ from stoker.models.hugging_face_weights import INDEX, SINGLE
 from stoker.parallel.dtypes import DTYPES
 from stoker.trainer.base_model import GENERATION, files_of_tokenizer
 
-_FORMATS = "pytorch_model.bin, lit_model.pth (litgpt), .metadata (torch DCP) or zero_* files (DeepSpeed)"
+_FORMATS = (
+    "pytorch_model.bin, lit_model.pth (litgpt), .metadata (torch DCP), zero_* files (DeepSpeed) or mp_rank_* folders "
+    "(Megatron)"
+)
 
 
 def import_checkpoint(options: argparse.Namespace) -> int:
@@ -64,6 +69,10 @@ def _opened(folder: Path, config: str | None, trust: bool) -> Source:
         if config is not None:
             raise ConfigError(f"--config: {litgpt.CONFIG} describes a model of litgpt: leave --config out")
         return litgpt.open_litgpt(folder, trust)
+    if is_torch_dist(folder):
+        return open_torch_dist(folder, config, trust)
+    if is_megatron(folder):
+        return open_megatron(folder, config, trust)
     if (folder / METADATA).is_file():
         return open_dcp(folder, config)
     if is_deepspeed(folder):

@@ -39,7 +39,7 @@ def open_dcp(folder: Path, config: str | None) -> Source:
     Raises ValueError for what is damaged or incomplete, and for tensors of another kind.
     """
     values = config_of(folder, config)
-    tensors, others = _tensors(folder)
+    tensors, others = dcp_tensors(folder)
     for prefix in ("model.", ""):  # a state dict below a key of its own, or alone
         inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if EMBEDDING in inner:
@@ -52,8 +52,11 @@ def open_dcp(folder: Path, config: str | None) -> Source:
     return hugging_face_source(f"{folder.name} of torch.distributed.checkpoint", values, tensors, others)
 
 
-def _tensors(folder: Path) -> tuple[dict[str, SourceTensor], tuple[str, ...]]:
-    """The tensors of a model by name, and the kinds of what else the folder holds."""
+def dcp_tensors(folder: Path) -> tuple[dict[str, SourceTensor], tuple[str, ...]]:
+    """The tensors of a model by name, and the kinds of what else the folder holds.
+
+    Raises ValueError for what is damaged or incomplete.
+    """
     path = folder / METADATA
     try:
         held = description(path)
@@ -61,8 +64,10 @@ def _tensors(folder: Path) -> tuple[dict[str, SourceTensor], tuple[str, ...]]:
         places = {_place_of(index): info for index, info in held.storage_data.items()}
         found, others = {}, set()
         for name, entry in listed.items():
-            kind = name.partition(".")[0]
-            if kind in _BESIDE or type(entry).__name__ != "TensorStorageMetadata":
+            kind = name.partition(".")[0].partition("/")[0]
+            if "._extra_state" in name:  # of Transformer Engine's float8, in Megatron's checkpoints
+                continue
+            if kind in _BESIDE or kind.startswith("chained_") or type(entry).__name__ != "TensorStorageMetadata":
                 others.add(kind)
             else:
                 found[name] = _tensor(folder, name, entry, places)
@@ -91,19 +96,29 @@ def _tensor(folder: Path, name: str, entry: Any, places: dict[tuple[str, tuple[i
     problem = tiling_problem(shape, chunks) if inside else "a chunk lies outside"
     if problem:
         raise ValueError(f"{folder / METADATA}: {name} of shape {shape} is incomplete: {problem}")
-    return SourceTensor(stored[0].file, shape, DTYPE_NAMES[dtype], lambda: _read(name, shape, dtype, stored))
+
+    def part(chunk: Chunk) -> Tensor:
+        return _read(name, chunk, dtype, stored)
+
+    return SourceTensor(stored[0].file, shape, DTYPE_NAMES[dtype], lambda: part(whole(shape)), part)
 
 
-def _read(name: str, shape: tuple[int, ...], dtype: torch.dtype, stored: Sequence[_Stored]) -> Tensor:
-    value = torch.empty(shape, dtype=dtype)
+def _read(name: str, wanted: Chunk, dtype: torch.dtype, stored: Sequence[_Stored]) -> Tensor:
+    """The values in the chunk `wanted` of a tensor, from the `stored` chunks that have some of them."""
+    value = torch.empty(wanted.sizes, dtype=dtype)
     for one in stored:
+        common = one.chunk.intersection(wanted)
+        if common is None:
+            continue
         part = tensor_in(one.file, one.offset, one.length)
+        if tuple(part.shape) == one.chunk.sizes[1:] and one.chunk.sizes[:1] == (1,):
+            part = part[None]  # a layer of Megatron's
         if tuple(part.shape) != one.chunk.sizes or part.dtype != dtype:
             raise ValueError(
                 f"{one.file}: {name} at {one.chunk.offsets} is {tuple(part.shape)} {part.dtype}; {METADATA} has "
                 f"{one.chunk.sizes} {dtype}"
             )
-        value[one.chunk.within(whole(shape))] = part
+        value[common.within(wanted)] = part[common.within(one.chunk)]
     return value
 
 

@@ -1,8 +1,9 @@
 """Files that hold pickles: the only module of Stoker that reads any.
 
 Tensors are read by torch's own restricted unpickler (`weights_only=True`), which makes tensors and containers and
-nothing else. The description of a checkpoint of torch.distributed.checkpoint is read by `_Described`, which makes
-records without behaviour. Anything else in a pickle is refused by name, unless the user trusts the source.
+nothing else; objects of a few known names become records without behaviour. The description of a checkpoint of
+torch.distributed.checkpoint is read by `_Described`, which makes such records only. Anything else in a pickle is
+refused by name, unless the user trusts the source.
 """
 
 from __future__ import annotations
@@ -65,6 +66,24 @@ def tensors_of(path: Path, trust: bool) -> tuple[dict[str, Tensor], list[str]]:
     for name, tensor in held.items():
         refuse_strange(path, name, tensor)
     return held, others
+
+
+def held_in(path: Path, trust: bool, known: re.Pattern[str]) -> Any:
+    """What a file of `torch.save` holds, tensors mapped into memory; classes of `known` names are `Record`s.
+
+    Raises ValueError, naming the file, for one that is damaged, or, without `trust`, whose pickle needs more.
+    """
+    refuse_packed(path)
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except OSError:
+        raise
+    except Exception:  # of many kinds: reading it is refused below
+        named = []
+    records: list[Any] = [(type(name, (Record,), {}), name) for name in named if known.fullmatch(name)]
+    with torch.serialization.safe_globals(records):
+        # Trust is for what is no record: the classes of these need not be installed.
+        return _loaded(path, path, trust and len(records) < len(named), mapped=zipfile.is_zipfile(path))
 
 
 def tensor_in(path: Path, offset: int, length: int) -> Tensor:

@@ -17,15 +17,19 @@ from stoker.parallel.suggestions import shortened
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor of a source: `load` reads it. `dtype` is by the names of safetensors."""
+    """A tensor of a source: `load` reads it, and `part` a chunk of it where that takes less.
+
+    `dtype` is by the names of safetensors.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     load: Callable[[], Tensor]
+    part: Callable[[Chunk], Tensor] | None = None
 
     def read(self, chunk: Chunk) -> Tensor:
-        return self.load()[chunk.within(whole(self.shape))]
+        return self.load()[chunk.within(whole(self.shape))] if self.part is None else self.part(chunk)
 
     def made(self, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> SourceTensor:
         """The tensor of `shape` that `change` makes of this one."""

@@ -7,7 +7,7 @@
 `tensors`    the styles of tensor-parallel plans as layers of `stoker.parallel.tensor`
 `plans`      plans where transformers has none
 `files`      weights in model folders, by transformers' own conversion tables
-`refusals`   what cannot be trained exactly, each with its reason
+`refusals`, `rope_refusals`  what cannot be trained exactly, each with its reason
 
 `model.config` holds the values of config.json, `model.args` changes of single ones. Parameters have transformers'
 names. Stoker owns what a layout touches: the embedding, the head with its loss, attention, and the linear layers that
@@ -31,7 +31,7 @@ from stoker.models.hugging_face_weights import StoredTensor, is_copy, open_weigh
 from stoker.models.transformers_family.anatomy import anatomy, causal_model, parsed_config
 from stoker.models.transformers_family.files import exported_tensors, stored_tensors
 from stoker.models.transformers_family.model import TransformersModel
-from stoker.models.transformers_family.refusals import REFUSALS
+from stoker.models.transformers_family.rope_refusals import REFUSALS
 from stoker.models.transformers_family.values import values_of
 from stoker.parallel.model import Part
 

@@ -130,11 +130,16 @@ def _initial(start: Start) -> str | None:
     "a convolution or a state runs on from one document into the next",
 )
 def _documents(start: Start) -> str | None:
-    found, data = _found(start), start.config.data
-    masked = data.document_mask if data.document_mask is not None else data.packing == "best_fit"
-    if found is None or not masked or not found[1].mixers or _attends_by_masks(found[0]):
+    found = _found(start)
+    if found is None or not is_masked(start) or not found[1].mixers or _attends_by_masks(found[0]):
         return None
     return f"documents see each other in {found[1].mixers}: data.document_mask=false trains whole rows"
+
+
+def is_masked(start: Start) -> bool:
+    """Whether attention stays inside documents, as far as the settings tell."""
+    data = start.config.data
+    return data.document_mask if data.document_mask is not None else data.packing == "best_fit"
 
 
 def _attends_by_masks(values: dict[str, Any]) -> bool:

@@ -14,6 +14,10 @@ SCALED = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}
+PARTIAL = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+WINDOW = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+FULL = {"sliding_window": 4, "layer_types": ["full_attention"] * 3}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LATENTS = {
     "num_key_value_heads": 4,
@@ -68,11 +72,37 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3 with yarn": ("Qwen3", {"head_dim": 16, "max_position_embeddings": 64, "rope_parameters": YARN}),
     "tied qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
-}
-WINDOW = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-# Those that are trained in transformers' own modules.
-BACKED: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma3": ("Gemma3", {"head_dim": 8, "query_pre_attn_scalar": 5, **WINDOW}),
+    "mistral with a window": ("Mistral", {"head_dim": 16, "sliding_window": 5}),
+    "llama with linear rotary": ("Llama", {"rope_parameters": LINEAR}),
+    "phi3": ("Phi3", {"pad_token_id": None, "rope_parameters": PARTIAL, "sliding_window": 5}),
+    "phi3 with factors": (
+        "Phi3",
+        {
+            "pad_token_id": None,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                **PARTIAL,
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.5],
+                "long_factor": [2.0, 3.0],
+            },
+        },
+    ),
+    "phi3 without a window": ("Phi3", {"pad_token_id": None, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "gemma3": (
+        "Gemma3",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 5,
+            "pad_token_id": None,
+            "rope_parameters": {
+                "full_attention": LINEAR,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+            **WINDOW,
+        },
+    ),
+    "gemma3 of full attention": ("Gemma3", {"head_dim": 8, "query_pre_attn_scalar": 8, "pad_token_id": None, **FULL}),
 }
 CONFIGS = {"Gemma3": "Gemma3Text"}  # where a config is called otherwise than its model
 VOCABULARY = 320  # of the byte tokenizer
@@ -83,7 +113,7 @@ def write_family(folder: Path, case: str, dtype: str = "float32", **changes: Any
     import torch
     import transformers
 
-    family, values = (FAMILIES | BACKED)[case]
+    family, values = FAMILIES[case]
     shape = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,

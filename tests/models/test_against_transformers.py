@@ -10,7 +10,8 @@ import transformers
 from torch import Tensor
 
 from stoker.conf.schema import RopeParameters
-from stoker.models.hugging_face import rope_parameters, tensor_name
+from stoker.models.hugging_face import tensor_name
+from stoker.models.hugging_face_families import rope_parameters
 from tests.models.tiny import decoder, gradients, rows, shape
 
 SCALED = RopeParameters("llama3", 5000.0, 8.0, 1.0, 4.0, 64)

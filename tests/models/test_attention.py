@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stoker.models.attention import SMALLEST_HEAD, _by_blocks, attention, document_mask
+from stoker.models.attention import SMALLEST_HEAD, _by_blocks, attention, cached_mask, document_mask
 from stoker.models.cpu_attention import BLOCK, attend_in_blocks
 from tests.models.tiny import decoder, rows, shape
 
@@ -91,6 +91,54 @@ def test_every_way_to_attend_is_attention_by_the_book(seq_len: int, heads: tuple
             torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)
 
 
+WINDOWS = [1, 3, 64]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_window_hides_what_lies_before_it(window: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    seq_len = 150
+    q, k, v = (torch.randn(2, seq_len, n, 16, generator=generator) for n in (4, 2, 2))
+    documents = torch.zeros(2, seq_len, dtype=torch.int32)
+    documents[1, 90:] = 1
+    apart = torch.arange(seq_len)[:, None] - torch.arange(seq_len)[None]
+    allowed = (apart >= 0) & (apart < window) & (documents[:, None, :, None] == documents[:, None, None, :])
+    mask = document_mask(documents, torch.float32, window)
+    expected = plain_attention(q, k, v, allowed)
+    for way in (attention, attend_in_blocks):
+        torch.testing.assert_close(way(q, k, v, mask).double(), expected, rtol=1e-4, atol=1e-5)
+    last = cached_mask(7, seq_len, torch.float32, q.device, window)
+    found = attention(q[:1, -7:], k[:1], v[:1], last).double()
+    torch.testing.assert_close(found, expected[:1, -7:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_layer_with_a_window_sees_the_tokens_of_its_window(masked: bool) -> None:
+    """Two layers of a window of 3 reach back 2 tokens each, the one without as far as the document."""
+    for full, first in (([], 6 if masked else 4), ([1], 6 if masked else 0)):
+        config = shape(num_hidden_layers=2, sliding_window=3, full_attention_layers=full)
+        model = decoder(config)
+        tokens, positions, _ = rows(config)
+        seen: list[Tensor] = []
+        # type: ignore[func-returns-value]
+        model.embedding.register_forward_hook(lambda *call, seen=seen: seen.append(call[2]) or call[2].retain_grad())
+        at = 8
+        model(tokens, positions, DOCUMENTS if masked else None).view(2, 20, -1)[0, at].sum().backward()
+        assert seen[0].grad is not None
+        reached = seen[0].grad.view(2, 20, -1).any(-1)
+        allowed = torch.zeros(2, 20, dtype=torch.bool)
+        allowed[0, first : at + 1] = True
+        assert torch.equal(reached, allowed)
+
+
+def test_a_window_that_no_sequence_leaves_changes_nothing() -> None:
+    config = shape()
+    tokens, positions, _ = rows(config)
+    plain, windowed = decoder(config), decoder(shape(sliding_window=20))
+    assert windowed.mask(positions, None, torch.float32, 20) is None
+    assert torch.equal(plain(tokens, positions, DOCUMENTS), windowed(tokens, positions, DOCUMENTS))
+
+
 def test_bf16_on_a_cpu_is_as_precise_as_bf16() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 200, n, 16, generator=generator).bfloat16() for n in (4, 2, 2))
@@ -109,12 +157,13 @@ def test_the_block_mask_for_gpus_allows_what_the_tensor_for_cpus_allows() -> Non
     documents = torch.cat([DOCUMENTS] * 8, 1).sort(1).values
     seq_len = documents.shape[1]
     q, k, v = (torch.randn(2, seq_len, n, 16, generator=torch.Generator().manual_seed(n)) for n in (4, 2, 2))
-    block_mask = create_block_mask(same_document(documents), 2, None, seq_len, seq_len, device="cpu")
-    flex = flex_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=block_mask, enable_gqa=True
-    )
-    out = attention(q, k, v, document_mask(documents, torch.float32))
-    torch.testing.assert_close(flex.transpose(1, 2), out, rtol=1e-5, atol=1e-5)
+    for window in (None, 5):
+        block_mask = create_block_mask(same_document(documents, window), 2, None, seq_len, seq_len, device="cpu")
+        flex = flex_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=block_mask, enable_gqa=True
+        )
+        out = attention(q, k, v, document_mask(documents, torch.float32, window))
+        torch.testing.assert_close(flex.transpose(1, 2), out, rtol=1e-5, atol=1e-5)
 
 
 def test_small_heads_are_filled_up_for_flex_attention_and_change_nothing() -> None:

@@ -182,6 +182,13 @@ def test_flops_are_six_per_multiplying_parameter_and_attention_over_the_row() ->
     assert flops_per_token(untied, 128, parameter_count(untied)) == 6 * count + attention
 
 
+def test_keys_before_a_window_do_not_count() -> None:
+    config = shape(tie_word_embeddings=True, sliding_window=16, full_attention_layers=[1])
+    count = parameter_count(config)
+    assert flops_per_token(config, 128, count) == 6 * count + 12 * 32 * (128 + 2 * 16)
+    assert flops_per_token(config, 10, count) == 6 * count + 12 * 32 * 3 * 10
+
+
 def test_scores_and_values_of_latent_attention_count_by_their_own_widths() -> None:
     widths = {"qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 14}
     config = shape(tie_word_embeddings=True, num_key_value_heads=None, kv_lora_rank=8, **widths)

@@ -5,6 +5,7 @@ transformers' model is given one document at a time, so that it needs no mask.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from stoker.conf.schema import ModelConfig, RopeParameters
 from stoker.models.cache import Cache
 from stoker.models.decoder import Decoder, build
-from stoker.models.hugging_face import family_of
+from stoker.models.hugging_face_families import family_of
 from stoker.models.hugging_face_weights import open_weights
 from stoker.parallel.model import whole_model
 from stoker.parallel.shards import Chunk, whole
@@ -26,16 +27,30 @@ from tests.models.families import VOCABULARY, write_family
 from tests.models.tiny import gradients, shape
 
 LATENTS = ["deepseek_v3", "deepseek_v3 without a latent of queries", "deepseek_v3 with yarn", "qwen3 with yarn"]
-CASES = ["smollm3", "granite", "olmo2", "qwen3_moe", "qwen3_moe with a dense layer", "mixtral", "olmoe", *LATENTS]
+WINDOWS = [
+    "phi3",
+    "phi3 without a window",
+    "phi3 with factors",
+    "gemma3",
+    "gemma3 of full attention",
+    "mistral with a window",
+]
+DENSE = ["smollm3", "granite", "olmo2", "llama with linear rotary", *WINDOWS]
+CASES = [*DENSE, "qwen3_moe", "qwen3_moe with a dense layer", "mixtral", "olmoe", *LATENTS]
+GEMMA = {
+    "qk_norm": True,
+    "norm_placement": "both",
+    "zero_centered_norm": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "embedding_multiplier": 32**0.5,
+}
 DOCUMENTS = [[7, 9, 4], [1, 12, 7], [20]]  # lengths, by row
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def imported(folder: Path) -> tuple[ModelConfig, Decoder]:
     """The decoder of a model folder, as an import reads it."""
-    found = build.shape(folder, 64)
-    rope = {key.partition(".")[2]: found.pop(key) for key in list(found) if key.startswith("rope_parameters.")}
-    config = ModelConfig(**found, rope_parameters=RopeParameters(**rope), loss_chunk=7)
+    config = imported_shape(folder)
     model = build(config, whole_model(config.num_hidden_layers))
     assert isinstance(model, Decoder)
     held = tensors_of(model)
@@ -72,7 +87,7 @@ def assert_close(ours: Tensor, reference: Tensor, what: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_are_those_of_transformers_on_each_document(case: str, tmp_path: Path) -> None:
     reference = write_family(tmp_path, case)
-    _, model = imported(tmp_path)
+    config, model = imported(tmp_path)
     tokens = torch.randint(VOCABULARY, (len(DOCUMENTS), 20), generator=torch.Generator().manual_seed(3))
     labels = torch.randint(VOCABULARY, tokens.shape, generator=torch.Generator().manual_seed(4))
     documents = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in DOCUMENTS]).int()
@@ -90,7 +105,8 @@ def test_logits_and_gradients_are_those_of_transformers_on_each_document(case: s
     loss.backward()
     expected.backward()
     theirs = {name: parameter.grad for name, parameter in reference.named_parameters()}
-    found = {build.reference_name(name): gradient for name, gradient in gradients(model).items()}
+    ours = gradients(model)
+    found = exported(config, ours) if config.family == "phi3" else {build.reference_name(n): g for n, g in ours.items()}
     assert found.keys() == theirs.keys()
     for name, gradient in found.items():
         assert_close(gradient, theirs[name], name)
@@ -106,6 +122,11 @@ def test_what_comes_from_a_folder_goes_back_bit_for_bit(case: str, tmp_path: Pat
         for name, tensor in found.items():
             assert torch.equal(weights[name], tensor.read(whole(tensor.shape))), name
 
+    assert build.changed_config_json(tmp_path, config, "fp32", True, 64) == json_of(tmp_path)
+    if case == "phi3 with factors":
+        with pytest.raises(ValueError, match=r"rope_type=longrope is exported with the config.json it came"):
+            build.config_json(config, "fp32", 64, None)
+        return
     values = build.config_json(config, "fp32", 64, None)
     folder = tmp_path / "again"
     folder.mkdir()
@@ -118,7 +139,6 @@ def test_what_comes_from_a_folder_goes_back_bit_for_bit(case: str, tmp_path: Pat
     tokens = torch.arange(30)[None]
     with torch.no_grad():
         assert torch.equal(again.eval()(tokens).logits, reference(tokens).logits)
-    assert build.changed_config_json(tmp_path, config, "fp32", True, 64) == json_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +150,10 @@ def test_what_comes_from_a_folder_goes_back_bit_for_bit(case: str, tmp_path: Pat
         ({"qk_norm": True}, "qwen3"),
         ({"qk_norm": True, "qk_norm_over": "projection", "norm_placement": "after"}, "olmo2"),
         ({"family": "granite"}, "granite"),
+        ({"sliding_window": 8}, "mistral"),
+        ({"sliding_window": 8, "family": "phi3"}, "phi3"),
+        ({"partial_rotary_factor": 0.5}, "phi3"),
+        ({"sliding_window": 8, "sliding_rope_theta": 100.0, "full_attention_layers": [2], **GEMMA}, "gemma3_text"),
         ({"num_experts": 4}, "mixtral"),
         ({"num_experts": 4, "qk_norm": True, "first_dense_layers": 1}, "qwen3_moe"),
         ({"num_experts": 4, "qk_norm": True, "qk_norm_over": "projection", "norm_topk_prob": False}, "olmoe"),
@@ -148,6 +172,15 @@ def test_a_model_from_scratch_is_exported_as_the_family_that_has_its_switches(
 def test_a_mixture_that_no_architecture_has_is_not_exported() -> None:
     with pytest.raises(ValueError, match=r"has model.nope_layers=\[1\] with model.logits_scaling=2.0"):
         family_of(shape(nope_layers=[1], logits_scaling=2.0))
+    with pytest.raises(ValueError, match=r"no architecture .* has .*hidden_act=gelu_pytorch_tanh with .*embedding_mul"):
+        family_of(shape(**GEMMA | {"embedding_multiplier": 5.0}))
+    linear = RopeParameters("linear", factor=2.0)
+    with pytest.raises(ValueError, match=r"model.family=phi3 does not have model.rope_parameters.rope_type=linear"):
+        family_of(shape(family="phi3", rope_parameters=linear))
+    with pytest.raises(ValueError, match=r"model.sliding_rope_theta=null with rope_type=linear"):
+        build.config_json(shape(sliding_window=8, rope_parameters=linear, **GEMMA), "fp32", 64, None)
+    with pytest.raises(ValueError, match=r"attention_multiplier=0.3: Gemma 3's is 1 / sqrt\(n\)"):
+        build.config_json(shape(attention_multiplier=0.3, sliding_window=8, **GEMMA), "fp32", 64, None)
     with pytest.raises(ValueError, match=r"model.family=qwen2 does not have model.nope_layers=\[1\]: smollm3 does"):
         family_of(shape(family="qwen2", nope_layers=[1]))
     with pytest.raises(ValueError, match=r"model.family=qwen2 does not have model.qkv_bias=False: llama"):
@@ -200,8 +233,8 @@ def test_a_missing_expert_and_one_of_another_shape_are_named(tmp_path: Path) -> 
         ({"n_shared_experts": 0}, "n_shared_experts=0"),
         ({"attention_bias": True}, "attention_bias=True"),
         (
-            {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
-            "rope_type='linear': known are default, llama3, yarn",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+            "rope_type='dynamic': known are default, linear, llama3, yarn",
         ),
     ],
 )
@@ -212,6 +245,81 @@ def test_latent_attention_that_the_decoder_does_not_compute_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(json_of(tmp_path) | changes))
     with pytest.raises(ValueError, match=message):
         build.shape(tmp_path, 64)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop=0.1: the decoder has resid_pdrop=0.0"),
+        ("phi3", {"hidden_act": "gelu"}, "hidden_act=gelu: the decoder has hidden_act=silu"),
+        ("phi3", {"sliding_window": 0}, "sliding_window=0: a token sees itself"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0: the decoder has"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0: the decoder has"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True: the decoder has"),
+        ("gemma3", {"hidden_activation": "gelu"}, "hidden_activation=gelu: the decoder has silu and gelu_pytorch_tanh"),
+        ("gemma3", {"layer_types": ["full_attention"]}, "transformers cannot read it.*layer_types"),
+        ("gemma3", {"sliding_window": None}, "sliding_window=None: the decoder has it above 0"),
+    ],
+)
+def test_what_phi3_and_gemma3_may_have_and_the_decoder_does_not_is_refused(
+    case: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_family(tmp_path, case)
+    (tmp_path / "config.json").write_text(json.dumps(json_of(tmp_path) | changes))
+    with pytest.raises(ValueError, match=message):
+        build.shape(tmp_path, 64)
+
+
+def test_rotary_factors_that_phi3_chooses_by_its_batch_are_left_to_transformers(tmp_path: Path) -> None:
+    write_family(tmp_path, "phi3 with factors")
+    assert build.shape(tmp_path, 64)["rope_parameters.short_factor"] == [1.0, 1.5]
+    with pytest.raises(ValueError, match=r"rope_type=longrope: beyond original_max_position_embeddings=64"):
+        build.shape(tmp_path, 65)
+
+
+def test_a_scaled_rotary_embedding_of_layers_with_a_window_is_refused(tmp_path: Path) -> None:
+    write_family(tmp_path, "gemma3")
+    values = json_of(tmp_path)
+    values["rope_parameters"]["sliding_attention"] = {"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="rope_type='linear' of sliding_attention"):
+        build.shape(tmp_path, 64)
+
+
+@pytest.mark.parametrize("case", ["phi3", "gemma3"])
+def test_what_a_run_changed_of_windows_and_rotary_channels_is_written(case: str, tmp_path: Path) -> None:
+    write_family(tmp_path, case)
+    config, _ = imported(tmp_path)
+    changed = {"sliding_window": 7}
+    changed |= {"partial_rotary_factor": 1.0} if case == "phi3" else {"sliding_rope_theta": 70.0, "hidden_act": "silu"}
+    config = dataclasses.replace(config, **changed)  # type: ignore[arg-type]
+    values = build.changed_config_json(tmp_path, config, "fp32", True, 64)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert imported_shape(tmp_path) == config
+
+
+def imported_shape(folder: Path) -> ModelConfig:
+    found = build.shape(folder, 64)
+    rope = {key.partition(".")[2]: found.pop(key) for key in list(found) if key.startswith("rope_parameters.")}
+    return ModelConfig(**found, rope_parameters=RopeParameters(**rope), loss_chunk=7)
+
+
+def test_a_part_of_fused_projections_is_read_as_of_the_whole(tmp_path: Path) -> None:
+    write_family(tmp_path, "phi3")
+    config, model = imported(tmp_path)
+    for name in ("layers.1.attention.v.weight", "layers.0.mlp.up.weight"):
+        value, chunk = model.get_parameter(name), Chunk((3, 4), (5, 6))
+        with open_weights(tmp_path) as found:
+            part = build.stored(config, found, [name])[name]
+            assert torch.equal(part.read(chunk), value[chunk.within(whole(tuple(value.shape)))]), name
+
+
+def test_fused_projections_of_other_heads_are_named(tmp_path: Path) -> None:
+    write_family(tmp_path, "phi3")
+    config, _ = imported(tmp_path)
+    other = dataclasses.replace(config, num_key_value_heads=4)
+    with open_weights(tmp_path) as found, pytest.raises(ValueError, match=r"qkv_proj.weight has shape \(64, 32\), the"):
+        build.stored(other, found, [])
 
 
 def json_of(folder: Path) -> Any:

@@ -38,7 +38,7 @@ OTHERS = [kind for kind in CLASSES if kind not in SOME]
 def refusal(kind: str, layout: Layout, mask: bool = True, **changes: Any) -> str | None:
     """Why `kind` is not trained on this layout, by the checks before a start."""
     try:
-        validate(classes.config_of(kind, layout, document_mask=mask, **changes), 2, 0)
+        validate(classes.config_of(kind, layout, document_mask=mask, **changes), layout.world, 0)
     except ConfigError as error:
         return str(error)
     return None
@@ -49,9 +49,10 @@ def assert_the_same_training(kinds: list[str], folder: Path, layouts: dict[str, 
     expected = dict(ChainMap(*world.run(classes.write_references, 2, folder, masked, timeout=240.0)))
     problems = []
     for name, layout in layouts.items():
+        ranks = layout.world
         for mask in (True, False):
             trained = [kind for kind in kinds if masked[kind] == mask and refusal(kind, layout, mask) is None]
-            found = world.run(classes.train, 2, folder, trained, layout, mask, timeout=240.0) if trained else []
+            found = world.run(classes.train, ranks, folder, trained, layout, mask, timeout=240.0) if trained else []
             for kind in trained:
                 run = classes.gathered(found, kind)
                 assert not isinstance(run, str), f"{kind}, {name}: {run}"
@@ -71,6 +72,18 @@ def test_a_model_of_transformers_trains_alike_on_a_layout(name: str, tmp_path: P
 @pytest.mark.full
 def test_a_model_of_transformers_trains_alike_on_every_layout(tmp_path: Path) -> None:
     assert_the_same_training(SOME, tmp_path)
+
+
+TEN = ["gemma3_text", "gpt2", "mixtral", "phi3", "cohere2", "llama", "qwen2", "olmo2", "granite", "gpt_neox"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("start", some(range(0, len(TEN), 5), 2))
+def test_replicas_of_tensor_parallel_ranks_train_a_model_of_transformers_alike(start: int, tmp_path: Path) -> None:
+    layout = Layout(dp_shard=2, tp=2, zero=3)
+    kinds = TEN[start : start + 5]
+    assert [refusal(kind, layout) for kind in kinds] == [None] * len(kinds)
+    assert_the_same_training(kinds, tmp_path, {"dp 2 x tp 2": layout})
 
 
 @pytest.mark.long
@@ -218,6 +231,44 @@ def test_dropout_is_refused_and_the_advice_works() -> None:
         validate(config, 2, 0)
     config.model.args = {"resid_pdrop": 0.0}
     validate(config, 2, 0)
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("rope", "changes", "works"),
+    [
+        (LONGROPE, {}, ["seq_len=12", "data.document_mask=false"]),
+        (LONGROPE, {"parallel.cp": 2, "data.document_mask": False}, ["seq_len=12", "parallel.cp=1"]),
+    ],
+)
+def test_rotary_factors_that_go_by_a_batch_are_refused_and_the_advice_works(
+    rope: dict[str, Any], changes: dict[str, Any], works: list[str]
+) -> None:
+    from stoker.conf.overrides import parse
+
+    config = classes.config_of("phi3", Layout())
+    given = {"rope_theta": 100.0, "partial_rotary_factor": 1.0}
+    config.model.config |= {"rope_parameters": given | rope, "original_max_position_embeddings": 12}
+
+    def change(key: str, value: Any) -> None:
+        section, _, name = key.rpartition(".")
+        setattr(getattr(config, section) if section else config, name, value)
+
+    for key, value in changes.items():
+        change(key, value)
+    ranks = config.parallel.cp
+    for word in works:
+        with pytest.raises(ConfigError, match=rf"rope_type={rope['rope_type']}: above 12 positions .*{word}"):
+            validate(config, ranks, 0)
+    for word in works:
+        override = parse(word)
+        section, _, name = override.key.rpartition(".")
+        before = getattr(getattr(config, section) if section else config, name)
+        change(override.key, override.value)
+        validate(config, config.parallel.cp, 0)
+        change(override.key, before)
 
 
 def test_code_that_a_config_names_is_refused() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stoker.conf.values import ConfigError
-from stoker.models.hugging_face import FAMILIES
+from stoker.models.hugging_face_families import FAMILIES
 from stoker.models.transformers_family.anatomy import parsed_config
 from stoker.models.transformers_family.plans import OWN_PLANS
 from stoker.parallel.layout import Layout

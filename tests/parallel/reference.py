@@ -132,7 +132,7 @@ def is_matrix(name: str) -> bool:
 def initial_value(config: Config, name: str, shape: tuple[int, ...]) -> Tensor:
     """The value that the parameter `name` of the decoder or of `tests.toy` starts from."""
     if name.endswith("norm.weight"):
-        return torch.ones(shape)
+        return torch.zeros(shape) if config.model.zero_centered_norm else torch.ones(shape)
     if name.endswith(".bias"):
         return torch.zeros(shape)
     of_toys = config.model.target.startswith(("tests.toy:", "tests.parallel.odd_models:"))

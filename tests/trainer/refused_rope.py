@@ -18,6 +18,16 @@ YARN = [
     for value in ("rope_type=yarn", "factor=40", "original_max_position_embeddings=4096")
 ]
 
+LONGROPE = [
+    f"model.rope_parameters.{value}"
+    for value in (
+        "rope_type=longrope",
+        "short_factor=[1.0,2.0]",
+        "attention_factor=1.1",
+        "original_max_position_embeddings=64",
+    )
+]
+
 OF_ROPE: dict[str, list[tuple[list[str], int, int, str]]] = {
     "rotary scaling": [
         (

@@ -7,6 +7,7 @@ from tests.trainer.refused_experts import OF_EXPERTS
 from tests.trainer.refused_ramps import OF_RAMPS
 from tests.trainer.refused_rope import OF_ROPE
 from tests.trainer.refused_streaming import OF_STREAMS
+from tests.trainer.refused_windows import OF_WINDOWS
 
 DEEPSPEED = ["parallel.engine=deepspeed"]
 
@@ -170,9 +171,7 @@ TOGETHER = {
         ),
         (["parallel.tp=2", "seq_len=5", "batch.size=3"], 2, 0, "over parallel.tp=2: seq_len=4 or 6, or parallel.sequ"),
     ],
-    "layers without rotary embedding": [
-        (["model.num_hidden_layers=4", "model.nope_layers=[1,4]"], 1, 0, "there is no layer 4, layers are 0 to 3"),
-    ],
+    **OF_WINDOWS,
     "span of no norm": [
         (["model.qk_norm_over=projection"], 1, 0, "model.qk_norm=true works"),
     ],

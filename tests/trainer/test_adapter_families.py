@@ -19,7 +19,8 @@ from tests.trainer.test_adapter_runs import logits_of
 ATTENTION = "adapter.target_modules=[q_proj,o_proj]"
 STILL = ["optim=sgd", "optim.lr=1e-30", "optim.momentum=0.0", "steps=1"]
 CASES = {
-    "gemma3": ("gemma3", ["adapter=dora"]),
+    "gemma3": ("gemma3", ["adapter=dora", "model.native=false"]),
+    "phi3": ("phi3", ["adapter=lora"]),
     "mixtral": ("mixtral", [ATTENTION, "model.native=false"]),
     "experts": ("qwen3_moe", [ATTENTION]),
 }

@@ -112,8 +112,8 @@ def test_weights_of_another_model_are_refused_by_name(more: list[str], message: 
         ("rope_parameters", {"rope_theta": 1e4, "factor": 2.0}, "factor=2.0, which rope_type=default does not have"),
         (
             "rope_parameters",
-            {"rope_type": "linear", "factor": 2.0},
-            "rope_type='linear': known are default, llama3, yarn",
+            {"rope_type": "dynamic", "factor": 2.0},
+            "rope_type='dynamic': known are default, linear, llama3, yarn",
         ),
     ],
 )
@@ -138,7 +138,7 @@ def test_what_the_decoder_does_not_compute_is_trained_in_transformers_own_module
     assert asked(tmp_path, "model.native=false").model.target == TRANSFORMERS
 
 
-@pytest.mark.parametrize("case", ["smollm3", "granite", "olmo2"])
+@pytest.mark.parametrize("case", ["smollm3", "granite", "olmo2", "phi3", "gemma3"])
 def test_a_case_of_the_decoder_is_trained_in_transformers_own_modules_where_asked(case: str, tmp_path: Path) -> None:
     write_family(tmp_path, case)
     assert asked(tmp_path).model.target == ModelConfig().target
@@ -283,15 +283,19 @@ def test_rope_theta_beside_rope_parameters_counts_where_they_have_none(tmp_path:
     assert asked(tmp_path).model.rope_parameters.rope_theta == 500000.0
 
 
-def test_a_window_shorter_than_a_sequence_is_refused_wherever_it_is_used(tmp_path: Path) -> None:
+def test_an_adapter_of_fused_projections_is_trained_in_transformers_own_modules(tmp_path: Path) -> None:
+    write_family(tmp_path, "phi3")
+    assert asked(tmp_path, "adapter=lora").model.target == TRANSFORMERS
+    assert asked(tmp_path, "adapter=lora", "model.native=true").model.target == ModelConfig().target  # refused later
+
+
+def test_a_window_is_read_or_refused_wherever_it_is_used(tmp_path: Path) -> None:
     write_family(tmp_path, "mistral", sliding_window=16)
-    with pytest.raises(ConfigError, match=r"sliding_window=16.*seq_len=16 works"):
-        asked(tmp_path, "model.native=true")
+    assert asked(tmp_path).model.sliding_window == 16
     write_family(tmp_path, "mistral")  # whose class has a window of 4096, if config.json has none
     path = tmp_path / "config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "sliding_window"}))
-    with pytest.raises(ConfigError, match="sliding_window=4096"):
-        asked(tmp_path, "seq_len=5000", "model.native=true")
+    assert asked(tmp_path).model.sliding_window == 4096
     write_family(tmp_path, "qwen2", sliding_window=16, use_sliding_window=False)
     asked(tmp_path)
     write_family(tmp_path, "qwen2", sliding_window=16, use_sliding_window=True, max_window_layers=3)

@@ -16,7 +16,7 @@ from stoker.conf.schema import Config
 from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
 from stoker.models.decoder import build
-from stoker.models.hugging_face import family_of
+from stoker.models.hugging_face_families import family_of
 from stoker.parallel.layout import Layout
 from stoker.parallel.model import whole_model
 from tests import world

@@ -44,7 +44,7 @@ def stand_ins(kind: str, selective: bool, sharded: bool, counted: Counted) -> It
         if kind == "cuda":
             replace(attention, "attend_in_blocks", lambda q, k, v, mask, scale=None: _by_heads(q, k, v))
             replace(F, "scaled_dot_product_attention", lambda q, k, v, *_, **__: _fused(q, k, v))
-            replace(attention, "document_mask", lambda documents, dtype: documents)
+            replace(attention, "document_mask", lambda documents, dtype, window=None: documents)
             replace(attention, "attend_gathered", _gathered)
             replace(F, "rms_norm", lambda x, shape, weight=None, eps=None: _Norm.apply(x, weight))
         elif not selective:
