@@ -60,7 +60,7 @@ def stops_at_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("stoker.data.prepare", accepted)
-    monkeypatch.setattr("stoker.trainer.plan.make_plan", accepted)
+    monkeypatch.setattr("stoker.launch.plan.make_plan", accepted)
 
 
 @pytest.mark.parametrize("numbers", [range(first, 200, 20) for first in range(20 if FULL else 1)], ids=str)
