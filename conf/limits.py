@@ -180,7 +180,7 @@ LIMITS = (
     _at_least("model.rope_parameters.mscale_all_dim", 0, "scores would change their sign"),
     Limit(
         "model.rope_parameters.short_factor",
-        "numbers above 0",
+        "numbers above 0, such as [1.0,1.05]",
         "wavelengths are multiplied by them",
         lambda factors: all(0 < factor < math.inf for factor in factors),
     ),

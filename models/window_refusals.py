@@ -66,8 +66,9 @@ def _longrope(start: Start) -> str | None:
     pairs = rotary_channels(model) // 2
     if len(factors) != pairs:
         return (
-            f"model.rope_parameters.short_factor has {len(factors)} values for {pairs} pairs of rotary channels: "
-            "model.init_from of a Phi-3 sets them, or model.rope_parameters.rope_type=default needs none"
+            f"model.rope_parameters.short_factor has {len(factors)} values for {pairs} pairs of rotary channels, which "
+            "model.init_from of a Phi-3 sets: "
+            f"model.rope_parameters.short_factor=[{','.join(['1.0'] * pairs)}] works"
         )
     if start.config.seq_len <= original:
         return None

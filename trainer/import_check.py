@@ -1,8 +1,8 @@
 """Checks an imported model: its logits against those of transformers' class.
 
-Both compute in float32 on the CPU, one after the other, from the same random tokens. What is compared is what comes
-out of the embedding, of each layer, and of the head: the first that differs is where the mapping of config.json, or of
-the names of tensors, went wrong.
+Both compute in float32 on the CPU, one after the other, from the same random tokens. What is compared is what goes into
+the first layer (the embedding, scaled where a model scales it), and what comes out of each layer and of the head: the
+first that differs is where the mapping of config.json, or of the names of tensors, went wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stoker.models import hugging_face_config as theirs
 from stoker.models.family import build_on_meta, family_of
 from stoker.models.hugging_face import OWN_MODEL
 from stoker.models.hugging_face_weights import open_weights
-from stoker.parallel.model import Role, whole_model
+from stoker.parallel.model import whole_model
 from stoker.parallel.registry import whole_registry
 from stoker.parallel.sharding import materialise
 from stoker.parallel.shards import BUFFER, PARAMETER, Shard, whole
@@ -133,9 +133,7 @@ def _their_outputs(folder: Path, parsed: Any, layers: int, tokens: Tensor) -> di
         model = load_theirs(folder, parsed)
     except ValueError as error:
         raise ConfigError(f"model.init_from={folder}: {error}") from error
-    modules = {"embedding": model.get_input_embeddings()}
-    modules |= {f"layers.{number}": layer for number, layer in enumerate(_layers_of(model, layers))}
-    with _recorded(modules) as outputs:
+    with _recorded(dict(enumerate(_layers_of(model, layers)))) as outputs:
         try:
             logits = model(tokens).logits
         except Exception as error:  # a value that fails only in the forward pass
@@ -156,9 +154,8 @@ def _our_outputs(config: Config, tokens: Tensor) -> dict[str, Tensor]:
         if entry.saved
     ]
     load_pretrained(dataclasses.replace(config, model=dataclasses.replace(config.model, init_only=["*"])), shards)
-    modules = {"embedding": _embedding_of(model)}
-    modules |= {f"layers.{number}": layer for number, layer in model.blocks().items()}  # type: ignore[operator]
-    with _recorded(modules) as outputs:
+    blocks: dict[Any, nn.Module] = model.blocks()  # type: ignore[operator]
+    with _recorded({int(number): block for number, block in blocks.items()}) as outputs:
         logits = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
     return {**outputs, "logits": logits}
 
@@ -175,24 +172,21 @@ def _layers_of(model: nn.Module, count: int) -> nn.ModuleList:
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
 
 
-def _embedding_of(model: nn.Module) -> nn.Module:
-    """The first layer of tokens: the only one, or that before a table of positions."""
-    return next(m for m in model.modules() if getattr(m, "role", None) is Role.EMBEDDING)
-
-
 @contextmanager
-def _recorded(modules: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
-    """The output of each of `modules`, by its name, as `[tokens, width]`."""
+def _recorded(layers: dict[int, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """What goes into layer 0, as `embedding`, and what comes out of each of `layers`: `[tokens, width]`."""
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else output
-            outputs[name] = value.reshape(-1, value.shape[-1])
+    def keep(name: str, value: Any) -> None:
+        value = value[0] if isinstance(value, tuple) else value
+        outputs[name] = value.reshape(-1, value.shape[-1])
 
-        return hook
+    def into(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        keep("embedding", arguments or named["hidden_states"])
 
-    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    hooks = [layers[0].register_forward_pre_hook(into, with_kwargs=True)]
+    for number, layer in layers.items():
+        hooks.append(layer.register_forward_hook(lambda *given, name=f"layers.{number}": keep(name, given[-1])))
     try:
         yield outputs
     finally:

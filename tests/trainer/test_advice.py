@@ -109,6 +109,7 @@ RULES = {
     "pairs of a first and a last step, rising, such as": "[[100,120],[300,300]]",
     "pairs of sequences per step and of tokens until which, rising, such as": "[[8,1e6],[16,4e6]]",
     "above 0 and below 1": "0.999",
+    "numbers above 0, such as": "[1.0,1.05]",
     "two numbers from 0 up to but not including 1": "[0,0.999]",
     "an even number above 0": "2",
     "0, 1, 2 or 3": "3",
