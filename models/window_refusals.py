@@ -106,11 +106,11 @@ def _projections_around_zero(start: Start) -> str | None:
 @REFUSALS.entry(
     "adapters of fused projections",
     "an adapter with a decoder of the family phi3",
-    "peft adapts its matrix of queries, keys and values as one, which the decoder holds apart",
+    "peft adapts its matrix of queries, keys and values as one, which the decoder holds apart, and the layers that "
+    "divide it in transformers' modules take no adapter",
 )
 def _adapters_of_fused(start: Start) -> str | None:
     adapter, model = start.config.adapter, start.config.model
     if adapter.name == "none" or not is_fused(model):
         return None
-    works = "adapter=none" if model.init_from is None else "model.native=false"
-    return f"adapter={adapter.name} with a model of the family {family_of(model)} in the decoder: {works} works"
+    return f"adapter={adapter.name} with a model of the family {family_of(model)}: adapter=none works"

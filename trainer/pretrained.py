@@ -22,7 +22,7 @@ from stoker.conf.hub_names import download_advice
 from stoker.conf.migrations import migrate
 from stoker.conf.overrides import parse
 from stoker.conf.rundir import RunDirectory, read_config
-from stoker.conf.schema import AdapterConfig, Config, DataConfig, ModelConfig, from_dict, kinds, lookup, to_dict
+from stoker.conf.schema import Config, DataConfig, ModelConfig, from_dict, kinds, lookup, to_dict
 from stoker.conf.values import ConfigError
 from stoker.data.tokenizer import ByteTokenizer
 from stoker.data.tokenizer_files import load_kept
@@ -311,8 +311,7 @@ def _imported_shape(folder: Path, config: Config, values: Mapping[str, Any]) -> 
     """The keys of ModelConfig for the model of a folder of Hugging Face's, by the family that will train it.
 
     That of `model.target` if it is not the default; else the decoder where it computes the model, and transformers'
-    own modules where it does not, where peft has adapters of fused projections only, or with model.native=false. Raises
-    ValueError where neither can.
+    own modules where it does not, or with model.native=false. Raises ValueError where neither can.
     """
     decoder, model = ModelConfig().target, config.model
     family = family_of(model)
@@ -323,9 +322,7 @@ def _imported_shape(folder: Path, config: Config, values: Mapping[str, Any]) -> 
     if model.target not in BUILT_IN.values() or model.target == TRANSFORMERS:
         return family.shape(folder, config.seq_len)
     reason, known = "model.native=false", FAMILIES.get(str(values.get("model_type")))
-    if model.native is None and config.adapter != AdapterConfig() and known is not None and known.fused:
-        reason = "peft has adapters of its fused projections, which the decoder holds apart"
-    elif model.native is not False:
+    if model.native is not False:
         try:
             return family_of(ModelConfig(target=decoder)).shape(folder, config.seq_len)
         except ValueError as error:

@@ -20,7 +20,6 @@ ATTENTION = "adapter.target_modules=[q_proj,o_proj]"
 STILL = ["optim=sgd", "optim.lr=1e-30", "optim.momentum=0.0", "steps=1"]
 CASES = {
     "gemma3": ("gemma3", ["adapter=dora", "model.native=false"]),
-    "phi3": ("phi3", ["adapter=lora"]),
     "mixtral": ("mixtral", [ATTENTION, "model.native=false"]),
     "experts": ("qwen3_moe", [ATTENTION]),
 }

@@ -283,12 +283,6 @@ def test_rope_theta_beside_rope_parameters_counts_where_they_have_none(tmp_path:
     assert asked(tmp_path).model.rope_parameters.rope_theta == 500000.0
 
 
-def test_an_adapter_of_fused_projections_is_trained_in_transformers_own_modules(tmp_path: Path) -> None:
-    write_family(tmp_path, "phi3")
-    assert asked(tmp_path, "adapter=lora").model.target == TRANSFORMERS
-    assert asked(tmp_path, "adapter=lora", "model.native=true").model.target == ModelConfig().target  # refused later
-
-
 def test_a_window_is_read_or_refused_wherever_it_is_used(tmp_path: Path) -> None:
     write_family(tmp_path, "mistral", sliding_window=16)
     assert asked(tmp_path).model.sliding_window == 16
