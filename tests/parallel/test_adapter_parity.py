@@ -158,10 +158,10 @@ def train_each(configs: list[Config]) -> list[Measured]:
 EVERY = {
     ("fsdp", 1): 1,
     ("fsdp", 2): 3,
-    ("fsdp", 4): 13,
+    ("fsdp", 4): 19,
     ("deepspeed", 1): 5,
     ("deepspeed", 2): 9,
-    ("deepspeed", 4): 31,
+    ("deepspeed", 4): 47,
 }
 
 

@@ -10,7 +10,7 @@ from tests.parallel.parity import OF_EIGHT, Case, assert_every_case, assert_pari
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layout", some(list(layouts(4)), 3), ids=str)
+@pytest.mark.parametrize("layout", some(list(layouts(4)), 4), ids=str)
 def test_every_layout_computes_what_one_process_computes(layout: Layout) -> None:
     assert_every_case(layout)
 

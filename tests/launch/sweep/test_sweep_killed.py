@@ -34,6 +34,7 @@ TRIALS = len(RATES) * len(SEEDS)
 
 
 @pytest.mark.long
+@pytest.mark.full
 @pytest.mark.timeout(1500)
 def test_a_sweep_killed_many_times_ends_with_results_bit_equal_to_runs_alone(tmp_path: Path) -> None:
     text, swept, chance = write_text(tmp_path / "text"), tmp_path / "swept", random.Random(7)
