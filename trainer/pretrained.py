@@ -321,7 +321,7 @@ def _imported_shape(folder: Path, config: Config, values: Mapping[str, Any]) -> 
         raise ValueError("model.native=true asks for Stoker's modules, and model=transformers for transformers'")
     if model.target not in BUILT_IN.values() or model.target == TRANSFORMERS:
         return family.shape(folder, config.seq_len)
-    reason, known = "model.native=false", FAMILIES.get(str(values.get("model_type")))
+    reason = "model.native=false"
     if model.native is not False:
         try:
             return family_of(ModelConfig(target=decoder)).shape(folder, config.seq_len)
@@ -332,7 +332,7 @@ def _imported_shape(folder: Path, config: Config, values: Mapping[str, Any]) -> 
     try:
         found = family_of(ModelConfig(target=TRANSFORMERS)).shape(folder, config.seq_len)
     except ValueError as error:
-        raise ValueError(reason if known is not None and model.native is None else error) from error
+        raise ValueError(reason if values.get("model_type") in FAMILIES and model.native is None else error) from error
     log.info("%s: trained in transformers' own modules: %s", folder, reason)
     return found
 
