@@ -12,11 +12,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from stoker.conf.compose import compose
 from stoker.launch.cli import main
 from stoker.models.hugging_face_config import parsed
-from stoker.trainer.import_check import compare_import, load_theirs
-from stoker.trainer.pretrained import adopt_shape
+from stoker.trainer.import_check import load_theirs
+from tests.launch.importing.compared import assert_computes_the_same
 from tests.launch.importing.sources import torchtitan_state, write_bin, write_deepspeed, write_litgpt, write_torchtitan
 from tests.test_golden_runs import copied
 
@@ -40,13 +39,7 @@ def test_what_comes_in_computes_what_the_source_computes_and_trains(
     model = WRITTEN[case](tmp_path / "source")
     assert main(["import", str(tmp_path / "source"), str(tmp_path / "out"), "--shard-size", "40KB"]) == 0
     assert "logits equal to the source's within" in capsys.readouterr().err
-    tokens = torch.randint(0, 320, (2, 50), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = model(tokens).logits
-        found = load_theirs(tmp_path / "out", model.config)(tokens).logits
-    assert (found - expected).norm() / expected.norm() < 1e-5
-    config = adopt_shape(compose([f"model.init_from={tmp_path / 'out'}"]), [])
-    assert "equal to transformers'" in str(compare_import(config))
+    assert_computes_the_same(model, tmp_path / "out")
     state = model.state_dict()
     for path in sorted((tmp_path / "out").glob("*.safetensors")):
         for name, value in load_file(path).items():

@@ -15,11 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stoker.conf.compose import compose
 from stoker.launch.cli import main
 from stoker.launch.importing import megatron
-from stoker.trainer.import_check import compare_import, load_theirs
-from stoker.trainer.pretrained import adopt_shape
+from tests.launch.importing.compared import assert_computes_the_same
 from tests.launch.importing.megatron_sources import STEP, arguments, save, write_megatron, write_torch_dist
 from tests.launch.importing.test_refused import Runs, refused
 
@@ -42,13 +40,7 @@ def test_a_checkpoint_of_megatron_computes_what_it_computed_there(
     line = capsys.readouterr().err
     assert "logits equal to the source's within" in line and f"{STEP} of Megatron in" in line
     assert "not imported: " in line and "optimizer" in line
-    tokens = torch.randint(0, 320, (2, 50), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = model(tokens).logits
-        found = load_theirs(tmp_path / "out", model.config)(tokens).logits
-    assert (found - expected).norm() / expected.norm() < 1e-5
-    config = adopt_shape(compose([f"model.init_from={tmp_path / 'out'}"]), [])
-    assert "equal to transformers'" in str(compare_import(config))
+    assert_computes_the_same(model, tmp_path / "out")
     state = model.state_dict()
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == set(state) - ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
