@@ -10,6 +10,7 @@ again. CPUs take `stoker.models.loss.CHUNK`.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import torch
@@ -48,6 +49,19 @@ def free_bytes(config: Config, layout: Layout, memory: float, parameters: int, f
     return OF_FREE * max(0.0, MARGIN * memory - need_of(config, layout, parameters, frozen).total)
 
 
+def on_gpus(config: Config, layout: Layout, memory: float, parameters: int, frozen: int) -> Config:
+    """`config` with the chunk of a run on GPUs, the smallest of so many bytes of `memory`.
+
+    `parameters` of the whole model, `frozen` of them not trained; `model.vocab_size` must be set.
+    """
+    if config.model.loss_chunk is not None:
+        return config
+    free = free_bytes(config, layout, memory, parameters, frozen)
+    vocabulary = -(-(config.model.vocab_size or 0) // layout.tp)
+    chunk = chunk_that_fits(free, vocabulary, PRECISIONS[config.precision])
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, loss_chunk=chunk))
+
+
 def loss_chunk(config: Config, mesh: Mesh, whole: nn.Module) -> int | None:
     """Tokens that the head of the `whole` model takes at a time; None for what it was built with.
 
@@ -59,8 +73,6 @@ def loss_chunk(config: Config, mesh: Mesh, whole: nn.Module) -> int | None:
     memory = min(map(int, mesh.all_gather_text(str(own))))
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     frozen = sum(parameter.numel() for parameter in whole.parameters() if not parameter.requires_grad)
-    free = free_bytes(config, mesh.layout, memory, parameters, frozen)
-    vocabulary = -(-(config.model.vocab_size or 0) // mesh.layout.tp)
-    chunk = chunk_that_fits(free, vocabulary, PRECISIONS[config.precision])
+    chunk = on_gpus(config, mesh.layout, memory, parameters, frozen).model.loss_chunk
     log.info("loss: %s tokens at a time", f"{chunk:,}")
     return chunk

@@ -18,7 +18,9 @@ import torch
 from stoker.conf.ramp import unit_rows
 from stoker.conf.reasons import root_cause
 from stoker.conf.schema import Config, ModelConfig
+from stoker.models.loss import CHUNK
 from stoker.parallel.layout import OF_TOKENS, batch_plan, layout_of
+from stoker.trainer.loss_chunk import on_gpus
 from stoker.trainer.memory import available_bytes
 from stoker.trainer.need import MARGIN, need_of
 
@@ -97,6 +99,8 @@ def _changes(config: Config, world: int) -> Iterator[tuple[str, Config]]:
         inner = dataclasses.replace(getattr(config, section), **values)
         return dataclasses.replace(config, **{section: inner})
 
+    if (config.model.loss_chunk or CHUNK) > CHUNK:
+        yield f"model.loss_chunk={CHUNK}", with_("model", loss_chunk=CHUNK)
     for rows in smaller[:1]:
         yield f"batch.micro_size={rows}", with_("batch", micro_size=rows)
     for mode in modes:
@@ -126,6 +130,8 @@ def explain(error: BaseException, config: Config, world: int, device: torch.devi
 
     complete = Facts(vocabulary_of(config), bool(config.data.document_mask)).complete(config)
     trained, frozen = trained_and_frozen(complete)
+    if device.type == "cuda":  # as if the smallest GPU of the run were this rank's: no other can be asked now
+        complete = on_gpus(complete, layout_of(complete, world), capacity, trained + frozen, frozen)
     settings = nearest_that_fit(complete, world, trained + frozen, capacity, held + requested, frozen)
     if not settings:
         more = "more ranks, with parallel.zero=3 or a larger parallel.tp, share the parameters"

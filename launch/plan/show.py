@@ -14,6 +14,7 @@ from stoker.conf.printable import printable
 from stoker.launch.inspect import console_for_tables
 from stoker.launch.layout import ranks_in_words
 from stoker.launch.plan.search import Found, settings
+from stoker.models.loss import CHUNK
 from stoker.parallel.dtypes import PRECISIONS
 from stoker.trainer.plan.make import GIB, HOLES, MALLOC_HOLES, RESERVED, Plan
 from stoker.trainer.plan.times import DAY, HOUR, RESTART_SECONDS, STORAGE, rates_of
@@ -105,10 +106,11 @@ def head(plan: Plan) -> list[str]:
     where = {"cpu": "CPUs"}.get(plan.machine.kind, device.name if device is not None else "GPUs")
     several = "es" if batch.micro_batches > 1 else ""
     rows = f"{batch.micro_batches} micro-batch{several} of {batch.micro_rows} x {config.seq_len:,} tokens on each rank"
-    recomputed = config.activation_checkpointing
+    recomputed, chunk = config.activation_checkpointing, config.model.loss_chunk
+    at_a_time = "" if chunk is None else f"; loss: {chunk:,} tokens at a time"
     return [
         f"{config.model.name}: {plan.parameters:,} parameters, {config.precision}, on {plan.layout.world:,} {where}",
-        f"layout: {plan.layout}; {rows}; activation checkpointing: {recomputed}",
+        f"layout: {plan.layout}; {rows}; activation checkpointing: {recomputed}{at_a_time}",
         *([f"batch.ramp: {_ramp(plan)}"] if plan.sizes else []),
     ]
 
@@ -240,6 +242,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "micro_batches": batch.micro_batches,
         "micro_rows": batch.micro_rows,
         "seq_len": plan.config.seq_len,
+        "loss_chunk": CHUNK if plan.config.model.loss_chunk is None else plan.config.model.loss_chunk,
         "kind": plan.machine.kind,
         "device": device.name if device is not None else None,
         "capacity_bytes": plan.capacity,

@@ -60,7 +60,10 @@ class TransformersFamily(Family):
         return cost
 
     def flops_per_token(self, config: ModelConfig, seq_len: int, parameters: int) -> int:
-        """As `stoker.models.flops` counts them; of experts only those that a token goes to."""
+        """As `stoker.models.flops` counts them; of experts only those that a token goes to.
+
+        Layers without scores (convolutions, linear attention) count by their parameters alone.
+        """
         with torch.device("meta"):
             causal = causal_model(values_of(config))
         found = anatomy(values_of(config))
@@ -73,7 +76,8 @@ class TransformersFamily(Family):
         channels = getattr(text, "head_dim", None) or text.hidden_size // heads
         if getattr(text, "kv_lora_rank", None):  # latent attention: those of queries and of values
             channels = (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim) / 2
-        return round(6 * (parameters - looked_up - held + used) + 12 * len(layers) * heads * channels * seq_len)
+        keys = sum(_keys(text, layer, seq_len) for layer in range(len(layers)))
+        return round(6 * (parameters - looked_up - held + used) + 12 * heads * channels * keys)
 
     def shape(self, folder: Path, seq_len: int) -> dict[str, Any]:
         values = theirs.own_values(folder)
@@ -123,6 +127,20 @@ class TransformersFamily(Family):
             for key in [key for key in ("dtype", "torch_dtype") if key in values] or ["dtype"]:
                 values[key] = DTYPES[dtype]
         return values
+
+
+def _keys(text: Any, layer: int, seq_len: int) -> int:
+    """To how many keys a token attends in a layer, as if attention were not causal, by a text config of transformers."""
+    window = getattr(text, "sliding_window", None) or seq_len
+    kinds = getattr(text, "layer_types", None)
+    of_kinds = {
+        "full_attention": seq_len,
+        "sliding_attention": window,
+        "chunked_attention": getattr(text, "attention_chunk_size", None) or seq_len,
+        "linear_attention": 0,
+        "conv": 0,
+    }
+    return min(seq_len, of_kinds.get(kinds[layer], seq_len) if kinds else window)
 
 
 def _tied(causal: Any) -> dict[str, str]:

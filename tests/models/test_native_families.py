@@ -21,6 +21,7 @@ from stoker.models.cache import Cache
 from stoker.models.decoder import Decoder, build
 from stoker.models.hugging_face_families import family_of
 from stoker.models.hugging_face_weights import open_weights
+from stoker.models.transformers_family import TransformersFamily
 from stoker.parallel.model import whole_model
 from stoker.parallel.shards import Chunk, whole
 from tests.models.families import VOCABULARY, write_family
@@ -110,6 +111,16 @@ def test_logits_and_gradients_are_those_of_transformers_on_each_document(case: s
     assert found.keys() == theirs.keys()
     for name, gradient in found.items():
         assert_close(gradient, theirs[name], name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_arithmetic_of_a_token_is_that_of_the_same_model_in_transformers_modules(case: str, tmp_path: Path) -> None:
+    reference = write_family(tmp_path, case)
+    config, count = imported_shape(tmp_path), sum(parameter.numel() for parameter in reference.parameters())
+    other = TransformersFamily()
+    theirs = ModelConfig(**other.shape(tmp_path, 64))
+    for seq_len in (4, 64, 1024):
+        assert build.flops_per_token(config, seq_len, count) == other.flops_per_token(theirs, seq_len, count)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stoker.conf.schema import AdapterConfig, BatchConfig, Config, ModelConfig, ParallelConfig
-from stoker.models.loss import Aim, summed_loss
+from stoker.models.loss import CHUNK, Aim, summed_loss
 from stoker.parallel.layout import layout_of
 from stoker.trainer.need import MARGIN, need_of
 from stoker.trainer.out_of_memory import component_of, is_out_of_memory, nearest_that_fit
@@ -70,6 +70,16 @@ def test_the_nearest_settings_that_fit_are_named_and_do_fit() -> None:
                 changed = dataclasses.replace(changed, **{key: value})
         assert need_of(changed, layout_of(changed, 8), parameters).total <= MARGIN * 80 * GIB
     assert need_of(LLAMA_8B, layout_of(LLAMA_8B, 8), parameters).total > MARGIN * 80 * GIB
+
+
+def test_a_smaller_chunk_of_the_loss_is_the_least_intrusive() -> None:
+    """Half of the vocabulary's logits of 8,192 tokens are 10 GiB here: where it fits by a little, they are enough."""
+    parameters = parameters_of(LLAMA_8B)
+    large = dataclasses.replace(LLAMA_8B, model=dataclasses.replace(LLAMA_8B.model, loss_chunk=8192))
+    small = need_of(LLAMA_8B, layout_of(LLAMA_8B, 8), parameters).total
+    assert need_of(large, layout_of(large, 8), parameters).total > small + 5 * GIB
+    assert nearest_that_fit(large, 8, parameters, small / MARGIN * 1.01, 0.0)[0] == f"model.loss_chunk={CHUNK}"
+    assert "model.loss_chunk" not in " ".join(nearest_that_fit(LLAMA_8B, 8, parameters, 400 * GIB, 0.0))
 
 
 def type_of(value: str) -> int | str:

@@ -11,6 +11,7 @@ from stoker.conf.devices import Device
 from stoker.conf.ramp import Ramp, ramp_of, sizes_of
 from stoker.conf.schema import Config
 from stoker.parallel.layout import BatchPlan, Coordinate, Layout, batch_plan, layout_of
+from stoker.trainer.loss_chunk import on_gpus
 from stoker.trainer.memory import available_bytes
 from stoker.trainer.parallelize import parameters_of, trained_and_frozen
 from stoker.trainer.plan.times import HOUR, Counts, Failures, StepTime, Times, failures, step_time, times
@@ -124,16 +125,19 @@ def make_plan(config: Config, world: int, machine: Machine, asked: Asked, ends: 
     if mask is None:  # the data are not opened: single files of chats with another packing are taken for texts
         mask = config.data.packing == "best_fit"
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=mask))
-    layout, device, ramped = layout_of(config, world), machine.device, config
-    config = _with_rows(ramped, layout, sizes_of(ramped)[-1])
+    layout, device = layout_of(config, world), machine.device
+    counts = parameters_of(config), *trained_and_frozen(config)
+    if machine.kind == "cpu":
+        capacity: float | None = available_bytes()
+    elif device is None:
+        capacity = None
+    else:
+        capacity = device.memory_gib * GIB
+        config = on_gpus(config, layout, capacity, sum(counts[1:]), counts[2])
+    ramped, config = config, _with_rows(config, layout, sizes_of(config)[-1])
     batch = batch_plan(config, layout)
     places = sorted({0, layout.pp - 1} if ends else range(layout.pp))
     classes = _classes(config, layout, places, machine.kind)
-    if machine.kind == "cpu":
-        capacity: float | None = available_bytes()
-    else:
-        capacity = device.memory_gib * GIB if device is not None else None
-    counts = parameters_of(config), *trained_and_frozen(config)
     plan = Plan(config, layout, batch, machine, *counts, classes, capacity, price=asked.price)
     steps = {config.batch.size: _step(config, layout, classes, device)}
     for rows in sizes_of(ramped)[:-1] if steps[config.batch.size] is not None else ():
