@@ -130,7 +130,7 @@ class TransformersFamily(Family):
 
 
 def _keys(text: Any, layer: int, seq_len: int) -> int:
-    """To how many keys a token attends in a layer, as if attention were not causal, by a text config of transformers."""
+    """To how many keys a token attends in a layer of this text config of transformers, as if not causal."""
     window = getattr(text, "sliding_window", None) or seq_len
     kinds = getattr(text, "layer_types", None)
     of_kinds = {
