@@ -18,7 +18,7 @@ from stoker.parallel.mesh import Mesh
 from stoker.trainer.probe.facts import Host, Interface
 from stoker.trainer.probe.gpu_health import gpus
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "deepspeed", "pyarrow")
+PACKAGES = ("transformers", "tokenizers", "safetensors", "datasets", "numpy", "deepspeed", "pyarrow")
 READINGS = 7  # of the clocks
 _NETWORK, _INFINIBAND = Path("/sys/class/net"), Path("/sys/class/infiniband")
 _VIRTUAL = ("docker", "br-", "virbr", "tun", "tap", "dummy", "bond_slave")
@@ -40,7 +40,7 @@ def clock_ahead(mesh: Mesh) -> float:
 
 def versions() -> dict[str, str]:
     """Of what computes, by name."""
-    found = {"stoker": stoker.__version__, "python": platform.python_version()}
+    found = {"stoker": stoker.__version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
