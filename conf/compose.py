@@ -33,7 +33,9 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    ConfigStore.instance().store("stoker_schema", Config)
+    store = ConfigStore.instance()
+    if "stoker_schema.yaml" not in store.repo:  # once: it takes a quarter of a composition
+        store.store("stoker_schema", Config)
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
