@@ -42,6 +42,7 @@ CONTEXT.set_forkserver_preload(
         "torch.distributed.fsdp",
         "stoker.parallel.sharded",
         "stoker.parallel.pipeline",
+        "stoker.models.decoder",
         "stoker.trainer.main",
         "stoker.trainer.import_check",
         "transformers.models.auto.modeling_auto",
@@ -50,9 +51,11 @@ CONTEXT.set_forkserver_preload(
         "transformers.models.qwen3.modeling_qwen3",
         "deepspeed",
         "deepspeed.runtime.zero.muon.muon_optimizer",
+        "matplotlib.backends.backend_agg",
         "hypothesis",
         "pytest",
         "tests.toy",
+        "tests.warm",
     ]
 )
 
