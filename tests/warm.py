@@ -1,4 +1,4 @@
-"""The server of tests/world.py loads this before it forks ranks: Hydra imports itself in parts, and looks for plugins."""
+"""Loaded by the server of tests/world.py before it forks: Hydra imports itself in parts, and looks for plugins."""
 
 from __future__ import annotations
 
