@@ -3,6 +3,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
+# Tests start hundreds of processes, each of which would compile the same files where this is set to something.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-short test-long gpu lint format install docs dist
 
 install: .venv/installed
