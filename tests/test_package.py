@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,7 @@ def declared(section: list[str]) -> set[str]:
     return {MODULES.get(name[0], name[0]) for name in names if name is not None}
 
 
+@cache
 def imported() -> set[str]:
     """The top-level modules that the rooms import, at any depth of their code, without Python's own."""
     found = set()
@@ -101,6 +103,7 @@ def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None
     assert imported() - needed == set()
 
 
+@pytest.mark.long
 def test_a_rank_loads_no_compiler_before_it_compiles(tmp_path: Path) -> None:
     """It is 800 modules and more than a second of every start."""
     write_text(tmp_path / "text")

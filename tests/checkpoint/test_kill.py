@@ -13,7 +13,7 @@ from stoker.checkpoint import fence, newest, resume
 from tests.checkpoint.simulated import Grid, Tensors, begin, blank, cut, end, holds, resume_all, small_model, start
 from tests.world import CONTEXT
 
-ROUNDS = [10, pytest.param(30, marks=pytest.mark.long)]
+ROUNDS = [3, pytest.param(30, marks=pytest.mark.long)]
 
 
 def model_at(step: int) -> Tensors:

@@ -53,7 +53,7 @@ def in_child(function, *arguments):
     return ours.recv()
 
 
-@pytest.mark.parametrize("options", [{}, {"staging_limit": 8 * MIB}], ids=str)
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.long), {"staging_limit": 8 * MIB}], ids=str)
 def test_twenty_saves_need_no_more_memory_than_the_pool(tmp_path, options):
     base, pool, peak = in_child(peak_over_20_saves, tmp_path, options)
     assert pool == 8 * MIB if "staging_limit" in options else 48 * MIB < pool < 49 * MIB

@@ -117,6 +117,7 @@ def test_signals_to_the_whole_group_leave_the_readers_reading(rank):
     assert all(map(alive, readers))
 
 
+@pytest.mark.long
 def test_a_rank_that_ends_without_closing_leaves_no_reader(rank):
     ask(rank)
     readers = children(rank.pid)

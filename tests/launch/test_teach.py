@@ -155,6 +155,7 @@ def test_a_stored_reference_is_that_of_the_adapter_switched_off(home: Path) -> N
     assert learn(home, "stored", [*run, f"objective.teacher={home / 'reference'}"]) == pytest.approx(online, rel=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("forked")
 def test_other_rows_damage_and_other_kinds_are_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = home / "few"

@@ -163,6 +163,7 @@ def test_a_resumed_run_keeps_its_number_of_ranks_by_default(home: Path) -> None:
     ]
 
 
+@pytest.mark.long
 def test_ranks_that_end_without_a_record_are_a_failure_even_after_a_success(undisturbed: Path, home: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from stoker.conf.rundir import *;"

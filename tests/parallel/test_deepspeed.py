@@ -209,6 +209,7 @@ def frozen_stage() -> Config:
     return config
 
 
+@pytest.mark.long
 def test_a_stage_that_trains_nothing_goes_through_a_pipeline() -> None:
     """On two data-parallel ranks, in both precisions for which DeepSpeed has a separate optimizer."""
     wanted = one_process(frozen_stage(), STEPS)

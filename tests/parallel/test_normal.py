@@ -27,6 +27,7 @@ def test_the_numbers_are_recorded() -> None:
     assert digest(normal(COUNT, 7)) == RECORDED
 
 
+@pytest.mark.long
 def test_without_vector_instructions_the_bits_are_the_same() -> None:
     program = f"from tests.parallel.test_normal import *; print(digest(normal({COUNT}, 7)))"
     plain = {"ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 AVX512F"}

@@ -84,9 +84,9 @@ def flat(tensors: dict[str, Tensor], names: Iterable[str] | None = None) -> Tens
 
 SHORT = [
     ("dpo", Layout(pp=2)),
-    ("kto", Layout(pp=2)),
+    pytest.param("kto", Layout(pp=2), marks=pytest.mark.long),
     ("kto", Layout(1, 2, zero=3)),
-    ("distill", Layout(pp=2)),
+    pytest.param("distill", Layout(pp=2), marks=pytest.mark.long),
     ("distill", Layout(tp=2)),
     ("weights", Layout(tp=2)),
 ]

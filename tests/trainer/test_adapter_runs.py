@@ -171,6 +171,7 @@ def test_an_exported_adapter_comes_in_again_to_the_last_bit(home: Path, tmp_path
         assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes(), name
 
 
+@pytest.mark.long
 def test_an_adapter_trained_with_dropout_goes_on_with_it(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     shutil.copytree(exported(home, "adapter"), out)
@@ -264,6 +265,7 @@ def test_lengths_come_in_again_to_the_last_bit(lengths: Path, tmp_path: Path) ->
         assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes(), name
 
 
+@pytest.mark.long
 def test_a_packed_base_is_unpacked_where_it_is_merged(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     write_family(tmp_path / "base", "qwen2", hidden_size=64, intermediate_size=128)

@@ -82,6 +82,7 @@ def assert_rounded(run: RunDirectory, home: Path, dtype: torch.dtype, rounded: t
     assert len(trained) == 3 and all(value.dtype == torch.float32 for value in trained.values())
 
 
+@pytest.mark.long
 def test_frozen_parameters_are_saved_as_they_are_held_and_resumed_in_any_precision(home: Path, tmp_path: Path) -> None:
     run = adapter_run(tmp_path, "run", home / "base", *FREEZE, "precision=bf16", "steps=2")
     assert_rounded(run, home, torch.bfloat16, torch.bfloat16)

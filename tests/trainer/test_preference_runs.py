@@ -166,6 +166,7 @@ def test_answers_of_pairs_train_without_a_divergence(home: Path) -> None:
     assert last["rewards/margins"] > 0 and "kl" not in last
 
 
+@pytest.mark.long
 def test_a_stored_reference_is_the_model_with_its_adapter_off(home: Path, tmp_path: Path) -> None:
     more = (*KTO, rated(home), "run.fresh=true")
     assert stoker.run(words(home, "online", *more)).outcome is Outcome.COMPLETED

@@ -43,6 +43,7 @@ def _same(few: Rehearsal, every: Rehearsal, name: str) -> bool:
     return bool(one == other)
 
 
+@pytest.mark.long
 def test_a_deep_model_needs_to_the_byte_what_is_extrapolated_from_two_and_three_layers() -> None:
     assert unlike(deep(7, zero=3), 2, 1) == []
 

@@ -49,6 +49,7 @@ def assert_routes(layout: Layout, forms: list[tuple[int, str]]) -> None:
         assert_same_routes(f"{layout}, {micro}, {checkpointing}", world.run(train, layout.world, config), alone())
 
 
+@pytest.mark.long
 def test_two_ranks_count_and_move_biases_as_one_process() -> None:
     assert_routes(TWO, some([(4, "none"), *FORMS], 10))
 

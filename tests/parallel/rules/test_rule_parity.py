@@ -39,7 +39,8 @@ def cases(case: Case) -> list[Case]:
 
 
 SPREAD = [
-    pytest.param(*each, marks=pytest.mark.long) if each[0].cp > 1 else each for each in some(LAYOUTS, 3)
+    pytest.param(*each, marks=pytest.mark.long) if each[0].cp > 1 or each[0].tp > 1 else each
+    for each in some(LAYOUTS, 3)
 ]  # fmt: skip
 
 

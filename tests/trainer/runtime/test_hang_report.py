@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from stoker.conf.rundir import RunDirectory
 from stoker.trainer.runtime.hang_report import WAITING, Finding, last_collective, table
 from stoker.trainer.runtime.outcome import Outcome, read_ending
@@ -65,6 +67,7 @@ def test_the_state_of_a_rank_follows_from_the_kernel_and_its_answers(tmp_path: P
     assert ending is not None and ending.outcome is Outcome.HUNG
 
 
+@pytest.mark.long
 def test_who_answers_at_once_is_still_seen_to_compute(tmp_path: Path) -> None:
     _, said, _ = examined(tmp_path, "computing", "asleep")
     assert "in Python, computing" in said and "in Python, asleep" in said
