@@ -83,6 +83,7 @@ SHORT = [  # the long tests have every kind on every layout
     (Layout(dp_shard=2, zero=3), Case(4), "all linear"),
     (Layout(tp=2), Case(4, tied=True), "dora"),
     (Layout(pp=2), Case(4), "dropout"),
+    pytest.param(Layout(pp=2), Case(1), "dropout", marks=pytest.mark.long),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from stoker.conf.schema import AdapterConfig, BatchConfig, Config, ModelConfig, 
 from stoker.models.loss import CHUNK, Aim, summed_loss
 from stoker.parallel.layout import layout_of
 from stoker.trainer.need import MARGIN, need_of
-from stoker.trainer.out_of_memory import component_of, is_out_of_memory, nearest_that_fit
+from stoker.trainer.out_of_memory import component_of, explain, is_out_of_memory, nearest_that_fit
 from stoker.trainer.parallelize import parameters_of
 
 GIB = 2.0**30
@@ -80,6 +81,20 @@ def test_a_smaller_chunk_of_the_loss_is_the_least_intrusive() -> None:
     assert need_of(large, layout_of(large, 8), parameters).total > small + 5 * GIB
     assert nearest_that_fit(large, 8, parameters, small / MARGIN * 1.01, 0.0)[0] == f"model.loss_chunk={CHUNK}"
     assert "model.loss_chunk" not in " ".join(nearest_that_fit(LLAMA_8B, 8, parameters, 400 * GIB, 0.0))
+
+
+def test_on_a_gpu_the_chunk_that_the_run_took_is_what_a_smaller_one_is_named_for(monkeypatch) -> None:
+    model = dataclasses.replace(LLAMA_8B.model, num_hidden_layers=1)
+    config = dataclasses.replace(LLAMA_8B, model=model, batch=BatchConfig(size=8, micro_size=1))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 79 * GIB)
+    properties = SimpleNamespace(total_memory=80 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    line = explain(error, config, 8, torch.device("cuda", 0))
+    assert "2.0 GiB more than the 79.0 GiB that this rank held of 80.0 GiB" in line
+    assert f"estimated to fit: model.loss_chunk={CHUNK}" in line
+    said = dataclasses.replace(config, model=dataclasses.replace(model, loss_chunk=CHUNK))
+    assert "model.loss_chunk" not in explain(error, said, 8, torch.device("cuda", 0))
 
 
 def type_of(value: str) -> int | str:
