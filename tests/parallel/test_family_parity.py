@@ -51,7 +51,7 @@ def alone(family: str) -> Trace:
 
 
 def assert_one_run(layout: Layout, cases: list[tuple[str, Case]]) -> None:
-    measured = world.run(train, layout.world, [config_of(*case, layout) for case in cases], STEPS, timeout=240.0)
+    measured = world.run(train, layout.world, [config_of(*case, layout) for case in cases], STEPS, timeout=500.0)
     for (family, case), ranks in zip(cases, zip(*measured, strict=True), strict=True):
         assert_same(f"{family}, {case}", ranks, alone(family), 1e-4)
 

@@ -86,7 +86,7 @@ def marked() -> Iterator[Any]:
 @pytest.mark.parametrize("layout", list(marked()))
 def test_latent_attention_computes_on_every_layout_what_one_process_computes(layout: Layout) -> None:
     chosen = some(cases(layout), 3)
-    measured = world.run(train, layout.world, [config_of(*case, layout) for case in chosen], STEPS, timeout=240.0)
+    measured = world.run(train, layout.world, [config_of(*case, layout) for case in chosen], STEPS, timeout=500.0)
     for (model, case), ranks in zip(chosen, zip(*measured, strict=True), strict=True):
         assert_same(f"{layout}, {model}, {case}", ranks, alone(model), 1e-4)
 

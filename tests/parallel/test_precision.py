@@ -245,6 +245,18 @@ def test_fp32_modules_compute_the_same_on_every_layout(layout: Layout) -> None:
         assert normwise(theirs[name], value) < ROUNDING["bf16"].gradient, name
 
 
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_block_with_units_inside_is_recomputed_selectively(zero: int) -> None:
+    kept, again = in_precision(Layout(1, 2, zero=zero), "bf16"), in_precision(Layout(1, 2, zero=zero), "bf16")
+    again.activation_checkpointing = "selective"
+    for config in (kept, again):
+        config.fp32_modules = ["*.attention_norm"]  # each is a unit of `fully_shard`
+    for one, other in world.run(train, 2, [kept, again]):
+        assert one.trace == other.trace
+        for a, b in zip(one.parameters, other.parameters, strict=True):
+            assert torch.equal(a.data, b.data), a.name
+
+
 OFFLOADED = [Layout(), Layout(2), *(Layout(1, 2, zero=z) for z in (1, 2, 3)), Layout(1, 1, 2, 2)]
 BOTH = [(layout, precision) for precision in ("fp32", "bf16") for layout in OFFLOADED]
 

@@ -57,7 +57,7 @@ def expected(skew: float, dense: bool, experts: int, choices: int, optimizer: st
 
 def assert_parity(layout: Layout, chosen: list[Sparse]) -> list[tuple[Measured, ...]]:
     """What the ranks measured, of each of `chosen`."""
-    measured = world.run(train, layout.world, [sparse.config(layout) for sparse in chosen], timeout=240.0)
+    measured = world.run(train, layout.world, [sparse.config(layout) for sparse in chosen], timeout=500.0)
     found = list(zip(*measured, strict=True))
     for sparse, ranks in zip(chosen, found, strict=True):
         wanted = expected(sparse.skew, sparse.dense, sparse.experts, sparse.choices, sparse.case.optimizer)

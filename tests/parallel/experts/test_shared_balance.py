@@ -46,7 +46,12 @@ def assert_routes(layout: Layout, forms: list[tuple[int, str]]) -> None:
     """The ways of sending tokens take turns."""
     for turn, (micro, checkpointing) in enumerate(forms):
         config = shared(Case(micro), layout, checkpointing, ("alltoall", "allgather")[turn % 2])
-        assert_same_routes(f"{layout}, {micro}, {checkpointing}", world.run(train, layout.world, config), alone())
+        found = world.run(train, layout.world, config, timeout=300.0)
+        assert_same_routes(f"{layout}, {micro}, {checkpointing}", found, alone())
+
+
+def test_selective_recomputation_goes_through_experts_that_are_units_of_their_own() -> None:
+    assert_routes(replace(TWO, zero=1), [(4, "selective")])
 
 
 @pytest.mark.long
