@@ -190,6 +190,7 @@ def resolve(config: Config, now: datetime) -> Config:
     )
     parallel = dataclasses.replace(config.parallel, nvme_path=_absolute(config.parallel.nvme_path))
     model = dataclasses.replace(config.model, init_from=_absolute(config.model.init_from))
+    optim = dataclasses.replace(config.optim, init_from=_absolute(config.optim.init_from))
     adapter = dataclasses.replace(config.adapter, init_from=_absolute(config.adapter.init_from))
     objective = dataclasses.replace(config.objective, teacher=_absolute(config.objective.teacher))
     checkpoint = dataclasses.replace(config.checkpoint, dir=_absolute(config.checkpoint.dir))
@@ -200,6 +201,7 @@ def resolve(config: Config, now: datetime) -> Config:
         data=data,
         model=model,
         adapter=adapter,
+        optim=optim,
         objective=objective,
         parallel=parallel,
         checkpoint=checkpoint,

@@ -69,9 +69,8 @@ class Trial:
     ) -> None:
         """Raises ValueError for a `model`, on the meta device and cut over tp, that leaves a region open.
 
-        `received` is the output of the stage before, if there is one, `whole` the same where no ranks share
-                   the
-        tokens. `build` makes the same part again, uncut.
+        `received` is the output of the stage before, if there is one, `whole` the same where no ranks share the tokens.
+        `build` makes the same part again, uncut.
         """
         x = None if received is None else received.float().requires_grad_()
         try:

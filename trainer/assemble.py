@@ -36,6 +36,7 @@ from stoker.trainer.narrow_base import fill_narrow
 from stoker.trainer.parallelize import NO_HEAD, build_engine, compiles, part_builder
 from stoker.trainer.pretrained import load_pretrained
 from stoker.trainer.pretrained_adapter import load_adapter
+from stoker.trainer.pretrained_moments import load_moments
 from stoker.trainer.report.goodput import Booking
 from stoker.trainer.report.messages import StepMessages
 from stoker.trainer.report.metrics import read_recent
@@ -178,6 +179,9 @@ def assemble(
             begin()
         if config.adapter.init_from is not None:
             load_adapter(complete, engine.shards())
+            engine.shards_written()
+        if config.optim.init_from is not None:
+            load_moments(complete, engine)
             engine.shards_written()
     checkpoints.go_on_uploading()
     with offloaded(config.parallel):

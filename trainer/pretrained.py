@@ -68,9 +68,9 @@ def adopt_shape(config: Config, overrides: Sequence[str], tell: Callable[[str], 
         elif adopted.model.upcycle_noise:
             raise ValueError("this model's experts are no copies of MLPs: model.upcycle_noise=0.0 works")
         if adopted.model.vocab_size is not None:  # else the tokenizer sets it, and the ranks compare
-            entries = _entries(adopted.model)
+            entries = saved_entries(adopted.model)
             with _source_of(folder, adopted, entries) as source:
-                _refuse_other_tensors(adopted.model, entries, source.tensors)
+                refuse_other_tensors(adopted.model, entries, source.tensors)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.init_from={folder}: {error}") from error
     return adopt_tokenizer(adopted, overrides)
@@ -133,10 +133,10 @@ def load_pretrained(config: Config, shards: Sequence[Shard]) -> None:
 def open_pretrained(config: Config) -> Iterator[Callable[[Sequence[Shard]], None]]:
     """A function that does what `load_pretrained` does, any number of times, while its files are open."""
     folder = weights_folder(config)
-    entries = _entries(config.model)
+    entries = saved_entries(config.model)
     try:
         with _source_of(folder, config, entries) as source:
-            _refuse_other_tensors(config.model, entries, source.tensors)
+            refuse_other_tensors(config.model, entries, source.tensors)
             wanted = _wanted(config.model, list(entries))
             log.info("initial weights: %d of %d tensors from %s", len(wanted), len(entries), folder)
             yield lambda shards: source.fill([s for s in shards if s.kind in _KINDS and s.name in wanted])
@@ -155,7 +155,7 @@ def _with_values(config: Config, found: dict[str, Any]) -> Config:
     return from_dict(values)
 
 
-def _entries(model: ModelConfig) -> dict[str, Entry]:
+def saved_entries(model: ModelConfig) -> dict[str, Entry]:
     """What the whole model saves, parameters and persistent buffers, by name."""
     whole = build_on_meta(model, whole_model(model.num_hidden_layers))
     return {entry.name: entry for entry in whole_registry(whole).entries.values() if entry.saved}
@@ -169,7 +169,7 @@ def _wanted(model: ModelConfig, names: Sequence[str]) -> set[str]:
     return wanted
 
 
-def _refuse_other_tensors(model: ModelConfig, entries: dict[str, Entry], stored: Mapping[str, Described]) -> None:
+def refuse_other_tensors(model: ModelConfig, entries: dict[str, Entry], stored: Mapping[str, Described]) -> None:
     wanted = _wanted(model, list(entries))
     problems = [_dtype_problem(entries[name], stored[name].dtype) for name in sorted(wanted & set(stored))]
     problems = [problem for problem in problems if problem]
@@ -196,7 +196,7 @@ def _dtype_problem(entry: Entry, stored: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """Tensors by our names, and how to fill shards from them."""
 
     tensors: Mapping[str, Described]
@@ -204,17 +204,17 @@ class _Source:
 
 
 @contextmanager
-def _source_of(folder: Path, config: Config, entries: Mapping[str, Entry]) -> Iterator[_Source]:
+def _source_of(folder: Path, config: Config, entries: Mapping[str, Entry]) -> Iterator[Source]:
     """The tensors of `config`'s model, whose experts are made of MLPs where `folder` holds a model without experts."""
     model, dense = config.model, _dense(config.model)
     if dense is not None:
-        with _open(folder, dense, list(_entries(dense))) as source:
+        with open_source(folder, dense, list(saved_entries(dense))) as source:
             if Upcycled.begins_dense(model, source.tensors):
                 _refuse_upcycling(config)
                 made = Upcycled(model, config.run.seed, _initial(entries), source.tensors, source.fill)
-                yield _Source(made.tensors(), made.fill)
+                yield Source(made.tensors(), made.fill)
                 return
-    with _open(folder, model, list(entries)) as source:
+    with open_source(folder, model, list(entries)) as source:
         yield source
 
 
@@ -249,7 +249,8 @@ def _upcycling_in_words(model: ModelConfig) -> str:
 
 
 @contextmanager
-def _open(folder: Path, model: ModelConfig, names: Sequence[str]) -> Iterator[_Source]:
+def open_source(folder: Path, model: ModelConfig, names: Sequence[str]) -> Iterator[Source]:
+    """The tensors in the files of `folder`, of Hugging Face's or of a run, by the global `names` of `model`."""
     if is_run(folder):
         stored = open_checkpoint(_newest(folder).path)
         held = {name: tensor for (kind, name), tensor in stored.tensors.items() if kind in _KINDS}
@@ -257,7 +258,7 @@ def _open(folder: Path, model: ModelConfig, names: Sequence[str]) -> Iterator[_S
         def read(shards: Sequence[Shard]) -> None:
             load(stored, shards)
 
-        yield _Source(held, read)
+        yield Source(held, read)
         return
     with open_weights(folder) as found:
         tensors = family_of(model).stored(model, found, names)
@@ -268,7 +269,7 @@ def _open(folder: Path, model: ModelConfig, names: Sequence[str]) -> Iterator[_S
                     if shard.data.numel():
                         shard.data.detach().copy_(tensors[shard.name].read(shard.chunk))
 
-        yield _Source(tensors, fill)
+        yield Source(tensors, fill)
 
 
 def _newest(folder: Path) -> Summary:

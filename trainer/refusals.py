@@ -7,6 +7,7 @@ import importlib.util
 from stoker.conf.faults import read_faults
 from stoker.conf.schema import to_dict
 from stoker.conf.secrets import PREFIX, secrets_in
+from stoker.parallel.rules.settings import rules_of
 from stoker.parallel.start import Refusals, Start
 from stoker.trainer.schedule import evaluation_every
 
@@ -41,6 +42,26 @@ def _warmup(start: Start) -> str | None:
         f"schedule.warmup_steps={schedule.warmup_steps}{also} do not fit into {total} steps: "
         f"schedule.warmup_steps={max(total - decay, 0)} does"
     )
+
+
+@REFUSALS.entry(
+    "moments to begin with",
+    "optim.init_from without model.init_from, with model.init_only or an adapter, or with another rule than adamw",
+    "moments are AdamW's, of all weights of one model",
+)
+def _moments(start: Start) -> str | None:
+    config = start.config
+    if config.optim.init_from is None:
+        return None
+    where = f"optim.init_from={config.optim.init_from}"
+    if rules_of(config.optim) != {"adamw"}:
+        return f"{where} holds AdamW's moments: optim.name=adamw goes on with them, for all parameters"
+    if config.model.init_from is None:
+        return f"{where} without the weights of these moments: model.init_from={config.optim.init_from}"
+    if config.model.init_only or config.adapter.name != "none":
+        other = "model.init_only" if config.model.init_only else f"adapter={config.adapter.name}"
+        return f"{where} with {other}: moments are of all weights of a model; leave optim.init_from out"
+    return None
 
 
 @REFUSALS.entry(

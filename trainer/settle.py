@@ -182,6 +182,10 @@ def validate(request: Request, draft: Draft) -> Draft:
         result = compare_import(config)
         if result is not None:
             request.tell(f"model.init_from={config.model.init_from}: {result}")
+    if draft.stored is None and config.optim.init_from is not None:
+        from stoker.trainer.pretrained_moments import refuse_unfitting_moments
+
+        refuse_unfitting_moments(config)
     problem = tier_problem(run.checkpoints, first_tier(config), is_known(config))
     if problem is not None:
         raise ConfigError(problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from stoker.launch.importing.source import Source, SourceTensor
+from stoker.launch.importing.source import Moments, Source, SourceTensor
 from stoker.models import hugging_face_config as theirs
 from stoker.models.transformers_family.anatomy import causal_model
 from stoker.models.transformers_family.files import stored_tensors
@@ -50,6 +51,23 @@ def fitting(source: Source, folder: Path) -> dict[str, SourceTensor]:
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise ValueError(f"{'; '.join(problems[:_NAMED])}{more}")
     return tensors
+
+
+def moments_fitting(config: dict[str, Any], moments: Moments) -> Moments | str:
+    """`moments` of the parameters of `config`'s model, tied ones by their first name; or which one does not fit."""
+    with torch.device("meta"):
+        causal = causal_model(config)
+    tied = getattr(causal, "all_tied_weights_keys", None) or {}
+    shapes = {name: tuple(value.shape) for name, value in causal.named_parameters() if name not in tied}
+    buffers = dict(causal.named_buffers())  # for which an optimizer has no state, though DeepSpeed's code lists them
+    kept = {}
+    for key, given in moments.tensors.items():
+        named = {first: given[name] for name, first in tied.items() if name in given} | dict(given)
+        kept[key] = {name: value for name, value in named.items() if name not in tied and name not in buffers}
+        found = {name: tuple(value.shape) for name, value in stored_tensors(causal, kept[key]).items()}  # type: ignore[arg-type]
+        if found != shapes:
+            return f"{min(found.items() ^ shapes.items())[0]} of {key} is missing, too much or of another shape"
+    return dataclasses.replace(moments, tensors=kept)
 
 
 def compare_logits(source: Source, folder: Path, available: Callable[[], int | None] = available_bytes) -> str:

@@ -12,18 +12,19 @@ from typing import Any
 
 from stoker.conf.values import ConfigError
 from stoker.launch.importing import hugging_face_bin, litgpt
-from stoker.launch.importing.agreement import compare_logits, fitting
+from stoker.launch.importing.agreement import compare_logits, fitting, moments_fitting
 from stoker.launch.importing.deepspeed_folder import is_deepspeed, open_deepspeed
 from stoker.launch.importing.distributed_checkpoint import METADATA, open_dcp
 from stoker.launch.importing.megatron import is_megatron, open_megatron
 from stoker.launch.importing.megatron_dist import is_torch_dist, open_torch_dist
-from stoker.launch.importing.source import Source, SourceTensor, floating
+from stoker.launch.importing.source import Moments, Source, SourceTensor, floating
 from stoker.launch.tensor_files import Planned, TensorWriter, file_bytes_of, index_json, made_whole, plan_files
 from stoker.launch.train import say
 from stoker.models import hugging_face_config as theirs
 from stoker.models.hugging_face_weights import INDEX, SINGLE
 from stoker.parallel.dtypes import DTYPES
 from stoker.trainer.base_model import GENERATION, files_of_tokenizer
+from stoker.trainer.pretrained_moments import STEP, counts_file, moments_folder
 
 _FORMATS = (
     "pytorch_model.bin, lit_model.pth (litgpt), .metadata (torch DCP), zero_* files (DeepSpeed) or mp_rank_* folders "
@@ -49,8 +50,13 @@ def import_checkpoint(options: argparse.Namespace) -> int:
         _write_weights(tensors, unfinished, file_bytes)
         with _naming(folder):
             proof = compare_logits(source, unfinished)
-    beside = f"; not imported: {', '.join(source.left_out)}" if source.left_out else ""
-    say(f"{source.what} in {options.out}: {len(tensors)} tensors, {proof}{beside}")
+        with _naming(folder):
+            moments, left_out = _moments(source, options.no_optimizer)
+            if moments is not None:
+                _write_moments(moments, unfinished, file_bytes)
+    more = "" if moments is None else f", AdamW's moments after {moments.step} updates"
+    beside = f"; not imported: {', '.join(left_out)}" if left_out else ""
+    say(f"{source.what} in {options.out}: {len(tensors)} tensors, {proof}{more}{beside}")
     return 0
 
 
@@ -97,6 +103,24 @@ def _write_beside(folder: Path, source: Source, out: Path) -> None:
         target = out / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(path.read_bytes())
+
+
+def _moments(source: Source, unwanted: bool) -> tuple[Moments | None, list[str]]:
+    """The moments to write, and what else of the source is left out."""
+    if source.moments is None or unwanted:
+        return None, [*source.left_out, *(["optimizer"] if source.moments is not None else [])]
+    found = moments_fitting(source.config, source.moments)
+    if isinstance(found, str):
+        return None, [*source.left_out, f"optimizer ({found})"]
+    return found, list(source.left_out)
+
+
+def _write_moments(moments: Moments, out: Path, file_bytes: int) -> None:
+    folder = moments_folder(out)
+    for key, tensors in moments.tensors.items():
+        (folder / key).mkdir(parents=True)
+        _write_weights(tensors, folder / key, file_bytes)
+    counts_file(folder).write_text(json.dumps({STEP: moments.step}) + "\n", encoding="utf-8")
 
 
 def _write_weights(tensors: Mapping[str, SourceTensor], folder: Path, file_bytes: int) -> None:

@@ -7,16 +7,22 @@ without the user's trust.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from stoker.conf.values import ConfigError
 from stoker.launch.importing.hugging_face_bin import hugging_face_source
 from stoker.launch.importing.pickled import refuse_strange
-from stoker.launch.importing.source import Source, SourceTensor, config_of, of_tensor
+from stoker.launch.importing.source import Moments, Source, SourceTensor, config_of, of_tensor, with_moments
 from stoker.models.hugging_face_config import in_one_line
+from stoker.trainer.pretrained_moments import MOMENTS, STEP
 
 LATEST, STATES = "latest", "*_optim_states.pt"
 _MOST_TAG_BYTES = 4096
@@ -40,20 +46,102 @@ def open_deepspeed(folder: Path, config: str | None, trust: bool) -> Source:
             "unpickling that can run any code: --trust unpickles it"
         )
     values = config_of(folder if config is None and not (step / "config.json").is_file() else step, config)
+    what = f"{step.name} of DeepSpeed"
+    with _told(step):
+        tensors = _put_together(step)
+        moments = _moments(step)
+    source = hugging_face_source(what, values, tensors, ("optimizer state",) if moments is None else ())
+    return with_moments(source, moments, functools.partial(hugging_face_source, what, values))
+
+
+@contextlib.contextmanager
+def _told(step: Path) -> Iterator[None]:
+    """Raises ValueError for whatever DeepSpeed raises inside, and shows nothing of what it prints."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-            state = get_fp32_state_dict_from_zero_checkpoint(str(step.parent), tag=step.name)
+            yield
     except OSError:
         raise
     except Exception as error:  # of many kinds, some of them DeepSpeed's own
         raise ValueError(f"{step}: DeepSpeed cannot put its files together: {in_one_line(error)}") from error
+
+
+def _put_together(step: Path, trained_only: bool = False) -> dict[str, SourceTensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    state = get_fp32_state_dict_from_zero_checkpoint(str(step.parent), step.name, trained_only)
     tensors: dict[str, SourceTensor] = {}
     for name, tensor in state.items():
         refuse_strange(step, name, tensor)
         tensors[name] = of_tensor(step, tensor.detach().to(torch.float32) if tensor.is_floating_point() else tensor)
-    return hugging_face_source(f"{step.name} of DeepSpeed", values, tensors, ("optimizer state",))
+    return tensors
+
+
+def _moments(step: Path) -> Moments | None:
+    """AdamW's state, put together by the code that does it for weights. None for an optimizer with another state."""
+    from deepspeed.utils import zero_to_fp32
+
+    states = [_of_optimizer(Path(path)) for path in zero_to_fp32.get_optim_files(str(step))]
+    if any(state is None for state in states):
+        return None
+    counts = {count for state in states if state is not None for count in state.counts}
+    if len(counts) != 1:
+        return None
+    parse = zero_to_fp32.parse_optim_states
+
+    @functools.lru_cache(maxsize=1)  # one moment of a model is in memory at a time
+    def whole(key: str) -> dict[str, SourceTensor]:
+        def in_place_of_weights(*files: Any) -> tuple[Any, ...]:
+            stage, ranks, weights, *others = parse(*files)
+            own = [
+                [group[key].flatten()[: len(part)] for group, part in zip(state.groups, parts, strict=True)]  # padded
+                for state, parts in zip(states, weights, strict=True)
+                if state is not None
+            ]
+            return stage, ranks, own, *others
+
+        zero_to_fp32.parse_optim_states = in_place_of_weights
+        try:
+            return _put_together(step, trained_only=True)
+        finally:
+            zero_to_fp32.parse_optim_states = parse
+
+    def read(key: str, name: str) -> Tensor:
+        with _told(step):
+            return whole(key)[name].load()
+
+    return Moments(
+        counts.pop(),
+        {
+            key: {
+                name: SourceTensor(step, tensor.shape, tensor.dtype, functools.partial(read, key, name))
+                for name, tensor in whole(key).items()
+            }
+            for key in MOMENTS
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _OfOptimizer:
+    """A rank's state of an AdamW: of each group of parameters, and the counts of updates in it."""
+
+    groups: list[dict[str, Tensor]]
+    counts: set[int]
+
+
+def _of_optimizer(path: Path) -> _OfOptimizer | None:
+    """None for another optimizer, or another form."""
+    held = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
+    held = held.get("base_optimizer_state", held.get("optimizer_state_dict"))  # ZeRO 1 and 2, and 3
+    if not isinstance(held, dict) or not isinstance(held.get("state"), dict):
+        return None
+    groups = [state for _, state in sorted(held["state"].items())]
+    if not groups or any(not isinstance(state, dict) or state.keys() - {STEP} != {*MOMENTS} for state in groups):
+        return None
+    holders = [*groups, *held.get("param_groups", [])]  # DeepSpeed's own Adam counts in the latter
+    counts = {int(holder[STEP]) for holder in holders if STEP in holder}
+    return _OfOptimizer(groups, counts)
 
 
 def _tag(path: Path) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -13,14 +17,17 @@ from torch import Tensor
 from stoker.checkpoint.tiling import tiling_problem
 from stoker.launch.importing.hugging_face_bin import hugging_face_source
 from stoker.launch.importing.pickled import Record, description, tensor_in
-from stoker.launch.importing.source import Source, SourceTensor, config_of
+from stoker.launch.importing.source import Moments, Source, SourceTensor, config_of, with_moments
 from stoker.launch.importing.torchtitan import EMBEDDING, torchtitan_source
 from stoker.parallel.dtypes import DTYPE_NAMES
 from stoker.parallel.shards import Chunk, whole
+from stoker.trainer.pretrained_moments import MOMENTS, STEP
 
 METADATA = ".metadata"
 # What trainers keep beside a model, by the first part of its name.
 _BESIDE = ("optimizer", "optim", "lr_scheduler", "dataloader", "train_state", "ft_manager", "step")
+
+_STATE = re.compile(r"(optimizer|optim)\.state\.(.+)\.([a-z_]+)")  # of a parameter, by torch's own flat names
 
 
 @dataclass(frozen=True)
@@ -40,16 +47,21 @@ def open_dcp(folder: Path, config: str | None) -> Source:
     """
     values = config_of(folder, config)
     tensors, others = dcp_tensors(folder)
+    moments, others = dcp_moments(folder, others)
     for prefix in ("model.", ""):  # a state dict below a key of its own, or alone
         inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if EMBEDDING in inner:
             outside = [name for name in tensors if not name.startswith(prefix)]
             if outside:
                 raise ValueError(f"{folder / METADATA}: {outside[0]} is not below {prefix}, as other tensors are")
-            return torchtitan_source(f"{folder.name} of torchtitan", values, inner, others)
+            what = f"{folder.name} of torchtitan"
+            source = torchtitan_source(what, values, inner, others)
+            return with_moments(source, moments, functools.partial(torchtitan_source, what, values))
     if tensors and all(name.startswith(("model.model.", "model.lm_head.")) for name in tensors):
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    return hugging_face_source(f"{folder.name} of torch.distributed.checkpoint", values, tensors, others)
+    what = f"{folder.name} of torch.distributed.checkpoint"
+    source = hugging_face_source(what, values, tensors, others)
+    return with_moments(source, moments, functools.partial(hugging_face_source, what, values))
 
 
 def dcp_tensors(folder: Path) -> tuple[dict[str, SourceTensor], tuple[str, ...]]:
@@ -57,25 +69,69 @@ def dcp_tensors(folder: Path) -> tuple[dict[str, SourceTensor], tuple[str, ...]]
 
     Raises ValueError for what is damaged or incomplete.
     """
-    path = folder / METADATA
-    try:
-        held = description(path)
-        listed = {name: entry for name, entry in held.state_dict_metadata.items() if isinstance(name, str)}
-        places = {_place_of(index): info for index, info in held.storage_data.items()}
-        found, others = {}, set()
-        for name, entry in listed.items():
+    found, others = {}, set()
+    with _records(folder / METADATA):
+        for name, tensor in _listed(folder):
             kind = name.partition(".")[0].partition("/")[0]
             if "._extra_state" in name:  # of Transformer Engine's float8, in Megatron's checkpoints
                 continue
-            if kind in _BESIDE or kind.startswith("chained_") or type(entry).__name__ != "TensorStorageMetadata":
+            if kind in _BESIDE or kind.startswith("chained_") or tensor is None:
                 others.add(kind)
             else:
-                found[name] = _tensor(folder, name, entry, places)
-    except (AttributeError, TypeError, KeyError, IndexError) as error:  # records of another form
-        raise ValueError(f"{path} does not describe a checkpoint of torch {torch.__version__}: {error}") from error
+                found[name] = tensor()
     if not found:
-        raise ValueError(f"{path} lists no tensors of a model")
+        raise ValueError(f"{folder / METADATA} lists no tensors of a model")
     return found, tuple(sorted(others))
+
+
+def dcp_moments(folder: Path, others: tuple[str, ...]) -> tuple[Moments | None, tuple[str, ...]]:
+    """The state of AdamW by the source's own names of parameters, and `others`, which lacks then what holds it.
+
+    None where parameters have no such state, or another. Raises ValueError for what is damaged or incomplete.
+    """
+    states: dict[str, dict[str, SourceTensor | None]] = {}
+    kinds = set()
+    with _records(folder / METADATA):
+        for name, tensor in _listed(folder):
+            match = _STATE.fullmatch(name)
+            if match is not None:
+                kinds.add(match[1])
+                states.setdefault(match[2], {})[match[3]] = None if tensor is None else tensor()
+    counts = {_count(state.pop(STEP, None)) for state in states.values()}
+    by_key = {
+        key: {name: held for name, state in states.items() if (held := state.pop(key, None)) is not None}
+        for key in MOMENTS
+    }
+    whole_state = all(held.keys() == states.keys() for held in by_key.values()) and not any(states.values())
+    step = counts.pop() if len(counts) == 1 else None
+    if step is None or not whole_state:
+        return None, others
+    return Moments(step, by_key), tuple(kind for kind in others if kind not in kinds)
+
+
+def _count(tensor: SourceTensor | None) -> int | None:
+    """The number of updates in the tensor of a step, None where it is none."""
+    value = float(tensor.load()) if tensor is not None and math.prod(tensor.shape) == 1 else 0.0
+    return int(value) if value.is_integer() and value >= 1 else None
+
+
+def _listed(folder: Path) -> Iterator[tuple[str, Callable[[], SourceTensor] | None]]:
+    """What a folder lists, by name: how to open a tensor, and None for what is none."""
+    held = description(folder / METADATA)
+    places = {_place_of(index): info for index, info in held.storage_data.items()}
+    for name, entry in held.state_dict_metadata.items():
+        if isinstance(name, str):
+            is_tensor = type(entry).__name__ == "TensorStorageMetadata"
+            yield name, functools.partial(_tensor, folder, name, entry, places) if is_tensor else None
+
+
+@contextmanager
+def _records(path: Path) -> Iterator[None]:
+    """Raises ValueError where the records inside have another form than a description's."""
+    try:
+        yield
+    except (AttributeError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(f"{path} does not describe a checkpoint of torch {torch.__version__}: {error}") from error
 
 
 def _tensor(folder: Path, name: str, entry: Any, places: dict[tuple[str, tuple[int, ...]], Any]) -> SourceTensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,18 @@ class SourceTensor:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """AdamW's state in a source.
+
+    `tensors` has, for each of `stoker.trainer.pretrained_moments.MOMENTS`, tensors by Hugging Face's names of weights.
+    `step` counts the updates that made them.
+    """
+
+    step: int
+    tensors: Mapping[str, Mapping[str, SourceTensor]]
+
+
+@dataclass(frozen=True)
 class Source:
     """A checkpoint to import.
 
@@ -52,6 +65,20 @@ class Source:
     logits: Callable[[Any, Tensor], Tensor]
     copies: int = 0
     left_out: tuple[str, ...] = ()  # what the source holds beside the model
+    moments: Moments | None = None
+
+
+def with_moments(
+    source: Source, found: Moments | None, convert: Callable[[Mapping[str, SourceTensor]], Source]
+) -> Source:
+    """`source` with its moments by Hugging Face's names. `found` has them by the source's own, as `convert` takes them.
+
+    Moments are converted as weights are: values only change their places.
+    """
+    if found is None:
+        return source
+    tensors = {key: convert(held).tensors for key, held in found.tensors.items()}
+    return dataclasses.replace(source, moments=Moments(found.step, tensors))
 
 
 def of_tensor(file: Path, tensor: Tensor) -> SourceTensor:

@@ -30,6 +30,28 @@ TOGETHER = {
             "objective=simpo with parallel.cp=2: answers are compared by the sum over all their tokens",
         ),
     ],
+    "moments to begin with": [
+        (
+            ["optim.init_from=old", "model.init_from=old", "optim.name=lion"],
+            1,
+            0,
+            "optim.init_from=old holds AdamW's moments: optim.name=adamw goes on with them",
+        ),
+        (
+            ["optim.init_from=old", "model.init_from=old", "optim.groups=[{role: head, name: sgd}]"],
+            1,
+            0,
+            "optim.name=adamw goes on with them, for all parameters",
+        ),
+        (["optim.init_from=old"], 1, 0, "without the weights of these moments: model.init_from=old"),
+        (
+            ["optim.init_from=old", "model.init_from=old", "model.init_only=[layers.*]"],
+            1,
+            0,
+            "optim.init_from=old with model.init_only: moments are of all weights of a model; leave optim.init_from",
+        ),
+        (["optim.init_from=old", "model.init_from=old", "adapter=lora"], 1, 0, "optim.init_from=old with adapter=lora"),
+    ],
     "context parallelism by heads": [
         (
             ["parallel.cp=3", "parallel.context=ulysses", "seq_len=513", "batch.size=32"],

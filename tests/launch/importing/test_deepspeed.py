@@ -14,9 +14,13 @@ from stoker.launch.cli import main
 from tests import world
 from tests.models.families import write_family
 
+KEYS = ("exp_avg", "exp_avg_sq")
+
 
 def trained_by_deepspeed(folder: Path, stage: int) -> dict[str, torch.Tensor]:
-    """On a rank: a step of the model in `folder`, saved beside its config.json. The weights after it, on rank 0."""
+    """On a rank: two steps of the model in `folder`, saved beside its config.json. On rank 0 weights and moments after
+    them, as DeepSpeed itself gives them.
+    """
     os.environ |= {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
     import deepspeed
     from transformers import AutoModelForCausalLM
@@ -35,14 +39,17 @@ def trained_by_deepspeed(folder: Path, stage: int) -> dict[str, torch.Tensor]:
             "zero_force_ds_cpu_optimizer": False,
         },
     )
-    tokens = torch.randint(0, 320, (1, 20), generator=torch.Generator().manual_seed(dist.get_rank()))
-    engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
-    engine.step()
+    for step in range(2):
+        tokens = torch.randint(0, 320, (1, 20), generator=torch.Generator().manual_seed(2 * step + dist.get_rank()))
+        engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
+        engine.step()
     engine.save_checkpoint(str(folder), tag="global_step1")
     found = {}
     for name, parameter in model.named_parameters():
+        for key in KEYS:
+            found[f"{key}/{name}"] = deepspeed.utils.safe_get_full_optimizer_state(parameter, key).float().clone()
         with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
-            found[name] = parameter.detach().float().clone()
+            found[f"weight/{name}"] = parameter.detach().float().clone()
     return found if dist.get_rank() == 0 else {}
 
 
@@ -59,8 +66,12 @@ def test_what_deepspeed_s_engine_trained_and_saved_comes_in(
     capsys.readouterr()
     assert main(["import", str(tmp_path / "source"), str(tmp_path / "out"), "--trust"]) == 0
     line = capsys.readouterr().err
-    assert "logits equal to the source's within" in line and "not imported: optimizer state" in line
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert found.keys() == trained.keys()
-    for name, value in found.items():
-        assert torch.equal(value, trained[name]) and not torch.equal(value, before[name]), name
+    assert "logits equal to the source's within" in line and "AdamW's moments after 2 updates" in line
+    assert "not imported" not in line
+    for kind in ("weight", *KEYS):
+        place = tmp_path / "out" if kind == "weight" else tmp_path / "out" / "optimizer" / kind
+        found = load_file(place / "model.safetensors")
+        assert found.keys() == before.keys()
+        for name, value in found.items():
+            assert torch.equal(value, trained[f"{kind}/{name}"]), f"{kind} {name}"
+            assert not torch.equal(value, before[name]), name
