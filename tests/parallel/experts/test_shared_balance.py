@@ -11,7 +11,7 @@ import pytest
 from stoker.conf.schema import Config
 from stoker.parallel.layout import Layout
 from tests import world
-from tests.extent import some
+from tests.extent import FULL, some
 from tests.parallel.parity import Case
 from tests.parallel.test_expert_balance import ALONE, Seen, assert_same_routes, config_of, train
 
@@ -42,24 +42,33 @@ def alone() -> Seen:
     return seen
 
 
-def assert_routes(layout: Layout, forms: list[tuple[int, str]]) -> None:
-    """The ways of sending tokens take turns."""
-    for turn, (micro, checkpointing) in enumerate(forms):
-        config = shared(Case(micro), layout, checkpointing, ("alltoall", "allgather")[turn % 2])
-        found = world.run(train, layout.world, config, timeout=300.0)
-        assert_same_routes(f"{layout}, {micro}, {checkpointing}", found, alone())
+def turns(first: int, every: int) -> list[tuple[int, str, str]]:
+    """Micro-batches, recomputed activations and ways of sending tokens, beginning with the form of number `first`."""
+    ways = itertools.cycle(("alltoall", "allgather"))
+    return some([(*form, next(ways)) for form in FORMS[first:] + FORMS[:first]], every)
+
+
+def assert_routes(layout: Layout, micro: int, checkpointing: str, dispatcher: str) -> None:
+    config = shared(Case(micro), layout, checkpointing, dispatcher)
+    found = world.run(train, layout.world, config, timeout=300.0)
+    assert_same_routes(f"{layout}, {micro}, {checkpointing}, {dispatcher}", found, alone())
 
 
 def test_selective_recomputation_goes_through_experts_that_are_units_of_their_own() -> None:
-    assert_routes(replace(TWO, zero=1), [(4, "selective")])
+    assert_routes(replace(TWO, zero=1), 4, "selective", "alltoall")
 
 
 @pytest.mark.long
-def test_two_ranks_count_and_move_biases_as_one_process() -> None:
-    assert_routes(TWO, some([(4, "none"), *FORMS], 10))
+@pytest.mark.parametrize("form", [(4, "none", "alltoall"), *(turns(0, 1) if FULL else ())], ids=str)
+def test_two_ranks_count_and_move_biases_as_one_process(form: tuple[int, str, str]) -> None:
+    assert_routes(TWO, *form)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("turn", "layout"), some(list(enumerate(FOUR)), 6), ids=str)
-def test_every_layout_counts_and_moves_biases_as_one_process(turn: int, layout: Layout) -> None:
-    assert_routes(layout, some(FORMS[turn:] + FORMS[:turn], 9))
+@pytest.mark.parametrize(
+    ("layout", "form"),
+    [(layout, form) for turn, layout in some(list(enumerate(FOUR)), 6) for form in turns(turn, 9)],
+    ids=str,
+)
+def test_every_layout_counts_and_moves_biases_as_one_process(layout: Layout, form: tuple[int, str, str]) -> None:
+    assert_routes(layout, *form)
