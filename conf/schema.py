@@ -155,7 +155,7 @@ class OptimConfig:
     eps: float = maths(1e-8)  # adamw (also muon's), lamb: added to the root of the second moment
     momentum: float = maths(0.0)  # sgd, muon: decay per step of the velocity
     ns_dtype: str = maths("fp32")  # muon: fp32 | bf16, of Newton-Schulz; in bf16 layouts differ (docs/optimizers.md)
-    init_from: str | None = fixed()  # adamw: folder of `stoker import`, whose moments the run begins with
+    init_from: str | None = fixed()  # adamw: folder of `stoker import`, whose moments it begins with
     ema: float | None = maths()  # decay per step of a moving average of the weights, such as 0.999; default: none
     decay_all: bool = maths(False)  # decay norms, biases and embeddings too
     groups: list[dict[str, Any]] = maths([])  # own rule, rate and decay: [{role: head, name: adamw, lr: 1e-3}]

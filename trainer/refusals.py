@@ -7,7 +7,6 @@ import importlib.util
 from stoker.conf.faults import read_faults
 from stoker.conf.schema import to_dict
 from stoker.conf.secrets import PREFIX, secrets_in
-from stoker.parallel.rules.settings import rules_of
 from stoker.parallel.start import Refusals, Start
 from stoker.trainer.schedule import evaluation_every
 
@@ -54,13 +53,19 @@ def _moments(start: Start) -> str | None:
     if config.optim.init_from is None:
         return None
     where = f"optim.init_from={config.optim.init_from}"
-    if rules_of(config.optim) != {"adamw"}:
-        return f"{where} holds AdamW's moments: optim.name=adamw goes on with them, for all parameters"
+    others = [
+        *(["optim.target=null"] if config.optim.target is not None else []),
+        *(["optim.name=adamw"] if config.optim.name != "adamw" else []),
+        *(["optim.groups=[]"] if any(group.get("name", "adamw") != "adamw" for group in config.optim.groups) else []),
+    ]
+    if others:
+        works = " with ".join(others)
+        return f"{where} holds AdamW's moments: {works} goes on with them; optim.init_from=null begins anew"
     if config.model.init_from is None:
-        return f"{where} without the weights of these moments: model.init_from={config.optim.init_from}"
+        return f"{where} without the weights of these moments: model.init_from={config.optim.init_from} has them"
     if config.model.init_only or config.adapter.name != "none":
         other = "model.init_only" if config.model.init_only else f"adapter={config.adapter.name}"
-        return f"{where} with {other}: moments are of all weights of a model; leave optim.init_from out"
+        return f"{where} with {other}: its moments are of all weights of a model; optim.init_from=null begins anew"
     return None
 
 

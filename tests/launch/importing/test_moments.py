@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from stoker.checkpoint.stored import open_checkpoint, state_of
 from stoker.conf.compose import compose
 from stoker.conf.rundir import RunDirectory
 from stoker.conf.schema import Config
+from stoker.conf.values import ConfigError
 from stoker.launch.cli import main
 from stoker.models.hugging_face import tensor_name
 from stoker.models.hugging_face_weights import open_weights
@@ -29,7 +31,7 @@ from stoker.parallel.shards import Shard, whole
 from stoker.trainer.facts import with_vocabulary
 from stoker.trainer.parallelize import cut
 from stoker.trainer.pretrained import adopt_shape, load_pretrained
-from stoker.trainer.pretrained_moments import load_moments
+from stoker.trainer.pretrained_moments import load_moments, refuse_unfitting_moments
 from tests import world
 from tests.launch.importing.sources import torchtitan_state
 from tests.launch.runs import train_here, write_text
@@ -68,7 +70,7 @@ class Plain:
         return held
 
 
-def write_torchtitan(folder: Path, plain: Plain) -> None:
+def write_torchtitan(folder: Path, plain: Plain, edit: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
     """As torchtitan's checkpoint manager: the model's state dict and the optimizer's, both flat."""
     states: dict[str, Any] = {}
     for key in NAMES:
@@ -76,6 +78,7 @@ def write_torchtitan(folder: Path, plain: Plain) -> None:
             states[f"state.{name}.{key}"] = value
             states[f"state.{name}.step"] = torch.tensor(float(plain.steps))
             states[f"param_groups.{name}.lr"] = SETTINGS["lr"]
+    edit(states)
     dcp.save({**torchtitan_state(plain.model), "optimizer": states}, checkpoint_id=folder, no_dist=True)
 
 
@@ -190,3 +193,61 @@ def test_what_is_left_out_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     imported(tmp_path, "llama", write_torchtitan, "--no-optimizer")
     assert "not imported: optimizer" in capsys.readouterr().err
     assert not (tmp_path / "out" / "optimizer").exists()
+
+
+def without_a_parameter(states: dict[str, Any]) -> None:
+    for key in (*NAMES, "step"):
+        del states[f"state.norm.weight.{key}"]
+
+
+STRANGE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "a parameter without": (
+        without_a_parameter,
+        "not imported: optimizer (model.norm.weight of exp_avg is missing, too much or of another shape)",
+    ),
+    "a moment without": (lambda states: states.pop("state.norm.weight.exp_avg"), "not imported: optimizer"),
+    "AMSGrad": (
+        lambda states: states.update({"state.norm.weight.max_exp_avg_sq": torch.ones(32)}),
+        "not imported: optimizer",
+    ),
+    "other counts": (lambda states: states.update({"state.norm.weight.step": torch.tensor(7.0)}), "not imported: opti"),
+    "a half count": (
+        lambda states: states.update({name: torch.tensor(2.5) for name in states if name.endswith(".step")}),
+        "not imported: optimizer",
+    ),
+    "a shape": (
+        lambda states: states.update({"state.norm.weight.exp_avg": torch.ones(31)}),
+        "not imported: optimizer (model.norm.weight of exp_avg is missing, too much or of another shape)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_moments_that_are_not_adamw_s_of_all_parameters_are_left_out_and_told(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit, message = STRANGE[case]
+    imported(tmp_path, "llama", functools.partial(write_torchtitan, edit=edit))
+    line = capsys.readouterr().err
+    assert message in line and "AdamW's moments after" not in line
+    assert not (tmp_path / "out" / "optimizer").exists()
+
+
+def test_moments_of_another_model_or_of_none_are_refused(tmp_path: Path) -> None:
+    imported(tmp_path, "llama", write_torchtitan)
+    folder, out = tmp_path / "out" / "optimizer", tmp_path / "out"
+    refuse_unfitting_moments(asked(out))
+    imported(tmp_path / "other", "mistral", write_torch)
+    for other, message in (
+        ("other/out", r"exp_avg: layers\.0\.attention\.\w+\.weight has shape"),
+        ("hf", "there is no .*hf/optimizer, which `stoker import` makes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            refuse_unfitting_moments(asked(out, f"optim.init_from={tmp_path / other}"))
+    (folder / "optimizer.json").write_text('{"step": 0}')
+    with pytest.raises(ConfigError, match="step is 0, not a count of updates"):
+        refuse_unfitting_moments(asked(out))
+    (folder / "exp_avg").rename(folder / "other")
+    (folder / "optimizer.json").write_text('{"step": 3}')
+    with pytest.raises(ConfigError, match=r"neither model\.safetensors nor"):
+        refuse_unfitting_moments(asked(out))
