@@ -32,11 +32,13 @@ from stoker.trainer.base_model import keep_base, keep_weights
 from stoker.trainer.failure import Attempt, fail, in_one_line
 from stoker.trainer.history import begin_anew
 from stoker.trainer.loop import Trainer
+from stoker.trainer.parallelize import compiles
 from stoker.trainer.places import claim_places
 from stoker.trainer.plan.record import PlanRecord, wants_plan
 from stoker.trainer.probe.preflight import preflight
 from stoker.trainer.rendezvous import CONFIG_VARIABLE, RENDEZVOUS_SECONDS, config_of_rank, store_of_rank
 from stoker.trainer.report.summary import summarize
+from stoker.trainer.runtime.compiled import compiled_folder, remove_unfinished_builds
 from stoker.trainer.runtime.gpus import set_environment, take_device
 from stoker.trainer.runtime.outcome import (
     Beginning,
@@ -222,6 +224,8 @@ def _train(
     backend = backend_of(config.launch.backend, device)
     if device.type == "cuda":
         set_environment(run.attempt(attempt.number))
+    if compiles(config, device):
+        remove_unfinished_builds(compiled_folder())
     timeouts = Timeouts(config.parallel.timeout_seconds, config.launch.hang_seconds)
     mesh = start_mesh(layout, device, store, rank, timeouts.at_start(), backend)
     if any(mesh.any([superseded])):  # all ranks end in the same way: a launcher must not start them again

@@ -22,6 +22,7 @@ from stoker.parallel.shards import GRADIENT
 from stoker.parallel.tensor.float8 import SLOT, Float8, refuse_device
 from stoker.parallel.tensor.layers import ColumnLinear
 from stoker.trainer.parallelize import cut
+from stoker.trainer.runtime.compiled import compiled_folder, remove_unfinished_builds
 from tests import world
 from tests.parallel.parity import Case, expected, train
 from tests.parallel.reference import assemble, normwise
@@ -170,6 +171,7 @@ def compiled(device: str, _: Path) -> dict[str, Any]:
     """Compilation with each kind of activation checkpointing, with and without documents: as eager, never twice."""
     from torch._dynamo.utils import counters
 
+    remove_unfinished_builds(compiled_folder())  # of a step that was killed before
     modes = ("none", "selective", "full") if device == "cuda" else ("selective",)
     found: dict[str, Any] = {}
     for mode in modes:
