@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from stoker.conf.values import ConfigError
 from stoker.launch.importing.hugging_face_bin import hugging_face_source
-from stoker.launch.importing.pickled import refuse_strange
+from stoker.launch.importing.pickled import held_in, refuse_strange
 from stoker.launch.importing.source import Moments, Source, SourceTensor, config_of, of_tensor, with_moments
 from stoker.models.hugging_face_config import in_one_line
 from stoker.trainer.pretrained_moments import MOMENTS, STEP
 
+_NO_RECORDS = re.compile(r"(?!)")
 LATEST, STATES = "latest", "*_optim_states.pt"
 _MOST_TAG_BYTES = 4096
 
@@ -132,7 +134,7 @@ class _OfOptimizer:
 
 def _of_optimizer(path: Path) -> _OfOptimizer | None:
     """None for another optimizer, or another form."""
-    held = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
+    held = held_in(path, True, _NO_RECORDS)["optimizer_state_dict"]
     held = held.get("base_optimizer_state", held.get("optimizer_state_dict"))  # ZeRO 1 and 2, and 3
     if not isinstance(held, dict) or not isinstance(held.get("state"), dict):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.parallel.optimizers import OF_OPTIMIZERS
 from tests.trainer.refused_experts import OF_EXPERTS
+from tests.trainer.refused_moments import OF_MOMENTS
 from tests.trainer.refused_ramps import OF_RAMPS
 from tests.trainer.refused_rope import OF_ROPE
 from tests.trainer.refused_streaming import OF_STREAMS
@@ -28,39 +29,6 @@ TOGETHER = {
             2,
             0,
             "objective=simpo with parallel.cp=2: answers are compared by the sum over all their tokens",
-        ),
-    ],
-    "moments to begin with": [
-        (
-            ["optim.init_from=old", "model.init_from=old", "optim.name=lion"],
-            1,
-            0,
-            "optim.init_from=old holds AdamW's moments: optim.name=adamw goes on with them",
-        ),
-        (
-            ["optim.init_from=old", "model.init_from=old", "optim.groups=[{role: head, name: sgd}]"],
-            1,
-            0,
-            "holds AdamW's moments: optim.groups=[] goes on with them",
-        ),
-        (
-            ["optim.init_from=old", "model.init_from=old", "optim.target=torch.optim:SGD"],
-            1,
-            0,
-            "holds AdamW's moments: optim.target=null goes on with them",
-        ),
-        (["optim.init_from=old"], 1, 0, "without the weights of these moments: model.init_from=old"),
-        (
-            ["optim.init_from=old", "model.init_from=old", "model.init_only=[layers.*]"],
-            1,
-            0,
-            "optim.init_from=old with model.init_only: its moments are of all weights of a model",
-        ),
-        (
-            ["optim.init_from=old", "model.init_from=old", "adapter.name=lora"],
-            1,
-            0,
-            "optim.init_from=old with adapter=lora: its moments are of all weights",
         ),
     ],
     "context parallelism by heads": [
@@ -204,6 +172,7 @@ TOGETHER = {
         ),
         (["parallel.tp=2", "seq_len=5", "batch.size=3"], 2, 0, "over parallel.tp=2: seq_len=4 or 6, or parallel.sequ"),
     ],
+    **OF_MOMENTS,
     **OF_WINDOWS,
     "span of no norm": [
         (["model.qk_norm_over=projection"], 1, 0, "model.qk_norm=true works"),
