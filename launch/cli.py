@@ -237,7 +237,7 @@ def parser() -> argparse.ArgumentParser:
     foreign.add_argument("source", metavar="SOURCE", help="folder of the checkpoint")
     foreign.add_argument("out", metavar="OUT", help="directory to make; must not exist, or be empty")
     foreign.add_argument("--config", metavar="FILE", help="config.json of the model, where SOURCE has none")
-    foreign.add_argument("--shard-size", default="5GB", help="largest size of one file (default 5GB)")
+    foreign.add_argument("--shard-size", metavar="SIZE", default="5GB", help="largest size of one file (default 5GB)")
     foreign.add_argument("--no-optimizer", action="store_true", help="the model alone, without AdamW's moments")
     foreign.add_argument("--trust", action="store_true", help="unpickle more than tensors, which can run any code")
 

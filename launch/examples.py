@@ -68,8 +68,7 @@ IMPORT = """\
 examples:
   stoker import old/llama out/llama      pytorch_model.bin, or litgpt
   stoker import outputs/checkpoint/step-1000 out/titan --config config.json
-  stoker train model.init_from=out/llama data=text data.path=books
-  stoker train model.init_from=out/titan optim.init_from=out/titan      with AdamW's moments
+  stoker train model.init_from=out/titan optim.init_from=out/titan data=text
 
 OUT is compared with SOURCE by the logits of both, or is not made.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.parallel.optimizers import OF_OPTIMIZERS
+from tests.trainer.refused_adapters import OF_ADAPTERS
 from tests.trainer.refused_experts import OF_EXPERTS
 from tests.trainer.refused_moments import OF_MOMENTS
 from tests.trainer.refused_ramps import OF_RAMPS
@@ -172,29 +173,11 @@ TOGETHER = {
         ),
         (["parallel.tp=2", "seq_len=5", "batch.size=3"], 2, 0, "over parallel.tp=2: seq_len=4 or 6, or parallel.sequ"),
     ],
+    **OF_ADAPTERS,
     **OF_MOMENTS,
     **OF_WINDOWS,
     "span of no norm": [
         (["model.qk_norm_over=projection"], 1, 0, "model.qk_norm=true works"),
-    ],
-    "settings of no adapter": [
-        (["adapter.rank=4"], 1, 0, "adapter.rank=4 with adapter=none: adapter=lora trains an adapter"),
-    ],
-    "frozen parameters of an adapter run": [
-        (["adapter.name=lora", "model.freeze=[embedding]"], 1, 0, "model.freeze=[] works, or adapter=none"),
-    ],
-    "a base to keep": [
-        (["adapter.name=lora", "adapter.keep_base=true"], 1, 0, "adapter.keep_base=false works"),
-    ],
-    "packed bases": [
-        (["adapter.name=dora", "adapter.base=nf4"], 1, 0, "adapter=lora works, or adapter.base=null"),
-        (["adapter.name=lora", "adapter.base=nf4", "precision=fp8"], 1, 0, "precision=bf16 works"),
-    ],
-    "dropout of DoRA": [
-        (["adapter.name=dora", "adapter.dropout=0.1"], 1, 0, "adapter.dropout=0 works, or adapter=lora"),
-    ],
-    "DoRA under DeepSpeed": [
-        (["adapter.name=dora", "precision=bf16", *DEEPSPEED], 1, 0, "parallel.engine=fsdp works, or adapter=lora"),
     ],
     "stages": [
         (

@@ -134,7 +134,10 @@ def go_on(config: Config) -> tuple[list[Shard], dict[str, float]]:
     return [replace(shard, data=shard.data.clone()) for shard in engine.shards()], engine.state()
 
 
-@pytest.mark.parametrize("case", CASES)
+SHORT = ("torchtitan's Llama, ZeRO 3", "torch's tied Qwen2, tp 2")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in SHORT else pytest.mark.long) for c in CASES])
 def test_a_run_goes_on_as_the_other_program_does(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     family, write, words = CASES[case]
     plain = imported(tmp_path, family, write)
