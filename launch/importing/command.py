@@ -43,15 +43,14 @@ def import_checkpoint(options: argparse.Namespace) -> int:
         raise ConfigError(f"{folder} is no directory: a checkpoint is imported by its folder")
     file_bytes = file_bytes_of(options.shard_size)
     with made_whole(options.out) as unfinished:
-        source = _opened(folder, options.config, options.trust)
+        source = _opened(folder, options.config, options.trust, not options.no_optimizer)
         _write_beside(folder, source, unfinished)
         with _naming(folder):
             tensors = fitting(source, unfinished)
         _write_weights(tensors, unfinished, file_bytes)
         with _naming(folder):
             proof = compare_logits(source, unfinished)
-        with _naming(folder):
-            moments, left_out = _moments(source, options.no_optimizer)
+            moments, left_out = _moments(source)
             if moments is not None:
                 _write_moments(moments, unfinished, file_bytes)
     more = "" if moments is None else f", AdamW's moments after {moments.step} updates"
@@ -69,8 +68,8 @@ def _naming(folder: Path) -> Iterator[None]:
         raise ValueError(f"{folder}: {error}") from error
 
 
-def _opened(folder: Path, config: str | None, trust: bool) -> Source:
-    """The source in `folder`, by the files that are there."""
+def _opened(folder: Path, config: str | None, trust: bool, moments: bool) -> Source:
+    """The source in `folder`, by the files that are there; with `moments` if it has them and they are wanted."""
     if (folder / litgpt.WEIGHTS).is_file():
         if config is not None:
             raise ConfigError(f"--config: {litgpt.CONFIG} describes a model of litgpt: leave --config out")
@@ -80,9 +79,9 @@ def _opened(folder: Path, config: str | None, trust: bool) -> Source:
     if is_megatron(folder):
         return open_megatron(folder, config, trust)
     if (folder / METADATA).is_file():
-        return open_dcp(folder, config)
+        return open_dcp(folder, config, moments)
     if is_deepspeed(folder):
-        return open_deepspeed(folder, config, trust)
+        return open_deepspeed(folder, config, trust, moments)
     if any((folder / name).is_file() for name in (hugging_face_bin.SINGLE, hugging_face_bin.INDEX)):
         return hugging_face_bin.open_bin(folder, config, trust)
     if any((folder / name).is_file() for name in (SINGLE, INDEX)):
@@ -105,10 +104,10 @@ def _write_beside(folder: Path, source: Source, out: Path) -> None:
         target.write_bytes(path.read_bytes())
 
 
-def _moments(source: Source, unwanted: bool) -> tuple[Moments | None, list[str]]:
+def _moments(source: Source) -> tuple[Moments | None, list[str]]:
     """The moments to write, and what else of the source is left out."""
-    if source.moments is None or unwanted:
-        return None, [*source.left_out, *(["optimizer"] if source.moments is not None else [])]
+    if source.moments is None:
+        return None, list(source.left_out)
     found = moments_fitting(source.config, source.moments)
     if isinstance(found, str):
         return None, [*source.left_out, f"optimizer ({found})"]

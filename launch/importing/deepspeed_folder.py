@@ -35,9 +35,11 @@ def is_deepspeed(folder: Path) -> bool:
     return any(folder.glob(STATES)) or ((folder / LATEST).is_file() and any(folder.glob(f"*/{STATES}")))
 
 
-def open_deepspeed(folder: Path, config: str | None, trust: bool) -> Source:
-    """The model in `folder`, in float32. Raises ValueError without `trust`, naming a file, and for what DeepSpeed
-    cannot put together."""
+def open_deepspeed(folder: Path, config: str | None, trust: bool, wanted: bool = True) -> Source:
+    """The model in `folder`, in float32, and its moments if they are `wanted`.
+
+    Raises ConfigError without `trust`, naming a file, and ValueError for what DeepSpeed cannot put together.
+    """
     step = folder if any(folder.glob(STATES)) else folder / _tag(folder / LATEST)
     states = sorted(step.glob(STATES))
     if not states:
@@ -51,13 +53,14 @@ def open_deepspeed(folder: Path, config: str | None, trust: bool) -> Source:
     what = f"{step.name} of DeepSpeed"
     with _told(step):
         tensors = _put_together(step)
-        moments = _moments(step)
+    with _told(step, " (--no-optimizer leaves AdamW's moments out)"):
+        moments = _moments(step) if wanted else None
     source = hugging_face_source(what, values, tensors, ("optimizer state",) if moments is None else ())
     return with_moments(source, moments, functools.partial(hugging_face_source, what, values))
 
 
 @contextlib.contextmanager
-def _told(step: Path) -> Iterator[None]:
+def _told(step: Path, advice: str = "") -> Iterator[None]:
     """Raises ValueError for whatever DeepSpeed raises inside, and shows nothing of what it prints."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -65,7 +68,7 @@ def _told(step: Path) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:  # of many kinds, some of them DeepSpeed's own
-        raise ValueError(f"{step}: DeepSpeed cannot put its files together: {in_one_line(error)}") from error
+        raise ValueError(f"{step}: DeepSpeed cannot put its files together: {in_one_line(error)}{advice}") from error
 
 
 def _put_together(step: Path, trained_only: bool = False) -> dict[str, SourceTensor]:

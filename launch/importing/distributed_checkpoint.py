@@ -40,14 +40,14 @@ class _Stored:
     length: int
 
 
-def open_dcp(folder: Path, config: str | None) -> Source:
-    """The model in `folder`, under torchtitan's names or Hugging Face's.
+def open_dcp(folder: Path, config: str | None, wanted: bool = True) -> Source:
+    """The model in `folder`, under torchtitan's names or Hugging Face's, and its moments if they are `wanted`.
 
     Raises ValueError for what is damaged or incomplete, and for tensors of another kind.
     """
     values = config_of(folder, config)
     tensors, others = dcp_tensors(folder)
-    moments, others = dcp_moments(folder, others)
+    moments, others = dcp_moments(folder, others) if wanted else (None, others)
     for prefix in ("model.", ""):  # a state dict below a key of its own, or alone
         inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if EMBEDDING in inner:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-_WORKING = "_CxxBuild"  # ends the name of a working folder, which begins with that of the library
+_WORKING = "_CxxBuild"  # ends the name of a working folder, which begins with that of the library: KEY.main
 _SOURCES = (".cpp", ".h", ".hpp")
 
 
@@ -29,9 +29,9 @@ def compiled_folder() -> Path:
 def remove_unfinished_builds(folder: Path) -> list[Path]:
     """Remove what builds in the inductor's cache `folder` left unfinished, unless they go on; the files removed."""
     removed = []
-    for working in folder.glob(f"*/*{_WORKING}"):
+    for working in folder.glob(f"*/*.main{_WORKING}"):
         name = working.name.removesuffix(_WORKING)
-        lock = folder / "locks" / f"{name.partition('.')[0]}.lock"
+        lock = folder / "locks" / f"{name.removesuffix('.main')}.lock"
         with suppress(OSError):  # another start removes it, or holds the lock
             lock.parent.mkdir(exist_ok=True)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
