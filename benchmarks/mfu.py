@@ -130,7 +130,8 @@ def main() -> None:
 
 def _measure(config: Config, mesh: Mesh, rounds: int, steps: int, patience: float) -> Measured:
     keep_freed_memory()
-    peaks = {name: _matrix_peak(dtype, mesh) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
+    peaks = {config.precision: _matrix_peak(dtype, mesh)}
     ours, peer = Stoker(config, mesh), HandWritten(config, mesh, torch_ends=True)
     rows = batches(config, mesh)
     check_equal(ours, peer, rows[0], config.precision)

@@ -75,7 +75,7 @@ def hang(device: str, folder: Path) -> dict[str, Any]:
 
 def utilisation(device: str, folder: Path) -> dict[str, Any]:
     """Of `llama3_1b` at 4,096 tokens, beside a hand-written loop on `fully_shard`, eager and compiled."""
-    small = "--model tiny --vocab 512 --seq-len 64 --rows 2 --micro 1 --rounds 1 --steps 1 --ranks 1"
+    small = "--model tiny --vocab 512 --seq-len 64 --rows 2 --micro 1 --rounds 1 --steps 1 --ranks 1 --precision fp32"
     large = "--model llama3_1b --seq-len 4096 --rows 8 --micro 4 --rounds 4 --steps 3 --ranks 1"
     words = [*(large if device == "cuda" else small).split(), "--no-memory", "--patience", "0"]
     found: dict[str, Any] = {}
