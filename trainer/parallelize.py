@@ -343,6 +343,10 @@ def _checkpoint_activations(block: nn.Module, mode: str, tokens: TokenNumbers | 
         return
     from torch.utils import checkpoint
 
+    # Marks for profilers: a unit of `fully_shard` inside a block sets one more where a recomputation begins with it.
+    marks = torch.ops.profiler
+    checkpoint.SAC_IGNORED_OPS.add(marks._record_function_enter_new.default)
+    checkpoint.SAC_IGNORED_OPS.add(marks._record_function_exit._RecordFunction)
     options: dict[str, Any] = {"context_fn": _selective} if mode == "selective" else {}
     forward = block.forward
     if tokens is None:
@@ -363,10 +367,6 @@ def _selective() -> tuple[Any, Any]:
     """The contexts of one pass through a block: its forward, and the recomputation, which see the same operations."""
     from torch.utils import checkpoint
 
-    # Marks for profilers: a unit of `fully_shard` inside a block sets one more where a recomputation begins with it.
-    marks = torch.ops.profiler
-    checkpoint.SAC_IGNORED_OPS.add(marks._record_function_enter_new.default)
-    checkpoint.SAC_IGNORED_OPS.add(marks._record_function_exit._RecordFunction)
     aten, collectives = torch.ops.aten, torch.ops._c10d_functional
     products = {aten.mm.default, aten.addmm.default, aten.bmm.default}
     kept = {operation.default for operation in (collectives.reduce_scatter_tensor, collectives.all_to_all_single)}

@@ -73,11 +73,15 @@ def with_moments(
 ) -> Source:
     """`source` with its moments by Hugging Face's names. `found` has them by the source's own, as `convert` takes them.
 
-    Moments are converted as weights are: values only change their places.
+    Moments are converted as weights are: values only change their places. They are left out where that fails, such as
+    for names that no weight has.
     """
     if found is None:
         return source
-    tensors = {key: convert(held).tensors for key, held in found.tensors.items()}
+    try:
+        tensors = {key: convert(held).tensors for key, held in found.tensors.items()}
+    except ValueError as error:
+        return dataclasses.replace(source, left_out=(*source.left_out, f"optimizer ({error})"))
     return dataclasses.replace(source, moments=Moments(found.step, tensors))
 
 

@@ -214,6 +214,12 @@ STRANGE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         "not imported: optimizer",
     ),
     "other counts": (lambda states: states.update({"state.norm.weight.step": torch.tensor(7.0)}), "not imported: opti"),
+    "a number for a name": (
+        lambda states: states.update(
+            {f"state.0.{key}": states[f"state.norm.weight.{key}"] for key in (*NAMES, "step")}
+        ),
+        "not imported: optimizer (0: a model of torchtitan's of Llama's kind has no such tensor)",
+    ),
     "a half count": (
         lambda states: states.update({name: torch.tensor(2.5) for name in states if name.endswith(".step")}),
         "not imported: optimizer",
