@@ -6,7 +6,6 @@ import hmac
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import suppress
 from datetime import timedelta
 
 import pytest
@@ -35,13 +34,17 @@ def gate(store: TCPStore) -> Iterator[Gate]:
 def answer(port: int, *messages: bytes) -> bytes:
     """All that comes back over a connection to `port` over which `messages` are sent."""
     with socket.create_connection((LOOPBACK, port), timeout=20) as stranger:
-        for message in messages:
-            stranger.sendall(message)
-        stranger.shutdown(socket.SHUT_WR)
         received = b""
-        with suppress(ConnectionResetError):  # of a connection closed before all of `messages` was read
+        try:
+            for message in messages:
+                stranger.sendall(message)
+            stranger.shutdown(socket.SHUT_WR)
             while data := stranger.recv(4096):
                 received += data
+        except TimeoutError:
+            raise
+        except OSError:  # the other side closed the connection before all of `messages` was sent or read
+            pass
         return received
 
 

@@ -256,11 +256,14 @@ for step in range(1, 10**9):
     metrics.step(record(step))
 """
     process = subprocess.Popen([sys.executable, "-P", "-c", program], env={**os.environ, "PYTHONPATH": os.getcwd()})
-    deadline = time.monotonic() + 20
-    while len(read(tmp_path / "m")) < 50 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        deadline, written = time.monotonic() + 20, b""
+        while written.count(b"\n") < 60 and time.monotonic() < deadline:
+            time.sleep(0.02)
+            written = (tmp_path / "m").read_bytes() if (tmp_path / "m").exists() else b""
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     reached = steps(tmp_path / "m")
     assert reached == list(range(1, len(reached) + 1)) and len(reached) >= 50
     metrics = opened(tmp_path / "m", resumed_from_step=40)
