@@ -51,7 +51,7 @@ from stoker.parallel.model import whole_model
 from stoker.trainer.runtime.process import keep_freed_memory
 
 MATRICES = {"cuda": (4096, 8192, 16384), "cpu": (1024, 2048, 4096)}
-MATRIX_SECONDS, MATRIX_TRIES = 1.0, 5  # for each size; the best of the tries counts
+MATRIX_SECONDS, MATRIX_TRIES = 1.0, 5  # for each size, at most; the best of the tries counts
 
 
 @dataclass(frozen=True)
@@ -161,11 +161,12 @@ def _matrix_peak(dtype: torch.dtype, mesh: Mesh) -> float:
             a_b = [(a, b, out)] * count
             return spent(lambda: [torch.mm(a, b, out=out) for a, b, out in a_b], device)[0] / count
 
-        products(3)
-        count = torch.tensor(max(1, round(MATRIX_SECONDS / MATRIX_TRIES / products(1))), device=device)
+        products(1)
+        count = torch.tensor(max(1, round(MATRIX_SECONDS / products(1))), device=device)
         dist.broadcast(count, 0)
-        for _ in range(MATRIX_TRIES):
-            best = max(best, 2 * size**3 / products(int(count)))
+        tries = min(MATRIX_TRIES, int(count))
+        for _ in range(tries):
+            best = max(best, 2 * size**3 / products(int(count) // tries))
     total = torch.tensor(best, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.item()

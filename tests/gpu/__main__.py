@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 from tests.gpu.report import Result, Status, as_json, table, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
+AT_ONCE = {"cuda": 1, "cpu": 2}  # steps: their figures say nothing on a CPU
 MARK = "STOKER_GPU_STEP"  # in the environment of a step and of all that it starts: its folder
 
 
@@ -59,11 +61,12 @@ def main(words: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) -> i
     if unknown:
         parser.error(f"no step {', '.join(sorted(unknown))}: {', '.join(step.name for step in steps)}")
     deadline = time.monotonic() + options.seconds
+    chosen = [step for step in steps if options.only is None or step.name in options.only]
     results = []
-    for step in steps:
-        if options.only is None or step.name in options.only:
-            results.append(run(step, options.device, deadline))
-            print(table(results[-1:], "").partition("\n")[0], flush=True)
+    with ThreadPoolExecutor(AT_ONCE[options.device]) as pool:
+        for result in pool.map(lambda step: run(step, options.device, deadline), chosen):
+            results.append(result)
+            print(table([result], "").partition("\n")[0], flush=True)
             if options.json is not None:  # what is known is kept, whatever ends the machine's time
                 options.json.write_text(as_json(results, options.device))
     print(f"\n{table(results, options.device)}")

@@ -79,7 +79,10 @@ def utilisation(device: str, folder: Path) -> dict[str, Any]:
     large = "--model llama3_1b --seq-len 4096 --rows 8 --micro 4 --rounds 4 --steps 3 --ranks 1"
     words = [*(large if device == "cuda" else small).split(), "--no-memory", "--patience", "0"]
     found: dict[str, Any] = {}
-    for kind, more in (("eager", []), ("compiled", ["--compile"]) if device == "cuda" else ("eager again", [])):
+    ways: dict[str, list[str]] = {"eager": []}
+    if device == "cuda":
+        ways["compiled"] = ["--compile"]
+    for kind, more in ways.items():
         program = [sys.executable, str(ROOT / "benchmarks" / "mfu.py"), *words, *more]
         done = subprocess.run(program, cwd=ROOT, text=True, stdout=subprocess.PIPE, timeout=145, check=True)
         print(done.stdout, flush=True)
