@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Tests start hundreds of processes, each of which would compile the same files where this is set to something.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-short test-long gpu lint format install docs dist
+.PHONY: demo test test-short test-long test-torch gpu lint format install docs dist
 
 install: .venv/installed
 
@@ -32,11 +32,25 @@ test: install
 	$(MAKE) --no-print-directory --jobs=2 test-short lint
 
 test-short: install
-	$(PYTEST) -n 3 -m "not long"
+	$(PYTEST) -n 3 -m "not long" $(TESTS)
 
 # Runs that are killed, hung and moved for minutes; some need a Slurm cluster or network namespaces, which they make as root.
 test-long: install
-	$(PYTEST) -n 2 -m long
+	$(PYTEST) -n 3 -m long
+
+# The short tests of ranks and of training with a later torch. PyPI has it for CUDA only, gigabytes; the rest is .venv's.
+OTHER_TORCH ?= 2.14.1
+OTHER := .venv-torch-$(OTHER_TORCH)
+
+$(OTHER)/installed: .venv/installed
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/pip install --quiet --disable-pip-version-check torch==$(OTHER_TORCH)
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> "$$($(OTHER)/bin/python -c 'import site; print(site.getsitepackages()[0])')/rest.pth"
+	touch $@
+
+test-torch: $(OTHER)/installed
+	$(MAKE) --no-print-directory BIN=$(OTHER)/bin test-short TESTS="tests/parallel tests/trainer"
 
 # What one GPU can prove in six minutes. PYTHON is the machine's own, as its torch is; nothing is installed.
 gpu:

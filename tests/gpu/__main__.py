@@ -29,7 +29,7 @@ MARK = "STOKER_GPU_STEP"  # in the environment of a step and of all that it star
 class Step:
     name: str
     where: str  # MODULE:FUNCTION, called with the device's kind; returns numbers, with a "summary"
-    seconds: float  # at most, on a GPU and on a CPU alike
+    seconds: float  # at most, where it is alone
     absent: str | None = None  # why there is nothing to prove
 
 
@@ -78,7 +78,7 @@ def run(step: Step, device: str, deadline: float) -> Result:
     if step.absent is not None:
         return Result(step.name, Status.ABSENT, 0.0, step.absent)
     began = time.monotonic()
-    limit = min(step.seconds, deadline - began)
+    limit = min(step.seconds * AT_ONCE[device], deadline - began)
     if limit < 1:
         return Result(step.name, Status.NOT_REACHED, 0.0, "the time was over")
     with tempfile.TemporaryDirectory(prefix="stoker-gpu-") as folder:
