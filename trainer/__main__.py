@@ -13,8 +13,8 @@ if __name__ == "__main__":
 
     die_with_launcher()
     set_allocator()
-    # OpenMP threads spin while they wait, and beside another busy process for 50 times longer than the work takes. So
-    # # few rounds cost nothing on an idle machine and keep that to a factor of 5. It is read when torch is loaded.
+    # OpenMP threads spin while they wait, and beside another busy process for 50 times longer than the work takes. Few
+    # rounds keep that to a factor of 5; idle they cost nothing or much (docs/performance_steps.md). Read with torch.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     gc.disable()  # torch is a quarter of a million permanent objects: scanning them takes a fifth of a start
     from stoker.trainer.main import main
