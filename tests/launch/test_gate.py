@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import os
 import socket
@@ -16,6 +17,7 @@ from stoker.parallel.loopback import LOOPBACK, is_loopback, keep_on_loopback, li
 from tests.launch.runs import listening_addresses
 
 KEY = bytes.fromhex(new_key())
+CLOSED = (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN)  # by the other side, before all was sent or read
 SECOND = "127.0.0.2"  # another address of the same machine
 
 
@@ -41,10 +43,9 @@ def answer(port: int, *messages: bytes) -> bytes:
             stranger.shutdown(socket.SHUT_WR)
             while data := stranger.recv(4096):
                 received += data
-        except TimeoutError:
-            raise
-        except OSError:  # the other side closed the connection before all of `messages` was sent or read
-            pass
+        except OSError as error:
+            if error.errno not in CLOSED:
+                raise
         return received
 
 
