@@ -65,6 +65,7 @@ class Exactness:
     bf16: Any
     fp16: Any
     deterministic: bool
+    warns: bool  # instead of raising, where an operation is not deterministic
     fills: bool
     kernels: list[int]
 
@@ -72,8 +73,8 @@ class Exactness:
         matmul = torch.backends.cuda.matmul
         matmul.allow_bf16_reduced_precision_reduction = self.bf16
         matmul.allow_fp16_reduced_precision_reduction = self.fp16
-        if torch.are_deterministic_algorithms_enabled() != self.deterministic:  # the call loads the compiler
-            torch.use_deterministic_algorithms(self.deterministic)
+        if _determinism() != (self.deterministic, self.warns):  # the call loads the compiler
+            torch.use_deterministic_algorithms(self.deterministic, warn_only=self.warns)
         torch.utils.deterministic.fill_uninitialized_memory = self.fills  # type: ignore[attr-defined]
         torch._C._set_sdp_priority_order(self.kernels)
 
@@ -83,10 +84,15 @@ def exactness_now() -> Exactness:
     return Exactness(
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_fp16_reduced_precision_reduction,
-        torch.are_deterministic_algorithms_enabled(),
+        *_determinism(),
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
         torch._C._get_sdp_priority_order(),
     )
+
+
+def _determinism() -> tuple[bool, bool]:
+    """Whether deterministic operations are asked for, and whether others warn only."""
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def set_exactness(deterministic: bool) -> None:

@@ -17,7 +17,7 @@ from stoker.launch.importing.deepspeed_folder import is_deepspeed, open_deepspee
 from stoker.launch.importing.distributed_checkpoint import METADATA, open_dcp
 from stoker.launch.importing.megatron import is_megatron, open_megatron
 from stoker.launch.importing.megatron_dist import is_torch_dist, open_torch_dist
-from stoker.launch.importing.source import Moments, Source, SourceTensor, floating
+from stoker.launch.importing.source import Moments, Source, SourceTensor, floating, reading_moments
 from stoker.launch.tensor_files import Planned, TensorWriter, file_bytes_of, index_json, made_whole, plan_files
 from stoker.launch.train import say
 from stoker.models import hugging_face_config as theirs
@@ -50,6 +50,7 @@ def import_checkpoint(options: argparse.Namespace) -> int:
         _write_weights(tensors, unfinished, file_bytes)
         with _naming(folder):
             proof = compare_logits(source, unfinished)
+        with reading_moments(), _naming(folder):
             moments, left_out = _moments(source)
             if moments is not None:
                 _write_moments(moments, unfinished, file_bytes)
@@ -61,10 +62,12 @@ def import_checkpoint(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    """ValueErrors inside begin with the source's folder."""
+    """ValueErrors inside begin with the source's folder, where they do not name it."""
     try:
         yield
     except ValueError as error:
+        if str(folder) in str(error):
+            raise
         raise ValueError(f"{folder}: {error}") from error
 
 

@@ -21,7 +21,15 @@ from torch import Tensor
 from stoker.conf.values import ConfigError
 from stoker.launch.importing.hugging_face_bin import hugging_face_source
 from stoker.launch.importing.pickled import held_in, refuse_strange
-from stoker.launch.importing.source import Moments, Source, SourceTensor, config_of, of_tensor, with_moments
+from stoker.launch.importing.source import (
+    Moments,
+    Source,
+    SourceTensor,
+    config_of,
+    of_tensor,
+    reading_moments,
+    with_moments,
+)
 from stoker.models.hugging_face_config import in_one_line
 from stoker.trainer.pretrained_moments import MOMENTS, STEP
 
@@ -53,14 +61,14 @@ def open_deepspeed(folder: Path, config: str | None, trust: bool, wanted: bool =
     what = f"{step.name} of DeepSpeed"
     with _told(step):
         tensors = _put_together(step)
-    with _told(step, " (--no-optimizer leaves AdamW's moments out)"):
+    with reading_moments(), _told(step):
         moments = _moments(step) if wanted else None
     source = hugging_face_source(what, values, tensors, ("optimizer state",) if moments is None else ())
     return with_moments(source, moments, functools.partial(hugging_face_source, what, values))
 
 
 @contextlib.contextmanager
-def _told(step: Path, advice: str = "") -> Iterator[None]:
+def _told(step: Path) -> Iterator[None]:
     """Raises ValueError for whatever DeepSpeed raises inside, and shows nothing of what it prints."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -68,7 +76,7 @@ def _told(step: Path, advice: str = "") -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:  # of many kinds, some of them DeepSpeed's own
-        raise ValueError(f"{step}: DeepSpeed cannot put its files together: {in_one_line(error)}{advice}") from error
+        raise ValueError(f"{step}: DeepSpeed cannot put its files together: {in_one_line(error)}") from error
 
 
 def _put_together(step: Path, trained_only: bool = False) -> dict[str, SourceTensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from stoker.checkpoint.tiling import tiling_problem
 from stoker.launch.importing.hugging_face_bin import hugging_face_source
 from stoker.launch.importing.pickled import Record, description, tensor_in
-from stoker.launch.importing.source import Moments, Source, SourceTensor, config_of, with_moments
+from stoker.launch.importing.source import Moments, Source, SourceTensor, config_of, reading_moments, with_moments
 from stoker.launch.importing.torchtitan import EMBEDDING, torchtitan_source
 from stoker.parallel.dtypes import DTYPE_NAMES
 from stoker.parallel.shards import Chunk, whole
@@ -47,7 +47,10 @@ def open_dcp(folder: Path, config: str | None, wanted: bool = True) -> Source:
     """
     values = config_of(folder, config)
     tensors, others = dcp_tensors(folder)
-    moments, others = dcp_moments(folder, others) if wanted else (None, others)
+    moments = None
+    if wanted:
+        with reading_moments():
+            moments, others = dcp_moments(folder, others)
     for prefix in ("model.", ""):  # a state dict below a key of its own, or alone
         inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if EMBEDDING in inner:
@@ -166,7 +169,7 @@ def _read(name: str, wanted: Chunk, dtype: torch.dtype, stored: Sequence[_Stored
         common = one.chunk.intersection(wanted)
         if common is None:
             continue
-        part = tensor_in(one.file, one.offset, one.length)
+        part = tensor_in(one.file, name, one.offset, one.length)
         if tuple(part.shape) == one.chunk.sizes[1:] and one.chunk.sizes[:1] == (1,):
             part = part[None]  # a layer of Megatron's
         if tuple(part.shape) != one.chunk.sizes or part.dtype != dtype:

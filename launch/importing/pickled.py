@@ -86,12 +86,13 @@ def held_in(path: Path, trust: bool, known: re.Pattern[str]) -> Any:
         return _loaded(path, path, trust and len(records) < len(named), mapped=zipfile.is_zipfile(path))
 
 
-def tensor_in(path: Path, offset: int, length: int) -> Tensor:
-    """The one tensor that `torch.save` wrote to bytes `offset` to `offset + length` of a file. Raises ValueError."""
+def tensor_in(path: Path, name: str, offset: int, length: int) -> Tensor:
+    """The tensor that `torch.save` wrote to bytes `offset` to `offset + length` of a file. Raises ValueError with both
+    and with `name`."""
     with path.open("rb") as file:
         file.seek(offset)
         data = file.read(length)
-    place = f"{path}, bytes {offset} to {offset + length}"
+    place = f"{path}: {name} in bytes {offset} to {offset + length}"
     if len(data) != length:
         raise ValueError(f"{place}: the file ends before that: it is cut short")
     refuse_packed(io.BytesIO(data), place)
@@ -182,7 +183,7 @@ def _loaded(file: Path | io.BytesIO, place: object, trust: bool, mapped: bool = 
     except pickle.UnpicklingError as error:
         found = _UNKNOWN.search(str(error))
         if found is None or trust:
-            raise ValueError(f"{place} is damaged, or no file of torch.save: {_cause(error)}") from error
+            raise ValueError(f"{place} is damaged, or no file of torch.save: {_cause(error)}") from None
         raise ValueError(
             f"{place} holds more than tensors ({found[1][:200]}), and unpickling that can run any code: --trust "
             "unpickles it"

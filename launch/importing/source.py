@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ class Moments:
 
     step: int
     tensors: Mapping[str, Mapping[str, SourceTensor]]
+
+
+@contextmanager
+def reading_moments() -> Iterator[None]:
+    """ValueErrors inside end with the advice to import the model alone."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} (--no-optimizer leaves AdamW's moments out)") from error
 
 
 @dataclass(frozen=True)

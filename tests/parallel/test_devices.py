@@ -39,11 +39,16 @@ def test_deterministic_runs_do_not_fill_what_they_allocate(exactness) -> None:
     assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_what_a_run_rounds_is_as_before_when_it_ends() -> None:
+@pytest.mark.parametrize("warns", [None, False, True])
+def test_what_a_run_rounds_is_as_before_when_it_ends(exactness, warns: bool | None) -> None:
+    if warns is not None:
+        torch.use_deterministic_algorithms(True, warn_only=warns)
     before = exactness_now()
     set_exactness(True)
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
     before.restore()
     assert exactness_now() == before
+    assert torch.is_deterministic_algorithms_warn_only_enabled() == bool(warns)
 
 
 def test_a_thread_has_gpu_0_until_it_sets_its_own(monkeypatch) -> None:

@@ -242,6 +242,25 @@ def test_moments_that_are_not_adamw_s_of_all_parameters_are_left_out_and_told(
     assert not (tmp_path / "out" / "optimizer").exists()
 
 
+@pytest.mark.parametrize("name", ["step", "exp_avg"])
+def test_damaged_moments_end_the_import_with_the_advice_to_leave_them(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    imported(tmp_path, "llama", write_torchtitan)
+    source = tmp_path / "source"
+    stored = dcp.FileSystemReader(source).read_metadata().storage_data
+    place = next(place for index, place in stored.items() if index.fqn == f"optimizer.state.norm.weight.{name}")
+    with open(source / place.relative_path, "r+b") as file:
+        file.seek(place.offset)
+        file.write(b"x" * place.length)
+    capsys.readouterr()
+    assert main(["import", str(source), str(tmp_path / "again")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"norm.weight.{name}" in line and line.endswith("(--no-optimizer leaves AdamW's moments out)")
+    assert not (tmp_path / "again").exists()
+    assert main(["import", str(source), str(tmp_path / "again"), "--no-optimizer"]) == 0
+
+
 def test_moments_of_another_model_or_of_none_are_refused(tmp_path: Path) -> None:
     imported(tmp_path, "llama", write_torchtitan)
     folder, out = tmp_path / "out" / "optimizer", tmp_path / "out"
