@@ -7,7 +7,8 @@ as medians over the rounds with their range, all in one run of the same processe
 
     stall      how long a save keeps training from going on: of Stoker over torch DCP's synchronous save, and over the
                best of DCP's asynchronous modes (a thread, a thread with a staging pool, a process)
-    write      bytes per second of a shard file, fsync included, over those of a plain sequential write and fsync
+    write      bytes per second of a shard file, fsync included, over those of a plain sequential write and fsync:
+               through the page cache, and with O_DIRECT, which Stoker's own write has
     restore    bytes per second from a checkpoint on disk to the live tensors, over those of a plain read of as large a
                file into memory that is in use as well; both files are out of the page cache
     save       CPU seconds that a save costs the machine, the kernel's included, while nothing trains
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -72,15 +74,16 @@ def measure(_: Config, mesh: Mesh, folder: str, size: int, rounds: int, step_sec
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # DCP starts a process
     bench = Bench(mesh, Path(folder), size)
     stalls: dict[str, list[float]] = {}
-    writes, restores, cpu = [], [], []
+    writes, direct_writes, restores, cpu = [], [], [], []
     for number in range(rounds + 1):
         found = {"stoker": bench.stoker_stall()} | bench.dcp_stalls()
-        pair = bench.plain_write(), bench.stoker_write_seconds
+        direct, plain = bench.plain_write(direct=True), bench.plain_write()  # the second file is what `reads` reads
         restored, read = bench.reads()
         if number:  # the first round warms up
             for name, seconds in found.items():
                 stalls.setdefault(name, []).append(seconds)
-            writes.append(pair[0] / pair[1])
+            writes.append(plain / bench.stoker_write_seconds)
+            direct_writes.append(direct / bench.stoker_write_seconds)
             restores.append(read / restored)
             cpu.append(bench.save_cpu_seconds())
     overhead = bench.overhead(step_seconds, pairs)
@@ -98,7 +101,7 @@ def measure(_: Config, mesh: Mesh, folder: str, size: int, rounds: int, step_sec
             f"{size} MiB per rank, {mesh.layout.world} ranks, a copy takes {bench.copy_seconds:.3f} s",
             f"  stall     {_spread(ours, ' s')}; {_spread(against_sync)} of DCP's synchronous save, "
             f"{_spread(against_async)} of its best asynchronous mode ({best})",
-            f"  write     {_spread(writes)} of a plain write with fsync",
+            f"  write     {_spread(writes)} of a plain write with fsync, {_spread(direct_writes)} of one with O_DIRECT",
             f"  restore   {_spread(restores)} of a plain read",
             f"  save      {_spread(cpu, ' s')} of CPU time, all ranks: {share:.2f}% of 10 steps on all cores",
             f"  overhead  {_spread([100 * share for share in overhead], '%')}, steps of {step_seconds} s",
@@ -193,18 +196,23 @@ class Bench:
         done.result()  # type: ignore[union-attr]
         return self._max(stall)
 
-    def plain_write(self) -> float:
-        """The same bytes from ready memory, one file per rank."""
+    def plain_write(self, direct: bool = False) -> float:
+        """The same bytes from ready memory, one file per rank; `direct`: past the page cache, from aligned memory."""
         data = memoryview(self.tensors[0].numpy()).cast("B")
+        if direct:
+            aligned = mmap.mmap(-1, len(data))
+            aligned.write(data)
+            data = memoryview(aligned)
         path = self._folder / f"plain-{self._mesh.rank}"
         path.unlink(missing_ok=True)
 
         def write() -> None:
-            with open(path, "wb", buffering=0) as file:
-                for _ in range(TENSORS):
-                    for start in range(0, len(data), BLOCK):
-                        file.write(data[start : start + BLOCK])
-                os.fsync(file.fileno())
+            descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | (os.O_DIRECT if direct else 0))
+            for _ in range(TENSORS):
+                for start in range(0, len(data), BLOCK):
+                    assert os.write(descriptor, data[start : start + BLOCK]) == len(data[start : start + BLOCK])
+            os.fsync(descriptor)
+            os.close(descriptor)
 
         return self._longest(write)
 

@@ -1,9 +1,9 @@
-"""Rows per second, time to the first batch, time to resume at 90% of an epoch, and memory of `data.mode=streaming`,
-each over those of public loaders on the same texts, tokenizer and packing.
+"""Rows per second after the first batches and over a whole epoch, time to the first batch, time to resume at 90% of an
+epoch, and memory of `data.mode=streaming`, each over those of public loaders on the same texts, tokenizer and packing.
 
     pip install --no-deps torchdata mosaicml-streaming litdata lightning-utilities obstore tifffile catalogue
-    pip install --no-deps zstd brotli
-    python benchmarks/data_loading.py [--megabytes 24] [--workers 1 2] [--repeats 3]
+    pip install --no-deps zstd brotli python-snappy cramjam
+    python benchmarks/data_loading.py [--megabytes 24] [--workers 1 2] [--repeats 3] [--loaders stoker webdataset ...]
 
 (`--no-deps`: their dependencies include cloud clients and another torch.) Every loader runs as a separate process:
 the texts are the standard library's sources over and over, in tar shards and JSON lines; the tokenizer is a byte-level
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=24)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--loaders", nargs="*", default=list(LOADERS), choices=list(LOADERS))
     parser.add_argument("--loader", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -62,8 +63,7 @@ def main() -> None:
         for workers in options.workers:
             runs: dict[str, list[dict[str, float]]] = {}
             for repeat in range(options.repeats):
-                names = list(LOADERS) if repeat % 2 == 0 else list(LOADERS)[::-1]
-                for loader in names:
+                for loader in options.loaders if repeat % 2 == 0 else options.loaders[::-1]:
                     if (found := run(loader, folder, workers)) is not None:
                         runs.setdefault(loader, []).append(found)
             report(runs, workers, speed)
@@ -75,14 +75,17 @@ def report(runs: dict[str, list[dict[str, float]]], workers: int, speed: float) 
         for loader, several in runs.items()
     }
     ours = middle["stoker"]
-    share = ours["rows_per_second"] * SEQ_LEN / speed / workers
-    print(f"{workers} worker{'s' * (workers > 1)}: {share:.2f} of the bare tokenizer's speed on as many cores")
+    share, whole = (ours[key] * SEQ_LEN / speed / workers for key in ("rows_per_second", "epoch_rows_per_second"))
+    print(
+        f"{workers} worker{'s' * (workers > 1)}: {share:.2f} of the bare tokenizer's speed on as many cores, "
+        f"{whole:.2f} over the whole epoch, from the start of the loader"
+    )
     for loader, found in middle.items():
         print(f"  {loader}: " + ", ".join(f"{key} {value:,.4g}" for key, value in found.items()))
     for loader, theirs in middle.items():
         if loader != "stoker":
             ratios = {key: theirs[key] / ours[key] for key in ours}
-            ratios["rows_per_second"] = ours["rows_per_second"] / theirs["rows_per_second"]
+            ratios |= {key: ours[key] / theirs[key] for key in ours if key.endswith("rows_per_second")}
             print(f"  over {loader}: " + ", ".join(f"{key} {ratio:.2f}" for key, ratio in ratios.items()), flush=True)
 
 
@@ -116,6 +119,7 @@ def measure(loader: str, folder: Path, workers: int) -> dict[str, float]:
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return {
         "rows_per_second": (len(stamps) - BATCHES_AT_FIRST) * BATCH / (stamps[-1] - stamps[BATCHES_AT_FIRST - 1]),
+        "epoch_rows_per_second": len(stamps) * BATCH / (stamps[-1] - began),
         "first_batch_seconds": stamps[0] - began,
         "resume_seconds": seconds,
         "memory_mb": sum(resource.getrusage(kind).ru_maxrss for kind in kinds) / 1024,

@@ -85,7 +85,8 @@ def peer(config: Config, run: Path, ranks: int) -> float:
 
 def _run(command: list[str]) -> None:
     cores = len(os.sched_getaffinity(0))
-    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(cores)})
+    settings = {"OMP_NUM_THREADS": str(cores), "GOMP_SPINCOUNT": "5000"}  # the second as trainer.__main__ sets it
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings})
     if ended.returncode != 0:
         sys.exit(f"{' '.join(command)} failed:\n{ended.stdout[-2000:]}{ended.stderr[-4000:]}")
 

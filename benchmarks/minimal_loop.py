@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from stoker.conf.schema import Config, from_dict
 from stoker.models.decoder import build
 from stoker.parallel.model import whole_model
+from stoker.trainer.runtime.process import keep_freed_memory
 
 
 def main() -> None:
@@ -33,6 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     config: Config = from_dict(json.loads(Path(options.config).read_text()))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    keep_freed_memory()  # as a rank of Stoker does
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     if world > 1:
@@ -45,10 +47,11 @@ def main() -> None:
     cast = contextlib.nullcontext
     zero = config.parallel.zero
     if world == 1 or zero == 0:
-        net = DistributedDataParallel(model) if world > 1 else model
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
         cast = lambda: torch.autocast(device.type, torch.bfloat16)  # noqa: E731
     else:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        # Inputs of blocks are in bf16 but for the tables of rotary embedding, which stay in fp32 as in Stoker.
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(device.type, (world,))
         for block in model.layers.values():
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero == 3)
@@ -67,8 +70,10 @@ def main() -> None:
             last = start + micro_rows >= rank_rows
             if world > 1 and zero == 0:
                 net.require_backward_grad_sync = last
-            elif world > 1 and zero == 1:
-                net.set_requires_gradient_sync(last)
+            elif world > 1:
+                net.set_requires_gradient_sync(last or zero > 1)
+                net.set_reshard_after_backward(last or zero == 3)
+                net.set_is_last_backward(last)
             starts = random.integers(0, len(tokens) - length - 1, micro_rows)
             window = np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)
             rows = torch.from_numpy(window).to(device)

@@ -65,16 +65,13 @@ class HandWritten:
 
         dtype = None if config.precision == "fp32" else PRECISIONS[config.precision]
         self._zero = config.parallel.zero if layout.dp > 1 else 1  # a single rank need not reshard
+        # Inputs of blocks are in `dtype` but for the tables of rotary embedding, which stay in fp32 as in Stoker.
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         shard = functools.partial(
-            fully_shard,
-            mesh=self._mesh["dp"],
-            mp_policy=MixedPrecisionPolicy(dtype, torch.float32),
-            reshard_after_forward=self._zero == 3,
+            fully_shard, mesh=self._mesh["dp"], mp_policy=policy, reshard_after_forward=self._zero == 3
         )
         if self._zero == 0:
-            shard = functools.partial(
-                replicate, mesh=self._mesh["dp"], mp_policy=MixedPrecisionPolicy(dtype, torch.float32)
-            )
+            shard = functools.partial(replicate, mesh=self._mesh["dp"], mp_policy=policy)
         for block in model.layers.values():
             shard(block)
         shard(model)

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     die_with_launcher()
     set_allocator()
     # OpenMP threads spin while they wait, and beside another busy process for 50 times longer than the work takes. Few
-    # rounds keep that to a factor of 5; idle they cost nothing or much (docs/performance_steps.md). Read with torch.
+    # rounds keep that to a factor of 5; idle no cost of them was seen (docs/performance_steps.md). Read with torch.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     gc.disable()  # torch is a quarter of a million permanent objects: scanning them takes a fifth of a start
     from stoker.trainer.main import main
