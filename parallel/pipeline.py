@@ -3,8 +3,8 @@
 Training uses torch's schedules, which order the micro-batches on each stage, and torch's stage. Four things differ. The
 stage's `ShardingStrategy` alone reduces gradients and reshards parameters after a backward; torch does not see that
 modules are sharded. Shapes are given, not found by a forward pass. Tensors that are sent or received are kept only
-while their micro-batch is in flight: torch keeps a buffer for each micro-batch of the step, so that the memory of 1F1B
-and interleaved 1F1B would grow with their number. And the stage itself starts transfers, when the schedule asks for
+while their micro-batch is in flight: torch before 2.15 keeps a buffer for each micro-batch of the step, so that the
+memory of 1F1B and interleaved 1F1B would grow with their number. And the stage itself starts transfers, when the schedule asks for
 them, and waits for what it receives only when it computes with it. Over NCCL each direction (activations, gradients)
 has a communicator of its own: what a communicator is given runs in order, so that a gradient would wait for an
 activation that nothing needs yet.
@@ -328,7 +328,8 @@ class _TorchStage(PipelineStage):
     def _allocate(self, infos: tuple, like: Tensor | None) -> None:
         for info in infos:
             assert like is not None
-            info.buffer = torch.empty_like(like, device=self.device, requires_grad=False)
+            if not hasattr(info, "allocate_buffer"):  # torch 2.15 does it itself
+                info.buffer = torch.empty_like(like, device=self.device, requires_grad=False)
 
     @staticmethod
     def _released(tensors: tuple[Tensor, ...], infos: tuple) -> tuple[Tensor, ...]:

@@ -28,7 +28,8 @@ def full_gradient_bytes(model: nn.Module) -> int:
                     accumulated = parameter.unsharded_accumulated_grad
                     unreduced = getattr(parameter, "_unsharded_param", None)
                     gradients = [accumulated, None if unreduced is None else unreduced.grad]
-                    found += sum(gradient.nbytes for gradient in gradients if gradient is not None)
+                    held = {gradient.data_ptr(): gradient.nbytes for gradient in gradients if gradient is not None}
+                    found += sum(held.values())  # since torch 2.15 the two are one
     return found
 
 

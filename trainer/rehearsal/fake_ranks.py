@@ -50,14 +50,19 @@ def _without_votes() -> Iterator[None]:
     """torch's stages vote at the first step whether their shapes are known, which takes the value of a message."""
     from torch.distributed.pipelining.schedules import InferenceMode, _PipelineSchedule
 
-    def known(_: Any, stages: Sequence[Any], *__: Any) -> Any:
+    # Since torch 2.15 the vote is a part of connecting the ranks.
+    votes = next(
+        name for name in ("_initialize_pipeline_distributed_state", "_warmup_p2p") if hasattr(_PipelineSchedule, name)
+    )
+
+    def known(_: Any, stages: Sequence[Any], *__: Any, **___: Any) -> Any:
         for stage in stages:
             stage._inference_mode = InferenceMode.STATIC
         return InferenceMode.STATIC
 
-    before = _PipelineSchedule._warmup_p2p
-    _PipelineSchedule._warmup_p2p = known  # type: ignore[method-assign,assignment]
+    before = getattr(_PipelineSchedule, votes)
+    setattr(_PipelineSchedule, votes, known)
     try:
         yield
     finally:
-        _PipelineSchedule._warmup_p2p = before  # type: ignore[method-assign]
+        setattr(_PipelineSchedule, votes, before)
