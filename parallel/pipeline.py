@@ -4,10 +4,10 @@ Training uses torch's schedules, which order the micro-batches on each stage, an
 stage's `ShardingStrategy` alone reduces gradients and reshards parameters after a backward; torch does not see that
 modules are sharded. Shapes are given, not found by a forward pass. Tensors that are sent or received are kept only
 while their micro-batch is in flight: torch before 2.15 keeps a buffer for each micro-batch of the step, so that the
-memory of 1F1B and interleaved 1F1B would grow with their number. And the stage itself starts transfers, when the schedule asks for
-them, and waits for what it receives only when it computes with it. Over NCCL each direction (activations, gradients)
-has a communicator of its own: what a communicator is given runs in order, so that a gradient would wait for an
-activation that nothing needs yet.
+memory of 1F1B and interleaved 1F1B would grow with their number. And the stage itself starts transfers, when the
+schedule asks for them, and waits for what it receives only when it computes with it. Over NCCL each direction
+(activations, gradients) has a communicator of its own: what a communicator is given runs in order, so that a gradient
+would wait for an activation that nothing needs yet.
 
 Evaluation needs no schedule: every rank computes a stage, sends the result to the next rank and receives one from
 the previous rank, all at the same time (`Ring`).

@@ -13,6 +13,7 @@ from stoker.conf.schema import TrackerConfig
 from stoker.trainer.report.metrics import MetricsFile
 from stoker.trainer.report.observer import Observer
 from stoker.trainer.report.observers import Observers
+from stoker.trainer.report.tracker_process import LINGER_SECONDS
 from stoker.trainer.report.trackers import Tracker
 from tests.trainer.report.observed import a_config, record
 
@@ -90,8 +91,10 @@ class Attempt:
 
 
 def train(run: RunDirectory, name: str, first: int, last: int, outcome: str = "completed", **tracker) -> list[str]:
-    """One whole attempt; its messages."""
+    """One whole attempt, and the end of its tracker's process; its messages."""
     attempt = Attempt(run, TrackerConfig(names=[name], **tracker), first - 1 or None)
     attempt.train(first, last)
     attempt.observers.finish(outcome, last)
+    if attempt.tracker._process is not None:
+        attempt.tracker._process.wait(LINGER_SECONDS + 10)  # on a busy machine it goes on in the background
     return attempt.screen.messages
