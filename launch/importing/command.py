@@ -62,11 +62,11 @@ def import_checkpoint(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    """ValueErrors inside begin with the source's folder, where they do not name it."""
+    """ValueErrors inside begin with the source's folder, or with a file of it."""
     try:
         yield
     except ValueError as error:
-        if str(folder) in str(error):
+        if str(error).startswith(f"{folder}/"):
             raise
         raise ValueError(f"{folder}: {error}") from error
 
