@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stoker.conf.schema import Config, ModelConfig
 from stoker.parallel.batch import Batch
 from stoker.parallel.model import whole_model
-from stoker.parallel.pipeline import Ring
+from stoker.parallel.pipeline import Ring, _TorchStage
 from stoker.parallel.registry import whole_registry
 from stoker.parallel.sharding import ShardingStrategy
 from stoker.parallel.shards import GRADIENT, Shard
@@ -284,6 +284,22 @@ def test_stages_that_are_not_trained_send_and_receive_all_the_same(schedule: str
         found |= rank
     assert found[0] == []
     assert all(found[number] for number in range(1, stages))
+
+
+def test_a_buffer_that_torch_allocates_itself_is_left_to_it() -> None:
+    """As torch 2.15 does: it refuses to receive into a buffer that is there already."""
+
+    class Theirs:
+        buffer: Tensor | None = None
+
+    class Owned(Theirs):
+        def allocate_buffer(self) -> None: ...
+
+    stage = _TorchStage.__new__(_TorchStage)
+    stage.device = torch.device("cpu")
+    before, since = Theirs(), Owned()
+    stage._allocate((before, since), torch.empty(3, 2))
+    assert before.buffer is not None and before.buffer.shape == (3, 2) and since.buffer is None
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 20))
