@@ -210,7 +210,8 @@ class Bench:
             descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | (os.O_DIRECT if direct else 0))
             for _ in range(TENSORS):
                 for start in range(0, len(data), BLOCK):
-                    assert os.write(descriptor, data[start : start + BLOCK]) == len(data[start : start + BLOCK])
+                    written = os.write(descriptor, data[start : start + BLOCK])
+                    assert written == min(BLOCK, len(data) - start)
             os.fsync(descriptor)
             os.close(descriptor)
 

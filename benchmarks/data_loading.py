@@ -3,7 +3,7 @@ epoch, and memory of `data.mode=streaming`, each over those of public loaders on
 
     pip install --no-deps torchdata mosaicml-streaming litdata lightning-utilities obstore tifffile catalogue
     pip install --no-deps zstd brotli python-snappy cramjam
-    python benchmarks/data_loading.py [--megabytes 24] [--workers 1 2] [--repeats 3] [--loaders stoker webdataset ...]
+    python benchmarks/data_loading.py [--megabytes 24] [--workers 1 2] [--repeats 3] [--loaders webdataset ...]
 
 (`--no-deps`: their dependencies include cloud clients and another torch.) Every loader runs as a separate process:
 the texts are the standard library's sources over and over, in tar shards and JSON lines; the tokenizer is a byte-level
@@ -48,13 +48,14 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=24)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--loaders", nargs="*", default=list(LOADERS), choices=list(LOADERS))
+    parser.add_argument("--loaders", nargs="*", default=list(LOADERS), choices=list(LOADERS), help="beside stoker")
     parser.add_argument("--loader", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.loader:
         print(json.dumps(measure(options.loader, options.folder, options.workers[0])))
         return
+    loaders = [name for name in LOADERS if name in ("stoker", *options.loaders)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_texts(folder, options.megabytes << 20)
@@ -63,7 +64,7 @@ def main() -> None:
         for workers in options.workers:
             runs: dict[str, list[dict[str, float]]] = {}
             for repeat in range(options.repeats):
-                for loader in options.loaders if repeat % 2 == 0 else options.loaders[::-1]:
+                for loader in loaders if repeat % 2 == 0 else loaders[::-1]:
                     if (found := run(loader, folder, workers)) is not None:
                         runs.setdefault(loader, []).append(found)
             report(runs, workers, speed)
